@@ -1,0 +1,1 @@
+"""Which width each unit gets under a budget."""

@@ -1,0 +1,1 @@
+"""Writing and verifying packed checkpoints."""

@@ -1,0 +1,97 @@
+"""Weight formats and the exact bytes that they take on disk."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+MIN_BITS, MAX_BITS = 2, 8
+GROUP_SIZES = (128, 64, 32)
+CHANNEL = 0
+"""``group_size`` of a format with one scale per output channel."""
+
+SHAPE_TENSOR_BYTES = 16
+"""Bytes of the ``weight_shape`` tensor (two int64) that accompanies every packed weight."""
+
+
+@dataclass(frozen=True, order=True)
+class QuantFormat:
+    """A uniform integer grid: ``bits`` per code, one scale per ``group_size`` inputs of a row.
+
+    Args:
+        bits: Width of a code, 2 to 8.
+        group_size: Inputs that share a scale; ``CHANNEL`` (0) means the whole row.
+        symmetric: Whether the grid has no zero point. Only symmetric grids are written today.
+    """
+
+    bits: int
+    group_size: int
+    symmetric: bool = True
+
+    @property
+    def label(self) -> str:
+        """Short name such as ``w3g64`` or ``w4ch``."""
+        return f"w{self.bits}" + (f"g{self.group_size}" if self.group_size else "ch")
+
+    @property
+    def min_code(self) -> int:
+        """Smallest signed code, -2^(bits-1)."""
+        return -(1 << (self.bits - 1))
+
+    @property
+    def max_code(self) -> int:
+        """Largest signed code, 2^(bits-1) - 1."""
+        return (1 << (self.bits - 1)) - 1
+
+    def num_groups(self, in_features: int) -> int:
+        """Scales per row of a weight with ``in_features`` columns."""
+        return in_features // self.group_size if self.group_size else 1
+
+    def group_width(self, in_features: int) -> int:
+        """Inputs that share one scale."""
+        return self.group_size or in_features
+
+    def divides(self, in_features: int) -> bool:
+        """Whether the groups cover a row exactly."""
+        return self.group_size == CHANNEL or in_features % self.group_size == 0
+
+    def packed_columns(self, in_features: int) -> int:
+        """int32 words per packed row: the dense little-endian bit stream, ceil(in * bits / 32)."""
+        return -(-in_features * self.bits // 32)
+
+    def stored_bytes(self, out_features: int, in_features: int, scale_bytes: int) -> int:
+        """Bytes of packed codes and scales of a ``[out, in]`` weight; ``weight_shape`` is not included.
+
+        Args:
+            out_features: Rows.
+            in_features: Columns.
+            scale_bytes: Bytes of one scale, 2 for bf16 and fp16 sources, 4 for fp32.
+        """
+        codes = 4 * out_features * self.packed_columns(in_features)
+        return codes + out_features * self.num_groups(in_features) * scale_bytes
+
+
+def parse_label(label: str) -> QuantFormat:
+    """Inverse of `QuantFormat.label`.
+
+    Raises:
+        ValueError: If the label is malformed or the width is out of range.
+    """
+    match = re.fullmatch(r"w(\d)(?:g(\d+)|ch)", label)
+    if not match or not MIN_BITS <= int(match[1]) <= MAX_BITS:
+        raise ValueError(f"{label!r} is not a format label such as w3g64 or w4ch (widths 2 to 8)")
+    return QuantFormat(int(match[1]), int(match[2] or CHANNEL))
+
+
+def fitting_group_size(requested: int, in_features: int) -> int | None:
+    """Largest supported group size that does not exceed the requested one and divides ``in_features``.
+
+    Returns:
+        The group size, ``CHANNEL`` when that was requested, or None when nothing fits.
+    """
+    if requested == CHANNEL:
+        return CHANNEL
+    for size in GROUP_SIZES:
+        if size <= requested and in_features % size == 0:
+            return size
+    return None

@@ -1,0 +1,1 @@
+"""Reading checkpoints and walking models block by block."""

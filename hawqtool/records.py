@@ -1,0 +1,184 @@
+"""Frozen records that pass from one stage to the next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from hawqtool.formats import QuantFormat
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SCORE_METRICS = ("fisher", "kron", "hawq-ggn")
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """One quantizable linear layer.
+
+    Args:
+        name: Module name, also the prefix of its tensors in the checkpoint.
+        out_features: Rows of the weight.
+        in_features: Columns of the weight.
+        block: Index of the transformer block.
+        unit: Name of the allocation unit (what a serving engine fuses).
+        scale_bytes: Bytes of one stored scale: the size of the source weight's dtype.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    block: int
+    unit: str
+    scale_bytes: int
+
+    @property
+    def num_weights(self) -> int:
+        """Number of weights."""
+        return self.out_features * self.in_features
+
+    def stored_bytes(self, quant_format: QuantFormat) -> int:
+        """Stored bytes under a format, ``weight_shape`` excluded."""
+        return quant_format.stored_bytes(self.out_features, self.in_features, self.scale_bytes)
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """One transformer block: its module name and its input groups in call order.
+
+    The linears of an input group receive the same input tensor, hence share a Gram matrix and a factor.
+    """
+
+    index: int
+    name: str
+    input_groups: tuple[tuple[LinearSpec, ...], ...]
+
+    @property
+    def linears(self) -> tuple[LinearSpec, ...]:
+        """Linears in call order."""
+        return tuple(spec for group in self.input_groups for spec in group)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """An allocation unit: linears that must share one format because engines fuse them."""
+
+    name: str
+    members: tuple[LinearSpec, ...]
+
+    @property
+    def num_weights(self) -> int:
+        """Weights of all members."""
+        return sum(m.num_weights for m in self.members)
+
+    def stored_bytes(self, quant_format: QuantFormat) -> int:
+        """Stored bytes of all members."""
+        return sum(m.stored_bytes(quant_format) for m in self.members)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Token rows with their origin.
+
+    Args:
+        tokens: ``[num_rows, seq_len]`` int64.
+        source: Where they come from, for the report.
+        fingerprint: SHA-256 of the tokens.
+    """
+
+    tokens: Tensor
+    source: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Score:
+    """Predicted loss increase in nats per token of one unit in one format, with its standard error."""
+
+    value: float
+    stderr: float
+
+
+@dataclass(frozen=True)
+class SensitivityTable:
+    """Scores of every (metric, unit, format label), with what they were measured on.
+
+    ``scores[metric][unit][label]``; ``units`` maps a unit to its members' names.
+    """
+
+    scores: dict[str, dict[str, dict[str, Score]]]
+    units: dict[str, tuple[str, ...]]
+    rounding: str
+    model: str
+    model_fingerprint: str
+    rows: dict[str, str]
+    settings: dict[str, float | int | str]
+
+
+@dataclass(frozen=True)
+class BitPlan:
+    """Format of every unit that is quantized, with the budget that led to it."""
+
+    formats: dict[str, QuantFormat]
+    stored_bytes: int
+    num_weights: int
+    budget_bytes: int | None = None
+    predicted_loss: float | None = None
+    metric: str | None = None
+
+    @property
+    def bpw(self) -> float:
+        """Stored bits per weight over the quantized linears, scales included."""
+        return 8 * self.stored_bytes / self.num_weights
+
+
+@dataclass(frozen=True)
+class RoundedLayer:
+    """Codes and scales of one layer.
+
+    Args:
+        codes: ``[out, in]`` int8, signed.
+        scales: ``[out, groups]`` in the stored dtype.
+        metrics: What the report says of the layer.
+    """
+
+    name: str
+    quant_format: QuantFormat
+    codes: Tensor
+    scales: Tensor
+    metrics: LayerMetrics
+
+
+@dataclass(frozen=True)
+class LayerMetrics:
+    """Numbers of one rounded layer.
+
+    Errors are relative: squared output error over squared output, on the rounding rows (from the Gram
+    matrix); ``rtn_error`` is plain rounding on the same scales. ``predicted_error`` is
+    sum of R_jj² s² / 12, what compensation leaves when nothing clips.
+    """
+
+    output_error: float
+    rtn_error: float
+    predicted_error: float
+    weight_error: float
+    clip_rate: float
+    damping: float
+    damping_retries: int
+    dead_inputs: int
+    num_tokens: int
+    seconds: float
+    fallback: str | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Quality of one model on the evaluation rows; KL in nats per token against the original."""
+
+    perplexity: float
+    kl: float
+    kl_stderr: float
+    same_top: float
+    num_tokens: int
+    row_kl: tuple[float, ...] = field(default=(), repr=False)

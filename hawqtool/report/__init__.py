@@ -1,0 +1,1 @@
+"""Plain data for report.json and its tables."""

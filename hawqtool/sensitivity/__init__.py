@@ -1,0 +1,1 @@
+"""How much the loss of the model reacts to rounding each layer."""
