@@ -1,0 +1,119 @@
+"""Uniform plans, the yardstick of every mixed plan: one width and one group size for all units."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from hawqtool.errors import UsageError
+from hawqtool.formats import CHANNEL, GROUP_SIZES, MAX_BITS, MIN_BITS, QuantFormat, fitting_group_size
+from hawqtool.records import Unit
+
+_NAMED_LAYERS = 5
+
+
+class UniformCandidate(NamedTuple):
+    """A uniform plan.
+
+    Args:
+        label: Format label of the requested width and group size; single units may have fallen to smaller groups.
+        formats: Unit name to format.
+        stored_bytes: Stored bytes of all units.
+    """
+
+    label: str
+    formats: dict[str, QuantFormat]
+    stored_bytes: int
+
+    @property
+    def bits(self) -> int:
+        """The common width."""
+        return next(iter(self.formats.values())).bits
+
+
+def unit_group_size(unit: Unit, requested: int) -> int | None:
+    """Largest group size that does not exceed the requested one and divides every member; None if none does."""
+    sizes = [fitting_group_size(requested, member.in_features) for member in unit.members]
+    # Each supported size divides the larger ones, so the smallest fits all members.
+    return None if None in sizes else min(size for size in sizes if size is not None)
+
+
+def uniform_formats(units: Sequence[Unit], bits: int, group_size: int) -> dict[str, QuantFormat]:
+    """Formats of a uniform plan, groups falling where the requested size does not divide a layer.
+
+    Args:
+        units: Units that are quantized.
+        bits: Width of every unit.
+        group_size: Requested group size; ``CHANNEL`` (0) for one scale per row.
+
+    Returns:
+        Unit name to format.
+
+    Raises:
+        UsageError: If no supported group size divides some layers; names them.
+    """
+    formats: dict[str, QuantFormat] = {}
+    refused: list[str] = []
+    for unit in units:
+        size = unit_group_size(unit, group_size)
+        if size is None:
+            refused += [
+                f"{member.name} ({member.in_features} inputs)"
+                for member in unit.members
+                if fitting_group_size(group_size, member.in_features) is None
+            ]
+        else:
+            formats[unit.name] = QuantFormat(bits, size)
+    if refused:
+        named = ", ".join(refused[:_NAMED_LAYERS])
+        more = f" and {len(refused) - _NAMED_LAYERS} more" if len(refused) > _NAMED_LAYERS else ""
+        tried = ", ".join(str(size) for size in sorted(GROUP_SIZES, reverse=True) if size <= group_size) or "none"
+        raise UsageError(
+            f"group size {group_size}: no supported size up to it ({tried}) divides {named}{more}; "
+            "use --group-size channel, or --ignore these layers"
+        )
+    return formats
+
+
+def uniform_candidates(units: Sequence[Unit]) -> list[UniformCandidate]:
+    """Every distinct uniform plan: widths 2 to 8, group sizes 128, 64, 32 and channel.
+
+    Group sizes that do not fit all layers are left out; of plans made equal by falls one is kept, under the
+    group size that its layers really have.
+
+    Returns:
+        Plans by rising bytes, then rising bits.
+    """
+    candidates: list[UniformCandidate] = []
+    seen: set[tuple[QuantFormat, ...]] = set()
+    for bits in range(MIN_BITS, MAX_BITS + 1):
+        # Rising sizes: a plan all of whose layers fell to 64 is met first under its true name.
+        for group_size in (CHANNEL, *sorted(GROUP_SIZES)):
+            if not units or any(unit_group_size(unit, group_size) is None for unit in units):
+                continue
+            formats = uniform_formats(units, bits, group_size)
+            key = tuple(formats.values())
+            if key in seen:
+                continue
+            seen.add(key)
+            stored = sum(unit.stored_bytes(formats[unit.name]) for unit in units)
+            candidates.append(UniformCandidate(QuantFormat(bits, group_size).label, formats, stored))
+    return sorted(candidates, key=lambda c: (c.stored_bytes, c.bits))
+
+
+def best_uniform(units: Sequence[Unit], budget_bytes: int) -> UniformCandidate | None:
+    """The uniform plan with the most stored bytes within a budget, ties to more bits; None if none fits."""
+    return neighbours(units, budget_bytes)[0]
+
+
+def neighbours(
+    units: Sequence[Unit], stored_bytes: int
+) -> tuple[UniformCandidate | None, UniformCandidate | None]:
+    """The uniform plans just below (or at) and just above so many bytes, ties to more bits."""
+    candidates = uniform_candidates(units)
+    below = [c for c in candidates if c.stored_bytes <= stored_bytes]
+    above = [c for c in candidates if c.stored_bytes > stored_bytes]
+    return (
+        max(below, key=lambda c: (c.stored_bytes, c.bits), default=None),
+        min(above, key=lambda c: (c.stored_bytes, -c.bits), default=None),
+    )

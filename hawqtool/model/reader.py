@@ -1,0 +1,89 @@
+"""Lazy reading of single tensors from a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from hawqtool.errors import InputError
+from hawqtool.model.dtypes import torch_dtype
+from hawqtool.model.index import CheckpointIndex, TensorInfo
+
+CHUNK_BYTES = 16 << 20
+
+
+class TensorReader:
+    """Reads tensors one at a time; files are opened per read and never memory-mapped.
+
+    A mapped page can stay resident and counts against a memory limit, so plain reads keep the peak at one tensor.
+    """
+
+    def __init__(self, index: CheckpointIndex) -> None:
+        self.index = index
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.index.tensors
+
+    def info(self, name: str) -> TensorInfo:
+        """Header entry of a tensor.
+
+        Raises:
+            InputError: If the checkpoint has no such tensor.
+        """
+        if name not in self.index.tensors:
+            raise InputError(f"tensor {name} is not in {self.index.folder}; expected it from the model's structure")
+        return self.index.tensors[name]
+
+    def tensor(self, name: str) -> Tensor:
+        """Tensor on the CPU in the source dtype, in its own memory.
+
+        Raises:
+            InputError: If there is no such tensor or the file cannot be read.
+        """
+        info = self.info(name)
+        dtype = torch_dtype(info.dtype)
+        if info.num_bytes == 0:
+            return torch.empty(info.shape, dtype=dtype)
+        buffer = bytearray(info.num_bytes)
+        try:
+            with info.file.open("rb", buffering=0) as stream:
+                stream.seek(info.start)
+                view, done = memoryview(buffer), 0
+                while done < info.num_bytes:
+                    count = stream.readinto(view[done : done + (1 << 30)])
+                    if not count:
+                        raise InputError(f"{info.file} ended inside tensor {name}; download or save it again")
+                    done += count
+        except OSError as error:
+            raise InputError(f"tensor {name} of {info.file} cannot be read ({error.strerror}); check the disk") from None
+        return torch.frombuffer(buffer, dtype=dtype).reshape(info.shape)
+
+    def raw(self, name: str) -> bytes:
+        """Stored bytes of a tensor.
+
+        Raises:
+            InputError: As `tensor`.
+        """
+        return b"".join(self.chunks(name))
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """Stored bytes of a tensor in pieces of at most 16 MiB.
+
+        Raises:
+            InputError: As `tensor`.
+        """
+        info = self.info(name)
+        try:
+            with info.file.open("rb", buffering=0) as stream:
+                stream.seek(info.start)
+                left = info.num_bytes
+                while left:
+                    piece = stream.read(min(left, CHUNK_BYTES))
+                    if not piece:
+                        raise InputError(f"{info.file} ended inside tensor {name}; download or save it again")
+                    left -= len(piece)
+                    yield piece
+        except OSError as error:
+            raise InputError(f"tensor {name} of {info.file} cannot be read ({error.strerror}); check the disk") from None

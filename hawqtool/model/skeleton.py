@@ -1,0 +1,79 @@
+"""Build a model from its config without its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from hawqtool.errors import InputError
+
+_LARGE = 1 << 14
+
+
+class _LargeTensorsOnMeta(TorchFunctionMode):
+    """Large uninitialised tensors, the weights, go to the meta device; buffers such as rotary tables stay real.
+
+    Building all on meta would lose the buffers that are computed in constructors and stored nowhere.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty and _num_elements(args, kwargs) >= _LARGE:
+            kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
+
+
+def _num_elements(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    size = kwargs.get("size", args[0] if len(args) == 1 and not isinstance(args[0], int) else args)
+    total = 1
+    for extent in size:
+        total *= int(extent)
+    return total
+
+
+def build_skeleton(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """Causal language model of the folder's config, every parameter on the meta device, buffers real.
+
+    Raises:
+        InputError: If transformers does not know the architecture, or it needs code from the folder.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if getattr(config, "quantization_config", None):
+            raise InputError(f"{folder} is quantized already; give the original checkpoint")
+        with _LargeTensorsOnMeta(), torch.random.fork_rng(devices=[]):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except (ValueError, KeyError, OSError, ImportError) as error:
+        raise InputError(f"{folder}: transformers cannot build this model: {str(error).splitlines()[0]}") from error
+    model.eval().requires_grad_(False)
+    to_meta(model)
+    return model
+
+
+def to_meta(module: nn.Module) -> None:
+    """Drop the data of all parameters; sharing between modules is kept."""
+    seen: dict[int, nn.Parameter] = {}
+    for owner in module.modules():
+        for name, parameter in owner._parameters.items():
+            if parameter is not None and parameter.device.type != "meta":
+                empty = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+                owner._parameters[name] = seen.setdefault(id(parameter), empty)
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The list of transformer blocks and its module name.
+
+    Raises:
+        InputError: If no module list has as many entries as the config has layers.
+    """
+    expected = getattr(model.config, "num_hidden_layers", None)
+    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == expected]
+    if not lists:
+        raise InputError(f"{type(model).__name__}: no list of {expected} blocks found; this architecture is not supported")
+    return lists[0]
