@@ -104,11 +104,10 @@ class Score:
 class SensitivityTable:
     """Scores of every (metric, unit, format label), with what they were measured on.
 
-    ``scores[metric][unit][label]``; ``units`` maps a unit to its members' names.
+    ``scores[metric][unit][label]``.
     """
 
     scores: dict[str, dict[str, dict[str, Score]]]
-    units: dict[str, tuple[str, ...]]
     rounding: str
     model: str
     model_fingerprint: str

@@ -176,6 +176,6 @@ def _infeasible(problem: AllocationProblem, budget_bytes: int) -> str:
     low, high = problem.minimum_bytes, problem.maximum_bytes
     return (
         f"the size target of {problem.bpw(budget_bytes):.3f} bits per weight ({budget_bytes:,} bytes) cannot be met: "
-        f"{problem.bpw(low):.3f} to {problem.bpw(high):.3f} bits per weight ({low:,} to {high:,} bytes) can be reached; "
+        f"{problem.bpw(low):.3f} to {problem.bpw(high):.3f} bits per weight ({low:,} to {high:,} bytes) are in reach; "
         "raise the target, add smaller widths to --bits, use a larger --group-size, or pin fewer layers"
     )

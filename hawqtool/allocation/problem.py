@@ -179,9 +179,13 @@ def _parse_pin(option: str) -> tuple[str, int]:
         raise UsageError(f"--pin {option!r} is not NAME=WIDTH; write for example --pin 're:.*down_proj=8'")
     bits = int(width)
     if bits == 16:
-        raise UsageError(f"--pin {option} asks for 16 bits, widths are {MIN_BITS} to {MAX_BITS}; use --ignore {pattern}")
+        raise UsageError(
+            f"--pin {option} asks for 16 bits, widths are {MIN_BITS} to {MAX_BITS}; use --ignore {pattern}"
+        )
     if not MIN_BITS <= bits <= MAX_BITS:
-        raise UsageError(f"--pin {option} asks for {bits} bits, widths are {MIN_BITS} to {MAX_BITS}; choose one of these")
+        raise UsageError(
+            f"--pin {option} asks for {bits} bits, widths are {MIN_BITS} to {MAX_BITS}; choose one of these"
+        )
     return pattern.strip(), bits
 
 

@@ -106,9 +106,7 @@ def best_uniform(units: Sequence[Unit], budget_bytes: int) -> UniformCandidate |
     return neighbours(units, budget_bytes)[0]
 
 
-def neighbours(
-    units: Sequence[Unit], stored_bytes: int
-) -> tuple[UniformCandidate | None, UniformCandidate | None]:
+def neighbours(units: Sequence[Unit], stored_bytes: int) -> tuple[UniformCandidate | None, UniformCandidate | None]:
     """The uniform plans just below (or at) and just above so many bytes, ties to more bits."""
     candidates = uniform_candidates(units)
     below = [c for c in candidates if c.stored_bytes <= stored_bytes]

@@ -116,10 +116,12 @@ def _check_sources(index: CheckpointIndex, formats: dict[str, QuantFormat], spec
     for module, quant_format in formats.items():
         info, spec = index.tensors.get(f"{module}.weight"), specs.get(module)
         if info is None or spec is None:
-            raise InputError(f"{module} is to be quantized but {module}.weight is not a known linear of {index.folder}")
+            raise InputError(f"{module} is to be quantized but {index.folder} has no such linear; fix the plan")
         if info.shape != (spec.out_features, spec.in_features):
             expected = [spec.out_features, spec.in_features]
-            raise InputError(f"{info.name} has shape {list(info.shape)}; expected {expected} from the model's structure")
+            raise InputError(
+                f"{info.name} has shape {list(info.shape)}; expected {expected} from the model's structure"
+            )
         if info.dtype not in ("BF16", "F16", "F32"):
             raise InputError(f"{info.name} is {info.dtype}; expected BF16, F16 or F32; start from the original weights")
         if not quant_format.divides(spec.in_features):

@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 _LANES = 32
 """Codes per tile: 32 codes of ``bits`` bits fill exactly ``bits`` words."""
 
-_MAX_TILE_ELEMENTS = 1 << 24
+_SLICE_CODES = 1 << 24
 """Rows are packed in slices of about this many codes, because the int64 intermediate is 8 times the codes."""
 
 
@@ -65,7 +65,7 @@ def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
 
 
 def _rows_per_slice(columns: int) -> int:
-    return max(1, _MAX_TILE_ELEMENTS // max(columns, 1))
+    return max(1, _SLICE_CODES // max(columns, 1))
 
 
 def _pack_slice(codes: Tensor, bits: int) -> Tensor:

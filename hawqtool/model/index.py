@@ -65,9 +65,11 @@ def read_index(folder: Path) -> CheckpointIndex:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder; expected a checkpoint folder with config.json and safetensors files")
+        raise InputError(
+            f"{folder} is not a folder; expected one with config.json and safetensors files; check the path"
+        )
     if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} has no config.json; pass the folder that holds config.json and the safetensors files")
+        raise InputError(f"{folder} has no config.json; expected it beside the safetensors files; check the path")
     files, weight_map = _weight_files(folder)
     tensors: dict[str, TensorInfo] = {}
     for file in files:
@@ -139,7 +141,9 @@ def _raw_header(file: Path) -> tuple[bytes, int]:
                 )
             return stream.read(length), size
     except OSError as error:
-        raise InputError(f"{file} cannot be read ({error.strerror}); check that it exists and its permissions") from None
+        raise InputError(
+            f"{file} cannot be read ({error.strerror}); check that it exists and its permissions"
+        ) from None
 
 
 def _unique(file: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -148,7 +152,7 @@ def _unique(file: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         names = [name for name, _ in pairs]
         repeated = next(name for name in names if names.count(name) > 1)
-        raise InputError(f"the header of {file} names {repeated} twice; expected each name once; save the file again")
+        raise InputError(f"the header of {file} names {repeated} twice; expected once; save the file again")
     return result
 
 

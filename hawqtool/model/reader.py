@@ -57,7 +57,9 @@ class TensorReader:
                         raise InputError(f"{info.file} ended inside tensor {name}; download or save it again")
                     done += count
         except OSError as error:
-            raise InputError(f"tensor {name} of {info.file} cannot be read ({error.strerror}); check the disk") from None
+            raise InputError(
+                f"tensor {name} of {info.file} cannot be read ({error.strerror}); check the disk"
+            ) from None
         return torch.frombuffer(buffer, dtype=dtype).reshape(info.shape)
 
     def raw(self, name: str) -> bytes:
@@ -86,4 +88,6 @@ class TensorReader:
                     left -= len(piece)
                     yield piece
         except OSError as error:
-            raise InputError(f"tensor {name} of {info.file} cannot be read ({error.strerror}); check the disk") from None
+            raise InputError(
+                f"tensor {name} of {info.file} cannot be read ({error.strerror}); check the disk"
+            ) from None

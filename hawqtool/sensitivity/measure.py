@@ -24,6 +24,7 @@ def measure(
     scoring: Tensor,
     menu: Mapping[str, Sequence[QuantFormat]],
     method: RoundingMethod,
+    stored_dtypes: Mapping[str, torch.dtype],
     rows_per_slice: int,
     seed: int,
     progress: Progress,
@@ -39,6 +40,7 @@ def measure(
         scoring: ``[rows, seq_len]`` tokens behind the scores; disjoint from ``calibration``.
         menu: Unit to the formats to score; units that are missing are skipped.
         method: Rounding that will be applied.
+        stored_dtypes: Linear to the dtype of its stored scales.
         rows_per_slice: Rows per forward pass.
         seed: Seed of the sampled labels.
         progress: Called with the phase, blocks done and blocks in all.
@@ -58,7 +60,7 @@ def measure(
         for activations, hidden in zip(sets, stored.pop(), strict=True):
             activations.hidden = hidden
         with stream.block(spec.index) as block:
-            errors = _rounding_errors(block, spec, sets[0], menu, method, stream)
+            errors = _rounding_errors(block, spec, sets[0], menu, method, stored_dtypes)
             seen, gradients = _backward(block, spec, sets[1], gradients)
         for linear in spec.linears:
             if linear.name in errors:
@@ -94,7 +96,7 @@ def _rounding_errors(
     calibration: Activations,
     menu: Mapping[str, Sequence[QuantFormat]],
     method: RoundingMethod,
-    stream: ModelStream,
+    stored_dtypes: Mapping[str, torch.dtype],
 ) -> dict[str, dict[str, Tensor]]:
     """D = Q(W) - W per linear and format label, rounded with the original model's Gram matrices."""
     grams: dict[str, Tensor] = {}
@@ -118,7 +120,7 @@ def _rounding_errors(
         factor = factorize(grams.pop(group[0].name) / tokens, tokens, method.damping)
         weights = {m.name: block.get_submodule(local_name(spec, m)).weight.float() for m in group}
         tasks = [
-            Task(linear.name, weights[linear.name], fmt, stream.source.tensor(f"{linear.name}.weight").dtype)
+            Task(linear.name, weights[linear.name], fmt, stored_dtypes[linear.name])
             for linear, fmt in wanted
         ]
         for task, (codes, scales) in zip(tasks, round_group(tasks, factor, method), strict=True):

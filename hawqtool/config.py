@@ -1,0 +1,166 @@
+"""The run configuration: defaults < YAML file < command line, strict at every step."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from hawqtool.errors import UsageError
+from hawqtool.formats import CHANNEL, GROUP_SIZES, MAX_BITS, MIN_BITS
+from hawqtool.records import SCORE_METRICS
+
+SELF = "self"
+"""Calibration source: rows sampled from the model."""
+
+_SIZE_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+class RunConfig(BaseModel):
+    """Every setting of a run; each is a flag of the same name and a key in YAML."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str
+    output: str | None = None
+    target_bpw: float | None = Field(None, gt=0)
+    target_size: str | None = None
+    plan: str | None = None
+    bits: tuple[int, ...] | None = None
+    group_size: int = 128
+    profile: Literal["auto", "portable", "vllm", "transformers"] = "auto"
+    scale_sign: Literal["auto", "both", "positive"] = "auto"
+    calibration: str = SELF
+    num_samples: int | None = Field(None, ge=1)
+    seq_len: int | None = Field(None, ge=8)
+    eval_data: str | None = None
+    eval_samples: int = Field(32, ge=2)
+    sensitivity: str = "auto"
+    rounding: Literal["rtn", "gptq", "foem"] = "gptq"
+    foem_beta: float = Field(0.1, ge=0, le=1)
+    damping: float | None = Field(None, gt=0)
+    pin: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    rows_per_slice: int | None = Field(None, ge=1)
+    seed: int = Field(0, ge=0)
+    overwrite: bool = False
+
+    @field_validator("bits", mode="before")
+    @classmethod
+    def _parse_bits(cls, value: Any) -> Any:
+        if isinstance(value, (str, int)):
+            value = [part.strip() for part in str(value).split(",")]
+        if value is None:
+            return None
+        if not all(re.fullmatch(r"\d+", str(v)) and MIN_BITS <= int(v) <= MAX_BITS for v in value):
+            raise ValueError(f"expected widths from {MIN_BITS} to {MAX_BITS}, such as 2,3,4,8")
+        return tuple(sorted({int(v) for v in value}))
+
+    @field_validator("group_size", mode="before")
+    @classmethod
+    def _parse_group_size(cls, value: Any) -> int:
+        if str(value) == "channel":
+            return CHANNEL
+        if str(value) in {str(size) for size in GROUP_SIZES}:
+            return int(value)
+        raise ValueError("expected 32, 64, 128 or channel")
+
+    @field_validator("pin", "ignore", mode="before")
+    @classmethod
+    def _parse_list(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("target_size")
+    @classmethod
+    def _check_size(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_size(value)
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        if self.profile == "portable" and self.bits and not set(self.bits) <= {4, 8}:
+            raise ValueError("profile portable allows widths 4 and 8 only; drop the others from bits or choose another profile")
+        if self.profile == "portable" and self.scale_sign == "both":
+            raise ValueError("profile portable needs positive scales; drop scale_sign or choose another profile")
+        return self
+
+    @property
+    def both_signs(self) -> bool:
+        """Whether scales may be negative; some kernels of the portable profile take an unsigned maximum."""
+        return self.scale_sign == "both" or (self.scale_sign == "auto" and self.profile != "portable")
+
+    def require_one_target(self) -> None:
+        """Check that exactly one of target_bpw, target_size and plan is given.
+
+        Raises:
+            UsageError: Otherwise.
+        """
+        given = [n for n in ("target_bpw", "target_size", "plan") if getattr(self, n) is not None]
+        if len(given) != 1:
+            found = " and ".join(f"--{n.replace('_', '-')}" for n in given) or "none"
+            raise UsageError(f"exactly one of --target-bpw, --target-size and --plan is needed, found {found}")
+
+    def metric(self) -> str:
+        """Metric that allocation uses: fisher for plain rounding, kron for compensated rounding."""
+        if self.sensitivity in SCORE_METRICS:
+            return self.sensitivity
+        return "fisher" if self.rounding == "rtn" else "kron"
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as ``3.2GiB``, ``900MB`` or ``123456``.
+
+    Raises:
+        ValueError: If it is no size.
+    """
+    match = re.fullmatch(r"\s*([\d.]+)\s*([a-zA-Z]*)\s*", text)
+    if not match or match[2].lower() not in _SIZE_UNITS or match[1].count(".") > 1:
+        raise ValueError(f"{text!r} is no size; expected for example 3.2GiB, 900MB or a number of bytes")
+    return int(float(match[1]) * _SIZE_UNITS[match[2].lower()])
+
+
+def load_config(path: Path | None, flags: dict[str, Any]) -> RunConfig:
+    """Merge a YAML file and the flags that were given.
+
+    Raises:
+        UsageError: Naming every problem at once, unknown keys with the nearest valid one.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        values = _read_yaml(path)
+    values.update({k: v for k, v in flags.items() if v is not None and v != ()})
+    origin = f" in {path}" if path else ""
+    try:
+        return RunConfig(**values)
+    except ValidationError as error:
+        raise UsageError("; ".join(_problem(e, origin) for e in error.errors())) from error
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UsageError(f"configuration file {path} was not found")
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise UsageError(f"{path} holds {type(loaded).__name__}, expected keys such as model, output and target_bpw")
+    return {str(key).replace("-", "_"): value for key, value in loaded.items()}
+
+
+def _problem(error: Any, origin: str) -> str:
+    key = ".".join(str(part) for part in error["loc"]) or "configuration"
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, RunConfig.model_fields, n=1)
+        return f"unknown key {key!r}{origin}" + (f", did you mean {near[0]!r}?" if near else "")
+    message = str(error["msg"]).removeprefix("Value error, ")
+    value = "" if error["type"] in ("missing", "value_error") and key == "configuration" else f", found {error['input']!r}"
+    return f"{key}{origin}: {message[0].lower()}{message[1:]}" + ("" if error["type"] == "missing" else value)

@@ -1,0 +1,67 @@
+"""Rows sampled from the model itself, so that calibration needs no data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hawqtool.errors import InputError
+
+BATCH_ROWS = 64
+
+
+def generate_rows(
+    folder: Path,
+    tokenizer: Any,
+    num_rows: int,
+    seq_len: int,
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Callable[[int, int], None],
+) -> Tensor:
+    """Sample rows at temperature 1 from the beginning-of-text token, batched, with a key-value cache.
+
+    An end-of-text token does not end a row: the model goes on with a new text, as in packed training rows.
+
+    Args:
+        folder: Checkpoint.
+        tokenizer: Its tokenizer, for the first token.
+        num_rows: Rows to sample.
+        seq_len: Tokens per row, the first one included.
+        seed: Seed of the sampling; the global random state is left as it was.
+        device: Where to run.
+        dtype: dtype of the weights.
+        progress: Called with rows done and rows in all.
+
+    Returns:
+        ``[num_rows, seq_len]`` int64 on the CPU.
+
+    Raises:
+        InputError: If the tokenizer names no token to begin with.
+    """
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if first is None:
+        raise InputError("the tokenizer names no begin or end token to start sampling from; give --calibration a text file")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False).to(device).eval()
+    settings = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=seq_len - 1, pad_token_id=first
+    )
+    # The checkpoint's own generation settings (an end token, a top-k) must not shape the rows.
+    model.generation_config = GenerationConfig(pad_token_id=first)
+    parts = []
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda), torch.no_grad():
+        torch.manual_seed(seed)
+        for begin in range(0, num_rows, BATCH_ROWS):
+            count = min(BATCH_ROWS, num_rows - begin)
+            start = torch.full((count, 1), first, dtype=torch.long, device=device)
+            parts.append(model.generate(start, attention_mask=torch.ones_like(start), generation_config=settings).cpu())
+            progress(begin + count, num_rows)
+    return torch.cat(parts)

@@ -1,0 +1,177 @@
+"""The ``quantization_config`` of compressed-tensors' ``pack-quantized`` format, and how loaders match it."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hawqtool.errors import InputError
+from hawqtool.formats import CHANNEL, MAX_BITS, MIN_BITS, QuantFormat
+
+METHOD = "compressed-tensors"
+FORMAT = "pack-quantized"
+STATUS = "compressed"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One entry of a group's ``targets``."""
+
+    group: str
+    pattern: str
+
+
+def quantization_config(
+    formats: Mapping[str, QuantFormat], units: Mapping[str, str], other_linears: Sequence[str]
+) -> dict[str, Any]:
+    """Build the ``quantization_config`` of ``config.json``.
+
+    Targets are anchored regexes without the prefix of the block list, one per group and role, because engines
+    know the same block under different prefixes; they hit each quantized module in exactly one group.
+
+    Args:
+        formats: Format of every quantized module, by module name.
+        units: Allocation unit of every quantized module.
+        other_linears: Names of the linears that stay unquantized, such as ``lm_head``.
+
+    Raises:
+        InputError: If a unit mixes formats, a format is asymmetric, or names are ambiguous without their prefix.
+    """
+    _check_units(formats, units)
+    by_format: dict[QuantFormat, list[str]] = defaultdict(list)
+    for module, quant_format in formats.items():
+        by_format[quant_format].append(module)
+    groups = {
+        quant_format.label: {
+            "targets": sorted(_targets(modules)),
+            "weights": _weights(quant_format),
+            "input_activations": None,
+            "output_activations": None,
+            "format": FORMAT,
+        }
+        for quant_format, modules in sorted(by_format.items())
+    }
+    config = {
+        "quant_method": METHOD,
+        "format": FORMAT,
+        "quantization_status": STATUS,
+        "config_groups": groups,
+        "ignore": sorted(other_linears),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+    for module in formats:
+        hit = matching_targets(config, module)
+        if len(hit) != 1 or is_ignored(config, module):
+            raise InputError(
+                f"{module} is ignored or hit by {len(hit)} targets ({', '.join(t.pattern for t in hit)}); expected one; "
+                "its name is ambiguous without the prefix of its block list; exclude one of the namesakes"
+            )
+    return config
+
+
+def hits(pattern: str, module: str) -> bool:
+    """Whether an entry of ``targets`` or ``ignore`` hits a linear: exact name, ``re:`` regex, or class name."""
+    if pattern.startswith("re:"):
+        # Loaders use re.match: anchored at the start only.
+        return re.match(pattern[3:], module) is not None
+    return pattern in (module, "Linear")
+
+
+def all_targets(config: Mapping[str, Any]) -> tuple[Target, ...]:
+    """Every target of every group, in config order."""
+    groups = config["config_groups"].items()
+    return tuple(Target(name, pattern) for name, group in groups for pattern in group["targets"])
+
+
+def matching_targets(config: Mapping[str, Any], module: str) -> tuple[Target, ...]:
+    """Targets that hit a module, in config order."""
+    return tuple(target for target in all_targets(config) if hits(target.pattern, module))
+
+
+def is_ignored(config: Mapping[str, Any], module: str) -> bool:
+    """Whether ``ignore``, which beats every target, hits a module."""
+    return any(hits(pattern, module) for pattern in config["ignore"])
+
+
+def module_format(config: Mapping[str, Any], module: str) -> QuantFormat:
+    """Format that a loader gives to a packed module.
+
+    Raises:
+        InputError: If not exactly one group hits it, or the module is ignored.
+    """
+    groups = sorted({target.group for target in matching_targets(config, module)})
+    if len(groups) != 1:
+        found = " and ".join(groups) or "no group"
+        raise InputError(f"packed module {module} is hit by {found}; expected one config group; fix the targets")
+    if is_ignored(config, module):
+        raise InputError(f"packed module {module} is hit by ignore; loaders would skip it; remove it from ignore")
+    return group_format(config["config_groups"][groups[0]]["weights"])
+
+
+def group_format(weights: Mapping[str, Any]) -> QuantFormat:
+    """Format of a group's ``weights`` entry.
+
+    Raises:
+        InputError: If it is not a symmetric static integer grid per group or channel.
+    """
+    bits, strategy = weights.get("num_bits"), weights.get("strategy")
+    size = weights.get("group_size")
+    if not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
+        raise InputError(f"num_bits is {bits!r}; expected {MIN_BITS} to {MAX_BITS}")
+    if weights.get("type") != "int" or weights.get("symmetric") is not True or weights.get("dynamic") is not False:
+        raise InputError("weights are not type int, symmetric true, dynamic false; only these are written")
+    if strategy == "channel" and size in (None, -1):
+        return QuantFormat(bits, CHANNEL)
+    if strategy == "group" and isinstance(size, int) and size > 0:
+        return QuantFormat(bits, size)
+    raise InputError(
+        f"strategy is {strategy!r} with group_size {size!r}; expected group and a size, or channel and null"
+    )
+
+
+def _check_units(formats: Mapping[str, QuantFormat], units: Mapping[str, str]) -> None:
+    seen: dict[str, tuple[str, QuantFormat]] = {}
+    for module, quant_format in formats.items():
+        if not quant_format.symmetric:
+            raise InputError(f"{module} has an asymmetric format; expected a symmetric one; choose another format")
+        first, expected = seen.setdefault(units[module], (module, quant_format))
+        if quant_format != expected:
+            raise InputError(
+                f"{module} is {quant_format.label} and {first} is {expected.label}; engines fuse them into "
+                f"{units[module]}: give them one format"
+            )
+
+
+def _weights(quant_format: QuantFormat) -> dict[str, Any]:
+    return {
+        "num_bits": quant_format.bits,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "group" if quant_format.group_size else "channel",
+        "group_size": quant_format.group_size or None,
+        "dynamic": False,
+    }
+
+
+def _targets(modules: Iterable[str]) -> list[str]:
+    """One regex per role: what surrounds the last index of a name, with the indices joined."""
+    roles: dict[tuple[str, str], set[int]] = defaultdict(set)
+    plain: list[str] = []
+    for module in modules:
+        parts = module.split(".")
+        numbers = [place for place, part in enumerate(parts) if part.isdecimal()]
+        if not numbers or numbers[0] == 0:
+            plain.append(rf"re:(.*\.)?{re.escape(module)}$")
+            continue
+        # The name from the outermost list on: the inner index alone (an expert) would not tell blocks apart.
+        start, last = numbers[0] - 1, numbers[-1]
+        head = (r".*\." if start else r"(.*\.)?") + re.escape(".".join(parts[start:last]))
+        roles[head, re.escape(".".join(parts[last + 1 :]))].add(int(parts[last]))
+    return plain + [
+        rf"re:{head}\.({'|'.join(map(str, sorted(indices)))})" + (rf"\.{tail}$" if tail else "$")
+        for (head, tail), indices in roles.items()
+    ]

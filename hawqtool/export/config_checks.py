@@ -1,0 +1,218 @@
+"""Checks of a packed checkpoint's ``quantization_config`` against the names and shapes in its headers."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from hawqtool.errors import InputError
+from hawqtool.export.compressed_tensors import (
+    FORMAT,
+    METHOD,
+    STATUS,
+    Target,
+    all_targets,
+    group_format,
+    hits,
+    is_ignored,
+    matching_targets,
+    module_format,
+)
+from hawqtool.export.packed import shape_problem
+from hawqtool.formats import QuantFormat
+from hawqtool.model.index import CheckpointIndex
+from hawqtool.model.reader import TensorReader
+from hawqtool.model.units import unit_name
+
+PACKED_SUFFIX = ".weight_packed"
+_PARTS = (PACKED_SUFFIX, ".weight_scale", ".weight_shape")
+
+
+def packed_modules(index: CheckpointIndex) -> tuple[str, ...]:
+    """Modules that have a ``weight_packed``, in file order."""
+    return tuple(name.removesuffix(PACKED_SUFFIX) for name in index.tensors if name.endswith(PACKED_SUFFIX))
+
+
+def dense_matrices(index: CheckpointIndex) -> tuple[str, ...]:
+    """Modules with a two-dimensional ``weight`` that is not packed, in file order."""
+    return tuple(
+        info.name.removesuffix(".weight")
+        for info in index.tensors.values()
+        if info.name.endswith(".weight") and len(info.shape) == 2
+    )
+
+
+def structure_problems(config: Any) -> list[str]:
+    """Problems that keep the config from being matched at all: missing parts, wrong types, invalid regexes."""
+    if not isinstance(config, dict):
+        return ["config.json has no quantization_config; expected one of method compressed-tensors; write it again"]
+    groups, ignore = config.get("config_groups"), config.get("ignore")
+    if not isinstance(groups, dict) or not groups:
+        return ["quantization_config has no config_groups; expected one group per format; write it again"]
+    problems: list[str] = []
+    patterns: list[str] = []
+    if isinstance(ignore, list) and _is_names(ignore):
+        patterns += ignore
+    else:
+        problems.append("quantization_config.ignore is not a list of names; expected the unquantized linears; fix it")
+    for name, group in groups.items():
+        if not isinstance(group, dict) or not _is_names(group.get("targets")) or not group["targets"]:
+            problems.append(f"config group {name} has no list of targets; expected anchored regexes; write it again")
+        elif not isinstance(group.get("weights"), dict):
+            problems.append(f"config group {name} has no weights entry; expected num_bits, strategy and so on")
+        else:
+            patterns += group["targets"]
+    for pattern in patterns:
+        try:
+            re.compile(pattern.removeprefix("re:"))
+        except re.error as error:
+            problems.append(f"target {pattern} is not a valid regex ({error}); fix it")
+    return problems
+
+
+def field_problems(config: Mapping[str, Any]) -> list[str]:
+    """Wrong values of the fixed fields, on top and in the groups."""
+    problems = []
+    if config.get("quant_method") != METHOD:
+        problems.append(f"quant_method is {config.get('quant_method')!r}; expected {METHOD!r}; set it")
+    status = config.get("quantization_status")
+    if status != STATUS:
+        problems.append(
+            f"quantization_status is {status!r}; expected {STATUS!r}: with 'frozen' transformers loads wrong weights "
+            "silently; set it"
+        )
+    where = {"quantization_config": config} | {f"config group {n}": g for n, g in config["config_groups"].items()}
+    for place, holder in where.items():
+        if holder.get("format") != FORMAT:
+            problems.append(f"format of {place} is {holder.get('format')!r}; expected {FORMAT!r}; set it")
+    for name, group in config["config_groups"].items():
+        for key in ("input_activations", "output_activations"):
+            if group.get(key) is not None:
+                problems.append(f"{key} of config group {name} is set; expected null: only weights are quantized")
+        try:
+            group_format(group["weights"])
+        except InputError as error:
+            problems.append(f"config group {name}: {error}")
+    return problems
+
+
+def target_problems(config: Mapping[str, Any], modules: Sequence[str]) -> list[str]:
+    """Targets that are not anchored, that hit nothing, or that overlap.
+
+    Args:
+        config: A config without `structure_problems`.
+        modules: Packed modules and dense matrices of the checkpoint.
+    """
+    problems = []
+    for target in all_targets(config):
+        hit = [module for module in modules if hits(target.pattern, module)]
+        wrong = [module for module in hit if not _hits_whole(target.pattern, module)]
+        where = f"target {target.pattern} of group {target.group}"
+        if wrong or not (target.pattern.startswith("re:") and re.search(r"(?<!\\)\$$", target.pattern)):
+            also = f"; it also hits {wrong[0]}" if wrong else ""
+            problems.append(f"{where} is not anchored; expected re:...$: loaders match the start only{also}; add $")
+        if not hit:
+            problems.append(f"{where} hits no module; expected at least one packed module; remove it or fix it")
+    for module in modules:
+        found = matching_targets(config, module)
+        if len(found) > 1:
+            problems.append(
+                f"{module} is hit by {_describe(found)}; expected disjoint targets: libraries pick different ones"
+            )
+    return problems
+
+
+def module_problems(
+    config: Mapping[str, Any], index: CheckpointIndex, reader: TensorReader
+) -> tuple[dict[str, QuantFormat], list[str]]:
+    """Format of each packed module that is consistent, and the problems of the others."""
+    formats: dict[str, QuantFormat] = {}
+    problems = []
+    for module in packed_modules(index):
+        problem = _part_problem(module, index)
+        if problem is None:
+            try:
+                quant_format = module_format(config, module)
+                problem = _shape_problem(module, quant_format, index, reader)
+                if problem is None:
+                    formats[module] = quant_format
+            except InputError as error:
+                problem = str(error)
+        if problem is not None:
+            problems.append(problem)
+    packed = set(packed_modules(index))
+    for name in index.tensors:
+        for suffix in _PARTS[1:]:
+            if name.endswith(suffix) and name.removesuffix(suffix) not in packed:
+                problems.append(f"{name} has no {name.removesuffix(suffix)}{PACKED_SUFFIX} beside it; write it again")
+    return formats, problems
+
+
+def ignore_problems(config: Mapping[str, Any], index: CheckpointIndex, other_linears: Iterable[str]) -> list[str]:
+    """Unquantized linears that are missing from ``ignore`` or hit by a target."""
+    packed = set(packed_modules(index))
+    dense = dense_matrices(index)
+    linears = dict.fromkeys(other_linears) | dict.fromkeys(m for m in dense if m.rpartition(".")[2] == "lm_head")
+    problems = []
+    for module in dict.fromkeys([*linears, *dense]):
+        if module in packed or is_ignored(config, module):
+            continue
+        if module in linears:
+            problems.append(f"unquantized linear {module} is not in ignore; some engines refuse it; add it to ignore")
+        elif matching_targets(config, module):
+            found = _describe(matching_targets(config, module))
+            problems.append(f"{module}.weight is not packed but hit by {found}; loaders expect it packed; fix that")
+    return problems
+
+
+def fused_problems(formats: Mapping[str, QuantFormat], index: CheckpointIndex) -> list[str]:
+    """Fused sets whose members differ in format, or that are packed in part."""
+    sets: dict[str, list[str]] = defaultdict(list)
+    for module in (*packed_modules(index), *dense_matrices(index)):
+        if unit_name(module) != module:
+            sets[unit_name(module)].append(module)
+    packed = set(packed_modules(index))
+    problems = []
+    for unit, members in sets.items():
+        labels = {m: formats[m].label if m in formats else "unknown" if m in packed else "unpacked" for m in members}
+        if len(set(labels.values()) - {"unknown"}) > 1:
+            found = ", ".join(f"{module} {label}" for module, label in labels.items())
+            problems.append(f"fused set {unit} mixes formats ({found}); engines need one format for all of it")
+    return problems
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _hits_whole(pattern: str, module: str) -> bool:
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], module) is not None
+    return pattern == module
+
+
+def _describe(targets: Iterable[Target]) -> str:
+    return " and ".join(f"{target.pattern} of group {target.group}" for target in targets)
+
+
+def _part_problem(module: str, index: CheckpointIndex) -> str | None:
+    expected = dict(zip(_PARTS, (("I32",), ("BF16", "F16", "F32"), ("I64",)), strict=True))
+    for suffix, dtypes in expected.items():
+        info = index.tensors.get(module + suffix)
+        if info is None:
+            return f"{module}{suffix} is missing; expected it beside {module}{PACKED_SUFFIX}; write it again"
+        if info.dtype not in dtypes:
+            return f"{info.name} is {info.dtype}; expected {' or '.join(dtypes)}; write it again"
+    if index.tensors[f"{module}.weight_shape"].shape != (2,):
+        return f"{module}.weight_shape does not hold two numbers; expected rows and columns; write it again"
+    if f"{module}.weight" in index.tensors:
+        return f"{module}.weight is stored beside {module}{PACKED_SUFFIX}; expected one of them; write it again"
+    return None
+
+
+def _shape_problem(module: str, quant_format: QuantFormat, index: CheckpointIndex, reader: TensorReader) -> str | None:
+    rows, columns = (int(value) for value in reader.tensor(f"{module}.weight_shape"))
+    packed, scale = (index.tensors[module + suffix].shape for suffix in _PARTS[:2])
+    return shape_problem(module, quant_format, packed, scale, (rows, columns))

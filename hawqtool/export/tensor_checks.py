@@ -1,0 +1,170 @@
+"""Checks of a packed checkpoint's bytes: scales, checksums, the plan, and the source."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from hawqtool.export.config_checks import PACKED_SUFFIX, packed_modules
+from hawqtool.export.packed import dequantize, relative_weight_error
+from hawqtool.export.packing import unpack_codes
+from hawqtool.formats import QuantFormat
+from hawqtool.model.index import CheckpointIndex, TensorInfo
+from hawqtool.model.reader import TensorReader
+
+MAX_GROUP_ERROR = 1.5
+"""Squared error over squared weights of one scale's weights that no rounding explains; dropping them gives 1."""
+
+QUIET_GROUP = 0.01
+"""Groups with less than this share of their row's mean energy are judged as if they had it: feedback may fill them."""
+
+ERROR_TOLERANCE = 1e-4
+"""Relative difference allowed between the recorded and the measured weight error (order of summation)."""
+
+
+def scale_problems(reader: TensorReader, modules: Sequence[str]) -> list[str]:
+    """Scales that are zero or not finite, first of each module."""
+    problems = []
+    for module in modules:
+        scales = reader.tensor(f"{module}.weight_scale")
+        bad = (~torch.isfinite(scales) | (scales == 0)).nonzero()
+        if len(bad):
+            row, group = bad[0].tolist()
+            problems.append(
+                f"{module}.weight_scale has {float(scales[row, group])} at row {row}, group {group} "
+                f"({len(bad)} such); expected finite and non-zero; write it again"
+            )
+    return problems
+
+
+def checksum_problems(reader: TensorReader, index: CheckpointIndex, expected: Mapping[str, Any]) -> list[str]:
+    """Tensors whose SHA-256 differs from the recorded one, or that only one side has."""
+    problems = []
+    for name in index.tensors:
+        if name not in expected:
+            problems.append(f"tensor {name} is not in reproduce/checksums.json; expected every tensor; write it again")
+            continue
+        digest = hashlib.sha256()
+        for piece in reader.chunks(name):
+            digest.update(piece)
+        if digest.hexdigest() != expected[name]:
+            problems.append(f"tensor {name} differs from its SHA-256 in reproduce/checksums.json; it changed on disk")
+    missing = [name for name in expected if name not in index.tensors]
+    return problems + [f"tensor {name} of reproduce/checksums.json is missing; write it again" for name in missing]
+
+
+def plan_problems(formats: Mapping[str, QuantFormat], index: CheckpointIndex, plan: Mapping[str, Any]) -> list[str]:
+    """Differences between the files and ``reproduce/plan.json``: modules, formats, stored bytes, file sizes.
+
+    Args:
+        formats: Formats found in the folder; modules with other problems are absent.
+        index: Index of the folder.
+        plan: Content of the file; ``group_size`` 0 or null means one scale per channel.
+    """
+    problems = []
+    packed = set(packed_modules(index))
+    planned = {layer["name"]: layer for layer in plan["layers"]}
+    for name, layer in planned.items():
+        if name not in packed:
+            problems.append(f"{name} is in reproduce/plan.json but not packed; expected it packed; write it again")
+            continue
+        parts = (name + PACKED_SUFFIX, name + ".weight_scale")
+        stored = sum(index.tensors[part].num_bytes for part in parts if part in index.tensors)
+        if stored != layer["bytes"]:
+            problems.append(f"{name} takes {stored} bytes; reproduce/plan.json says {layer['bytes']}; write it again")
+        wanted = QuantFormat(layer["bits"], layer["group_size"] or 0, layer["symmetric"])
+        if name in formats and formats[name] != wanted:
+            problems.append(f"{name} is {formats[name].label}; reproduce/plan.json says {wanted.label}; write it again")
+    unplanned = sorted(packed - set(planned))
+    problems += [f"{name} is packed but not in reproduce/plan.json; write it again" for name in unplanned]
+    if index.total_bytes != plan["total_bytes"]:
+        problems.append(
+            f"the safetensors files take {index.total_bytes} bytes; reproduce/plan.json says {plan['total_bytes']}; "
+            "write it again"
+        )
+    return problems
+
+
+def copy_problems(reader: TensorReader, source: TensorReader) -> list[str]:
+    """Unquantized tensors that are missing, unknown to the source, or not byte-equal to it."""
+    index, packed = reader.index, set(packed_modules(reader.index))
+    problems = []
+    for name, info in source.index.tensors.items():
+        if name.removesuffix(".weight") in packed and name.endswith(".weight"):
+            continue
+        found = index.tensors.get(name)
+        if found is None:
+            problems.append(f"tensor {name} of the source is missing; expected a copy; write it again")
+        elif _kind(found) != _kind(info):
+            problems.append(f"tensor {name} is {_kind(found)}; the source has {_kind(info)}; write it again")
+        elif any(a != b for a, b in zip(reader.chunks(name), source.chunks(name), strict=True)):
+            problems.append(f"tensor {name} differs from the source's; expected equal bytes; write it again")
+    parts = {f"{module}{suffix}" for module in packed for suffix in (PACKED_SUFFIX, ".weight_scale", ".weight_shape")}
+    known = parts | set(source.index.tensors)
+    unknown = [name for name in index.tensors if name not in known]
+    return problems + [
+        f"tensor {name} is not in the source; expected no new tensor; write it again" for name in unknown
+    ]
+
+
+def error_problems(
+    reader: TensorReader, source: TensorReader, formats: Mapping[str, QuantFormat], recorded: Mapping[str, Any]
+) -> list[str]:
+    """Packed modules that do not approximate the source's weight as recorded.
+
+    Args:
+        reader: The packed folder.
+        source: The original.
+        formats: Formats of the consistent packed modules.
+        recorded: Relative squared weight error by module; modules that are absent are judged by groups only.
+    """
+    problems = []
+    for module, quant_format in formats.items():
+        name = f"{module}.weight"
+        rows, columns = (int(value) for value in reader.tensor(f"{module}.weight_shape"))
+        if name not in source:
+            problems.append(f"{module} is packed but {name} is not in the source; expected the same model")
+            continue
+        if source.info(name).shape != (rows, columns):
+            found = list(source.info(name).shape)
+            problems.append(f"{module}.weight_shape is {[rows, columns]}; the source's weight has {found}")
+            continue
+        codes = unpack_codes(reader.tensor(f"{module}{PACKED_SUFFIX}"), quant_format.bits, columns)
+        scales = reader.tensor(f"{module}.weight_scale")
+        weight, restored = source.tensor(name), dequantize(codes, scales)
+        problems += _group_problems(module, weight, restored, scales.shape[1])
+        if module in recorded:
+            measured, expected = relative_weight_error(weight, restored), float(recorded[module])
+            if not math.isclose(measured, expected, rel_tol=ERROR_TOLERANCE, abs_tol=1e-12):
+                problems.append(
+                    f"{module}: relative squared weight error is {measured:.6g}; reproduce/checksums.json says "
+                    f"{expected:.6g}; codes or scales of this module changed"
+                )
+    return problems
+
+
+def _group_problems(module: str, weight: torch.Tensor, restored: torch.Tensor, groups: int) -> list[str]:
+    rows = weight.shape[0]
+    original = weight.float().view(rows, groups, -1)
+    error = (restored.float().view(rows, groups, -1) - original).square().sum(-1)
+    energy = original.square().sum(-1)
+    floor = (QUIET_GROUP * energy.mean(-1, keepdim=True)).clamp_min(torch.finfo(torch.float32).tiny)
+    relative = error / torch.maximum(energy, floor)
+    # Not "relative > limit": a NaN must count as a problem.
+    bad = (~(relative <= MAX_GROUP_ERROR)).nonzero()
+    if not len(bad):
+        return []
+    row, group = bad[0].tolist()
+    worst = float(relative[row, group])
+    return [
+        f"{module}: row {row}, group {group} ({len(bad)} such groups) has relative squared error {worst:.3g}; "
+        + f"expected at most {MAX_GROUP_ERROR}; its scale or codes are wrong, write it again"
+    ]
+
+
+def _kind(info: TensorInfo) -> str:
+    return f"{info.dtype} {list(info.shape)}"

@@ -1,0 +1,143 @@
+"""Reopen a written checkpoint and check everything that loaders rely on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hawqtool.export.config_checks import (
+    dense_matrices,
+    field_problems,
+    fused_problems,
+    ignore_problems,
+    module_problems,
+    packed_modules,
+    structure_problems,
+    target_problems,
+)
+from hawqtool.export.packed import read_config
+from hawqtool.export.tensor_checks import (
+    checksum_problems,
+    copy_problems,
+    error_problems,
+    plan_problems,
+    scale_problems,
+)
+from hawqtool.formats import QuantFormat
+from hawqtool.model.index import read_index
+from hawqtool.model.reader import TensorReader
+
+PLAN_FILE = "reproduce/plan.json"
+CHECKSUM_FILE = "reproduce/checksums.json"
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What `verify_folder` found.
+
+    Args:
+        problems: One line each, naming the tensor, target or module; empty for a good checkpoint.
+        num_tensors: Stored tensors.
+        num_packed: Packed modules.
+        total_bytes: Sum of the safetensors files.
+    """
+
+    problems: tuple[str, ...]
+    num_tensors: int
+    num_packed: int
+    total_bytes: int
+
+
+def verify_folder(folder: Path, against: Path | None = None) -> VerifyReport:
+    """Check a packed checkpoint: config, names, shapes, scales, checksums, plan, and optionally the source.
+
+    Args:
+        folder: A written checkpoint.
+        against: Folder of the original model; then unquantized tensors must be byte-equal to it and packed
+            ones must approximate it as recorded.
+
+    Raises:
+        InputError: If one of the folders or a file's header cannot be read at all.
+    """
+    folder = Path(folder)
+    index = read_index(folder)
+    reader = TensorReader(index)
+    model_config = read_config(folder)
+    packed = packed_modules(index)
+    plan, problems = _record(folder, PLAN_FILE, _is_plan)
+    checksums, found = _record(folder, CHECKSUM_FILE, _is_checksums)
+    problems += found
+    if not packed:
+        problems.append(f"{folder} has no packed module; expected *.weight_packed tensors; pass an output folder")
+
+    config: Any = model_config.get("quantization_config")
+    broken = structure_problems(config)
+    problems += broken
+    formats: dict[str, QuantFormat] = {}
+    if not broken:
+        problems += field_problems(config)
+        problems += target_problems(config, (*packed, *dense_matrices(index)))
+        formats, found = module_problems(config, index, reader)
+        problems += found
+        problems += ignore_problems(config, index, plan["other_linears"] if plan else ())
+    problems += fused_problems(formats, index)
+    problems += scale_problems(reader, tuple(formats))
+    if checksums:
+        problems += checksum_problems(reader, index, checksums["tensors"])
+    if plan:
+        problems += plan_problems(formats, index, plan)
+    if against is not None:
+        source = TensorReader(read_index(Path(against)))
+        problems += _model_config_problems(model_config, read_config(Path(against)))
+        problems += copy_problems(reader, source)
+        problems += error_problems(reader, source, formats, (checksums or {}).get("weight_error", {}))
+    return VerifyReport(tuple(problems), len(index.tensors), len(packed), index.total_bytes)
+
+
+def _model_config_problems(config: dict[str, Any], source: dict[str, Any]) -> list[str]:
+    keys = sorted((set(config) | set(source)) - {"quantization_config"})
+    return [
+        f"config.json has {key} {config.get(key)!r}; the source has {source.get(key)!r}; expected equal; restore it"
+        for key in keys
+        if config.get(key) != source.get(key)
+    ]
+
+
+def _record(folder: Path, name: str, is_valid: Any) -> tuple[dict[str, Any] | None, list[str]]:
+    """A file of ``reproduce/``, or what is wrong with it."""
+    path = folder / name
+    if not path.is_file():
+        return None, [f"{name} is missing; expected it beside the weights; write the checkpoint again"]
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        return None, [f"{name} is not readable JSON ({error}); write the checkpoint again"]
+    if not is_valid(content):
+        return None, [f"{name} does not have the expected fields; write the checkpoint again"]
+    return content, []
+
+
+def _is_plan(content: Any) -> bool:
+    if not isinstance(content, dict) or not isinstance(content.get("total_bytes"), int):
+        return False
+    layers, others = content.get("layers"), content.get("other_linears")
+    if not isinstance(layers, list) or not isinstance(others, list) or not all(isinstance(o, str) for o in others):
+        return False
+    return all(
+        isinstance(layer, dict)
+        and isinstance(layer.get("name"), str)
+        and isinstance(layer.get("bits"), int)
+        and isinstance(layer.get("group_size"), (int, type(None)))
+        and isinstance(layer.get("symmetric"), bool)
+        and isinstance(layer.get("bytes"), int)
+        for layer in layers
+    )
+
+
+def _is_checksums(content: Any) -> bool:
+    if not isinstance(content, dict) or not isinstance(content.get("tensors"), dict):
+        return False
+    errors = content.get("weight_error", {})
+    return isinstance(errors, dict) and all(isinstance(value, (int, float)) for value in errors.values())

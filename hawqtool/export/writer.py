@@ -1,0 +1,256 @@
+"""Writing the packed checkpoint: tensors stream into files of known size, in any order."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+import torch
+from torch import Tensor
+
+from hawqtool.errors import InputError, NumericalError
+from hawqtool.export.layout import Entry, Layout
+from hawqtool.export.packing import pack_codes
+from hawqtool.model.dtypes import dtype_name
+from hawqtool.model.index import INDEX_FILE, CheckpointIndex
+from hawqtool.model.reader import CHUNK_BYTES, TensorReader
+from hawqtool.records import RoundedLayer
+
+WEIGHT_PATTERNS = (
+    "*.safetensors",
+    "*.index.json",
+    "*.bin",
+    "*.pth",
+    "*.pt",
+    "*.ckpt*",
+    "*.pkl",
+    "*.gguf",
+    "*.ggml",
+    "*.onnx",
+    "*.onnx_data",
+    "*.h5",
+    "*.msgpack",
+    "*.npz",
+    "*.ot",
+    "*.tflite",
+    "consolidated*",
+)
+"""Weights in any form: the packed files replace them."""
+
+OWN_FILES = ("config.json", "readme.md", "report.json", "report.html")
+"""Files that the pipeline writes itself."""
+
+
+class CheckpointWriter:
+    """Writes the safetensors files of a layout; a context manager.
+
+    Leaving the block without an exception checks that every tensor was written exactly once and syncs the files.
+
+    Args:
+        index: The source.
+        layout: What to write, from `plan_layout`.
+        folder: Existing folder that receives the files.
+
+    Attributes:
+        checksums: SHA-256 of the stored bytes of every tensor written so far, by name.
+    """
+
+    def __init__(self, index: CheckpointIndex, layout: Layout, folder: Path) -> None:
+        self.checksums: dict[str, str] = {}
+        self._reader = TensorReader(index)
+        self._layout = layout
+        self._folder = folder
+        self._streams: dict[str, BinaryIO] = {}
+        self._entries = {entry.name: (file.name, entry) for file in layout.files for entry in file.entries}
+
+    def __enter__(self) -> Self:
+        try:
+            with _disk_errors(self._folder):
+                for file in self._layout.files:
+                    stream = (self._folder / file.name).open("wb", buffering=0)
+                    self._streams[file.name] = stream
+                    _reserve(stream, file.total_bytes)
+                    _write_all(stream, 0, [file.header])
+        except BaseException:
+            self._close_streams()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._close_streams()
+
+    def write_layer(self, layer: RoundedLayer) -> None:
+        """Pack a rounded layer and write its three tensors.
+
+        Raises:
+            InputError: If the layer is not as the layout planned it.
+            NumericalError: If it was written before, or the disk refuses.
+        """
+        rows, columns = layer.codes.shape
+        self._write(f"{layer.name}.weight_packed", pack_codes(layer.codes, layer.quant_format.bits))
+        self._write(f"{layer.name}.weight_scale", layer.scales)
+        self._write(f"{layer.name}.weight_shape", torch.tensor([rows, columns], dtype=torch.int64))
+
+    def copy_rest(self) -> None:
+        """Stream every tensor that is copied verbatim from the source, in pieces of at most 16 MiB.
+
+        Raises:
+            InputError: If the source cannot be read.
+            NumericalError: If a tensor was written before, or the disk refuses.
+        """
+        for name, (_, entry) in self._entries.items():
+            if entry.source is not None:
+                self._write_bytes(name, entry, self._reader.chunks(entry.source))
+
+    def close(self) -> None:
+        """Write the shard index if there are several files, sync everything and check completeness.
+
+        Raises:
+            NumericalError: If a planned tensor was not written, or the disk refuses.
+        """
+        try:
+            missing = [name for name in self._entries if name not in self.checksums]
+            if missing:
+                raise NumericalError(
+                    f"{len(missing)} planned tensors were not written, first {missing[0]}; expected all; run again"
+                )
+            with _disk_errors(self._folder):
+                for stream in self._streams.values():
+                    os.fsync(stream.fileno())
+                index_json = self._layout.index_json()
+                if index_json is not None:
+                    _write_json(self._folder / INDEX_FILE, index_json)
+        finally:
+            self._close_streams()
+
+    def _close_streams(self) -> None:
+        for stream in self._streams.values():
+            stream.close()
+        self._streams.clear()
+
+    def _write(self, name: str, tensor: Tensor) -> None:
+        if name not in self._entries:
+            raise InputError(f"{name} is not in the planned layout; expected only planned layers; plan it again")
+        entry = self._entries[name][1]
+        found = dtype_name(tensor.dtype), tuple(tensor.shape)
+        if found != (entry.dtype, entry.shape):
+            raise InputError(f"{name} is {found[0]} {list(found[1])}; the layout has {entry.dtype} {list(entry.shape)}")
+        flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        view = flat.numpy().data
+        self._write_bytes(name, entry, (view[at : at + CHUNK_BYTES] for at in range(0, len(view), CHUNK_BYTES)))
+
+    def _write_bytes(self, name: str, entry: Entry, pieces: Iterable[bytes | memoryview]) -> None:
+        if name in self.checksums:
+            raise NumericalError(f"tensor {name} was written twice; expected once; report this with the command used")
+        digest = hashlib.sha256()
+        stream = self._streams[self._entries[name][0]]
+        with _disk_errors(self._folder):
+            written = _write_all(stream, entry.offset, _hashed(pieces, digest.update))
+        if written != entry.num_bytes:
+            raise NumericalError(f"tensor {name} has {written} bytes; the layout has {entry.num_bytes}; run again")
+        self.checksums[name] = digest.hexdigest()
+
+
+def copy_small_files(source: Path, target: Path) -> tuple[str, ...]:
+    """Copy the tokenizer and the other small files, never weights, folders, hidden files or what we write ourselves.
+
+    Links are followed, because a hub cache holds links only.
+
+    Returns:
+        Names of the files copied, sorted.
+
+    Raises:
+        NumericalError: If a file cannot be copied.
+    """
+    copied = []
+    with _disk_errors(target):
+        for path in sorted(source.iterdir()):
+            name = path.name.lower()
+            skipped = name.startswith(".") or name in OWN_FILES or any(fnmatch(name, p) for p in WEIGHT_PATTERNS)
+            if path.is_file() and not skipped:
+                shutil.copyfile(path, target / path.name)
+                copied.append(path.name)
+    return tuple(copied)
+
+
+def write_config(source: Path, target: Path, quantization_config: dict[str, Any]) -> None:
+    """Write ``config.json`` into the folder ``target``: the source folder's, with the ``quantization_config``.
+
+    Raises:
+        InputError: If the source's cannot be read.
+        NumericalError: If the disk refuses.
+    """
+    path = source / "config.json"
+    try:
+        config = json.loads(path.read_bytes())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path} is not readable JSON ({error}); expected a model configuration; restore it") from None
+    config["quantization_config"] = quantization_config
+    with _disk_errors(target):
+        _write_json(target / "config.json", config)
+
+
+@contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(folder).free if folder.exists() else 0
+            reason = f"the disk is full ({free} bytes free); free some space or choose another output"
+        else:
+            reason = f"{error.strerror or error}; check that the folder exists and can be written"
+        raise NumericalError(f"writing to {folder} failed: {reason}") from error
+
+
+def _reserve(stream: BinaryIO, size: int) -> None:
+    """Give a file its final size; where the system can, with its blocks, so that a full disk shows at once."""
+    if hasattr(os, "posix_fallocate") and size:
+        try:
+            os.posix_fallocate(stream.fileno(), 0, size)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+                raise
+    stream.truncate(size)
+
+
+def _hashed(pieces: Iterable[bytes | memoryview], update: Any) -> Iterator[bytes | memoryview]:
+    for piece in pieces:
+        update(piece)
+        yield piece
+
+
+def _write_all(stream: BinaryIO, offset: int, pieces: Iterable[bytes | memoryview]) -> int:
+    """Write pieces from an offset on; an unbuffered write may be short, so each is repeated until done."""
+    stream.seek(offset)
+    total = 0
+    for piece in pieces:
+        view = memoryview(piece)
+        while len(view):
+            count = stream.write(view)
+            view = view[count:]
+            total += count
+    return total
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    with path.open("w", encoding="utf-8") as stream:
+        json.dump(content, stream, indent=2, ensure_ascii=False)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())

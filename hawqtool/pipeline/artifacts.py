@@ -1,0 +1,163 @@
+"""sensitivity.json and plan.json: the files between the stages."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hawqtool.errors import InputError, UsageError
+from hawqtool.formats import QuantFormat
+from hawqtool.records import BitPlan, LinearSpec, Score, SensitivityTable, Unit
+
+SENSITIVITY_SCHEMA = "hawqtool.sensitivity/1"
+PLAN_SCHEMA = "hawqtool.plan/1"
+
+
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    """Write a document by atomic rename."""
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_json(path: Path, schema: str) -> dict[str, Any]:
+    """Read a document and check its schema.
+
+    Raises:
+        InputError: If the file is missing, no JSON, or of another schema.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} was not found")
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from error
+    found = document.get("schema") if isinstance(document, dict) else None
+    if found != schema:
+        raise InputError(f"{path} has schema {found!r}, expected {schema!r}")
+    return document
+
+
+def sensitivity_document(table: SensitivityTable, units: tuple[Unit, ...], unquantized_bytes: int) -> dict[str, Any]:
+    """JSON form of a table; it carries the units' shapes, so allocation needs nothing else.
+
+    Args:
+        table: The scores.
+        units: Units that were measured.
+        unquantized_bytes: Bytes of the output files that do not depend on the plan (an upper bound by a few
+            bytes of header), for size targets.
+    """
+    return {
+        "schema": SENSITIVITY_SCHEMA,
+        "model": table.model,
+        "model_fingerprint": table.model_fingerprint,
+        "rounding": table.rounding,
+        "settings": table.settings,
+        "rows": table.rows,
+        "unquantized_bytes": unquantized_bytes,
+        "units": {unit.name: [asdict(member) for member in unit.members] for unit in units},
+        "scores": {
+            metric: {
+                unit: {label: [s.value, None if math.isnan(s.stderr) else s.stderr] for label, s in scores.items()}
+                for unit, scores in by_unit.items()
+            }
+            for metric, by_unit in table.scores.items()
+        },
+    }
+
+
+def read_sensitivity(path: Path) -> tuple[SensitivityTable, tuple[Unit, ...], int]:
+    """Table, units and plan-independent bytes of a sensitivity.json.
+
+    Raises:
+        InputError: If the file is no such document.
+    """
+    document = read_json(path, SENSITIVITY_SCHEMA)
+    try:
+        units = tuple(Unit(n, tuple(LinearSpec(**m) for m in ms)) for n, ms in document["units"].items())
+        scores = {
+            metric: {
+                unit: {label: Score(v, math.nan if e is None else e) for label, (v, e) in by_label.items()}
+                for unit, by_label in by_unit.items()
+            }
+            for metric, by_unit in document["scores"].items()
+        }
+        table = SensitivityTable(
+            scores=scores,
+            rounding=document["rounding"],
+            model=document["model"],
+            model_fingerprint=document["model_fingerprint"],
+            rows=document["rows"],
+            settings=document["settings"],
+        )
+        return table, units, int(document["unquantized_bytes"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is damaged ({error!r}); measure again") from error
+
+
+def plan_document(plan: BitPlan, units: tuple[Unit, ...], other_linears: tuple[str, ...]) -> dict[str, Any]:
+    """JSON form of a plan, one entry per layer, editable by hand."""
+    layers = []
+    for unit in units:
+        fmt = plan.formats[unit.name]
+        layers += [
+            {
+                "name": member.name,
+                "unit": unit.name,
+                "bits": fmt.bits,
+                "group_size": fmt.group_size or "channel",
+                "symmetric": fmt.symmetric,
+                "bytes": member.stored_bytes(fmt),
+            }
+            for member in unit.members
+        ]
+    return {
+        "schema": PLAN_SCHEMA,
+        "bpw_linears": plan.bpw,
+        "stored_bytes": plan.stored_bytes,
+        "budget_bytes": plan.budget_bytes,
+        "predicted_loss": plan.predicted_loss,
+        "metric": plan.metric,
+        "layers": layers,
+        "other_linears": list(other_linears),
+    }
+
+
+def read_plan(path: Path, units: tuple[Unit, ...]) -> BitPlan:
+    """The plan of a file for the units of a model.
+
+    Raises:
+        InputError: If the file is damaged.
+        UsageError: If layers are missing, unknown, or fused layers disagree; names them.
+    """
+    document = read_json(path, PLAN_SCHEMA)
+    try:
+        formats = {e["name"]: _entry_format(e) for e in document["layers"]}
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is damaged ({error!r}); each layer needs name, bits 2 to 8 and group_size") from error
+    members = {m.name: m for unit in units for m in unit.members}
+    wrong = sorted(formats.keys() ^ members.keys())
+    if wrong:
+        kind = "no format for" if wrong[0] in members else "a format for unknown or ignored"
+        raise UsageError(f"{path} has {kind} layer {wrong[0]} ({len(wrong)} such); plan and model (with --ignore) must agree")
+    for unit in units:
+        found = {formats[m.name].label for m in unit.members}
+        if len(found) > 1:
+            raise UsageError(f"{path}: {unit.name} is fused by engines but has formats {', '.join(sorted(found))}; use one")
+    for name, fmt in formats.items():
+        if not fmt.divides(members[name].in_features):
+            raise UsageError(f"{path}: group size {fmt.group_size} does not divide {name} ({members[name].in_features} inputs)")
+    by_unit = {unit.name: formats[unit.members[0].name] for unit in units}
+    stored = sum(unit.stored_bytes(by_unit[unit.name]) for unit in units)
+    return BitPlan(by_unit, stored, sum(unit.num_weights for unit in units))
+
+
+def _entry_format(entry: dict[str, Any]) -> QuantFormat:
+    size = 0 if entry["group_size"] == "channel" else int(entry["group_size"])
+    fmt = QuantFormat(int(entry["bits"]), size)
+    if not 2 <= fmt.bits <= 8 or size not in (0, 32, 64, 128):
+        raise ValueError(f"{entry['name']}: bits {fmt.bits}, group_size {entry['group_size']}")
+    return fmt

@@ -1,0 +1,143 @@
+"""What every stage needs to know of the model, from its config and headers alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hawqtool.allocation.problem import resolve_ignored, resolve_pins
+from hawqtool.allocation.uniform import uniform_formats
+from hawqtool.config import RunConfig
+from hawqtool.errors import InputError, UsageError
+from hawqtool.export.layout import Layout, plan_layout
+from hawqtool.formats import QuantFormat
+from hawqtool.model.dtypes import torch_dtype
+from hawqtool.model.index import CheckpointIndex, read_index
+from hawqtool.model.layers import Structure, discover
+from hawqtool.model.reader import TensorReader
+from hawqtool.model.skeleton import build_skeleton
+from hawqtool.model.sweep import ModelStream, WeightSource
+from hawqtool.records import Unit
+from hawqtool.rounding.layer import RoundingMethod
+
+CPU_ROWS_PER_SLICE, CUDA_ROWS_PER_SLICE = 16, 32
+_DEFAULT_ROWS = {"cpu": (16, 256), "cuda": (128, 2048)}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checkpoint ready to be worked on.
+
+    Args:
+        config: The run's configuration.
+        index: Headers of the checkpoint.
+        skeleton: The model without weights.
+        structure: Blocks, linears, input groups.
+        units: Units that are quantized; ignored ones are left out.
+        pins: Unit name to its fixed format.
+        device: Where to compute.
+        dtype: dtype of weights and activations while computing: float32 on a CPU.
+    """
+
+    config: RunConfig
+    index: CheckpointIndex
+    skeleton: nn.Module
+    structure: Structure
+    units: tuple[Unit, ...]
+    pins: dict[str, QuantFormat]
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def num_samples(self) -> int:
+        """Calibration rows."""
+        return self.config.num_samples or _DEFAULT_ROWS[self.device.type][0]
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens per row."""
+        return self.config.seq_len or _DEFAULT_ROWS[self.device.type][1]
+
+    @property
+    def rows_per_slice(self) -> int:
+        """Rows per forward pass; fixed per kind of device, never by free memory, because it changes sums."""
+        return self.config.rows_per_slice or (
+            CUDA_ROWS_PER_SLICE if self.device.type == "cuda" else CPU_ROWS_PER_SLICE
+        )
+
+    @property
+    def method(self) -> RoundingMethod:
+        """Rounding method of the configuration."""
+        c = self.config
+        return RoundingMethod(c.rounding, c.foem_beta, c.both_signs, c.damping)
+
+    @property
+    def stored_dtypes(self) -> dict[str, torch.dtype]:
+        """dtype in which each linear's scales are stored: that of its source weight."""
+        return {n: torch_dtype(self.index.tensors[f"{n}.weight"].dtype) for n in self.structure.linears}
+
+    @property
+    def unquantized_linears(self) -> tuple[str, ...]:
+        """Linears that stay as they are: ignored ones and those outside the blocks."""
+        kept = {m.name for unit in self.units for m in unit.members}
+        ignored = tuple(n for n in self.structure.linears if n not in kept)
+        return ignored + self.structure.other_linears
+
+    def stream(self, source: WeightSource | None = None) -> ModelStream:
+        """The model with weights from the checkpoint, or from another source such as a packed folder."""
+        reader = TensorReader(self.index) if source is None else source
+        return ModelStream(self.skeleton, self.structure, reader, self.device, self.dtype)
+
+    def layer_formats(self, formats: dict[str, QuantFormat]) -> dict[str, QuantFormat]:
+        """Formats by layer from formats by unit."""
+        return {m.name: formats[unit.name] for unit in self.units for m in unit.members}
+
+    def layout(self, formats: dict[str, QuantFormat]) -> Layout:
+        """Exact bytes of the output files for formats by unit."""
+        return plan_layout(self.index, self.layer_formats(formats), self.structure.linears)
+
+    def tokenizer(self) -> Any:
+        """The checkpoint's tokenizer.
+
+        Raises:
+            InputError: If it cannot be loaded.
+        """
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.index.folder, trust_remote_code=False)
+        except (ValueError, OSError, ImportError, KeyError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"{self.index.folder} has no tokenizer that transformers can load: {reason}") from error
+
+
+def prepare(config: RunConfig) -> Job:
+    """Read headers, build the skeleton, discover its layers, resolve pins.
+
+    Raises:
+        HawqError: For anything that would fail later and can be known now.
+    """
+    index = read_index(Path(config.model))
+    device = _device(config.device)
+    probe = build_skeleton(index.folder, torch.float32)
+    structure = discover(probe, index)
+    if not structure.linears:
+        raise InputError(f"{config.model}: no linear layer was found in its blocks")
+    stored = torch_dtype(index.tensors[f"{next(iter(structure.linears))}.weight"].dtype)
+    dtype = torch.float32 if device.type == "cpu" else stored
+    ignored = resolve_ignored(config.ignore, structure.units)
+    units = tuple(unit for unit in structure.units if unit.name not in ignored)
+    sizes = {name: fmt.group_size for name, fmt in uniform_formats(units, 8, config.group_size).items()}
+    pins = resolve_pins(config.pin, units, sizes)
+    return Job(config, index, build_skeleton(index.folder, dtype), structure, units, pins, device, dtype)
+
+
+def _device(wanted: str) -> torch.device:
+    available = torch.cuda.is_available()
+    if wanted == "cuda" and not available:
+        raise UsageError("--device cuda was asked for, but torch finds no CUDA device; use --device cpu")
+    return torch.device("cuda" if wanted != "cpu" and available else "cpu")

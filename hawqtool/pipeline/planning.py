@@ -1,0 +1,93 @@
+"""Menu, budget and plan of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from hawqtool.allocation.frontier import solve
+from hawqtool.allocation.problem import AllocationProblem, build_problem
+from hawqtool.allocation.uniform import uniform_formats
+from hawqtool.config import RunConfig, parse_size
+from hawqtool.formats import QuantFormat
+from hawqtool.records import BitPlan, Score, Unit
+
+NARROW_MENU, WIDE_MENU = (4, 8), (2, 3, 4, 8)
+
+
+def stored_bytes(units: Sequence[Unit], formats: Mapping[str, QuantFormat]) -> int:
+    """Stored bytes of formats by unit."""
+    return sum(unit.stored_bytes(formats[unit.name]) for unit in units)
+
+
+def budget_bytes(config: RunConfig, units: Sequence[Unit], unquantized_bytes: int) -> int:
+    """Most stored bytes of the quantized linears that the target allows.
+
+    Args:
+        config: With ``target_bpw`` or ``target_size``.
+        units: Units that are quantized.
+        unquantized_bytes: Bytes of the output files that no plan changes.
+    """
+    if config.target_bpw is not None:
+        return AllocationProblem({}, sum(unit.num_weights for unit in units)).budget_bytes(config.target_bpw)
+    assert config.target_size is not None  # require_one_target saw to it
+    return parse_size(config.target_size) - unquantized_bytes
+
+
+def widths(config: RunConfig, units: Sequence[Unit], budget: int | None) -> tuple[int, ...]:
+    """Widths to choose from: those asked for, else 4 and 8 where the budget allows 4 bits everywhere.
+
+    With widths 4 and 8 all engines load the result; narrower budgets need 2 and 3 bits as well.
+    """
+    if config.bits is not None:
+        return config.bits
+    four = stored_bytes(units, uniform_formats(units, 4, config.group_size))
+    if config.profile == "portable" or (budget is not None and budget >= four):
+        return NARROW_MENU
+    return WIDE_MENU
+
+
+def format_menu(units: Sequence[Unit], bits: Sequence[int], group_size: int) -> dict[str, tuple[QuantFormat, ...]]:
+    """Formats that each unit may take, group sizes falling where they do not divide."""
+    by_width = [uniform_formats(units, width, group_size) for width in bits]
+    return {unit.name: tuple(formats[unit.name] for formats in by_width) for unit in units}
+
+
+def allocate(
+    units: Sequence[Unit],
+    menu: Mapping[str, tuple[QuantFormat, ...]],
+    scores: Mapping[str, Mapping[str, Score]],
+    pins: Mapping[str, QuantFormat],
+    budget: int,
+    metric: str,
+) -> BitPlan:
+    """The plan of least predicted loss within the budget.
+
+    Raises:
+        UsageError: If the budget cannot be met; states the achievable range.
+    """
+    return solve(build_problem(units, menu, scores, pins), budget, metric)
+
+
+def single_choice_plan(
+    units: Sequence[Unit], menu: Mapping[str, tuple[QuantFormat, ...]], pins: Mapping[str, QuantFormat], budget: int
+) -> BitPlan | None:
+    """The plan when no unit has a choice, so that nothing needs to be measured; None otherwise.
+
+    Raises:
+        UsageError: If it exceeds the budget.
+    """
+    if any(len(menu[unit.name]) > 1 and unit.name not in pins for unit in units):
+        return None
+    fixed = {unit.name: pins.get(unit.name, menu[unit.name][0]) for unit in units}
+    return solve(build_problem(units, {}, {}, fixed), budget)
+
+
+def achievable(
+    units: Sequence[Unit], menu: Mapping[str, tuple[QuantFormat, ...]], pins: Mapping[str, QuantFormat]
+) -> tuple[int, int]:
+    """Least and most stored bytes that the menu and the pins allow."""
+    lowest = highest = 0
+    for unit in units:
+        sizes = [unit.stored_bytes(f) for f in ((pins[unit.name],) if unit.name in pins else menu[unit.name])]
+        lowest, highest = lowest + min(sizes), highest + max(sizes)
+    return lowest, highest

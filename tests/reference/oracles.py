@@ -1,0 +1,172 @@
+"""Slow, obvious float64 references for rounding: plain loops over columns, written from the formulas alone.
+
+Everything here works on a Hessian and weights whose columns are already in visiting order (see `visiting_order`).
+Every rounding reference returns ``(codes, values)``: ``values`` are what was rounded, in units of the scale, so
+that a test can tell a wrong code from one that lay on a tie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+Matrix = NDArray[np.float64]
+Rounded = tuple[Matrix, Matrix]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Scale of every weight, ``[out, in]``, and the range of codes."""
+
+    step: Matrix
+    lowest: int
+    highest: int
+
+    def round(self, values: Matrix, column: int) -> tuple[Matrix, Matrix]:
+        """Codes of one column of values, and the values in units of the scale."""
+        scaled = values / self.step[:, column]
+        return np.clip(np.rint(scaled), self.lowest, self.highest), scaled
+
+
+def damped(gram: Matrix, fraction: float) -> Matrix:
+    """H + λI with λ a fraction of the mean diagonal."""
+    return gram + fraction * np.mean(np.diag(gram)) * np.eye(len(gram))
+
+
+def visiting_order(gram: Matrix) -> NDArray[np.int64]:
+    """Columns by descending diagonal; equal ones keep their order."""
+    return np.argsort(-np.diag(gram), kind="stable")
+
+
+def upper_factor(hessian: Matrix) -> Matrix:
+    """U upper triangular with H⁻¹ = UᵀU, by the explicit inverse."""
+    return np.linalg.cholesky(np.linalg.inv(hessian)).T
+
+
+def right_factor(hessian: Matrix) -> Matrix:
+    """R upper triangular with H = R Rᵀ, by one Cholesky factorisation of the flipped matrix."""
+    return np.linalg.cholesky(hessian[::-1, ::-1])[::-1, ::-1]
+
+
+def plain(weight: Matrix, grid: Grid) -> Rounded:
+    """Nearest codes."""
+    scaled = weight / grid.step
+    return np.clip(np.rint(scaled), grid.lowest, grid.highest), scaled
+
+
+def gptq(weight: Matrix, grid: Grid, hessian: Matrix) -> Rounded:
+    """GPTQ in U form: the weights still to come are changed in place."""
+    upper = upper_factor(hessian)
+    current, codes, values = weight.copy(), np.zeros_like(weight), np.zeros_like(weight)
+    for j in range(weight.shape[1]):
+        codes[:, j], values[:, j] = grid.round(current[:, j], j)
+        error = (current[:, j] - codes[:, j] * grid.step[:, j]) / upper[j, j]
+        for k in range(j, weight.shape[1]):
+            current[:, k] -= error * upper[j, k]
+    return codes, values
+
+
+def gptq_feedback(weight: Matrix, grid: Grid, hessian: Matrix) -> Rounded:
+    """GPTQ in feedback form: each target is the original weight plus a sum over the errors made so far."""
+    right = right_factor(hessian)
+    codes, values, made = np.zeros_like(weight), np.zeros_like(weight), np.zeros_like(weight)
+    for j in range(weight.shape[1]):
+        target = weight[:, j].copy()
+        for i in range(j):
+            target += made[:, i] * right[i, j] / right[j, j]
+        codes[:, j], values[:, j] = grid.round(target, j)
+        made[:, j] = weight[:, j] - codes[:, j] * grid.step[:, j]
+    return codes, values
+
+
+def foem(weight: Matrix, grid: Grid, hessian: Matrix, beta: float) -> Rounded:
+    """FOEM's exact rule, with the drift kept apart from the weights."""
+    upper = upper_factor(hessian)
+    drift, codes, values = np.zeros_like(weight), np.zeros_like(weight), np.zeros_like(weight)
+    for j in range(weight.shape[1]):
+        codes[:, j], values[:, j] = grid.round(weight[:, j] + (1 - beta) * drift[:, j], j)
+        quantized = codes[:, j] * grid.step[:, j]
+        error = (weight[:, j] + (1 - beta) ** 2 * drift[:, j] - quantized) / upper[j, j]
+        for k in range(j + 1, weight.shape[1]):
+            drift[:, k] -= error * upper[j, k]
+    return codes, values
+
+
+def foem_feedback(weight: Matrix, grid: Grid, hessian: Matrix, beta: float) -> Rounded:
+    """FOEM in feedback form, β < 1: M = diag(U) + (1-β)² triu(U, 1), fed back through M⁻¹."""
+    upper = upper_factor(hessian)
+    right = np.linalg.inv(np.diag(np.diag(upper)) + (1 - beta) ** 2 * np.triu(upper, 1))
+    codes, values, made = np.zeros_like(weight), np.zeros_like(weight), np.zeros_like(weight)
+    for j in range(weight.shape[1]):
+        feedback = np.zeros(len(weight))
+        for i in range(j):
+            feedback += made[:, i] * right[i, j] / right[j, j]
+        codes[:, j], values[:, j] = grid.round(weight[:, j] + feedback / (1 - beta), j)
+        made[:, j] = weight[:, j] - codes[:, j] * grid.step[:, j]
+    return codes, values
+
+
+def objective(difference: Matrix, gram: Matrix) -> float:
+    """Trace of D H Dᵀ."""
+    return float(np.trace(difference @ gram @ difference.T))
+
+
+def stored(value: float, dtype: torch.dtype) -> float:
+    """A number after a round trip through the stored dtype."""
+    return float(torch.tensor(value, dtype=torch.float32).to(dtype).double())
+
+
+def scale_error(weights: Matrix, importance: Matrix, scale: float, bits: int) -> float:
+    """Sum of c (w - s q)² over one group."""
+    if scale == 0:
+        return float("inf")
+    codes = np.clip(np.rint(weights / scale), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    return float(np.sum(importance * (weights - scale * codes) ** 2))
+
+
+def scale_bounds(weights: Matrix, bits: int) -> tuple[float, float]:
+    """Smallest and largest magnitude of the candidates of one group."""
+    peak = float(np.abs(weights).max())
+    return 0.3 * peak / (2 ** (bits - 1) - 0.5), peak / (2 ** (bits - 1) - 1)
+
+
+def exhaustive_scale(
+    weights: Matrix, importance: Matrix, bits: int, dtype: torch.dtype, signs: Sequence[float], steps: int
+) -> tuple[float, float]:
+    """``(scale, error)`` of the best of ``steps`` equally spaced candidates per sign."""
+    low, high = scale_bounds(weights, bits)
+    best = (0.0, float("inf"))
+    for index in range(steps):
+        for sign in signs:
+            scale = stored(sign * (low + (high - low) * (1 - index / (steps - 1))), dtype)
+            error = scale_error(weights, importance, scale, bits)
+            if error < best[1]:
+                best = (scale, error)
+    return best
+
+
+def two_stage_scale(
+    weights: Matrix, importance: Matrix, bits: int, dtype: torch.dtype, signs: Sequence[float], coarse: int, fine: int
+) -> tuple[float, float]:
+    """``(scale, error)`` of the best of ``coarse`` candidates per sign, then of ``fine`` on either side of it."""
+    low, high = scale_bounds(weights, bits)
+    best_place, best_scale, best_error = 0.0, 0.0, float("inf")
+    places = [1 - index / (coarse - 1) for index in range(coarse)]
+    for place in places:
+        for sign in signs:
+            scale = stored(sign * (low + (high - low) * place), dtype)
+            error = scale_error(weights, importance, scale, bits)
+            if error < best_error:
+                best_place, best_scale, best_error = place, scale, error
+    centre, sign = best_place, float(np.sign(best_scale))
+    for index in range(-fine, fine + 1):
+        place = min(max(centre + index / (coarse - 1) / (fine + 1), 0.0), 1.0)
+        scale = stored(sign * (low + (high - low) * place), dtype)
+        error = scale_error(weights, importance, scale, bits)
+        if error < best_error:
+            best_scale, best_error = scale, error
+    return best_scale, best_error
