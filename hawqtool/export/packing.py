@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-_LANES = 32
-"""Codes per tile: 32 codes of ``bits`` bits fill exactly ``bits`` words."""
+_TILE = 32
+"""Rows are padded to a multiple of this: 32 codes of ``bits`` bits fill exactly ``bits`` words."""
 
-_SLICE_CODES = 1 << 24
-"""Rows are packed in slices of about this many codes, because the int64 intermediate is 8 times the codes."""
+_SLICE_CODES = {"cpu": 1 << 20, "cuda": 1 << 26}
+"""Rows are handled in slices of about this many codes: intermediates are wider, and on a CPU should stay cached."""
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
@@ -34,7 +34,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
         raise ValueError(f"codes span {int(codes.min())} to {int(codes.max())}; {bits} bits hold {low} to {high}")
     rows, columns = codes.shape
     packed = torch.empty(rows, -(-columns * bits // 32), dtype=torch.int32, device=codes.device)
-    step = _rows_per_slice(columns)
+    step = _rows_per_slice(columns, codes.device)
     for start in range(0, rows, step):
         packed[start : start + step] = _pack_slice(codes[start : start + step], bits)[:, : packed.shape[1]]
     return packed
@@ -58,42 +58,40 @@ def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
     if packed.shape[1] != words:
         raise ValueError(f"rows have {packed.shape[1]} words; {columns} codes of {bits} bits take {words}")
     codes = torch.empty(packed.shape[0], columns, dtype=torch.int8, device=packed.device)
-    step = _rows_per_slice(columns)
+    step = _rows_per_slice(columns, packed.device)
     for start in range(0, packed.shape[0], step):
         codes[start : start + step] = _unpack_slice(packed[start : start + step], bits)[:, :columns]
     return codes
 
 
-def _rows_per_slice(columns: int) -> int:
-    return max(1, _SLICE_CODES // max(columns, 1))
+def _rows_per_slice(columns: int, device: torch.device) -> int:
+    return max(1, _SLICE_CODES.get(device.type, 1 << 24) // max(columns, 1))
 
 
 def _pack_slice(codes: Tensor, bits: int) -> Tensor:
-    """``[rows, in]`` int8 to ``[rows, ceil(in/32)*bits]`` int32, zero bits after the last code."""
+    """``[rows, in]`` int8 to ``[rows, words]`` int32 with at least the words needed, zero bits after the last code."""
     rows, columns = codes.shape
-    unsigned = pad(codes.to(torch.int64) + (1 << (bits - 1)), (0, -columns % _LANES))
-    lanes = unsigned.view(rows, -1, _LANES)
-    words = torch.zeros(rows, lanes.shape[1], bits, dtype=torch.int64, device=codes.device)
-    for lane in range(_LANES):
-        word, shift = divmod(lane * bits, 32)
-        words[:, :, word] |= lanes[:, :, lane] << shift
-        if shift + bits > 32:
-            words[:, :, word + 1] |= lanes[:, :, lane] >> (32 - shift)
-    # Narrowing a wide value to int32 keeps the low 32 bits only where they are a valid int32: wrap explicitly.
-    words &= 0xFFFFFFFF
-    words -= (words >> 31) << 32
-    return words.to(torch.int32).view(rows, -1)
+    stream = pad(codes.to(torch.int32) + (1 << (bits - 1)), (0, -columns % _TILE))
+    # Eight codes of b bits are b whole bytes: join neighbours three times, then keep b bytes of each int64.
+    stream = stream[:, 0::2] | (stream[:, 1::2] << bits)
+    stream = stream[:, 0::2] | (stream[:, 1::2] << (2 * bits))
+    wide = stream.to(torch.int64) & 0xFFFFFFFF
+    wide = wide[:, 0::2] | (wide[:, 1::2] << (4 * bits))
+    kept = wide.view(torch.uint8).view(rows, -1, 8)[:, :, :bits]
+    return kept.reshape(rows, -1).view(torch.int32)
 
 
 def _unpack_slice(packed: Tensor, bits: int) -> Tensor:
-    """``[rows, words]`` int32 to ``[rows, 32*ceil(words/bits)]`` int8."""
-    rows, words_in = packed.shape
-    words = pad(packed.to(torch.int64) & 0xFFFFFFFF, (0, -words_in % bits)).view(rows, -1, bits)
-    codes = torch.empty(rows, words.shape[1], _LANES, dtype=torch.int8, device=packed.device)
-    for lane in range(_LANES):
-        word, shift = divmod(lane * bits, 32)
-        value = words[:, :, word] >> shift
-        if shift + bits > 32:
-            value = value | (words[:, :, word + 1] << (32 - shift))
-        codes[:, :, lane] = ((value & ((1 << bits) - 1)) - (1 << (bits - 1))).to(torch.int8)
+    """``[rows, words]`` int32 to ``[rows, n]`` int8 with at least the codes that were packed."""
+    rows = packed.shape[0]
+    stream = packed.contiguous().view(torch.uint8)
+    stream = pad(stream, (0, -stream.shape[1] % bits)).view(rows, -1, bits)
+    wide = pad(stream, (0, 8 - bits)).view(torch.int64)
+    mask = (1 << 4 * bits) - 1
+    halves = torch.cat([wide & mask, (wide >> (4 * bits)) & mask], dim=-1)
+    # Four codes of up to 8 bits fill an int32 exactly; the mask below drops what the sign bit drags in.
+    quads = halves.to(torch.int32) if bits < 8 else halves.view(torch.int32)[:, :, 0::2]
+    codes = torch.empty(*quads.shape, 4, dtype=torch.int8, device=packed.device)
+    for lane in range(4):
+        codes[..., lane] = ((quads >> (lane * bits)) & ((1 << bits) - 1)) - (1 << (bits - 1))
     return codes.view(rows, -1)

@@ -61,9 +61,10 @@ def _search_chunk(
     low = LOWEST_RATIO * peak / (quant_format.max_code + 0.5)
     high = peak / max(quant_format.max_code, 0.5)
     best_error = torch.full_like(peak, float("inf"))
-    best_scale = high.to(stored_dtype)
+    # Stays where no candidate can be stored: weights that small are as good as zero, and get code zero.
+    best_scale = torch.ones_like(peak, dtype=stored_dtype)
     best_place = torch.zeros_like(peak)
-    search = _Search(weight, importance, quant_format, stored_dtype)
+    search = _Search(weight, importance, quant_format)
     signs = (1.0, -1.0) if both_signs else (1.0,)
 
     def attempt(place: Tensor, sign: Tensor | float) -> None:
@@ -90,10 +91,11 @@ def _search_chunk(
 class _Search:
     """Weighted squared error of one chunk for a candidate scale, with buffers that are reused."""
 
-    def __init__(self, weight: Tensor, importance: Tensor, fmt: QuantFormat, stored_dtype: torch.dtype) -> None:
+    def __init__(self, weight: Tensor, importance: Tensor, fmt: QuantFormat) -> None:
         self.weight, self.importance, self.fmt = weight, importance.t().contiguous(), fmt
-        # Scales below the smallest normal number of the stored dtype would round to garbage.
-        self.tiny = torch.finfo(stored_dtype).tiny
+        # Only zero, and scales whose float32 reciprocal overflows, are unusable: subnormal fp16 scales are coarse,
+        # but their error is measured as they are stored.
+        self.tiny = torch.finfo(torch.float32).tiny
         self.scaled, self.codes = torch.empty_like(weight), torch.empty_like(weight)
 
     def error(self, scale: Tensor) -> Tensor:

@@ -1,0 +1,43 @@
+"""The typer application; nothing here imports torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Optional
+
+import typer
+
+from hawqtool import __version__
+from hawqtool.cli import allocate, evaluate, measure, quantize, verify
+
+app = typer.Typer(
+    name="hawqtool",
+    help="Measure how sensitive each layer is, give it the bits it deserves, round, verify, prove that it pays.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    epilog="Exit codes: 0 done, 2 usage or infeasible target, 3 gate failed, 4 input or model, 5 numerical, memory or "
+    "disk, 130 interrupted, 143 terminated.",
+)
+app.command("quantize")(quantize.quantize)
+app.command("measure")(measure.measure)
+app.command("allocate")(allocate.allocate)
+app.command("evaluate")(evaluate.evaluate)
+app.command("verify")(verify.verify)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"hawqtool {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[Optional[bool], typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = None,
+) -> None:
+    """Options of the program itself."""
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

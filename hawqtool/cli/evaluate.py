@@ -1,0 +1,48 @@
+"""``hawqtool evaluate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hawqtool.cli import options as o
+from hawqtool.cli.session import print_json, session
+
+
+def evaluate(
+    folder: Annotated[Path, typer.Argument(help="A quantized folder.")],
+    against: Annotated[str, typer.Option("--against", help="The original checkpoint.", metavar="MODEL")],
+    eval_data: o.EvalData = None,
+    eval_samples: o.EvalSamples = None,
+    seq_len: o.SeqLen = None,
+    device: o.Device = None,
+    rows_per_slice: o.RowsPerSlice = None,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+    debug: o.Debug = False,
+) -> None:
+    """Perplexity, KL and same-top-1 of a quantized folder against its original, read back from the files.
+
+    Example: hawqtool evaluate ./out --against ./model --eval-data text.txt
+    """
+    values: dict[str, Any] = {
+        k: v for k, v in locals().items() if k not in {"folder", "against", "json", "quiet", "debug"}
+    }
+    with session(quiet, debug) as terminal:
+        from hawqtool.config import load_config
+
+        settings = load_config(None, values | {"model": against})
+
+        from hawqtool.pipeline.evaluating import run_evaluate
+
+        result = run_evaluate(settings, folder, terminal)
+        terminal.close()
+        if json:
+            print_json(result)
+            return
+        original, quantized = result["original"], result["quantized"]
+        print(f"perplexity  {original['perplexity']:.3f} original, {quantized['perplexity']:.3f} quantized")
+        print(f"KL          {quantized['kl']:.4f} ± {quantized['kl_stderr']:.4f} nats per token")
+        print(f"same top-1  {100 * quantized['same_top']:.2f} % of {quantized['num_tokens']} tokens")

@@ -1,0 +1,53 @@
+"""``hawqtool measure``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hawqtool.cli import options as o
+from hawqtool.cli.session import print_json, session
+
+
+def measure(
+    model: o.Model = None,
+    output: Annotated[str, typer.Option("--output", "-o", help="File to write.")] = "sensitivity.json",
+    bits: o.Bits = None,
+    group_size: o.GroupSize = None,
+    pin: o.Pin = None,
+    ignore: o.Ignore = None,
+    calibration: o.Calibration = None,
+    num_samples: o.NumSamples = None,
+    seq_len: o.SeqLen = None,
+    rounding: o.Rounding = None,
+    foem_beta: o.FoemBeta = None,
+    damping: o.Damping = None,
+    scale_sign: o.ScaleSign = None,
+    device: o.Device = None,
+    rows_per_slice: o.RowsPerSlice = None,
+    seed: o.Seed = None,
+    config: o.Config = None,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+    debug: o.Debug = False,
+) -> None:
+    """Score every unit in every width with fisher, kron and hawq-ggn; write sensitivity.json.
+
+    Example: hawqtool measure ./model -o sensitivity.json --bits 2,3,4,8 --group-size 64
+    """
+    values: dict[str, Any] = {k: v for k, v in locals().items() if k not in {"output", "config", "json", "quiet", "debug"}}
+    with session(quiet, debug) as terminal:
+        from hawqtool.config import load_config
+
+        settings = load_config(config, values)
+
+        from hawqtool.pipeline.measuring import run_measure
+
+        document = run_measure(settings, Path(output), terminal)
+        terminal.close()
+        if json:
+            print_json(document)
+        else:
+            print(f"{len(document['units'])} units scored with {', '.join(document['scores'])}: {output}")

@@ -1,0 +1,103 @@
+"""The one source of the command line's options; names equal the keys of the configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+MODEL, TARGET, CALIBRATION, METHOD, OUTPUT, RUN = "Model", "Target", "Calibration", "Method", "Output", "Run"
+
+
+def _option(*names: str, help: str, panel: str, metavar: str | None = None) -> object:
+    return typer.Option(*names, help=help, rich_help_panel=panel, metavar=metavar, show_default=False)
+
+
+Model = Annotated[Optional[str], typer.Argument(help="Checkpoint folder (config.json and safetensors).", show_default=False)]
+Output = Annotated[Optional[str], _option("--output", "-o", help="Folder to create.", panel=OUTPUT, metavar="DIR")]
+Overwrite = Annotated[
+    Optional[bool], _option("--overwrite", help="Replace a folder that hawqtool made.", panel=OUTPUT)
+]
+TargetBpw = Annotated[
+    Optional[float],
+    _option("--target-bpw", help="Stored bits per weight of the quantized linears, scales included.", panel=TARGET),
+]
+TargetSize = Annotated[
+    Optional[str], _option("--target-size", help="Size of the weight files, such as 90MB or 3.2GiB.", panel=TARGET)
+]
+Plan = Annotated[Optional[str], _option("--plan", help="A plan.json to carry out as it is.", panel=TARGET, metavar="FILE")]
+Bits = Annotated[
+    Optional[str],
+    _option("--bits", help="Widths to choose from [default: 4,8 where the target allows it, else 2,3,4,8].", panel=TARGET),
+]
+GroupSize = Annotated[
+    Optional[str],
+    _option(
+        "--group-size",
+        help="Inputs per scale: 128, 64, 32 or channel; falls to the largest that divides a layer [default: 128].",
+        panel=TARGET,
+    ),
+]
+Profile = Annotated[
+    Optional[str],
+    _option("--profile", help="auto, portable (4 and 8 bit, positive scales), vllm, transformers [default: auto].", panel=TARGET),
+]
+Pin = Annotated[
+    Optional[list[str]],
+    _option("--pin", help="Fix a width: 're:.*down_proj=8' or a layer's name; repeatable.", panel=TARGET, metavar="NAME=BITS"),
+]
+Ignore = Annotated[
+    Optional[list[str]], _option("--ignore", help="Layers to leave as they are; repeatable.", panel=TARGET, metavar="NAME")
+]
+Calibration = Annotated[
+    Optional[str],
+    _option("--calibration", help="A UTF-8 text file, or self: rows sampled from the model [default: self].", panel=CALIBRATION),
+]
+NumSamples = Annotated[
+    Optional[int], _option("--num-samples", help="Calibration rows [default: 128, on a CPU 16].", panel=CALIBRATION)
+]
+SeqLen = Annotated[
+    Optional[int], _option("--seq-len", help="Tokens per row [default: 2048, on a CPU 256].", panel=CALIBRATION)
+]
+EvalData = Annotated[
+    Optional[str],
+    _option("--eval-data", help="Text to evaluate on [default: further rows of the calibration source].", panel=CALIBRATION),
+]
+EvalSamples = Annotated[Optional[int], _option("--eval-samples", help="Evaluation rows [default: 32].", panel=CALIBRATION)]
+Sensitivity = Annotated[
+    Optional[str],
+    _option(
+        "--sensitivity",
+        help="auto (fisher for rtn, else kron), fisher, kron, hawq-ggn, or a saved sensitivity.json [default: auto].",
+        panel=METHOD,
+    ),
+]
+Rounding = Annotated[Optional[str], _option("--rounding", help="rtn, gptq or foem [default: gptq].", panel=METHOD)]
+FoemBeta = Annotated[
+    Optional[float], _option("--foem-beta", help="FOEM's pull towards the original weights [default: 0.1].", panel=METHOD)
+]
+Damping = Annotated[
+    Optional[float],
+    _option(
+        "--damping", help="Fraction of the mean diagonal [default: 0.05, 0.2 below 8 tokens per column].", panel=METHOD
+    ),
+]
+ScaleSign = Annotated[
+    Optional[str], _option("--scale-sign", help="both or positive [default: by profile].", panel=METHOD)
+]
+Device = Annotated[Optional[str], _option("--device", help="auto, cpu or cuda [default: auto].", panel=RUN)]
+RowsPerSlice = Annotated[
+    Optional[int],
+    _option("--rows-per-slice", help="Rows per forward pass; lower it when memory is short [default: 32, on a CPU 16].", panel=RUN),
+]
+Seed = Annotated[Optional[int], _option("--seed", help="Seed of rows and sampled labels [default: 0].", panel=RUN)]
+Config = Annotated[
+    Optional[Path], _option("--config", "-c", help="YAML file; flags win over it.", panel=RUN, metavar="FILE")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Show what would be done, from headers alone; write nothing.", rich_help_panel=RUN)
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel=RUN)]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No narration and no progress.", rich_help_panel=RUN)]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of expected errors.", rich_help_panel=RUN)]

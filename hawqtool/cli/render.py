@@ -1,0 +1,94 @@
+"""Tables for people; the only other place that uses rich is the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def size(num_bytes: float) -> str:
+    """Bytes for people, exact below a kilobyte."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000 or unit == "GB":
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    raise AssertionError
+
+
+def announcement(description: dict[str, Any]) -> list[str]:
+    """The screen before the long part."""
+    low, high = description["achievable_bpw"]
+    budget = description["budget_bpw"]
+    rows, length = description["calibration"]
+    about = "" if description["expected_is_exact"] else "at most "
+    lines = [
+        f"model       {description['model']}: {description['blocks']} blocks, {description['linears']} linears in "
+        f"{description['units']} units, {description['quantized_weights']:,} weights to quantize",
+        f"widths      {', '.join(map(str, description['widths']))} bits; achievable {low:.3f} to {high:.3f} stored bits "
+        "per weight",
+        f"budget      {'from the plan' if budget is None else f'{budget:.3f} stored bits per weight'}; best uniform that "
+        f"fits: {description['best_uniform'] or 'none'}",
+        f"size        {size(description['original_bytes'])} now, {about}{size(description['expected_bytes'])} "
+        f"({description['expected_bytes']:,} bytes) afterwards",
+        f"work        {description['rounding']} on {rows} rows of {length} tokens, {description['device']}, "
+        f"seed {description['seed']}",
+    ]
+    return lines + [f"note        {text}" for text in description["group_falls"]]
+
+
+def print_report(report: dict[str, Any], output: str) -> None:
+    """The result: sizes, histogram, quality against uniform."""
+    console = Console(highlight=False)
+    evaluation = report["evaluation"]
+    table = Table(title="quality on the report rows" + (" (in-domain)" if report["rows"]["report_in_domain"] else ""))
+    for name in ("model", "formats", "bits/weight", "file", "perplexity", "KL (nats/token)", "same top-1"):
+        table.add_column(name, justify="left" if name in ("model", "formats") else "right", overflow="fold")
+    original = report["sizes"]["original_bytes"]
+    table.add_row("original", "", "", size(original), f"{evaluation['original']['perplexity']:.2f}", "0", "100 %")
+    for name in ("uniform", "mixed"):
+        if evaluation[name] is None or (name == "mixed" and evaluation["uniform"] == evaluation["mixed"]):
+            continue
+        table.add_row(*_quality_row(name, evaluation[name]))
+    interpolated = evaluation["uniform_interpolated"]
+    if interpolated and evaluation["uniform"] != evaluation["mixed"]:
+        bits = f"{evaluation['mixed']['bpw_linears']:.3f}"
+        table.add_row("uniform, interpolated", "", bits, "", "", f"{interpolated['kl']:.4f}", "")
+    console.print(table)
+    sizes = report["sizes"]
+    histogram = Counter(entry["bits"] for entry in report["plan"])
+    console.print(
+        f"shipped     {report['shipped']}: "
+        + ", ".join(f"{count} linears at {bits} bits" for bits, count in sorted(histogram.items()))
+    )
+    console.print(
+        f"size        {sizes['original_bytes']:,} -> {sizes['quantized_bytes']:,} bytes; {sizes['bpw_linears']:.3f} stored "
+        f"bits per weight over the linears, {sizes['bpw_file']:.3f} over the whole file"
+    )
+    difference = evaluation.get("mixed_minus_uniform")
+    if difference and evaluation["uniform"] != evaluation["mixed"]:
+        console.print(f"paired      KL mixed - uniform {difference['kl']:+.4f} ± {_number(difference['kl_stderr'])}")
+    spent = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in report["timings"].items())
+    console.print(f"time        {spent}")
+    for text in report["warnings"]:
+        console.print(f"warning     {text}", markup=False)
+    console.print(f"verified    {output}", markup=False)
+
+
+def _quality_row(name: str, values: dict[str, Any]) -> list[str]:
+    return [
+        name,
+        " ".join(values["formats"]),
+        f"{values['bpw_linears']:.3f}",
+        size(values["total_bytes"]),
+        f"{values['perplexity']:.2f}",
+        f"{values['kl']:.4f} ± {_number(values['kl_stderr'])}",
+        f"{100 * values['same_top']:.1f} %",
+    ]
+
+
+def _number(value: float) -> str:
+    return "n/a" if math.isnan(value) else f"{value:.4f}"

@@ -1,0 +1,62 @@
+"""Narration and progress on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+_PLAIN_SECONDS = 10.0
+
+
+class Terminal:
+    """A bar with time left on a terminal, plain lines elsewhere, nothing when quiet."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.console = Console(stderr=True, highlight=False)
+        self.quiet = quiet
+        self.warnings: list[str] = []
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._stage, self._begin, self._printed = "", 0.0, 0.0
+
+    def say(self, text: str) -> None:
+        """One line of narration."""
+        if not self.quiet:
+            self.console.print(text, markup=False)
+
+    def warn(self, text: str) -> None:
+        """A warning line; kept to be repeated at the end."""
+        self.warnings.append(text)
+        self.console.print(f"warning: {text}", markup=False, style="yellow")
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        """Advance the bar of a stage; on a terminal drawn in place, else a line now and then."""
+        if self.quiet:
+            return
+        now = time.monotonic()
+        if stage != self._stage:
+            self.close()
+            self._stage, self._begin, self._printed = stage, now, now
+            if sys.stderr.isatty():
+                self._bar = Progress(
+                    TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                    TimeRemainingColumn(), console=self.console,
+                )
+                self._bar.start()
+                self._task = self._bar.add_task(stage, total=total)
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=done, total=total)
+        elif done == total or now - self._printed >= _PLAIN_SECONDS:
+            spent = now - self._begin
+            left = f", about {spent / done * (total - done):.0f} s left" if done < total else ""
+            self.console.print(f"{stage}: {done}/{total}, {spent:.0f} s{left}", markup=False)
+            self._printed = now
+
+    def close(self) -> None:
+        """Finish the current bar."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = self._task = None

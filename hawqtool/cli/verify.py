@@ -1,0 +1,34 @@
+"""``hawqtool verify``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from hawqtool.cli import options as o
+from hawqtool.cli.session import print_json, session
+
+
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A folder that hawqtool wrote.")],
+    against: Annotated[Optional[Path], typer.Option("--against", help="The original checkpoint.", metavar="MODEL")] = None,
+    json: o.Json = False,
+    debug: o.Debug = False,
+) -> None:
+    """Check every tensor, the sizes, the fused sets and the targets of a written folder; exit 0 or 4.
+
+    Example: hawqtool verify ./out --against ./model
+    """
+    with session(debug=debug):
+        from hawqtool.errors import InputError
+        from hawqtool.export.verify import verify_folder
+
+        report = verify_folder(folder, against)
+        if json:
+            print_json({"schema": "hawqtool.verify/1", "problems": list(report.problems), "tensors": report.num_tensors})
+        elif not report.problems:
+            print(f"{report.num_tensors} tensors, {report.num_packed} packed layers, {report.total_bytes:,} bytes: no problem found")
+        if report.problems:
+            raise InputError(f"{len(report.problems)} problems in {folder}:\n  " + "\n  ".join(report.problems))

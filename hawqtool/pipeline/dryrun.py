@@ -1,0 +1,78 @@
+"""What a run would do, from headers alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hawqtool.allocation.uniform import best_uniform
+from hawqtool.errors import UsageError
+from hawqtool.formats import QuantFormat
+from hawqtool.pipeline.artifacts import read_plan
+from hawqtool.pipeline.job import Job
+from hawqtool.pipeline.measuring import job_menu, unquantized_bytes
+from hawqtool.pipeline.planning import achievable, budget_bytes, single_choice_plan
+
+
+def describe(job: Job) -> dict[str, Any]:
+    """Model, menu, achievable range, budget and expected size; reads nothing but headers.
+
+    Raises:
+        UsageError: If the budget is infeasible.
+    """
+    config = job.config
+    weights = sum(unit.num_weights for unit in job.units)
+    menu = job_menu(job, None)
+    fixed = unquantized_bytes(job, menu)
+    budget: int | None = None
+    plan = None
+    if config.plan is not None:
+        plan = read_plan(Path(config.plan), job.units)
+    else:
+        budget = budget_bytes(config, job.units, fixed)
+        menu = job_menu(job, budget)
+        _check_feasible(job, menu, budget, weights, fixed)
+        plan = single_choice_plan(job.units, menu, job.pins, budget)
+    lowest, highest = achievable(job.units, menu, job.pins)
+    expected = plan.stored_bytes if plan else min(budget or 0, highest)
+    uniform = best_uniform(job.units, budget if budget is not None else expected)
+    return {
+        "model": Path(config.model).name,
+        "blocks": len(job.structure.blocks),
+        "linears": sum(len(unit.members) for unit in job.units),
+        "units": len(job.units),
+        "quantized_weights": weights,
+        "widths": sorted({f.bits for formats in menu.values() for f in formats}),
+        "group_falls": _group_falls(job, menu),
+        "achievable_bpw": [8 * lowest / weights, 8 * highest / weights],
+        "budget_bpw": None if budget is None else 8 * budget / weights,
+        "original_bytes": job.index.total_bytes,
+        "expected_bytes": job.layout(plan.formats).total_bytes if plan else fixed + expected,
+        "expected_is_exact": plan is not None,
+        "best_uniform": uniform.label if uniform else None,
+        "device": str(job.device),
+        "calibration": [job.num_samples, job.seq_len],
+        "rounding": config.rounding,
+        "seed": config.seed,
+    }
+
+
+def _check_feasible(
+    job: Job, menu: dict[str, tuple[QuantFormat, ...]], budget: int, weights: int, fixed: int
+) -> None:
+    lowest, highest = achievable(job.units, menu, job.pins)
+    if budget < lowest:
+        raise UsageError(
+            f"target of {8 * budget / weights:.3f} bits per weight ({budget + fixed:,} bytes in all) is below what the "
+            f"widths allow: {8 * lowest / weights:.3f} to {8 * highest / weights:.3f} ({lowest + fixed:,} to "
+            f"{highest + fixed:,} bytes); raise the target, add narrower --bits or a larger --group-size, or drop pins"
+        )
+
+
+def _group_falls(job: Job, menu: dict[str, tuple[QuantFormat, ...]]) -> list[str]:
+    wanted = job.config.group_size
+    fallen = [u.name for u in job.units if menu[u.name][0].group_size != wanted]
+    if not fallen:
+        return []
+    sizes = sorted({menu[name][0].group_size for name in fallen})
+    return [f"group size {wanted} does not divide {len(fallen)} units (first {fallen[0]}); they use {sizes}"]

@@ -1,0 +1,95 @@
+"""Evaluate written folders against the original model."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hawqtool.config import RunConfig
+from hawqtool.errors import InputError
+from hawqtool.evaluation.divergence import evaluate_hidden
+from hawqtool.export.packed import PackedReader
+from hawqtool.pipeline.job import Job, prepare
+from hawqtool.pipeline.progress import Reporter
+from hawqtool.pipeline.rows import evaluation_rows
+from hawqtool.records import Evaluation, Rows
+
+
+class Evaluator:
+    """Compares packed folders with the original on fixed sets of rows; the original is run once.
+
+    Args:
+        job: The original model.
+        sets: Rows by role; all are run together.
+        reporter: Progress.
+    """
+
+    def __init__(self, job: Job, sets: dict[str, Rows], reporter: Reporter) -> None:
+        self.job, self.sets, self.reporter = job, sets, reporter
+        self.seconds = 0.0
+        self.reference = self._hidden(None, "original")
+
+    def _hidden(self, folder: Path | None, label: str) -> dict[str, Tensor]:
+        start = time.perf_counter()
+        stream = self.job.stream(PackedReader(folder) if folder else None)
+        count = len(self.job.structure.blocks)
+        states = {}
+        for position, (role, rows) in enumerate(self.sets.items()):
+            first, total = position * count, len(self.sets) * count
+            states[role] = stream.final_hidden(
+                rows.tokens,
+                self.job.rows_per_slice,
+                lambda index, first=first, total=total: self.reporter.progress(  # type: ignore[misc]
+                    f"evaluating {label}", first + index + 1, total
+                ),
+            )
+        self.seconds += time.perf_counter() - start
+        return states
+
+    def evaluate(self, folder: Path | None, label: str) -> dict[str, Evaluation]:
+        """Quality of a written folder (None: the original itself) by role."""
+        states = self.reference if folder is None else self._hidden(folder, label)
+        stream = self.job.stream()
+        start = time.perf_counter()
+        results = {
+            role: evaluate_hidden(stream, rows.tokens, self.reference[role], states[role])
+            for role, rows in self.sets.items()
+        }
+        self.seconds += time.perf_counter() - start
+        return results
+
+
+def as_record(evaluation: Evaluation) -> dict[str, Any]:
+    """JSON form of an evaluation, without the row values."""
+    return {k: v for k, v in asdict(evaluation).items() if k != "row_kl"}
+
+
+def run_evaluate(config: RunConfig, folder: Path, reporter: Reporter) -> dict[str, Any]:
+    """``hawqtool evaluate``: perplexity and KL of a written folder against its original.
+
+    Raises:
+        InputError: If no evaluation text is given, or the folder belongs to another model.
+    """
+    if config.eval_data is None:
+        raise InputError("--eval-data is needed: a UTF-8 text file that was not used for calibration")
+    job = prepare(config)
+    candidate = PackedReader(folder)
+    missing = [n for n in job.structure.linears if f"{n}.weight" not in candidate]
+    if missing:
+        raise InputError(f"{folder} has no layer {missing[0]}; is {config.model} the model that it was made from?")
+    rows = evaluation_rows(job, config.eval_data)
+    evaluator = Evaluator(job, {"report": rows}, reporter)
+    with torch.no_grad():
+        original = evaluator.evaluate(None, "original")["report"]
+        quantized = evaluator.evaluate(folder, "quantized")["report"]
+    return {
+        "schema": "hawqtool.evaluation/1",
+        "rows": {"source": Path(config.eval_data).name, "fingerprint": rows.fingerprint, "count": len(rows.tokens)},
+        "original": as_record(original),
+        "quantized": as_record(quantized),
+    }

@@ -1,0 +1,78 @@
+"""The measure stage: rows in, sensitivity table out."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from hawqtool.config import RunConfig
+from hawqtool.formats import QuantFormat
+from hawqtool.model.index import fingerprint
+from hawqtool.pipeline.artifacts import sensitivity_document, write_json
+from hawqtool.pipeline.job import Job, prepare
+from hawqtool.pipeline.planning import WIDE_MENU, format_menu, stored_bytes, widths
+from hawqtool.pipeline.progress import Reporter
+from hawqtool.pipeline.rows import gather_rows
+from hawqtool.records import Rows, SensitivityTable
+from hawqtool.sensitivity.measure import measure
+
+
+def unquantized_bytes(job: Job, menu: dict[str, tuple[QuantFormat, ...]]) -> int:
+    """Bytes of the output files beside packed codes and scales; the longest header is assumed."""
+    widest = {unit.name: max((*menu[unit.name], *job.pins.values())) for unit in job.units}
+    return job.layout(widest).total_bytes - stored_bytes(job.units, widest)
+
+
+def measure_job(
+    job: Job, menu: dict[str, tuple[QuantFormat, ...]], sets: dict[str, Rows], reporter: Reporter
+) -> dict[str, Any]:
+    """Measure and return the sensitivity document."""
+    start = time.perf_counter()
+    wanted = {
+        unit.name: tuple(dict.fromkeys((*menu[unit.name], *((job.pins[unit.name],) if unit.name in job.pins else ()))))
+        for unit in job.units
+    }
+    scores = measure(
+        job.stream(),
+        sets["calibration"].tokens,
+        sets["scoring"].tokens,
+        wanted,
+        job.method,
+        job.stored_dtypes,
+        job.rows_per_slice,
+        job.config.seed,
+        reporter.progress,
+    )
+    table = SensitivityTable(
+        scores=scores,
+        rounding=job.config.rounding,
+        model=Path(job.config.model).name,
+        model_fingerprint=fingerprint(job.index),
+        rows={name: sets[name].fingerprint for name in ("calibration", "scoring")},
+        settings={
+            "num_samples": job.num_samples,
+            "seq_len": job.seq_len,
+            "scoring_samples": len(sets["scoring"].tokens),
+            "rows_per_slice": job.rows_per_slice,
+            "seed": job.config.seed,
+            "foem_beta": job.method.feedback_beta,
+            "seconds": time.perf_counter() - start,
+        },
+    )
+    return sensitivity_document(table, job.units, unquantized_bytes(job, menu))
+
+
+def run_measure(config: RunConfig, output: Path, reporter: Reporter) -> dict[str, Any]:
+    """``hawqtool measure``: write sensitivity.json for the widths asked for (default 2,3,4,8)."""
+    job = prepare(config)
+    menu = format_menu(job.units, config.bits or WIDE_MENU, config.group_size)
+    sets = gather_rows(job, reporter)
+    document = measure_job(job, menu, sets, reporter)
+    write_json(output, document)
+    return document
+
+
+def job_menu(job: Job, budget: int | None) -> dict[str, tuple[QuantFormat, ...]]:
+    """Formats of each unit under the configuration's widths and budget."""
+    return format_menu(job.units, widths(job.config, job.units, budget), job.config.group_size)

@@ -1,0 +1,161 @@
+"""report.json and the reproduce folder of a run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import resource
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from hawqtool import __version__
+from hawqtool.data.tokens import overlap
+from hawqtool.formats import SHAPE_TENSOR_BYTES
+from hawqtool.pipeline.artifacts import write_json
+from hawqtool.pipeline.job import Job
+from hawqtool.records import BitPlan, Rows
+
+REPORT_SCHEMA = "hawqtool.report/1"
+_PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "numpy", "pydantic", "PyYAML", "typer", "rich")
+_KIB = 1024
+
+
+def build_report(
+    job: Job,
+    sets: dict[str, Rows],
+    plan: BitPlan,
+    rounding: dict[str, Any],
+    evaluation: dict[str, Any],
+    shipped: str,
+    timings: dict[str, float],
+    command: str,
+) -> dict[str, Any]:
+    """The report of the shipped plan (schema ``hawqtool.report/1``)."""
+    total = rounding["total_bytes"]
+    parameters = job.index.total_bytes
+    layers = [
+        {
+            "name": member.name,
+            "unit": unit.name,
+            "bits": plan.formats[unit.name].bits,
+            "group_size": plan.formats[unit.name].group_size or "channel",
+            "symmetric": True,
+            "bytes": member.stored_bytes(plan.formats[unit.name]),
+        }
+        for unit in job.units
+        for member in unit.members
+    ]
+    return {
+        "schema": REPORT_SCHEMA,
+        "model": Path(job.config.model).name,
+        "hawqtool_version": __version__,
+        "command": command,
+        "config": public_config(job),
+        "sizes": {
+            "original_bytes": parameters,
+            "quantized_bytes": total,
+            "stored_bytes_linears": plan.stored_bytes,
+            "shape_tensor_bytes": SHAPE_TENSOR_BYTES * len(layers),
+            "bpw_linears": plan.bpw,
+            "bpw_file": 8 * total / _num_parameters(job),
+        },
+        "plan": layers,
+        "predicted_loss": plan.predicted_loss,
+        "layers": rounding["layers"],
+        "rows": {
+            name: {
+                "source": Path(rows.source).name,
+                "count": len(rows.tokens),
+                "seq_len": rows.tokens.shape[1],
+                "fingerprint": rows.fingerprint,
+            }
+            for name, rows in sets.items()
+        }
+        | {"overlap": overlap(sets), "report_in_domain": job.config.eval_data is None},
+        "rows_per_slice": job.rows_per_slice,
+        "evaluation": evaluation,
+        "shipped": shipped,
+        "timings": timings,
+        "peak_memory_bytes": _peak_memory(job),
+        "device": str(job.device),
+        "warnings": warnings(job, rounding, shipped, evaluation),
+    }
+
+
+def warnings(job: Job, rounding: dict[str, Any], shipped: str, evaluation: dict[str, Any]) -> list[str]:
+    """What the user should know: raised damping, odd shapes, a mixed plan that did not pay."""
+    found = []
+    retried = [n for n, m in rounding["layers"].items() if m["damping_retries"]]
+    if retried:
+        found.append(f"damping had to be raised for {len(retried)} layers, first {retried[0]}")
+    odd = [m.name for u in job.units for m in u.members if m.out_features % 32 or m.in_features % 32]
+    if odd:
+        found.append(f"{len(odd)} layers have a dimension that is no multiple of 32 (first {odd[0]}); vLLM may refuse them")
+    if shipped == "uniform" and evaluation["mixed"]["formats"] != evaluation["uniform"]["formats"]:
+        found.append("the mixed plan was not better than the uniform one on the selection rows, so uniform was shipped")
+    return found
+
+
+def public_config(job: Job) -> dict[str, Any]:
+    """The resolved configuration; paths are shortened to their last part."""
+    values = job.config.model_dump(mode="json")
+    for key in ("model", "output", "plan", "calibration", "eval_data", "sensitivity"):
+        if values[key]:
+            values[key] = Path(values[key]).name
+    resolved = {"num_samples": job.num_samples, "seq_len": job.seq_len, "rows_per_slice": job.rows_per_slice}
+    return values | resolved | {"device": job.device.type}
+
+
+def write_reproduce(job: Job, folder: Path, sensitivity: dict[str, Any] | None) -> None:
+    """Add config.yaml, sensitivity.json, package versions and file hashes to ``reproduce/``."""
+    target = folder / "reproduce"
+    config = {k: v for k, v in public_config(job).items() if v is not None}
+    config["group_size"] = config["group_size"] or "channel"
+    (target / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    if sensitivity is not None:
+        write_json(target / "sensitivity.json", sensitivity)
+    versions = {name: metadata.version(name) for name in _PACKAGES}
+    write_json(
+        target / "packages.json",
+        {"hawqtool": __version__, "python": platform.python_version(), "machine": platform.machine(), **versions},
+    )
+    write_json(target / "sha256.json", {f.name: file_hash(f) for f in sorted(folder.glob("model*.safetensors"))})
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def is_our_folder(folder: Path) -> bool:
+    """Whether a folder holds a report of our schema."""
+    try:
+        document = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(document, dict) and document.get("schema") == REPORT_SCHEMA
+
+
+def _num_parameters(job: Job) -> int:
+    total = 0
+    for info in job.index.tensors.values():
+        count = 1
+        for extent in info.shape:
+            count *= extent
+        total += count
+    return total
+
+
+def _peak_memory(job: Job) -> dict[str, int]:
+    unit = 1 if sys.platform == "darwin" else _KIB
+    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if job.device.type == "cuda":
+        peak["device"] = torch.cuda.max_memory_allocated(job.device)
+    return peak

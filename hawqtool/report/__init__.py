@@ -1,1 +1,0 @@
-"""Plain data for report.json and its tables."""
