@@ -66,8 +66,9 @@ def quantization_config(
     for module in formats:
         hit = matching_targets(config, module)
         if len(hit) != 1 or is_ignored(config, module):
+            found = ", ".join(target.pattern for target in hit)
             raise InputError(
-                f"{module} is ignored or hit by {len(hit)} targets ({', '.join(t.pattern for t in hit)}); expected one; "
+                f"{module} is ignored or hit by {len(hit)} targets ({found}); expected one; "
                 "its name is ambiguous without the prefix of its block list; exclude one of the namesakes"
             )
     return config

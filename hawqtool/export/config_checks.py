@@ -111,7 +111,7 @@ def target_problems(config: Mapping[str, Any], modules: Sequence[str]) -> list[s
         wrong = [module for module in hit if not _hits_whole(target.pattern, module)]
         where = f"target {target.pattern} of group {target.group}"
         if wrong or not (target.pattern.startswith("re:") and re.search(r"(?<!\\)\$$", target.pattern)):
-            also = f"; it also hits {wrong[0]}" if wrong else ""
+            also = f"; it also hits {_worst_hit(target.pattern, wrong)}" if wrong else ""
             problems.append(f"{where} is not anchored; expected re:...$: loaders match the start only{also}; add $")
         if not hit:
             problems.append(f"{where} hits no module; expected at least one packed module; remove it or fix it")
@@ -191,6 +191,15 @@ def _hits_whole(pattern: str, module: str) -> bool:
     if pattern.startswith("re:"):
         return re.fullmatch(pattern[3:], module) is not None
     return pattern == module
+
+
+def _worst_hit(pattern: str, modules: Sequence[str]) -> str:
+    """Of modules that are hit in part, one whose hit ends inside a path component, such as 1 in 10, if any."""
+    for module in modules:
+        match = re.match(pattern.removeprefix("re:"), module)
+        if match and module[match.end() : match.end() + 1] not in (".", ""):
+            return module
+    return modules[0]
 
 
 def _describe(targets: Iterable[Target]) -> str:

@@ -127,7 +127,7 @@ def shape_problem(
     """What is wrong with the shapes of a packed module in a format; None when they agree."""
     rows, columns = shape
     if not quant_format.divides(columns):
-        return f"{module} has {columns} inputs; its group's {quant_format.label} expects a multiple of the group size; fix it"
+        return f"{module}.weight_shape says {columns} inputs; expected a multiple of the groups of {quant_format.label}"
     for suffix, found, expected in (
         ("weight_packed", packed, (rows, quant_format.packed_columns(columns))),
         ("weight_scale", scale, (rows, quant_format.num_groups(columns))),

@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 _TILE = 32
 """Rows are padded to a multiple of this: 32 codes of ``bits`` bits fill exactly ``bits`` words."""
 
-_SLICE_CODES = {"cpu": 1 << 20, "cuda": 1 << 26}
+_SLICE_CODES = {"cpu": 1 << 18, "cuda": 1 << 26}
 """Rows are handled in slices of about this many codes: intermediates are wider, and on a CPU should stay cached."""
 
 

@@ -19,8 +19,10 @@ from hawqtool.model.reader import TensorReader
 MAX_GROUP_ERROR = 1.5
 """Squared error over squared weights of one scale's weights that no rounding explains; dropping them gives 1."""
 
-QUIET_GROUP = 0.01
-"""Groups with less than this share of their row's mean energy are judged as if they had it: feedback may fill them."""
+QUIET_GROUP = 0.25
+"""Groups with less than this share of their row's mean energy are judged as if they had it.
+
+Feedback may fill a quiet group: at 2 bits its error can be several times its energy, and is still harmless."""
 
 ERROR_TOLERANCE = 1e-4
 """Relative difference allowed between the recorded and the measured weight error (order of summation)."""

@@ -128,10 +128,11 @@ def _discover_block(
         module.register_forward_pre_hook(lambda _m, inputs, n=n: seen.append((n, inputs[0])))
         for n, module in linears.items()
     ]
+    block.to("meta")
     uses = _WeightUses({id(m.weight): n for n, m in linears.items()})
     try:
         with torch.no_grad(), uses:
-            block.to("meta")(*args, **kwargs)
+            block(*args, **kwargs)
     finally:
         for hook in hooks:
             hook.remove()

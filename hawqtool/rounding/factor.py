@@ -70,7 +70,7 @@ def factorize(gram: Tensor, num_tokens: int, damping: float | None = None, act_o
     if not act_order:
         order = torch.arange(len(order), device=gram.device)
     work = work[order][:, order].flip(0, 1)
-    for retries in range(_MAX_RETRIES + 1):
+    for retries in range(_MAX_RETRIES + 1):  # noqa: B007 (read after the loop)
         damped = work.clone()
         damped.diagonal().add_(fraction * mean)
         lower, info = torch.linalg.cholesky_ex(damped)

@@ -78,8 +78,8 @@ def _search_chunk(
 
     for index in range(COARSE_STEPS):
         place = torch.full_like(peak, 1 - index / (COARSE_STEPS - 1))
-        for sign in signs:
-            attempt(place, sign)
+        for direction in signs:
+            attempt(place, direction)
     spacing = 1 / (COARSE_STEPS - 1)
     centre, sign = best_place, torch.sign(best_scale.to(peak.dtype))
     for index in range(-FINE_STEPS, FINE_STEPS + 1):

@@ -102,7 +102,9 @@ def round_layers(tasks: Sequence[Task], gram: Tensor, factor: Factor, method: Ro
     for task, (codes, scales) in zip(tasks, results, strict=True):
         metrics = replace(_metrics(task, codes, scales, gram, factor), seconds=seconds)
         if not torch.isfinite(torch.tensor([metrics.output_error, metrics.weight_error])).all():
-            raise NumericalError(f"{task.name}: rounding gave values that are not finite; check this weight for NaN or Inf")
+            raise NumericalError(
+                f"{task.name}: rounding gave values that are not finite; check this weight for NaN or Inf"
+            )
         layers.append(RoundedLayer(task.name, task.quant_format, codes, scales, metrics))
     return layers
 

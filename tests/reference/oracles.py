@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-Matrix = NDArray[np.float64]
+Matrix = NDArray[np.floating[Any]]
 Rounded = tuple[Matrix, Matrix]
 
 
@@ -44,12 +45,15 @@ def visiting_order(gram: Matrix) -> NDArray[np.int64]:
 
 def upper_factor(hessian: Matrix) -> Matrix:
     """U upper triangular with H⁻¹ = UᵀU, by the explicit inverse."""
-    return np.linalg.cholesky(np.linalg.inv(hessian)).T
+    inverse = np.linalg.inv(hessian)
+    lower: Matrix = np.linalg.cholesky(inverse)
+    return lower.T
 
 
 def right_factor(hessian: Matrix) -> Matrix:
     """R upper triangular with H = R Rᵀ, by one Cholesky factorisation of the flipped matrix."""
-    return np.linalg.cholesky(hessian[::-1, ::-1])[::-1, ::-1]
+    lower: Matrix = np.linalg.cholesky(hessian[::-1, ::-1])
+    return lower[::-1, ::-1]
 
 
 def plain(weight: Matrix, grid: Grid) -> Rounded:

@@ -306,7 +306,11 @@ def test_resolve_ignored() -> None:
 
 def test_uniform_formats_fall_and_refuse() -> None:
     units = [make_unit("a", [(8, 256)]), make_unit("b", [(8, 192)]), make_unit("c", [(8, 256), (8, 96)], (".x", ".y"))]
-    assert {n: f.label for n, f in uniform_formats(units, 3, 128).items()} == {"a": "w3g128", "b": "w3g64", "c": "w3g32"}
+    assert {n: f.label for n, f in uniform_formats(units, 3, 128).items()} == {
+        "a": "w3g128",
+        "b": "w3g64",
+        "c": "w3g32",
+    }
     odd = [*units, make_unit("d", [(8, 100)])]
     with pytest.raises(UsageError, match=r"divides d \(100 inputs\)"):
         uniform_formats(odd, 4, 128)

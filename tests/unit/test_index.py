@@ -89,7 +89,9 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no map": (lambda f: sharded(f, None), "no weight_map"),
     "empty map": (lambda f: sharded(f, {}), "no weight_map"),
     "two homes": (
-        lambda f: sharded(f, {"a": "x.safetensors", "b": "y.safetensors"}, x=F32, y={**F32, "b": entry("U8", [1], 8, 9)}),
+        lambda f: sharded(
+            f, {"a": "x.safetensors", "b": "y.safetensors"}, x=F32, y={**F32, "b": entry("U8", [1], 8, 9)}
+        ),
         "a is in both x.safetensors and y.safetensors",
     ),
     "index disagrees": (lambda f: sharded(f, {"c": "x.safetensors"}, x=F32), "places tensor c in x.safetensors"),
