@@ -85,7 +85,9 @@ class RunConfig(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
         if self.profile == "portable" and self.bits and not set(self.bits) <= {4, 8}:
-            raise ValueError("profile portable allows widths 4 and 8 only; drop the others from bits or choose another profile")
+            raise ValueError(
+                "profile portable allows widths 4 and 8 only; drop the others from bits or choose another profile"
+            )
         if self.profile == "portable" and self.scale_sign == "both":
             raise ValueError("profile portable needs positive scales; drop scale_sign or choose another profile")
         return self
@@ -162,5 +164,7 @@ def _problem(error: Any, origin: str) -> str:
         near = difflib.get_close_matches(key, RunConfig.model_fields, n=1)
         return f"unknown key {key!r}{origin}" + (f", did you mean {near[0]!r}?" if near else "")
     message = str(error["msg"]).removeprefix("Value error, ")
-    value = "" if error["type"] in ("missing", "value_error") and key == "configuration" else f", found {error['input']!r}"
+    value = (
+        "" if error["type"] in ("missing", "value_error") and key == "configuration" else f", found {error['input']!r}"
+    )
     return f"{key}{origin}: {message[0].lower()}{message[1:]}" + ("" if error["type"] == "missing" else value)

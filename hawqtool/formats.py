@@ -77,7 +77,7 @@ def parse_label(label: str) -> QuantFormat:
     Raises:
         ValueError: If the label is malformed or the width is out of range.
     """
-    match = re.fullmatch(r"w(\d)(?:g(\d+)|ch)", label)
+    match = re.fullmatch(r"w(\d)(?:g([1-9]\d*)|ch)", label)
     if not match or not MIN_BITS <= int(match[1]) <= MAX_BITS:
         raise ValueError(f"{label!r} is not a format label such as w3g64 or w4ch (widths 2 to 8)")
     return QuantFormat(int(match[1]), int(match[2] or CHANNEL))

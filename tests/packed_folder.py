@@ -95,7 +95,7 @@ def write_records(
             "name": name,
             "unit": specs[name].unit,
             "bits": fmt.bits,
-            "group_size": fmt.group_size,
+            "group_size": fmt.group_size or "channel",
             "symmetric": fmt.symmetric,
             "bytes": specs[name].stored_bytes(fmt),
         }

@@ -37,7 +37,9 @@ def measure(
 
     Example: hawqtool measure ./model -o sensitivity.json --bits 2,3,4,8 --group-size 64
     """
-    values: dict[str, Any] = {k: v for k, v in locals().items() if k not in {"output", "config", "json", "quiet", "debug"}}
+    values: dict[str, Any] = {
+        k: v for k, v in locals().items() if k not in {"output", "config", "json", "quiet", "debug"}
+    }
     with session(quiet, debug) as terminal:
         from hawqtool.config import load_config
 

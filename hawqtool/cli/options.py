@@ -14,11 +14,11 @@ def _option(*names: str, help: str, panel: str, metavar: str | None = None) -> o
     return typer.Option(*names, help=help, rich_help_panel=panel, metavar=metavar, show_default=False)
 
 
-Model = Annotated[Optional[str], typer.Argument(help="Checkpoint folder (config.json and safetensors).", show_default=False)]
-Output = Annotated[Optional[str], _option("--output", "-o", help="Folder to create.", panel=OUTPUT, metavar="DIR")]
-Overwrite = Annotated[
-    Optional[bool], _option("--overwrite", help="Replace a folder that hawqtool made.", panel=OUTPUT)
+Model = Annotated[
+    Optional[str], typer.Argument(help="Checkpoint folder (config.json and safetensors).", show_default=False)
 ]
+Output = Annotated[Optional[str], _option("--output", "-o", help="Folder to create.", panel=OUTPUT, metavar="DIR")]
+Overwrite = Annotated[Optional[bool], _option("--overwrite", help="Replace a folder that hawqtool made.", panel=OUTPUT)]
 TargetBpw = Annotated[
     Optional[float],
     _option("--target-bpw", help="Stored bits per weight of the quantized linears, scales included.", panel=TARGET),
@@ -26,10 +26,14 @@ TargetBpw = Annotated[
 TargetSize = Annotated[
     Optional[str], _option("--target-size", help="Size of the weight files, such as 90MB or 3.2GiB.", panel=TARGET)
 ]
-Plan = Annotated[Optional[str], _option("--plan", help="A plan.json to carry out as it is.", panel=TARGET, metavar="FILE")]
+Plan = Annotated[
+    Optional[str], _option("--plan", help="A plan.json to carry out as it is.", panel=TARGET, metavar="FILE")
+]
 Bits = Annotated[
     Optional[str],
-    _option("--bits", help="Widths to choose from [default: 4,8 where the target allows it, else 2,3,4,8].", panel=TARGET),
+    _option(
+        "--bits", help="Widths to choose from [default: 4,8 where the target allows it, else 2,3,4,8].", panel=TARGET
+    ),
 ]
 GroupSize = Annotated[
     Optional[str],
@@ -41,18 +45,32 @@ GroupSize = Annotated[
 ]
 Profile = Annotated[
     Optional[str],
-    _option("--profile", help="auto, portable (4 and 8 bit, positive scales), vllm, transformers [default: auto].", panel=TARGET),
+    _option(
+        "--profile",
+        help="auto, portable (4 and 8 bit, positive scales), vllm, transformers [default: auto].",
+        panel=TARGET,
+    ),
 ]
 Pin = Annotated[
     Optional[list[str]],
-    _option("--pin", help="Fix a width: 're:.*down_proj=8' or a layer's name; repeatable.", panel=TARGET, metavar="NAME=BITS"),
+    _option(
+        "--pin",
+        help="Fix a width: 're:.*down_proj=8' or a layer's name; repeatable.",
+        panel=TARGET,
+        metavar="NAME=BITS",
+    ),
 ]
 Ignore = Annotated[
-    Optional[list[str]], _option("--ignore", help="Layers to leave as they are; repeatable.", panel=TARGET, metavar="NAME")
+    Optional[list[str]],
+    _option("--ignore", help="Layers to leave as they are; repeatable.", panel=TARGET, metavar="NAME"),
 ]
 Calibration = Annotated[
     Optional[str],
-    _option("--calibration", help="A UTF-8 text file, or self: rows sampled from the model [default: self].", panel=CALIBRATION),
+    _option(
+        "--calibration",
+        help="A UTF-8 text file, or self: rows sampled from the model [default: self].",
+        panel=CALIBRATION,
+    ),
 ]
 NumSamples = Annotated[
     Optional[int], _option("--num-samples", help="Calibration rows [default: 128, on a CPU 16].", panel=CALIBRATION)
@@ -62,9 +80,13 @@ SeqLen = Annotated[
 ]
 EvalData = Annotated[
     Optional[str],
-    _option("--eval-data", help="Text to evaluate on [default: further rows of the calibration source].", panel=CALIBRATION),
+    _option(
+        "--eval-data", help="Text to evaluate on [default: further rows of the calibration source].", panel=CALIBRATION
+    ),
 ]
-EvalSamples = Annotated[Optional[int], _option("--eval-samples", help="Evaluation rows [default: 32].", panel=CALIBRATION)]
+EvalSamples = Annotated[
+    Optional[int], _option("--eval-samples", help="Evaluation rows [default: 32].", panel=CALIBRATION)
+]
 Sensitivity = Annotated[
     Optional[str],
     _option(
@@ -75,7 +97,8 @@ Sensitivity = Annotated[
 ]
 Rounding = Annotated[Optional[str], _option("--rounding", help="rtn, gptq or foem [default: gptq].", panel=METHOD)]
 FoemBeta = Annotated[
-    Optional[float], _option("--foem-beta", help="FOEM's pull towards the original weights [default: 0.1].", panel=METHOD)
+    Optional[float],
+    _option("--foem-beta", help="FOEM's pull towards the original weights [default: 0.1].", panel=METHOD),
 ]
 Damping = Annotated[
     Optional[float],
@@ -89,14 +112,19 @@ ScaleSign = Annotated[
 Device = Annotated[Optional[str], _option("--device", help="auto, cpu or cuda [default: auto].", panel=RUN)]
 RowsPerSlice = Annotated[
     Optional[int],
-    _option("--rows-per-slice", help="Rows per forward pass; lower it when memory is short [default: 32, on a CPU 16].", panel=RUN),
+    _option(
+        "--rows-per-slice",
+        help="Rows per forward pass; lower it when memory is short [default: 32, on a CPU 16].",
+        panel=RUN,
+    ),
 ]
 Seed = Annotated[Optional[int], _option("--seed", help="Seed of rows and sampled labels [default: 0].", panel=RUN)]
 Config = Annotated[
     Optional[Path], _option("--config", "-c", help="YAML file; flags win over it.", panel=RUN, metavar="FILE")
 ]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Show what would be done, from headers alone; write nothing.", rich_help_panel=RUN)
+    bool,
+    typer.Option("--dry-run", help="Show what would be done, from headers alone; write nothing.", rich_help_panel=RUN),
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel=RUN)]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No narration and no progress.", rich_help_panel=RUN)]

@@ -28,10 +28,10 @@ def announcement(description: dict[str, Any]) -> list[str]:
     lines = [
         f"model       {description['model']}: {description['blocks']} blocks, {description['linears']} linears in "
         f"{description['units']} units, {description['quantized_weights']:,} weights to quantize",
-        f"widths      {', '.join(map(str, description['widths']))} bits; achievable {low:.3f} to {high:.3f} stored bits "
-        "per weight",
-        f"budget      {'from the plan' if budget is None else f'{budget:.3f} stored bits per weight'}; best uniform that "
-        f"fits: {description['best_uniform'] or 'none'}",
+        f"widths      {', '.join(map(str, description['widths']))} bits; achievable {low:.3f} to {high:.3f} stored "
+        "bits per weight",
+        f"budget      {'from the plan' if budget is None else f'{budget:.3f} stored bits per weight'}; best uniform "
+        f"that fits: {description['best_uniform'] or 'none'}",
         f"size        {size(description['original_bytes'])} now, {about}{size(description['expected_bytes'])} "
         f"({description['expected_bytes']:,} bytes) afterwards",
         f"work        {description['rounding']} on {rows} rows of {length} tokens, {description['device']}, "
@@ -65,8 +65,8 @@ def print_report(report: dict[str, Any], output: str) -> None:
         + ", ".join(f"{count} linears at {bits} bits" for bits, count in sorted(histogram.items()))
     )
     console.print(
-        f"size        {sizes['original_bytes']:,} -> {sizes['quantized_bytes']:,} bytes; {sizes['bpw_linears']:.3f} stored "
-        f"bits per weight over the linears, {sizes['bpw_file']:.3f} over the whole file"
+        f"size        {sizes['original_bytes']:,} -> {sizes['quantized_bytes']:,} bytes; {sizes['bpw_linears']:.3f} "
+        f"stored bits per weight over the linears, {sizes['bpw_file']:.3f} over the whole file"
     )
     difference = evaluation.get("mixed_minus_uniform")
     if difference and evaluation["uniform"] != evaluation["mixed"]:

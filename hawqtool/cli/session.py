@@ -29,7 +29,7 @@ def _terminate(_signal: int, _frame: FrameType | None) -> None:
 @contextmanager
 def session(quiet: bool = False, debug: bool = False) -> Iterator[Terminal]:
     """Run a command; expected failures become one line and their exit code."""
-    # Spinning worker threads steal the cores of others on shared machines; libraries must stay off the network and quiet.
+    # Spinning worker threads take the cores of other programs; libraries must stay off the network and quiet.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -60,7 +60,10 @@ def session(quiet: bool = False, debug: bool = False) -> Iterator[Terminal]:
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError" or debug:
             raise
-        print(f"error: out of GPU memory; lower --rows-per-slice, --num-samples or --seq-len ({error})".splitlines()[0], file=sys.stderr)
+        print(
+            f"error: out of GPU memory; lower --rows-per-slice, --num-samples or --seq-len ({error})".splitlines()[0],
+            file=sys.stderr,
+        )
         code = 5
     finally:
         terminal.close()

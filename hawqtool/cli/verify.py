@@ -13,7 +13,9 @@ from hawqtool.cli.session import print_json, session
 
 def verify(
     folder: Annotated[Path, typer.Argument(help="A folder that hawqtool wrote.")],
-    against: Annotated[Optional[Path], typer.Option("--against", help="The original checkpoint.", metavar="MODEL")] = None,
+    against: Annotated[
+        Optional[Path], typer.Option("--against", help="The original checkpoint.", metavar="MODEL")
+    ] = None,
     json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
@@ -27,8 +29,13 @@ def verify(
 
         report = verify_folder(folder, against)
         if json:
-            print_json({"schema": "hawqtool.verify/1", "problems": list(report.problems), "tensors": report.num_tensors})
+            print_json(
+                {"schema": "hawqtool.verify/1", "problems": list(report.problems), "tensors": report.num_tensors}
+            )
         elif not report.problems:
-            print(f"{report.num_tensors} tensors, {report.num_packed} packed layers, {report.total_bytes:,} bytes: no problem found")
+            print(
+                f"{report.num_tensors} tensors, {report.num_packed} packed layers, {report.total_bytes:,} bytes: "
+                "no problem found"
+            )
         if report.problems:
             raise InputError(f"{len(report.problems)} problems in {folder}:\n  " + "\n  ".join(report.problems))

@@ -48,8 +48,11 @@ def generate_rows(
 
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if first is None:
-        raise InputError("the tokenizer names no begin or end token to start sampling from; give --calibration a text file")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False).to(device).eval()
+        raise InputError(
+            "the tokenizer names no begin or end token to start sampling from; give --calibration a text file"
+        )
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+    model.to(device).eval()
     settings = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=seq_len - 1, pad_token_id=first
     )

@@ -12,7 +12,7 @@ import torch
 from hawqtool.export.config_checks import PACKED_SUFFIX, packed_modules
 from hawqtool.export.packed import dequantize, relative_weight_error
 from hawqtool.export.packing import unpack_codes
-from hawqtool.formats import QuantFormat
+from hawqtool.formats import CHANNEL, QuantFormat
 from hawqtool.model.index import CheckpointIndex, TensorInfo
 from hawqtool.model.reader import TensorReader
 
@@ -65,7 +65,7 @@ def plan_problems(formats: Mapping[str, QuantFormat], index: CheckpointIndex, pl
     Args:
         formats: Formats found in the folder; modules with other problems are absent.
         index: Index of the folder.
-        plan: Content of the file; ``group_size`` 0 or null means one scale per channel.
+        plan: Content of the file; ``group_size`` is a number or ``channel``.
     """
     problems = []
     packed = set(packed_modules(index))
@@ -78,7 +78,8 @@ def plan_problems(formats: Mapping[str, QuantFormat], index: CheckpointIndex, pl
         stored = sum(index.tensors[part].num_bytes for part in parts if part in index.tensors)
         if stored != layer["bytes"]:
             problems.append(f"{name} takes {stored} bytes; reproduce/plan.json says {layer['bytes']}; write it again")
-        wanted = QuantFormat(layer["bits"], layer["group_size"] or 0, layer["symmetric"])
+        group_size = CHANNEL if layer["group_size"] == "channel" else layer["group_size"]
+        wanted = QuantFormat(layer["bits"], group_size, layer["symmetric"])
         if name in formats and formats[name] != wanted:
             problems.append(f"{name} is {formats[name].label}; reproduce/plan.json says {wanted.label}; write it again")
     unplanned = sorted(packed - set(planned))

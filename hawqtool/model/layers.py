@@ -87,7 +87,7 @@ def discover(model: nn.Module, index: CheckpointIndex) -> Structure:
     return Structure(tuple(specs), others)
 
 
-def _block_calls(model: nn.Module, blocks: nn.ModuleList) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+def _block_calls(model: Any, blocks: nn.ModuleList) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
     width = model.get_input_embeddings().weight.shape[1]
     row = torch.zeros(1, _DISCOVERY_TOKENS, width, dtype=model.dtype)
     base = getattr(model, model.base_model_prefix)
@@ -98,7 +98,9 @@ def _block_calls(model: nn.Module, blocks: nn.ModuleList) -> list[tuple[tuple[An
             torch.func.functional_call(base, norms, (), {"inputs_embeds": row, "use_cache": False})
         except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
             reason = str(error).splitlines()[0]
-            raise InputError(f"{type(model).__name__}: the part before the blocks cannot be traced: {reason}") from error
+            raise InputError(
+                f"{type(model).__name__}: the part before the blocks cannot be traced: {reason}"
+            ) from error
     if len(calls) != len(blocks):
         raise InputError(f"{type(model).__name__}: {len(calls)} of {len(blocks)} blocks were called; not supported")
     return calls
@@ -140,8 +142,8 @@ def _discover_block(
     for linear in linears:
         if times[linear] != 1 or uses.counts[linear] != 1:
             raise InputError(
-                f"{name}.{linear} is called {times[linear]} times and its weight is used {uses.counts[linear]} times in "
-                "one pass; only layers that are used exactly once are supported"
+                f"{name}.{linear} is called {times[linear]} times and its weight is used {uses.counts[linear]} times "
+                "in one pass; only layers that are used exactly once are supported"
             )
     groups: list[tuple[Tensor, list[LinearSpec]]] = []
     for linear, tensor in seen:
@@ -158,9 +160,13 @@ def _discover_block(
 def _linear_spec(name: str, module: nn.Linear, position: int, index: CheckpointIndex) -> LinearSpec:
     info = index.tensors.get(f"{name}.weight")
     if info is None:
-        raise InputError(f"{name}.weight is not in the checkpoint; its tensor names differ from the model's, not supported")
+        raise InputError(
+            f"{name}.weight is not in the checkpoint; its tensor names differ from the model's, not supported"
+        )
     if info.dtype not in _FLOAT_DTYPES:
         raise InputError(f"{name}.weight is stored as {info.dtype}; expected one of {', '.join(_FLOAT_DTYPES)}")
     if info.shape != tuple(module.weight.shape):
-        raise InputError(f"{name}.weight has shape {info.shape} in the file, config.json implies {tuple(module.weight.shape)}")
+        raise InputError(
+            f"{name}.weight has shape {info.shape} in the file, config.json implies {tuple(module.weight.shape)}"
+        )
     return LinearSpec(name, info.shape[0], info.shape[1], position, unit_name(name), DTYPE_BYTES[info.dtype])

@@ -75,5 +75,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     expected = getattr(model.config, "num_hidden_layers", None)
     lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == expected]
     if not lists:
-        raise InputError(f"{type(model).__name__}: no list of {expected} blocks found; this architecture is not supported")
+        raise InputError(
+            f"{type(model).__name__}: no list of {expected} blocks found; this architecture is not supported"
+        )
     return lists[0]

@@ -55,14 +55,17 @@ class ModelStream:
     def __init__(
         self, model: nn.Module, structure: Structure, source: WeightSource, device: torch.device, dtype: torch.dtype
     ) -> None:
-        self.model, self.structure, self.source = model, structure, source
+        self.model: Any = model
+        self.structure, self.source = structure, source
         self.device, self.dtype = device, dtype
         self.blocks_name, self.blocks = find_blocks(model)
         to_meta(model)
         self._load(model, "", skip=f"{self.blocks_name}.")
         for name, buffer in model.named_buffers():
             if buffer.device.type == "meta":
-                raise InputError(f"buffer {name} is stored nowhere and cannot be rebuilt; this architecture is not supported")
+                raise InputError(
+                    f"buffer {name} is stored nowhere and cannot be rebuilt; this architecture is not supported"
+                )
             owner, _, leaf = name.rpartition(".")
             model.get_submodule(owner)._buffers[leaf] = buffer.to(device)
 
@@ -76,7 +79,9 @@ class ModelStream:
         for places in aliases.values():
             stored = next((name for name, _, _ in places if name in self.source), None)
             if stored is None:
-                raise InputError(f"{places[0][0]} is not in the checkpoint; the model that config.json describes needs it")
+                raise InputError(
+                    f"{places[0][0]} is not in the checkpoint; the model that config.json describes needs it"
+                )
             value = self.source.tensor(stored).to(device=self.device, dtype=self.dtype)
             parameter = nn.Parameter(value, requires_grad=False)
             for _, owner, leaf in places:

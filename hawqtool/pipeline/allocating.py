@@ -31,7 +31,9 @@ def run_allocate(config: RunConfig, sensitivity: Path, output: Path) -> dict[str
     menu = format_menu(units, widths(config, units, budget), config.group_size)
     metric = config.model_copy(update={"rounding": table.rounding}).metric()
     plan = allocate(units, menu, table.scores[metric], resolve_pins(config.pin, units, sizes), budget, metric)
-    ignored_linears = tuple(m.name for unit in read_sensitivity(sensitivity)[1] if unit.name in ignored for m in unit.members)
+    ignored_linears = tuple(
+        m.name for unit in read_sensitivity(sensitivity)[1] if unit.name in ignored for m in unit.members
+    )
     document = plan_document(plan, units, ignored_linears)
     write_json(output, document)
     return document

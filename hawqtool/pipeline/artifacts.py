@@ -142,14 +142,20 @@ def read_plan(path: Path, units: tuple[Unit, ...]) -> BitPlan:
     wrong = sorted(formats.keys() ^ members.keys())
     if wrong:
         kind = "no format for" if wrong[0] in members else "a format for unknown or ignored"
-        raise UsageError(f"{path} has {kind} layer {wrong[0]} ({len(wrong)} such); plan and model (with --ignore) must agree")
+        raise UsageError(
+            f"{path} has {kind} layer {wrong[0]} ({len(wrong)} such); plan and model (with --ignore) must agree"
+        )
     for unit in units:
         found = {formats[m.name].label for m in unit.members}
         if len(found) > 1:
-            raise UsageError(f"{path}: {unit.name} is fused by engines but has formats {', '.join(sorted(found))}; use one")
+            raise UsageError(
+                f"{path}: {unit.name} is fused by engines but has formats {', '.join(sorted(found))}; use one"
+            )
     for name, fmt in formats.items():
         if not fmt.divides(members[name].in_features):
-            raise UsageError(f"{path}: group size {fmt.group_size} does not divide {name} ({members[name].in_features} inputs)")
+            raise UsageError(
+                f"{path}: group size {fmt.group_size} does not divide {name} ({members[name].in_features} inputs)"
+            )
     by_unit = {unit.name: formats[unit.members[0].name] for unit in units}
     stored = sum(unit.stored_bytes(by_unit[unit.name]) for unit in units)
     return BitPlan(by_unit, stored, sum(unit.num_weights for unit in units))

@@ -77,7 +77,7 @@ class Job:
 
     @property
     def stored_dtypes(self) -> dict[str, torch.dtype]:
-        """dtype in which each linear's scales are stored: that of its source weight."""
+        """Dtype in which each linear's scales are stored: that of its source weight."""
         return {n: torch_dtype(self.index.tensors[f"{n}.weight"].dtype) for n in self.structure.linears}
 
     @property

@@ -25,10 +25,10 @@ from hawqtool.pipeline.job import Job, prepare
 from hawqtool.pipeline.measuring import job_menu, measure_job, unquantized_bytes
 from hawqtool.pipeline.planning import allocate, budget_bytes, single_choice_plan, stored_bytes
 from hawqtool.pipeline.progress import Reporter
+from hawqtool.pipeline.reporting import REPORT_SCHEMA, build_report, is_our_folder, write_reproduce
 from hawqtool.pipeline.rounding import round_to_folder
 from hawqtool.pipeline.rows import gather_rows
-from hawqtool.records import BitPlan, Evaluation, Rows, Score, SCORE_METRICS
-from hawqtool.pipeline.reporting import REPORT_SCHEMA, build_report, is_our_folder, write_reproduce
+from hawqtool.records import SCORE_METRICS, BitPlan, Evaluation, Rows, Score
 
 
 @dataclass
@@ -41,7 +41,9 @@ class Candidate:
     quality: dict[str, Evaluation] = field(default_factory=dict)
 
 
-def run_quantize(config: RunConfig, command: str, reporter: Reporter, announce: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def run_quantize(
+    config: RunConfig, command: str, reporter: Reporter, announce: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
     """``hawqtool quantize``: from a checkpoint to a verified quantized folder.
 
     Args:
@@ -170,9 +172,7 @@ def _as_plan(job: Job, candidate: UniformCandidate) -> BitPlan:
     return BitPlan(candidate.formats, stored_bytes(job.units, candidate.formats), weights)
 
 
-def _evaluate_all(
-    job: Job, candidates: dict[str, Candidate], sets: dict[str, Rows], reporter: Reporter
-) -> Evaluation:
+def _evaluate_all(job: Job, candidates: dict[str, Candidate], sets: dict[str, Rows], reporter: Reporter) -> Evaluation:
     evaluator = Evaluator(job, {role: sets[role] for role in ("selection", "report")}, reporter)
     for name, candidate in candidates.items():
         if not candidate.quality:
@@ -217,9 +217,7 @@ def _record(candidate: Candidate) -> dict[str, Any]:
     }
 
 
-def _finish(
-    job: Job, folder: Path, output: Path, report: dict[str, Any], sensitivity: dict[str, Any] | None
-) -> None:
+def _finish(job: Job, folder: Path, output: Path, report: dict[str, Any], sensitivity: dict[str, Any] | None) -> None:
     """Complete the folder, verify it, and put it in place by renaming."""
     copy_small_files(job.index.folder, folder)
     write_reproduce(job, folder, sensitivity)

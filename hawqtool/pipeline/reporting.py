@@ -96,7 +96,9 @@ def warnings(job: Job, rounding: dict[str, Any], shipped: str, evaluation: dict[
         found.append(f"damping had to be raised for {len(retried)} layers, first {retried[0]}")
     odd = [m.name for u in job.units for m in u.members if m.out_features % 32 or m.in_features % 32]
     if odd:
-        found.append(f"{len(odd)} layers have a dimension that is no multiple of 32 (first {odd[0]}); vLLM may refuse them")
+        found.append(
+            f"{len(odd)} layers have a dimension that is no multiple of 32 (first {odd[0]}); vLLM may refuse them"
+        )
     if shipped == "uniform" and evaluation["mixed"]["formats"] != evaluation["uniform"]["formats"]:
         found.append("the mixed plan was not better than the uniform one on the selection rows, so uniform was shipped")
     return found

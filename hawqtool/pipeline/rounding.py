@@ -25,7 +25,9 @@ from hawqtool.rounding.grid import dequantize
 from hawqtool.rounding.layer import Task, round_layers
 
 
-def round_to_folder(job: Job, plan: BitPlan, rows: Rows, folder: Path, reporter: Reporter, label: str) -> dict[str, Any]:
+def round_to_folder(
+    job: Job, plan: BitPlan, rows: Rows, folder: Path, reporter: Reporter, label: str
+) -> dict[str, Any]:
     """Round every layer by plan on the quantized prefix and write a packed checkpoint with its records.
 
     Args:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-
 from hawqtool.config import SELF
 from hawqtool.data.generate import generate_rows
 from hawqtool.data.tokens import overlap, split_rows, text_rows

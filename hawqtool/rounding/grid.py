@@ -11,8 +11,8 @@ from torch import Tensor
 
 from hawqtool.formats import QuantFormat
 
-COARSE_STEPS = 20
-FINE_STEPS = 4
+COARSE_STEPS = 16
+FINE_STEPS = 2
 LOWEST_RATIO = 0.3
 _CHUNK_ELEMENTS = 1 << 17
 """Rows are searched in chunks of about this many weights, so that a chunk stays in the cache."""
@@ -46,7 +46,9 @@ def search_scales(
     importance = column_weights.view(groups, width)
     step = max(1, _CHUNK_ELEMENTS // columns) if weight.device.type == "cpu" else rows
     found = [
-        _search_chunk(chunk.reshape(-1, groups, width), importance, quant_format, stored_dtype, both_signs)
+        _search_chunk(
+            chunk.reshape(-1, groups, width).transpose(0, 1).contiguous(), importance, quant_format, stored_dtype, both_signs
+        )
         for chunk in weight.split(step)
     ]
     return torch.cat(found)
@@ -55,6 +57,7 @@ def search_scales(
 def _search_chunk(
     weight: Tensor, importance: Tensor, quant_format: QuantFormat, stored_dtype: torch.dtype, both_signs: bool
 ) -> Tensor:
+    """Scales ``[rows, groups]`` of a chunk laid out by group, ``[groups, rows, width]``."""
     peak = weight.abs().amax(-1)
     # An all-zero group keeps a positive scale, so that its codes are zero and nothing divides by zero.
     peak = torch.where(peak > 0, peak, torch.ones_like(peak))
@@ -85,28 +88,28 @@ def _search_chunk(
     for index in range(-FINE_STEPS, FINE_STEPS + 1):
         if index:
             attempt((centre + spacing * index / (FINE_STEPS + 1)).clamp(0, 1), sign)
-    return best_scale
+    return best_scale.t()
 
 
 class _Search:
     """Weighted squared error of one chunk for a candidate scale, with buffers that are reused."""
 
     def __init__(self, weight: Tensor, importance: Tensor, fmt: QuantFormat) -> None:
-        self.weight, self.importance, self.fmt = weight, importance.t().contiguous(), fmt
+        self.weight, self.importance, self.fmt = weight, importance.unsqueeze(-1), fmt
         # Only zero, and scales whose float32 reciprocal overflows, are unusable: subnormal fp16 scales are coarse,
         # but their error is measured as they are stored.
         self.tiny = torch.finfo(torch.float32).tiny
         self.scaled, self.codes = torch.empty_like(weight), torch.empty_like(weight)
 
     def error(self, scale: Tensor) -> Tensor:
-        """Sum over each group of c (w - s q)²: ``[rows, groups]``."""
+        """Sum over each group of c (w - s q)²: ``[groups, rows]``."""
         step = scale.to(self.weight.dtype)
         usable = step.abs() >= self.tiny
         torch.mul(self.weight, step.reciprocal().unsqueeze(-1), out=self.scaled)
         torch.round(self.scaled, out=self.codes)
         self.codes.clamp_(self.fmt.min_code, self.fmt.max_code)
         self.codes.sub_(self.scaled).square_()
-        error = torch.einsum("rgw,wg->rg", self.codes, self.importance) * step.square()
+        error = torch.bmm(self.codes, self.importance).squeeze(-1) * step.square()
         return torch.where(usable, error, torch.full_like(error, float("inf")))
 
 

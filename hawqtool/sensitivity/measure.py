@@ -118,7 +118,7 @@ def _rounding_errors(
         if not wanted:
             continue
         factor = factorize(grams.pop(group[0].name) / tokens, tokens, method.damping)
-        weights = {m.name: block.get_submodule(local_name(spec, m)).weight.float() for m in group}
+        weights = {m.name: block.get_parameter(f"{local_name(spec, m)}.weight").float() for m in group}
         tasks = [
             Task(linear.name, weights[linear.name], fmt, stored_dtypes[linear.name])
             for linear, fmt in wanted
@@ -139,7 +139,9 @@ def _backward(
         captured: dict[str, tuple[Tensor, Tensor]] = {}
         hooks = [
             block.get_submodule(local_name(spec, linear)).register_forward_hook(
-                lambda _m, inputs, output, name=linear.name: captured.__setitem__(name, (inputs[0].detach(), output))
+                lambda _m, inputs, output, name=linear.name, into=captured: into.__setitem__(
+                    name, (inputs[0].detach(), output)
+                )
             )
             for linear in spec.linears
         ]
