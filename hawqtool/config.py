@@ -27,7 +27,7 @@ class RunConfig(BaseModel):
 
     model: str
     output: str | None = None
-    target_bpw: float | None = Field(None, gt=0)
+    target_bpw: float | None = Field(None, gt=0, allow_inf_nan=False)
     target_size: str | None = None
     plan: str | None = None
     bits: tuple[int, ...] | None = None
@@ -42,7 +42,7 @@ class RunConfig(BaseModel):
     sensitivity: str = "auto"
     rounding: Literal["rtn", "gptq", "foem"] = "gptq"
     foem_beta: float = Field(0.1, ge=0, le=1)
-    damping: float | None = Field(None, gt=0)
+    damping: float | None = Field(None, gt=0, allow_inf_nan=False)
     pin: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -57,7 +57,7 @@ class RunConfig(BaseModel):
             value = [part.strip() for part in str(value).split(",")]
         if value is None:
             return None
-        if not all(re.fullmatch(r"\d+", str(v)) and MIN_BITS <= int(v) <= MAX_BITS for v in value):
+        if not value or not all(re.fullmatch(r"\d+", str(v)) and MIN_BITS <= int(v) <= MAX_BITS for v in value):
             raise ValueError(f"expected widths from {MIN_BITS} to {MAX_BITS}, such as 2,3,4,8")
         return tuple(sorted({int(v) for v in value}))
 

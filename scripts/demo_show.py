@@ -8,6 +8,8 @@ Only files are read: the report of the folder, and both checkpoints through tran
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import sys
@@ -78,14 +80,16 @@ def continuations(folder: Path) -> list[str]:
         One line per prompt.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    # compressed-tensors draws a bar on stderr and offers no switch; exceptions still come through.
+    with contextlib.redirect_stderr(io.StringIO()):
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.eval()
     lines = []
     for prompt in PROMPTS:
         inputs = tokenizer(prompt, return_tensors="pt")
         tokens = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
         text = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        lines.append(text.replace("\n", "\\n"))
+        lines.append(str(text).replace("\n", "\\n"))
     return lines
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hawqtool.errors import InputError
+from hawqtool.errors import InputError, NumericalError
 
 BATCH_ROWS = 64
 
@@ -43,6 +43,7 @@ def generate_rows(
 
     Raises:
         InputError: If the tokenizer names no token to begin with.
+        NumericalError: If the model's logits are not finite.
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -62,6 +63,8 @@ def generate_rows(
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), torch.no_grad():
         torch.manual_seed(seed)
+        if not bool(torch.isfinite(model(torch.full((1, 1), first, device=device)).logits).all()):
+            raise NumericalError("the original model gives logits that are NaN or Inf; check its weights")
         for begin in range(0, num_rows, BATCH_ROWS):
             count = min(BATCH_ROWS, num_rows - begin)
             start = torch.full((count, 1), first, dtype=torch.long, device=device)

@@ -76,6 +76,8 @@ def discover(model: nn.Module, index: CheckpointIndex) -> Structure:
         InputError: Naming the first layer that fails, with the reason.
     """
     name, blocks = find_blocks(model)
+    for position, block in enumerate(blocks):
+        _refuse_other_matrices(f"{name}.{position}", block)
     calls = _block_calls(model, blocks)
     _refuse_shared_weights(model, name)
     specs = []
@@ -114,17 +116,20 @@ def _refuse_shared_weights(model: nn.Module, blocks_name: str) -> None:
             raise InputError(f"{name} shares its weight with {first}; shared block weights are not supported")
 
 
-def _discover_block(
-    position: int, name: str, block: nn.Module, args: Any, kwargs: Any, index: CheckpointIndex
-) -> BlockSpec:
-    linears = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
-    weights = {f"{n}.weight" for n in linears}
+def _refuse_other_matrices(name: str, block: nn.Module) -> None:
+    weights = {f"{n}.weight" for n, m in block.named_modules() if isinstance(m, nn.Linear)}
     for parameter_name, parameter in block.named_parameters():
         if parameter.ndim >= 2 and parameter_name not in weights:
             raise InputError(
                 f"{name}.{parameter_name} has shape {tuple(parameter.shape)} and is no linear layer's weight; "
                 "blocks with such parameters are not supported yet"
             )
+
+
+def _discover_block(
+    position: int, name: str, block: nn.Module, args: Any, kwargs: Any, index: CheckpointIndex
+) -> BlockSpec:
+    linears = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
     seen: list[tuple[str, Tensor]] = []
     hooks = [
         module.register_forward_pre_hook(lambda _m, inputs, n=n: seen.append((n, inputs[0])))

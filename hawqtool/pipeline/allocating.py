@@ -8,7 +8,7 @@ from typing import Any
 from hawqtool.allocation.problem import resolve_ignored, resolve_pins
 from hawqtool.allocation.uniform import uniform_formats
 from hawqtool.config import RunConfig
-from hawqtool.pipeline.artifacts import plan_document, read_sensitivity, write_json
+from hawqtool.pipeline.artifacts import check_writable, plan_document, read_sensitivity, write_json
 from hawqtool.pipeline.planning import allocate, budget_bytes, format_menu, widths
 
 
@@ -19,6 +19,7 @@ def run_allocate(config: RunConfig, sensitivity: Path, output: Path) -> dict[str
         UsageError: If the budget is infeasible or a format was not measured.
     """
     config.require_one_target()
+    check_writable(output)
     table, units, unquantized = read_sensitivity(sensitivity)
     ignored = resolve_ignored(config.ignore, units)
     # Ignored layers stay in the file at full size, so a size target must count them.

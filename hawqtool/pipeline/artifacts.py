@@ -16,6 +16,18 @@ SENSITIVITY_SCHEMA = "hawqtool.sensitivity/1"
 PLAN_SCHEMA = "hawqtool.plan/1"
 
 
+def check_writable(path: Path) -> None:
+    """Check before the work that a file can be created.
+
+    Raises:
+        UsageError: If its folder does not exist or it is a folder itself.
+    """
+    if path.is_dir():
+        raise UsageError(f"--output {path} is a folder, a file was expected; add a file name")
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"the parent folder of {path} does not exist; create it first")
+
+
 def write_json(path: Path, document: dict[str, Any]) -> None:
     """Write a document by atomic rename."""
     temporary = path.with_name(f".{path.name}.part")

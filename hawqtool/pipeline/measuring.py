@@ -9,7 +9,7 @@ from typing import Any
 from hawqtool.config import RunConfig
 from hawqtool.formats import QuantFormat
 from hawqtool.model.index import fingerprint
-from hawqtool.pipeline.artifacts import sensitivity_document, write_json
+from hawqtool.pipeline.artifacts import check_writable, sensitivity_document, write_json
 from hawqtool.pipeline.job import Job, prepare
 from hawqtool.pipeline.planning import WIDE_MENU, format_menu, stored_bytes, widths
 from hawqtool.pipeline.progress import Reporter
@@ -65,6 +65,7 @@ def measure_job(
 
 def run_measure(config: RunConfig, output: Path, reporter: Reporter) -> dict[str, Any]:
     """``hawqtool measure``: write sensitivity.json for the widths asked for (default 2,3,4,8)."""
+    check_writable(output)
     job = prepare(config)
     menu = format_menu(job.units, config.bits or WIDE_MENU, config.group_size)
     sets = gather_rows(job, reporter)

@@ -73,7 +73,7 @@ def run_quantize(
         candidates = _round_all(job, plan, sets, work, reporter, timings)
         with _timed(timings, "evaluate"):
             original = _evaluate_all(job, candidates, sets, reporter)
-        shipped = _choose(config, candidates)
+        shipped = _choose(job, candidates)
         evaluation = _evaluation(candidates, original)
         report = build_report(
             job, sets, candidates[shipped].plan, candidates[shipped].rounding, evaluation, shipped, timings, command
@@ -180,14 +180,31 @@ def _evaluate_all(job: Job, candidates: dict[str, Candidate], sets: dict[str, Ro
     return evaluator.evaluate(None, "original")["report"]
 
 
-def _choose(config: RunConfig, candidates: dict[str, Candidate]) -> str:
+def _choose(job: Job, candidates: dict[str, Candidate]) -> str:
     """Uniform is shipped unless the mixed plan is better on the selection rows; a plan file is shipped as given."""
-    if config.plan is not None or "uniform" not in candidates:
+    if job.config.plan is not None or "uniform" not in candidates:
         return "mixed"
     mixed, uniform = candidates["mixed"], candidates["uniform"]
     if mixed is uniform:
         return "uniform"
+    if not _obeys(job, uniform.plan):
+        return "mixed"
     return "mixed" if mixed.quality["selection"].kl < uniform.quality["selection"].kl else "uniform"
+
+
+def _obeys(job: Job, plan: BitPlan) -> bool:
+    """Whether a plan respects the pins, and the widths, group size and profile that were asked for."""
+    config = job.config
+    if any(plan.formats[unit].bits != fmt.bits for unit, fmt in job.pins.items()):
+        return False
+    menu = job_menu(job, None)
+    fixed_widths = config.bits is not None or config.profile == "portable"
+    for unit, fmt in plan.formats.items():
+        if fixed_widths and fmt.bits not in {f.bits for f in menu[unit]}:
+            return False
+        if "group_size" in config.model_fields_set and fmt.group_size != menu[unit][0].group_size:
+            return False
+    return True
 
 
 def _evaluation(candidates: dict[str, Candidate], original: Evaluation) -> dict[str, Any]:

@@ -47,7 +47,11 @@ def search_scales(
     step = max(1, _CHUNK_ELEMENTS // columns) if weight.device.type == "cpu" else rows
     found = [
         _search_chunk(
-            chunk.reshape(-1, groups, width).transpose(0, 1).contiguous(), importance, quant_format, stored_dtype, both_signs
+            chunk.reshape(-1, groups, width).transpose(0, 1).contiguous(),
+            importance,
+            quant_format,
+            stored_dtype,
+            both_signs,
         )
         for chunk in weight.split(step)
     ]

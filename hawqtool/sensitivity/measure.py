@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from hawqtool.errors import NumericalError
 from hawqtool.formats import QuantFormat
 from hawqtool.model.sweep import Activations, ModelStream, advance, gram, group_inputs, local_name, run_block
 from hawqtool.records import BlockSpec, LinearSpec, Score
@@ -83,6 +84,8 @@ def _loss_gradients(stream: ModelStream, tokens: Sequence[Tensor], hidden: list[
         for row, state in zip(part, states, strict=True):
             leaf = state[None].detach().requires_grad_()
             logits = stream.logits(row[None], leaf)[0].float()
+            if not bool(torch.isfinite(logits).all()):
+                raise NumericalError("the original model gives logits that are NaN or Inf; check its weights")
             labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
             loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
             rows.append(torch.autograd.grad(loss, leaf)[0])

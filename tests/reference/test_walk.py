@@ -62,8 +62,9 @@ def round_live(job: Job, model: nn.Module, plan: BitPlan, group: tuple[LinearSpe
     x = input_of(model, group[0].name)
     matrix = gram(x)
     tasks = [
-        Task(m.name, model.get_submodule(m.name).weight.detach().clone(), plan.formats[m.unit], job.stored_dtypes[m.name])
+        Task(m.name, weight.detach().clone(), plan.formats[m.unit], job.stored_dtypes[m.name])
         for m in group
+        for weight in [model.get_submodule(m.name).weight]
     ]
     layers = round_layers(tasks, matrix, factorize(matrix, len(x)), job.method)
     for layer in layers:

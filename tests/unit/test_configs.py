@@ -1,0 +1,151 @@
+"""configs/, RunConfig and the flags of the command line say the same; their errors say what to do."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+
+from hawqtool.cli.app import app
+from hawqtool.cli.quantize import quantize
+from hawqtool.config import RunConfig, load_config
+from hawqtool.errors import UsageError
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+DEFAULT = CONFIGS / "default.yaml"
+RECIPES = sorted(path for path in CONFIGS.glob("*.yaml") if path != DEFAULT)
+EXAMPLES = {"model", "output", "target_bpw"}
+"""Keys of default.yaml that hold a placeholder or an example, not the default."""
+NOT_CONFIG = {"config", "dry_run", "json", "quiet", "debug", "help"}
+"""Parameters of the command that choose how to run and print, not what to do."""
+
+
+def read(path: Path) -> dict[str, Any]:
+    loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert isinstance(loaded, dict)
+    return loaded
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def flags_of_quantize() -> dict[str, list[str]]:
+    """Name of each parameter of the command to the spellings of its flag; of an argument to its bare name."""
+    program: Any = typer.main.get_command(app)
+    return {parameter.name: parameter.opts for parameter in program.commands["quantize"].params}
+
+
+def test_default_yaml_has_every_key_with_its_default() -> None:
+    values = read(DEFAULT)
+    assert set(values) == set(RunConfig.model_fields)
+    loaded = load_config(DEFAULT, {})
+    for name, field in RunConfig.model_fields.items():
+        if name not in EXAMPLES:
+            assert getattr(loaded, name) == field.default, name
+
+
+def test_default_yaml_can_be_run() -> None:
+    load_config(DEFAULT, {}).require_one_target()
+
+
+def test_default_yaml_explains_every_key() -> None:
+    lines = DEFAULT.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines):
+        if line and line[0] not in "#":
+            assert lines[number - 1].startswith("# ") and lines[number - 1].endswith("."), line
+
+
+def test_every_key_is_a_flag_of_the_same_name() -> None:
+    flags = flags_of_quantize()
+    assert set(RunConfig.model_fields) == set(flags) - NOT_CONFIG
+    for name in set(RunConfig.model_fields) - {"model"}:
+        assert f"--{name.replace('_', '-')}" in flags[name], name
+
+
+def test_no_flag_has_a_default_of_its_own() -> None:
+    # A default in the command's signature would win over the YAML file.
+    parameters = inspect.signature(quantize).parameters
+    assert {name for name in RunConfig.model_fields if parameters[name].default is not None} == set()
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_load(path: Path) -> None:
+    load_config(path, {"model": "m", "output": "o"}).require_one_target()
+
+
+def test_there_are_recipes() -> None:
+    assert {path.stem for path in RECIPES} >= {"portable-4bit", "fast", "balanced"}
+
+
+def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path: Path) -> None:
+    path = write(tmp_path, "model: m\nseed: 5\nnum-samples: 4\nrounding: rtn\n")
+    config = load_config(path, {"seed": 7, "rounding": None, "pin": None})
+    assert (config.seed, config.num_samples, config.rounding, config.foem_beta) == (7, 4, "rtn", 0.1)
+
+
+def test_a_flag_of_zero_wins(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, "model: m\nseed: 5\n"), {"seed": 0}).seed == 0
+
+
+def test_unknown_key_names_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"unknown key 'target_bwp'.*did you mean 'target_bpw'\?"):
+        load_config(write(tmp_path, "model: m\ntarget_bwp: 3.5\n"), {})
+
+
+def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
+    path = write(tmp_path, "model: m\nrounding: awq\nseed: -1\ngruop_size: 64\n")
+    with pytest.raises(UsageError) as caught:
+        load_config(path, {})
+    for part in ("rounding", "'awq'", "seed", "-1", "gruop_size", "group_size", "run.yaml"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("bits", "1,4", "widths from 2 to 8"),
+        ("bits", "4;8", "widths from 2 to 8"),
+        ("group_size", "48", "32, 64, 128 or channel"),
+        ("target_size", "big", "3.2GiB"),
+        ("target_bpw", "-1", "greater than 0"),
+        ("profile", "everything", "portable"),
+        ("eval_samples", "1", "greater than or equal to 2"),
+    ],
+)
+def test_wrong_values_say_what_is_expected(key: str, value: str, said: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        load_config(None, {"model": "m", key: value})
+    assert key in str(caught.value) and said in str(caught.value)
+
+
+def test_profile_portable_refuses_other_widths_and_signs() -> None:
+    with pytest.raises(UsageError, match="4 and 8 only"):
+        load_config(None, {"model": "m", "profile": "portable", "bits": "3,4"})
+    with pytest.raises(UsageError, match="positive scales"):
+        load_config(None, {"model": "m", "profile": "portable", "scale_sign": "both"})
+
+
+@pytest.mark.parametrize("targets", [{}, {"target_bpw": 3.5, "target_size": "1GB"}])
+def test_exactly_one_target(targets: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="exactly one of --target-bpw"):
+        load_config(None, {"model": "m", **targets}).require_one_target()
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "key: [1\n"])
+def test_files_that_hold_no_keys(tmp_path: Path, text: str) -> None:
+    with pytest.raises(UsageError, match="run.yaml"):
+        load_config(write(tmp_path, text), {"model": "m"})
+
+
+def test_missing_file_and_missing_model(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="was not found"):
+        load_config(tmp_path / "none.yaml", {})
+    with pytest.raises(UsageError, match="model"):
+        load_config(write(tmp_path, ""), {})
