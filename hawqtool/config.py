@@ -75,6 +75,13 @@ class RunConfig(BaseModel):
     def _parse_list(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
 
+    @field_validator("sensitivity")
+    @classmethod
+    def _check_sensitivity(cls, value: str) -> str:
+        if value not in ("auto", *SCORE_METRICS) and not Path(value).is_file():
+            raise ValueError(f"expected auto, {', '.join(SCORE_METRICS)} or an existing sensitivity.json")
+        return value
+
     @field_validator("target_size")
     @classmethod
     def _check_size(cls, value: str | None) -> str | None:
@@ -121,8 +128,8 @@ def parse_size(text: str) -> int:
     Raises:
         ValueError: If it is no size.
     """
-    match = re.fullmatch(r"\s*([\d.]+)\s*([a-zA-Z]*)\s*", text)
-    if not match or match[2].lower() not in _SIZE_UNITS or match[1].count(".") > 1:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    if not match or match[2].lower() not in _SIZE_UNITS:
         raise ValueError(f"{text!r} is no size; expected for example 3.2GiB, 900MB or a number of bytes")
     return int(float(match[1]) * _SIZE_UNITS[match[2].lower()])
 

@@ -33,7 +33,7 @@ class Terminal:
     def say(self, text: str) -> None:
         """One line of narration."""
         if not self.quiet:
-            self.console.print(text, markup=False)
+            self.console.print(text, markup=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
         """A warning line; kept to be repeated at the end."""

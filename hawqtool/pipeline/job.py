@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from hawqtool.allocation.problem import resolve_ignored, resolve_pins
 from hawqtool.allocation.uniform import uniform_formats
@@ -45,7 +44,7 @@ class Job:
 
     config: RunConfig
     index: CheckpointIndex
-    skeleton: nn.Module
+    skeleton: Any
     structure: Structure
     units: tuple[Unit, ...]
     pins: dict[str, QuantFormat]
@@ -60,7 +59,8 @@ class Job:
     @property
     def seq_len(self) -> int:
         """Tokens per row."""
-        return self.config.seq_len or _DEFAULT_ROWS[self.device.type][1]
+        longest = getattr(self.skeleton.config, "max_position_embeddings", None) or _DEFAULT_ROWS["cuda"][1]
+        return self.config.seq_len or min(_DEFAULT_ROWS[self.device.type][1], longest)
 
     @property
     def rows_per_slice(self) -> int:
@@ -133,6 +133,9 @@ def prepare(config: RunConfig) -> Job:
     units = tuple(unit for unit in structure.units if unit.name not in ignored)
     sizes = {name: fmt.group_size for name, fmt in uniform_formats(units, 8, config.group_size).items()}
     pins = resolve_pins(config.pin, units, sizes)
+    longest = getattr(probe.config, "max_position_embeddings", None)
+    if config.seq_len and longest and config.seq_len > longest:
+        raise UsageError(f"--seq-len {config.seq_len} exceeds the model's {longest} positions; lower it")
     return Job(config, index, build_skeleton(index.folder, dtype), structure, units, pins, device, dtype)
 
 

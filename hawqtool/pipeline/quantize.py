@@ -18,7 +18,7 @@ from hawqtool.export.verify import verify_folder
 from hawqtool.export.writer import copy_small_files
 from hawqtool.formats import QuantFormat
 from hawqtool.model.index import fingerprint
-from hawqtool.pipeline.artifacts import read_plan, read_sensitivity, write_json
+from hawqtool.pipeline.artifacts import SENSITIVITY_SCHEMA, read_json, read_plan, read_sensitivity, write_json
 from hawqtool.pipeline.dryrun import describe
 from hawqtool.pipeline.evaluating import Evaluator, as_record
 from hawqtool.pipeline.job import Job, prepare
@@ -78,8 +78,11 @@ def run_quantize(
         report = build_report(
             job, sets, candidates[shipped].plan, candidates[shipped].rounding, evaluation, shipped, timings, command
         )
+        folder = candidates[shipped].folder
         with _timed(timings, "verify"):
-            _finish(job, candidates[shipped].folder, output, report, sensitivity)
+            _complete(job, folder, sensitivity)
+        write_json(folder / "report.json", report)
+        _put_in_place(folder, output)
         return report
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -134,10 +137,16 @@ def _decide(job: Job, sets: dict[str, Rows], reporter: Reporter) -> tuple[BitPla
             for unit, by_label in document["scores"][metric].items()
         }
         return allocate(job.units, menu, scores, job.pins, budget, metric), document
-    table, _, _ = read_sensitivity(Path(config.sensitivity))
+    saved = Path(config.sensitivity)
+    table, _, _ = read_sensitivity(saved)
     if table.model_fingerprint != fingerprint(job.index):
         raise UsageError(f"{config.sensitivity} was measured on another checkpoint ({table.model}); measure this one")
-    return allocate(job.units, menu, table.scores[metric], job.pins, budget, metric), None
+    if table.rounding != config.rounding:
+        raise UsageError(
+            f"{config.sensitivity} was measured for --rounding {table.rounding}, not {config.rounding}; measure again"
+        )
+    plan = allocate(job.units, menu, table.scores[metric], job.pins, budget, metric)
+    return plan, read_json(saved, SENSITIVITY_SCHEMA)
 
 
 def _round_all(
@@ -234,18 +243,25 @@ def _record(candidate: Candidate) -> dict[str, Any]:
     }
 
 
-def _finish(job: Job, folder: Path, output: Path, report: dict[str, Any], sensitivity: dict[str, Any] | None) -> None:
-    """Complete the folder, verify it, and put it in place by renaming."""
+def _complete(job: Job, folder: Path, sensitivity: dict[str, Any] | None) -> None:
+    """Add the small files and the records, then reopen and verify what was written."""
     copy_small_files(job.index.folder, folder)
     write_reproduce(job, folder, sensitivity)
-    write_json(folder / "report.json", report)
     problems = verify_folder(folder, job.index.folder).problems
     if problems:
         raise NumericalError(f"the written folder failed verification: {problems[0]} ({len(problems)} problems)")
-    if output.exists():
-        old = output.with_name(f".{output.name}.old-{os.getpid()}")
-        output.rename(old)
+
+
+def _put_in_place(folder: Path, output: Path) -> None:
+    """Rename the complete folder to the output; a folder that it replaces comes back if that fails."""
+    if not output.exists():
         folder.rename(output)
-        shutil.rmtree(old)
-    else:
+        return
+    old = output.with_name(f".{output.name}.old-{os.getpid()}")
+    output.rename(old)
+    try:
         folder.rename(output)
+    except BaseException:
+        old.rename(output)
+        raise
+    shutil.rmtree(old)
