@@ -36,7 +36,7 @@ def generate_rows(
         seed: Seed of the sampling; the global random state is left as it was.
         device: Where to run.
         dtype: dtype of the weights.
-        progress: Called with rows done and rows in all.
+        progress: Called after every step with tokens done and tokens in all.
 
     Returns:
         ``[num_rows, seq_len]`` int64 on the CPU.
@@ -45,14 +45,16 @@ def generate_rows(
         InputError: If the tokenizer names no token to begin with.
         NumericalError: If the model's logits are not finite.
     """
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteriaList
 
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if first is None:
         raise InputError(
             "the tokenizer names no begin or end token to start sampling from; give --calibration a text file"
         )
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, trust_remote_code=False, use_safetensors=True
+    )
     model.to(device).eval()
     settings = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=seq_len - 1, pad_token_id=first
@@ -68,6 +70,16 @@ def generate_rows(
         for begin in range(0, num_rows, BATCH_ROWS):
             count = min(BATCH_ROWS, num_rows - begin)
             start = torch.full((count, 1), first, dtype=torch.long, device=device)
-            parts.append(model.generate(start, attention_mask=torch.ones_like(start), generation_config=settings).cpu())
-            progress(begin + count, num_rows)
+
+            def step(tokens: Tensor, _scores: Any, begin: int = begin, count: int = count, **_: Any) -> Tensor:
+                progress(begin * seq_len + tokens.numel(), num_rows * seq_len)
+                return torch.zeros(count, dtype=torch.bool, device=tokens.device)
+
+            rows = model.generate(
+                start,
+                attention_mask=torch.ones_like(start),
+                generation_config=settings,
+                stopping_criteria=StoppingCriteriaList([step]),  # never stops; the hook that sees every step
+            )
+            parts.append(rows.cpu())
     return torch.cat(parts)

@@ -36,7 +36,7 @@ def gather_rows(job: Job, reporter: Reporter) -> dict[str, Rows]:
         reporter.say(f"sampling {sum(counts.values())} rows of {job.seq_len} tokens from the model")
         tokens = generate_rows(
             job.index.folder, tokenizer, sum(counts.values()), job.seq_len, config.seed, job.device, job.dtype,
-            lambda done, total: reporter.progress("sampling rows", done, total),
+            lambda done, total: reporter.progress("sampling tokens", done, total),
         )
     else:
         tokens = text_rows(tokenizer, Path(config.calibration), job.seq_len, config.seed)
