@@ -45,22 +45,14 @@ def generate_rows(
         InputError: If the tokenizer names no token to begin with.
         NumericalError: If the model's logits are not finite.
     """
-    from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteriaList
+    from transformers import StoppingCriteriaList
 
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if first is None:
         raise InputError(
             "the tokenizer names no begin or end token to start sampling from; give --calibration a text file"
         )
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, trust_remote_code=False, use_safetensors=True
-    )
-    model.to(device).eval()
-    settings = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=seq_len - 1, pad_token_id=first
-    )
-    # The checkpoint's own generation settings (an end token, a top-k) must not shape the rows.
-    model.generation_config = GenerationConfig(pad_token_id=first)
+    model, settings = _load(folder, first, seq_len, device, dtype)
     parts = []
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), torch.no_grad():
@@ -83,3 +75,19 @@ def generate_rows(
             )
             parts.append(rows.cpu())
     return torch.cat(parts)
+
+
+def _load(folder: Path, first: int, seq_len: int, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+    """The whole model and the settings of its sampling."""
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, trust_remote_code=False, use_safetensors=True
+    )
+    model.to(device).eval()
+    settings = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=seq_len - 1, pad_token_id=first
+    )
+    # The checkpoint's own generation settings (an end token, a top-k) must not shape the rows.
+    model.generation_config = GenerationConfig(pad_token_id=first)
+    return model, settings

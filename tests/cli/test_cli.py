@@ -112,7 +112,13 @@ def test_signals_leave_nothing_behind(place: Path, tmp_path: Path, number: signa
     text = place / "text.txt"
     command = [INSTALLED, "quantize", model, "-o", output, "--calibration", text, *SMALL, *TARGET]
     process = subprocess.Popen(
-        [*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
+        [*map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=dict(os.environ),
+        # A test run in the background of a shell inherits an ignored SIGINT; the command is to be tested without that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
     # The temporary folder appears when rounding begins: the run is then in the middle of its work.
