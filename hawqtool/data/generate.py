@@ -49,9 +49,7 @@ def generate_rows(
 
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if first is None:
-        raise InputError(
-            "the tokenizer names no begin or end token to start sampling from; give --calibration a text file"
-        )
+        raise InputError("the tokenizer names no begin or end token to start from; give --calibration a text file")
     model, settings = _load(folder, first, seq_len, device, dtype)
     parts = []
     cuda = [device] if device.type == "cuda" else []
@@ -67,12 +65,9 @@ def generate_rows(
                 progress(begin * seq_len + tokens.numel(), num_rows * seq_len)
                 return torch.zeros(count, dtype=torch.bool, device=tokens.device)
 
-            rows = model.generate(
-                start,
-                attention_mask=torch.ones_like(start),
-                generation_config=settings,
-                stopping_criteria=StoppingCriteriaList([step]),  # never stops; the hook that sees every step
-            )
+            hook = StoppingCriteriaList([step])  # never stops the sampling, but sees every step of it
+            mask = torch.ones_like(start)
+            rows = model.generate(start, attention_mask=mask, generation_config=settings, stopping_criteria=hook)
             parts.append(rows.cpu())
     return torch.cat(parts)
 
