@@ -18,12 +18,15 @@ class LinearSpec:
     """One quantizable linear layer.
 
     Args:
-        name: Module name, also the prefix of its tensors in the checkpoint.
+        name: Prefix of its tensors in the checkpoint.
         out_features: Rows of the weight.
         in_features: Columns of the weight.
         block: Index of the transformer block.
         unit: Name of the allocation unit (what a serving engine fuses).
         scale_bytes: Bytes of one stored scale: the size of the source weight's dtype.
+        module: Name in the model that transformers builds where that differs from ``name``.
+        transposed: Whether the checkpoint stores the weight as ``[in, out]``, as GPT-2's are; packed, it is
+            ``[out, in]`` like all others.
     """
 
     name: str
@@ -32,6 +35,13 @@ class LinearSpec:
     block: int
     unit: str
     scale_bytes: int
+    module: str | None = None
+    transposed: bool = False
+
+    @property
+    def module_name(self) -> str:
+        """Name in the model that transformers builds."""
+        return self.module or self.name
 
     @property
     def num_weights(self) -> int:
@@ -173,11 +183,25 @@ class LayerMetrics:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Quality of one model on the evaluation rows; KL in nats per token against the original."""
+    """Quality of one model on the evaluation rows, against the original.
 
-    perplexity: float
-    kl: float
-    kl_stderr: float
-    same_top: float
+    Args:
+        measure: What ``divergence`` is: ``kl`` (nats per output: per token for language models) or
+            ``embedding_error`` (squared error of the embedding over its square).
+        divergence: Mean over rows.
+        stderr: Its standard error.
+        row_divergence: The values of the rows.
+        num_tokens: Positions of all rows.
+        perplexity: Of the next token; causal language models only.
+        same_top: Share of outputs whose likeliest class is the original's; logits only.
+        cosine: Mean cosine to the original's embedding; embeddings only.
+    """
+
+    measure: str
+    divergence: float
+    stderr: float
+    row_divergence: tuple[float, ...] = field(repr=False)
     num_tokens: int
-    row_kl: tuple[float, ...] = field(default=(), repr=False)
+    perplexity: float | None = None
+    same_top: float | None = None
+    cosine: float | None = None

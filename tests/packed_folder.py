@@ -75,7 +75,7 @@ def write_packed(
     copy_small_files(source, folder)
     units = {name: name if split_units else specs[name].unit for name in chosen}
     others = sorted({"lm_head", *specs} - set(chosen))
-    write_config(source, folder, quantization_config(chosen, units, others))
+    write_config(source, folder, quantization_config(chosen, units, others, {}))
     write_records(folder, layout, chosen, specs, others, writer.checksums, errors)
     return layout
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from hawqtool.cli import options as o
+from hawqtool.cli.render import quality_lines
 from hawqtool.cli.session import print_json, session
 
 
@@ -42,7 +43,4 @@ def evaluate(
         if json:
             print_json(result)
             return
-        original, quantized = result["original"], result["quantized"]
-        print(f"perplexity  {original['perplexity']:.3f} original, {quantized['perplexity']:.3f} quantized")
-        print(f"KL          {quantized['kl']:.4f} ± {quantized['kl_stderr']:.4f} nats per token")
-        print(f"same top-1  {100 * quantized['same_top']:.2f} % of {quantized['num_tokens']} tokens")
+        print("\n".join(quality_lines(result)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -44,19 +45,23 @@ def print_report(report: dict[str, Any], output: str) -> None:
     """The result: sizes, histogram, quality against uniform."""
     console = Console(highlight=False)
     evaluation = report["evaluation"]
+    columns = _quality_columns(evaluation)
     table = Table(title="quality on the report rows" + (" (in-domain)" if report["rows"]["report_in_domain"] else ""))
-    for name in ("model", "formats", "bits/weight", "file", "perplexity", "KL (nats/token)", "same top-1"):
+    for name in ("model", "formats", "bits/weight", "file", *columns):
         table.add_column(name, justify="left" if name in ("model", "formats") else "right", overflow="fold")
     original = report["sizes"]["original_bytes"]
-    table.add_row("original", "", "", size(original), f"{evaluation['original']['perplexity']:.2f}", "0", "100 %")
+    table.add_row("original", "", "", size(original), *(show(evaluation["original"]) for show in columns.values()))
     for name in ("uniform", "mixed"):
-        if evaluation[name] is None or (name == "mixed" and evaluation["uniform"] == evaluation["mixed"]):
+        values = evaluation[name]
+        if values is None or (name == "mixed" and evaluation["uniform"] == evaluation["mixed"]):
             continue
-        table.add_row(*_quality_row(name, evaluation[name]))
+        cells = (" ".join(values["formats"]), f"{values['bpw_linears']:.3f}", size(values["total_bytes"]))
+        table.add_row(name, *cells, *(show(values) for show in columns.values()))
     interpolated = evaluation["uniform_interpolated"]
     if interpolated and evaluation["uniform"] != evaluation["mixed"]:
         bits = f"{evaluation['mixed']['bpw_linears']:.3f}"
-        table.add_row("uniform, interpolated", "", bits, "", "", f"{interpolated['kl']:.4f}", "")
+        shown = [show(interpolated) if name in _MEASURES.values() else "" for name, show in columns.items()]
+        table.add_row("uniform, interpolated", "", bits, "", *shown)
     console.print(table)
     sizes = report["sizes"]
     histogram = Counter(entry["bits"] for entry in report["plan"])
@@ -70,7 +75,9 @@ def print_report(report: dict[str, Any], output: str) -> None:
     )
     difference = evaluation.get("mixed_minus_uniform")
     if difference and evaluation["uniform"] != evaluation["mixed"]:
-        console.print(f"paired      KL mixed - uniform {difference['kl']:+.4f} ± {_number(difference['kl_stderr'])}")
+        measure = evaluation["measure"]
+        stderr = _number(difference[f"{measure}_stderr"])
+        console.print(f"paired      {_MEASURES[measure]}, mixed - uniform: {difference[measure]:+.4f} ± {stderr}")
     spent = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in report["timings"].items())
     console.print(f"time        {spent}")
     for text in report["warnings"]:
@@ -78,15 +85,33 @@ def print_report(report: dict[str, Any], output: str) -> None:
     console.print(f"verified    {output}", markup=False)
 
 
-def _quality_row(name: str, values: dict[str, Any]) -> list[str]:
+_MEASURES = {"kl": "KL (nats)", "embedding_error": "relative error"}
+
+
+def _quality_columns(evaluation: dict[str, Any]) -> dict[str, Callable[[dict[str, Any]], str]]:
+    """Heading and content of the columns that this kind of model has."""
+    measure = evaluation["measure"]
+
+    def divergence(values: dict[str, Any]) -> str:
+        stderr = values.get(f"{measure}_stderr")
+        return f"{values[measure]:.4f}" + ("" if stderr is None else f" ± {_number(stderr)}")
+
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "perplexity": lambda values: f"{values['perplexity']:.2f}",
+        _MEASURES[measure]: divergence,
+        "same top-1": lambda values: f"{100 * values['same_top']:.1f} %",
+        "cosine": lambda values: f"{values['cosine']:.4f}",
+    }
+    absent = {"same top-1": "same_top", "perplexity": "perplexity", "cosine": "cosine"}
+    return {name: show for name, show in columns.items() if absent.get(name, measure) in evaluation["original"]}
+
+
+def quality_lines(evaluation: dict[str, Any]) -> list[str]:
+    """One line per measure of an evaluation of ``original`` and ``quantized``."""
+    original, quantized = evaluation["original"], evaluation["quantized"]
     return [
-        name,
-        " ".join(values["formats"]),
-        f"{values['bpw_linears']:.3f}",
-        size(values["total_bytes"]),
-        f"{values['perplexity']:.2f}",
-        f"{values['kl']:.4f} ± {_number(values['kl_stderr'])}",
-        f"{100 * values['same_top']:.1f} %",
+        f"{name:15s} {show(quantized)}" + (f" (original {show(original)})" if name == "perplexity" else "")
+        for name, show in _quality_columns(evaluation).items()
     ]
 
 

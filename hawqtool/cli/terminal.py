@@ -50,8 +50,12 @@ class Terminal:
             self._stage, self._begin, self._printed = stage, now, now
             if sys.stderr.isatty():
                 self._bar = Progress(
-                    TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                    TimeRemainingColumn(), console=self.console,
+                    TextColumn("{task.description}"),
+                    BarColumn(),
+                    MofNCompleteColumn(),
+                    TimeElapsedColumn(),
+                    TimeRemainingColumn(),
+                    console=self.console,
                 )
                 self._bar.start()
                 self._task = self._bar.add_task(stage, total=total)

@@ -12,40 +12,63 @@ from hawqtool.model.sweep import ModelStream
 from hawqtool.records import Evaluation
 
 
-def evaluate_hidden(stream: ModelStream, tokens: Tensor, original: Tensor, candidate: Tensor) -> Evaluation:
-    """Compare two models by the outputs of their last blocks; norm and head are the stream's (never quantized).
+def evaluate_hidden(
+    reference: ModelStream, candidate: ModelStream, rows: Tensor, original: Tensor, hidden: Tensor
+) -> Evaluation:
+    """Compare two models by the outputs of their last blocks, each through its own norm and head.
 
-    KL is E_t[KL(p_original || p_candidate)] over all positions of a row; rows give its standard error. Logits
-    exist for one row at a time.
+    KL is E[KL(p_original || p_candidate)] over all outputs of a row; rows give its standard error. Logits exist
+    for one row at a time.
 
     Args:
-        stream: Any stream of the model; only its norm and head are used.
-        tokens: ``[rows, seq_len]``.
-        original: ``[rows, seq_len, width]``, last block's output of the original model.
-        candidate: The same of the model to judge.
+        reference: Stream of the original model.
+        candidate: Stream of the model to judge.
+        rows: ``[rows, seq_len]`` tokens, or images.
+        original: ``[rows, positions, width]``, last block's output of the original model.
+        hidden: The same of the model to judge.
 
     Raises:
-        NumericalError: If the candidate's logits are not finite.
+        NumericalError: If the candidate's outputs are not finite.
     """
-    row_kl, row_nll, row_same = [], [], []
+    results: list[dict[str, float]] = []
+    compare = _compare_logits if reference.task.logits else _compare_embeddings
     with torch.no_grad():
-        for row, reference, state in zip(tokens, original, candidate, strict=True):
-            log_p = stream.logits(row[None], reference[None])[0].float().log_softmax(-1)
-            log_q = stream.logits(row[None], state[None])[0].float().log_softmax(-1)
-            row_kl.append(float((log_p.exp() * (log_p - log_q)).sum(-1).double().mean()))
-            row_same.append(float((log_p.argmax(-1) == log_q.argmax(-1)).double().mean()))
-            row_nll.append(float(nn.functional.nll_loss(log_q[:-1], row[1:].to(log_q.device))))
-    kl = torch.tensor(row_kl, dtype=torch.float64)
-    if not bool(torch.isfinite(kl).all()):
-        raise NumericalError("the model to evaluate gives logits that are NaN or Inf")
+        for row, expected, state in zip(rows, original, hidden, strict=True):
+            outputs = [s.outputs(row[None], h[None])[0].float() for s, h in ((reference, expected), (candidate, state))]
+            values = compare(*outputs)
+            if reference.task.generates:
+                log_q = outputs[1][:-1].log_softmax(-1)
+                values["next_token"] = float(nn.functional.nll_loss(log_q, row[1:].to(log_q.device)))
+            results.append(values)
+    divergence = torch.tensor([values["divergence"] for values in results], dtype=torch.float64)
+    if not bool(torch.isfinite(divergence).all()):
+        raise NumericalError("the model to evaluate gives outputs that are NaN or Inf")
+    means = {key: sum(values[key] for values in results) / len(results) for key in results[0]}
     return Evaluation(
-        perplexity=math.exp(sum(row_nll) / len(row_nll)),
-        kl=float(kl.mean()),
-        kl_stderr=standard_error(kl),
-        same_top=sum(row_same) / len(row_same),
-        num_tokens=tokens.numel(),
-        row_kl=tuple(row_kl),
+        measure="kl" if reference.task.logits else "embedding_error",
+        divergence=float(divergence.mean()),
+        stderr=standard_error(divergence),
+        row_divergence=tuple(divergence.tolist()),
+        num_tokens=original.shape[0] * original.shape[1],
+        perplexity=math.exp(means["next_token"]) if "next_token" in means else None,
+        same_top=means.get("same_top"),
+        cosine=means.get("cosine"),
     )
+
+
+def _compare_logits(original: Tensor, candidate: Tensor) -> dict[str, float]:
+    log_p, log_q = original.log_softmax(-1), candidate.log_softmax(-1)
+    return {
+        "divergence": float((log_p.exp() * (log_p - log_q)).sum(-1).double().mean()),
+        "same_top": float((log_p.argmax(-1) == log_q.argmax(-1)).double().mean()),
+    }
+
+
+def _compare_embeddings(original: Tensor, candidate: Tensor) -> dict[str, float]:
+    return {
+        "divergence": float((candidate - original).double().square().sum() / original.double().square().sum()),
+        "cosine": float(nn.functional.cosine_similarity(original.double(), candidate.double(), dim=-1).mean()),
+    }
 
 
 def standard_error(values: Tensor) -> float:
@@ -54,13 +77,14 @@ def standard_error(values: Tensor) -> float:
 
 
 def paired_difference(first: Evaluation, second: Evaluation) -> tuple[float, float]:
-    """Mean of ``first - second`` in KL over rows and its standard error; both on the same rows."""
-    difference = torch.tensor(first.row_kl, dtype=torch.float64) - torch.tensor(second.row_kl, dtype=torch.float64)
+    """Mean of ``first - second`` in divergence over rows and its standard error; both on the same rows."""
+    rows = (torch.tensor(e.row_divergence, dtype=torch.float64) for e in (first, second))
+    difference = next(rows) - next(rows)
     return float(difference.mean()), standard_error(difference)
 
 
-def interpolate_log_kl(points: list[tuple[int, float]], stored_bytes: int) -> float | None:
-    """KL of the uniform curve at ``stored_bytes``: log-linear between the neighbouring points.
+def interpolate_log(points: list[tuple[int, float]], stored_bytes: int) -> float | None:
+    """Divergence of the uniform curve at ``stored_bytes``: log-linear between the neighbouring points.
 
     Returns:
         None when the bytes lie outside the points.

@@ -25,7 +25,10 @@ class Target:
 
 
 def quantization_config(
-    formats: Mapping[str, QuantFormat], units: Mapping[str, str], other_linears: Sequence[str]
+    formats: Mapping[str, QuantFormat],
+    units: Mapping[str, str],
+    other_linears: Sequence[str],
+    aliases: Mapping[str, str],
 ) -> dict[str, Any]:
     """Build the ``quantization_config`` of ``config.json``.
 
@@ -36,6 +39,8 @@ def quantization_config(
         formats: Format of every quantized module, by module name.
         units: Allocation unit of every quantized module.
         other_linears: Names of the linears that stay unquantized, such as ``lm_head``.
+        aliases: Quantized module to its name in the model that transformers builds, where that differs: transformers
+            matches its own names, other engines the stored ones.
 
     Raises:
         InputError: If a unit mixes formats, a format is asymmetric, or names are ambiguous without their prefix.
@@ -43,7 +48,7 @@ def quantization_config(
     _check_units(formats, units)
     by_format: dict[QuantFormat, list[str]] = defaultdict(list)
     for module, quant_format in formats.items():
-        by_format[quant_format].append(module)
+        by_format[quant_format] += [module, aliases[module]] if module in aliases else [module]
     groups = {
         quant_format.label: {
             "targets": sorted(_targets(modules)),
@@ -63,7 +68,7 @@ def quantization_config(
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
-    for module in formats:
+    for module in (*formats, *aliases.values()):
         hit = matching_targets(config, module)
         if len(hit) != 1 or is_ignored(config, module):
             found = ", ".join(target.pattern for target in hit)

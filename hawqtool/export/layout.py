@@ -100,7 +100,7 @@ def plan_layout(
     for info in index.tensors.values():
         module = info.name.removesuffix(".weight")
         if module != info.name and module in formats:
-            pieces = _packed_entries(info, module, formats[module])
+            pieces = _packed_entries(info, specs[module], formats[module])
         else:
             pieces = [Entry(info.name, info.dtype, info.shape, 0, info.num_bytes, info.name)]
         size = sum(piece.num_bytes for piece in pieces)
@@ -117,8 +117,8 @@ def _check_sources(index: CheckpointIndex, formats: dict[str, QuantFormat], spec
         info, spec = index.tensors.get(f"{module}.weight"), specs.get(module)
         if info is None or spec is None:
             raise InputError(f"{module} is to be quantized but {index.folder} has no such linear; fix the plan")
-        if info.shape != (spec.out_features, spec.in_features):
-            expected = [spec.out_features, spec.in_features]
+        expected = [spec.out_features, spec.in_features]
+        if list(info.shape) != (expected[::-1] if spec.transposed else expected):
             raise InputError(
                 f"{info.name} has shape {list(info.shape)}; expected {expected} from the model's structure"
             )
@@ -131,15 +131,14 @@ def _check_sources(index: CheckpointIndex, formats: dict[str, QuantFormat], spec
             )
 
 
-def _packed_entries(info: TensorInfo, module: str, quant_format: QuantFormat) -> list[Entry]:
-    out_features, in_features = info.shape
+def _packed_entries(info: TensorInfo, spec: LinearSpec, quant_format: QuantFormat) -> list[Entry]:
     parts = (
-        ("weight_packed", "I32", (out_features, quant_format.packed_columns(in_features))),
-        ("weight_scale", info.dtype, (out_features, quant_format.num_groups(in_features))),
+        ("weight_packed", "I32", (spec.out_features, quant_format.packed_columns(spec.in_features))),
+        ("weight_scale", info.dtype, (spec.out_features, quant_format.num_groups(spec.in_features))),
         ("weight_shape", "I64", (2,)),
     )
     return [
-        Entry(f"{module}.{suffix}", dtype, shape, 0, math.prod(shape) * DTYPE_BYTES[dtype], None)
+        Entry(f"{spec.name}.{suffix}", dtype, shape, 0, math.prod(shape) * DTYPE_BYTES[dtype], None)
         for suffix, dtype, shape in parts
     ]
 

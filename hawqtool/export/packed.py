@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +67,14 @@ class PackedReader:
 
     Args:
         folder: A written checkpoint.
+        transposed: Modules whose dense weight is ``[in, out]`` in the original; their packed one is ``[out, in]``.
 
     Raises:
         InputError: If the folder is not a checkpoint or its config has no ``quantization_config``.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, transposed: Collection[str] = ()) -> None:
+        self.transposed = transposed
         self.index: CheckpointIndex = read_index(folder)
         self._reader = TensorReader(self.index)
         config = read_config(folder).get("quantization_config")
@@ -83,13 +86,16 @@ class PackedReader:
         return name in self.index.tensors or (isinstance(name, str) and self._packed_module(name) is not None)
 
     def tensor(self, name: str) -> Tensor:
-        """Tensor on the CPU; ``[out, in]`` in the scale's dtype for the weight of a packed module.
+        """Tensor on the CPU; in the scale's dtype and as the original lies for the weight of a packed module.
 
         Raises:
             InputError: If there is no such tensor, or the packed tensors and the config disagree.
         """
         module = None if name in self.index.tensors else self._packed_module(name)
-        return self._reader.tensor(name) if module is None else dequantize(*self.codes(module))
+        if module is None:
+            return self._reader.tensor(name)
+        weight = dequantize(*self.codes(module))
+        return weight.t().contiguous() if module in self.transposed else weight
 
     def codes(self, module: str) -> tuple[Tensor, Tensor]:
         """Codes ``[out, in]`` int8 and scales ``[out, groups]`` of a packed module.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -115,7 +115,11 @@ def copy_problems(reader: TensorReader, source: TensorReader) -> list[str]:
 
 
 def error_problems(
-    reader: TensorReader, source: TensorReader, formats: Mapping[str, QuantFormat], recorded: Mapping[str, Any]
+    reader: TensorReader,
+    source: TensorReader,
+    formats: Mapping[str, QuantFormat],
+    recorded: Mapping[str, Any],
+    transposed: Collection[str],
 ) -> list[str]:
     """Packed modules that do not approximate the source's weight as recorded.
 
@@ -124,6 +128,7 @@ def error_problems(
         source: The original.
         formats: Formats of the consistent packed modules.
         recorded: Relative squared weight error by module; modules that are absent are judged by groups only.
+        transposed: Modules whose weight the source stores as ``[in, out]``.
     """
     problems = []
     for module, quant_format in formats.items():
@@ -132,13 +137,14 @@ def error_problems(
         if name not in source:
             problems.append(f"{module} is packed but {name} is not in the source; expected the same model")
             continue
-        if source.info(name).shape != (rows, columns):
-            found = list(source.info(name).shape)
+        found = list(source.info(name).shape)
+        if found != ([columns, rows] if module in transposed else [rows, columns]):
             problems.append(f"{module}.weight_shape is {[rows, columns]}; the source's weight has {found}")
             continue
         codes = unpack_codes(reader.tensor(f"{module}{PACKED_SUFFIX}"), quant_format.bits, columns)
         scales = reader.tensor(f"{module}.weight_scale")
         weight, restored = source.tensor(name), dequantize(codes, scales)
+        weight = weight.t() if module in transposed else weight
         problems += _group_problems(module, weight, restored, scales.shape[1])
         if module in recorded:
             measured, expected = relative_weight_error(weight, restored), float(recorded[module])
@@ -152,7 +158,7 @@ def error_problems(
 
 def _group_problems(module: str, weight: torch.Tensor, restored: torch.Tensor, groups: int) -> list[str]:
     rows = weight.shape[0]
-    original = weight.float().view(rows, groups, -1)
+    original = weight.float().reshape(rows, groups, -1)
     error = (restored.float().view(rows, groups, -1) - original).square().sum(-1)
     energy = original.square().sum(-1)
     floor = (QUIET_GROUP * energy.mean(-1, keepdim=True)).clamp_min(torch.finfo(torch.float32).tiny)

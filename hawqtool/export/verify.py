@@ -67,6 +67,7 @@ def verify_folder(folder: Path, against: Path | None = None) -> VerifyReport:
     model_config = read_config(folder)
     packed = packed_modules(index)
     plan, problems = _record(folder, PLAN_FILE, _is_plan)
+    layers = plan["layers"] if plan else []
     checksums, found = _record(folder, CHECKSUM_FILE, _is_checksums)
     problems += found
     if not packed:
@@ -78,7 +79,8 @@ def verify_folder(folder: Path, against: Path | None = None) -> VerifyReport:
     formats: dict[str, QuantFormat] = {}
     if not broken:
         problems += field_problems(config)
-        problems += target_problems(config, (*packed, *dense_matrices(index)))
+        aliases = [layer["module"] for layer in layers if "module" in layer]
+        problems += target_problems(config, (*packed, *dense_matrices(index), *aliases))
         formats, found = module_problems(config, index, reader)
         problems += found
         problems += ignore_problems(config, index, plan["other_linears"] if plan else ())
@@ -92,7 +94,9 @@ def verify_folder(folder: Path, against: Path | None = None) -> VerifyReport:
         source = TensorReader(read_index(Path(against)))
         problems += _model_config_problems(model_config, read_config(Path(against)))
         problems += copy_problems(reader, source)
-        problems += error_problems(reader, source, formats, (checksums or {}).get("weight_error", {}))
+        transposed = {layer["name"] for layer in layers if layer.get("transposed")}
+        recorded = (checksums or {}).get("weight_error", {})
+        problems += error_problems(reader, source, formats, recorded, transposed)
     return VerifyReport(tuple(problems), len(index.tensors), len(packed), index.total_bytes)
 
 

@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+from transformers.pytorch_utils import Conv1D
 
 from hawqtool.errors import InputError
 from hawqtool.model.dtypes import DTYPE_BYTES
 from hawqtool.model.index import CheckpointIndex
-from hawqtool.model.replay import replayed_blocks
+from hawqtool.model.names import stored_names
+from hawqtool.model.replay import Call, replayed_blocks
 from hawqtool.model.skeleton import find_blocks
 from hawqtool.model.units import unit_name
 from hawqtool.records import BlockSpec, LinearSpec, Unit
 
-_DISCOVERY_TOKENS = 8
+_DISCOVERY_TOKENS, _DISCOVERY_TOKEN = 8, 2
 _FLOAT_DTYPES = ("BF16", "F16", "F32")
+_TRANSPOSES = (Tensor.T, Tensor.mT, Tensor.H)
+_LEAST_OUTPUTS = 16
+"""Linears with fewer outputs are gates: engines keep them as they are, and they weigh nothing."""
+
+_OBSTACLES = {
+    "Conv1D": "it skips packed Conv1D layers and would run on random weights",
+    "FalconLinear": "its Falcon code stops at packed layers",
+}
+"""Classes of linears that transformers 5.17 with compressed-tensors 0.18 was seen to fail on."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +40,18 @@ class Structure:
 
     Args:
         blocks: Blocks in order.
-        other_linears: Names of linears outside the blocks, which stay as they are.
+        other_linears: Linears that stay as they are: outside the blocks, gates and routers. Where a model's name
+            differs from the stored one, both are listed, because loaders look for either.
+        stored_names: Parameter name to the name of its tensor in the checkpoint.
+        extra_outputs: What blocks return beside the hidden state (see `replayed_blocks`).
+        obstacle: Why transformers cannot load packed weights of this model; None where it can.
     """
 
     blocks: tuple[BlockSpec, ...]
     other_linears: tuple[str, ...]
+    stored_names: dict[str, str] = field(default_factory=dict)
+    extra_outputs: int | None = None
+    obstacle: str | None = None
 
     @property
     def linears(self) -> dict[str, LinearSpec]:
@@ -58,19 +76,25 @@ class _WeightUses(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "") != "__get__":  # reading .dtype or .device is not a use
+        # Reading .dtype or .device is not a use, reading the transpose is one.
+        if getattr(func, "__name__", "") != "__get__" or getattr(func, "__self__", None) in _TRANSPOSES:
             for leaf in tree_leaves((args, kwargs)):
                 if isinstance(leaf, nn.Parameter) and id(leaf) in self.watched:
                     self.counts[self.watched[id(leaf)]] += 1
         return func(*args, **kwargs)
 
 
-def discover(model: nn.Module, index: CheckpointIndex) -> Structure:
+def discover(model: Any, index: CheckpointIndex, experts_per_block: bool = False) -> Structure:
     """Run one row of meta tensors through every block and keep what it proves.
 
     A linear is quantizable when it is called exactly once, its weight takes part in one operation only, is
-    shared with nothing, and is stored under its own name. Every other parameter of a block must have one
-    dimension. Input groups are found by the identity of the input tensor, held while comparing.
+    shared with nothing, and is stored as one tensor. Every other parameter of a block must have one dimension or
+    belong to a router. Input groups are found by the identity of the input tensor, held while comparing.
+
+    Args:
+        model: Skeleton; its buffers are lost here, so it is of no further use.
+        index: The checkpoint.
+        experts_per_block: As in `unit_name`.
 
     Raises:
         InputError: Naming the first layer that fails, with the reason.
@@ -78,34 +102,85 @@ def discover(model: nn.Module, index: CheckpointIndex) -> Structure:
     name, blocks = find_blocks(model)
     for position, block in enumerate(blocks):
         _refuse_other_matrices(f"{name}.{position}", block)
-    calls = _block_calls(model, blocks)
     _refuse_shared_weights(model, name)
-    specs = []
-    for position, block in enumerate(blocks):
-        args, kwargs = tree_map_only(Tensor, lambda t: t.to("meta"), calls[position])
-        specs.append(_discover_block(position, f"{name}.{position}", block, args, kwargs, index))
-    inside = {spec.name for block in specs for spec in block.linears}
-    others = tuple(n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in inside)
-    return Structure(tuple(specs), others)
+    calls, extra_outputs = _block_calls(model, blocks)
+    stored = stored_names(model, index.tensors)
+    specs = [
+        _discover_block(position, f"{name}.{position}", block, _on_meta(calls[position]), stored, index)
+        for position, block in enumerate(blocks)
+    ]
+    if not experts_per_block:
+        specs = [_with_model_wide_experts(spec) for spec in specs]
+    obstacle = next((text for m in blocks.modules() for kind, text in _OBSTACLES.items() if kind in _classes(m)), None)
+    inside = {spec.module_name for block in specs for spec in block.linears}
+    others = [n for n, m in model.named_modules() if (_is_linear(m) or _is_router(m)) and n not in inside]
+    names = [(stored.get(f"{n}.weight", f"{n}.weight").removesuffix(".weight"), n) for n in others]
+    return Structure(
+        tuple(specs), tuple(dict.fromkeys(n for pair in names for n in pair)), stored, extra_outputs, obstacle
+    )
 
 
-def _block_calls(model: Any, blocks: nn.ModuleList) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    width = model.get_input_embeddings().weight.shape[1]
-    row = torch.zeros(1, _DISCOVERY_TOKENS, width, dtype=model.dtype)
-    base = getattr(model, model.base_model_prefix)
-    with replayed_blocks(blocks) as calls, torch.no_grad():
-        # With the blocks replaced, what is left with one dimension are final norms: any values will do.
-        norms = {n: torch.ones_like(p, device="cpu") for n, p in base.named_parameters() if p.ndim == 1}
+def _classes(module: nn.Module) -> set[str]:
+    return {kind.__name__ for kind in type(module).__mro__}
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def _is_router(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("TopKRouter")
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("Norm")  # a gain per head and channel has two dimensions
+
+
+def _on_meta(call: Call) -> Call:
+    moved: Call = tree_map_only(Tensor, lambda t: t.to("meta"), call)
+    return moved
+
+
+def _block_calls(model: Any, blocks: nn.ModuleList) -> tuple[list[Call], int | None]:
+    """Arguments of every block's call, and what blocks return beside the hidden state."""
+    calls, error = _record_calls(model, blocks, None)
+    if not calls:
+        raise InputError(
+            f"{type(model).__name__}: the part before the blocks cannot be traced: {str(error).splitlines()[0]}"
+        ) from error
+    args, kwargs = _on_meta(calls[0])
+    with torch.no_grad():
+        output = blocks[0].to("meta")(*args, **kwargs)
+    extra = len(output) - 1 if isinstance(output, tuple) else None
+    if any(isinstance(value, Tensor) for value in (output[1:] if extra else ())):
+        raise InputError(f"{type(model).__name__}: blocks hand on more than a hidden state; not supported")
+    calls, error = _record_calls(model, blocks, extra)
+    if error is not None or len(calls) != len(blocks):
+        reason = f": {str(error).splitlines()[0]}" if error else ""
+        raise InputError(
+            f"{type(model).__name__}: {len(calls)} of {len(blocks)} blocks can be traced{reason}; not supported"
+        ) from error
+    return calls, extra
+
+
+def _record_calls(model: Any, blocks: nn.ModuleList, extra_outputs: int | None) -> tuple[list[Call], Exception | None]:
+    with replayed_blocks(blocks, extra_outputs) as calls, torch.no_grad():
+        base = model.base_model
+        # Zeros of any shape in the memory of one: what the rest of the model computes here is of no interest.
+        weights = {n: torch.zeros((), dtype=p.dtype).expand(p.shape) for n, p in base.named_parameters()}
         try:
-            torch.func.functional_call(base, norms, (), {"inputs_embeds": row, "use_cache": False})
-        except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(
-                f"{type(model).__name__}: the part before the blocks cannot be traced: {reason}"
-            ) from error
-    if len(calls) != len(blocks):
-        raise InputError(f"{type(model).__name__}: {len(calls)} of {len(blocks)} blocks were called; not supported")
-    return calls
+            torch.func.functional_call(base, weights, (), {model.main_input_name: _example_row(model)})
+        except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError, IndexError) as error:
+            return calls, error
+    return calls, None
+
+
+def _example_row(model: Any) -> Tensor:
+    if model.main_input_name == "pixel_values":
+        size = model.config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return torch.zeros(1, model.config.num_channels, height, width, dtype=model.dtype)
+    return torch.full((1, _DISCOVERY_TOKENS), _DISCOVERY_TOKEN)
 
 
 def _refuse_shared_weights(model: nn.Module, blocks_name: str) -> None:
@@ -117,19 +192,19 @@ def _refuse_shared_weights(model: nn.Module, blocks_name: str) -> None:
 
 
 def _refuse_other_matrices(name: str, block: nn.Module) -> None:
-    weights = {f"{n}.weight" for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+    known = {f"{n}.weight" for n, m in block.named_modules() if _is_linear(m) or _is_router(m) or _is_norm(m)}
     for parameter_name, parameter in block.named_parameters():
-        if parameter.ndim >= 2 and parameter_name not in weights:
+        if parameter.ndim >= 2 and parameter_name not in known:
             raise InputError(
                 f"{name}.{parameter_name} has shape {tuple(parameter.shape)} and is no linear layer's weight; "
-                "blocks with such parameters are not supported yet"
+                "blocks with such parameters are not supported"
             )
 
 
 def _discover_block(
-    position: int, name: str, block: nn.Module, args: Any, kwargs: Any, index: CheckpointIndex
+    position: int, name: str, block: nn.Module, call: Call, stored: dict[str, str], index: CheckpointIndex
 ) -> BlockSpec:
-    linears = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+    linears: dict[str, Any] = {n: m for n, m in block.named_modules() if _is_linear(m)}
     seen: list[tuple[str, Tensor]] = []
     hooks = [
         module.register_forward_pre_hook(lambda _m, inputs, n=n: seen.append((n, inputs[0])))
@@ -139,7 +214,7 @@ def _discover_block(
     uses = _WeightUses({id(m.weight): n for n, m in linears.items()})
     try:
         with torch.no_grad(), uses:
-            block(*args, **kwargs)
+            block(*call[0], **call[1])
     finally:
         for hook in hooks:
             hook.remove()
@@ -152,7 +227,9 @@ def _discover_block(
             )
     groups: list[tuple[Tensor, list[LinearSpec]]] = []
     for linear, tensor in seen:
-        spec = _linear_spec(f"{name}.{linear}", linears[linear], position, index)
+        spec = _linear_spec(f"{name}.{linear}", linears[linear], position, stored, index)
+        if spec.out_features < _LEAST_OUTPUTS:
+            continue
         for held, members in groups:
             if held is tensor:
                 members.append(spec)
@@ -162,16 +239,34 @@ def _discover_block(
     return BlockSpec(position, name, tuple(tuple(members) for _, members in groups))
 
 
-def _linear_spec(name: str, module: nn.Linear, position: int, index: CheckpointIndex) -> LinearSpec:
-    info = index.tensors.get(f"{name}.weight")
-    if info is None:
+def _linear_spec(
+    module_name: str, module: Any, position: int, stored: dict[str, str], index: CheckpointIndex
+) -> LinearSpec:
+    tensor = stored.get(f"{module_name}.weight")
+    if tensor is None:
         raise InputError(
-            f"{name}.weight is not in the checkpoint; its tensor names differ from the model's, not supported"
+            f"{module_name}.weight is not in the checkpoint as one tensor under a name that transformers knows; "
+            "this way of storing the model is not supported"
         )
+    info = index.tensors[tensor]
     if info.dtype not in _FLOAT_DTYPES:
-        raise InputError(f"{name}.weight is stored as {info.dtype}; expected one of {', '.join(_FLOAT_DTYPES)}")
+        raise InputError(f"{info.name} is stored as {info.dtype}; expected one of {', '.join(_FLOAT_DTYPES)}")
     if info.shape != tuple(module.weight.shape):
         raise InputError(
-            f"{name}.weight has shape {info.shape} in the file, config.json implies {tuple(module.weight.shape)}"
+            f"{info.name} has shape {info.shape} in the file, config.json implies {tuple(module.weight.shape)}"
         )
-    return LinearSpec(name, info.shape[0], info.shape[1], position, unit_name(name), DTYPE_BYTES[info.dtype])
+    transposed = isinstance(module, Conv1D)
+    out_features, in_features = reversed(info.shape) if transposed else info.shape
+    name = tensor.removesuffix(".weight")
+    module_alias = None if module_name == name else module_name
+    return LinearSpec(
+        name, out_features, in_features, position, unit_name(name), DTYPE_BYTES[info.dtype], module_alias, transposed
+    )
+
+
+def _with_model_wide_experts(spec: BlockSpec) -> BlockSpec:
+    groups = tuple(
+        tuple(replace(linear, unit=unit_name(linear.name, experts_per_block=False)) for linear in group)
+        for group in spec.input_groups
+    )
+    return replace(spec, input_groups=groups)

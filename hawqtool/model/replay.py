@@ -8,14 +8,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of a block's call; the hidden state comes first."""
+
 
 class _Replay(nn.Module):
-    """Stands in for a block: records the keyword arguments of the call and returns a given hidden state."""
+    """Stands in for a block: records the arguments of the call and returns a given hidden state."""
 
-    def __init__(self, block: nn.Module, output: Tensor | None, calls: list[tuple[tuple[Any, ...], dict[str, Any]]]):
+    def __init__(self, block: nn.Module, output: Tensor | None, calls: list[Call], extra_outputs: int | None) -> None:
         super().__init__()
         self._stand_in_for = (block,)  # a tuple, so that the block is not registered as a child
-        self._output, self._calls = output, calls
+        self._output, self._calls, self._extra_outputs = output, calls, extra_outputs
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -23,30 +26,34 @@ class _Replay(nn.Module):
         except AttributeError:
             return getattr(self._stand_in_for[0], name)
 
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self._calls.append(((hidden, *args), kwargs))
-        return hidden if self._output is None else self._output
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden, *rest = args or (kwargs.pop("hidden_states"),)
+        self._calls.append(((hidden, *rest), kwargs))
+        result = hidden if self._output is None else self._output
+        return result if self._extra_outputs is None else (result, *[None] * self._extra_outputs)
 
 
 @contextmanager
 def replayed_blocks(
-    blocks: nn.ModuleList, output: Tensor | None = None
-) -> Iterator[list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+    blocks: nn.ModuleList, extra_outputs: int | None, output: Tensor | None = None
+) -> Iterator[list[Call]]:
     """Replace every block by a stand-in while the context lasts.
 
     Args:
         blocks: The model's list of blocks.
+        extra_outputs: How many values a block returns beside the hidden state, all of them None; None for a block
+            that returns the bare tensor.
         output: What the last block is to return; None passes the input on.
 
     Yields:
         The recorded calls, ``(args, kwargs)`` per block, ``args[0]`` being the hidden state.
     """
     originals = list(blocks)
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    calls: list[Call] = []
     last = len(originals) - 1
     try:
         for index, block in enumerate(originals):
-            blocks[index] = _Replay(block, output if index == last else None, calls)
+            blocks[index] = _Replay(block, output if index == last else None, calls, extra_outputs)
         yield calls
     finally:
         for index, block in enumerate(originals):

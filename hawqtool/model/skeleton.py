@@ -10,6 +10,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from hawqtool.errors import InputError
+from hawqtool.model.experts import split_experts
+from hawqtool.model.tasks import TASKS, class_task, model_task
 
 _LARGE = 1 << 14
 
@@ -35,25 +37,58 @@ def _num_elements(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     return total
 
 
-def build_skeleton(folder: Path, dtype: torch.dtype) -> nn.Module:
-    """Causal language model of the folder's config, every parameter on the meta device, buffers real.
+def build_skeleton(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
+    """Model of the folder's config, every parameter on the meta device, buffers real, experts split.
+
+    Args:
+        folder: Holds ``config.json``.
+        dtype: dtype of the parameters.
+        trust_remote_code: Whether code from the folder may run.
 
     Raises:
-        InputError: If transformers does not know the architecture, or it needs code from the folder.
+        InputError: If transformers does not know the architecture, it is not supported, or it needs code from the
+            folder that is not trusted.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
+    config = _read_config(folder, trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if getattr(config, "quantization_config", None):
-            raise InputError(f"{folder} is quantized already; give the original checkpoint")
         with _LargeTensorsOnMeta(), torch.random.fork_rng(devices=[]):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    except (ValueError, KeyError, OSError, ImportError) as error:
+            model = _build(config, dtype, trust_remote_code)
+    except (ValueError, KeyError, OSError, ImportError, AttributeError) as error:
         raise InputError(f"{folder}: transformers cannot build this model: {str(error).splitlines()[0]}") from error
+    model_task(model)
     model.eval().requires_grad_(False)
+    model.config.use_cache = False
+    split_experts(model)
     to_meta(model)
     return model
+
+
+def _read_config(folder: Path, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError, ImportError) as error:
+        raise InputError(f"{folder}: transformers cannot build this model: {str(error).splitlines()[0]}") from error
+    if getattr(config, "quantization_config", None):
+        raise InputError(f"{folder} is quantized already; give the original checkpoint")
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(f"{folder} is an encoder-decoder ({config.model_type}); only models with one stack of blocks")
+    return config
+
+
+def _build(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    """The class that the checkpoint names; a causal language model where it names none, or code of its own."""
+    import transformers
+
+    named = (getattr(config, "architectures", None) or [None])[0]
+    own_code = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if named is None or own_code:
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    if class_task(named) is None:
+        tasks = ", ".join(task.name for task in TASKS)
+        raise InputError(f"architecture {named} is not supported; expected a model of one of these kinds: {tasks}")
+    return getattr(transformers, named)._from_config(config, dtype=dtype)
 
 
 def to_meta(module: nn.Module) -> None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from hawqtool.errors import InputError
+from hawqtool.model.experts import ExpertLinear, counting_experts
 from hawqtool.model.layers import Structure
-from hawqtool.model.replay import replayed_blocks
+from hawqtool.model.replay import Call, replayed_blocks
 from hawqtool.model.skeleton import find_blocks, to_meta
+from hawqtool.model.tasks import model_task
 from hawqtool.records import BlockSpec, LinearSpec
 
 _GRAM_TOKENS = 1 << 14
@@ -33,12 +37,12 @@ class Activations:
     """Hidden states between blocks.
 
     Args:
-        hidden: One ``[rows, seq_len, width]`` tensor per slice, replaced as the walk goes on.
+        hidden: One ``[rows, positions, width]`` tensor per slice, replaced as the walk goes on.
         calls: Per slice and block, the other arguments of the block's call (masks, rotary tables).
     """
 
     hidden: list[Tensor]
-    calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]]
+    calls: list[list[Call]]
 
 
 class ModelStream:
@@ -57,6 +61,7 @@ class ModelStream:
     ) -> None:
         self.model: Any = model
         self.structure, self.source = structure, source
+        self.task = model_task(model)
         self.device, self.dtype = device, dtype
         self.blocks_name, self.blocks = find_blocks(model)
         to_meta(model)
@@ -75,7 +80,8 @@ class ModelStream:
             for leaf, parameter in owner._parameters.items():
                 name = f"{path}.{leaf}" if path else leaf
                 if parameter is not None and not (skip and name.startswith(skip)):
-                    aliases.setdefault(id(parameter), []).append((prefix + name, owner, leaf))
+                    tensor = self.structure.stored_names.get(prefix + name, prefix + name)
+                    aliases.setdefault(id(parameter), []).append((tensor, owner, leaf))
         for places in aliases.values():
             stored = next((name for name, _, _ in places if name in self.source), None)
             if stored is None:
@@ -97,24 +103,36 @@ class ModelStream:
         finally:
             to_meta(module)
 
-    def embed(self, tokens: Tensor, rows_per_slice: int) -> Activations:
-        """Run what comes before the first block on ``tokens [rows, seq_len]``."""
+    def embed(self, rows: Tensor, rows_per_slice: int) -> Activations:
+        """Run what comes before the first block on ``rows``: ``[rows, seq_len]`` tokens, or images."""
         hidden, calls = [], []
-        for part in tokens.split(rows_per_slice):
-            with replayed_blocks(self.blocks) as recorded, torch.no_grad():
-                getattr(self.model, self.model.base_model_prefix)(input_ids=part.to(self.device), use_cache=False)
+        for part in rows.split(rows_per_slice):
+            with replayed_blocks(self.blocks, self.structure.extra_outputs) as recorded, torch.no_grad():
+                self.model.base_model(**self._inputs(part))
             hidden.append(recorded[0][0][0])
             calls.append([(args[1:], kwargs) for args, kwargs in recorded])
         return Activations(hidden, calls)
 
-    def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
-        """Logits ``[rows, seq_len, vocab]`` from the last block's output, through the model's own head."""
-        with replayed_blocks(self.blocks, output=hidden):
-            return self.model(input_ids=tokens.to(self.device), use_cache=False).logits
+    def outputs(self, rows: Tensor, hidden: Tensor) -> Tensor:
+        """What the model is judged by, from the last block's output through the model's own head.
 
-    def final_hidden(self, tokens: Tensor, rows_per_slice: int, progress: Callable[[int], None]) -> Tensor:
-        """Output of the last block for all rows, ``[rows, seq_len, width]``."""
-        activations = self.embed(tokens, rows_per_slice)
+        Returns:
+            Logits ``[rows, positions, classes]``, with one position where a row has one output, or embeddings
+            ``[rows, 1, width]``: the mean of the last hidden state over positions.
+        """
+        with replayed_blocks(self.blocks, self.structure.extra_outputs, output=hidden):
+            result = self.model(**self._inputs(rows))
+        if not self.task.logits:
+            return result.last_hidden_state.mean(1, keepdim=True)
+        return result.logits[:, None] if self.task.per_row else result.logits
+
+    def _inputs(self, rows: Tensor) -> dict[str, Tensor]:
+        moved = rows.to(self.device, self.dtype) if rows.is_floating_point() else rows.to(self.device)
+        return {self.model.main_input_name: moved}
+
+    def final_hidden(self, rows: Tensor, rows_per_slice: int, progress: Callable[[int], None]) -> Tensor:
+        """Output of the last block for all rows, ``[rows, positions, width]``."""
+        activations = self.embed(rows, rows_per_slice)
         for spec in self.structure.blocks:
             with self.block(spec.index) as block:
                 advance(block, spec, activations)
@@ -122,7 +140,7 @@ class ModelStream:
         return torch.cat(activations.hidden)
 
 
-def run_block(block: nn.Module, hidden: Tensor, call: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
+def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
     """Output hidden state of one block call."""
     output = block(hidden, *call[0], **call[1])
     return output[0] if isinstance(output, tuple) else output
@@ -135,75 +153,132 @@ def advance(block: nn.Module, spec: BlockSpec, activations: Activations) -> None
             activations.hidden[position] = run_block(block, hidden, activations.calls[position][spec.index])
 
 
-class _GroupReached(Exception):
-    """Stops a block's forward pass once the inputs of a group have been seen."""
+class _StageReached(Exception):
+    """Stops a block's forward pass once the inputs of a stage have been seen."""
 
 
-GroupVisitor = Callable[[Sequence[LinearSpec], Tensor, int], None]
-"""Called with the group, its Gram matrix (mean of x xᵀ, float32) and the number of tokens."""
+@dataclass
+class GroupStatistics:
+    """Second moments of an input group.
+
+    Args:
+        gram: ``[in, in]`` float32, mean of x xᵀ over the tokens.
+        num_tokens: Tokens behind it.
+        num_routed: Those of them that the model really sends here; fewer only in experts (see `counting_experts`).
+    """
+
+    gram: Tensor
+    num_tokens: int
+    num_routed: int
+
+    def __iadd__(self, other: GroupStatistics) -> GroupStatistics:
+        total = self.num_tokens + other.num_tokens
+        self.gram.mul_(self.num_tokens / total).add_(other.gram, alpha=other.num_tokens / total)
+        self.num_tokens, self.num_routed = total, self.num_routed + other.num_routed
+        return self
+
+
+GroupVisitor = Callable[[Sequence[LinearSpec], GroupStatistics], None]
 
 
 def visit_groups(block: nn.Module, spec: BlockSpec, activations: Activations, visit: GroupVisitor) -> None:
-    """Show every input group's Gram matrix in call order, each after the groups before it may have changed.
+    """Show every input group's statistics in call order, each after the groups before it may have changed.
 
     ``visit`` may replace the weights of the group; later groups, and the block's output that replaces the
     hidden states, see the new weights (truly sequential rounding). One slice needs one forward pass; several
-    slices need one partial pass per group and a full one.
+    slices need one partial pass per stage and a full one.
     """
     if len(activations.hidden) == 1:
-        with group_inputs(block, spec, lambda group, x: visit(group, gram(x), x.shape[0])):
+        with counting_experts(block, 1), group_inputs(block, spec, lambda g, x, routed: visit(g, _seen(x, routed))):
             advance(block, spec, activations)
         return
-    for group in spec.input_groups:
-        visit(group, *_stopped_gram(block, spec, group, activations))
+    for stage in stages(spec):
+        for group, statistics in group_statistics(block, spec, activations, stage):
+            visit(group, statistics)
     advance(block, spec, activations)
 
 
-def _stopped_gram(
-    block: nn.Module, spec: BlockSpec, group: Sequence[LinearSpec], activations: Activations
-) -> tuple[Tensor, int]:
-    total: Tensor | None = None
-    tokens = 0
+def stages(spec: BlockSpec) -> list[list[Sequence[LinearSpec]]]:
+    """Input groups in call order; those that do not depend on each other, the same role in all experts, together."""
+    by_role: dict[str, list[Sequence[LinearSpec]]] = {}
+    for group in spec.input_groups:
+        role = re.sub(r"\.experts\.\d+\.", ".experts.*.", group[0].module_name)
+        by_role.setdefault(role, []).append(group)
+    return list(by_role.values())
 
-    def accumulate(reached: Sequence[LinearSpec], x: Tensor) -> None:
-        nonlocal total, tokens
-        if reached is group:
-            part = gram(x) * x.shape[0]
-            total = part if total is None else total.add_(part)
-            tokens += x.shape[0]
-            raise _GroupReached
+
+def group_statistics(
+    block: nn.Module, spec: BlockSpec, activations: Activations, groups: Sequence[Sequence[LinearSpec]]
+) -> Iterator[tuple[Sequence[LinearSpec], GroupStatistics]]:
+    """Statistics of some groups over all slices; a pass stops once it has seen the last of them."""
+    totals: dict[str, GroupStatistics] = {}
+
+    def accumulate(group: Sequence[LinearSpec], x: Tensor, routed: int) -> None:
+        if group not in groups:
+            return
+        name = group[0].name
+        if name in totals:
+            totals[name] += _seen(x, routed)
+        else:
+            totals[name] = _seen(x, routed)
+        if group is groups[-1]:
+            raise _StageReached
 
     for position, hidden in enumerate(activations.hidden):
-        with group_inputs(block, spec, accumulate), torch.no_grad():
-            try:
-                run_block(block, hidden, activations.calls[position][spec.index])
-            except _GroupReached:
-                continue
-    assert total is not None  # discovery proved that the group is called
-    return total / tokens, tokens
+        with (
+            counting_experts(block, len(activations.hidden)),
+            group_inputs(block, spec, accumulate),
+            torch.no_grad(),
+            suppress(_StageReached),
+        ):
+            run_block(block, hidden, activations.calls[position][spec.index])
+    for group in groups:
+        yield group, totals.pop(group[0].name)
+
+
+def _seen(x: Tensor, routed: int) -> GroupStatistics:
+    return GroupStatistics(gram(x), x.shape[0], routed)
 
 
 @contextmanager
 def group_inputs(
-    block: nn.Module, spec: BlockSpec, see: Callable[[Sequence[LinearSpec], Tensor], None]
+    block: nn.Module, spec: BlockSpec, see: Callable[[Sequence[LinearSpec], Tensor, int], None]
 ) -> Iterator[None]:
-    """While the context lasts, call ``see(group, inputs [tokens, in])`` before each group's first linear runs."""
+    """While the context lasts, call ``see(group, inputs [tokens, in], routed)`` before each group's first linear.
+
+    ``routed`` is the number of leading tokens that belong there; the rest only add to an expert's statistics.
+    """
+
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], group: Sequence[LinearSpec]) -> None:
+        x = inputs[0].flatten(0, -2)
+        see(group, x, len(module.positions) if isinstance(module, ExpertLinear) else len(x))
+
     hooks = []
     for group in spec.input_groups:
         module = block.get_submodule(local_name(spec, group[0]))
-        hooks.append(
-            module.register_forward_pre_hook(lambda _m, inputs, group=group: see(group, inputs[0].flatten(0, -2)))
-        )
+        hooks.append(module.register_forward_pre_hook(partial(hook, group=group)))
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        for handle in hooks:
+            handle.remove()
 
 
 def local_name(block: BlockSpec, linear: LinearSpec) -> str:
     """Name of a linear inside its block."""
-    return linear.name[len(block.name) + 1 :]
+    return linear.module_name[len(block.name) + 1 :]
+
+
+def read_weight(block: nn.Module, spec: BlockSpec, linear: LinearSpec) -> Tensor:
+    """Weight of a linear, ``[out, in]`` float32."""
+    weight = block.get_parameter(f"{local_name(spec, linear)}.weight").float()
+    return weight.t().contiguous() if linear.transposed else weight
+
+
+def replace_weight(block: nn.Module, spec: BlockSpec, linear: LinearSpec, weight: Tensor) -> None:
+    """Put a weight ``[out, in]`` in the place of the loaded one."""
+    with torch.no_grad():
+        block.get_parameter(f"{local_name(spec, linear)}.weight").copy_(weight.t() if linear.transposed else weight)
 
 
 def gram(inputs: Tensor) -> Tensor:

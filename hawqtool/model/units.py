@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+import re
+
 FUSED_SETS: dict[str, tuple[str, ...]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "qkv": ("query", "key", "value"),
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
 """Fused name and its members, all children of one parent module."""
 
 _FUSED_NAME = {member: fused for fused, members in FUSED_SETS.items() for member in members}
+_EXPERT = re.compile(r"^(?P<experts>.*\.experts)\.\d+\.")
 
 
-def unit_name(module_name: str) -> str:
+def is_expert(stored_name: str) -> bool:
+    """Whether a linear belongs to a routed expert."""
+    return _EXPERT.match(stored_name) is not None
+
+
+def unit_name(stored_name: str, experts_per_block: bool = True) -> str:
     """Name of the allocation unit of a linear: its fused set's name under the same parent, else its own name.
 
-    ``model.layers.0.self_attn.q_proj`` gives ``model.layers.0.self_attn.qkv_proj``.
+    ``model.layers.0.self_attn.q_proj`` gives ``model.layers.0.self_attn.qkv_proj``. All routed experts of a block
+    are one unit, for that is how engines run them.
+
+    Args:
+        stored_name: Name in the checkpoint.
+        experts_per_block: Whether blocks may differ in the format of their experts. transformers reads all experts
+            of a model in one format; then their unit has ``*`` in place of the block's number.
     """
-    parent, dot, leaf = module_name.rpartition(".")
+    expert = _EXPERT.match(stored_name)
+    if expert:
+        experts = expert["experts"]
+        return experts if experts_per_block else re.sub(r"\.\d+\.", ".*.", experts, count=1)
+    parent, dot, leaf = stored_name.rpartition(".")
     return f"{parent}{dot}{_FUSED_NAME.get(leaf, leaf)}"

@@ -124,6 +124,8 @@ def plan_document(plan: BitPlan, units: tuple[Unit, ...], other_linears: tuple[s
                 "symmetric": fmt.symmetric,
                 "bytes": member.stored_bytes(fmt),
             }
+            | ({"module": member.module} if member.module else {})
+            | ({"transposed": True} if member.transposed else {})
             for member in unit.members
         ]
     return {

@@ -57,9 +57,7 @@ def describe(job: Job) -> dict[str, Any]:
     }
 
 
-def _check_feasible(
-    job: Job, menu: dict[str, tuple[QuantFormat, ...]], budget: int, weights: int, fixed: int
-) -> None:
+def _check_feasible(job: Job, menu: dict[str, tuple[QuantFormat, ...]], budget: int, weights: int, fixed: int) -> None:
     lowest, highest = achievable(job.units, menu, job.pins)
     if budget < lowest:
         raise UsageError(

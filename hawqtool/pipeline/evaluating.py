@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from hawqtool.config import RunConfig
 from hawqtool.errors import InputError
 from hawqtool.evaluation.divergence import evaluate_hidden
 from hawqtool.export.packed import PackedReader
+from hawqtool.model.sweep import ModelStream
 from hawqtool.pipeline.job import Job, prepare
 from hawqtool.pipeline.progress import Reporter
 from hawqtool.pipeline.rows import evaluation_rows
@@ -32,11 +32,11 @@ class Evaluator:
     def __init__(self, job: Job, sets: dict[str, Rows], reporter: Reporter) -> None:
         self.job, self.sets, self.reporter = job, sets, reporter
         self.seconds = 0.0
-        self.reference = self._hidden(None, "original")
+        self.stream = job.stream()
+        self.reference = self._hidden(self.stream, "original")
 
-    def _hidden(self, folder: Path | None, label: str) -> dict[str, Tensor]:
+    def _hidden(self, stream: ModelStream, label: str) -> dict[str, Tensor]:
         start = time.perf_counter()
-        stream = self.job.stream(PackedReader(folder) if folder else None)
         count = len(self.job.structure.blocks)
         states = {}
         for position, (role, rows) in enumerate(self.sets.items()):
@@ -53,11 +53,11 @@ class Evaluator:
 
     def evaluate(self, folder: Path | None, label: str) -> dict[str, Evaluation]:
         """Quality of a written folder (None: the original itself) by role."""
-        states = self.reference if folder is None else self._hidden(folder, label)
-        stream = self.job.stream()
+        stream = self.stream if folder is None else self.job.packed_stream(folder)
+        states = self.reference if folder is None else self._hidden(stream, label)
         start = time.perf_counter()
         results = {
-            role: evaluate_hidden(stream, rows.tokens, self.reference[role], states[role])
+            role: evaluate_hidden(self.stream, stream, rows.tokens, self.reference[role], states[role])
             for role, rows in self.sets.items()
         }
         self.seconds += time.perf_counter() - start
@@ -65,8 +65,13 @@ class Evaluator:
 
 
 def as_record(evaluation: Evaluation) -> dict[str, Any]:
-    """JSON form of an evaluation, without the row values."""
-    return {k: v for k, v in asdict(evaluation).items() if k != "row_kl"}
+    """JSON form of an evaluation: the divergence under the name of its measure, without the row values."""
+    others = {name: getattr(evaluation, name) for name in ("perplexity", "same_top", "cosine")}
+    return {
+        evaluation.measure: evaluation.divergence,
+        f"{evaluation.measure}_stderr": evaluation.stderr,
+        "num_tokens": evaluation.num_tokens,
+    } | {name: value for name, value in others.items() if value is not None}
 
 
 def run_evaluate(config: RunConfig, folder: Path, reporter: Reporter) -> dict[str, Any]:
@@ -89,6 +94,7 @@ def run_evaluate(config: RunConfig, folder: Path, reporter: Reporter) -> dict[st
         quantized = evaluator.evaluate(folder, "quantized")["report"]
     return {
         "schema": "hawqtool.evaluation/1",
+        "measure": original.measure,
         "rows": {"source": Path(config.eval_data).name, "fingerprint": rows.fingerprint, "count": len(rows.tokens)},
         "original": as_record(original),
         "quantized": as_record(quantized),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from hawqtool.allocation.uniform import uniform_formats
 from hawqtool.config import RunConfig
 from hawqtool.errors import InputError, UsageError
 from hawqtool.export.layout import Layout, plan_layout
+from hawqtool.export.packed import PackedReader
 from hawqtool.formats import QuantFormat
 from hawqtool.model.dtypes import torch_dtype
 from hawqtool.model.index import CheckpointIndex, read_index
@@ -34,7 +36,7 @@ class Job:
     Args:
         config: The run's configuration.
         index: Headers of the checkpoint.
-        skeleton: The model without weights.
+        skeleton: The model without weights; streams work on copies.
         structure: Blocks, linears, input groups.
         units: Units that are quantized; ignored ones are left out.
         pins: Unit name to its fixed format.
@@ -65,9 +67,7 @@ class Job:
     @property
     def rows_per_slice(self) -> int:
         """Rows per forward pass; fixed per kind of device, never by free memory, because it changes sums."""
-        return self.config.rows_per_slice or (
-            CUDA_ROWS_PER_SLICE if self.device.type == "cuda" else CPU_ROWS_PER_SLICE
-        )
+        return self.config.rows_per_slice or (CUDA_ROWS_PER_SLICE if self.device.type == "cuda" else CPU_ROWS_PER_SLICE)
 
     @property
     def method(self) -> RoundingMethod:
@@ -88,9 +88,14 @@ class Job:
         return ignored + self.structure.other_linears
 
     def stream(self, source: WeightSource | None = None) -> ModelStream:
-        """The model with weights from the checkpoint, or from another source such as a packed folder."""
+        """The model with weights from the checkpoint, or from another source."""
         reader = TensorReader(self.index) if source is None else source
-        return ModelStream(self.skeleton, self.structure, reader, self.device, self.dtype)
+        return ModelStream(copy.deepcopy(self.skeleton), self.structure, reader, self.device, self.dtype)
+
+    def packed_stream(self, folder: Path) -> ModelStream:
+        """The model with the weights of a written folder."""
+        transposed = frozenset(n for n, linear in self.structure.linears.items() if linear.transposed)
+        return self.stream(PackedReader(folder, transposed))
 
     def layer_formats(self, formats: dict[str, QuantFormat]) -> dict[str, QuantFormat]:
         """Formats by layer from formats by unit."""
@@ -124,7 +129,12 @@ def prepare(config: RunConfig) -> Job:
     index = read_index(Path(config.model))
     device = _device(config.device)
     probe = build_skeleton(index.folder, torch.float32)
-    structure = discover(probe, index)
+    structure = discover(probe, index, experts_per_block=config.profile == "vllm")
+    if structure.obstacle and config.profile != "vllm":
+        raise InputError(
+            f"{config.model}: transformers cannot load this model when it is packed: {structure.obstacle}; "
+            "--profile vllm writes it for vLLM alone"
+        )
     if not structure.linears:
         raise InputError(f"{config.model}: no linear layer was found in its blocks")
     stored = torch_dtype(index.tensors[f"{next(iter(structure.linears))}.weight"].dtype)

@@ -13,7 +13,7 @@ from typing import Any
 from hawqtool.allocation.uniform import UniformCandidate, neighbours
 from hawqtool.config import RunConfig
 from hawqtool.errors import NumericalError, UsageError
-from hawqtool.evaluation.divergence import interpolate_log_kl, paired_difference
+from hawqtool.evaluation.divergence import interpolate_log, paired_difference
 from hawqtool.export.verify import verify_folder
 from hawqtool.export.writer import copy_small_files
 from hawqtool.formats import QuantFormat
@@ -198,7 +198,7 @@ def _choose(job: Job, candidates: dict[str, Candidate]) -> str:
         return "uniform"
     if not _obeys(job, uniform.plan):
         return "mixed"
-    return "mixed" if mixed.quality["selection"].kl < uniform.quality["selection"].kl else "uniform"
+    return "mixed" if mixed.quality["selection"].divergence < uniform.quality["selection"].divergence else "uniform"
 
 
 def _obeys(job: Job, plan: BitPlan) -> bool:
@@ -218,17 +218,24 @@ def _obeys(job: Job, plan: BitPlan) -> bool:
 
 def _evaluation(candidates: dict[str, Candidate], original: Evaluation) -> dict[str, Any]:
     mixed = candidates["mixed"]
-    result: dict[str, Any] = {"original": as_record(original), "mixed": _record(mixed), "uniform": None}
-    points = {c.plan.stored_bytes: c.quality["report"].kl for n, c in candidates.items() if n != "mixed"}
-    kl = interpolate_log_kl(sorted(points.items()), mixed.plan.stored_bytes)
-    result["uniform_interpolated"] = None if kl is None else {"kl": kl, "stored_bytes": mixed.plan.stored_bytes}
+    measure = original.measure
+    result: dict[str, Any] = {
+        "measure": measure,
+        "original": as_record(original),
+        "mixed": _record(mixed),
+        "uniform": None,
+    }
+    points = {c.plan.stored_bytes: c.quality["report"].divergence for n, c in candidates.items() if n != "mixed"}
+    value = interpolate_log(sorted(points.items()), mixed.plan.stored_bytes)
+    interpolated = None if value is None else {measure: value, "stored_bytes": mixed.plan.stored_bytes}
+    result["uniform_interpolated"] = interpolated
     if "uniform" in candidates:
         uniform = candidates["uniform"]
         difference, stderr = paired_difference(mixed.quality["report"], uniform.quality["report"])
         selected, selected_stderr = paired_difference(mixed.quality["selection"], uniform.quality["selection"])
         result["uniform"] = _record(uniform)
-        result["mixed_minus_uniform"] = {"kl": difference, "kl_stderr": stderr}
-        result["selection"] = {"mixed_minus_uniform_kl": selected, "kl_stderr": selected_stderr}
+        result["mixed_minus_uniform"] = {measure: difference, f"{measure}_stderr": stderr}
+        result["selection"] = {"mixed_minus_uniform": selected, "stderr": selected_stderr}
     return result
 
 

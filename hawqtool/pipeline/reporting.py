@@ -102,7 +102,7 @@ def warnings(job: Job, rounding: dict[str, Any], shipped: str, evaluation: dict[
     if shipped == "uniform" and evaluation["mixed"]["formats"] != evaluation["uniform"]["formats"]:
         found.append("the mixed plan was not better than the uniform one on the selection rows, so uniform was shipped")
     selection = evaluation.get("selection")
-    if shipped == "mixed" and selection and selection["mixed_minus_uniform_kl"] > 0:
+    if shipped == "mixed" and selection and selection["mixed_minus_uniform"] > 0:
         found.append(
             "a uniform plan was better on the selection rows, but plan, pins, bits, group size or profile exclude it"
         )

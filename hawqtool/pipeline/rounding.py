@@ -8,14 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from hawqtool.errors import NumericalError
 from hawqtool.export.compressed_tensors import quantization_config
 from hawqtool.export.writer import CheckpointWriter, write_config
 from hawqtool.formats import QuantFormat
-from hawqtool.model.sweep import local_name, visit_groups
+from hawqtool.model.sweep import GroupStatistics, read_weight, replace_weight, visit_groups
+from hawqtool.model.units import is_expert
 from hawqtool.pipeline.artifacts import plan_document, write_json
 from hawqtool.pipeline.job import Job
 from hawqtool.pipeline.progress import Reporter
@@ -71,25 +69,33 @@ class _Walker:
         self.block: Any = None
         self.spec: Any = None
 
-    def visit(self, group: Sequence[LinearSpec], gram: Tensor, num_tokens: int) -> None:
+    def visit(self, group: Sequence[LinearSpec], statistics: GroupStatistics) -> None:
         """Round the planned layers of a group, write them and replace their weights."""
-        planned = [linear for linear in group if linear.name in self.formats]
+        planned = {linear.name: linear for linear in group if linear.name in self.formats}
         if not planned:
             return
-        modules = {m.name: self.block.get_submodule(local_name(self.spec, m)) for m in planned}
         tasks = [
-            Task(m.name, modules[m.name].weight.float(), self.formats[m.name], self.dtypes[m.name]) for m in planned
+            Task(name, read_weight(self.block, self.spec, linear), self.formats[name], self.dtypes[name])
+            for name, linear in planned.items()
         ]
         try:
-            factor = factorize(gram, num_tokens, self.job.method.damping)
+            factor = factorize(statistics.gram, statistics.num_tokens, self.job.method.damping)
         except NumericalError as error:
-            raise NumericalError(f"{planned[0].name}: {error}") from error
-        for layer in round_layers(tasks, gram, factor, self.job.method):
+            raise NumericalError(f"{tasks[0].name}: {error}") from error
+        for layer in round_layers(tasks, statistics.gram, factor, self.job.method):
             self.writer.write_layer(layer)
-            weight = dequantize(layer.codes, layer.scales)
-            with torch.no_grad():
-                modules[layer.name].weight.copy_(weight)
-            self.metrics[layer.name] = asdict(layer.metrics) | {"format": layer.quant_format.label}
+            replace_weight(self.block, self.spec, planned[layer.name], dequantize(layer.codes, layer.scales))
+            self.metrics[layer.name] = (
+                asdict(layer.metrics)
+                | {"format": layer.quant_format.label}
+                | {"num_tokens": statistics.num_routed, "fallback": _fallback(statistics)}
+            )
+
+
+def _fallback(statistics: GroupStatistics) -> str | None:
+    """What replaced tokens that an expert lacked."""
+    lent = statistics.num_tokens - statistics.num_routed
+    return f"statistics with {lent} tokens that were routed to other experts" if lent else None
 
 
 def _write_records(
@@ -97,7 +103,9 @@ def _write_records(
 ) -> None:
     others = job.unquantized_linears
     units = {m.name: unit.name for unit in job.units for m in unit.members}
-    write_config(job.index.folder, folder, quantization_config(job.layer_formats(plan.formats), units, others))
+    aliases = {m.name: m.module for unit in job.units for m in unit.members if m.module and not is_expert(m.name)}
+    config = quantization_config(job.layer_formats(plan.formats), units, others, aliases)
+    write_config(job.index.folder, folder, config)
     reproduce = folder / "reproduce"
     reproduce.mkdir()
     write_json(reproduce / "plan.json", plan_document(plan, job.units, others) | {"total_bytes": total_bytes})

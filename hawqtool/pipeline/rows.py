@@ -35,7 +35,13 @@ def gather_rows(job: Job, reporter: Reporter) -> dict[str, Rows]:
     if config.calibration == SELF:
         reporter.say(f"sampling {sum(counts.values())} rows of {job.seq_len} tokens from the model")
         tokens = generate_rows(
-            job.index.folder, tokenizer, sum(counts.values()), job.seq_len, config.seed, job.device, job.dtype,
+            job.index.folder,
+            tokenizer,
+            sum(counts.values()),
+            job.seq_len,
+            config.seed,
+            job.device,
+            job.dtype,
             lambda done, total: reporter.progress("sampling tokens", done, total),
         )
     else:
@@ -56,5 +62,3 @@ def evaluation_rows(job: Job, path: str) -> Rows:
     """The first ``eval_samples`` rows of a text, fewer where it is shorter."""
     tokens = text_rows(job.tokenizer(), Path(path), job.seq_len, 0)[: job.config.eval_samples]
     return split_rows(tokens, {"report": max(len(tokens), 2)}, path)["report"]
-
-

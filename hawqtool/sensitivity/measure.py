@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hawqtool.errors import NumericalError
 from hawqtool.formats import QuantFormat
-from hawqtool.model.sweep import Activations, ModelStream, advance, gram, group_inputs, local_name, run_block
+from hawqtool.model.experts import ExpertLinear
+from hawqtool.model.sweep import (
+    Activations,
+    ModelStream,
+    advance,
+    group_statistics,
+    local_name,
+    read_weight,
+    run_block,
+)
 from hawqtool.records import BlockSpec, LinearSpec, Score
 from hawqtool.rounding.factor import factorize
 from hawqtool.rounding.grid import dequantize
 from hawqtool.rounding.layer import RoundingMethod, Task, round_group
-from hawqtool.sensitivity.scores import RowValues, add_rows, score_rows, to_scores
+from hawqtool.sensitivity.scores import LayerRows, RowValues, add_rows, score_rows, to_scores
 
 Progress = Callable[[str, int, int], None]
 
@@ -37,8 +48,8 @@ def measure(
 
     Args:
         stream: The original model.
-        calibration: ``[rows, seq_len]`` tokens behind the rounding.
-        scoring: ``[rows, seq_len]`` tokens behind the scores; disjoint from ``calibration``.
+        calibration: Rows behind the rounding: ``[rows, seq_len]`` tokens, or images.
+        scoring: Rows behind the scores; disjoint from ``calibration``.
         menu: Unit to the formats to score; units that are missing are skipped.
         method: Rounding that will be applied.
         stored_dtypes: Linear to the dtype of its stored scales.
@@ -55,17 +66,17 @@ def measure(
             for activations in sets[1:] if spec.index == count - 1 else sets:
                 advance(block, spec, activations)
         progress("forward sweep", spec.index + 1, count)
-    gradients = _loss_gradients(stream, scoring.split(rows_per_slice), sets[1].hidden, seed)
+    gradients, outputs = _loss_gradients(stream, scoring.split(rows_per_slice), sets[1].hidden, seed)
     unit_rows: dict[str, RowValues] = {}
     for spec in reversed(stream.structure.blocks):
         for activations, hidden in zip(sets, stored.pop(), strict=True):
             activations.hidden = hidden
         with stream.block(spec.index) as block:
             errors = _rounding_errors(block, spec, sets[0], menu, method, stored_dtypes)
-            seen, gradients = _backward(block, spec, sets[1], gradients)
+            seen, gradients = _backward(block, spec, sets[1], gradients, outputs)
         for linear in spec.linears:
             if linear.name in errors:
-                rows = score_rows(*seen.pop(linear.name), errors.pop(linear.name))
+                rows = score_rows(seen.pop(linear.name), errors.pop(linear.name))
                 add_rows(unit_rows.setdefault(linear.unit, {}), rows)
         progress("reverse sweep", count - spec.index, count)
     table: dict[str, dict[str, dict[str, Score]]] = {}
@@ -75,22 +86,36 @@ def measure(
     return table
 
 
-def _loss_gradients(stream: ModelStream, tokens: Sequence[Tensor], hidden: list[Tensor], seed: int) -> list[Tensor]:
-    """Gradient of each row's summed loss at the last block's output; labels drawn from the model at all positions."""
+def _loss_gradients(
+    stream: ModelStream, rows: Sequence[Tensor], hidden: list[Tensor], seed: int
+) -> tuple[list[Tensor], int]:
+    """Gradient of each row's summed loss at the last block's output, and the outputs that a row has."""
     generator = torch.Generator(stream.device).manual_seed(seed)
-    gradients = []
-    for part, states in zip(tokens, hidden, strict=True):
-        rows = []
+    gradients, count = [], 0
+    for part, states in zip(rows, hidden, strict=True):
+        found = []
         for row, state in zip(part, states, strict=True):
             leaf = state[None].detach().requires_grad_()
-            logits = stream.logits(row[None], leaf)[0].float()
-            if not bool(torch.isfinite(logits).all()):
-                raise NumericalError("the original model gives logits that are NaN or Inf; check its weights")
-            labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-            loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
-            rows.append(torch.autograd.grad(loss, leaf)[0])
-        gradients.append(torch.cat(rows))
-    return gradients
+            outputs = stream.outputs(row[None], leaf)[0].float()
+            if not bool(torch.isfinite(outputs).all()):
+                raise NumericalError("the original model gives outputs that are NaN or Inf; check its weights")
+            count = len(outputs)
+            loss = (_label_loss if stream.task.logits else _embedding_loss)(outputs, generator)
+            found.append(torch.autograd.grad(loss, leaf)[0])
+        gradients.append(torch.cat(found))
+    return gradients, count
+
+
+def _label_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Summed negative log-likelihood of labels drawn from the model at every output ``[outputs, classes]``."""
+    labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+    return nn.functional.cross_entropy(logits, labels, reduction="sum")
+
+
+def _embedding_loss(embedding: Tensor, generator: torch.Generator) -> Tensor:
+    """Random projection of an embedding ``[1, width]``; half its mean squared change is ‖Δe‖² / ‖e‖²."""
+    direction = torch.randn(embedding.shape, generator=generator, device=embedding.device)
+    return 2**0.5 * (direction * embedding).sum() / embedding.detach().norm()
 
 
 def _rounding_errors(
@@ -102,30 +127,14 @@ def _rounding_errors(
     stored_dtypes: Mapping[str, torch.dtype],
 ) -> dict[str, dict[str, Tensor]]:
     """D = Q(W) - W per linear and format label, rounded with the original model's Gram matrices."""
-    grams: dict[str, Tensor] = {}
-    tokens = 0
-
-    def accumulate(group: Sequence[LinearSpec], x: Tensor) -> None:
-        nonlocal tokens
-        part = gram(x) * x.shape[0]
-        name = group[0].name
-        grams[name] = grams[name].add_(part) if name in grams else part
-        tokens += x.shape[0] if group is spec.input_groups[0] else 0
-
-    with group_inputs(block, spec, accumulate), torch.no_grad():
-        for position, hidden in enumerate(calibration.hidden):
-            run_block(block, hidden, calibration.calls[position][spec.index])
     errors: dict[str, dict[str, Tensor]] = {}
-    for group in spec.input_groups:
+    for group, statistics in group_statistics(block, spec, calibration, spec.input_groups):
         wanted = [(linear, fmt) for linear in group for fmt in menu.get(linear.unit, ())]
         if not wanted:
             continue
-        factor = factorize(grams.pop(group[0].name) / tokens, tokens, method.damping)
-        weights = {m.name: block.get_parameter(f"{local_name(spec, m)}.weight").float() for m in group}
-        tasks = [
-            Task(linear.name, weights[linear.name], fmt, stored_dtypes[linear.name])
-            for linear, fmt in wanted
-        ]
+        factor = factorize(statistics.gram, statistics.num_tokens, method.damping)
+        weights = {linear.name: read_weight(block, spec, linear) for linear in group}
+        tasks = [Task(linear.name, weights[linear.name], fmt, stored_dtypes[linear.name]) for linear, fmt in wanted]
         for task, (codes, scales) in zip(tasks, round_group(tasks, factor, method), strict=True):
             difference = dequantize(codes, scales).float() - task.weight
             errors.setdefault(task.name, {})[task.quant_format.label] = difference
@@ -133,32 +142,54 @@ def _rounding_errors(
 
 
 def _backward(
-    block: nn.Module, spec: BlockSpec, scoring: Activations, gradients: list[Tensor]
-) -> tuple[dict[str, tuple[Tensor, Tensor]], list[Tensor]]:
-    """Inputs and output gradients of every linear, and the gradient at the block's input, slice by slice."""
-    seen: dict[str, list[tuple[Tensor, Tensor]]] = {linear.name: [] for linear in spec.linears}
+    block: nn.Module, spec: BlockSpec, scoring: Activations, gradients: list[Tensor], outputs: int
+) -> tuple[dict[str, LayerRows], list[Tensor]]:
+    """What every linear saw with the gradients at its output, and the gradient at the block's input."""
+    seen: dict[str, tuple[list[Tensor], list[Tensor]]] = {linear.name: ([], []) for linear in spec.linears}
     before = []
     for position, hidden in enumerate(scoring.hidden):
-        captured: dict[str, tuple[Tensor, Tensor]] = {}
+        captured: dict[str, tuple[nn.Module, Tensor, Tensor]] = {}
+
+        def capture(
+            module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, name: str, into: Any = captured
+        ) -> None:
+            into[name] = (module, inputs[0].detach(), output)
+
         hooks = [
-            block.get_submodule(local_name(spec, linear)).register_forward_hook(
-                lambda _m, inputs, output, name=linear.name, into=captured: into.__setitem__(
-                    name, (inputs[0].detach(), output)
-                )
-            )
-            for linear in spec.linears
+            block.get_submodule(local_name(spec, m)).register_forward_hook(partial(capture, name=m.name))
+            for m in spec.linears
         ]
         leaf = hidden.detach().requires_grad_()
         try:
             with torch.enable_grad():
                 output = run_block(block, leaf, scoring.calls[position][spec.index])
-                outputs = [captured[linear.name][1] for linear in spec.linears]
-                found = torch.autograd.grad(output, [leaf, *outputs], gradients[position])
+                names = list(captured)
+                found = torch.autograd.grad(output, [leaf, *(captured[n][2] for n in names)], gradients[position])
         finally:
             for hook in hooks:
                 hook.remove()
         before.append(found[0])
-        for linear, gradient in zip(spec.linears, found[1:], strict=True):
-            seen[linear.name].append((captured[linear.name][0], gradient))
-    joined = {n: (torch.cat([x for x, _ in p]), torch.cat([g for _, g in p])) for n, p in seen.items()}
-    return joined, before
+        for name, gradient in zip(names, found[1:], strict=True):
+            module, x, _ = captured[name]
+            for into, values in zip(seen[name], (x, gradient), strict=True):
+                into += _by_row(module, values, *hidden.shape[:2])
+        for name in seen.keys() - captured.keys():  # an expert that no token of the slice was routed to
+            weight = block.get_parameter(f"{local_name(spec, _linear(spec, name))}.weight")
+            for into, width in zip(seen[name], reversed(weight.shape), strict=True):
+                into += [weight.new_zeros(0, width)] * len(hidden)
+    positions = scoring.hidden[0].shape[1]
+    return {name: LayerRows(x, g, positions, outputs) for name, (x, g) in seen.items()}, before
+
+
+def _linear(spec: BlockSpec, name: str) -> LinearSpec:
+    return next(linear for linear in spec.linears if linear.name == name)
+
+
+def _by_row(module: nn.Module, values: Tensor, rows: int, positions: int) -> list[Tensor]:
+    """Split ``[rows, positions, n]``, its flattened form, or the tokens routed to an expert, by row."""
+    flat = values.flatten(0, -2)
+    if not isinstance(module, ExpertLinear):
+        return list(flat.view(rows, positions, -1))
+    # Positions rise, so the tokens of one row lie together.
+    counts = torch.bincount(module.positions // positions, minlength=rows)
+    return list(flat.split(counts.tolist()))

@@ -1,13 +1,15 @@
 """Predicted loss of rounding one layer, from its inputs, output gradients and rounding errors.
 
-The loss is the negative log-likelihood of labels sampled from the model's own softmax at every position, summed
-over the T positions of a row. Its gradient is an unbiased probe of the Fisher matrix F, and to second order
-KL(original || rounded) = ½ vec(D)ᵀ F vec(D). All scores are nats per token.
+The loss is the negative log-likelihood of labels sampled from the model's own softmax at every output, summed over
+the outputs of a row. Its gradient is an unbiased probe of the Fisher matrix F, and to second order
+KL(original || rounded) = ½ vec(D)ᵀ F vec(D). All scores are nats per output (per token for language models), or
+for embedding models the relative squared error of the embedding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,48 +20,77 @@ RowValues = dict[str, dict[str, Tensor]]
 """``[metric][format label]`` to ``[rows]`` float64; the mean over rows is the score."""
 
 
-def score_rows(inputs: Tensor, output_grads: Tensor, errors: Mapping[str, Tensor]) -> RowValues:
+@dataclass(frozen=True)
+class LayerRows:
+    """What a layer saw and how the loss depends on it, row by row.
+
+    A layer may see fewer tokens of a row than there are: an expert sees those that are routed to it.
+
+    Args:
+        inputs: ``[tokens, in]`` per row.
+        output_grads: ``[tokens, out]`` per row, gradients of the row's summed loss at the layer's output.
+        positions: Tokens of a row; with ``outputs`` they make the scores comparable between layers.
+        outputs: Outputs of a row that the loss sums over, hence what a score is per.
+    """
+
+    inputs: Sequence[Tensor]
+    output_grads: Sequence[Tensor]
+    positions: int
+    outputs: int
+
+
+def score_rows(layer: LayerRows, errors: Mapping[str, Tensor]) -> RowValues:
     """Every metric of one layer for every format, row by row.
 
-    With G_n = Σ_t g_t x_tᵀ the gradient of row n, D the rounding error and n the number of weights:
+    With G_n = Σ_t g_t x_tᵀ the gradient of row n, D the rounding error, n the number of weights, T the positions
+    and m the outputs of a row (T = m for a language model):
 
-    - ``fisher``: 1/(2T) E Σ (G ∘ D)², the diagonal of F times the real error;
-    - ``hawq-ggn``: ½ E‖G‖² / (T n) · ‖D‖², HAWQ-V2's form (Dong et al. 2020, eq. 11) with the Gauss-Newton trace;
-    - ``kron``: ½ Σ_r E[g_r²] (D H Dᵀ)_rr with H = E[x xᵀ]; (D H Dᵀ)_rr is the mean of (D_r · x_t)².
+    - ``fisher``: 1/(2m) E Σ (G ∘ D)², the diagonal of F times the real error;
+    - ``hawq-ggn``: ½ E‖G‖² / (m n) · ‖D‖², HAWQ-V2's form (Dong et al. 2020, eq. 11) with the Gauss-Newton trace;
+    - ``kron``: T/(2m) Σ_r E[g_r²] (D H Dᵀ)_rr with H = E[x xᵀ]; (D H Dᵀ)_rr is the mean of (D_r · x_t)². Where a
+      layer sees only a share p of the tokens, both means are over those, and the product is multiplied by p.
 
     ``kron`` is a product of two means, so its row values are linearised: they average to the score, and their
     spread is that of the score to first order.
 
     Args:
-        inputs: ``[rows, T, in]``, inputs of the layer on the scoring rows.
-        output_grads: ``[rows, T, out]``, gradients of each row's summed loss at the layer's output.
+        layer: Inputs and gradients on the scoring rows.
         errors: Format label to D = Q(W) - W, ``[out, in]`` float32.
     """
-    rows, seq_len, _ = inputs.shape
     labels = list(errors)
     squared = torch.stack([errors[label].float().square().flatten() for label in labels])
     totals = squared.double().sum(1)
-    gradient_power = output_grads.float().square().mean(1).double()
-    fisher = torch.empty(rows, len(labels), dtype=torch.float64, device=inputs.device)
-    trace = torch.empty(rows, dtype=torch.float64, device=inputs.device)
-    for row in range(rows):
-        gradient = (output_grads[row].float().t() @ inputs[row].float()).square_().flatten()
-        fisher[row] = (squared @ gradient).double() / (2 * seq_len)
+    rows, scale = len(layer.inputs), 2 * layer.outputs
+    fisher = torch.empty(rows, len(labels), dtype=torch.float64, device=squared.device)
+    trace = torch.empty(rows, dtype=torch.float64, device=squared.device)
+    for row, (x, g) in enumerate(zip(layer.inputs, layer.output_grads, strict=True)):
+        gradient = (g.float().t() @ x.float()).square_().flatten()
+        fisher[row] = (squared @ gradient).double() / scale
         trace[row] = gradient.sum(dtype=torch.float64)
-    num_weights = squared.shape[1]
+    # Sums over the tokens seen, divided by all: E[g²] is p times the mean over those seen, the error's power
+    # needs to be that mean itself.
+    share = max(sum(map(len, layer.inputs)), 1) / (rows * layer.positions)
+    gradient_power = torch.stack([_power(g.float(), layer.positions) for g in layer.output_grads])
     values: RowValues = {"fisher": {}, "kron": {}, "hawq-ggn": {}}
     for position, label in enumerate(labels):
         values["fisher"][label] = fisher[:, position].cpu()
-        values["hawq-ggn"][label] = (trace * totals[position] / (2 * seq_len * num_weights)).cpu()
-        power = torch.stack([(x.float() @ errors[label].float().t()).square_().mean(0) for x in inputs]).double()
-        values["kron"][label] = _linearised_product(gradient_power, power).cpu()
+        values["hawq-ggn"][label] = (trace * totals[position] / (scale * squared.shape[1])).cpu()
+        error = errors[label].float().t()
+        power = torch.stack([_power(x.float() @ error, layer.positions * share) for x in layer.inputs])
+        kron = _linearised_product(gradient_power, power) * layer.positions / scale
+        values["kron"][label] = kron.cpu()
     return values
 
 
+def _power(values: Tensor, count: float) -> Tensor:
+    """Sum of squares over ``[tokens, n]`` divided by a count, float64."""
+    return values.square().sum(0).double() / count
+
+
 def _linearised_product(left: Tensor, right: Tensor) -> Tensor:
-    """Row values of ½ Σ_r mean(left)_r mean(right)_r, both ``[rows, out]`` float64."""
+    """Row values of Σ_r mean(left)_r mean(right)_r, both ``[rows, out]`` float64."""
     mean_left, mean_right = left.mean(0), right.mean(0)
-    return 0.5 * (left @ mean_right + right @ mean_left - mean_left @ mean_right)
+    return left @ mean_right + right @ mean_left - mean_left @ mean_right
 
 
 def add_rows(into: RowValues, values: RowValues) -> None:
@@ -72,9 +103,7 @@ def add_rows(into: RowValues, values: RowValues) -> None:
 
 def to_scores(values: RowValues) -> dict[str, dict[str, Score]]:
     """Means and standard errors over rows."""
-    return {
-        metric: {label: _score(rows) for label, rows in by_label.items()} for metric, by_label in values.items()
-    }
+    return {metric: {label: _score(rows) for label, rows in by_label.items()} for metric, by_label in values.items()}
 
 
 def _score(rows: Tensor) -> Score:

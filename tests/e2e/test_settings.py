@@ -96,7 +96,7 @@ def test_a_better_uniform_plan_is_not_shipped_against_the_settings(
     bits = plan_bits(folder)
     assert set(bits.values()) <= allowed
     assert all(b == 2 for n, b in bits.items() if "pin" in options and n.endswith("down_proj"))
-    assert report["evaluation"]["selection"]["mixed_minus_uniform_kl"] > 0
+    assert report["evaluation"]["selection"]["mixed_minus_uniform"] > 0
     assert any("exclude it" in warning for warning in report["warnings"])
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, MixtralConfig, PretrainedConfig, Qwen3MoeConfig
+from transformers import GPT2Config, MambaConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -86,30 +85,17 @@ def saved(config: PretrainedConfig, folder: Path) -> Path:
     return folder
 
 
-SHARED: dict[str, Any] = {
-    "vocab_size": 128,
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
-UNSUPPORTED: dict[str, tuple[PretrainedConfig, str]] = {
-    "gpt2": (GPT2Config(vocab_size=128, n_embd=64, n_layer=2, n_head=4, n_positions=64), "transformer.h.0."),
-    "mixtral": (MixtralConfig(**SHARED, num_local_experts=4), "model.layers.0.mlp."),
-    "qwen3_moe": (
-        Qwen3MoeConfig(**SHARED, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
-        "model.layers.0.mlp.",
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", sorted(UNSUPPORTED))
-def test_unsupported_blocks_are_refused_by_name(kind: str, tmp_path: Path) -> None:
-    config, prefix = UNSUPPORTED[kind]
+def test_what_transformers_cannot_load_packed_is_refused(tmp_path: Path) -> None:
+    config = GPT2Config(vocab_size=128, n_embd=64, n_layer=2, n_head=4, n_positions=64)
     message = refusal(saved(config, tmp_path / "m"), tmp_path / "out")
-    assert message.startswith(prefix)
+    assert "transformers cannot load this model when it is packed" in message
+    assert "--profile vllm" in message
+
+
+def test_blocks_with_other_matrices_are_refused_by_name(tmp_path: Path) -> None:
+    config = MambaConfig(vocab_size=128, hidden_size=64, num_hidden_layers=2, state_size=8)
+    message = refusal(saved(config, tmp_path / "m"), tmp_path / "out")
+    assert message.startswith("backbone.layers.0.mixer.")
     assert "shape" in message
 
 

@@ -253,7 +253,7 @@ def test_copies_small_files_only(tmp_path: Path) -> None:
 
 
 def config_of(formats: dict[str, QuantFormat], others: list[str]) -> dict[str, Any]:
-    return quantization_config(formats, {name: unit_name(name) for name in formats}, others)
+    return quantization_config(formats, {name: unit_name(name) for name in formats}, others, {})
 
 
 def test_config_groups_by_format_with_one_target_per_role() -> None:

@@ -1,0 +1,110 @@
+"""Mixture-of-experts layers with one linear layer per expert and role.
+
+transformers 5 keeps all experts of a layer in two 3-D parameters; the stand-in here computes the same from linears
+that can be found, hooked and rounded like any other, and that carry the names under which checkpoints store them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+STACKED_CLASSES = ("MixtralExperts", "Qwen2MoeExperts", "Qwen3MoeExperts", "OlmoeExperts")
+"""transformers classes whose arithmetic `SplitExperts` reproduces (tests compare them)."""
+
+
+class ExpertLinear(nn.Linear):
+    """A linear of one expert, which knows what its last input was made of.
+
+    Attributes:
+        positions: ``[routed]`` positions, in the flattened slice, of the tokens that the router sent here. Inputs
+            beyond these are the supplement of `counting_experts`.
+    """
+
+    positions: Tensor
+
+
+class _Expert(nn.Module):
+    def __init__(self, width: int, inner: int, act: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        options = {"bias": False, "dtype": dtype, "device": "meta"}
+        self.gate_proj = ExpertLinear(width, inner, **options)  # type: ignore[arg-type]
+        self.up_proj = ExpertLinear(width, inner, **options)  # type: ignore[arg-type]
+        self.down_proj = ExpertLinear(inner, width, **options)  # type: ignore[arg-type]
+        self.act = act
+
+    def forward(self, states: Tensor, positions: Tensor) -> Tensor:
+        for linear in (self.gate_proj, self.up_proj, self.down_proj):
+            linear.positions = positions
+        return self.down_proj(self.act(self.gate_proj(states)) * self.up_proj(states))
+
+
+class SplitExperts(nn.Module):
+    """The experts of one layer, children ``0``, ``1``, ...; a router's choice comes from outside.
+
+    Attributes:
+        least_tokens: Experts with fewer routed tokens in a slice are also shown other tokens up to this number,
+            whose outputs are dropped; 0 for plain inference.
+    """
+
+    def __init__(self, stacked: Any) -> None:
+        super().__init__()
+        count, double, width = stacked.gate_up_proj.shape
+        for number in range(count):
+            self.add_module(str(number), _Expert(width, double // 2, stacked.act_fn, stacked.gate_up_proj.dtype))
+        self.width, self.least_tokens = width, 0
+
+    def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """``[tokens, width]`` from ``[tokens, width]``, expert numbers and weights ``[tokens, k]``."""
+        total = torch.zeros_like(hidden)
+        for number, expert in enumerate(self.children()):
+            if hidden.is_meta:  # routing needs data; shapes and structure do not
+                total = total + expert(hidden.view_as(hidden), top_k_index)
+                continue
+            slots, positions = torch.where(top_k_index.t() == number)
+            states = torch.cat([hidden[positions], hidden[self._supplement(positions, len(hidden))]])
+            if not len(states):
+                continue
+            output = expert(states, positions)[: len(positions)] * top_k_weights[positions, slots, None]
+            total.index_add_(0, positions, output.to(total.dtype))
+        return total
+
+    def _supplement(self, positions: Tensor, num_tokens: int) -> Tensor:
+        """Evenly spaced positions of tokens that were not routed to an expert, as many as it lacks."""
+        mask = torch.ones(num_tokens, dtype=torch.bool, device=positions.device)
+        mask[positions] = False
+        others = mask.nonzero()[:, 0]
+        lacking = min(max(self.least_tokens - len(positions), 0), len(others))
+        return others[torch.arange(lacking, device=others.device) * len(others) // max(lacking, 1)]
+
+
+@contextmanager
+def counting_experts(block: nn.Module, slices: int) -> Iterator[None]:
+    """While the context lasts, every expert sees at least one token per input column over all slices.
+
+    An expert that the calibration rows never reach would otherwise have no statistics at all.
+
+    Args:
+        block: A block, with or without experts.
+        slices: Forward passes that make up the statistics.
+    """
+    layers = [module for module in block.modules() if isinstance(module, SplitExperts)]
+    for layer in layers:
+        layer.least_tokens = -(-layer.width // slices)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.least_tokens = 0
+
+
+def split_experts(model: nn.Module) -> None:
+    """Replace every stacked experts module of a skeleton by its linears."""
+    for owner in list(model.modules()):
+        for name, child in list(owner.named_children()):
+            if type(child).__name__ in STACKED_CLASSES:
+                setattr(owner, name, SplitExperts(child))

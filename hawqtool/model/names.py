@@ -1,0 +1,57 @@
+"""Under which name a checkpoint stores each parameter of the model that transformers builds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+_MERGED = ("MergeModulelist", "Concatenate")
+
+
+def stored_names(model: Any, tensors: Iterable[str]) -> dict[str, str]:
+    """Parameter name to stored name, for every stored tensor that becomes a parameter as it is.
+
+    transformers renames many tensors while loading (old layer names, the prefix of a base model, experts); the
+    same rules are applied here. Tensors that it would cut or join otherwise are left out.
+
+    Args:
+        model: Skeleton, its experts split (`hawqtool.model.experts`).
+        tensors: Names in the checkpoint.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    experts = [rule for t in transforms if t not in renamings for rule in _expert_rules(t)]
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    prefix = f"{model.base_model_prefix}."
+    names: dict[str, str] = {}
+    for stored in tensors:
+        name, _ = rename_source_key(stored, renamings, [])
+        for pattern, replacement in experts:
+            name = pattern.sub(replacement, name)
+        for candidate in (name, prefix + name, name.removeprefix(prefix)):
+            if candidate in parameters:
+                # A tensor under its own name wins over one that is renamed to it.
+                if candidate not in names or stored == candidate:
+                    names[candidate] = stored
+                break
+    return names
+
+
+def _expert_rules(converter: Any) -> list[tuple[re.Pattern[str], str]]:
+    """From stored per-expert names to those of `SplitExperts`, out of transformers' rule that stacks them."""
+    if any(type(operation).__name__ not in _MERGED for operation in converter.operations):
+        return []
+    target = converter.target_patterns[0].rpartition(".")[2]
+    roles = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(target, ())
+    if len(roles) != len(converter.source_patterns):
+        return []
+    rules = []
+    for source, role in zip(converter.source_patterns, roles, strict=True):
+        head, _, leaf = source.removesuffix("$").partition(".*.")
+        pattern = rf"{re.escape(head)}\.(\d+)\.{re.escape(leaf)}$"
+        rules.append((re.compile(pattern), rf"{head}.\1.{role}.weight"))
+    return rules

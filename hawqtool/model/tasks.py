@@ -1,0 +1,61 @@
+"""What a model is for, hence how it is built, fed and judged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from hawqtool.errors import InputError
+
+
+@dataclass(frozen=True)
+class ModelTask:
+    """A kind of model.
+
+    Args:
+        name: As people call it.
+        logits: Whether the output is judged as logits (by KL) or as embeddings (by relative error).
+        per_row: Whether a row has one output; otherwise it has one per token.
+        generates: Whether rows can be sampled from the model, and perplexity means something.
+        mapping: Name of transformers' table of the classes of this task.
+    """
+
+    name: str
+    logits: bool
+    per_row: bool
+    generates: bool
+    mapping: str
+
+
+TASKS = (
+    ModelTask("causal language model", True, False, True, "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
+    ModelTask("masked language model", True, False, False, "MODEL_FOR_MASKED_LM_MAPPING_NAMES"),
+    ModelTask("sequence classifier", True, True, False, "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"),
+    ModelTask("image classifier", True, True, False, "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES"),
+    ModelTask("embedding model", False, True, False, "MODEL_MAPPING_NAMES"),
+)
+
+
+def class_task(class_name: str) -> ModelTask | None:
+    """Task of a transformers model class, None for what is not supported."""
+    from transformers.models.auto import modeling_auto
+
+    for task in TASKS:
+        for names in getattr(modeling_auto, task.mapping).values():
+            if class_name in ((names,) if isinstance(names, str) else names):
+                return task
+    return None
+
+
+def model_task(model: Any) -> ModelTask:
+    """Task of a built model; code from a checkpoint counts as a causal language model.
+
+    Raises:
+        InputError: If its class has none of the supported tasks.
+    """
+    task = class_task(type(model).__name__)
+    if task is not None:
+        return task
+    if model.is_custom_code():
+        return TASKS[0]
+    raise InputError(f"{type(model).__name__} is no {', '.join(t.name for t in TASKS)}; this model is not supported")
