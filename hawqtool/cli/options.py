@@ -12,7 +12,9 @@ MODEL, TARGET, CALIBRATION, METHOD, OUTPUT, RUN = "Model", "Target", "Calibratio
 
 def _option(*names: str, help: str, panel: str, metavar: str | None = None) -> object:
     # Square brackets are markup to the help page, which would swallow "[default: 128]".
-    return typer.Option(*names, help=help.replace("[", "\\["), rich_help_panel=panel, metavar=metavar, show_default=False)
+    return typer.Option(
+        *names, help=help.replace("[", "\\["), rich_help_panel=panel, metavar=metavar, show_default=False
+    )
 
 
 Model = Annotated[

@@ -172,11 +172,19 @@ def _hub_dataset(spec: DatasetSpec) -> Source:
     _import_datasets(spec)
     import httpx
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     commit = spec.revision
     if commit is None or not _COMMIT.fullmatch(commit):
         try:
             commit = HfApi().dataset_info(spec.name, revision=spec.revision).sha
+        except RevisionNotFoundError as error:
+            raise InputError(f"dataset {spec.name} of the hub has no revision {spec.revision}") from error
+        except RepositoryNotFoundError as error:
+            raise InputError(
+                f"{spec} is no file or folder here, and the hub has no such dataset, or only for those who are logged "
+                "in (HF_TOKEN)"
+            ) from error
         except (OSError, ValueError, httpx.HTTPError) as error:
             raise InputError(
                 f"{spec} is no file or folder here, and as a dataset of the hub it cannot be reached: "
