@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ class Source:
     """
 
     label: str
-    records: Iterator[Record]
+    records: Generator[Record, None, None]
 
 
 def parse_dataset(text: str) -> DatasetSpec:
@@ -81,7 +81,7 @@ def is_hub(text: str) -> bool:
 
 def public_name(text: str) -> str:
     """A source without the folders of its path; hub datasets stay as they are."""
-    return text if is_hub(text) else Path(text).name
+    return text if is_hub(text) else Path(text).name or Path(text).resolve().name
 
 
 def open_source(text: str) -> Source:
@@ -108,13 +108,13 @@ def open_source(text: str) -> Source:
     )
 
 
-def _text_lines(path: Path) -> Iterator[Record]:
+def _text_lines(path: Path) -> Generator[Record, None, None]:
     """Lines of a text: joined by newlines they are the text again."""
     for number, line in _lines(path):
         yield Record(f"{path}, line {number}", {"text": line})
 
 
-def _json_lines(path: Path) -> Iterator[Record]:
+def _json_lines(path: Path) -> Generator[Record, None, None]:
     for number, line in _lines(path):
         if not line.strip():
             continue
@@ -139,7 +139,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _parquet(path: Path) -> Iterator[Record]:
+def _parquet(path: Path) -> Generator[Record, None, None]:
     try:
         import pyarrow
         from pyarrow.parquet import ParquetFile
@@ -194,7 +194,7 @@ def _hub_dataset(spec: DatasetSpec) -> Source:
     return Source(str(resolved), _dataset_records(resolved, resolved.name))
 
 
-def _dataset_records(spec: DatasetSpec, path: str) -> Iterator[Record]:
+def _dataset_records(spec: DatasetSpec, path: str) -> Generator[Record, None, None]:
     datasets = _import_datasets(spec)
     import httpx
     import pyarrow

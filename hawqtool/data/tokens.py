@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -46,12 +47,13 @@ def source_rows(
     length = seq_len - len(before) - len(after)
     if length < 1:
         raise InputError(f"rows of {seq_len} tokens leave no room beside the special tokens; raise --seq-len")
-    corpus = _Corpus(tokenizer, source, not special_tokens)
     limit = CHARACTERS_PER_TOKEN * num_rows * length
-    tokens = corpus.tokens(limit)
-    while len(tokens) < num_rows * length and not corpus.exhausted(limit):
-        limit *= 2
+    with closing(source.records):  # releases files and connections of what is not read to its end
+        corpus = _Corpus(tokenizer, source, not special_tokens)
         tokens = corpus.tokens(limit)
+        while len(tokens) < num_rows * length and not corpus.exhausted(limit):
+            limit *= 2
+            tokens = corpus.tokens(limit)
     count = len(tokens) // length
     rows = torch.tensor(tokens[: count * length], dtype=torch.int64).view(count, length)
     rows = torch.cat([_repeated(before, count), rows, _repeated(after, count)], dim=1)
@@ -65,7 +67,7 @@ class _Corpus:
 
     def __init__(self, tokenizer: Any, source: Source, special_tokens: bool) -> None:
         self.tokenizer, self.special_tokens = tokenizer, special_tokens
-        self.records = iter(source.records)
+        self.records = source.records
         self.parts: list[str] = []
         self.ids: list[int] = []
         self.size = 0
