@@ -34,7 +34,7 @@ class RunConfig(BaseModel):
     group_size: int = 128
     profile: Literal["auto", "portable", "vllm", "transformers"] = "auto"
     scale_sign: Literal["auto", "both", "positive"] = "auto"
-    calibration: str = SELF
+    calibration: tuple[str, ...] = (SELF,)
     num_samples: int | None = Field(None, ge=1)
     seq_len: int | None = Field(None, ge=8)
     eval_data: str | None = None
@@ -70,10 +70,29 @@ class RunConfig(BaseModel):
             return int(value)
         raise ValueError("expected 32, 64, 128 or channel")
 
-    @field_validator("pin", "ignore", mode="before")
+    @field_validator("pin", "ignore", "calibration", mode="before")
     @classmethod
     def _parse_list(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
+
+    @field_validator("calibration")
+    @classmethod
+    def _check_calibration(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        names = [split_weight(source)[0] for source in value]
+        if not names or not all(names):
+            raise ValueError("expected a source, such as self, text.txt or text.txt=2")
+        if any(split_weight(source)[1] <= 0 for source in value):
+            raise ValueError("expected weights above 0")
+        if len(set(names)) < len(names):
+            raise ValueError("a source is given twice; give it once, with a weight")
+        return value
+
+    @field_validator("eval_data")
+    @classmethod
+    def _check_eval_data(cls, value: str | None) -> str | None:
+        if value == SELF:
+            raise ValueError("expected text that the model did not write; leave it out for further calibration rows")
+        return value
 
     @field_validator("sensitivity")
     @classmethod
@@ -104,6 +123,17 @@ class RunConfig(BaseModel):
         """Whether scales may be negative; some kernels of the portable profile take an unsigned maximum."""
         return self.scale_sign == "both" or (self.scale_sign == "auto" and self.profile != "portable")
 
+    @property
+    def calibration_weights(self) -> dict[str, float]:
+        """Calibration sources in order, with their weights."""
+        return dict(map(split_weight, self.calibration))
+
+    @property
+    def data_sources(self) -> tuple[str, ...]:
+        """Every source of text: calibration (rows of the model itself aside) and evaluation."""
+        named = (*self.calibration_weights, self.eval_data)
+        return tuple(source for source in named if source not in (None, SELF))
+
     def require_one_target(self) -> None:
         """Check that exactly one of target_bpw, target_size and plan is given.
 
@@ -132,6 +162,12 @@ def parse_size(text: str) -> int:
     if not match or match[2].lower() not in _SIZE_UNITS:
         raise ValueError(f"{text!r} is no size; expected for example 3.2GiB, 900MB or a number of bytes")
     return int(float(match[1]) * _SIZE_UNITS[match[2].lower()])
+
+
+def split_weight(text: str) -> tuple[str, float]:
+    """``SOURCE=WEIGHT`` as a pair; the weight is 1 where none is given."""
+    match = re.fullmatch(r"(.*)=([+-]?\d+(?:\.\d*)?|[+-]?\.\d+)", text)
+    return (match[1], float(match[2])) if match else (text, 1.0)
 
 
 def load_config(path: Path | None, flags: dict[str, Any]) -> RunConfig:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from hawqtool.cli import options as o
-from hawqtool.cli.session import print_json, session
+from hawqtool.cli.session import decide_hub_access, print_json, session
 
 
 def allocate(
@@ -33,6 +33,7 @@ def allocate(
         k: v for k, v in locals().items() if k not in {"sensitivity_file", "output", "json", "debug"}
     }
     with session(debug=debug):
+        decide_hub_access()
         from hawqtool.config import load_config
 
         settings = load_config(None, values | {"model": str(sensitivity_file)})

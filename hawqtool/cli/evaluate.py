@@ -9,7 +9,7 @@ import typer
 
 from hawqtool.cli import options as o
 from hawqtool.cli.render import quality_lines
-from hawqtool.cli.session import print_json, session
+from hawqtool.cli.session import decide_hub_access, print_json, session
 
 
 def evaluate(
@@ -35,6 +35,7 @@ def evaluate(
         from hawqtool.config import load_config
 
         settings = load_config(None, values | {"model": against})
+        decide_hub_access(settings.data_sources)
 
         from hawqtool.pipeline.evaluating import run_evaluate
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from hawqtool.cli import options as o
-from hawqtool.cli.session import print_json, session
+from hawqtool.cli.session import decide_hub_access, print_json, session
 
 
 def measure(
@@ -44,6 +44,7 @@ def measure(
         from hawqtool.config import load_config
 
         settings = load_config(config, values)
+        decide_hub_access(settings.data_sources)
 
         from hawqtool.pipeline.measuring import run_measure
 

@@ -11,7 +11,10 @@ MODEL, TARGET, CALIBRATION, METHOD, OUTPUT, RUN = "Model", "Target", "Calibratio
 
 
 def _option(*names: str, help: str, panel: str, metavar: str | None = None) -> object:
-    return typer.Option(*names, help=help, rich_help_panel=panel, metavar=metavar, show_default=False)
+    # Square brackets are markup to the help page, which would swallow "[default: 128]".
+    return typer.Option(
+        *names, help=help.replace("[", "\\["), rich_help_panel=panel, metavar=metavar, show_default=False
+    )
 
 
 Model = Annotated[
@@ -65,11 +68,13 @@ Ignore = Annotated[
     _option("--ignore", help="Layers to leave as they are; repeatable.", panel=TARGET, metavar="NAME"),
 ]
 Calibration = Annotated[
-    Optional[str],
+    Optional[list[str]],
     _option(
         "--calibration",
-        help="A UTF-8 text file, or self: rows sampled from the model [default: self].",
+        help="Text, .jsonl or .parquet file, folder of them, hub dataset NAME[:CONFIG][:SPLIT][@REVISION], or self: "
+        "rows sampled from the model; repeatable, SOURCE=2 gives twice the rows [default: self].",
         panel=CALIBRATION,
+        metavar="SOURCE[=WEIGHT]",
     ),
 ]
 NumSamples = Annotated[
@@ -81,7 +86,10 @@ SeqLen = Annotated[
 EvalData = Annotated[
     Optional[str],
     _option(
-        "--eval-data", help="Text to evaluate on [default: further rows of the calibration source].", panel=CALIBRATION
+        "--eval-data",
+        help="Text to evaluate on, of any kind but self [default: further rows of the calibration sources].",
+        panel=CALIBRATION,
+        metavar="SOURCE",
     ),
 ]
 EvalSamples = Annotated[

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hawqtool.cli import options as o
 from hawqtool.cli.render import announcement, print_report
-from hawqtool.cli.session import print_json, session
+from hawqtool.cli.session import decide_hub_access, print_json, session
+from hawqtool.data.sources import public_name
 
 
 def quantize(
@@ -54,6 +56,7 @@ def quantize(
         from hawqtool.config import load_config
 
         settings = load_config(config, values)
+        decide_hub_access(settings.data_sources)
         settings.require_one_target()
 
         from hawqtool.pipeline.dryrun import describe
@@ -71,7 +74,7 @@ def quantize(
             else:
                 print("\n".join(announcement(description)))
             return
-        report = run_quantize(settings, shlex.join(["hawqtool", *map(_short, sys.argv[1:])]), terminal, announce)
+        report = run_quantize(settings, shlex.join(["hawqtool", *shortened(sys.argv[1:])]), terminal, announce)
         terminal.close()
         if json:
             print_json(report)
@@ -82,6 +85,23 @@ def quantize(
 _NOT_CONFIG = {"config", "dry_run", "json", "quiet", "debug"}
 
 
-def _short(argument: str) -> str:
-    """An argument without the folders of a path, which say where a machine keeps its files."""
-    return Path(argument).name if "/" in argument and not argument.startswith("re:") else argument
+_DATA_FLAGS = ("--calibration", "--eval-data")
+
+
+def shortened(arguments: Sequence[str]) -> list[str]:
+    """Arguments without the folders of paths, which say where a machine keeps its files."""
+    return [_short(argument, previous) for previous, argument in zip(("", *arguments), arguments, strict=False)]
+
+
+def _short(argument: str, previous: str) -> str:
+    flag, equals, value = argument.partition("=")
+    if equals and flag.startswith("--"):
+        return f"{flag}={_short(value, flag)}"
+    if "/" not in argument or argument.startswith("re:"):
+        return argument
+    if previous in _DATA_FLAGS:
+        from hawqtool.config import split_weight
+
+        name = split_weight(argument)[0]
+        return public_name(name) + argument.removeprefix(name)
+    return Path(argument).name

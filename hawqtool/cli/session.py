@@ -7,12 +7,13 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 from hawqtool.cli.terminal import Terminal
+from hawqtool.data.sources import is_hub
 from hawqtool.errors import HawqError
 
 INTERRUPTED, TERMINATED = 130, 143
@@ -29,11 +30,11 @@ def _terminate(_signal: int, _frame: FrameType | None) -> None:
 @contextmanager
 def session(quiet: bool = False, debug: bool = False) -> Iterator[Terminal]:
     """Run a command; expected failures become one line and their exit code."""
-    # Spinning worker threads take the cores of other programs; libraries must stay off the network and quiet.
+    # Spinning worker threads take the cores of other programs; libraries must stay quiet.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("DATASETS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
     terminal = Terminal(quiet)
     previous = signal.signal(signal.SIGTERM, _terminate)
@@ -70,6 +71,14 @@ def session(quiet: bool = False, debug: bool = False) -> Iterator[Terminal]:
         signal.signal(signal.SIGTERM, previous)
     if code:
         raise SystemExit(code)
+
+
+def decide_hub_access(sources: Iterable[str] = ()) -> None:
+    """Keep libraries off the network unless a source names a dataset of the hub; the user's own setting wins.
+
+    To be called before work starts, as huggingface_hub reads the variable once, when it is imported.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "0" if any(map(is_hub, sources)) else "1")
 
 
 def print_json(document: dict[str, Any]) -> None:

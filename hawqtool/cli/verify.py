@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from hawqtool.cli import options as o
-from hawqtool.cli.session import print_json, session
+from hawqtool.cli.session import decide_hub_access, print_json, session
 
 
 def verify(
@@ -24,6 +24,7 @@ def verify(
     Example: hawqtool verify ./out --against ./model
     """
     with session(debug=debug):
+        decide_hub_access()
         from hawqtool.errors import InputError
         from hawqtool.export.verify import verify_folder
 

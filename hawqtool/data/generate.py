@@ -49,7 +49,7 @@ def generate_rows(
 
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if first is None:
-        raise InputError("the tokenizer names no begin or end token to start from; give --calibration a text file")
+        raise InputError("the tokenizer names no begin or end token to start from; give --calibration a text")
     model, settings = _load(folder, first, seq_len, device, dtype)
     parts = []
     cuda = [device] if device.type == "cuda" else []

@@ -1,65 +1,125 @@
-"""Fixed token rows from a text, cut into disjoint sets."""
+"""Fixed token rows from the documents of a source."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from pathlib import Path
+from contextlib import closing
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hawqtool.data.documents import document
+from hawqtool.data.sources import Source
 from hawqtool.errors import InputError
 from hawqtool.records import Rows
 
+CHARACTERS_PER_TOKEN = 16
+"""Characters read per token that is needed, at first; four times what common text takes."""
 
-def read_text(path: Path) -> str:
-    """Text of a file.
+
+def source_rows(
+    tokenizer: Any, source: Source, num_rows: int, seq_len: int, seed: int, special_tokens: bool = False
+) -> Tensor:
+    """Whole rows of a source, at least ``num_rows`` where it holds them.
+
+    Texts are joined by newlines and tokenized as one, so it does not matter in which kind of file they lie; token
+    ids are concatenated. No more is read than the rows are likely to need, and twice as much when they need more.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        source: Its records are consumed.
+        num_rows: Rows that are needed.
+        seq_len: Tokens per row.
+        seed: With 0 rows stand in the source's order, so that other tools can be given the same rows; any other
+            seed shuffles those that were read.
+        special_tokens: Whether each row stands between the tokenizer's special tokens, as encoders expect; they
+            count in ``seq_len``.
+
+    Returns:
+        ``[rows, seq_len]`` int64.
 
     Raises:
-        InputError: If it is missing or no UTF-8 text.
+        InputError: If a record cannot be used.
     """
-    if not path.is_file():
-        raise InputError(f"text {path} was not found; give a UTF-8 text file, or 'self' to sample rows from the model")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from error
-
-
-def text_rows(tokenizer: Any, path: Path, seq_len: int, seed: int) -> Tensor:
-    """All whole rows of a text, ``[rows, seq_len]`` int64.
-
-    With seed 0 in file order, so that other tools can be given the same rows; any other seed shuffles them.
-    """
-    tokens = tokenizer(read_text(path), return_tensors="pt", verbose=False).input_ids[0]
-    count = len(tokens) // seq_len
-    rows = tokens[: count * seq_len].view(count, seq_len)
+    before, after = _frame(tokenizer) if special_tokens else ([], [])
+    length = seq_len - len(before) - len(after)
+    if length < 1:
+        raise InputError(f"rows of {seq_len} tokens leave no room beside the special tokens; raise --seq-len")
+    limit = CHARACTERS_PER_TOKEN * num_rows * length
+    with closing(source.records):  # releases files and connections of what is not read to its end
+        corpus = _Corpus(tokenizer, source, not special_tokens)
+        tokens = corpus.tokens(limit)
+        while len(tokens) < num_rows * length and not corpus.exhausted(limit):
+            limit *= 2
+            tokens = corpus.tokens(limit)
+    count = len(tokens) // length
+    rows = torch.tensor(tokens[: count * length], dtype=torch.int64).view(count, length)
+    rows = torch.cat([_repeated(before, count), rows, _repeated(after, count)], dim=1)
     if seed and count:
         rows = rows[torch.randperm(count, generator=torch.Generator().manual_seed(seed))]
     return rows
 
 
-def split_rows(rows: Tensor, counts: Mapping[str, int], source: str) -> dict[str, Rows]:
-    """Cut rows into named sets, none of which share a row.
+class _Corpus:
+    """The documents of a source as one text, or as one list of token ids, as far as they were read."""
 
-    Raises:
-        InputError: If there are too few rows, or a row occurs twice across sets; says how many there are.
-    """
-    needed = sum(counts.values())
-    if len(rows) < needed:
-        wanted = ", ".join(f"{n} {name}" for name, n in counts.items())
-        raise InputError(
-            f"{source} holds {len(rows)} rows of {rows.shape[1]} tokens, {needed} are needed ({wanted}); "
-            "give more text, or lower --num-samples or --seq-len"
-        )
-    sets, first = {}, 0
-    for name, count in counts.items():
-        part = rows[first : first + count].contiguous()
-        sets[name] = Rows(part, source, fingerprint(part))
-        first += count
-    return sets
+    def __init__(self, tokenizer: Any, source: Source, special_tokens: bool) -> None:
+        self.tokenizer, self.special_tokens = tokenizer, special_tokens
+        self.records = source.records
+        self.parts: list[str] = []
+        self.ids: list[int] = []
+        self.size = 0
+        self.ended = False
+
+    def tokens(self, limit: int) -> list[int]:
+        """Tokens of the first ``limit`` characters; an id counts as a character."""
+        while self.size < limit and not self.ended:
+            self._read()
+        if not self.parts:
+            return self.ids[:limit]
+        text = "\n".join(self.parts)[:limit]
+        tokens = self.tokenizer(text, add_special_tokens=self.special_tokens, verbose=False).input_ids
+        return list(tokens)
+
+    def exhausted(self, limit: int) -> bool:
+        """Whether the first ``limit`` characters are all."""
+        return self.ended and self.size <= limit
+
+    def _read(self) -> None:
+        record = next(self.records, None)
+        if record is None:
+            self.ended = True
+            return
+        part = document(record, self.tokenizer)
+        if self.parts if isinstance(part, list) else self.ids:
+            raise InputError(f"{record.place}: text and input_ids are mixed in one source; give them as two sources")
+        if isinstance(part, list):
+            self.ids += part
+            self.size = len(self.ids)
+        else:
+            self.size += len(part) + bool(self.parts)
+            self.parts.append(part)
+
+
+def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Special tokens before and after a sequence, read off an encoded word: fast tokenizers do not tell otherwise."""
+    encoded = tokenizer("a", return_special_tokens_mask=True)
+    ids, special = encoded.input_ids, encoded.special_tokens_mask
+    first, last = special.index(0), len(special) - special[::-1].index(0)
+    return ids[:first], ids[last:]
+
+
+def _repeated(ids: list[int], count: int) -> Tensor:
+    return torch.tensor(ids, dtype=torch.int64).expand(count, len(ids))
+
+
+def fingerprint(tokens: Tensor) -> str:
+    """SHA-256 of shape and tokens."""
+    digest = hashlib.sha256(repr(tuple(tokens.shape)).encode())
+    digest.update(tokens.to(torch.int64).contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def overlap(sets: Mapping[str, Rows]) -> int:
@@ -70,10 +130,3 @@ def overlap(sets: Mapping[str, Rows]) -> int:
         for row in rows.tokens:
             shared += seen.setdefault(row.numpy().tobytes(), name) != name
     return shared
-
-
-def fingerprint(tokens: Tensor) -> str:
-    """SHA-256 of shape and tokens."""
-    digest = hashlib.sha256(repr(tuple(tokens.shape)).encode())
-    digest.update(tokens.to(torch.int64).contiguous().numpy().tobytes())
-    return digest.hexdigest()

@@ -81,7 +81,7 @@ def run_evaluate(config: RunConfig, folder: Path, reporter: Reporter) -> dict[st
         InputError: If no evaluation text is given, or the folder belongs to another model.
     """
     if config.eval_data is None:
-        raise InputError("--eval-data is needed: a UTF-8 text file that was not used for calibration")
+        raise InputError("--eval-data is needed: text that was not used for calibration")
     job = prepare(config)
     candidate = PackedReader(folder)
     missing = [n for n in job.structure.linears if f"{n}.weight" not in candidate]
@@ -95,7 +95,7 @@ def run_evaluate(config: RunConfig, folder: Path, reporter: Reporter) -> dict[st
     return {
         "schema": "hawqtool.evaluation/1",
         "measure": original.measure,
-        "rows": {"source": Path(config.eval_data).name, "fingerprint": rows.fingerprint, "count": len(rows.tokens)},
+        "rows": {"source": rows.source, "fingerprint": rows.fingerprint, "count": len(rows.tokens)},
         "original": as_record(original),
         "quantized": as_record(quantized),
     }

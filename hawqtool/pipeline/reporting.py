@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from hawqtool import __version__
+from hawqtool.data.sources import public_name
 from hawqtool.data.tokens import overlap
 from hawqtool.formats import SHAPE_TENSOR_BYTES
 from hawqtool.pipeline.artifacts import write_json
@@ -70,7 +71,7 @@ def build_report(
         "layers": rounding["layers"],
         "rows": {
             name: {
-                "source": Path(rows.source).name,
+                "source": rows.source,
                 "count": len(rows.tokens),
                 "seq_len": rows.tokens.shape[1],
                 "fingerprint": rows.fingerprint,
@@ -112,9 +113,13 @@ def warnings(job: Job, rounding: dict[str, Any], shipped: str, evaluation: dict[
 def public_config(job: Job) -> dict[str, Any]:
     """The resolved configuration; paths are shortened to their last part."""
     values = job.config.model_dump(mode="json")
-    for key in ("model", "output", "plan", "calibration", "eval_data", "sensitivity"):
+    for key in ("model", "output", "plan", "sensitivity"):
         if values[key]:
             values[key] = Path(values[key]).name
+    # What follows a source's name is its weight.
+    weighted = zip(job.config.calibration, job.config.calibration_weights, strict=True)
+    values["calibration"] = [public_name(name) + given.removeprefix(name) for given, name in weighted]
+    values["eval_data"] = public_name(job.config.eval_data) if job.config.eval_data else None
     resolved = {"num_samples": job.num_samples, "seq_len": job.seq_len, "rows_per_slice": job.rows_per_slice}
     return values | resolved | {"device": job.device.type}
 

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from hawqtool.config import SELF
 from hawqtool.data.generate import generate_rows
-from hawqtool.data.tokens import overlap, split_rows, text_rows
-from hawqtool.errors import InputError
+from hawqtool.data.mixing import SourceRows, mix_rows, quotas, require_rows
+from hawqtool.data.sources import open_source
+from hawqtool.data.tokens import overlap, source_rows
+from hawqtool.errors import InputError, UsageError
 from hawqtool.pipeline.job import Job
 from hawqtool.pipeline.progress import Reporter
 from hawqtool.records import Rows
 
 ROLES = ("calibration", "scoring", "selection", "report")
-_SMALLEST_SET = 8
+_SMALLEST_SET, _FEWEST_REPORT_ROWS = 8, 2
 
 
 def row_counts(num_samples: int, eval_samples: int, separate_report: bool) -> dict[str, int]:
-    """Rows of each set taken from the calibration source: rounding, scoring, selecting a plan, reporting."""
+    """Rows of each set taken from the calibration sources: rounding, scoring, selecting a plan, reporting."""
     side = max(_SMALLEST_SET, num_samples // 16)
     counts = {"calibration": num_samples, "scoring": side, "selection": side}
     return counts if separate_report else counts | {"report": eval_samples}
@@ -27,28 +27,20 @@ def gather_rows(job: Job, reporter: Reporter) -> dict[str, Rows]:
     """Cut or sample the calibration, scoring, selection and report rows.
 
     Raises:
+        UsageError: If a source's weight is so small that it gives no row.
         InputError: If a source holds too little text, or sets overlap.
     """
     config = job.config
     counts = row_counts(job.num_samples, config.eval_samples, config.eval_data is not None)
-    tokenizer = job.tokenizer()
-    if config.calibration == SELF:
-        reporter.say(f"sampling {sum(counts.values())} rows of {job.seq_len} tokens from the model")
-        tokens = generate_rows(
-            job.index.folder,
-            tokenizer,
-            sum(counts.values()),
-            job.seq_len,
-            config.seed,
-            job.device,
-            job.dtype,
-            lambda done, total: reporter.progress("sampling tokens", done, total),
-        )
-    else:
-        tokens = text_rows(tokenizer, Path(config.calibration), job.seq_len, config.seed)
-    sets = split_rows(tokens, counts, config.calibration)
-    if config.eval_data is not None:
-        sets["report"] = evaluation_rows(job, config.eval_data)
+    names, weights = zip(*config.calibration_weights.items(), strict=True)
+    shares = dict(zip(names, quotas(counts, weights), strict=True))
+    # Text first: what is wrong with it shows before minutes go into sampling.
+    report = {} if config.eval_data is None else {"report": evaluation_rows(job, config.eval_data)}
+    sources = {name: _text_source(job, name, quota) for name, quota in shares.items() if name != SELF}
+    require_rows(list(sources.values()))
+    if SELF in shares:
+        sources[SELF] = _sampled_source(job, shares[SELF], reporter)
+    sets = mix_rows([sources[name] for name in names]) | report
     shared = overlap(sets)
     if shared:
         raise InputError(
@@ -58,7 +50,37 @@ def gather_rows(job: Job, reporter: Reporter) -> dict[str, Rows]:
     return sets
 
 
-def evaluation_rows(job: Job, path: str) -> Rows:
-    """The first ``eval_samples`` rows of a text, fewer where it is shorter."""
-    tokens = text_rows(job.tokenizer(), Path(path), job.seq_len, 0)[: job.config.eval_samples]
-    return split_rows(tokens, {"report": max(len(tokens), 2)}, path)["report"]
+def evaluation_rows(job: Job, text: str) -> Rows:
+    """The first ``eval_samples`` rows of a source, fewer where it is shorter.
+
+    Raises:
+        InputError: If it holds fewer than two rows.
+    """
+    wanted = job.config.eval_samples
+    source = open_source(text)
+    tokens = source_rows(job.tokenizer(), source, wanted, job.seq_len, 0)[:wanted]
+    quota = {"report": max(len(tokens), _FEWEST_REPORT_ROWS)}
+    return mix_rows([SourceRows(source.label, tokens, quota)])["report"]
+
+
+def _text_source(job: Job, text: str, quota: dict[str, int]) -> SourceRows:
+    count = _needed(text, quota)
+    source = open_source(text)
+    return SourceRows(source.label, source_rows(job.tokenizer(), source, count, job.seq_len, job.config.seed), quota)
+
+
+def _sampled_source(job: Job, quota: dict[str, int], reporter: Reporter) -> SourceRows:
+    count = _needed(SELF, quota)
+    reporter.say(f"sampling {count} rows of {job.seq_len} tokens from the model")
+    tokens = generate_rows(
+        job.index.folder, job.tokenizer(), count, job.seq_len, job.config.seed, job.device, job.dtype,
+        lambda done, total: reporter.progress("sampling tokens", done, total),
+    )  # fmt: skip
+    return SourceRows(SELF, tokens, quota)
+
+
+def _needed(name: str, quota: dict[str, int]) -> int:
+    count = sum(quota.values())
+    if not count:
+        raise UsageError(f"--calibration {name}: its weight is so small that it gives no row; raise it or drop it")
+    return count

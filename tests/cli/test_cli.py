@@ -193,6 +193,20 @@ def test_an_output_in_use_is_left_alone(place: Path, tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.rglob("*")] == ["out", "mine.txt"]
 
 
+def test_calibration_is_repeatable_and_a_list_in_yaml(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "few.txt").write_text("abc " * 20)
+    weighted = f"{tmp_path / 'few.txt'}=3"
+    result = quantize(place, tmp_path / "out", *TARGET, "--calibration", weighted)
+    assert result.exit_code == 4
+    assert "few.txt holds 5 rows of 16 tokens, 21 are needed (6 calibration, 6 scoring" in result.stderr
+    run = tmp_path / "run.yaml"
+    run.write_text(f"calibration:\n- {place / 'text.txt'}\n- {weighted}\n")
+    again = invoke("quantize", place / "model", "-o", tmp_path / "out", "-c", run, *SMALL, *TARGET)
+    assert (again.exit_code, again.stderr) == (4, result.stderr)
+    result = quantize(place, tmp_path / "out", *TARGET, "--calibration", "self=0")
+    assert result.exit_code == 2 and "expected weights above 0" in result.stderr
+
+
 def test_input_errors_exit_4(place: Path, tmp_path: Path) -> None:
     result = quantize(place, tmp_path / "out", *TARGET, "--num-samples", "500")
     assert result.exit_code == 4

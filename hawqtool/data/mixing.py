@@ -1,0 +1,80 @@
+"""Sets of rows drawn from weighted sources."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hawqtool.data.tokens import fingerprint
+from hawqtool.errors import InputError
+from hawqtool.records import Rows
+
+
+@dataclass(frozen=True)
+class SourceRows:
+    """What one source gives: ``tokens`` ``[rows, seq_len]`` int64, and ``quota`` rows of them to each set."""
+
+    label: str
+    tokens: Tensor
+    quota: Mapping[str, int]
+
+
+def shares(count: int, weights: Sequence[float]) -> list[int]:
+    """Whole numbers in proportion to weights that add up to ``count``, by largest remainder."""
+    exact = [count * weight / sum(weights) for weight in weights]
+    whole = [int(value) for value in exact]
+    by_remainder = sorted(range(len(weights)), key=lambda i: (whole[i] - exact[i], i))
+    for index in by_remainder[: count - sum(whole)]:
+        whole[index] += 1
+    return whole
+
+
+def quotas(counts: Mapping[str, int], weights: Sequence[float]) -> list[dict[str, int]]:
+    """Rows of each set that each source gives."""
+    parts = {name: shares(count, weights) for name, count in counts.items()}
+    return [{name: part[index] for name, part in parts.items()} for index in range(len(weights))]
+
+
+def require_rows(sources: Sequence[SourceRows]) -> None:
+    """Check that each source holds its rows.
+
+    Raises:
+        InputError: Otherwise; says how many each source that is short holds and which sets need how many.
+    """
+    short = [_shortage(source) for source in sources if len(source.tokens) < sum(source.quota.values())]
+    if short:
+        raise InputError(f"{'; '.join(short)}; give more text, or lower --num-samples or --seq-len")
+
+
+def mix_rows(sources: Sequence[SourceRows]) -> dict[str, Rows]:
+    """Cut the rows of sources into named sets that share no row, sources interleaved evenly in each.
+
+    Raises:
+        InputError: If a source holds too few rows.
+    """
+    require_rows(sources)
+    sets, taken = {}, [0] * len(sources)
+    for name in sources[0].quota:
+        drawn = []
+        for index, source in enumerate(sources):
+            count = source.quota[name]
+            drawn += [((k + 0.5) / count, index, source.tokens[taken[index] + k]) for k in range(count)]
+            taken[index] += count
+        tokens = torch.stack([row for _, _, row in sorted(drawn, key=lambda entry: entry[:2])])
+        sets[name] = Rows(tokens, _label(sources, name), fingerprint(tokens))
+    return sets
+
+
+def _shortage(source: SourceRows) -> str:
+    wanted = ", ".join(f"{count} {name}" for name, count in source.quota.items() if count)
+    rows, length = source.tokens.shape
+    return f"{source.label} holds {rows} rows of {length} tokens, {sum(source.quota.values())} are needed ({wanted})"
+
+
+def _label(sources: Sequence[SourceRows], name: str) -> str:
+    if len(sources) == 1:
+        return sources[0].label
+    return ", ".join(f"{source.label} ({source.quota[name]} rows)" for source in sources if source.quota[name])

@@ -1,0 +1,229 @@
+"""Where text comes from: files, local dataset folders and datasets of the hub, read record by record."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hawqtool.errors import InputError
+
+FIELDS = ("text", "messages", "input_ids")
+"""What a record may hold; of several the first counts."""
+
+DEFAULT_SPLIT = "train"
+_JSON_SUFFIXES, _PARQUET_SUFFIXES, _TEXT_SUFFIXES = {".jsonl", ".json"}, {".parquet"}, {".txt", ".md", ".text"}
+_FILE_SUFFIXES = _JSON_SUFFIXES | _PARQUET_SUFFIXES | _TEXT_SUFFIXES
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_BATCH_RECORDS = 256
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """What ``NAME[:CONFIG][:SPLIT][@REVISION]`` names; an empty CONFIG (``NAME::SPLIT``) is the default one."""
+
+    name: str
+    config: str | None = None
+    split: str = DEFAULT_SPLIT
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        config = f":{self.config or ''}:{self.split}" if self.config or self.split != DEFAULT_SPLIT else ""
+        return self.name + config + (f"@{self.revision}" if self.revision else "")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record and where it stands, for messages: ``corpus.jsonl, line 3``."""
+
+    place: str
+    value: Any
+
+
+@dataclass(frozen=True)
+class Source:
+    """Records of a source, in its order.
+
+    Args:
+        label: What the report calls it: a path's last part, or a hub dataset with the commit that was read.
+        records: Read lazily.
+    """
+
+    label: str
+    records: Generator[Record, None, None]
+
+
+def parse_dataset(text: str) -> DatasetSpec:
+    """Take ``NAME[:CONFIG][:SPLIT][@REVISION]`` apart.
+
+    Raises:
+        InputError: If it has more parts than that, or an empty name.
+    """
+    path, _, revision = text.partition("@")
+    name, *parts = path.split(":")
+    if not name or len(parts) > 2 or ("@" in text and not revision):
+        raise InputError(f"source {text!r} is no NAME[:CONFIG][:SPLIT][@REVISION]")
+    config, split = (*parts, "", "")[:2]
+    return DatasetSpec(name, config or None, split or DEFAULT_SPLIT, revision or None)
+
+
+def is_hub(text: str) -> bool:
+    """Whether a source names a dataset of the hub, not something on this machine."""
+    if Path(text).exists() or Path(text).suffix.lower() in _FILE_SUFFIXES:
+        return False
+    name = text.partition("@")[0].partition(":")[0]
+    return not Path(name).exists() and _HUB_NAME.fullmatch(name) is not None
+
+
+def public_name(text: str) -> str:
+    """A source without the folders of its path; hub datasets stay as they are."""
+    return text if is_hub(text) else Path(text).name or Path(text).resolve().name
+
+
+def open_source(text: str) -> Source:
+    """Open a text, JSON lines or parquet file, a folder that ``datasets`` can load, or a dataset of the hub.
+
+    Raises:
+        InputError: If there is no such source, it cannot be read, or the library for it is not installed. Reading
+            the records raises it too, with the place of the record.
+    """
+    path = Path(text)
+    if path.is_file():
+        reader = {**dict.fromkeys(_JSON_SUFFIXES, _json_lines), **dict.fromkeys(_PARQUET_SUFFIXES, _parquet)}
+        return Source(path.name, reader.get(path.suffix.lower(), _text_lines)(path))
+    if path.is_dir():
+        return _local_dataset(DatasetSpec(text))
+    if is_hub(text):
+        return _hub_dataset(parse_dataset(text))
+    name = text.partition("@")[0].partition(":")[0]
+    if Path(name).is_dir():
+        return _local_dataset(parse_dataset(text))
+    raise InputError(
+        f"source {text} was not found; give a text, .jsonl or .parquet file, a folder of such files, the name of a "
+        "hub dataset, or (to calibrate) self"
+    )
+
+
+def _text_lines(path: Path) -> Generator[Record, None, None]:
+    """Lines of a text: joined by newlines they are the text again."""
+    for number, line in _lines(path):
+        yield Record(f"{path}, line {number}", {"text": line})
+
+
+def _json_lines(path: Path) -> Generator[Record, None, None]:
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        place = f"{path}, line {number}"
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{place} is not valid JSON ({error}); expected one object a line") from error
+        yield Record(place, value)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    number = 0
+    try:
+        with path.open(encoding="utf-8") as stream:
+            for line in stream:
+                number += 1
+                yield number, line.removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text ({error.reason} after line {number}); convert it first") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _parquet(path: Path) -> Generator[Record, None, None]:
+    try:
+        import pyarrow
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise _missing_extra(path, "pyarrow") from error
+    number = 0
+    try:
+        with ParquetFile(path) as file:
+            columns = [name for name in FIELDS if name in file.schema_arrow.names]
+            if not columns:
+                found = ", ".join(file.schema_arrow.names)
+                raise InputError(f"{path} has the columns {found}; expected one of {', '.join(FIELDS)}")
+            for batch in file.iter_batches(batch_size=_BATCH_RECORDS, columns=columns):
+                for value in batch.to_pylist():
+                    number += 1
+                    yield Record(f"{path}, row {number}", value)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{path} cannot be read as parquet after row {number}: {_first_line(error)}") from error
+
+
+def _local_dataset(spec: DatasetSpec) -> Source:
+    if spec.revision:
+        raise InputError(f"{spec}: a local folder has no revisions; leave @{spec.revision} out")
+    folder = Path(spec.name).resolve()
+    return Source(str(DatasetSpec(folder.name, spec.config, spec.split)), _dataset_records(spec, str(folder)))
+
+
+def _hub_dataset(spec: DatasetSpec) -> Source:
+    """A dataset of the hub at the commit that its revision names now, so that the report says what was read."""
+    _import_datasets(spec)
+    import httpx
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    commit = spec.revision
+    if commit is None or not _COMMIT.fullmatch(commit):
+        try:
+            commit = HfApi().dataset_info(spec.name, revision=spec.revision).sha
+        except RevisionNotFoundError as error:
+            raise InputError(f"dataset {spec.name} of the hub has no revision {spec.revision}") from error
+        except RepositoryNotFoundError as error:
+            raise InputError(
+                f"{spec} is no file or folder here, and the hub has no such dataset, or only for those who are logged "
+                "in (HF_TOKEN)"
+            ) from error
+        except (OSError, ValueError, httpx.HTTPError) as error:
+            raise InputError(
+                f"{spec} is no file or folder here, and as a dataset of the hub it cannot be reached: "
+                f"{_first_line(error)}"
+            ) from error
+    resolved = DatasetSpec(spec.name, spec.config, spec.split, commit)
+    return Source(str(resolved), _dataset_records(resolved, resolved.name))
+
+
+def _dataset_records(spec: DatasetSpec, path: str) -> Generator[Record, None, None]:
+    datasets = _import_datasets(spec)
+    import httpx
+    import pyarrow
+
+    known = (datasets.exceptions.DatasetsError, pyarrow.ArrowException, httpx.HTTPError)
+    number = 0
+    try:
+        for value in datasets.load_dataset(path, spec.config, split=spec.split, revision=spec.revision, streaming=True):
+            number += 1
+            yield Record(f"{spec}, record {number}", value)
+    # A dataset made of a script is a RuntimeError, a codec that is not installed an ImportError.
+    except (OSError, ValueError, RuntimeError, ImportError, *known) as error:
+        raise InputError(
+            f"{spec} (configuration {spec.config or 'default'}, split {spec.split}) cannot be read by datasets after "
+            f"{number} records: {_first_line(error)}"
+        ) from error
+
+
+def _import_datasets(spec: DatasetSpec) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise _missing_extra(spec, "datasets") from error
+    return datasets
+
+
+def _missing_extra(source: object, library: str) -> InputError:
+    return InputError(f"{source} needs {library}, which is not installed; run: pip install 'hawqtool[data]'")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
