@@ -42,18 +42,7 @@ def build_report(
     """The report of the shipped plan (schema ``hawqtool.report/1``)."""
     total = rounding["total_bytes"]
     parameters = job.index.total_bytes
-    layers = [
-        {
-            "name": member.name,
-            "unit": unit.name,
-            "bits": plan.formats[unit.name].bits,
-            "group_size": plan.formats[unit.name].group_size or "channel",
-            "symmetric": True,
-            "bytes": member.stored_bytes(plan.formats[unit.name]),
-        }
-        for unit in job.units
-        for member in unit.members
-    ]
+    layers = _plan_entries(job, plan)
     return {
         "schema": REPORT_SCHEMA,
         "model": Path(job.config.model).name,
@@ -95,6 +84,21 @@ def build_report(
         "device": str(job.device),
         "warnings": warnings(job, rounding, shipped, evaluation),
     }
+
+
+def _plan_entries(job: Job, plan: BitPlan) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": member.name,
+            "unit": unit.name,
+            "bits": plan.formats[unit.name].bits,
+            "group_size": plan.formats[unit.name].group_size or "channel",
+            "symmetric": True,
+            "bytes": member.stored_bytes(plan.formats[unit.name]),
+        }
+        for unit in job.units
+        for member in unit.members
+    ]
 
 
 def warnings(job: Job, rounding: dict[str, Any], shipped: str, evaluation: dict[str, Any]) -> list[str]:
