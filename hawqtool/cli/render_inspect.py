@@ -120,7 +120,10 @@ def _print_original(console: Console, description: dict[str, Any]) -> None:
         left=2,
     )
     for pattern in description["input_groups"]:
-        groups = "; ".join(pattern["groups"])
+        groups = "; ".join(
+            " + ".join(group["members"]) + (f" ({group['count']} times)" if group["count"] > 1 else "")
+            for group in pattern["groups"]
+        )
         _line(console, "inputs", f"{pattern['blocks']} blocks with one input each for: {groups}")
     _table(
         console,

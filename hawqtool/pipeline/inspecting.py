@@ -83,10 +83,15 @@ def _describe_other(quantization: Any) -> dict[str, Any]:
 def _describe_original(index: CheckpointIndex) -> dict[str, Any]:
     try:
         # Whole rows divide every layer: with a group size some models would be refused for the setting alone.
-        job = prepare(load_config(None, {"model": str(index.folder), "device": "cpu", "group_size": "channel"}))
+        return _describe_job(
+            prepare(load_config(None, {"model": str(index.folder), "device": "cpu", "group_size": "channel"}))
+        )
     except HawqError as error:
         return {"supported": False, "refusal": str(error)}
-    total = sum(math.prod(info.shape) for info in index.tensors.values())
+
+
+def _describe_job(job: Job) -> dict[str, Any]:
+    total = sum(math.prod(info.shape) for info in job.index.tensors.values())
     return {
         "supported": True,
         "refusal": None,
@@ -153,10 +158,13 @@ def _units(units: Iterable[Unit]) -> list[dict[str, Any]]:
 def _input_groups(blocks: Iterable[BlockSpec]) -> list[dict[str, Any]]:
     """Patterns of input groups: which linears of a block see one input, and how many blocks are alike."""
     patterns = Counter(
-        tuple(_counted(" + ".join(_counted(role(spec.name) for spec in group)) for group in block.input_groups))
+        tuple(Counter(tuple(_counted(role(spec.name) for spec in group)) for group in block.input_groups).items())
         for block in blocks
     )
-    return [{"groups": list(groups), "blocks": count} for groups, count in patterns.items()]
+    return [
+        {"groups": [{"members": list(members), "count": count} for members, count in groups], "blocks": blocks_alike}
+        for groups, blocks_alike in patterns.items()
+    ]
 
 
 def _uniform_sizes(job: Job) -> list[dict[str, Any]]:
