@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 import typer
 
 from hawqtool import __version__
-from hawqtool.cli import allocate, evaluate, measure, quantize, verify
+from hawqtool.cli import allocate, evaluate, inspect, measure, quantize, verify
 
 app = typer.Typer(
     name="hawqtool",
@@ -23,6 +23,7 @@ app.command("measure")(measure.measure)
 app.command("allocate")(allocate.allocate)
 app.command("evaluate")(evaluate.evaluate)
 app.command("verify")(verify.verify)
+app.command("inspect")(inspect.inspect)
 
 
 def _version(wanted: bool) -> None:

@@ -1,4 +1,4 @@
-"""Tables for people; the only other place that uses rich is the terminal."""
+"""Tables for people."""
 
 from __future__ import annotations
 

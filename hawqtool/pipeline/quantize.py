@@ -25,7 +25,7 @@ from hawqtool.pipeline.job import Job, prepare
 from hawqtool.pipeline.measuring import job_menu, measure_job, unquantized_bytes
 from hawqtool.pipeline.planning import allocate, budget_bytes, single_choice_plan, stored_bytes
 from hawqtool.pipeline.progress import Reporter
-from hawqtool.pipeline.reporting import REPORT_SCHEMA, build_report, is_our_folder, write_reproduce
+from hawqtool.pipeline.reporting import REPORT_SCHEMA, build_report, is_our_folder, write_card, write_reproduce
 from hawqtool.pipeline.rounding import round_to_folder
 from hawqtool.pipeline.rows import gather_rows
 from hawqtool.records import SCORE_METRICS, BitPlan, Evaluation, Rows, Score
@@ -80,7 +80,7 @@ def run_quantize(
         )
         folder = candidates[shipped].folder
         with _timed(timings, "verify"):
-            _complete(job, folder, sensitivity)
+            _complete(job, folder, sensitivity, report)
         write_json(folder / "report.json", report)
         _put_in_place(folder, output)
         return report
@@ -250,9 +250,10 @@ def _record(candidate: Candidate) -> dict[str, Any]:
     }
 
 
-def _complete(job: Job, folder: Path, sensitivity: dict[str, Any] | None) -> None:
-    """Add the small files and the records, then reopen and verify what was written."""
+def _complete(job: Job, folder: Path, sensitivity: dict[str, Any] | None, report: dict[str, Any]) -> None:
+    """Add the small files, the card and the records, then reopen and verify what was written."""
     copy_small_files(job.index.folder, folder)
+    write_card(job.index.folder, folder, report)
     write_reproduce(job, folder, sensitivity)
     problems = verify_folder(folder, job.index.folder).problems
     if problems:

@@ -17,14 +17,17 @@ import yaml
 from hawqtool import __version__
 from hawqtool.data.sources import public_name
 from hawqtool.data.tokens import overlap
+from hawqtool.export.engines import engines
 from hawqtool.formats import SHAPE_TENSOR_BYTES
 from hawqtool.pipeline.artifacts import write_json
 from hawqtool.pipeline.job import Job
 from hawqtool.records import BitPlan, Rows
+from hawqtool.report.card import model_card
 
 REPORT_SCHEMA = "hawqtool.report/1"
 _PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "numpy", "pydantic", "PyYAML", "typer", "rich")
 _KIB = 1024
+_MAX_README_BYTES = 1 << 20
 
 
 def build_report(
@@ -40,21 +43,11 @@ def build_report(
     """The report of the shipped plan (schema ``hawqtool.report/1``)."""
     total = rounding["total_bytes"]
     parameters = job.index.total_bytes
-    layers = [
-        {
-            "name": member.name,
-            "unit": unit.name,
-            "bits": plan.formats[unit.name].bits,
-            "group_size": plan.formats[unit.name].group_size or "channel",
-            "symmetric": True,
-            "bytes": member.stored_bytes(plan.formats[unit.name]),
-        }
-        for unit in job.units
-        for member in unit.members
-    ]
+    layers = _plan_entries(job, plan)
     return {
         "schema": REPORT_SCHEMA,
         "model": Path(job.config.model).name,
+        "architecture": type(job.skeleton).__name__,
         "hawqtool_version": __version__,
         "command": command,
         "config": public_config(job),
@@ -68,6 +61,11 @@ def build_report(
         },
         "plan": layers,
         "predicted_loss": plan.predicted_loss,
+        "metric": plan.metric,
+        "engines": engines(
+            job.layer_formats(plan.formats),
+            {m.name: (m.out_features, m.in_features) for unit in job.units for m in unit.members},
+        ),
         "layers": rounding["layers"],
         "rows": {
             name: {
@@ -87,6 +85,21 @@ def build_report(
         "device": str(job.device),
         "warnings": warnings(job, rounding, shipped, evaluation),
     }
+
+
+def _plan_entries(job: Job, plan: BitPlan) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": member.name,
+            "unit": unit.name,
+            "bits": plan.formats[unit.name].bits,
+            "group_size": plan.formats[unit.name].group_size or "channel",
+            "symmetric": True,
+            "bytes": member.stored_bytes(plan.formats[unit.name]),
+        }
+        for unit in job.units
+        for member in unit.members
+    ]
 
 
 def warnings(job: Job, rounding: dict[str, Any], shipped: str, evaluation: dict[str, Any]) -> list[str]:
@@ -138,6 +151,16 @@ def write_reproduce(job: Job, folder: Path, sensitivity: dict[str, Any] | None) 
         {"hawqtool": __version__, "python": platform.python_version(), "machine": platform.machine(), **versions},
     )
     write_json(target / "sha256.json", {f.name: file_hash(f) for f in sorted(folder.glob("model*.safetensors"))})
+
+
+def write_card(source: Path, folder: Path, report: dict[str, Any]) -> None:
+    """Write ``README.md``: the model card, with what the source's own card states."""
+    found = sorted(path for path in source.iterdir() if path.name.lower() == "readme.md" and path.is_file())
+    readme = None
+    if found:
+        with found[0].open("rb") as stream:
+            readme = stream.read(_MAX_README_BYTES).decode("utf-8", errors="replace")
+    (folder / "README.md").write_text(model_card(report, readme), encoding="utf-8")
 
 
 def file_hash(path: Path) -> str:

@@ -1,0 +1,211 @@
+"""The description of a checkpoint for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from hawqtool.cli.render import size
+from hawqtool.report.escape import one_line
+
+_BAR_WIDTH = 40
+
+
+def print_description(description: dict[str, Any]) -> None:
+    """Print a description of schema ``hawqtool.inspect/1``."""
+    console = Console(highlight=False)
+    _print_header(console, description)
+    if not description["supported"]:
+        _print_refused(console, description)
+    elif description["kind"] == "original":
+        _print_original(console, description)
+    else:
+        _print_quantized(console, description)
+
+
+def _line(console: Console, label: str, text: object) -> None:
+    # Names come from files: control characters and markup in them must not reach the terminal.
+    console.print(Text(f"{label:<12}{one_line(text, 2000)}"), soft_wrap=True)
+
+
+def _table(
+    console: Console, title: str, columns: Iterable[str], rows: Iterable[Iterable[object]], left: int = 1
+) -> None:
+    """Columns after the first ``left`` go to the right."""
+    table = Table(title=title, title_justify="left")
+    for place, name in enumerate(columns):
+        table.add_column(name, justify="left" if place < left else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(one_line(cell, 2000)) for cell in row))
+    console.print(table)
+
+
+def _shape(shape: list[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _print_header(console: Console, description: dict[str, Any]) -> None:
+    names = description["architectures"]
+    architecture = ", ".join(map(str, names)) if isinstance(names, list) and names else "not stated"
+    _line(console, "model", f"{description['model']}: {architecture} (model type {description['model_type']})")
+    count = (
+        f"{description['parameters']:,} parameters"
+        if description["supported"]
+        else f"{description['elements']:,} numbers"
+    )
+    _line(
+        console,
+        "files",
+        f"{description['bytes']:,} bytes ({size(description['bytes'])}) in {description['files']} safetensors files, "
+        f"{description['tensors']:,} tensors, {count}",
+    )
+    dtypes = [
+        f"{name} {entry['elements']:,} numbers in {entry['tensors']:,} tensors"
+        for name, entry in description["dtypes"].items()
+    ]
+    _line(console, "dtypes", "; ".join(dtypes))
+
+
+def _print_refused(console: Console, description: dict[str, Any]) -> None:
+    _table(
+        console,
+        "tensors of two or more dimensions",
+        ("name", "dtype", "shape", "count", "numbers", "share"),
+        (
+            (m["name"], m["dtype"], _shape(m["shape"]), m["count"], f"{m['elements']:,}", _percent(m["share"]))
+            for m in description["matrices"]
+        ),
+    )
+    _line(console, "refused", description["refusal"])
+
+
+def _print_original(console: Console, description: dict[str, Any]) -> None:
+    linears = sum(entry["count"] for entry in description["roles"])
+    units = sum(entry["count"] for entry in description["units"])
+    _line(
+        console,
+        "structure",
+        f"{description['blocks']} blocks, {linears} linears in {units} units, {description['quantizable_weights']:,} "
+        "weights to quantize",
+    )
+    _table(
+        console,
+        "linears",
+        ("role", "shape", "count", "weights", "share", "group sizes that divide it"),
+        (
+            (
+                r["role"],
+                _shape(r["shape"]),
+                r["count"],
+                f"{r['weights']:,}",
+                _percent(r["share"]),
+                ", ".join(map(str, r["group_sizes"])) or "whole rows only",
+            )
+            for r in description["roles"]
+        ),
+    )
+    _table(
+        console,
+        "units (fused by engines, so one format each)",
+        ("unit", "members", "count"),
+        ((u["unit"], ", ".join(u["members"]), u["count"]) for u in description["units"]),
+        left=2,
+    )
+    for pattern in description["input_groups"]:
+        groups = "; ".join(
+            " + ".join(group["members"]) + (f" ({group['count']} times)" if group["count"] > 1 else "")
+            for group in pattern["groups"]
+        )
+        _line(console, "inputs", f"{pattern['blocks']} blocks with one input each for: {groups}")
+    _table(
+        console,
+        "size at one format for all linears",
+        ("format", "bytes", "of the original", "stored bits per weight", "units in smaller groups"),
+        (
+            (
+                u["format"],
+                f"{u['bytes']:,}",
+                _percent(u["bytes"] / description["bytes"]),
+                f"{u['bpw_linears']:.3f}",
+                u["units_in_smaller_groups"] or "",
+            )
+            for u in description["uniform"]
+        ),
+    )
+    kept = description["unquantized"]
+    parts = ", ".join(f"{kind} {count:,}" for kind, count in kept.items()) or "nothing"
+    _line(console, "stays", f"{parts} (bytes, {_percent(sum(kept.values()) / description['bytes'])} of the files)")
+
+
+def _print_quantized(console: Console, description: dict[str, Any]) -> None:
+    sizes = description["sizes"]
+    _line(
+        console,
+        "stored",
+        f"{sizes['bpw_linears']:.4f} bits per weight over {sizes['quantized_weights']:,} quantized weights, "
+        f"{sizes['bpw_file']:.4f} over the whole file; {sizes['unquantized_bytes']:,} bytes are not quantized",
+    )
+    for entry in description["bits"]:
+        bar = "█" * max(1, round(_BAR_WIDTH * entry["share"]))
+        text = (
+            f"{bar:<{_BAR_WIDTH}} {_percent(entry['share']):>7}  {entry['linears']} linears, {entry['bytes']:,} bytes"
+        )
+        console.print(Text(f"{entry['bits']} bit       {text}"), soft_wrap=True)
+    _table(
+        console,
+        "plan",
+        ("role", "shape", "count", "stored bits per weight", "formats"),
+        (
+            (
+                r["role"],
+                _shape(r["shape"]),
+                r["count"],
+                f"{r['bpw']:.3f}",
+                ", ".join(f"{label} x{count}" for label, count in r["formats"].items()),
+            )
+            for r in description["roles"]
+        ),
+    )
+    _table(
+        console,
+        "engines",
+        ("engine", "version, at least", "loads", "why"),
+        (
+            (e["engine"], e["minimum_version"], "yes" if e["loads"] else "no", e["reason"])
+            for e in description["engines"]
+        ),
+        left=4,
+    )
+    _print_recorded(console, description)
+
+
+def _print_recorded(console: Console, description: dict[str, Any]) -> None:
+    recorded = description["recorded"]
+    if recorded is None:
+        _line(console, "quality", description["recorded_note"])
+        return
+    quality, rows = recorded["quality"], recorded["calibration"]
+    deviation = "" if quality["kl_stderr"] is None else f" ± {quality['kl_stderr']:.4f}"
+    _line(
+        console,
+        "method",
+        f"{recorded['rounding']} by hawqtool {recorded['hawqtool_version']}, {rows['count']} rows of {rows['seq_len']} "
+        f"tokens ({rows['source']}), seed {recorded['seed']}; shipped {recorded['shipped']}",
+    )
+    _line(
+        console,
+        "quality",
+        f"KL {quality['kl']:.4f}{deviation}, perplexity {recorded['perplexity_original']:.3f} -> "
+        f"{quality['perplexity']:.3f}, same top-1 {_percent(quality['same_top'])} of {quality['num_tokens']} tokens"
+        + (" (in-domain)" if recorded["in_domain"] else ""),
+    )
+    for text in recorded["warnings"]:
+        _line(console, "warning", text)

@@ -1,0 +1,144 @@
+"""Which engines load a packed checkpoint, and why not where they do not.
+
+The rules are those of the engines' released sources; a run executes none of these engines, and each reason says so.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+from hawqtool.formats import CHANNEL, QuantFormat
+
+TRANSFORMERS, VLLM, VLLM_CPU, SGLANG = (
+    "transformers with compressed-tensors",
+    "vLLM (CUDA)",
+    "vLLM (CPU)",
+    "SGLang (CUDA)",
+)
+MINIMUM_VERSIONS = {
+    TRANSFORMERS: "transformers 5, compressed-tensors 0.18",
+    VLLM: "0.33, compute capability 7.5",
+    VLLM_CPU: "0.33",
+    SGLANG: "0.5.23, compute capability 8.0",
+}
+"""Oldest versions whose behaviour is known; earlier ones may do."""
+
+_MARLIN_BITS = (4, 8)
+_ALIGNMENT = 32
+_SOURCE_ONLY = "by its source, not run here"
+_EXPERT = re.compile(r"(?P<experts>.*\.experts)\.\d+\.(?P<role>.+)")
+
+Verdict = tuple[bool, str]
+"""Whether an engine loads the checkpoint, and why."""
+
+
+def engines(formats: Mapping[str, QuantFormat], shapes: Mapping[str, tuple[int, int]]) -> list[dict[str, Any]]:
+    """What each engine does with a checkpoint, from formats and shapes alone.
+
+    Args:
+        formats: Format of every packed module, by name in the checkpoint.
+        shapes: Rows and columns of these modules' weights.
+
+    Returns:
+        One ``{engine, minimum_version, loads, reason}`` per engine.
+    """
+    found = []
+    for engine, judge in (
+        (TRANSFORMERS, _transformers),
+        (VLLM, _vllm),
+        (VLLM_CPU, _vllm_cpu),
+        (SGLANG, _sglang),
+    ):
+        loads, reason = judge(formats, shapes)
+        found.append({"engine": engine, "minimum_version": MINIMUM_VERSIONS[engine], "loads": loads, "reason": reason})
+    return found
+
+
+def _transformers(formats: Mapping[str, QuantFormat], shapes: Mapping[str, tuple[int, int]]) -> Verdict:
+    asymmetric = [name for name, fmt in formats.items() if not fmt.symmetric]
+    if asymmetric:
+        return False, (
+            f"{len(asymmetric)} layers have zero points (first {asymmetric[0]}), which compressed-tensors 0.18 to "
+            "0.20 cannot load"
+        )
+    labels = {fmt.label for name, fmt in formats.items() if _EXPERT.match(name)}
+    if len(labels) > 1:
+        return False, (
+            f"experts have formats {', '.join(sorted(labels))}; it decompresses all experts of a model with one and "
+            "would compute wrong results"
+        )
+    return True, (
+        "symmetric formats of every width and group size; the first forward pass decompresses the whole model; "
+        "tested on small models, not with this folder"
+    )
+
+
+def _vllm(formats: Mapping[str, QuantFormat], shapes: Mapping[str, tuple[int, int]]) -> Verdict:
+    problem = _mixed_experts(formats)
+    if problem:
+        return False, f"{problem} ({_SOURCE_ONLY})"
+    odd = {name: fmt for name, fmt in formats.items() if fmt.bits not in _MARLIN_BITS}
+    wrong = [name for name in formats if shapes[name][1] % _ALIGNMENT or (name in odd and shapes[name][0] % _ALIGNMENT)]
+    if wrong:
+        rows, columns = shapes[wrong[0]]
+        return False, (
+            f"{len(wrong)} layers have a dimension that is no multiple of {_ALIGNMENT} (first {wrong[0]}, "
+            f"{rows} x {columns}) ({_SOURCE_ONLY})"
+        )
+    whole = [name for name, fmt in odd.items() if fmt.group_size == CHANNEL and _EXPERT.match(name)]
+    if whole:
+        return False, f"experts of {odd[whole[0]].bits} bits need groups, not whole rows ({_SOURCE_ONLY})"
+    kernels = []
+    if len(odd) < len(formats):
+        kernels.append("4 and 8 bits run on Marlin or Machete")
+    if odd:
+        widths = ", ".join(map(str, sorted({fmt.bits for fmt in odd.values()})))
+        kernels.append(f"{widths} bits on Humming kernels")
+    return True, f"{'; '.join(kernels)} ({_SOURCE_ONLY})"
+
+
+def _vllm_cpu(formats: Mapping[str, QuantFormat], shapes: Mapping[str, tuple[int, int]]) -> Verdict:
+    others = _other_widths(formats, (4,))
+    if others:
+        return False, f"its CPU kernels take 4 bits only, {others} ({_SOURCE_ONLY})"
+    wrong = [name for name in formats if shapes[name][0] % _ALIGNMENT or shapes[name][1] % _ALIGNMENT]
+    if wrong:
+        return False, f"{wrong[0]} has a dimension that is no multiple of {_ALIGNMENT} ({_SOURCE_ONLY})"
+    return True, f"4 bits everywhere ({_SOURCE_ONLY})"
+
+
+def _sglang(formats: Mapping[str, QuantFormat], shapes: Mapping[str, tuple[int, int]]) -> Verdict:
+    others = _other_widths(formats, _MARLIN_BITS)
+    if others:
+        return False, f"it takes 4 and 8 bits only, {others} ({_SOURCE_ONLY})"
+    if any(fmt.bits == 8 and not fmt.symmetric for fmt in formats.values()):
+        return False, f"its kernels take zero points at 4 bits only ({_SOURCE_ONLY})"
+    wrong = [name for name in formats if shapes[name][1] % _ALIGNMENT]
+    if wrong:
+        return False, f"{wrong[0]} has inputs that are no multiple of {_ALIGNMENT} ({_SOURCE_ONLY})"
+    roles = {match["role"] for name in formats if (match := _EXPERT.match(name))}
+    unknown = roles - {"gate_proj", "up_proj", "down_proj"}
+    if unknown:
+        return False, f"it looks for experts named gate_proj, up_proj, down_proj, not {min(unknown)} ({_SOURCE_ONLY})"
+    return True, f"4 and 8 bits run on Marlin ({_SOURCE_ONLY})"
+
+
+def _other_widths(formats: Mapping[str, QuantFormat], taken: tuple[int, ...]) -> str:
+    """Widths beyond those that an engine takes, for a sentence; empty if there are none."""
+    others = [fmt.bits for fmt in formats.values() if fmt.bits not in taken]
+    if not others:
+        return ""
+    return f"found {len(others)} of {len(formats)} layers at {', '.join(map(str, sorted(set(others))))} bits"
+
+
+def _mixed_experts(formats: Mapping[str, QuantFormat]) -> str | None:
+    """Experts of one layer that differ in format."""
+    labels: dict[str, set[str]] = defaultdict(set)
+    for name, fmt in formats.items():
+        if match := _EXPERT.match(name):
+            labels[match["experts"]].add(fmt.label)
+    mixed = next((name for name, found in labels.items() if len(found) > 1), None)
+    return None if mixed is None else f"{mixed} has formats {', '.join(sorted(labels[mixed]))}; it needs one"

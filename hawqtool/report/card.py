@@ -1,0 +1,222 @@
+"""The model card of a quantized checkpoint: ``README.md`` of the output folder."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from typing import Any
+
+from hawqtool.report.escape import code, escape, fenced, table
+from hawqtool.report.front_matter import SourceFacts, Value, merged, read_source
+
+_LOAD = """\
+from transformers import {model_class}, {input_class}
+
+model = {model_class}.from_pretrained("path/to/this/folder")
+{inputs} = {input_class}.from_pretrained("path/to/this/folder")"""
+
+
+def model_card(report: dict[str, Any], source_readme: str | None) -> str:
+    """Text of the card.
+
+    Names, licences and whatever else comes from a checkpoint are shown as they are, never as markup.
+
+    Args:
+        report: Of schema ``hawqtool.report/1``.
+        source_readme: Text of the source's ``README.md``, None if it has none. Its front matter is merged, its
+            body is not repeated.
+    """
+    facts = read_source(source_readme)
+    sections = [
+        _title(report),
+        _licence(facts),
+        _method(report),
+        _plan(report),
+        _sizes(report),
+        _evaluation(report),
+        _loading(report),
+        _reproduction(report),
+        _limits(report),
+    ]
+    return merged(facts, _base_model(report, facts)) + "\n" + "\n\n".join(sections) + "\n"
+
+
+def _base_model(report: dict[str, Any], facts: SourceFacts) -> Value:
+    """The hub id, else what the source says it was made from, else the source's name."""
+    return report.get("hub_id") or facts.values.get("base_model") or str(report["model"])
+
+
+def _title(report: dict[str, Any]) -> str:
+    name, bits = escape(report["model"]), report["sizes"]["bpw_linears"]
+    kind = "one format" if len(_formats(report)) == 1 else "mixed precision"
+    return (
+        f"# {name}, {bits:.2f} bits per weight\n\n"
+        f"{name} with the weights of its linear layers in {kind}, made by hawqtool "
+        f"{escape(report['hawqtool_version'])}: {bits:.4f} stored bits per weight over these layers, scales included. "
+        "Everything else (embeddings, output head, norms, what the tables below do not list) is as in the original."
+    )
+
+
+def _licence(facts: SourceFacts) -> str:
+    values = facts.values
+    stated = [
+        f"{label} {_words(values[key])}"
+        for key, label in (("license", "licence"), ("license_name", "name"), ("license_link", "text at"))
+        if key in values
+    ]
+    if stated:
+        text = f"As the source's card states: {', '.join(stated)}. The terms of the original model apply."
+    else:
+        text = (
+            "**The source's card states no licence**, and none is claimed here; look for the terms of the original "
+            "model before you use or pass on this one."
+        )
+    note = f"\n\n{escape(facts.note)}" if facts.note else ""
+    return f"## Licence\n\n{text}{note}"
+
+
+def _words(value: Value) -> str:
+    return ", ".join(code(item) for item in ([value] if isinstance(value, str) else value))
+
+
+def _formats(report: dict[str, Any]) -> list[str]:
+    return sorted({_format(entry) for entry in report["plan"]})
+
+
+def _format(entry: dict[str, Any]) -> str:
+    size = entry["group_size"]
+    return f"{entry['bits']} bit, " + ("one scale per row" if size == "channel" else f"groups of {size}")
+
+
+def _method(report: dict[str, Any]) -> str:
+    config, rows = report["config"], report["rows"]
+    calibration = rows["calibration"]
+    lines = [
+        f"rounding: {code(config['rounding'])}, block by block, each block on the inputs that the rounded blocks "
+        "before it give",
+        f"bits: {_choice(report)}",
+        f"calibration: {calibration['count']} rows of {calibration['seq_len']} tokens "
+        f"({_origin(calibration['source'])}), seed {config['seed']}",
+        "grid: symmetric integers, compressed-tensors format `pack-quantized`",
+    ]
+    return "## Method\n\n" + "\n".join(f"- {line}" for line in lines)
+
+
+def _choice(report: dict[str, Any]) -> str:
+    if report["config"].get("plan"):
+        return f"as given by the plan {code(report['config']['plan'])}"
+    if report["metric"] is not None:
+        return f"chosen per layer by the sensitivity metric {code(report['metric'])} under a budget of stored bytes"
+    if report["shipped"] == "uniform" and report["evaluation"]["mixed"] != report["evaluation"]["uniform"]:
+        return "the best uniform plan within the budget, because the mixed one was no better on the selection rows"
+    return "every layer had one format to take, so no sensitivity was measured"
+
+
+def _plan(report: dict[str, Any]) -> str:
+    formats = _formats(report)
+    roles: dict[str, Counter[str]] = defaultdict(Counter)
+    for entry in report["plan"]:
+        roles[entry["name"].rpartition(".")[2]][_format(entry)] += 1
+    rows = [[code(role), *(str(counts[fmt] or "") for fmt in formats)] for role, counts in roles.items()]
+    return f"## Plan\n\nLayers of each role by format:\n\n{table(['role', *formats], rows)}"
+
+
+def _sizes(report: dict[str, Any]) -> str:
+    sizes = report["sizes"]
+    before, after = sizes["original_bytes"], sizes["quantized_bytes"]
+    rows = [
+        ["original weight files", f"{before:,} bytes"],
+        ["quantized weight files", f"{after:,} bytes ({100 * after / before:.1f} %)"],
+        ["stored bits per weight, quantized linears", f"{sizes['bpw_linears']:.4f}"],
+        ["stored bits per weight, whole files", f"{sizes['bpw_file']:.4f}"],
+    ]
+    return f"## Size\n\n{table(['', 'value'], rows)}"
+
+
+def _evaluation(report: dict[str, Any]) -> str:
+    evaluation, source = report["evaluation"], report["rows"]["report"]
+    uniform, mixed = evaluation["uniform"], evaluation["mixed"]
+    shown = {report["shipped"]: mixed} if mixed == uniform else {"uniform": uniform, "mixed": mixed}
+    rows = [_quality_row("original", evaluation["original"])]
+    for name, values in shown.items():
+        if values is not None:
+            label = f"{name} ({', '.join(values['formats'])})"
+            rows.append(_quality_row(label + (", shipped" if report["shipped"] == name else ""), values))
+    domain = (
+        " These rows come from the calibration source (**in-domain**): they flatter the quantized model."
+        if report["rows"]["report_in_domain"]
+        else ""
+    )
+    lines = [
+        f"Measured from the written files on {source['count']} rows of {source['seq_len']} tokens "
+        f"({_origin(source['source'])}) that neither calibrated nor chose anything.{domain} KL is that of the "
+        "original's next-token distribution to the quantized model's, in nats per token, with its standard error over "
+        "rows.",
+        table(["model", "KL", "perplexity", "same top-1", "tokens"], rows),
+    ]
+    difference = evaluation.get("mixed_minus_uniform")
+    if difference and mixed != uniform:
+        lines.append(
+            f"Paired difference of KL, mixed - uniform: {difference['kl']:+.4f}{_stderr(difference['kl_stderr'])}."
+        )
+    if uniform is None:
+        lines.append("No uniform plan fits the budget, so there is none to compare with.")
+    return "## Quality\n\n" + "\n\n".join(lines)
+
+
+def _origin(source: str) -> str:
+    return "sampled from the model itself" if source == "self" else code(source)
+
+
+def _quality_row(name: str, values: dict[str, Any]) -> list[str]:
+    return [
+        name,
+        f"{values['kl']:.4f}{_stderr(values['kl_stderr'])}",
+        f"{values['perplexity']:.3f}",
+        f"{100 * values['same_top']:.2f} %",
+        f"{values['num_tokens']:,}",
+    ]
+
+
+def _stderr(value: float | None) -> str:
+    return "" if value is None or math.isnan(value) else f" ± {value:.4f}"
+
+
+def _loading(report: dict[str, Any]) -> str:
+    rows = [["hawqtool", escape(report["hawqtool_version"]), "yes", "verified: every tensor was read back in this run"]]
+    for entry in report["engines"]:
+        rows.append(
+            [
+                escape(entry["engine"]),
+                escape(entry["minimum_version"]),
+                "yes" if entry["loads"] else "no",
+                f"by format, not tested here: {escape(entry['reason'])}",
+            ]
+        )
+    heading = ["loads in", "version, at least", "loads", "how that is known"]
+    return f"## Load\n\n{fenced(_load_code(report['architecture']), 'python')}\n\n{table(heading, rows, numbers=False)}"
+
+
+def _load_code(architecture: str) -> str:
+    if architecture.endswith("ForCausalLM") or not architecture.isidentifier():
+        return _LOAD.format(model_class="AutoModelForCausalLM", input_class="AutoTokenizer", inputs="tokenizer")
+    return _LOAD.format(model_class=architecture, input_class="AutoProcessor", inputs="processor")
+
+
+def _reproduction(report: dict[str, Any]) -> str:
+    return (
+        f"## Reproduce\n\n{fenced(report['command'], 'sh')}\n\n"
+        f"hawqtool {escape(report['hawqtool_version'])}, {escape(report['device'])}. The versions of all packages are "
+        "in `reproduce/packages.json`, the resolved settings in `reproduce/config.yaml`, the plan in "
+        "`reproduce/plan.json`, everything measured in `report.json`."
+    )
+
+
+def _limits(report: dict[str, Any]) -> str:
+    lines = [f"warning: {escape(text)}" for text in report["warnings"]]
+    lines += [
+        "quality was measured on the rows above only; other tasks and languages may lose more",
+        "calibration and evaluation each used one draw of rows; small differences are noise",
+        "safety, bias and instruction following were not evaluated; what the original's card says of them may not hold",
+    ]
+    return "## Warnings and limits\n\n" + "\n".join(f"- {line}" for line in lines)
