@@ -92,7 +92,7 @@ class Rows:
     """Token rows with their origin.
 
     Args:
-        tokens: ``[num_rows, seq_len]`` int64.
+        tokens: ``[num_rows, seq_len]`` int64, or ``[num_rows, channels, height, width]`` float32.
         source: Where they come from, for the report.
         fingerprint: SHA-256 of the tokens.
     """

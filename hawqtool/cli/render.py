@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from hawqtool.report.quality import MEASURES, plus_minus, quality_columns
 
 
 def size(num_bytes: float) -> str:
@@ -24,7 +24,6 @@ def announcement(description: dict[str, Any]) -> list[str]:
     """The screen before the long part."""
     low, high = description["achievable_bpw"]
     budget = description["budget_bpw"]
-    rows, length = description["calibration"]
     about = "" if description["expected_is_exact"] else "at most "
     lines = [
         f"model       {description['model']}: {description['blocks']} blocks, {description['linears']} linears in "
@@ -35,7 +34,7 @@ def announcement(description: dict[str, Any]) -> list[str]:
         f"that fits: {description['best_uniform'] or 'none'}",
         f"size        {size(description['original_bytes'])} now, {about}{size(description['expected_bytes'])} "
         f"({description['expected_bytes']:,} bytes) afterwards",
-        f"work        {description['rounding']} on {rows} rows of {length} tokens, {description['device']}, "
+        f"work        {description['rounding']} on {description['calibration']}, {description['device']}, "
         f"seed {description['seed']}",
     ]
     return lines + [f"note        {text}" for text in description["group_falls"]]
@@ -45,7 +44,7 @@ def print_report(report: dict[str, Any], output: str) -> None:
     """The result: sizes, histogram, quality against uniform."""
     console = Console(highlight=False)
     evaluation = report["evaluation"]
-    columns = _quality_columns(evaluation)
+    columns = quality_columns(evaluation)
     table = Table(title="quality on the report rows" + (" (in-domain)" if report["rows"]["report_in_domain"] else ""))
     for name in ("model", "formats", "bits/weight", "file", *columns):
         table.add_column(name, justify="left" if name in ("model", "formats") else "right", overflow="fold")
@@ -60,7 +59,7 @@ def print_report(report: dict[str, Any], output: str) -> None:
     interpolated = evaluation["uniform_interpolated"]
     if interpolated and evaluation["uniform"] != evaluation["mixed"]:
         bits = f"{evaluation['mixed']['bpw_linears']:.3f}"
-        shown = [show(interpolated) if name in _MEASURES.values() else "" for name, show in columns.items()]
+        shown = [show(interpolated) if name in MEASURES.values() else "" for name, show in columns.items()]
         table.add_row("uniform, interpolated", "", bits, "", *shown)
     console.print(table)
     sizes = report["sizes"]
@@ -76,8 +75,8 @@ def print_report(report: dict[str, Any], output: str) -> None:
     difference = evaluation.get("mixed_minus_uniform")
     if difference and evaluation["uniform"] != evaluation["mixed"]:
         measure = evaluation["measure"]
-        stderr = _number(difference[f"{measure}_stderr"])
-        console.print(f"paired      {_MEASURES[measure]}, mixed - uniform: {difference[measure]:+.4f} ± {stderr}")
+        value = f"{difference[measure]:+.4f}{plus_minus(difference, measure)}"
+        console.print(f"paired      {MEASURES[measure]}, mixed - uniform: {value}")
     spent = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in report["timings"].items())
     console.print(f"time        {spent}")
     for text in report["warnings"]:
@@ -85,35 +84,10 @@ def print_report(report: dict[str, Any], output: str) -> None:
     console.print(f"verified    {output}", markup=False)
 
 
-_MEASURES = {"kl": "KL (nats)", "embedding_error": "relative error"}
-
-
-def _quality_columns(evaluation: dict[str, Any]) -> dict[str, Callable[[dict[str, Any]], str]]:
-    """Heading and content of the columns that this kind of model has."""
-    measure = evaluation["measure"]
-
-    def divergence(values: dict[str, Any]) -> str:
-        stderr = values.get(f"{measure}_stderr")
-        return f"{values[measure]:.4f}" + ("" if stderr is None else f" ± {_number(stderr)}")
-
-    columns: dict[str, Callable[[dict[str, Any]], str]] = {
-        "perplexity": lambda values: f"{values['perplexity']:.2f}",
-        _MEASURES[measure]: divergence,
-        "same top-1": lambda values: f"{100 * values['same_top']:.1f} %",
-        "cosine": lambda values: f"{values['cosine']:.4f}",
-    }
-    absent = {"same top-1": "same_top", "perplexity": "perplexity", "cosine": "cosine"}
-    return {name: show for name, show in columns.items() if absent.get(name, measure) in evaluation["original"]}
-
-
 def quality_lines(evaluation: dict[str, Any]) -> list[str]:
     """One line per measure of an evaluation of ``original`` and ``quantized``."""
     original, quantized = evaluation["original"], evaluation["quantized"]
     return [
         f"{name:15s} {show(quantized)}" + (f" (original {show(original)})" if name == "perplexity" else "")
-        for name, show in _quality_columns(evaluation).items()
+        for name, show in quality_columns(evaluation).items()
     ]
-
-
-def _number(value: float) -> str:
-    return "n/a" if math.isnan(value) else f"{value:.4f}"

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from hawqtool.cli.render import size
 from hawqtool.report.escape import one_line
+from hawqtool.report.quality import quality_columns, rows_text
 
 _BAR_WIDTH = 40
 
@@ -192,19 +193,18 @@ def _print_recorded(console: Console, description: dict[str, Any]) -> None:
     if recorded is None:
         _line(console, "quality", description["recorded_note"])
         return
-    quality, rows = recorded["quality"], recorded["calibration"]
-    deviation = "" if quality["kl_stderr"] is None else f" ± {quality['kl_stderr']:.4f}"
+    evaluation, rows = recorded["evaluation"], recorded["calibration"]
+    shown = quality_columns(evaluation).items()
     _line(
         console,
         "method",
-        f"{recorded['rounding']} by hawqtool {recorded['hawqtool_version']}, {rows['count']} rows of {rows['seq_len']} "
-        f"tokens ({rows['source']}), seed {recorded['seed']}; shipped {recorded['shipped']}",
+        f"{recorded['rounding']} by hawqtool {recorded['hawqtool_version']}, {rows_text(rows)} "
+        f"({rows['source']}), seed {recorded['seed']}; shipped {recorded['shipped']}",
     )
     _line(
         console,
         "quality",
-        f"KL {quality['kl']:.4f}{deviation}, perplexity {recorded['perplexity_original']:.3f} -> "
-        f"{quality['perplexity']:.3f}, same top-1 {_percent(quality['same_top'])} of {quality['num_tokens']} tokens"
+        ", ".join(f"{name} {show(evaluation['quantized'])}" for name, show in shown)
         + (" (in-domain)" if recorded["in_domain"] else ""),
     )
     for text in recorded["warnings"]:

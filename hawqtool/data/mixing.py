@@ -15,7 +15,7 @@ from hawqtool.records import Rows
 
 @dataclass(frozen=True)
 class SourceRows:
-    """What one source gives: ``tokens`` ``[rows, seq_len]`` int64, and ``quota`` rows of them to each set."""
+    """What one source gives: ``tokens`` ``[rows, seq_len]`` int64 or images, and ``quota`` rows of them to each set."""
 
     label: str
     tokens: Tensor
@@ -46,7 +46,7 @@ def require_rows(sources: Sequence[SourceRows]) -> None:
     """
     short = [_shortage(source) for source in sources if len(source.tokens) < sum(source.quota.values())]
     if short:
-        raise InputError(f"{'; '.join(short)}; give more text, or lower --num-samples or --seq-len")
+        raise InputError(f"{'; '.join(short)}; give more, or lower --num-samples or --seq-len")
 
 
 def mix_rows(sources: Sequence[SourceRows]) -> dict[str, Rows]:
@@ -70,8 +70,9 @@ def mix_rows(sources: Sequence[SourceRows]) -> dict[str, Rows]:
 
 def _shortage(source: SourceRows) -> str:
     wanted = ", ".join(f"{count} {name}" for name, count in source.quota.items() if count)
-    rows, length = source.tokens.shape
-    return f"{source.label} holds {rows} rows of {length} tokens, {sum(source.quota.values())} are needed ({wanted})"
+    rows, *shape = source.tokens.shape
+    held = f"{rows} rows of {shape[0]} tokens" if len(shape) == 1 else f"{rows} images"
+    return f"{source.label} holds {held}, {sum(source.quota.values())} are needed ({wanted})"
 
 
 def _label(sources: Sequence[SourceRows], name: str) -> str:

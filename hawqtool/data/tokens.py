@@ -115,10 +115,10 @@ def _repeated(ids: list[int], count: int) -> Tensor:
     return torch.tensor(ids, dtype=torch.int64).expand(count, len(ids))
 
 
-def fingerprint(tokens: Tensor) -> str:
-    """SHA-256 of shape and tokens."""
-    digest = hashlib.sha256(repr(tuple(tokens.shape)).encode())
-    digest.update(tokens.to(torch.int64).contiguous().numpy().tobytes())
+def fingerprint(rows: Tensor) -> str:
+    """SHA-256 of shape and tokens, or pixels."""
+    digest = hashlib.sha256(repr(tuple(rows.shape)).encode())
+    digest.update(rows.to(torch.float32 if rows.is_floating_point() else torch.int64).contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

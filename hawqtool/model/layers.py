@@ -27,6 +27,9 @@ _TRANSPOSES = (Tensor.T, Tensor.mT, Tensor.H)
 _LEAST_OUTPUTS = 16
 """Linears with fewer outputs are gates: engines keep them as they are, and they weigh nothing."""
 
+_RETURN_ATTENTION = ("GPTJBlock",)
+"""Blocks that return attention probabilities, which nothing reads; elsewhere a second tensor may feed the next block."""
+
 _OBSTACLES = {
     "Conv1D": "it skips packed Conv1D layers and would run on random weights",
     "FalconLinear": "its Falcon code stops at packed layers",
@@ -152,7 +155,8 @@ def _block_calls(model: Any, blocks: nn.ModuleList) -> tuple[list[Call], int | N
     with torch.no_grad():
         output = blocks[0].to("meta")(*args, **kwargs)
     extra = len(output) - 1 if isinstance(output, tuple) else None
-    if any(isinstance(value, Tensor) for value in (output[1:] if extra else ())):
+    unread = type(blocks[0]).__name__ in _RETURN_ATTENTION
+    if not unread and any(isinstance(value, Tensor) for value in (output[1:] if extra else ())):
         raise InputError(f"{type(model).__name__}: blocks hand on more than a hidden state; not supported")
     calls, error = _record_calls(model, blocks, extra)
     if error is not None or len(calls) != len(blocks):

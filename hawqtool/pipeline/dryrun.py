@@ -12,6 +12,7 @@ from hawqtool.pipeline.artifacts import read_plan
 from hawqtool.pipeline.job import Job
 from hawqtool.pipeline.measuring import job_menu, unquantized_bytes
 from hawqtool.pipeline.planning import achievable, budget_bytes, single_choice_plan
+from hawqtool.pipeline.rows import check_calibration
 
 
 def describe(job: Job) -> dict[str, Any]:
@@ -20,6 +21,7 @@ def describe(job: Job) -> dict[str, Any]:
     Raises:
         UsageError: If the budget is infeasible.
     """
+    check_calibration(job)
     config = job.config
     weights = sum(unit.num_weights for unit in job.units)
     menu = job_menu(job, None)
@@ -51,7 +53,7 @@ def describe(job: Job) -> dict[str, Any]:
         "expected_is_exact": plan is not None,
         "best_uniform": uniform.label if uniform else None,
         "device": str(job.device),
-        "calibration": [job.num_samples, job.seq_len],
+        "calibration": f"{job.num_samples} {'images' if job.takes_images else f'rows of {job.seq_len} tokens'}",
         "rounding": config.rounding,
         "seed": config.seed,
     }

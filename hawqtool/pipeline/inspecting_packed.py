@@ -136,9 +136,10 @@ def _recorded(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
             "calibration": report["rows"]["calibration"],
             "shipped": shipped,
             "original_bytes": report["sizes"]["original_bytes"],
-            "perplexity_original": evaluation["original"]["perplexity"],
-            "quality": {
-                key: evaluation[shipped][key] for key in ("kl", "kl_stderr", "perplexity", "same_top", "num_tokens")
+            "evaluation": {
+                "measure": evaluation["measure"],
+                "original": evaluation["original"],
+                "quantized": evaluation[shipped],
             },
             "in_domain": report["rows"]["report_in_domain"],
             "warnings": report["warnings"],

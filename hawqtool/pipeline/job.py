@@ -22,6 +22,7 @@ from hawqtool.model.layers import Structure, discover
 from hawqtool.model.reader import TensorReader
 from hawqtool.model.skeleton import build_skeleton
 from hawqtool.model.sweep import ModelStream, WeightSource
+from hawqtool.model.tasks import ModelTask, model_task
 from hawqtool.records import Unit
 from hawqtool.rounding.layer import RoundingMethod
 
@@ -52,6 +53,16 @@ class Job:
     pins: dict[str, QuantFormat]
     device: torch.device
     dtype: torch.dtype
+
+    @property
+    def task(self) -> ModelTask:
+        """What the model is for."""
+        return model_task(self.skeleton)
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether rows are images, not tokens."""
+        return bool(self.skeleton.main_input_name == "pixel_values")
 
     @property
     def num_samples(self) -> int:

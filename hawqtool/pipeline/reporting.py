@@ -71,7 +71,7 @@ def build_report(
             name: {
                 "source": rows.source,
                 "count": len(rows.tokens),
-                "seq_len": rows.tokens.shape[1],
+                "shape": list(rows.tokens.shape[1:]),
                 "fingerprint": rows.fingerprint,
             }
             for name, rows in sets.items()

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from torch import Tensor
+
 from hawqtool.config import SELF
 from hawqtool.data.generate import generate_rows
+from hawqtool.data.images import image_processor, image_rows
 from hawqtool.data.mixing import SourceRows, mix_rows, quotas, require_rows
 from hawqtool.data.sources import open_source
 from hawqtool.data.tokens import overlap, source_rows
@@ -31,12 +36,13 @@ def gather_rows(job: Job, reporter: Reporter) -> dict[str, Rows]:
         InputError: If a source holds too little text, or sets overlap.
     """
     config = job.config
+    check_calibration(job)
     counts = row_counts(job.num_samples, config.eval_samples, config.eval_data is not None)
     names, weights = zip(*config.calibration_weights.items(), strict=True)
     shares = dict(zip(names, quotas(counts, weights), strict=True))
     # Text first: what is wrong with it shows before minutes go into sampling.
     report = {} if config.eval_data is None else {"report": evaluation_rows(job, config.eval_data)}
-    sources = {name: _text_source(job, name, quota) for name, quota in shares.items() if name != SELF}
+    sources = {name: _given_source(job, name, quota) for name, quota in shares.items() if name != SELF}
     require_rows(list(sources.values()))
     if SELF in shares:
         sources[SELF] = _sampled_source(job, shares[SELF], reporter)
@@ -57,16 +63,36 @@ def evaluation_rows(job: Job, text: str) -> Rows:
         InputError: If it holds fewer than two rows.
     """
     wanted = job.config.eval_samples
-    source = open_source(text)
-    tokens = source_rows(job.tokenizer(), source, wanted, job.seq_len, 0)[:wanted]
-    quota = {"report": max(len(tokens), _FEWEST_REPORT_ROWS)}
-    return mix_rows([SourceRows(source.label, tokens, quota)])["report"]
+    label, rows = _rows(job, text, wanted, seed=0)
+    quota = {"report": max(len(rows[:wanted]), _FEWEST_REPORT_ROWS)}
+    return mix_rows([SourceRows(label, rows[:wanted], quota)])["report"]
 
 
-def _text_source(job: Job, text: str, quota: dict[str, int]) -> SourceRows:
-    count = _needed(text, quota)
+def check_calibration(job: Job) -> None:
+    """Check that the calibration source suits the model.
+
+    Raises:
+        UsageError: If rows are to be sampled from a model that is no causal language model.
+    """
+    if SELF in job.config.calibration_weights and not job.task.generates:
+        raise UsageError(
+            f"rows cannot be sampled from this {job.task.name}; give --calibration "
+            + ("a folder of images" if job.takes_images else "a text")
+        )
+
+
+def _given_source(job: Job, text: str, quota: dict[str, int]) -> SourceRows:
+    return SourceRows(*_rows(job, text, _needed(text, quota), job.config.seed), quota)
+
+
+def _rows(job: Job, text: str, count: int, seed: int) -> tuple[str, Tensor]:
+    """Label and rows of a source, at least ``count`` where it holds them."""
+    if job.takes_images:
+        return Path(text).name, image_rows(image_processor(job.index.folder), Path(text), count, seed)
     source = open_source(text)
-    return SourceRows(source.label, source_rows(job.tokenizer(), source, count, job.seq_len, job.config.seed), quota)
+    # Encoders were trained on sequences between special tokens, language models on running text.
+    framed = not job.task.generates
+    return source.label, source_rows(job.tokenizer(), source, count, job.seq_len, seed, special_tokens=framed)
 
 
 def _sampled_source(job: Job, quota: dict[str, int], reporter: Reporter) -> SourceRows:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict
 from typing import Any
 
 from hawqtool.report.escape import code, escape, fenced, table
 from hawqtool.report.front_matter import SourceFacts, Value, merged, read_source
+from hawqtool.report.quality import EXPLANATIONS, MEASURES, plus_minus, quality_columns, rows_text
 
 _LOAD = """\
 from transformers import {model_class}, {input_class}
@@ -95,8 +95,7 @@ def _method(report: dict[str, Any]) -> str:
         f"rounding: {code(config['rounding'])}, block by block, each block on the inputs that the rounded blocks "
         "before it give",
         f"bits: {_choice(report)}",
-        f"calibration: {calibration['count']} rows of {calibration['seq_len']} tokens "
-        f"({_origin(calibration['source'])}), seed {config['seed']}",
+        f"calibration: {rows_text(calibration)} ({_origin(calibration['source'])}), seed {config['seed']}",
         "grid: symmetric integers, compressed-tensors format `pack-quantized`",
     ]
     return "## Method\n\n" + "\n".join(f"- {line}" for line in lines)
@@ -135,29 +134,30 @@ def _sizes(report: dict[str, Any]) -> str:
 
 def _evaluation(report: dict[str, Any]) -> str:
     evaluation, source = report["evaluation"], report["rows"]["report"]
-    uniform, mixed = evaluation["uniform"], evaluation["mixed"]
+    uniform, mixed, measure = evaluation["uniform"], evaluation["mixed"], evaluation["measure"]
     shown = {report["shipped"]: mixed} if mixed == uniform else {"uniform": uniform, "mixed": mixed}
-    rows = [_quality_row("original", evaluation["original"])]
+    columns = quality_columns(evaluation)
+    rows = [["original", *(show(evaluation["original"]) for show in columns.values())]]
     for name, values in shown.items():
         if values is not None:
             label = f"{name} ({', '.join(values['formats'])})"
-            rows.append(_quality_row(label + (", shipped" if report["shipped"] == name else ""), values))
+            label += ", shipped" if report["shipped"] == name else ""
+            rows.append([label, *(show(values) for show in columns.values())])
     domain = (
         " These rows come from the calibration source (**in-domain**): they flatter the quantized model."
         if report["rows"]["report_in_domain"]
         else ""
     )
     lines = [
-        f"Measured from the written files on {source['count']} rows of {source['seq_len']} tokens "
-        f"({_origin(source['source'])}) that neither calibrated nor chose anything.{domain} KL is that of the "
-        "original's next-token distribution to the quantized model's, in nats per token, with its standard error over "
-        "rows.",
-        table(["model", "KL", "perplexity", "same top-1", "tokens"], rows),
+        f"Measured from the written files on {rows_text(source)} ({_origin(source['source'])}) that neither "
+        f"calibrated nor chose anything.{domain} {EXPLANATIONS[measure]}",
+        table(["model", *columns], rows),
     ]
     difference = evaluation.get("mixed_minus_uniform")
     if difference and mixed != uniform:
         lines.append(
-            f"Paired difference of KL, mixed - uniform: {difference['kl']:+.4f}{_stderr(difference['kl_stderr'])}."
+            f"Paired difference of {MEASURES[measure]}, mixed - uniform: {difference[measure]:+.4f}"
+            f"{plus_minus(difference, measure)}."
         )
     if uniform is None:
         lines.append("No uniform plan fits the budget, so there is none to compare with.")
@@ -166,20 +166,6 @@ def _evaluation(report: dict[str, Any]) -> str:
 
 def _origin(source: str) -> str:
     return "sampled from the model itself" if source == "self" else code(source)
-
-
-def _quality_row(name: str, values: dict[str, Any]) -> list[str]:
-    return [
-        name,
-        f"{values['kl']:.4f}{_stderr(values['kl_stderr'])}",
-        f"{values['perplexity']:.3f}",
-        f"{100 * values['same_top']:.2f} %",
-        f"{values['num_tokens']:,}",
-    ]
-
-
-def _stderr(value: float | None) -> str:
-    return "" if value is None or math.isnan(value) else f" ± {value:.4f}"
 
 
 def _loading(report: dict[str, Any]) -> str:

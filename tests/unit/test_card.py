@@ -36,7 +36,7 @@ def quality(kl: float, *formats: str) -> dict[str, Any]:
 
 
 def a_report(**changes: Any) -> dict[str, Any]:
-    rows = {"source": "self", "count": 16, "seq_len": 256, "fingerprint": "f"}
+    rows = {"source": "self", "count": 16, "shape": [256], "fingerprint": "f"}
     entry = {"unit": "u", "symmetric": True, "bytes": 10}
     names = [f"model.layers.{block}.{leaf}" for block in range(2) for leaf in ("attn.q_proj", "mlp.down_proj")]
     report: dict[str, Any] = {
@@ -54,6 +54,7 @@ def a_report(**changes: Any) -> dict[str, Any]:
         ],
         "rows": {"calibration": rows, "report": rows, "overlap": 0, "report_in_domain": True},
         "evaluation": {
+            "measure": "kl",
             "original": quality(0.0),
             "uniform": quality(0.46, "w3g32"),
             "mixed": quality(0.40, "w3g64", "w4ch"),
@@ -205,8 +206,8 @@ def test_escapes() -> None:
 def test_a_card_for_mixed() -> None:
     _, body = split(model_card(a_report(), README))
     assert "# tiny-llama, 3.50 bits per weight" in body
-    assert "| original | 0.0000 ± 0.0100 | 20.000 | 70.00 % | 6,144 |" in body
-    assert "| mixed (w3g64, w4ch), shipped | 0.4000 ± 0.0100 | 20.400 | 70.00 % | 6,144 |" in body
+    assert "| original | 20.00 | 0.0000 ± 0.0100 | 70.0 % |" in body
+    assert "| mixed (w3g64, w4ch), shipped | 20.40 | 0.4000 ± 0.0100 | 70.0 % |" in body
     assert "| uniform (w3g32) | 0.4600" in body
     assert "mixed - uniform: -0.0561 ± 0.0083" in body
     assert "in-domain" in body

@@ -1,0 +1,67 @@
+"""Rows of images for image classifiers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hawqtool.errors import InputError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tiff")
+
+
+def image_rows(processor: Any, folder: Path, num_rows: int, seed: int) -> Tensor:
+    """The first images of a folder and its subfolders by path, as the model takes them.
+
+    Args:
+        processor: The model's image processor.
+        folder: Folder of image files.
+        num_rows: Images that are needed; no more are opened.
+        seed: With 0 by path; any other seed shuffles all before taking the first.
+
+    Returns:
+        ``[images, channels, height, width]`` float32, fewer than ``num_rows`` where there are no more.
+
+    Raises:
+        InputError: If the folder is missing, or a file is no image.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder; this model takes images: give a folder of image files")
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not files:
+        raise InputError(f"{folder} holds no image ({', '.join(SUFFIXES)}); give a folder of image files")
+    if seed:
+        order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))
+        files = [files[index] for index in order]
+    rows = []
+    for path in files[:num_rows]:
+        try:
+            with Image.open(path) as image:
+                rows.append(processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"][0].float())
+        except (UnidentifiedImageError, OSError, ValueError) as error:
+            raise InputError(f"{path} cannot be read as an image ({error}); remove it") from error
+    return torch.stack(rows)
+
+
+def image_processor(folder: Path) -> Any:
+    """The checkpoint's image processor.
+
+    Raises:
+        InputError: If there is none, or it cannot be built.
+    """
+    import transformers
+
+    path = folder / "preprocessor_config.json"
+    try:
+        name = json.loads(path.read_bytes())["image_processor_type"]
+        # Not AutoImageProcessor, which demands torchvision even where pillow suffices.
+        return getattr(transformers, name).from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path} gives no image processor that transformers can build ({reason})") from error

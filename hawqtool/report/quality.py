@@ -1,0 +1,47 @@
+"""How an evaluation is put into words, the same at the terminal and in the card."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+MEASURES = {"kl": "KL (nats)", "embedding_error": "relative error"}
+"""Heading of what a model is judged by."""
+
+EXPLANATIONS = {
+    "kl": "KL is that of the original's distribution to the quantized model's, in nats per output (per token for "
+    "language models), with its standard error over rows.",
+    "embedding_error": "The relative error is the squared change of the embedding (mean of the last hidden state over "
+    "tokens) over its square, with its standard error over rows.",
+}
+
+
+def quality_columns(evaluation: dict[str, Any]) -> dict[str, Callable[[dict[str, Any]], str]]:
+    """Heading and content of the columns that this kind of model has.
+
+    Args:
+        evaluation: Has ``measure`` and the record ``original``.
+    """
+    measure = evaluation["measure"]
+    columns: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+        "perplexity": ("perplexity", lambda values: f"{values['perplexity']:.2f}"),
+        MEASURES[measure]: (measure, lambda values: f"{values[measure]:.4f}{plus_minus(values, measure)}"),
+        "same top-1": ("same_top", lambda values: f"{100 * values['same_top']:.1f} %"),
+        "cosine": ("cosine", lambda values: f"{values['cosine']:.4f}"),
+    }
+    return {name: show for name, (key, show) in columns.items() if key in evaluation["original"]}
+
+
+def plus_minus(values: dict[str, Any], measure: str) -> str:
+    """Standard error of a measure, empty where it is not known."""
+    stderr = values.get(f"{measure}_stderr")
+    return "" if stderr is None or math.isnan(stderr) else f" ± {stderr:.4f}"
+
+
+def rows_text(record: dict[str, Any]) -> str:
+    """Number and shape of rows, such as ``16 rows of 256 tokens``."""
+    shape = record["shape"]
+    if len(shape) == 1:
+        return f"{record['count']} rows of {shape[0]} tokens"
+    return f"{record['count']} images of {' x '.join(map(str, shape))}"
