@@ -72,7 +72,7 @@ def examine(kind: Kind, place: Path) -> Examined:
     copy_small_files(source, folder)
     packed = read_packed(folder)
     expected = replay(kind, source, inputs, {n: p.quant_format for n, p in packed.items()}, STORED)
-    shares = {n: float((packed[n].codes == codes).float().mean()) for n, codes in expected.items()}
+    shares = {n: float((packed[n].codes == layer.codes).float().mean()) for n, layer in expected.items()}
     excess = excesses(kind, source, inputs, packed)
     return Examined(source, folder, len(job.units), shares, excess, time.perf_counter() - start)
 

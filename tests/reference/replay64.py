@@ -191,7 +191,7 @@ def pose(weight: Tensor, rows: Tensor, quant_format: QuantFormat, dtype: torch.d
 
 def replay(
     kind: Kind, folder: Path, inputs: Tensor, formats: dict[str, QuantFormat], dtype: torch.dtype
-) -> dict[str, Tensor]:
+) -> dict[str, Packed]:
     """Round a saved model weight after weight.
 
     Args:
@@ -202,17 +202,18 @@ def replay(
         dtype: Dtype in which weights are stored.
 
     Returns:
-        Codes ``[out, in]`` int8 by the weight's name in the checkpoint.
+        What a file should hold, by the weight's name in the checkpoint.
     """
-    codes: dict[str, Tensor] = {}
+    rounded: dict[str, Packed] = {}
     for name, view, rows in _sequence(kind, folder, inputs, formats):
         problem = pose(view, rows, formats[name], dtype)
         ordered, _ = oracles.gptq(problem.weight, problem.grid, problem.hessian)
         natural = np.empty_like(ordered)
         natural[:, problem.order] = ordered
-        codes[name] = torch.from_numpy(natural).to(torch.int8)
-        view.copy_(dequantize(codes[name], problem.scales))
-    return codes
+        codes = torch.from_numpy(natural).to(torch.int8)
+        rounded[name] = Packed(codes, problem.scales, formats[name])
+        view.copy_(dequantize(codes, problem.scales))
+    return rounded
 
 
 def excesses(kind: Kind, folder: Path, inputs: Tensor, packed: dict[str, Packed]) -> dict[str, float]:
