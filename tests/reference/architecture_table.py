@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from hawqtool.allocation.uniform import uniform_formats
 from hawqtool.config import RunConfig
@@ -78,12 +79,17 @@ def examine(kind: Kind, place: Path) -> Examined:
 
 
 def loaded_difference(kind: Kind, examined: Examined) -> float:
-    """Largest difference between the written folder as a user loads it and the original with its weights replaced."""
-    original = load(kind, examined.source, torch.float32)
+    """Largest difference between the written folder as a user loads it and the original with its weights replaced.
+
+    Both compute in float32, converted after loading: told another dtype than the stored one, transformers leaves
+    those tensors of a packed checkpoint as they are whose names it changes, and the model then mixes dtypes.
+    """
+    loaded = [load(kind, folder, "auto") for folder in (examined.source, examined.folder)]
+    # The method of nn.Module, because that of transformers refuses packed models.
+    original, restored = (nn.Module.float(model) for model in loaded)
     put_in_place(kind, original, read_packed(examined.folder))
-    inputs = calibration_inputs(kind)
-    restored = run(kind, load(kind, examined.folder, torch.float32), inputs)
-    return float((restored - run(kind, original, inputs)).abs().max())
+    outputs = [run(kind, model, calibration_inputs(kind)) for model in (original, restored)]
+    return float((outputs[0] - outputs[1]).abs().max())
 
 
 def main(names: list[str]) -> None:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -249,7 +249,7 @@ def _sequence(kind: Kind, folder: Path, inputs: Tensor, names: Collection[str]) 
         yield name, views[name], input_rows(kind, model, inputs, views[name])
 
 
-def load(kind: Kind, folder: Path, dtype: torch.dtype, **settings: Any) -> nn.Module:
+def load(kind: Kind, folder: Path, dtype: torch.dtype | Literal["auto"], **settings: Any) -> nn.Module:
     """A saved model, loaded as a user would."""
     model: nn.Module = kind.auto_class.from_pretrained(folder, dtype=dtype, **settings).eval()
     return model
