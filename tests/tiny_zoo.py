@@ -28,6 +28,8 @@ class Kind:
         task: What the model computes, hence what its rows are.
         settings: Arguments of the config, beside those that all share.
         rows: Calibration rows; experts need more, because each sees a part of the tokens only.
+        seed: Seed of the weights. Those of experts are such that the router sends each at least 64 tokens, one per
+            column, so that no expert's statistics need other tokens.
         supported: Whether hawqtool quantizes it.
         reason: For refused ones, a pattern that the error must match.
         loads: Whether transformers with compressed-tensors loads the packed folder. It drops Conv1D layers without
@@ -40,6 +42,7 @@ class Kind:
     task: KindTask = "causal"
     settings: dict[str, Any] = field(default_factory=dict)
     rows: int = 6
+    seed: int = 0
     supported: bool = True
     reason: str = ""
     loads: bool = True
@@ -152,6 +155,7 @@ ZOO: tuple[Kind, ...] = (
         "MixtralForCausalLM",
         settings=_GROUPED | {"intermediate_size": 64, "num_local_experts": 4, "num_experts_per_tok": 2},
         rows=12,
+        seed=6,
     ),
     Kind(
         "qwen3-moe",
@@ -159,20 +163,23 @@ ZOO: tuple[Kind, ...] = (
         "Qwen3MoeForCausalLM",
         settings=_EXPERTS | {"num_hidden_layers": 3, "num_experts": 8, "mlp_only_layers": [1]},
         rows=16,
+        seed=14,
     ),
     Kind(
         "qwen2-moe",
         "Qwen2MoeConfig",
         "Qwen2MoeForCausalLM",
         settings=_EXPERTS | {"num_experts": 8, "shared_expert_intermediate_size": 96},
-        rows=16,
+        rows=24,
+        seed=1,
     ),
     Kind(
         "olmoe",
         "OlmoeConfig",
         "OlmoeForCausalLM",
         settings=_GROUPED | {"intermediate_size": 64, "num_experts": 8, "num_experts_per_tok": 2},
-        rows=16,
+        rows=24,
+        seed=11,
     ),
     Kind("bert", "BertConfig", "BertModel", "embedding", _BERT),
     Kind("bert-masked", "BertConfig", "BertForMaskedLM", "masked", _BERT),
@@ -243,10 +250,10 @@ def kind_named(name: str) -> Kind:
     return next(kind for kind in ZOO if kind.name == name)
 
 
-def save_kind(kind: Kind, folder: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Path:
+def save_kind(kind: Kind, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
     """Save a seeded random model of a kind as safetensors, with a tokenizer or an image processor."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(kind.seed)
         config = getattr(transformers, kind.config)(**kind.settings)
         model = getattr(transformers, kind.model)(config).to(dtype)
         with torch.no_grad():

@@ -52,7 +52,8 @@ class Examined:
 
 def prepare_kind(kind: Kind, source: Path) -> Job:
     """A job that computes in float64, all rows in one slice, so that float noise does not hide errors."""
-    job = prepare(RunConfig(model=str(source), group_size=GROUP_SIZE, rows_per_slice=kind.rows, device="cpu"))
+    settings = {"profile": "auto" if kind.loads else "vllm", "group_size": GROUP_SIZE, "rows_per_slice": kind.rows}
+    job = prepare(RunConfig(model=str(source), device="cpu", **settings))
     return replace(job, dtype=torch.float64, skeleton=build_skeleton(source, torch.float64))
 
 
@@ -81,14 +82,15 @@ def examine(kind: Kind, place: Path) -> Examined:
 def loaded_difference(kind: Kind, examined: Examined) -> float:
     """Largest difference between the written folder as a user loads it and the original with its weights replaced.
 
-    Both compute in float32, converted after loading: told another dtype than the stored one, transformers leaves
-    those tensors of a packed checkpoint as they are whose names it changes, and the model then mixes dtypes.
+    Both are loaded as stored, hence unpacked in the stored dtype, and then compute in float32. (Told another dtype,
+    transformers keeps the stored one for tensors of a packed checkpoint whose names it changes: dtypes would mix.)
     """
-    loaded = [load(kind, folder, "auto") for folder in (examined.source, examined.folder)]
-    # The method of nn.Module, because that of transformers refuses packed models.
-    original, restored = (nn.Module.float(model) for model in loaded)
+    original, restored = (load(kind, folder, "auto") for folder in (examined.source, examined.folder))
     put_in_place(kind, original, read_packed(examined.folder))
-    outputs = [run(kind, model, calibration_inputs(kind)) for model in (original, restored)]
+    inputs = calibration_inputs(kind)
+    run(kind, restored, inputs)  # a packed model unpacks itself in its first call
+    # The method of nn.Module, because that of transformers refuses packed models.
+    outputs = [run(kind, nn.Module.float(model), inputs) for model in (original, restored)]
     return float((outputs[0] - outputs[1]).abs().max())
 
 

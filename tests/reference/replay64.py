@@ -165,6 +165,10 @@ def input_rows(kind: Kind, model: nn.Module, inputs: Tensor, view: Tensor) -> Te
     return torch.cat(seen)
 
 
+SAME_ERROR = 1e-5
+"""Relative difference of two scales' errors, in float32 sums, up to which either may be chosen."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """One weight to round, columns in visiting order, as the references of `oracles` take it."""
@@ -176,17 +180,30 @@ class Problem:
     order: NDArray[np.int64]
 
 
-def pose(weight: Tensor, rows: Tensor, quant_format: QuantFormat, dtype: torch.dtype) -> Problem:
-    """The problem that a weight ``[out, in]`` and its input rows ``[tokens, in]`` in float64 make."""
+def pose(weight: Tensor, rows: Tensor, quant_format: QuantFormat, dtype: torch.dtype, given: Tensor | None) -> Problem:
+    """The problem that a weight ``[out, in]`` and its input rows ``[tokens, in]`` in float64 make.
+
+    Its scales are those that `search_scales` finds, or the given ones where these are as good.
+    """
     gram = (rows.T @ rows / len(rows)).numpy()
     # The rule of `default_damping`, spelled out.
     hessian = oracles.damped(gram, 0.05 if len(rows) >= 8 * rows.shape[1] else 0.2)
-    importance = torch.from_numpy(np.diag(hessian).copy()).float()
-    scales = search_scales(weight.float().contiguous(), importance, quant_format, dtype, both_signs=True)
+    importance = torch.from_numpy(np.diag(hessian).copy())
+    scales = search_scales(weight.float().contiguous(), importance.float(), quant_format, dtype, both_signs=True)
+    if given is not None:
+        error, least = (scale_errors(weight, importance, item, quant_format) for item in (given, scales))
+        scales = torch.where(error <= least * (1 + SAME_ERROR), given, scales)
     step = expand_scales(scales, weight.shape[1]).double().numpy()
     order = oracles.visiting_order(gram)
     grid = oracles.Grid(step[:, order], quant_format.min_code, quant_format.max_code)
     return Problem(weight.numpy()[:, order], grid, hessian[np.ix_(order, order)], scales, order)
+
+
+def scale_errors(weight: Tensor, importance: Tensor, scales: Tensor, quant_format: QuantFormat) -> Tensor:
+    """Weighted squared error of plain rounding in each group, ``[out, groups]`` float64."""
+    step = expand_scales(scales, weight.shape[1]).double()
+    codes = (weight / step).round().clamp(quant_format.min_code, quant_format.max_code)
+    return (importance * (weight - codes * step) ** 2).unflatten(1, (scales.shape[1], -1)).sum(-1)
 
 
 def replay(
@@ -206,7 +223,7 @@ def replay(
     """
     rounded: dict[str, Packed] = {}
     for name, view, rows in _sequence(kind, folder, inputs, formats):
-        problem = pose(view, rows, formats[name], dtype)
+        problem = pose(view, rows, formats[name], dtype, given=None)
         ordered, _ = oracles.gptq(problem.weight, problem.grid, problem.hessian)
         natural = np.empty_like(ordered)
         natural[:, problem.order] = ordered
@@ -223,12 +240,12 @@ def excesses(kind: Kind, folder: Path, inputs: Tensor, packed: dict[str, Packed]
 
     Returns:
         By weight the largest distance, in steps, of a code from its target beyond one half: not above zero for right
-        codes, up to rounding errors. Infinite where a scale is not the one that the search finds.
+        codes, up to rounding errors. Infinite where a scale is worse than the one that the search finds.
     """
     worst = {}
     for name, view, rows in _sequence(kind, folder, inputs, packed):
         layer = packed[name]
-        problem = pose(view, rows, layer.quant_format, layer.scales.dtype)
+        problem = pose(view, rows, layer.quant_format, layer.scales.dtype, given=layer.scales)
         values = oracles.gptq_targets(
             problem.weight, problem.grid, problem.hessian, layer.codes.double().numpy()[:, problem.order]
         )
@@ -256,10 +273,10 @@ def load(kind: Kind, folder: Path, dtype: torch.dtype | Literal["auto"], **setti
 
 
 def put_in_place(kind: Kind, model: nn.Module, packed: dict[str, Packed]) -> None:
-    """Replace the weights of a live model by what a file holds, multiplied in the model's dtype, as loaders do."""
+    """Replace the weights of a live model by what a file holds, multiplied in the dtype of the scales."""
     views = _only(live_weights(kind, model), packed)
     for name, layer in packed.items():
-        views[name].copy_(dequantize(layer.codes, layer.scales.to(views[name].dtype)))
+        views[name].copy_(dequantize(layer.codes, layer.scales))
 
 
 def _only(views: dict[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
