@@ -213,7 +213,7 @@ ZOO: tuple[Kind, ...] = (
             "num_heads": HEADS,
         },
         supported=False,
-        reason=r"T5",
+        reason="[tT]5",
     ),
     Kind(
         "mamba",
