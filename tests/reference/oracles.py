@@ -74,6 +74,18 @@ def gptq(weight: Matrix, grid: Grid, hessian: Matrix) -> Rounded:
     return codes, values
 
 
+def gptq_targets(weight: Matrix, grid: Grid, hessian: Matrix, codes: Matrix) -> Matrix:
+    """What GPTQ would round in each column, in units of the scale, had it made the given codes before."""
+    upper = upper_factor(hessian)
+    current, values = weight.copy(), np.zeros_like(weight)
+    for j in range(weight.shape[1]):
+        values[:, j] = current[:, j] / grid.step[:, j]
+        error = (current[:, j] - codes[:, j] * grid.step[:, j]) / upper[j, j]
+        for k in range(j, weight.shape[1]):
+            current[:, k] -= error * upper[j, k]
+    return values
+
+
 def gptq_feedback(weight: Matrix, grid: Grid, hessian: Matrix) -> Rounded:
     """GPTQ in feedback form: each target is the original weight plus a sum over the errors made so far."""
     right = right_factor(hessian)
