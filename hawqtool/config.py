@@ -48,6 +48,7 @@ class RunConfig(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     rows_per_slice: int | None = Field(None, ge=1)
     seed: int = Field(0, ge=0)
+    trust_remote_code: bool = False
     overwrite: bool = False
 
     @field_validator("bits", mode="before")

@@ -14,6 +14,7 @@ from typing import Any
 
 from hawqtool.cli.terminal import Terminal
 from hawqtool.errors import HawqError
+from hawqtool.model.source import MAY_FETCH
 
 INTERRUPTED, TERMINATED = 130, 143
 
@@ -31,7 +32,10 @@ def session(quiet: bool = False, debug: bool = False) -> Iterator[Terminal]:
     """Run a command; expected failures become one line and their exit code."""
     # Spinning worker threads take the cores of other programs; libraries must stay off the network and quiet.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if not os.environ.get("HF_HUB_OFFLINE") and not os.environ.get("TRANSFORMERS_OFFLINE"):
+        # Only the model that was named may be fetched, and not even that where the user forbids it.
+        os.environ["HF_HUB_OFFLINE"] = os.environ[MAY_FETCH] = "1"
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hawqtool.errors import InputError, NumericalError
+from hawqtool.model.reader import check_finite
 
 BATCH_ROWS = 64
 
@@ -43,7 +44,7 @@ def generate_rows(
 
     Raises:
         InputError: If the tokenizer names no token to begin with.
-        NumericalError: If the model's logits are not finite.
+        NumericalError: If weights or logits are not finite.
     """
     from transformers import StoppingCriteriaList
 
@@ -80,6 +81,8 @@ def _load(folder: Path, first: int, seq_len: int, device: torch.device, dtype: t
         folder, dtype=dtype, trust_remote_code=False, use_safetensors=True
     )
     model.to(device).eval()
+    for name, parameter in model.named_parameters():
+        check_finite(name, parameter.detach())
     settings = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=seq_len - 1, pad_token_id=first
     )

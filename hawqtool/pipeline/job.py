@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,9 @@ from hawqtool.model.index import CheckpointIndex, read_index
 from hawqtool.model.layers import Structure, discover
 from hawqtool.model.reader import TensorReader
 from hawqtool.model.skeleton import build_skeleton
+from hawqtool.model.source import ResolvedModel, hub_id, resolve_model
 from hawqtool.model.sweep import ModelStream, WeightSource
+from hawqtool.pipeline.progress import Reporter, Silent
 from hawqtool.records import Unit
 from hawqtool.rounding.layer import RoundingMethod
 
@@ -33,6 +34,7 @@ class Job:
 
     Args:
         config: The run's configuration.
+        source: Where the checkpoint comes from.
         index: Headers of the checkpoint.
         skeleton: The model without weights.
         structure: Blocks, linears, input groups.
@@ -43,6 +45,7 @@ class Job:
     """
 
     config: RunConfig
+    source: ResolvedModel
     index: CheckpointIndex
     skeleton: Any
     structure: Structure
@@ -115,14 +118,15 @@ class Job:
             raise InputError(f"{self.index.folder} has no tokenizer that transformers can load: {reason}") from error
 
 
-def prepare(config: RunConfig) -> Job:
-    """Read headers, build the skeleton, discover its layers, resolve pins.
+def prepare(config: RunConfig, reporter: Reporter | None = None) -> Job:
+    """Find or fetch the model, read headers, build the skeleton, discover its layers, resolve pins.
 
     Raises:
         HawqError: For anything that would fail later and can be known now.
     """
-    index = read_index(Path(config.model))
     device = _device(config.device)
+    source = _source(config, reporter or Silent())
+    index = read_index(source.folder)
     probe = build_skeleton(index.folder, torch.float32)
     structure = discover(probe, index)
     if not structure.linears:
@@ -136,7 +140,17 @@ def prepare(config: RunConfig) -> Job:
     longest = getattr(probe.config, "max_position_embeddings", None)
     if config.seq_len and longest and config.seq_len > longest:
         raise UsageError(f"--seq-len {config.seq_len} exceeds the model's {longest} positions; lower it")
-    return Job(config, index, build_skeleton(index.folder, dtype), structure, units, pins, device, dtype)
+    return Job(config, source, index, build_skeleton(index.folder, dtype), structure, units, pins, device, dtype)
+
+
+def _source(config: RunConfig, reporter: Reporter) -> ResolvedModel:
+    """The checkpoint; says what takes long and what is dangerous."""
+    if hub_id(config.model):
+        reporter.say(f"fetching {config.model} from the hub, unless it is in the cache")
+    source = resolve_model(config.model, config.trust_remote_code)
+    for warning in source.warnings:
+        reporter.warn(warning)
+    return source
 
 
 def _device(wanted: str) -> torch.device:

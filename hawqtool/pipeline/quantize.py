@@ -61,7 +61,7 @@ def run_quantize(
     config.require_one_target()
     output = _check_output(config)
     timings: dict[str, float] = {}
-    job = prepare(config)
+    job = prepare(config, reporter)
     description = describe(job)
     announce(description)
     work = output.with_name(f".{output.name}.hawqtool-{os.getpid()}")

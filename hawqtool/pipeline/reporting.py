@@ -38,7 +38,6 @@ def build_report(
 ) -> dict[str, Any]:
     """The report of the shipped plan (schema ``hawqtool.report/1``)."""
     total = rounding["total_bytes"]
-    parameters = job.index.total_bytes
     layers = [
         {
             "name": member.name,
@@ -53,12 +52,13 @@ def build_report(
     ]
     return {
         "schema": REPORT_SCHEMA,
-        "model": Path(job.config.model).name,
+        "model": job.source.name,
+        "model_revision": job.source.revision,
         "hawqtool_version": __version__,
         "command": command,
         "config": public_config(job),
         "sizes": {
-            "original_bytes": parameters,
+            "original_bytes": job.index.total_bytes,
             "quantized_bytes": total,
             "stored_bytes_linears": plan.stored_bytes,
             "shape_tensor_bytes": SHAPE_TENSOR_BYTES * len(layers),
@@ -90,7 +90,7 @@ def build_report(
 
 def warnings(job: Job, rounding: dict[str, Any], shipped: str, evaluation: dict[str, Any]) -> list[str]:
     """What the user should know: raised damping, odd shapes, a mixed plan that did not pay."""
-    found = []
+    found = list(job.source.warnings)
     retried = [n for n, m in rounding["layers"].items() if m["damping_retries"]]
     if retried:
         found.append(f"damping had to be raised for {len(retried)} layers, first {retried[0]}")
@@ -112,10 +112,15 @@ def warnings(job: Job, rounding: dict[str, Any], shipped: str, evaluation: dict[
 def public_config(job: Job) -> dict[str, Any]:
     """The resolved configuration; paths are shortened to their last part."""
     values = job.config.model_dump(mode="json")
-    for key in ("model", "output", "plan", "calibration", "eval_data", "sensitivity"):
+    for key in ("output", "plan", "calibration", "eval_data", "sensitivity"):
         if values[key]:
             values[key] = Path(values[key]).name
-    resolved = {"num_samples": job.num_samples, "seq_len": job.seq_len, "rows_per_slice": job.rows_per_slice}
+    resolved = {
+        "model": job.source.spec,
+        "num_samples": job.num_samples,
+        "seq_len": job.seq_len,
+        "rows_per_slice": job.rows_per_slice,
+    }
     return values | resolved | {"device": job.device.type}
 
 
