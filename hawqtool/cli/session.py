@@ -35,6 +35,7 @@ def session(quiet: bool = False, debug: bool = False) -> Iterator[Terminal]:
     if not os.environ.get("HF_HUB_OFFLINE") and not os.environ.get("TRANSFORMERS_OFFLINE"):
         # Only the model that was named may be fetched, and not even that where the user forbids it.
         os.environ["HF_HUB_OFFLINE"] = os.environ[MAY_FETCH] = "1"
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
