@@ -25,8 +25,8 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model: str
-    output: str | None = None
+    model: str = Field(min_length=1)
+    output: str | None = Field(None, min_length=1)
     target_bpw: float | None = Field(None, gt=0, allow_inf_nan=False)
     target_size: str | None = None
     plan: str | None = None

@@ -175,3 +175,18 @@ def _linear_spec(name: str, module: nn.Linear, position: int, index: CheckpointI
             f"{name}.weight has shape {info.shape} in the file, config.json implies {tuple(module.weight.shape)}"
         )
     return LinearSpec(name, info.shape[0], info.shape[1], position, unit_name(name), DTYPE_BYTES[info.dtype])
+
+
+def check_shapes(model: nn.Module, index: CheckpointIndex) -> None:
+    """Compare every parameter of the model with the checkpoint's header.
+
+    Raises:
+        InputError: Naming the first tensor whose shape is not the one that config.json implies.
+    """
+    for name, parameter in model.named_parameters():
+        info = index.tensors.get(name)
+        if info is not None and info.shape != tuple(parameter.shape):
+            raise InputError(
+                f"{name} has shape {info.shape} in the file, config.json implies {tuple(parameter.shape)}; "
+                "expected a config.json and weights of one model; download them again"
+            )

@@ -28,7 +28,8 @@ def check_finite(name: str, tensor: Tensor) -> None:
     if tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
         count = int((~tensor.isfinite()).sum())
         raise NumericalError(
-            f"tensor {name} holds {count} values that are NaN or Inf; expected finite weights; download it again"
+            f"tensor {name} has NaN or Inf in {count} of its {tensor.numel()} values; expected finite weights; "
+            "download the checkpoint again"
         )
 
 

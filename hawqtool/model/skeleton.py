@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from hawqtool.errors import InputError
+from hawqtool.errors import HawqError, InputError, one_line
 
 _LARGE = 1 << 14
 
@@ -47,10 +47,14 @@ def build_skeleton(folder: Path, dtype: torch.dtype) -> nn.Module:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if getattr(config, "quantization_config", None):
             raise InputError(f"{folder} is quantized already; give the original checkpoint")
+        if getattr(config, "is_encoder_decoder", False):
+            raise InputError(f"{folder} is an encoder-decoder model ({config.model_type}); expected a decoder only")
         with _LargeTensorsOnMeta(), torch.random.fork_rng(devices=[]):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    except (ValueError, KeyError, OSError, ImportError) as error:
-        raise InputError(f"{folder}: transformers cannot build this model: {str(error).splitlines()[0]}") from error
+    except HawqError:
+        raise
+    except Exception as error:  # configuration classes raise errors of any type on values that make no sense
+        raise InputError(f"{folder}: transformers cannot build this model: {one_line(error)}") from error
     model.eval().requires_grad_(False)
     to_meta(model)
     return model

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hawqtool.errors import InputError, NumericalError
+from hawqtool.errors import InputError, NumericalError, one_line
 
 MAY_FETCH = "HAWQTOOL_MAY_FETCH"
 """Environment variable that says that HF_HUB_OFFLINE is the command line's default, not the user's wish."""
@@ -130,7 +130,7 @@ def _fetch(repository: str, revision: str | None) -> Path:
         raise InputError(_reason(repository, revision, error)) from error
     except OSError as error:
         raise NumericalError(
-            f"{repository} cannot be stored in the hub's cache ({error.strerror or _first_line(error)}); "
+            f"{repository} cannot be stored in the hub's cache ({error.strerror or one_line(error)}); "
             "free some space or set HF_HOME to another folder"
         ) from error
     return Path(folder)
@@ -173,36 +173,33 @@ def _reason(repository: str, revision: str | None, error: Exception) -> str:
     cause = error.__cause__ or error
     return (
         f"{wanted} is no folder, and the hub at {constants.ENDPOINT} cannot be reached "
-        f"({type(cause).__name__}: {_first_line(cause)}); check the network, or give a folder"
+        f"({type(cause).__name__}: {one_line(cause)}); check the network, or give a folder"
     )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else "no reason given"
 
 
 def _runs_code(folder: Path, trusted: bool) -> bool:
     """Whether code of the checkpoint is executed to build it.
 
     Raises:
-        InputError: If it is needed but not trusted.
+        InputError: If transformers does not know the model, unless the checkpoint brings code that is trusted.
     """
     config = _config(folder)
     mapped = config.get("auto_map")
-    if not isinstance(mapped, dict) or not mapped.keys() & {"AutoConfig", "AutoModelForCausalLM"}:
-        return trusted and isinstance(_read(folder / "tokenizer_config.json").get("auto_map"), dict)
-    if trusted:
+    brings_code = isinstance(mapped, dict) and bool(mapped.keys() & {"AutoConfig", "AutoModelForCausalLM"})
+    if brings_code and trusted:
         return True
-    from transformers import CONFIG_MAPPING
+    import transformers
 
     kind = config.get("model_type")
-    if kind not in CONFIG_MAPPING:
-        raise InputError(
-            f"{folder.name}: transformers does not know model type {kind!r}, and the checkpoint brings its own code; "
-            "read that code, then allow it with --trust-remote-code"
-        )
-    return False
+    if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
+        does_not_know = f"{folder.name}: transformers {transformers.__version__} does not know model type {kind!r}"
+        if brings_code:
+            raise InputError(
+                f"{does_not_know}, and the checkpoint brings its own code; "
+                "read that code, then allow it with --trust-remote-code"
+            )
+        raise InputError(f"{does_not_know} of config.json; expected one that it knows; try a newer transformers")
+    return trusted and isinstance(_read(folder / "tokenizer_config.json").get("auto_map"), dict)
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -10,12 +10,12 @@ import torch
 from hawqtool.allocation.problem import resolve_ignored, resolve_pins
 from hawqtool.allocation.uniform import uniform_formats
 from hawqtool.config import RunConfig
-from hawqtool.errors import InputError, UsageError
+from hawqtool.errors import InputError, UsageError, one_line
 from hawqtool.export.layout import Layout, plan_layout
 from hawqtool.formats import QuantFormat
 from hawqtool.model.dtypes import torch_dtype
 from hawqtool.model.index import CheckpointIndex, read_index
-from hawqtool.model.layers import Structure, discover
+from hawqtool.model.layers import Structure, check_shapes, discover
 from hawqtool.model.reader import TensorReader
 from hawqtool.model.skeleton import build_skeleton
 from hawqtool.model.source import ResolvedModel, hub_id, resolve_model
@@ -113,9 +113,11 @@ class Job:
 
         try:
             return AutoTokenizer.from_pretrained(self.index.folder, trust_remote_code=False)
-        except (ValueError, OSError, ImportError, KeyError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"{self.index.folder} has no tokenizer that transformers can load: {reason}") from error
+        except Exception as error:  # a damaged file makes tokenizer classes raise errors of any type
+            raise InputError(
+                f"{self.index.folder} has no tokenizer that transformers can load; expected its files, such as "
+                f"tokenizer.json, beside config.json ({one_line(error)})"
+            ) from error
 
 
 def prepare(config: RunConfig, reporter: Reporter | None = None) -> Job:
@@ -129,6 +131,7 @@ def prepare(config: RunConfig, reporter: Reporter | None = None) -> Job:
     index = read_index(source.folder)
     probe = build_skeleton(index.folder, torch.float32)
     structure = discover(probe, index)
+    check_shapes(probe, index)
     if not structure.linears:
         raise InputError(f"{config.model}: no linear layer was found in its blocks")
     stored = torch_dtype(index.tensors[f"{next(iter(structure.linears))}.weight"].dtype)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torch import Tensor
+
 from hawqtool.config import SELF
 from hawqtool.data.generate import generate_rows
 from hawqtool.data.tokens import overlap, split_rows, text_rows
@@ -39,7 +41,7 @@ def gather_rows(job: Job, reporter: Reporter) -> dict[str, Rows]:
             lambda done, total: reporter.progress("sampling tokens", done, total),
         )
     else:
-        tokens = text_rows(tokenizer, Path(config.calibration), job.seq_len, config.seed)
+        tokens = _known(job, text_rows(tokenizer, Path(config.calibration), job.seq_len, config.seed))
     sets = split_rows(tokens, counts, config.calibration)
     if config.eval_data is not None:
         sets["report"] = evaluation_rows(job, config.eval_data)
@@ -54,7 +56,16 @@ def gather_rows(job: Job, reporter: Reporter) -> dict[str, Rows]:
 
 def evaluation_rows(job: Job, path: str) -> Rows:
     """The first ``eval_samples`` rows of a text, fewer where it is shorter."""
-    tokens = text_rows(job.tokenizer(), Path(path), job.seq_len, 0)[: job.config.eval_samples]
+    tokens = _known(job, text_rows(job.tokenizer(), Path(path), job.seq_len, 0)[: job.config.eval_samples])
     return split_rows(tokens, {"report": max(len(tokens), 2)}, path)["report"]
 
 
+def _known(job: Job, tokens: Tensor) -> Tensor:
+    """The tokens, after checking that the model has an embedding for each."""
+    known = job.skeleton.get_input_embeddings().weight.shape[0]
+    if tokens.numel() and int(tokens.max()) >= known:
+        raise InputError(
+            f"the tokenizer gives token {int(tokens.max())}, the model embeds {known} tokens; "
+            "expected a tokenizer and weights of one model; download them again"
+        )
+    return tokens

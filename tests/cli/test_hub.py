@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import yaml
 from huggingface_hub import constants
+from typer.testing import CliRunner
 
+from hawqtool.cli.app import app
 from hawqtool.errors import InputError
 from hawqtool.export.writer import copy_small_files
 from hawqtool.model.index import read_index
@@ -84,7 +86,8 @@ def only_line(stderr: str) -> str:
     return lines[0]
 
 
-def test_a_hub_id_is_fetched_pinned_and_runs_again_offline(hub: Hub, tmp_path: Path) -> None:
+def test_a_hub_id_is_fetched_pinned_and_runs_again_offline(here: Hub, tmp_path: Path) -> None:
+    hub = here
     text = tmp_path / "text.txt"
     text.write_text("".join(random.Random(0).choices("abcdefgh ", k=1200)))
     home, first, second = tmp_path / "home", tmp_path / "first", tmp_path / "second"
@@ -106,6 +109,8 @@ def test_a_hub_id_is_fetched_pinned_and_runs_again_offline(hub: Hub, tmp_path: P
     assert hub.requests == []
     weights = [(folder / "model.safetensors").read_bytes() for folder in (first, second)]
     assert weights[0] == weights[1]
+    verified = CliRunner().invoke(app, ["verify", str(first), "--against", f"org/tiny@{SHA}"])
+    assert verified.exit_code == 0, verified.stderr
 
 
 def test_offline_without_a_copy_is_one_line(hub: Hub, tmp_path: Path) -> None:
@@ -198,3 +203,24 @@ def test_weights_in_other_forms_are_neither_read_nor_copied(model: Path, tmp_pat
     assert "model.safetensors.index.fp16.json" not in copied
     assert not set(copied) & {Path(name).name for name in OTHER_FORMS}
     assert {"LICENSE", "tokenizer.json"} <= set(copied)
+
+
+def with_code(folder: Path, **changes: object) -> Path:
+    """A checkpoint that claims to bring code of its own."""
+    tiny_llama(folder)
+    config = json.loads((folder / "config.json").read_text())
+    mapped = {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": mapped} | changes))
+    return folder
+
+
+def test_code_of_a_checkpoint_runs_only_when_trusted(tmp_path: Path) -> None:
+    known, unknown = with_code(tmp_path / "known"), with_code(tmp_path / "unknown", model_type="mine")
+    assert not resolve_model(str(known)).runs_code  # transformers has code of its own for it
+    with pytest.raises(InputError, match="--trust-remote-code"):
+        resolve_model(str(unknown))
+    for folder in (known, unknown):
+        (warning,) = resolve_model(str(folder), trust_remote_code=True).warnings
+        assert folder.name in warning and "executed" in warning
+    plain = tiny_llama(tmp_path / "plain")
+    assert resolve_model(str(plain), trust_remote_code=True).warnings == []
