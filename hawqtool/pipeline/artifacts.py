@@ -92,7 +92,7 @@ def read_sensitivity(path: Path) -> tuple[SensitivityTable, tuple[Unit, ...], in
         units = tuple(Unit(n, tuple(LinearSpec(**m) for m in ms)) for n, ms in document["units"].items())
         scores = {
             metric: {
-                unit: {label: Score(float(v), math.nan if e is None else float(e)) for label, (v, e) in by_label.items()}
+                unit: {n: Score(float(v), math.nan if e is None else float(e)) for n, (v, e) in by_label.items()}
                 for unit, by_label in by_unit.items()
             }
             for metric, by_unit in document["scores"].items()
