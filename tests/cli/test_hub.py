@@ -63,6 +63,7 @@ def hub(model: Path) -> Iterator[Hub]:
 @pytest.fixture
 def here(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     """The hub for calls in this process, with an empty cache and the network allowed."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -75,7 +76,7 @@ def installed(hub: Hub, home: Path, *arguments: object, **extra: str) -> subproc
     """The installed command with this hub, a cache of its own, and no wish of the user's about being offline."""
     unset = {"HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE", "HF_TOKEN", MAY_FETCH}
     environment = {name: value for name, value in os.environ.items() if name not in unset}
-    environment |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home)} | extra
+    environment |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1"} | extra
     command = [str(INSTALLED), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
 
