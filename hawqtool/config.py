@@ -25,8 +25,8 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model: str
-    output: str | None = None
+    model: str = Field(min_length=1)
+    output: str | None = Field(None, min_length=1)
     target_bpw: float | None = Field(None, gt=0, allow_inf_nan=False)
     target_size: str | None = None
     plan: str | None = None
@@ -48,6 +48,7 @@ class RunConfig(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     rows_per_slice: int | None = Field(None, ge=1)
     seed: int = Field(0, ge=0)
+    trust_remote_code: bool = False
     overwrite: bool = False
 
     @field_validator("bits", mode="before")

@@ -32,3 +32,12 @@ class NumericalError(HawqError):
     """A numerical, memory or disk failure during the work."""
 
     exit_code = 5
+
+
+def one_line(error: BaseException) -> str:
+    """The gist of a library's error, whose message may have many lines: the first, with what a colon announces."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    if isinstance(error, (LookupError, ArithmeticError, AttributeError, TypeError)):
+        text = f"{type(error).__name__}: {text}"
+    return text.rstrip(": ")

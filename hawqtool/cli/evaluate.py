@@ -14,12 +14,13 @@ from hawqtool.cli.session import decide_hub_access, print_json, session
 
 def evaluate(
     folder: Annotated[Path, typer.Argument(help="A quantized folder.")],
-    against: Annotated[str, typer.Option("--against", help="The original checkpoint.", metavar="MODEL")],
+    against: Annotated[str, typer.Option("--against", help="The original: a folder or a hub id.", metavar="MODEL")],
     eval_data: o.EvalData = None,
     eval_samples: o.EvalSamples = None,
     seq_len: o.SeqLen = None,
     device: o.Device = None,
     rows_per_slice: o.RowsPerSlice = None,
+    trust_remote_code: o.TrustRemoteCode = None,
     json: o.Json = False,
     quiet: o.Quiet = False,
     debug: o.Debug = False,

@@ -28,6 +28,7 @@ def measure(
     device: o.Device = None,
     rows_per_slice: o.RowsPerSlice = None,
     seed: o.Seed = None,
+    trust_remote_code: o.TrustRemoteCode = None,
     config: o.Config = None,
     json: o.Json = False,
     quiet: o.Quiet = False,

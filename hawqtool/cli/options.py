@@ -18,7 +18,10 @@ def _option(*names: str, help: str, panel: str, metavar: str | None = None) -> o
 
 
 Model = Annotated[
-    Optional[str], typer.Argument(help="Checkpoint folder (config.json and safetensors).", show_default=False)
+    Optional[str],
+    typer.Argument(
+        help="Checkpoint: a folder (config.json and safetensors) or a hub id org/name[@revision].", show_default=False
+    ),
 ]
 Output = Annotated[Optional[str], _option("--output", "-o", help="Folder to create.", panel=OUTPUT, metavar="DIR")]
 Overwrite = Annotated[Optional[bool], _option("--overwrite", help="Replace a folder that hawqtool made.", panel=OUTPUT)]
@@ -127,6 +130,10 @@ RowsPerSlice = Annotated[
     ),
 ]
 Seed = Annotated[Optional[int], _option("--seed", help="Seed of rows and sampled labels [default: 0].", panel=RUN)]
+TrustRemoteCode = Annotated[
+    Optional[bool],
+    _option("--trust-remote-code", help="Execute code that the checkpoint brings along; read it first.", panel=RUN),
+]
 Config = Annotated[
     Optional[Path], _option("--config", "-c", help="YAML file; flags win over it.", panel=RUN, metavar="FILE")
 ]

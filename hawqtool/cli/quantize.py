@@ -38,6 +38,7 @@ def quantize(
     device: o.Device = None,
     rows_per_slice: o.RowsPerSlice = None,
     seed: o.Seed = None,
+    trust_remote_code: o.TrustRemoteCode = None,
     overwrite: o.Overwrite = None,
     config: o.Config = None,
     dry_run: o.DryRun = False,
@@ -68,7 +69,7 @@ def quantize(
                 terminal.say(line)
 
         if dry_run:
-            description = describe(prepare(settings))
+            description = describe(prepare(settings, terminal))
             if json:
                 print_json({"schema": "hawqtool.dryrun/1", **description})
             else:

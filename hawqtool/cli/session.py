@@ -15,6 +15,7 @@ from typing import Any
 from hawqtool.cli.terminal import Terminal
 from hawqtool.data.sources import is_hub
 from hawqtool.errors import HawqError
+from hawqtool.model.source import MAY_FETCH
 
 INTERRUPTED, TERMINATED = 130, 143
 
@@ -32,6 +33,8 @@ def session(quiet: bool = False, debug: bool = False) -> Iterator[Terminal]:
     """Run a command; expected failures become one line and their exit code."""
     # Spinning worker threads take the cores of other programs; libraries must stay quiet.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
@@ -74,11 +77,13 @@ def session(quiet: bool = False, debug: bool = False) -> Iterator[Terminal]:
 
 
 def decide_hub_access(sources: Iterable[str] = ()) -> None:
-    """Keep libraries off the network unless a source names a dataset of the hub; the user's own setting wins.
+    """Keep libraries off the network, but for a model or dataset that was named; the user's own setting wins.
 
     To be called before work starts, as huggingface_hub reads the variable once, when it is imported.
     """
-    os.environ.setdefault("HF_HUB_OFFLINE", "0" if any(map(is_hub, sources)) else "1")
+    if not os.environ.get("HF_HUB_OFFLINE") and not os.environ.get("TRANSFORMERS_OFFLINE"):
+        os.environ["HF_HUB_OFFLINE"] = "0" if any(map(is_hub, sources)) else "1"
+        os.environ[MAY_FETCH] = "1"
 
 
 def print_json(document: dict[str, Any]) -> None:

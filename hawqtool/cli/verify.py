@@ -14,7 +14,7 @@ from hawqtool.cli.session import decide_hub_access, print_json, session
 def verify(
     folder: Annotated[Path, typer.Argument(help="A folder that hawqtool wrote.")],
     against: Annotated[
-        Optional[Path], typer.Option("--against", help="The original checkpoint.", metavar="MODEL")
+        Optional[str], typer.Option("--against", help="The original: a folder or a hub id.", metavar="MODEL")
     ] = None,
     json: o.Json = False,
     debug: o.Debug = False,
@@ -27,8 +27,9 @@ def verify(
         decide_hub_access()
         from hawqtool.errors import InputError
         from hawqtool.export.verify import verify_folder
+        from hawqtool.model.source import locate
 
-        report = verify_folder(folder, against)
+        report = verify_folder(folder, None if against is None else locate(against).folder)
         if json:
             print_json(
                 {"schema": "hawqtool.verify/1", "problems": list(report.problems), "tensors": report.num_tensors}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hawqtool.errors import InputError, NumericalError
+from hawqtool.model.reader import check_finite
 
 BATCH_ROWS = 64
 
@@ -23,6 +24,7 @@ def generate_rows(
     device: torch.device,
     dtype: torch.dtype,
     progress: Callable[[int, int], None],
+    trust_remote_code: bool = False,
 ) -> Tensor:
     """Sample rows at temperature 1 from the beginning-of-text token, batched, with a key-value cache.
 
@@ -37,20 +39,21 @@ def generate_rows(
         device: Where to run.
         dtype: dtype of the weights.
         progress: Called after every step with tokens done and tokens in all.
+        trust_remote_code: Whether code from the checkpoint may run.
 
     Returns:
         ``[num_rows, seq_len]`` int64 on the CPU.
 
     Raises:
         InputError: If the tokenizer names no token to begin with.
-        NumericalError: If the model's logits are not finite.
+        NumericalError: If weights or logits are not finite.
     """
     from transformers import StoppingCriteriaList
 
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if first is None:
         raise InputError("the tokenizer names no begin or end token to start from; give --calibration a text")
-    model, settings = _load(folder, first, seq_len, device, dtype)
+    model, settings = _load(folder, first, seq_len, device, dtype, trust_remote_code)
     parts = []
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), torch.no_grad():
@@ -72,14 +75,18 @@ def generate_rows(
     return torch.cat(parts)
 
 
-def _load(folder: Path, first: int, seq_len: int, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+def _load(
+    folder: Path, first: int, seq_len: int, device: torch.device, dtype: torch.dtype, trust_remote_code: bool
+) -> tuple[Any, Any]:
     """The whole model and the settings of its sampling."""
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, trust_remote_code=False, use_safetensors=True
+        folder, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
     )
     model.to(device).eval()
+    for name, parameter in model.named_parameters():
+        check_finite(name, parameter.detach())
     settings = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=seq_len - 1, pad_token_id=first
     )

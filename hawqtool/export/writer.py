@@ -26,7 +26,7 @@ from hawqtool.model.reader import CHUNK_BYTES, TensorReader
 from hawqtool.records import RoundedLayer
 
 WEIGHT_PATTERNS = (
-    "*.safetensors",
+    "*.safetensors*",
     "*.index.json",
     "*.bin",
     "*.pth",

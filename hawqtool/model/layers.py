@@ -28,7 +28,7 @@ _LEAST_OUTPUTS = 16
 """Linears with fewer outputs are gates: engines keep them as they are, and they weigh nothing."""
 
 _RETURN_ATTENTION = ("GPTJBlock",)
-"""Blocks that return attention probabilities, which nothing reads; elsewhere a second tensor may feed the next block."""
+"""Blocks that return attention probabilities, which nothing reads; elsewhere a second tensor may feed another block."""
 
 _OBSTACLES = {
     "Conv1D": "it skips packed Conv1D layers and would run on random weights",
@@ -274,3 +274,18 @@ def _with_model_wide_experts(spec: BlockSpec) -> BlockSpec:
         for group in spec.input_groups
     )
     return replace(spec, input_groups=groups)
+
+
+def check_shapes(model: nn.Module, structure: Structure, index: CheckpointIndex) -> None:
+    """Compare every parameter of the model with the checkpoint's header.
+
+    Raises:
+        InputError: Naming the first tensor whose shape is not the one that config.json implies.
+    """
+    for name, parameter in model.named_parameters():
+        info = index.tensors.get(structure.stored_names.get(name, name))
+        if info is not None and info.shape != tuple(parameter.shape):
+            raise InputError(
+                f"{info.name} has shape {info.shape} in the file, config.json implies {tuple(parameter.shape)}; "
+                "expected a config.json and weights of one model; download them again"
+            )

@@ -7,11 +7,30 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from hawqtool.errors import InputError
+from hawqtool.errors import InputError, NumericalError
 from hawqtool.model.dtypes import torch_dtype
 from hawqtool.model.index import CheckpointIndex, TensorInfo
 
 CHUNK_BYTES = 16 << 20
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Refuse weights that are NaN or Inf where they are loaded, so that the message can name the tensor.
+
+    Args:
+        name: Name for the message.
+        tensor: Values of any floating dtype, on any device.
+
+    Raises:
+        NumericalError: If a value is NaN or Inf.
+    """
+    # The extremes show every NaN and Inf and, unlike isfinite, need no second tensor of this size.
+    if tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
+        count = int((~tensor.isfinite()).sum())
+        raise NumericalError(
+            f"tensor {name} has NaN or Inf in {count} of its {tensor.numel()} values; expected finite weights; "
+            "download the checkpoint again"
+        )
 
 
 class TensorReader:

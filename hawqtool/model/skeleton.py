@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from hawqtool.errors import InputError
+from hawqtool.errors import HawqError, InputError, one_line
 from hawqtool.model.experts import split_experts
 from hawqtool.model.tasks import TASKS, class_task, model_task
 
@@ -53,8 +53,10 @@ def build_skeleton(folder: Path, dtype: torch.dtype, trust_remote_code: bool = F
     try:
         with _LargeTensorsOnMeta(), torch.random.fork_rng(devices=[]):
             model = _build(config, dtype, trust_remote_code)
-    except (ValueError, KeyError, OSError, ImportError, AttributeError) as error:
-        raise InputError(f"{folder}: transformers cannot build this model: {str(error).splitlines()[0]}") from error
+    except HawqError:
+        raise
+    except Exception as error:  # configuration classes raise errors of any type on values that make no sense
+        raise InputError(f"{folder}: transformers cannot build this model: {one_line(error)}") from error
     model_task(model)
     model.eval().requires_grad_(False)
     model.config.use_cache = False
@@ -68,8 +70,8 @@ def _read_config(folder: Path, trust_remote_code: bool) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError, ImportError) as error:
-        raise InputError(f"{folder}: transformers cannot build this model: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # of any type, as below
+        raise InputError(f"{folder}: transformers cannot build this model: {one_line(error)}") from error
     if getattr(config, "quantization_config", None):
         raise InputError(f"{folder} is quantized already; give the original checkpoint")
     if getattr(config, "is_encoder_decoder", False):

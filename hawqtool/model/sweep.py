@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hawqtool.errors import InputError
 from hawqtool.model.experts import ExpertLinear, counting_experts
 from hawqtool.model.layers import Structure
+from hawqtool.model.reader import check_finite
 from hawqtool.model.replay import Call, replayed_blocks
 from hawqtool.model.skeleton import find_blocks, to_meta
 from hawqtool.model.tasks import model_task
@@ -89,6 +90,7 @@ class ModelStream:
                     f"{places[0][0]} is not in the checkpoint; the model that config.json describes needs it"
                 )
             value = self.source.tensor(stored).to(device=self.device, dtype=self.dtype)
+            check_finite(stored, value)
             parameter = nn.Parameter(value, requires_grad=False)
             for _, owner, leaf in places:
                 owner._parameters[leaf] = parameter

@@ -8,7 +8,7 @@ from typing import Any
 from hawqtool.allocation.problem import resolve_ignored, resolve_pins
 from hawqtool.allocation.uniform import uniform_formats
 from hawqtool.config import RunConfig
-from hawqtool.pipeline.artifacts import check_writable, plan_document, read_sensitivity, write_json
+from hawqtool.pipeline.artifacts import check_writable, metric_scores, plan_document, read_sensitivity, write_json
 from hawqtool.pipeline.planning import allocate, budget_bytes, format_menu, widths
 
 
@@ -31,7 +31,8 @@ def run_allocate(config: RunConfig, sensitivity: Path, output: Path) -> dict[str
     budget = budget_bytes(config, units, unquantized)
     menu = format_menu(units, widths(config, units, budget), config.group_size)
     metric = config.model_copy(update={"rounding": table.rounding}).metric()
-    plan = allocate(units, menu, table.scores[metric], resolve_pins(config.pin, units, sizes), budget, metric)
+    scores = metric_scores(table, metric, sensitivity)
+    plan = allocate(units, menu, scores, resolve_pins(config.pin, units, sizes), budget, metric)
     ignored_linears = tuple(
         m.name for unit in read_sensitivity(sensitivity)[1] if unit.name in ignored for m in unit.members
     )

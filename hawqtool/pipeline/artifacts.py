@@ -92,7 +92,7 @@ def read_sensitivity(path: Path) -> tuple[SensitivityTable, tuple[Unit, ...], in
         units = tuple(Unit(n, tuple(LinearSpec(**m) for m in ms)) for n, ms in document["units"].items())
         scores = {
             metric: {
-                unit: {label: Score(v, math.nan if e is None else e) for label, (v, e) in by_label.items()}
+                unit: {n: Score(float(v), math.nan if e is None else float(e)) for n, (v, e) in by_label.items()}
                 for unit, by_label in by_unit.items()
             }
             for metric, by_unit in document["scores"].items()
@@ -106,8 +106,19 @@ def read_sensitivity(path: Path) -> tuple[SensitivityTable, tuple[Unit, ...], in
             settings=document["settings"],
         )
         return table, units, int(document["unquantized_bytes"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path} is damaged ({error!r}); measure again") from error
+
+
+def metric_scores(table: SensitivityTable, metric: str, path: Path) -> dict[str, dict[str, Score]]:
+    """Scores of one metric of a sensitivity.json, by unit and format.
+
+    Raises:
+        InputError: If the file has no such scores.
+    """
+    if metric not in table.scores:
+        raise InputError(f"{path} has no scores of {metric} (it has {', '.join(table.scores)}); measure again")
+    return table.scores[metric]
 
 
 def plan_document(plan: BitPlan, units: tuple[Unit, ...], other_linears: tuple[str, ...]) -> dict[str, Any]:

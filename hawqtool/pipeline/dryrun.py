@@ -39,7 +39,7 @@ def describe(job: Job) -> dict[str, Any]:
     expected = plan.stored_bytes if plan else min(budget or 0, highest)
     uniform = best_uniform(job.units, budget if budget is not None else expected)
     return {
-        "model": Path(config.model).name,
+        "model": job.source.spec,
         "blocks": len(job.structure.blocks),
         "linears": sum(len(unit.members) for unit in job.units),
         "units": len(job.units),

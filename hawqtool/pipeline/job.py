@@ -12,17 +12,19 @@ import torch
 from hawqtool.allocation.problem import resolve_ignored, resolve_pins
 from hawqtool.allocation.uniform import uniform_formats
 from hawqtool.config import RunConfig
-from hawqtool.errors import InputError, UsageError
+from hawqtool.errors import InputError, UsageError, one_line
 from hawqtool.export.layout import Layout, plan_layout
 from hawqtool.export.packed import PackedReader
 from hawqtool.formats import QuantFormat
 from hawqtool.model.dtypes import torch_dtype
 from hawqtool.model.index import CheckpointIndex, read_index
-from hawqtool.model.layers import Structure, discover
+from hawqtool.model.layers import Structure, check_shapes, discover
 from hawqtool.model.reader import TensorReader
 from hawqtool.model.skeleton import build_skeleton
+from hawqtool.model.source import ResolvedModel, hub_id, resolve_model
 from hawqtool.model.sweep import ModelStream, WeightSource
 from hawqtool.model.tasks import ModelTask, model_task
+from hawqtool.pipeline.progress import Reporter, Silent
 from hawqtool.records import Unit
 from hawqtool.rounding.layer import RoundingMethod
 
@@ -36,6 +38,7 @@ class Job:
 
     Args:
         config: The run's configuration.
+        source: Where the checkpoint comes from.
         index: Headers of the checkpoint.
         skeleton: The model without weights; streams work on copies.
         structure: Blocks, linears, input groups.
@@ -46,6 +49,7 @@ class Job:
     """
 
     config: RunConfig
+    source: ResolvedModel
     index: CheckpointIndex
     skeleton: Any
     structure: Structure
@@ -125,27 +129,31 @@ class Job:
         from transformers import AutoTokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(self.index.folder, trust_remote_code=False)
-        except (ValueError, OSError, ImportError, KeyError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"{self.index.folder} has no tokenizer that transformers can load: {reason}") from error
+            return AutoTokenizer.from_pretrained(self.index.folder, trust_remote_code=self.source.runs_code)
+        except Exception as error:  # a damaged file makes tokenizer classes raise errors of any type
+            raise InputError(
+                f"{self.index.folder} has no tokenizer that transformers can load; expected its files, such as "
+                f"tokenizer.json, beside config.json ({one_line(error)})"
+            ) from error
 
 
-def prepare(config: RunConfig) -> Job:
-    """Read headers, build the skeleton, discover its layers, resolve pins.
+def prepare(config: RunConfig, reporter: Reporter | None = None) -> Job:
+    """Find or fetch the model, read headers, build the skeleton, discover its layers, resolve pins.
 
     Raises:
         HawqError: For anything that would fail later and can be known now.
     """
-    index = read_index(Path(config.model))
     device = _device(config.device)
-    probe = build_skeleton(index.folder, torch.float32)
+    source = _source(config, reporter or Silent())
+    index = read_index(source.folder)
+    probe = build_skeleton(index.folder, torch.float32, source.runs_code)
     structure = discover(probe, index, experts_per_block=config.profile == "vllm")
     if structure.obstacle and config.profile != "vllm":
         raise InputError(
             f"{config.model}: transformers cannot load this model when it is packed: {structure.obstacle}; "
             "--profile vllm writes it for vLLM alone"
         )
+    check_shapes(probe, structure, index)
     if not structure.linears:
         raise InputError(f"{config.model}: no linear layer was found in its blocks")
     stored = torch_dtype(index.tensors[f"{next(iter(structure.linears))}.weight"].dtype)
@@ -157,7 +165,18 @@ def prepare(config: RunConfig) -> Job:
     longest = getattr(probe.config, "max_position_embeddings", None)
     if config.seq_len and longest and config.seq_len > longest:
         raise UsageError(f"--seq-len {config.seq_len} exceeds the model's {longest} positions; lower it")
-    return Job(config, index, build_skeleton(index.folder, dtype), structure, units, pins, device, dtype)
+    skeleton = build_skeleton(index.folder, dtype, source.runs_code)
+    return Job(config, source, index, skeleton, structure, units, pins, device, dtype)
+
+
+def _source(config: RunConfig, reporter: Reporter) -> ResolvedModel:
+    """The checkpoint; says what takes long and what is dangerous."""
+    if hub_id(config.model):
+        reporter.say(f"fetching {config.model} from the hub, unless it is in the cache")
+    source = resolve_model(config.model, config.trust_remote_code)
+    for warning in source.warnings:
+        reporter.warn(warning)
+    return source
 
 
 def _device(wanted: str) -> torch.device:

@@ -47,7 +47,7 @@ def measure_job(
     table = SensitivityTable(
         scores=scores,
         rounding=job.config.rounding,
-        model=Path(job.config.model).name,
+        model=job.source.name,
         model_fingerprint=fingerprint(job.index),
         rows={name: sets[name].fingerprint for name in ("calibration", "scoring")},
         settings={
@@ -66,7 +66,7 @@ def measure_job(
 def run_measure(config: RunConfig, output: Path, reporter: Reporter) -> dict[str, Any]:
     """``hawqtool measure``: write sensitivity.json for the widths asked for (default 2,3,4,8)."""
     check_writable(output)
-    job = prepare(config)
+    job = prepare(config, reporter)
     menu = format_menu(job.units, config.bits or WIDE_MENU, config.group_size)
     sets = gather_rows(job, reporter)
     document = measure_job(job, menu, sets, reporter)

@@ -18,7 +18,14 @@ from hawqtool.export.verify import verify_folder
 from hawqtool.export.writer import copy_small_files
 from hawqtool.formats import QuantFormat
 from hawqtool.model.index import fingerprint
-from hawqtool.pipeline.artifacts import SENSITIVITY_SCHEMA, read_json, read_plan, read_sensitivity, write_json
+from hawqtool.pipeline.artifacts import (
+    SENSITIVITY_SCHEMA,
+    metric_scores,
+    read_json,
+    read_plan,
+    read_sensitivity,
+    write_json,
+)
 from hawqtool.pipeline.dryrun import describe
 from hawqtool.pipeline.evaluating import Evaluator, as_record
 from hawqtool.pipeline.job import Job, prepare
@@ -61,7 +68,7 @@ def run_quantize(
     config.require_one_target()
     output = _check_output(config)
     timings: dict[str, float] = {}
-    job = prepare(config)
+    job = prepare(config, reporter)
     description = describe(job)
     announce(description)
     work = output.with_name(f".{output.name}.hawqtool-{os.getpid()}")
@@ -145,7 +152,7 @@ def _decide(job: Job, sets: dict[str, Rows], reporter: Reporter) -> tuple[BitPla
         raise UsageError(
             f"{config.sensitivity} was measured for --rounding {table.rounding}, not {config.rounding}; measure again"
         )
-    plan = allocate(job.units, menu, table.scores[metric], job.pins, budget, metric)
+    plan = allocate(job.units, menu, metric_scores(table, metric, saved), job.pins, budget, metric)
     return plan, read_json(saved, SENSITIVITY_SCHEMA)
 
 

@@ -42,17 +42,17 @@ def build_report(
 ) -> dict[str, Any]:
     """The report of the shipped plan (schema ``hawqtool.report/1``)."""
     total = rounding["total_bytes"]
-    parameters = job.index.total_bytes
     layers = _plan_entries(job, plan)
     return {
         "schema": REPORT_SCHEMA,
-        "model": Path(job.config.model).name,
+        "model": job.source.name,
+        "model_revision": job.source.revision,
         "architecture": type(job.skeleton).__name__,
         "hawqtool_version": __version__,
         "command": command,
         "config": public_config(job),
         "sizes": {
-            "original_bytes": parameters,
+            "original_bytes": job.index.total_bytes,
             "quantized_bytes": total,
             "stored_bytes_linears": plan.stored_bytes,
             "shape_tensor_bytes": SHAPE_TENSOR_BYTES * len(layers),
@@ -104,7 +104,7 @@ def _plan_entries(job: Job, plan: BitPlan) -> list[dict[str, Any]]:
 
 def warnings(job: Job, rounding: dict[str, Any], shipped: str, evaluation: dict[str, Any]) -> list[str]:
     """What the user should know: raised damping, odd shapes, a mixed plan that did not pay."""
-    found = []
+    found = list(job.source.warnings)
     retried = [n for n, m in rounding["layers"].items() if m["damping_retries"]]
     if retried:
         found.append(f"damping had to be raised for {len(retried)} layers, first {retried[0]}")
@@ -126,14 +126,19 @@ def warnings(job: Job, rounding: dict[str, Any], shipped: str, evaluation: dict[
 def public_config(job: Job) -> dict[str, Any]:
     """The resolved configuration; paths are shortened to their last part."""
     values = job.config.model_dump(mode="json")
-    for key in ("model", "output", "plan", "sensitivity"):
+    for key in ("output", "plan", "sensitivity"):
         if values[key]:
             values[key] = Path(values[key]).name
     # What follows a source's name is its weight.
     weighted = zip(job.config.calibration, job.config.calibration_weights, strict=True)
     values["calibration"] = [public_name(name) + given.removeprefix(name) for given, name in weighted]
     values["eval_data"] = public_name(job.config.eval_data) if job.config.eval_data else None
-    resolved = {"num_samples": job.num_samples, "seq_len": job.seq_len, "rows_per_slice": job.rows_per_slice}
+    resolved = {
+        "model": job.source.spec,
+        "num_samples": job.num_samples,
+        "seq_len": job.seq_len,
+        "rows_per_slice": job.rows_per_slice,
+    }
     return values | resolved | {"device": job.device.type}
 
 

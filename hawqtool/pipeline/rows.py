@@ -92,7 +92,8 @@ def _rows(job: Job, text: str, count: int, seed: int) -> tuple[str, Tensor]:
     source = open_source(text)
     # Encoders were trained on sequences between special tokens, language models on running text.
     framed = not job.task.generates
-    return source.label, source_rows(job.tokenizer(), source, count, job.seq_len, seed, special_tokens=framed)
+    rows = source_rows(job.tokenizer(), source, count, job.seq_len, seed, special_tokens=framed)
+    return source.label, _known(job, rows)
 
 
 def _sampled_source(job: Job, quota: dict[str, int], reporter: Reporter) -> SourceRows:
@@ -100,7 +101,7 @@ def _sampled_source(job: Job, quota: dict[str, int], reporter: Reporter) -> Sour
     reporter.say(f"sampling {count} rows of {job.seq_len} tokens from the model")
     tokens = generate_rows(
         job.index.folder, job.tokenizer(), count, job.seq_len, job.config.seed, job.device, job.dtype,
-        lambda done, total: reporter.progress("sampling tokens", done, total),
+        lambda done, total: reporter.progress("sampling tokens", done, total), job.source.runs_code,
     )  # fmt: skip
     return SourceRows(SELF, tokens, quota)
 
@@ -110,3 +111,12 @@ def _needed(name: str, quota: dict[str, int]) -> int:
     if not count:
         raise UsageError(f"--calibration {name}: its weight is so small that it gives no row; raise it or drop it")
     return count
+def _known(job: Job, tokens: Tensor) -> Tensor:
+    """The tokens, after checking that the model has an embedding for each."""
+    known = job.skeleton.get_input_embeddings().weight.shape[0]
+    if tokens.numel() and int(tokens.max()) >= known:
+        raise InputError(
+            f"the tokenizer gives token {int(tokens.max())}, the model embeds {known} tokens; "
+            "expected a tokenizer and weights of one model; download them again"
+        )
+    return tokens
