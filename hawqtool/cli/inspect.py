@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from hawqtool.cli import options as o
-from hawqtool.cli.session import print_json, session
+from hawqtool.cli.session import decide_hub_access, print_json, session
 
 
 def inspect(
-    model: Annotated[Path, typer.Argument(help="A checkpoint, original or quantized.")],
+    model: Annotated[str, typer.Argument(help="A checkpoint, original or quantized: a folder, or org/name of a hub.")],
     json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
@@ -23,6 +22,8 @@ def inspect(
     Example: hawqtool inspect ./out --json
     """
     with session(debug=debug):
+        decide_hub_access()
+
         from hawqtool.cli.render_inspect import print_description
         from hawqtool.pipeline.inspecting import run_inspect
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from hawqtool.allocation.uniform import uniform_formats, unit_group_size
@@ -15,6 +14,7 @@ from hawqtool.export.compressed_tensors import METHOD
 from hawqtool.export.packed import read_config
 from hawqtool.formats import CHANNEL, GROUP_SIZES, QuantFormat
 from hawqtool.model.index import CheckpointIndex, TensorInfo, read_index
+from hawqtool.model.source import locate
 from hawqtool.pipeline.inspecting_packed import describe_packed
 from hawqtool.pipeline.job import Job, prepare
 from hawqtool.pipeline.planning import stored_bytes
@@ -25,16 +25,17 @@ INSPECT_SCHEMA = "hawqtool.inspect/1"
 SHOWN_WIDTHS = (2, 3, 4, 8)
 
 
-def run_inspect(folder: Path) -> dict[str, Any]:
-    """``hawqtool inspect``: describe an original or a quantized checkpoint.
+def run_inspect(model: str) -> dict[str, Any]:
+    """``hawqtool inspect``: describe an original or a quantized checkpoint, a folder or a hub id.
 
     Returns:
         ``kind`` is ``original``, ``quantized`` (written by hawqtool or in the same format) or ``other``; where
         ``supported`` is false, ``refusal`` says why and the rest is what the headers tell.
 
     Raises:
-        InputError: If the folder is no checkpoint at all.
+        InputError: If it is no checkpoint at all.
     """
+    folder = locate(model).folder
     index = read_index(folder)
     config = read_config(folder)
     quantization = config.get("quantization_config")

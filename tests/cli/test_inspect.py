@@ -142,7 +142,7 @@ def test_a_refused_model_tells_what_its_headers_hold(model: Path, tmp_path: Path
     folder = edited_config(model, tmp_path / "other", lambda c: c.update(model_type="nobody_knows", architectures=None))
     found = described(folder)
     assert (found["kind"], found["supported"]) == ("original", False)
-    assert "transformers cannot build this model" in found["refusal"]
+    assert "does not know model type" in found["refusal"]
     matrices = {entry["name"]: entry for entry in found["matrices"]}
     assert matrices["model.layers.*.mlp.up_proj.weight"]["count"] == 2
     assert matrices["model.layers.*.mlp.up_proj.weight"]["shape"] == [128, 64]
@@ -219,7 +219,7 @@ def test_method_and_quality_come_from_the_report(model: Path, tmp_path: Path) ->
     assert done.exit_code == 0, done.stderr
     report = json.loads(done.stdout)
     found = described(tmp_path / "out")
-    assert found["recorded"]["quality"]["kl"] == report["evaluation"]["uniform"]["kl"]
+    assert found["recorded"]["evaluation"]["quantized"]["kl"] == report["evaluation"]["uniform"]["kl"]
     assert found["recorded"]["rounding"] == "gptq" and found["recorded_note"] is None
     assert found["sizes"]["bpw_linears"] == report["sizes"]["bpw_linears"] == 4.5
     assert found["sizes"]["bpw_file"] == report["sizes"]["bpw_file"]

@@ -42,6 +42,7 @@ def a_report(**changes: Any) -> dict[str, Any]:
     report: dict[str, Any] = {
         "schema": "hawqtool.report/1",
         "model": "tiny-llama",
+        "model_revision": None,
         "architecture": "LlamaForCausalLM",
         "hawqtool_version": "0.1.0",
         "command": "hawqtool quantize tiny-llama -o out --target-bpw 3.5",
@@ -100,7 +101,7 @@ def test_the_source_is_merged() -> None:
 
 
 def test_the_base_model_is_the_hub_id_where_there_is_one() -> None:
-    assert split(model_card(a_report(hub_id="org/name"), README))[0]["base_model"] == "org/name"
+    assert split(model_card(a_report(model="org/name", model_revision="0123abc"), README))[0]["base_model"] == "org/name"
     assert split(model_card(a_report(), None))[0]["base_model"] == "tiny-llama"
 
 
@@ -208,7 +209,7 @@ def test_a_card_for_mixed() -> None:
     assert "# tiny-llama, 3.50 bits per weight" in body
     assert "| original | 20.00 | 0.0000 ± 0.0100 | 70.0 % |" in body
     assert "| mixed (w3g64, w4ch), shipped | 20.40 | 0.4000 ± 0.0100 | 70.0 % |" in body
-    assert "| uniform (w3g32) | 0.4600" in body
+    assert "| uniform (w3g32) | 20.46 | 0.4600" in body
     assert "mixed - uniform: -0.0561 ± 0.0083" in body
     assert "in-domain" in body
     assert "metric `kron`" in body and "`gptq`" in body
@@ -238,7 +239,7 @@ def test_a_card_for_uniform_that_won() -> None:
 @pytest.mark.parametrize("shipped", ["uniform", "mixed"])
 def test_a_card_for_one_choice_shows_one_row(shipped: str) -> None:
     same = quality(0.46, "w4g64")
-    evaluation = {"original": quality(0.0), "uniform": same, "mixed": same, "mixed_minus_uniform": {"kl": 0.0}}
+    evaluation = {"measure": "kl", "original": quality(0.0), "uniform": same, "mixed": same, "mixed_minus_uniform": {"kl": 0}}
     _, body = split(model_card(a_report(shipped=shipped, metric=None, evaluation=evaluation), None))
     assert f"| {shipped} (w4g64), shipped |" in body
     assert body.count("(w4g64)") == 1
@@ -247,12 +248,12 @@ def test_a_card_for_one_choice_shows_one_row(shipped: str) -> None:
 
 
 def test_a_card_for_a_plan_without_uniform() -> None:
-    evaluation = {"original": quality(0.0), "uniform": None, "mixed": quality(0.4, "w2g64")}
+    evaluation: dict[str, Any] = {"measure": "kl", "original": quality(0.0), "uniform": None, "mixed": quality(0.4, "w2g64")}
     evaluation["mixed"]["kl_stderr"] = float("nan")
     config = {"rounding": "rtn", "seed": 0, "plan": "plan.json"}
     _, body = split(model_card(a_report(evaluation=evaluation, config=config, metric=None), None))
     assert "as given by the plan `plan.json`" in body
-    assert "| mixed (w2g64), shipped | 0.4000 |" in body
+    assert "| mixed (w2g64), shipped | 20.40 | 0.4000 |" in body
     assert "No uniform plan fits the budget" in body
     assert "uniform (" not in body
 

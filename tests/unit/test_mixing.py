@@ -72,7 +72,7 @@ def test_every_source_that_is_short_is_counted() -> None:
     assert str(caught.value) == (
         "a holds 10 rows of 8 tokens, 21 are needed (8 calibration, 5 scoring, 5 selection, 3 report); "
         "b holds 10 rows of 8 tokens, 11 are needed (4 calibration, 3 scoring, 3 selection, 1 report); "
-        "give more text, or lower --num-samples or --seq-len"
+        "give more, or lower --num-samples or --seq-len"
     )
 
 
