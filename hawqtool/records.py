@@ -134,12 +134,13 @@ class BitPlan:
 
 @dataclass(frozen=True)
 class RoundedLayer:
-    """Codes and scales of one layer.
+    """Codes, scales and zero points of one layer.
 
     Args:
         codes: ``[out, in]`` int8, signed.
         scales: ``[out, groups]`` in the stored dtype.
         metrics: What the report says of the layer.
+        zeros: ``[out, groups]`` int8, signed; None on a symmetric grid.
     """
 
     name: str
@@ -147,6 +148,7 @@ class RoundedLayer:
     codes: Tensor
     scales: Tensor
     metrics: LayerMetrics
+    zeros: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ class _Walker:
             raise NumericalError(f"{planned[0].name}: {error}") from error
         for layer in round_layers(tasks, gram, factor, self.job.method):
             self.writer.write_layer(layer)
-            weight = dequantize(layer.codes, layer.scales)
+            weight = dequantize(layer.codes, layer.scales, layer.zeros)
             with torch.no_grad():
                 modules[layer.name].weight.copy_(weight)
             self.metrics[layer.name] = asdict(layer.metrics) | {"format": layer.quant_format.label}

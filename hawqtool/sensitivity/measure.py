@@ -126,8 +126,8 @@ def _rounding_errors(
             Task(linear.name, weights[linear.name], fmt, stored_dtypes[linear.name])
             for linear, fmt in wanted
         ]
-        for task, (codes, scales) in zip(tasks, round_group(tasks, factor, method), strict=True):
-            difference = dequantize(codes, scales).float() - task.weight
+        for task, rounded in zip(tasks, round_group(tasks, factor, method), strict=True):
+            difference = dequantize(*rounded).float() - task.weight
             errors.setdefault(task.name, {})[task.quant_format.label] = difference
     return errors
 
