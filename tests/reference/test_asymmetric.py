@@ -22,9 +22,10 @@ from hawqtool.rounding.grid import (
 )
 from hawqtool.rounding.layer import RoundingMethod, Task, round_group, round_layers
 from tests.reference import oracles
-from tests.reference.test_rounding import DAMPING, SHAPES, Case, assert_matches, make_case, reference_of, run
+from tests.reference.test_rounding import DAMPING, Case, assert_matches, make_case, reference_of, run
 
 METHODS = ("rtn", "gptq", "foem")
+SHAPES = [(24, 96, 32), (20, 100, CHANNEL)]
 
 
 def asymmetric(bits: int, group_size: int) -> QuantFormat:
@@ -102,7 +103,7 @@ def test_column_loop_equals_both_reference_forms(
     else:
         exact, feedback = oracles.gptq(*arguments), oracles.gptq_feedback(*arguments)
     assert np.array_equal(exact[0], feedback[0]), "the two forms are one algorithm"
-    assert_matches(run(case, fmt, scales, beta, zeros=zeros), exact, reference)
+    assert_matches(run(case, fmt, scales, beta, block_size=32, zeros=zeros), exact, reference)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -141,11 +142,11 @@ def test_a_negative_scale_is_another_zero(bits: int) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("group_size", [32, CHANNEL])
-@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_errors_beside_the_symmetric_grid(bits: int, group_size: int, method: str) -> None:
     """Never worse than symmetric by more than noise, and much better where the weights are shifted."""
     for shift, most in ((0.0, 1.04), (0.5, 1.03), (2.0, 0.72)):
-        case = shifted(make_case(64, 256, seed=3), shift)
+        case = shifted(make_case(48, 128, seed=3), shift)
         errors = [
             round_layers(
                 [Task("layer", case.weight, QuantFormat(bits, group_size, symmetric), torch.bfloat16)],
