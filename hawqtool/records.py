@@ -102,7 +102,7 @@ class Score:
 
 @dataclass(frozen=True)
 class SensitivityTable:
-    """Scores of every (metric, unit, format label), with what they were measured on.
+    """Scores of every (metric, unit, format label), all of symmetric or all of asymmetric grids.
 
     ``scores[metric][unit][label]``.
     """
@@ -113,6 +113,7 @@ class SensitivityTable:
     model_fingerprint: str
     rows: dict[str, str]
     settings: dict[str, float | int | str]
+    symmetric: bool = True
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,13 @@ class BitPlan:
     metric: str | None = None
 
     @property
+    def symmetric(self) -> bool:
+        """Whether no layer has zero points."""
+        return all(fmt.symmetric for fmt in self.formats.values())
+
+    @property
     def bpw(self) -> float:
-        """Stored bits per weight over the quantized linears, scales included."""
+        """Stored bits per weight over the quantized linears, scales and zero points included."""
         return 8 * self.stored_bytes / self.num_weights
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
@@ -146,10 +147,26 @@ def test_reader_gives_what_compressed_tensors_decompresses(source: Path, clean: 
         assert zeros is layer.zeros is None if fmt.symmetric else torch.equal(zeros, layer.zeros)
 
 
-def test_transformers_does_not_load_it(clean: Path) -> None:
-    """Why asymmetric grids need profile vllm; when this fails, that refusal and README can go."""
-    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
-        AutoModelForCausalLM.from_pretrained(clean, dtype="auto")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("labels", [*((label,) for label in MIX if label.endswith("a")), MIX])
+def test_transformers_loads_it_exactly_or_refuses_it(
+    labels: tuple[str, ...], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """What profile transformers and README say: 5.17 loads zero points, later versions check shapes and refuse."""
+    source = tiny_model("llama", tmp_path / "source", dtype=dtype, layers=3)
+    write_packed(source, tmp_path / "out", mixed_formats(linear_specs(read_index(source)), labels))
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").eval()
+    except RuntimeError as error:
+        assert "ignore_mismatched_sizes" in str(error)
+        assert not transformers.__version__.startswith("5.17.")
+        return
+    dense, reader = AutoModelForCausalLM.from_pretrained(source, dtype="auto").eval(), PackedReader(tmp_path / "out")
+    state = {name: reader.tensor(name) for name in dense.state_dict() if name in reader}
+    assert not dense.load_state_dict(state, strict=False).unexpected_keys
+    tokens = torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens).logits, dense(tokens).logits)
 
 
 def test_writer_wants_the_zero_points_that_were_planned(source: Path, tmp_path: Path) -> None:
