@@ -331,7 +331,7 @@ def test_uniform_candidates_are_distinct_and_sorted() -> None:
 
 
 def test_asymmetric_plans_are_of_one_kind() -> None:
-    units = [make_unit("a", [(8, 256)]), make_unit("b", [(16, 128), (16, 128)])]
+    units = [make_unit("a", [(8, 256)]), make_unit("b", [(16, 128)])]
     found = uniform_candidates(units, symmetric=False)
     assert all(c.label.endswith("a") and not f.symmetric for c in found for f in c.formats.values())
     assert [c.label.removesuffix("a") for c in sorted(found)] == [c.label for c in sorted(uniform_candidates(units))]
