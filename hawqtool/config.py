@@ -17,6 +17,9 @@ from hawqtool.records import SCORE_METRICS
 SELF = "self"
 """Calibration source: rows sampled from the model."""
 
+ASYMMETRIC_PROFILES = ("vllm", "transformers")
+"""Profiles that take grids with zero points; transformers only in versions that README names."""
+
 _SIZE_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -32,6 +35,7 @@ class RunConfig(BaseModel):
     plan: str | None = None
     bits: tuple[int, ...] | None = None
     group_size: int = 128
+    symmetric: bool = True
     profile: Literal["auto", "portable", "vllm", "transformers"] = "auto"
     scale_sign: Literal["auto", "both", "positive"] = "auto"
     calibration: tuple[str, ...] = (SELF,)
@@ -117,6 +121,10 @@ class RunConfig(BaseModel):
             )
         if self.profile == "portable" and self.scale_sign == "both":
             raise ValueError("profile portable needs positive scales; drop scale_sign or choose another profile")
+        if not self.symmetric and self.profile not in ASYMMETRIC_PROFILES:
+            raise ValueError(asymmetric_refusal(self.profile))
+        if not self.symmetric and self.scale_sign == "both":
+            raise ValueError("scale_sign both is for symmetric grids: zero points do its work; drop one of the two")
         return self
 
     @property
@@ -151,6 +159,14 @@ class RunConfig(BaseModel):
         if self.sensitivity in SCORE_METRICS:
             return self.sensitivity
         return "fisher" if self.rounding == "rtn" else "kron"
+
+
+def asymmetric_refusal(profile: str) -> str:
+    """Why a profile does not take asymmetric grids, and which do."""
+    return (
+        f"profile {profile} takes symmetric grids only: transformers 5.23 fails to load the zero points of asymmetric "
+        "ones, and SGLang takes them at 4 bits only; --profile vllm accepts them (and --profile transformers, for 5.17)"
+    )
 
 
 def parse_size(text: str) -> int:

@@ -18,10 +18,13 @@ SHAPE_TENSOR_BYTES = 16
 class QuantFormat:
     """A uniform integer grid: ``bits`` per code, one scale per ``group_size`` inputs of a row.
 
+    A weight is scale * code, or scale * (code - zero) on an asymmetric grid, whose zero is an integer in the range
+    of the codes.
+
     Args:
         bits: Width of a code, 2 to 8.
         group_size: Inputs that share a scale; ``CHANNEL`` (0) means the whole row.
-        symmetric: Whether the grid has no zero point. Only symmetric grids are written today.
+        symmetric: Whether the grid has no zero points.
     """
 
     bits: int
@@ -30,8 +33,9 @@ class QuantFormat:
 
     @property
     def label(self) -> str:
-        """Short name such as ``w3g64`` or ``w4ch``."""
-        return f"w{self.bits}" + (f"g{self.group_size}" if self.group_size else "ch")
+        """Short name such as ``w3g64`` or ``w4ch``; ``w3g64a`` and ``w4cha`` have zero points."""
+        groups = f"g{self.group_size}" if self.group_size else "ch"
+        return f"w{self.bits}{groups}" + ("" if self.symmetric else "a")
 
     @property
     def min_code(self) -> int:
@@ -59,16 +63,21 @@ class QuantFormat:
         """int32 words per packed row: the dense little-endian bit stream, ceil(in * bits / 32)."""
         return -(-in_features * self.bits // 32)
 
+    def packed_zero_rows(self, out_features: int) -> int:
+        """int32 words per group of the packed zero points, which lie along the rows; 0 for a symmetric grid."""
+        return 0 if self.symmetric else -(-out_features * self.bits // 32)
+
     def stored_bytes(self, out_features: int, in_features: int, scale_bytes: int) -> int:
-        """Bytes of packed codes and scales of a ``[out, in]`` weight; ``weight_shape`` is not included.
+        """Bytes of packed codes, scales and packed zero points of a ``[out, in]`` weight, without ``weight_shape``.
 
         Args:
             out_features: Rows.
             in_features: Columns.
             scale_bytes: Bytes of one scale, 2 for bf16 and fp16 sources, 4 for fp32.
         """
-        codes = 4 * out_features * self.packed_columns(in_features)
-        return codes + out_features * self.num_groups(in_features) * scale_bytes
+        groups = self.num_groups(in_features)
+        words = out_features * self.packed_columns(in_features) + self.packed_zero_rows(out_features) * groups
+        return 4 * words + out_features * groups * scale_bytes
 
 
 def parse_label(label: str) -> QuantFormat:
@@ -77,10 +86,10 @@ def parse_label(label: str) -> QuantFormat:
     Raises:
         ValueError: If the label is malformed or the width is out of range.
     """
-    match = re.fullmatch(r"w(\d)(?:g([1-9]\d*)|ch)", label)
+    match = re.fullmatch(r"w(\d)(?:g([1-9]\d*)|ch)(a?)", label)
     if not match or not MIN_BITS <= int(match[1]) <= MAX_BITS:
         raise ValueError(f"{label!r} is not a format label such as w3g64 or w4ch (widths 2 to 8)")
-    return QuantFormat(int(match[1]), int(match[2] or CHANNEL))
+    return QuantFormat(int(match[1]), int(match[2] or CHANNEL), symmetric=not match[3])
 
 
 def fitting_group_size(requested: int, in_features: int) -> int | None:

@@ -112,7 +112,7 @@ class Score:
 
 @dataclass(frozen=True)
 class SensitivityTable:
-    """Scores of every (metric, unit, format label), with what they were measured on.
+    """Scores of every (metric, unit, format label), all of symmetric or all of asymmetric grids.
 
     ``scores[metric][unit][label]``.
     """
@@ -123,6 +123,7 @@ class SensitivityTable:
     model_fingerprint: str
     rows: dict[str, str]
     settings: dict[str, float | int | str]
+    symmetric: bool = True
 
 
 @dataclass(frozen=True)
@@ -137,19 +138,25 @@ class BitPlan:
     metric: str | None = None
 
     @property
+    def symmetric(self) -> bool:
+        """Whether no layer has zero points."""
+        return all(fmt.symmetric for fmt in self.formats.values())
+
+    @property
     def bpw(self) -> float:
-        """Stored bits per weight over the quantized linears, scales included."""
+        """Stored bits per weight over the quantized linears, scales and zero points included."""
         return 8 * self.stored_bytes / self.num_weights
 
 
 @dataclass(frozen=True)
 class RoundedLayer:
-    """Codes and scales of one layer.
+    """Codes, scales and zero points of one layer.
 
     Args:
         codes: ``[out, in]`` int8, signed.
         scales: ``[out, groups]`` in the stored dtype.
         metrics: What the report says of the layer.
+        zeros: ``[out, groups]`` int8, signed; None on a symmetric grid.
     """
 
     name: str
@@ -157,6 +164,7 @@ class RoundedLayer:
     codes: Tensor
     scales: Tensor
     metrics: LayerMetrics
+    zeros: Tensor | None = None
 
 
 @dataclass(frozen=True)

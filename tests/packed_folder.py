@@ -45,9 +45,21 @@ def mixed_formats(specs: Mapping[str, LinearSpec], labels: Sequence[str] = MIX) 
 def round_nearest(name: str, weight: Tensor, quant_format: QuantFormat) -> RoundedLayer:
     """Plain rounding with the peak of each group at the largest code."""
     grouped = weight.float().view(len(weight), quant_format.num_groups(weight.shape[1]), -1)
+    if not quant_format.symmetric:
+        return round_to_range(name, weight, quant_format, grouped)
     scales = (grouped.abs().amax(-1) / max(quant_format.max_code, 1)).to(weight.dtype)
     codes = (grouped / scales.float().unsqueeze(-1)).round().clamp(quant_format.min_code, quant_format.max_code)
     return RoundedLayer(name, quant_format, codes.to(torch.int8).view_as(weight), scales, METRICS)
+
+
+def round_to_range(name: str, weight: Tensor, quant_format: QuantFormat, grouped: Tensor) -> RoundedLayer:
+    """Plain rounding with each group's range, which includes zero, spread over all codes."""
+    low, high = grouped.amin(-1).clamp_max(0), grouped.amax(-1).clamp_min(0)
+    scales = ((high - low) / (quant_format.max_code - quant_format.min_code)).to(weight.dtype)
+    zeros = (quant_format.min_code - (low / scales.float()).round()).clamp(quant_format.min_code, quant_format.max_code)
+    codes = (grouped / scales.float().unsqueeze(-1)).round() + zeros.unsqueeze(-1)
+    codes = codes.clamp(quant_format.min_code, quant_format.max_code).to(torch.int8).view_as(weight)
+    return RoundedLayer(name, quant_format, codes, scales, METRICS, zeros.to(torch.int8))
 
 
 def write_packed(
@@ -69,7 +81,7 @@ def write_packed(
         for name in sorted(chosen, reverse=True):
             weight = reader.tensor(f"{name}.weight")
             layer = round_nearest(name, weight, chosen[name])
-            errors[name] = relative_weight_error(weight, dequantize(layer.codes, layer.scales))
+            errors[name] = relative_weight_error(weight, dequantize(layer.codes, layer.scales, layer.zeros))
             writer.write_layer(layer)
         writer.copy_rest()
     copy_small_files(source, folder)

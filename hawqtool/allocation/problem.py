@@ -128,7 +128,7 @@ def _loss(unit: str, quant_format: QuantFormat, measured: Mapping[str, Score], p
 
 
 def resolve_pins(
-    pin_options: Sequence[str], units: Sequence[Unit], group_sizes: Mapping[str, int]
+    pin_options: Sequence[str], units: Sequence[Unit], group_sizes: Mapping[str, int], symmetric: bool = True
 ) -> dict[str, QuantFormat]:
     """Formats that ``--pin`` fixes; a pin on one fused member pins its whole unit.
 
@@ -137,6 +137,7 @@ def resolve_pins(
             (`re.match`), a plain name exactly. Names are those of modules and of units.
         units: Units that are quantized.
         group_sizes: Unit name to the group size of its format.
+        symmetric: Whether grids have no zero points.
 
     Returns:
         Unit name to format.
@@ -149,7 +150,7 @@ def resolve_pins(
     for option in pin_options:
         pattern, bits = _parse_pin(option)
         for unit in _matching_units(pattern, units, "--pin"):
-            chosen = QuantFormat(bits, group_sizes[unit.name])
+            chosen = QuantFormat(bits, group_sizes[unit.name], symmetric)
             if pins.setdefault(unit.name, chosen) != chosen:
                 raise UsageError(
                     f"--pin {origin[unit.name]} and --pin {option} fix unit {unit.name} to different widths, "

@@ -38,13 +38,16 @@ def unit_group_size(unit: Unit, requested: int) -> int | None:
     return None if None in sizes else min(size for size in sizes if size is not None)
 
 
-def uniform_formats(units: Sequence[Unit], bits: int, group_size: int) -> dict[str, QuantFormat]:
+def uniform_formats(
+    units: Sequence[Unit], bits: int, group_size: int, symmetric: bool = True
+) -> dict[str, QuantFormat]:
     """Formats of a uniform plan, groups falling where the requested size does not divide a layer.
 
     Args:
         units: Units that are quantized.
         bits: Width of every unit.
         group_size: Requested group size; ``CHANNEL`` (0) for one scale per row.
+        symmetric: Whether grids have no zero points.
 
     Returns:
         Unit name to format.
@@ -63,7 +66,7 @@ def uniform_formats(units: Sequence[Unit], bits: int, group_size: int) -> dict[s
                 if fitting_group_size(group_size, member.in_features) is None
             ]
         else:
-            formats[unit.name] = QuantFormat(bits, size)
+            formats[unit.name] = QuantFormat(bits, size, symmetric)
     if refused:
         named = ", ".join(refused[:_NAMED_LAYERS])
         more = f" and {len(refused) - _NAMED_LAYERS} more" if len(refused) > _NAMED_LAYERS else ""
@@ -75,8 +78,8 @@ def uniform_formats(units: Sequence[Unit], bits: int, group_size: int) -> dict[s
     return formats
 
 
-def uniform_candidates(units: Sequence[Unit]) -> list[UniformCandidate]:
-    """Every distinct uniform plan: widths 2 to 8, group sizes 128, 64, 32 and channel.
+def uniform_candidates(units: Sequence[Unit], symmetric: bool = True) -> list[UniformCandidate]:
+    """Every distinct uniform plan of one kind: widths 2 to 8, group sizes 128, 64, 32 and channel.
 
     Group sizes that do not fit all layers are left out; of plans made equal by falls one is kept, under the
     group size that its layers really have.
@@ -91,24 +94,26 @@ def uniform_candidates(units: Sequence[Unit]) -> list[UniformCandidate]:
         for group_size in (CHANNEL, *sorted(GROUP_SIZES)):
             if not units or any(unit_group_size(unit, group_size) is None for unit in units):
                 continue
-            formats = uniform_formats(units, bits, group_size)
+            formats = uniform_formats(units, bits, group_size, symmetric)
             key = tuple(formats.values())
             if key in seen:
                 continue
             seen.add(key)
             stored = sum(unit.stored_bytes(formats[unit.name]) for unit in units)
-            candidates.append(UniformCandidate(QuantFormat(bits, group_size).label, formats, stored))
+            candidates.append(UniformCandidate(QuantFormat(bits, group_size, symmetric).label, formats, stored))
     return sorted(candidates, key=lambda c: (c.stored_bytes, c.bits))
 
 
-def best_uniform(units: Sequence[Unit], budget_bytes: int) -> UniformCandidate | None:
+def best_uniform(units: Sequence[Unit], budget_bytes: int, symmetric: bool = True) -> UniformCandidate | None:
     """The uniform plan with the most stored bytes within a budget, ties to more bits; None if none fits."""
-    return neighbours(units, budget_bytes)[0]
+    return neighbours(units, budget_bytes, symmetric)[0]
 
 
-def neighbours(units: Sequence[Unit], stored_bytes: int) -> tuple[UniformCandidate | None, UniformCandidate | None]:
-    """The uniform plans just below (or at) and just above so many bytes, ties to more bits."""
-    candidates = uniform_candidates(units)
+def neighbours(
+    units: Sequence[Unit], stored_bytes: int, symmetric: bool = True
+) -> tuple[UniformCandidate | None, UniformCandidate | None]:
+    """The uniform plans of one kind just below (or at) and just above so many bytes, ties to more bits."""
+    candidates = uniform_candidates(units, symmetric)
     below = [c for c in candidates if c.stored_bytes <= stored_bytes]
     above = [c for c in candidates if c.stored_bytes > stored_bytes]
     return (

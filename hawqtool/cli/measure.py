@@ -16,6 +16,8 @@ def measure(
     output: Annotated[str, typer.Option("--output", "-o", help="File to write.")] = "sensitivity.json",
     bits: o.Bits = None,
     group_size: o.GroupSize = None,
+    symmetric: o.Symmetric = None,
+    profile: o.Profile = None,
     pin: o.Pin = None,
     ignore: o.Ignore = None,
     calibration: o.Calibration = None,

@@ -49,6 +49,14 @@ GroupSize = Annotated[
         panel=TARGET,
     ),
 ]
+Symmetric = Annotated[
+    Optional[bool],
+    _option(
+        "--symmetric/--asymmetric",
+        help="Grids without or with zero points; asymmetric needs --profile vllm [default: symmetric].",
+        panel=TARGET,
+    ),
+]
 Profile = Annotated[
     Optional[str],
     _option(

@@ -22,6 +22,7 @@ def quantize(
     plan: o.Plan = None,
     bits: o.Bits = None,
     group_size: o.GroupSize = None,
+    symmetric: o.Symmetric = None,
     profile: o.Profile = None,
     pin: o.Pin = None,
     ignore: o.Ignore = None,

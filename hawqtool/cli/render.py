@@ -25,11 +25,12 @@ def announcement(description: dict[str, Any]) -> list[str]:
     low, high = description["achievable_bpw"]
     budget = description["budget_bpw"]
     about = "" if description["expected_is_exact"] else "at most "
+    kind = "" if description["symmetric"] else ", asymmetric"
     lines = [
         f"model       {description['model']}: {description['blocks']} blocks, {description['linears']} linears in "
         f"{description['units']} units, {description['quantized_weights']:,} weights to quantize",
-        f"widths      {', '.join(map(str, description['widths']))} bits; achievable {low:.3f} to {high:.3f} stored "
-        "bits per weight",
+        f"widths      {', '.join(map(str, description['widths']))} bits{kind}; achievable {low:.3f} to {high:.3f} "
+        "stored bits per weight",
         f"budget      {'from the plan' if budget is None else f'{budget:.3f} stored bits per weight'}; best uniform "
         f"that fits: {description['best_uniform'] or 'none'}",
         f"size        {size(description['original_bytes'])} now, {about}{size(description['expected_bytes'])} "

@@ -43,7 +43,7 @@ def quantization_config(
             matches its own names, other engines the stored ones.
 
     Raises:
-        InputError: If a unit mixes formats, a format is asymmetric, or names are ambiguous without their prefix.
+        InputError: If a unit mixes formats, or names are ambiguous without their prefix.
     """
     _check_units(formats, units)
     by_format: dict[QuantFormat, list[str]] = defaultdict(list)
@@ -122,18 +122,19 @@ def group_format(weights: Mapping[str, Any]) -> QuantFormat:
     """Format of a group's ``weights`` entry.
 
     Raises:
-        InputError: If it is not a symmetric static integer grid per group or channel.
+        InputError: If it is not a static integer grid per group or channel.
     """
     bits, strategy = weights.get("num_bits"), weights.get("strategy")
     size = weights.get("group_size")
     if not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
         raise InputError(f"num_bits is {bits!r}; expected {MIN_BITS} to {MAX_BITS}")
-    if weights.get("type") != "int" or weights.get("symmetric") is not True or weights.get("dynamic") is not False:
-        raise InputError("weights are not type int, symmetric true, dynamic false; only these are written")
+    symmetric = weights.get("symmetric")
+    if weights.get("type") != "int" or not isinstance(symmetric, bool) or weights.get("dynamic") is not False:
+        raise InputError("weights are not type int, symmetric true or false, dynamic false; only these are written")
     if strategy == "channel" and size in (None, -1):
-        return QuantFormat(bits, CHANNEL)
+        return QuantFormat(bits, CHANNEL, symmetric)
     if strategy == "group" and isinstance(size, int) and size > 0:
-        return QuantFormat(bits, size)
+        return QuantFormat(bits, size, symmetric)
     raise InputError(
         f"strategy is {strategy!r} with group_size {size!r}; expected group and a size, or channel and null"
     )
@@ -142,8 +143,6 @@ def group_format(weights: Mapping[str, Any]) -> QuantFormat:
 def _check_units(formats: Mapping[str, QuantFormat], units: Mapping[str, str]) -> None:
     seen: dict[str, tuple[str, QuantFormat]] = {}
     for module, quant_format in formats.items():
-        if not quant_format.symmetric:
-            raise InputError(f"{module} has an asymmetric format; expected a symmetric one; choose another format")
         first, expected = seen.setdefault(units[module], (module, quant_format))
         if quant_format != expected:
             raise InputError(
@@ -156,7 +155,7 @@ def _weights(quant_format: QuantFormat) -> dict[str, Any]:
     return {
         "num_bits": quant_format.bits,
         "type": "int",
-        "symmetric": True,
+        "symmetric": quant_format.symmetric,
         "strategy": "group" if quant_format.group_size else "channel",
         "group_size": quant_format.group_size or None,
         "dynamic": False,

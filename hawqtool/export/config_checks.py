@@ -20,19 +20,18 @@ from hawqtool.export.compressed_tensors import (
     matching_targets,
     module_format,
 )
-from hawqtool.export.packed import shape_problem
+from hawqtool.export.packed import PACKED, SCALE, ZERO_POINT, shape_problem
 from hawqtool.formats import QuantFormat
 from hawqtool.model.index import CheckpointIndex
 from hawqtool.model.reader import TensorReader
 from hawqtool.model.units import unit_name
 
-PACKED_SUFFIX = ".weight_packed"
-_PARTS = (PACKED_SUFFIX, ".weight_scale", ".weight_shape")
+_PARTS = (PACKED, SCALE, ".weight_shape")
 
 
 def packed_modules(index: CheckpointIndex) -> tuple[str, ...]:
     """Modules that have a ``weight_packed``, in file order."""
-    return tuple(name.removesuffix(PACKED_SUFFIX) for name in index.tensors if name.endswith(PACKED_SUFFIX))
+    return tuple(name.removesuffix(PACKED) for name in index.tensors if name.endswith(PACKED))
 
 
 def dense_matrices(index: CheckpointIndex) -> tuple[str, ...]:
@@ -144,9 +143,9 @@ def module_problems(
             problems.append(problem)
     packed = set(packed_modules(index))
     for name in index.tensors:
-        for suffix in _PARTS[1:]:
+        for suffix in (*_PARTS[1:], ZERO_POINT):
             if name.endswith(suffix) and name.removesuffix(suffix) not in packed:
-                problems.append(f"{name} has no {name.removesuffix(suffix)}{PACKED_SUFFIX} beside it; write it again")
+                problems.append(f"{name} has no {name.removesuffix(suffix)}{PACKED} beside it; write it again")
     return formats, problems
 
 
@@ -211,17 +210,21 @@ def _part_problem(module: str, index: CheckpointIndex) -> str | None:
     for suffix, dtypes in expected.items():
         info = index.tensors.get(module + suffix)
         if info is None:
-            return f"{module}{suffix} is missing; expected it beside {module}{PACKED_SUFFIX}; write it again"
+            return f"{module}{suffix} is missing; expected it beside {module}{PACKED}; write it again"
         if info.dtype not in dtypes:
             return f"{info.name} is {info.dtype}; expected {' or '.join(dtypes)}; write it again"
+    zeros = index.tensors.get(module + ZERO_POINT)
+    if zeros is not None and zeros.dtype != "I32":
+        return f"{zeros.name} is {zeros.dtype}; expected I32, packed along the rows; write it again"
     if index.tensors[f"{module}.weight_shape"].shape != (2,):
         return f"{module}.weight_shape does not hold two numbers; expected rows and columns; write it again"
     if f"{module}.weight" in index.tensors:
-        return f"{module}.weight is stored beside {module}{PACKED_SUFFIX}; expected one of them; write it again"
+        return f"{module}.weight is stored beside {module}{PACKED}; expected one of them; write it again"
     return None
 
 
 def _shape_problem(module: str, quant_format: QuantFormat, index: CheckpointIndex, reader: TensorReader) -> str | None:
     rows, columns = (int(value) for value in reader.tensor(f"{module}.weight_shape"))
-    packed, scale = (index.tensors[module + suffix].shape for suffix in _PARTS[:2])
-    return shape_problem(module, quant_format, packed, scale, (rows, columns))
+    infos = {suffix: index.tensors.get(module + suffix) for suffix in (PACKED, SCALE, ZERO_POINT)}
+    found = {suffix: info.shape for suffix, info in infos.items() if info is not None}
+    return shape_problem(module, quant_format, found, (rows, columns))

@@ -81,9 +81,10 @@ def plan_layout(
 ) -> Layout:
     """Lay out the quantized checkpoint.
 
-    ``M.weight`` of a quantized module is replaced by ``M.weight_packed``, ``M.weight_scale`` and
-    ``M.weight_shape``, which stay in one shard; every other tensor keeps its name and bytes. Shards are filled
-    in source order up to ``max_shard_bytes`` of tensor data; a larger tensor gets a shard of its own.
+    ``M.weight`` of a quantized module is replaced by ``M.weight_packed``, ``M.weight_scale``, ``M.weight_shape``
+    and, on an asymmetric grid, ``M.weight_zero_point``, which stay in one shard; every other tensor keeps its name
+    and bytes. Shards are filled in source order up to ``max_shard_bytes`` of tensor data; a larger tensor gets a
+    shard of its own.
 
     Args:
         index: The source.
@@ -132,11 +133,14 @@ def _check_sources(index: CheckpointIndex, formats: dict[str, QuantFormat], spec
 
 
 def _packed_entries(info: TensorInfo, spec: LinearSpec, quant_format: QuantFormat) -> list[Entry]:
-    parts = (
+    groups = quant_format.num_groups(spec.in_features)
+    parts: list[tuple[str, str, tuple[int, ...]]] = [
         ("weight_packed", "I32", (spec.out_features, quant_format.packed_columns(spec.in_features))),
-        ("weight_scale", info.dtype, (spec.out_features, quant_format.num_groups(spec.in_features))),
+        ("weight_scale", info.dtype, (spec.out_features, groups)),
         ("weight_shape", "I64", (2,)),
-    )
+    ]
+    if not quant_format.symmetric:
+        parts.append(("weight_zero_point", "I32", (quant_format.packed_zero_rows(spec.out_features), groups)))
     return [
         Entry(f"{spec.name}.{suffix}", dtype, shape, 0, math.prod(shape) * DTYPE_BYTES[dtype], None)
         for suffix, dtype, shape in parts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +12,31 @@ from torch import Tensor
 
 from hawqtool.errors import InputError
 from hawqtool.export.compressed_tensors import module_format
-from hawqtool.export.packing import unpack_codes
+from hawqtool.export.packing import unpack_codes, unpack_zeros
 from hawqtool.formats import QuantFormat
 from hawqtool.model.index import CheckpointIndex, read_index
 from hawqtool.model.reader import TensorReader
 
+PACKED, SCALE, ZERO_POINT = ".weight_packed", ".weight_scale", ".weight_zero_point"
+"""Suffixes of the tensors that hold a packed weight; zero points exist on asymmetric grids only."""
 
-def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
-    """Weights as loaders compute them: code times scale, in the scale's dtype.
+
+def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
+    """Weights as loaders compute them: code, less its zero point if there is one, times scale, in the scale's dtype.
 
     Args:
         codes: ``[out, in]`` int8.
         scales: ``[out, groups]`` in the stored dtype.
+        zeros: ``[out, groups]`` int8; None on a symmetric grid.
 
     Returns:
         ``[out, in]`` in the scale's dtype.
     """
     rows, columns = codes.shape
     grouped = codes.to(scales.dtype).view(rows, scales.shape[1], columns // max(scales.shape[1], 1))
+    if zeros is not None:
+        # Exact even in bf16: 8-bit differences lie within ±255.
+        grouped = grouped - zeros.to(scales.dtype).unsqueeze(-1)
     return (grouped * scales.unsqueeze(-1)).view(rows, columns)
 
 
@@ -97,50 +104,77 @@ class PackedReader:
         weight = dequantize(*self.codes(module))
         return weight.t().contiguous() if module in self.transposed else weight
 
-    def codes(self, module: str) -> tuple[Tensor, Tensor]:
-        """Codes ``[out, in]`` int8 and scales ``[out, groups]`` of a packed module.
+    def codes(self, module: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Codes ``[out, in]`` int8, scales ``[out, groups]`` and zero points of a packed module, as `dequantize` takes.
 
         Raises:
             InputError: If the module is not packed, or shapes and the config group disagree.
         """
-        packed, scales, rows, columns = self._parts(module)
+        parts = self._parts(module)
         quant_format = module_format(self._config, module)
-        problem = shape_problem(module, quant_format, tuple(packed.shape), tuple(scales.shape), (rows, columns))
+        found = {suffix: tuple(part.shape) for suffix, part in parts.items()}
+        problem = shape_problem(module, quant_format, found, self._shape(module))
         if problem:
             raise InputError(problem)
-        return unpack_codes(packed, quant_format.bits, columns), scales
+        return unpack_parts(parts, quant_format, self._shape(module))
 
     def _packed_module(self, name: str) -> str | None:
         module = name.removesuffix(".weight")
-        return module if module != name and f"{module}.weight_packed" in self.index.tensors else None
+        return module if module != name and f"{module}{PACKED}" in self.index.tensors else None
 
-    def _parts(self, module: str) -> tuple[Tensor, Tensor, int, int]:
-        packed = self._reader.tensor(f"{module}.weight_packed")
-        scales = self._reader.tensor(f"{module}.weight_scale")
+    def _parts(self, module: str) -> dict[str, Tensor]:
+        parts = packed_parts(self._reader, module)
+        floating = parts[SCALE].dtype.is_floating_point
+        if not floating or any(part.dtype != torch.int32 for suffix, part in parts.items() if suffix != SCALE):
+            raise InputError(f"{module} is not packed as int32 words and float scales; write it again")
+        return parts
+
+    def _shape(self, module: str) -> tuple[int, int]:
         shape = self._reader.tensor(f"{module}.weight_shape").tolist()
-        if packed.dtype != torch.int32 or not scales.dtype.is_floating_point or len(shape) != 2:
-            raise InputError(f"{module} is not packed as int32 words, float scales and two dimensions; write it again")
-        return packed, scales, int(shape[0]), int(shape[1])
+        if len(shape) != 2:
+            raise InputError(f"{module}.weight_shape does not hold two numbers; write it again")
+        return int(shape[0]), int(shape[1])
+
+
+def packed_parts(reader: TensorReader, module: str) -> dict[str, Tensor]:
+    """Packed codes, scales and, where there are any, packed zero points of a module, by suffix."""
+    names = {suffix: module + suffix for suffix in (PACKED, SCALE, ZERO_POINT)}
+    return {suffix: reader.tensor(name) for suffix, name in names.items() if suffix != ZERO_POINT or name in reader}
+
+
+def unpack_parts(
+    parts: Mapping[str, Tensor], quant_format: QuantFormat, shape: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes, scales and zero points, as `dequantize` takes them, of parts without `shape_problem`."""
+    zeros = None if quant_format.symmetric else unpack_zeros(parts[ZERO_POINT], quant_format.bits, shape[0])
+    return unpack_codes(parts[PACKED], quant_format.bits, shape[1]), parts[SCALE], zeros
 
 
 def shape_problem(
-    module: str,
-    quant_format: QuantFormat,
-    packed: tuple[int, ...],
-    scale: tuple[int, ...],
-    shape: tuple[int, int],
+    module: str, quant_format: QuantFormat, found: Mapping[str, tuple[int, ...]], shape: tuple[int, int]
 ) -> str | None:
-    """What is wrong with the shapes of a packed module in a format; None when they agree."""
+    """What is wrong with the shapes of a packed module in a format; None when they agree.
+
+    Args:
+        module: Its name.
+        quant_format: The format that its config group says.
+        found: Shapes of the stored parts by suffix; zero points are absent where none are stored.
+        shape: Content of ``weight_shape``.
+    """
     rows, columns = shape
     if not quant_format.divides(columns):
         return f"{module}.weight_shape says {columns} inputs; expected a multiple of the groups of {quant_format.label}"
-    for suffix, found, expected in (
-        ("weight_packed", packed, (rows, quant_format.packed_columns(columns))),
-        ("weight_scale", scale, (rows, quant_format.num_groups(columns))),
-    ):
-        if found != expected:
+    if quant_format.symmetric and ZERO_POINT in found:
+        return f"{module}{ZERO_POINT} is stored; expected none: its config group says symmetric true; write it again"
+    if not quant_format.symmetric and ZERO_POINT not in found:
+        return f"{module}{ZERO_POINT} is missing; expected it: its config group says symmetric false; write it again"
+    groups = quant_format.num_groups(columns)
+    wanted = {PACKED: (rows, quant_format.packed_columns(columns)), SCALE: (rows, groups)}
+    wanted[ZERO_POINT] = (quant_format.packed_zero_rows(rows), groups)
+    for suffix, size in found.items():
+        if size != wanted[suffix]:
             return (
-                f"{module}.{suffix} has shape {list(found)}; expected {list(expected)} for {quant_format.label}, "
+                f"{module}{suffix} has shape {list(size)}; expected {list(wanted[suffix])} for {quant_format.label}, "
                 f"the num_bits and group_size of its config group, and weight_shape {list(shape)}"
             )
     return None

@@ -64,6 +64,31 @@ def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
     return codes
 
 
+def pack_zeros(zeros: Tensor, bits: int) -> Tensor:
+    """Pack zero points along the rows: each group's column is a bit stream as `pack_codes` makes it of a row.
+
+    Args:
+        zeros: ``[out, groups]`` int8 in the range of the codes.
+        bits: 2 to 8.
+
+    Returns:
+        ``[ceil(out*bits/32), groups]`` int32 on the same device.
+
+    Raises:
+        ValueError: If a zero point is out of range.
+    """
+    return pack_codes(zeros.t(), bits).t().contiguous()
+
+
+def unpack_zeros(packed: Tensor, bits: int, rows: int) -> Tensor:
+    """Inverse of `pack_zeros`: ``[rows, groups]`` int8.
+
+    Raises:
+        ValueError: If the number of words does not fit ``rows``.
+    """
+    return unpack_codes(packed.t(), bits, rows).t().contiguous()
+
+
 def _rows_per_slice(columns: int, device: torch.device) -> int:
     return max(1, _SLICE_CODES.get(device.type, 1 << 24) // max(columns, 1))
 
@@ -71,7 +96,8 @@ def _rows_per_slice(columns: int, device: torch.device) -> int:
 def _pack_slice(codes: Tensor, bits: int) -> Tensor:
     """``[rows, in]`` int8 to ``[rows, words]`` int32 with at least the words needed, zero bits after the last code."""
     rows, columns = codes.shape
-    stream = pad(codes.to(torch.int32) + (1 << (bits - 1)), (0, -columns % _TILE))
+    # Views of bytes below need unit strides, which a transposed view would keep from having.
+    stream = pad(codes.contiguous().to(torch.int32) + (1 << (bits - 1)), (0, -columns % _TILE))
     # Eight codes of b bits are b whole bytes: join neighbours three times, then keep b bytes of each int64.
     stream = stream[:, 0::2] | (stream[:, 1::2] << bits)
     stream = stream[:, 0::2] | (stream[:, 1::2] << (2 * bits))

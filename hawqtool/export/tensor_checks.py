@@ -1,4 +1,4 @@
-"""Checks of a packed checkpoint's bytes: scales, checksums, the plan, and the source."""
+"""Checks of a packed checkpoint's bytes: scales, zero points, checksums, the plan, and the source."""
 
 from __future__ import annotations
 
@@ -9,9 +9,17 @@ from typing import Any
 
 import torch
 
-from hawqtool.export.config_checks import PACKED_SUFFIX, packed_modules
-from hawqtool.export.packed import dequantize, relative_weight_error
-from hawqtool.export.packing import unpack_codes
+from hawqtool.export.config_checks import packed_modules
+from hawqtool.export.packed import (
+    PACKED,
+    SCALE,
+    ZERO_POINT,
+    dequantize,
+    packed_parts,
+    relative_weight_error,
+    unpack_parts,
+)
+from hawqtool.export.packing import pack_zeros, unpack_zeros
 from hawqtool.formats import CHANNEL, QuantFormat
 from hawqtool.model.index import CheckpointIndex, TensorInfo
 from hawqtool.model.reader import TensorReader
@@ -32,13 +40,29 @@ def scale_problems(reader: TensorReader, modules: Sequence[str]) -> list[str]:
     """Scales that are zero or not finite, first of each module."""
     problems = []
     for module in modules:
-        scales = reader.tensor(f"{module}.weight_scale")
+        scales = reader.tensor(f"{module}{SCALE}")
         bad = (~torch.isfinite(scales) | (scales == 0)).nonzero()
         if len(bad):
             row, group = bad[0].tolist()
             problems.append(
                 f"{module}.weight_scale has {float(scales[row, group])} at row {row}, group {group} "
                 f"({len(bad)} such); expected finite and non-zero; write it again"
+            )
+    return problems
+
+
+def zero_point_problems(reader: TensorReader, formats: Mapping[str, QuantFormat]) -> list[str]:
+    """Zero points with bits set behind the last row, which no zero point in range leaves there."""
+    problems = []
+    for module, quant_format in formats.items():
+        if quant_format.symmetric:
+            continue
+        stored = reader.tensor(f"{module}{ZERO_POINT}")
+        rows = int(reader.tensor(f"{module}.weight_shape")[0])
+        if not torch.equal(pack_zeros(unpack_zeros(stored, quant_format.bits, rows), quant_format.bits), stored):
+            problems.append(
+                f"{module}{ZERO_POINT} has bits set behind its {rows} zero points of {quant_format.bits} bits; "
+                "expected zeros there; write it again"
             )
     return problems
 
@@ -74,7 +98,7 @@ def plan_problems(formats: Mapping[str, QuantFormat], index: CheckpointIndex, pl
         if name not in packed:
             problems.append(f"{name} is in reproduce/plan.json but not packed; expected it packed; write it again")
             continue
-        parts = (name + PACKED_SUFFIX, name + ".weight_scale")
+        parts = (name + PACKED, name + SCALE, name + ZERO_POINT)
         stored = sum(index.tensors[part].num_bytes for part in parts if part in index.tensors)
         if stored != layer["bytes"]:
             problems.append(f"{name} takes {stored} bytes; reproduce/plan.json says {layer['bytes']}; write it again")
@@ -106,7 +130,7 @@ def copy_problems(reader: TensorReader, source: TensorReader) -> list[str]:
             problems.append(f"tensor {name} is {_kind(found)}; the source has {_kind(info)}; write it again")
         elif any(a != b for a, b in zip(reader.chunks(name), source.chunks(name), strict=True)):
             problems.append(f"tensor {name} differs from the source's; expected equal bytes; write it again")
-    parts = {f"{module}{suffix}" for module in packed for suffix in (PACKED_SUFFIX, ".weight_scale", ".weight_shape")}
+    parts = {f"{module}{suffix}" for module in packed for suffix in (PACKED, SCALE, ZERO_POINT, ".weight_shape")}
     known = parts | set(source.index.tensors)
     unknown = [name for name in index.tensors if name not in known]
     return problems + [
@@ -141,11 +165,9 @@ def error_problems(
         if found != ([columns, rows] if module in transposed else [rows, columns]):
             problems.append(f"{module}.weight_shape is {[rows, columns]}; the source's weight has {found}")
             continue
-        codes = unpack_codes(reader.tensor(f"{module}{PACKED_SUFFIX}"), quant_format.bits, columns)
-        scales = reader.tensor(f"{module}.weight_scale")
-        weight, restored = source.tensor(name), dequantize(codes, scales)
-        weight = weight.t() if module in transposed else weight
-        problems += _group_problems(module, weight, restored, scales.shape[1])
+        weight = source.tensor(name).t() if module in transposed else source.tensor(name)
+        restored = dequantize(*unpack_parts(packed_parts(reader, module), quant_format, (rows, columns)))
+        problems += _group_problems(module, weight, restored, quant_format.num_groups(columns))
         if module in recorded:
             measured, expected = relative_weight_error(weight, restored), float(recorded[module])
             if not math.isclose(measured, expected, rel_tol=ERROR_TOLERANCE, abs_tol=1e-12):

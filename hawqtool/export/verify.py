@@ -24,6 +24,7 @@ from hawqtool.export.tensor_checks import (
     error_problems,
     plan_problems,
     scale_problems,
+    zero_point_problems,
 )
 from hawqtool.formats import QuantFormat
 from hawqtool.model.index import read_index
@@ -51,7 +52,7 @@ class VerifyReport:
 
 
 def verify_folder(folder: Path, against: Path | None = None) -> VerifyReport:
-    """Check a packed checkpoint: config, names, shapes, scales, checksums, plan, and optionally the source.
+    """Check a packed checkpoint: config, names, shapes, scales, zeros, checksums, plan, and optionally the source.
 
     Args:
         folder: A written checkpoint.
@@ -86,6 +87,7 @@ def verify_folder(folder: Path, against: Path | None = None) -> VerifyReport:
         problems += ignore_problems(config, index, plan["other_linears"] if plan else ())
     problems += fused_problems(formats, index)
     problems += scale_problems(reader, tuple(formats))
+    problems += zero_point_problems(reader, formats)
     if checksums:
         problems += checksum_problems(reader, index, checksums["tensors"])
     if plan:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hawqtool.errors import InputError, NumericalError
 from hawqtool.export.layout import Entry, Layout
-from hawqtool.export.packing import pack_codes
+from hawqtool.export.packing import pack_codes, pack_zeros
 from hawqtool.model.dtypes import dtype_name
 from hawqtool.model.index import INDEX_FILE, CheckpointIndex
 from hawqtool.model.reader import CHUNK_BYTES, TensorReader
@@ -94,16 +94,19 @@ class CheckpointWriter:
             self._close_streams()
 
     def write_layer(self, layer: RoundedLayer) -> None:
-        """Pack a rounded layer and write its three tensors.
+        """Pack a rounded layer and write its tensors.
 
         Raises:
             InputError: If the layer is not as the layout planned it.
             NumericalError: If it was written before, or the disk refuses.
         """
         rows, columns = layer.codes.shape
-        self._write(f"{layer.name}.weight_packed", pack_codes(layer.codes, layer.quant_format.bits))
+        bits = layer.quant_format.bits
+        self._write(f"{layer.name}.weight_packed", pack_codes(layer.codes, bits))
         self._write(f"{layer.name}.weight_scale", layer.scales)
         self._write(f"{layer.name}.weight_shape", torch.tensor([rows, columns], dtype=torch.int64))
+        if layer.zeros is not None:
+            self._write(f"{layer.name}.weight_zero_point", pack_zeros(layer.zeros, bits))
 
     def copy_rest(self) -> None:
         """Stream every tensor that is copied verbatim from the source, in pieces of at most 16 MiB.

@@ -21,6 +21,7 @@ def run_allocate(config: RunConfig, sensitivity: Path, output: Path) -> dict[str
     config.require_one_target()
     check_writable(output)
     table, units, unquantized = read_sensitivity(sensitivity)
+    config = config.model_copy(update={"rounding": table.rounding, "symmetric": table.symmetric})
     ignored = resolve_ignored(config.ignore, units)
     # Ignored layers stay in the file at full size, so a size target must count them.
     for unit in units:
@@ -29,10 +30,11 @@ def run_allocate(config: RunConfig, sensitivity: Path, output: Path) -> dict[str
     units = tuple(unit for unit in units if unit.name not in ignored)
     sizes = {name: fmt.group_size for name, fmt in uniform_formats(units, 8, config.group_size).items()}
     budget = budget_bytes(config, units, unquantized)
-    menu = format_menu(units, widths(config, units, budget), config.group_size)
+    menu = format_menu(units, widths(config, units, budget), config.group_size, config.symmetric)
     metric = config.model_copy(update={"rounding": table.rounding}).metric()
     scores = metric_scores(table, metric, sensitivity)
-    plan = allocate(units, menu, scores, resolve_pins(config.pin, units, sizes), budget, metric)
+    pins = resolve_pins(config.pin, units, sizes, config.symmetric)
+    plan = allocate(units, menu, scores, pins, budget, metric)
     ignored_linears = tuple(
         m.name for unit in read_sensitivity(sensitivity)[1] if unit.name in ignored for m in unit.members
     )

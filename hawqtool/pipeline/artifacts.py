@@ -67,6 +67,7 @@ def sensitivity_document(table: SensitivityTable, units: tuple[Unit, ...], unqua
         "model": table.model,
         "model_fingerprint": table.model_fingerprint,
         "rounding": table.rounding,
+        "symmetric": table.symmetric,
         "settings": table.settings,
         "rows": table.rows,
         "unquantized_bytes": unquantized_bytes,
@@ -104,6 +105,8 @@ def read_sensitivity(path: Path) -> tuple[SensitivityTable, tuple[Unit, ...], in
             model_fingerprint=document["model_fingerprint"],
             rows=document["rows"],
             settings=document["settings"],
+            # Files that do not say so were written before there were other grids.
+            symmetric=bool(document.get("symmetric", True)),
         )
         return table, units, int(document["unquantized_bytes"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -188,7 +191,10 @@ def read_plan(path: Path, units: tuple[Unit, ...]) -> BitPlan:
 
 def _entry_format(entry: dict[str, Any]) -> QuantFormat:
     size = 0 if entry["group_size"] == "channel" else int(entry["group_size"])
-    fmt = QuantFormat(int(entry["bits"]), size)
+    symmetric = entry.get("symmetric", True)
+    if not isinstance(symmetric, bool):
+        raise ValueError(f"{entry['name']}: symmetric {symmetric!r}, expected true or false")
+    fmt = QuantFormat(int(entry["bits"]), size, symmetric)
     if not 2 <= fmt.bits <= 8 or size not in (0, 32, 64, 128):
         raise ValueError(f"{entry['name']}: bits {fmt.bits}, group_size {entry['group_size']}")
     return fmt

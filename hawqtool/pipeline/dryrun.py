@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from hawqtool.allocation.uniform import best_uniform
 from hawqtool.errors import UsageError
 from hawqtool.formats import QuantFormat
-from hawqtool.pipeline.artifacts import read_plan
 from hawqtool.pipeline.job import Job
 from hawqtool.pipeline.measuring import job_menu, unquantized_bytes
-from hawqtool.pipeline.planning import achievable, budget_bytes, single_choice_plan
+from hawqtool.pipeline.planning import achievable, budget_bytes, given_plan, single_choice_plan
 from hawqtool.pipeline.rows import check_calibration
 
 
@@ -29,7 +27,7 @@ def describe(job: Job) -> dict[str, Any]:
     budget: int | None = None
     plan = None
     if config.plan is not None:
-        plan = read_plan(Path(config.plan), job.units)
+        plan = given_plan(config, job.units)
     else:
         budget = budget_bytes(config, job.units, fixed)
         menu = job_menu(job, budget)
@@ -37,7 +35,8 @@ def describe(job: Job) -> dict[str, Any]:
         plan = single_choice_plan(job.units, menu, job.pins, budget)
     lowest, highest = achievable(job.units, menu, job.pins)
     expected = plan.stored_bytes if plan else min(budget or 0, highest)
-    uniform = best_uniform(job.units, budget if budget is not None else expected)
+    symmetric = plan.symmetric if plan else config.symmetric
+    uniform = best_uniform(job.units, budget if budget is not None else expected, symmetric)
     return {
         "model": job.source.spec,
         "blocks": len(job.structure.blocks),
@@ -45,6 +44,7 @@ def describe(job: Job) -> dict[str, Any]:
         "units": len(job.units),
         "quantized_weights": weights,
         "widths": sorted({f.bits for formats in menu.values() for f in formats}),
+        "symmetric": symmetric,
         "group_falls": _group_falls(job, menu),
         "achievable_bpw": [8 * lowest / weights, 8 * highest / weights],
         "budget_bpw": None if budget is None else 8 * budget / weights,

@@ -161,7 +161,7 @@ def prepare(config: RunConfig, reporter: Reporter | None = None) -> Job:
     ignored = resolve_ignored(config.ignore, structure.units)
     units = tuple(unit for unit in structure.units if unit.name not in ignored)
     sizes = {name: fmt.group_size for name, fmt in uniform_formats(units, 8, config.group_size).items()}
-    pins = resolve_pins(config.pin, units, sizes)
+    pins = resolve_pins(config.pin, units, sizes, config.symmetric)
     longest = getattr(probe.config, "max_position_embeddings", None)
     if config.seq_len and longest and config.seq_len > longest:
         raise UsageError(f"--seq-len {config.seq_len} exceeds the model's {longest} positions; lower it")

@@ -59,6 +59,7 @@ def measure_job(
             "foem_beta": job.method.feedback_beta,
             "seconds": time.perf_counter() - start,
         },
+        symmetric=job.config.symmetric,
     )
     return sensitivity_document(table, job.units, unquantized_bytes(job, menu))
 
@@ -67,7 +68,7 @@ def run_measure(config: RunConfig, output: Path, reporter: Reporter) -> dict[str
     """``hawqtool measure``: write sensitivity.json for the widths asked for (default 2,3,4,8)."""
     check_writable(output)
     job = prepare(config, reporter)
-    menu = format_menu(job.units, config.bits or WIDE_MENU, config.group_size)
+    menu = format_menu(job.units, config.bits or WIDE_MENU, config.group_size, config.symmetric)
     sets = gather_rows(job, reporter)
     document = measure_job(job, menu, sets, reporter)
     write_json(output, document)
@@ -76,4 +77,5 @@ def run_measure(config: RunConfig, output: Path, reporter: Reporter) -> dict[str
 
 def job_menu(job: Job, budget: int | None) -> dict[str, tuple[QuantFormat, ...]]:
     """Formats of each unit under the configuration's widths and budget."""
-    return format_menu(job.units, widths(job.config, job.units, budget), job.config.group_size)
+    config = job.config
+    return format_menu(job.units, widths(config, job.units, budget), config.group_size, config.symmetric)

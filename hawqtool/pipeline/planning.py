@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from hawqtool.allocation.frontier import solve
 from hawqtool.allocation.problem import AllocationProblem, build_problem
 from hawqtool.allocation.uniform import uniform_formats
-from hawqtool.config import RunConfig, parse_size
+from hawqtool.config import ASYMMETRIC_PROFILES, RunConfig, asymmetric_refusal, parse_size
+from hawqtool.errors import UsageError
 from hawqtool.formats import QuantFormat
+from hawqtool.pipeline.artifacts import read_plan
 from hawqtool.records import BitPlan, Score, Unit
 
 NARROW_MENU, WIDE_MENU = (4, 8), (2, 3, 4, 8)
@@ -40,16 +43,32 @@ def widths(config: RunConfig, units: Sequence[Unit], budget: int | None) -> tupl
     """
     if config.bits is not None:
         return config.bits
-    four = stored_bytes(units, uniform_formats(units, 4, config.group_size))
+    four = stored_bytes(units, uniform_formats(units, 4, config.group_size, config.symmetric))
     if config.profile == "portable" or (budget is not None and budget >= four):
         return NARROW_MENU
     return WIDE_MENU
 
 
-def format_menu(units: Sequence[Unit], bits: Sequence[int], group_size: int) -> dict[str, tuple[QuantFormat, ...]]:
+def format_menu(
+    units: Sequence[Unit], bits: Sequence[int], group_size: int, symmetric: bool
+) -> dict[str, tuple[QuantFormat, ...]]:
     """Formats that each unit may take, group sizes falling where they do not divide."""
-    by_width = [uniform_formats(units, width, group_size) for width in bits]
+    by_width = [uniform_formats(units, width, group_size, symmetric) for width in bits]
     return {unit.name: tuple(formats[unit.name] for formats in by_width) for unit in units}
+
+
+def given_plan(config: RunConfig, units: tuple[Unit, ...]) -> BitPlan:
+    """The plan of the file that ``config.plan`` names.
+
+    Raises:
+        InputError: If the file is damaged.
+        UsageError: If it does not fit the model, or has asymmetric layers that the profile does not take.
+    """
+    plan = read_plan(Path(config.plan or ""), units)
+    if not plan.symmetric and config.profile not in ASYMMETRIC_PROFILES:
+        first = next(name for name, fmt in plan.formats.items() if not fmt.symmetric)
+        raise UsageError(f"{config.plan}: {first} is asymmetric; {asymmetric_refusal(config.profile)}")
+    return plan
 
 
 def allocate(

@@ -22,7 +22,6 @@ from hawqtool.pipeline.artifacts import (
     SENSITIVITY_SCHEMA,
     metric_scores,
     read_json,
-    read_plan,
     read_sensitivity,
     write_json,
 )
@@ -30,7 +29,7 @@ from hawqtool.pipeline.dryrun import describe
 from hawqtool.pipeline.evaluating import Evaluator, as_record
 from hawqtool.pipeline.job import Job, prepare
 from hawqtool.pipeline.measuring import job_menu, measure_job, unquantized_bytes
-from hawqtool.pipeline.planning import allocate, budget_bytes, single_choice_plan, stored_bytes
+from hawqtool.pipeline.planning import allocate, budget_bytes, given_plan, single_choice_plan, stored_bytes
 from hawqtool.pipeline.progress import Reporter
 from hawqtool.pipeline.reporting import REPORT_SCHEMA, build_report, is_our_folder, write_card, write_reproduce
 from hawqtool.pipeline.rounding import round_to_folder
@@ -129,7 +128,7 @@ def _decide(job: Job, sets: dict[str, Rows], reporter: Reporter) -> tuple[BitPla
     """The plan, and the sensitivity document if something was measured."""
     config = job.config
     if config.plan is not None:
-        return read_plan(Path(config.plan), job.units), None
+        return given_plan(config, job.units), None
     menu = job_menu(job, None)
     budget = budget_bytes(config, job.units, unquantized_bytes(job, menu))
     menu = job_menu(job, budget)
@@ -152,6 +151,9 @@ def _decide(job: Job, sets: dict[str, Rows], reporter: Reporter) -> tuple[BitPla
         raise UsageError(
             f"{config.sensitivity} was measured for --rounding {table.rounding}, not {config.rounding}; measure again"
         )
+    if table.symmetric != config.symmetric:
+        kind, flag = ("symmetric", "--symmetric") if table.symmetric else ("asymmetric", "--asymmetric")
+        raise UsageError(f"{config.sensitivity} was measured for {kind} grids; give {flag} or measure again")
     plan = allocate(job.units, menu, metric_scores(table, metric, saved), job.pins, budget, metric)
     return plan, read_json(saved, SENSITIVITY_SCHEMA)
 
@@ -159,11 +161,11 @@ def _decide(job: Job, sets: dict[str, Rows], reporter: Reporter) -> tuple[BitPla
 def _round_all(
     job: Job, plan: BitPlan, sets: dict[str, Rows], work: Path, reporter: Reporter, timings: dict[str, float]
 ) -> dict[str, Candidate]:
-    """Round the plan, the best uniform plan that fits, and the uniform neighbour needed to interpolate."""
+    """Round the plan, the best uniform plan of its kind that fits, and the uniform neighbour to interpolate with."""
     wanted = {"mixed": plan}
     budget = max(plan.budget_bytes or 0, plan.stored_bytes)
-    below, above = neighbours(job.units, plan.stored_bytes)
-    best, _ = neighbours(job.units, budget)
+    below, above = neighbours(job.units, plan.stored_bytes, plan.symmetric)
+    best, _ = neighbours(job.units, budget, plan.symmetric)
     for name, candidate in (("uniform", best), ("below", below), ("above", above)):
         if candidate is None:
             continue

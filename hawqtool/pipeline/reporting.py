@@ -18,7 +18,7 @@ from hawqtool import __version__
 from hawqtool.data.sources import public_name
 from hawqtool.data.tokens import overlap
 from hawqtool.export.engines import engines
-from hawqtool.formats import SHAPE_TENSOR_BYTES
+from hawqtool.formats import SHAPE_TENSOR_BYTES, parse_label
 from hawqtool.pipeline.artifacts import write_json
 from hawqtool.pipeline.job import Job
 from hawqtool.records import BitPlan, Rows
@@ -94,7 +94,7 @@ def _plan_entries(job: Job, plan: BitPlan) -> list[dict[str, Any]]:
             "unit": unit.name,
             "bits": plan.formats[unit.name].bits,
             "group_size": plan.formats[unit.name].group_size or "channel",
-            "symmetric": True,
+            "symmetric": plan.formats[unit.name].symmetric,
             "bytes": member.stored_bytes(plan.formats[unit.name]),
         }
         for unit in job.units
@@ -112,6 +112,13 @@ def warnings(job: Job, rounding: dict[str, Any], shipped: str, evaluation: dict[
     if odd:
         found.append(
             f"{len(odd)} layers have a dimension that is no multiple of 32 (first {odd[0]}); vLLM may refuse them"
+        )
+    if job.config.profile == "transformers" and not all(
+        parse_label(m["format"]).symmetric for m in rounding["layers"].values()
+    ):
+        found.append(
+            "asymmetric layers load in transformers 5.17, but transformers 5.23 with compressed-tensors up to 0.20 "
+            "fails on their zero points"
         )
     if shipped == "uniform" and evaluation["mixed"]["formats"] != evaluation["uniform"]["formats"]:
         found.append("the mixed plan was not better than the uniform one on the selection rows, so uniform was shipped")

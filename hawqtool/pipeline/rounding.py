@@ -84,7 +84,8 @@ class _Walker:
             raise NumericalError(f"{tasks[0].name}: {error}") from error
         for layer in round_layers(tasks, statistics.gram, factor, self.job.method):
             self.writer.write_layer(layer)
-            replace_weight(self.block, self.spec, planned[layer.name], dequantize(layer.codes, layer.scales))
+            weight = dequantize(layer.codes, layer.scales, layer.zeros)
+            replace_weight(self.block, self.spec, planned[layer.name], weight)
             self.metrics[layer.name] = (
                 asdict(layer.metrics)
                 | {"format": layer.quant_format.label}

@@ -43,7 +43,9 @@ def model_card(report: dict[str, Any], source_readme: str | None) -> str:
 
 def _base_model(report: dict[str, Any], facts: SourceFacts) -> Value:
     """The hub id, else what the source says it was made from, else the source's name."""
-    return (report["model"] if report["model_revision"] else None) or facts.values.get("base_model") or str(report["model"])
+    if report["model_revision"]:
+        return str(report["model"])
+    return facts.values.get("base_model") or str(report["model"])
 
 
 def _title(report: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from hawqtool.formats import QuantFormat
 from hawqtool.records import LayerMetrics, RoundedLayer
 from hawqtool.rounding.compensate import round_compensated
 from hawqtool.rounding.factor import Factor
-from hawqtool.rounding.grid import dequantize, expand_scales, nearest_codes, search_scales
+from hawqtool.rounding.grid import Quantized, dequantize, expand_scales, nearest_codes, search_grid
 
 ROUNDINGS = ("rtn", "gptq", "foem")
 
@@ -26,7 +26,7 @@ class RoundingMethod:
     Args:
         name: ``rtn``, ``gptq`` or ``foem``.
         beta: FOEM's β; ignored by the others.
-        both_signs: Allow negative scales (see `search_scales`).
+        both_signs: Allow negative scales on symmetric grids (see `search_scales`).
         damping: Fraction of the mean diagonal; None chooses by tokens per column.
     """
 
@@ -51,23 +51,21 @@ class Task:
     stored_dtype: torch.dtype
 
 
-def round_group(tasks: Sequence[Task], factor: Factor, method: RoundingMethod) -> list[tuple[Tensor, Tensor]]:
-    """Codes and scales of every task; all share the inputs behind ``factor``.
+def round_group(tasks: Sequence[Task], factor: Factor, method: RoundingMethod) -> list[Quantized]:
+    """Codes, scales and zero points of every task, in order; all share the inputs behind ``factor``.
 
-    Scales are searched on the original weights and stay fixed (static groups). Compensated tasks are stacked
+    Grids are searched on the original weights and stay fixed (static groups). Compensated tasks are stacked
     by rows and rounded in one loop.
-
-    Returns:
-        ``(codes [out, in] int8, scales [out, groups])`` per task, in order.
     """
-    scales = [
-        search_scales(t.weight, factor.diagonal, t.quant_format, t.stored_dtype, method.both_signs) for t in tasks
-    ]
+    grids = [search_grid(t.weight, factor.diagonal, t.quant_format, t.stored_dtype, method.both_signs) for t in tasks]
     if method.name == "rtn":
-        return [(nearest_codes(t.weight, s, t.quant_format), s) for t, s in zip(tasks, scales, strict=True)]
+        return [
+            Quantized(nearest_codes(t.weight, scales, t.quant_format, zeros), scales, zeros)
+            for t, (scales, zeros) in zip(tasks, grids, strict=True)
+        ]
     heights = [len(t.weight) for t in tasks]
     weight = torch.cat([t.weight for t in tasks])
-    step = torch.cat([expand_scales(s, weight.shape[1]) for s in scales])
+    step = torch.cat([expand_scales(scales, weight.shape[1]) for scales, _ in grids])
     codes = round_compensated(
         weight,
         step,
@@ -75,8 +73,16 @@ def round_group(tasks: Sequence[Task], factor: Factor, method: RoundingMethod) -
         _per_row([t.quant_format.max_code for t in tasks], heights, weight),
         factor,
         method.feedback_beta,
+        zero=_stacked_zeros(grids, weight.shape[1]),
     )
-    return list(zip(codes.split(heights), scales, strict=True))
+    return [Quantized(part, *grid) for part, grid in zip(codes.split(heights), grids, strict=True)]
+
+
+def _stacked_zeros(grids: Sequence[tuple[Tensor, Tensor | None]], columns: int) -> Tensor | None:
+    """Zero point of every weight of stacked tasks, ``[rows, in]`` float32; None where all are symmetric."""
+    if all(zeros is None for _, zeros in grids):
+        return None
+    return torch.cat([expand_scales(torch.zeros_like(s) if z is None else z, columns) for s, z in grids])
 
 
 def _per_row(values: Sequence[int], heights: Sequence[int], like: Tensor) -> Tensor:
@@ -99,28 +105,30 @@ def round_layers(tasks: Sequence[Task], gram: Tensor, factor: Factor, method: Ro
     results = round_group(tasks, factor, method)
     seconds = (time.perf_counter() - start) / len(tasks)
     layers = []
-    for task, (codes, scales) in zip(tasks, results, strict=True):
-        metrics = replace(_metrics(task, codes, scales, gram, factor), seconds=seconds)
+    for task, result in zip(tasks, results, strict=True):
+        metrics = replace(_metrics(task, result, gram, factor), seconds=seconds)
         if not torch.isfinite(torch.tensor([metrics.output_error, metrics.weight_error])).all():
             raise NumericalError(
                 f"{task.name}: rounding gave values that are not finite; check this weight for NaN or Inf"
             )
-        layers.append(RoundedLayer(task.name, task.quant_format, codes, scales, metrics))
+        layers.append(RoundedLayer(task.name, task.quant_format, result.codes, result.scales, metrics, result.zeros))
     return layers
 
 
-def _metrics(task: Task, codes: Tensor, scales: Tensor, gram: Tensor, factor: Factor) -> LayerMetrics:
+def _metrics(task: Task, result: Quantized, gram: Tensor, factor: Factor) -> LayerMetrics:
     weight, fmt = task.weight, task.quant_format
-    error = dequantize(codes, scales).float() - weight
-    plain = nearest_codes(weight, scales, fmt)
+    codes, scales, zeros = result
+    error = dequantize(*result).float() - weight
+    plain = nearest_codes(weight, scales, fmt, zeros)
     power = quadratic_form(weight, gram).clamp_min(1e-30)
     steps = expand_scales(scales, weight.shape[1])
     at_bound = (codes == fmt.min_code) | (codes == fmt.max_code)
-    beyond = at_bound & ((weight / steps - codes).abs() > 0.5)
+    levels = codes if zeros is None else codes - expand_scales(zeros, weight.shape[1])
+    beyond = at_bound & ((weight / steps - levels).abs() > 0.5)
     expected = (factor.pivots.square() * steps[:, factor.order].square()).sum() / 12
     return LayerMetrics(
         output_error=float(quadratic_form(error, gram) / power),
-        rtn_error=float(quadratic_form(dequantize(plain, scales).float() - weight, gram) / power),
+        rtn_error=float(quadratic_form(dequantize(plain, scales, zeros).float() - weight, gram) / power),
         predicted_error=float(expected / power),
         weight_error=float(error.square().sum() / weight.square().sum().clamp_min(1e-30)),
         clip_rate=float(beyond.float().mean()),

@@ -135,8 +135,8 @@ def _rounding_errors(
         factor = factorize(statistics.gram, statistics.num_tokens, method.damping)
         weights = {linear.name: read_weight(block, spec, linear) for linear in group}
         tasks = [Task(linear.name, weights[linear.name], fmt, stored_dtypes[linear.name]) for linear, fmt in wanted]
-        for task, (codes, scales) in zip(tasks, round_group(tasks, factor, method), strict=True):
-            difference = dequantize(codes, scales).float() - task.weight
+        for task, rounded in zip(tasks, round_group(tasks, factor, method), strict=True):
+            difference = dequantize(*rounded).float() - task.weight
             errors.setdefault(task.name, {})[task.quant_format.label] = difference
     return errors
 

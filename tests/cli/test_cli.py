@@ -160,6 +160,8 @@ USAGE: dict[str, tuple[Sequence[str], str]] = {
     "bad group": ((*TARGET, "--group-size", "48"), "32, 64, 128 or channel"),
     "bad size": (("--target-size", "12 apples"), "is no size"),
     "portable": (("--bits", "3,4", "--target-bpw", "4", "--profile", "portable"), "4 and 8 only"),
+    "asymmetric": ((*TARGET, "--asymmetric"), "--profile vllm accepts"),
+    "asymmetric, portable": ((*TARGET, "--asymmetric", "--profile", "portable"), "profile portable takes symmetric"),
     "negative target": (("--target-bpw", "-1"), "target_bpw"),
     "infinite target": (("--target-bpw", "inf"), "target_bpw"),
     "no bits": (("--target-bpw", "4", "--bits", ""), "widths from 2 to 8"),
@@ -304,6 +306,31 @@ def test_the_stages_chain_through_files(place: Path, tmp_path: Path) -> None:
     assert evaluated["quantized"]["kl"] == pytest.approx(report["evaluation"]["mixed"]["kl"], rel=1e-6)
     assert evaluated["original"]["kl"] == pytest.approx(0, abs=1e-6)
     assert "perplexity" in invoke("evaluate", output, *options).stdout
+
+
+def test_asymmetric_stages_chain_through_files(place: Path, tmp_path: Path) -> None:
+    model, scores, plan = place / "model", tmp_path / "s.json", tmp_path / "p.json"
+    rows = ("--num-samples", "8", "--seq-len", "16", "--device", "cpu", "--calibration", place / "text.txt")
+    kind = ("--asymmetric", "--profile", "vllm")
+    refused = invoke("measure", model, "-o", scores, *rows, "--asymmetric")
+    assert refused.exit_code == 2 and "--profile vllm accepts" in refused.stderr
+    measured = parsed("measure", model, "-o", scores, *rows, *kind, "--group-size", "32", "--bits", "2,4")
+    assert measured["symmetric"] is False
+    assert {label for by_unit in measured["scores"]["kron"].values() for label in by_unit} == {"w2g32a", "w4g32a"}
+    # The file says which grids it is of, so allocate needs no flag.
+    options = ("--target-bpw", "4", "--group-size", "32", "--bits", "2,4")
+    allocated = parsed("allocate", scores, "-o", plan, *options, "--pin", "re:.*q_proj=4")
+    assert {entry["symmetric"] for entry in allocated["layers"]} == {False}
+    out, evaluation = tmp_path / "out", ("--eval-data", place / "other.txt", "--eval-samples", "4")
+    refused = quantize(place, out, "--plan", plan)
+    assert refused.exit_code == 2
+    assert "is asymmetric; profile auto takes symmetric grids only" in refused.stderr
+    report = parsed("quantize", model, "-o", out, "--plan", plan, *rows, *evaluation, "--profile", "vllm")
+    assert report["plan"] == [{k: e[k] for k in report["plan"][0]} for e in allocated["layers"]]
+    assert all(label.endswith("a") for label in report["evaluation"]["uniform"]["formats"])
+    saved = ("--sensitivity", scores)
+    refused = invoke("quantize", model, "-o", tmp_path / "other", *rows, *evaluation, *options, *saved)
+    assert refused.exit_code == 2 and "was measured for asymmetric grids; give --asymmetric" in refused.stderr
 
 
 def test_allocating_what_was_not_measured_exits_2(place: Path, tmp_path: Path) -> None:

@@ -21,16 +21,21 @@ Rounded = tuple[Matrix, Matrix]
 
 @dataclass(frozen=True)
 class Grid:
-    """Scale of every weight, ``[out, in]``, and the range of codes."""
+    """Scale and zero point of every weight, ``[out, in]``, and the range of codes; symmetric grids have zeros of 0."""
 
     step: Matrix
+    zero: Matrix
     lowest: int
     highest: int
 
     def round(self, values: Matrix, column: int) -> tuple[Matrix, Matrix]:
         """Codes of one column of values, and the values in units of the scale."""
-        scaled = values / self.step[:, column]
+        scaled = values / self.step[:, column] + self.zero[:, column]
         return np.clip(np.rint(scaled), self.lowest, self.highest), scaled
+
+    def value(self, codes: Matrix, column: int) -> Matrix:
+        """Weights that one column of codes stands for."""
+        return (codes - self.zero[:, column]) * self.step[:, column]
 
 
 def damped(gram: Matrix, fraction: float) -> Matrix:
@@ -58,7 +63,7 @@ def right_factor(hessian: Matrix) -> Matrix:
 
 def plain(weight: Matrix, grid: Grid) -> Rounded:
     """Nearest codes."""
-    scaled = weight / grid.step
+    scaled = weight / grid.step + grid.zero
     return np.clip(np.rint(scaled), grid.lowest, grid.highest), scaled
 
 
@@ -68,7 +73,7 @@ def gptq(weight: Matrix, grid: Grid, hessian: Matrix) -> Rounded:
     current, codes, values = weight.copy(), np.zeros_like(weight), np.zeros_like(weight)
     for j in range(weight.shape[1]):
         codes[:, j], values[:, j] = grid.round(current[:, j], j)
-        error = (current[:, j] - codes[:, j] * grid.step[:, j]) / upper[j, j]
+        error = (current[:, j] - grid.value(codes[:, j], j)) / upper[j, j]
         for k in range(j, weight.shape[1]):
             current[:, k] -= error * upper[j, k]
     return codes, values
@@ -95,7 +100,7 @@ def gptq_feedback(weight: Matrix, grid: Grid, hessian: Matrix) -> Rounded:
         for i in range(j):
             target += made[:, i] * right[i, j] / right[j, j]
         codes[:, j], values[:, j] = grid.round(target, j)
-        made[:, j] = weight[:, j] - codes[:, j] * grid.step[:, j]
+        made[:, j] = weight[:, j] - grid.value(codes[:, j], j)
     return codes, values
 
 
@@ -105,7 +110,7 @@ def foem(weight: Matrix, grid: Grid, hessian: Matrix, beta: float) -> Rounded:
     drift, codes, values = np.zeros_like(weight), np.zeros_like(weight), np.zeros_like(weight)
     for j in range(weight.shape[1]):
         codes[:, j], values[:, j] = grid.round(weight[:, j] + (1 - beta) * drift[:, j], j)
-        quantized = codes[:, j] * grid.step[:, j]
+        quantized = grid.value(codes[:, j], j)
         error = (weight[:, j] + (1 - beta) ** 2 * drift[:, j] - quantized) / upper[j, j]
         for k in range(j + 1, weight.shape[1]):
             drift[:, k] -= error * upper[j, k]
@@ -122,7 +127,7 @@ def foem_feedback(weight: Matrix, grid: Grid, hessian: Matrix, beta: float) -> R
         for i in range(j):
             feedback += made[:, i] * right[i, j] / right[j, j]
         codes[:, j], values[:, j] = grid.round(weight[:, j] + feedback / (1 - beta), j)
-        made[:, j] = weight[:, j] - codes[:, j] * grid.step[:, j]
+        made[:, j] = weight[:, j] - grid.value(codes[:, j], j)
     return codes, values
 
 
@@ -186,3 +191,52 @@ def two_stage_scale(
         if error < best_error:
             best_scale, best_error = scale, error
     return best_scale, best_error
+
+
+def asymmetric_error(weights: Matrix, importance: Matrix, scale: float, zero: int, bits: int) -> float:
+    """Sum of c (w - s (q - z))² over one group."""
+    if scale == 0:
+        return float("inf")
+    codes = np.clip(np.rint(weights / scale) + zero, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    return float(np.sum(importance * (weights - scale * (codes - zero)) ** 2))
+
+
+def asymmetric_range(weights: Matrix, bits: int) -> tuple[float, int]:
+    """Width of the range from min(w, 0) to max(w, 0), and the zero point that puts it on the codes."""
+    lowest, highest = min(float(weights.min()), 0.0), max(float(weights.max()), 0.0)
+    return highest - lowest, -(2 ** (bits - 1)) - round(lowest / (highest - lowest) * (2**bits - 1))
+
+
+def exhaustive_grid(weights: Matrix, importance: Matrix, bits: int, dtype: torch.dtype, steps: int) -> float:
+    """Error of the best of ``steps`` equally spaced scales and all zero points."""
+    span, _ = asymmetric_range(weights, bits)
+    best = float("inf")
+    for index in range(steps):
+        scale = stored(span / (2**bits - 1) * (0.3 + 0.7 * (1 - index / (steps - 1))), dtype)
+        for zero in range(-(2 ** (bits - 1)), 2 ** (bits - 1)):
+            best = min(best, asymmetric_error(weights, importance, scale, zero, bits))
+    return best
+
+
+def two_stage_grid(
+    weights: Matrix, importance: Matrix, bits: int, dtype: torch.dtype, coarse: int, fine: int
+) -> tuple[float, int, float]:
+    """``(scale, zero, error)`` of the best of ``coarse`` scales, then ``fine`` on either side, zero points ±1."""
+    span, start = asymmetric_range(weights, bits)
+    zeros = [min(max(start + o, -(2 ** (bits - 1))), 2 ** (bits - 1) - 1) for o in (0, -1, 1)]
+    best_place, best = 0.0, (0.0, 0, float("inf"))
+
+    def attempt(place: float) -> None:
+        nonlocal best_place, best
+        scale = stored(span / (2**bits - 1) * (0.3 + 0.7 * place), dtype)
+        for zero in zeros:
+            error = asymmetric_error(weights, importance, scale, zero, bits)
+            if error < best[2]:
+                best_place, best = place, (scale, zero, error)
+
+    for index in range(coarse):
+        attempt(1 - index / (coarse - 1))
+    centre = best_place
+    for index in range(-fine, fine + 1):
+        attempt(min(max(centre + index / (coarse - 1) / (fine + 1), 0.0), 1.0))
+    return best

@@ -58,11 +58,14 @@ def make_case(rows: int, columns: int, seed: int = 0, tokens: int = 2000) -> Cas
     return Case(weight, inputs.T @ inputs / tokens, tokens)
 
 
-def run(case: Case, fmt: QuantFormat, scales: Tensor, beta: float, block_size: int = 128) -> Tensor:
+def run(
+    case: Case, fmt: QuantFormat, scales: Tensor, beta: float, block_size: int = 128, zeros: Tensor | None = None
+) -> Tensor:
     lowest = case.weight.new_full((len(case.weight),), float(fmt.min_code))
     highest = case.weight.new_full((len(case.weight),), float(fmt.max_code))
     step = expand_scales(scales, case.weight.shape[1])
-    return round_compensated(case.weight, step, lowest, highest, case.factor, beta, block_size)
+    zero = None if zeros is None else expand_scales(zeros, case.weight.shape[1])
+    return round_compensated(case.weight, step, lowest, highest, case.factor, beta, block_size, zero)
 
 
 def scales_of(case: Case, fmt: QuantFormat) -> Tensor:
@@ -80,12 +83,15 @@ class Reference:
     order: np.ndarray
 
 
-def reference_of(case: Case, fmt: QuantFormat, scales: Tensor) -> Reference:
+def reference_of(case: Case, fmt: QuantFormat, scales: Tensor, zeros: Tensor | None = None) -> Reference:
     gram = case.gram.double().numpy()
     order = oracles.visiting_order(gram)
     step = expand_scales(scales, case.weight.shape[1]).double().numpy()[:, order]
     gram = gram[np.ix_(order, order)]
-    grid = oracles.Grid(step, fmt.min_code, fmt.max_code)
+    zero = np.zeros_like(step)
+    if zeros is not None:
+        zero = expand_scales(zeros, case.weight.shape[1]).double().numpy()[:, order]
+    grid = oracles.Grid(step, zero, fmt.min_code, fmt.max_code)
     return Reference(case.weight.double().numpy()[:, order], grid, oracles.damped(gram, DAMPING), gram, order)
 
 
@@ -99,9 +105,9 @@ def assert_matches(codes: Tensor, rounded: oracles.Rounded, reference: Reference
         # Later columns of the row inherit the difference; only the first one has to be a tie.
         first = values[row, np.argmax(differs[row])]
         assert abs(first - np.floor(first) - 0.5) < TIE
-    weight, step = reference.weight, reference.grid.step
-    reached = oracles.objective(found * step - weight, reference.gram)
-    assert reached == pytest.approx(oracles.objective(expected * step - weight, reference.gram), rel=1e-3)
+    weight, step, zero = reference.weight, reference.grid.step, reference.grid.zero
+    reached = oracles.objective((found - zero) * step - weight, reference.gram)
+    assert reached == pytest.approx(oracles.objective((expected - zero) * step - weight, reference.gram), rel=1e-3)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -362,7 +368,7 @@ def test_zero_rows_and_vanishing_weights_give_zero_codes(method: str, dtype: tor
     weight[5, 32:64] = 0.0
     # So small that every candidate scale underflows in the stored dtype, or in float32 arithmetic.
     weight[7] = 1e-42
-    ((codes, scales),) = round_group(
+    ((codes, scales, _),) = round_group(
         [Task("layer", weight, QuantFormat(4, 32), dtype)], base.factor, RoundingMethod(method)
     )
     assert bool(torch.isfinite(scales).all()) and bool((scales != 0).all())
@@ -402,8 +408,8 @@ def test_stacked_formats_give_the_same_codes_as_single_ones(method: str) -> None
     tasks = [task(first, 2, 64), task(first, 8, CHANNEL), task(second, 3, 32, torch.float16), task(second, 4, 128)]
     rounding = RoundingMethod(method)
     stacked = round_group(tasks, first.factor, rounding)
-    for one, (codes, scales) in zip(tasks, stacked, strict=True):
-        ((alone, alone_scales),) = round_group([one], first.factor, rounding)
+    for one, (codes, scales, _) in zip(tasks, stacked, strict=True):
+        ((alone, alone_scales, _),) = round_group([one], first.factor, rounding)
         assert torch.equal(scales, alone_scales)
         assert codes.dtype == torch.int8 and codes.shape == one.weight.shape
         assert torch.equal(codes, alone)

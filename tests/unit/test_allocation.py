@@ -330,6 +330,18 @@ def test_uniform_candidates_are_distinct_and_sorted() -> None:
     assert [c.label for c in only_channel] == [f"w{bits}ch" for bits in range(2, 9)]
 
 
+def test_asymmetric_plans_are_of_one_kind() -> None:
+    units = [make_unit("a", [(8, 256)]), make_unit("b", [(16, 128)])]
+    found = uniform_candidates(units, symmetric=False)
+    assert all(c.label.endswith("a") and not f.symmetric for c in found for f in c.formats.values())
+    assert [c.label.removesuffix("a") for c in sorted(found)] == [c.label for c in sorted(uniform_candidates(units))]
+    below, above = neighbours(units, found[3].stored_bytes, symmetric=False)
+    assert below is not None and above is not None and {below.label[-1], above.label[-1]} == {"a"}
+    assert best_uniform(units, found[3].stored_bytes, symmetric=False) == below
+    sizes = {"a": 64, "b": 128}
+    assert resolve_pins(["a=6"], units, sizes, symmetric=False) == {"a": QuantFormat(6, 64, symmetric=False)}
+
+
 def test_best_uniform_and_neighbours() -> None:
     units = [make_unit("a", [(128, 256)]), make_unit("b", [(64, 512)])]
     found = uniform_candidates(units)

@@ -101,7 +101,8 @@ def test_the_source_is_merged() -> None:
 
 
 def test_the_base_model_is_the_hub_id_where_there_is_one() -> None:
-    assert split(model_card(a_report(model="org/name", model_revision="0123abc"), README))[0]["base_model"] == "org/name"
+    report = a_report(model="org/name", model_revision="0123abc")
+    assert split(model_card(report, README))[0]["base_model"] == "org/name"
     assert split(model_card(a_report(), None))[0]["base_model"] == "tiny-llama"
 
 
@@ -239,7 +240,7 @@ def test_a_card_for_uniform_that_won() -> None:
 @pytest.mark.parametrize("shipped", ["uniform", "mixed"])
 def test_a_card_for_one_choice_shows_one_row(shipped: str) -> None:
     same = quality(0.46, "w4g64")
-    evaluation = {"measure": "kl", "original": quality(0.0), "uniform": same, "mixed": same, "mixed_minus_uniform": {"kl": 0}}
+    evaluation = a_report()["evaluation"] | {"uniform": same, "mixed": same, "mixed_minus_uniform": {"kl": 0.0}}
     _, body = split(model_card(a_report(shipped=shipped, metric=None, evaluation=evaluation), None))
     assert f"| {shipped} (w4g64), shipped |" in body
     assert body.count("(w4g64)") == 1
@@ -248,7 +249,7 @@ def test_a_card_for_one_choice_shows_one_row(shipped: str) -> None:
 
 
 def test_a_card_for_a_plan_without_uniform() -> None:
-    evaluation: dict[str, Any] = {"measure": "kl", "original": quality(0.0), "uniform": None, "mixed": quality(0.4, "w2g64")}
+    evaluation = {"measure": "kl", "original": quality(0.0), "uniform": None} | {"mixed": quality(0.4, "w2g64")}
     evaluation["mixed"]["kl_stderr"] = float("nan")
     config = {"rounding": "rtn", "seed": 0, "plan": "plan.json"}
     _, body = split(model_card(a_report(evaluation=evaluation, config=config, metric=None), None))

@@ -132,6 +132,22 @@ def test_profile_portable_refuses_other_widths_and_signs() -> None:
         load_config(None, {"model": "m", "profile": "portable", "scale_sign": "both"})
 
 
+@pytest.mark.parametrize("profile", ["auto", "portable", "transformers", "vllm"])
+def test_asymmetric_grids_need_a_profile_that_takes_them(profile: str) -> None:
+    values = {"model": "m", "profile": profile, "symmetric": False}
+    if profile in ("vllm", "transformers"):
+        assert not load_config(None, values).symmetric
+        with pytest.raises(UsageError, match="scale_sign both is for symmetric grids"):
+            load_config(None, values | {"scale_sign": "both"})
+        return
+    with pytest.raises(UsageError) as caught:
+        load_config(None, values)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert f"profile {profile} takes symmetric grids only" in message
+    assert "transformers 5.23 fails" in message and "--profile vllm accepts" in message
+
+
 @pytest.mark.parametrize("targets", [{}, {"target_bpw": 3.5, "target_size": "1GB"}])
 def test_exactly_one_target(targets: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="exactly one of --target-bpw"):

@@ -50,9 +50,14 @@ def test_labels_round_trip(bits: int, group_size: int, suffix: str) -> None:
     fmt = QuantFormat(bits, group_size)
     assert fmt.label == f"w{bits}{suffix}"
     assert parse_label(fmt.label) == fmt
+    asymmetric = QuantFormat(bits, group_size, symmetric=False)
+    assert asymmetric.label == f"w{bits}{suffix}a"
+    assert parse_label(asymmetric.label) == asymmetric
 
 
-@pytest.mark.parametrize("label", ["", "w3", "3g64", "w1g32", "w9g32", "w16g32", "w4g", "w4ch ", "w4g64x", "W4g64"])
+@pytest.mark.parametrize(
+    "label", ["", "w3", "3g64", "w1g32", "w9g32", "w16g32", "w4g", "w4ch ", "w4g64x", "W4g64", "w4a", "w4g64aa"]
+)
 def test_malformed_labels_are_refused(label: str) -> None:
     with pytest.raises(ValueError, match="not a format label"):
         parse_label(label)

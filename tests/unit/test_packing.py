@@ -51,8 +51,9 @@ def test_extreme_codes_survive(bits: int) -> None:
 
 
 def test_views_pack_like_their_copies() -> None:
-    codes = random_codes(40, 33, 3).t()
-    assert torch.equal(pack_codes(codes, 3), pack_codes(codes.contiguous(), 3))
+    for rows, columns in ((40, 33), (64, 2), (32, 1)):
+        codes = random_codes(rows, columns, 3).t()
+        assert torch.equal(pack_codes(codes, 3), pack_codes(codes.contiguous(), 3))
 
 
 def test_one_word_by_hand() -> None:
