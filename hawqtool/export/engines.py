@@ -35,12 +35,15 @@ Verdict = tuple[bool, str]
 """Whether an engine loads the checkpoint, and why."""
 
 
-def engines(formats: Mapping[str, QuantFormat], shapes: Mapping[str, tuple[int, int]]) -> list[dict[str, Any]]:
+def engines(
+    formats: Mapping[str, QuantFormat], shapes: Mapping[str, tuple[int, int]], obstacle: str | None = None
+) -> list[dict[str, Any]]:
     """What each engine does with a checkpoint, from formats and shapes alone.
 
     Args:
         formats: Format of every packed module, by name in the checkpoint.
         shapes: Rows and columns of these modules' weights.
+        obstacle: Why transformers cannot load packed weights of this model, where it cannot.
 
     Returns:
         One ``{engine, minimum_version, loads, reason}`` per engine.
@@ -52,7 +55,7 @@ def engines(formats: Mapping[str, QuantFormat], shapes: Mapping[str, tuple[int, 
         (VLLM_CPU, _vllm_cpu),
         (SGLANG, _sglang),
     ):
-        loads, reason = judge(formats, shapes)
+        loads, reason = (False, obstacle) if engine == TRANSFORMERS and obstacle else judge(formats, shapes)
         found.append({"engine": engine, "minimum_version": MINIMUM_VERSIONS[engine], "loads": loads, "reason": reason})
     return found
 
@@ -61,8 +64,8 @@ def _transformers(formats: Mapping[str, QuantFormat], shapes: Mapping[str, tuple
     asymmetric = [name for name, fmt in formats.items() if not fmt.symmetric]
     if asymmetric:
         return False, (
-            f"{len(asymmetric)} layers have zero points (first {asymmetric[0]}), which compressed-tensors 0.18 to "
-            "0.20 cannot load"
+            f"{len(asymmetric)} layers have zero points (first {asymmetric[0]}), which transformers 5.17 was "
+            "seen to load exactly and 5.23 to refuse"
         )
     labels = {fmt.label for name, fmt in formats.items() if _EXPERT.match(name)}
     if len(labels) > 1:

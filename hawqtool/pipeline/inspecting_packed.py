@@ -10,14 +10,15 @@ from typing import Any
 from hawqtool.errors import InputError
 from hawqtool.export.config_checks import module_problems, packed_modules, structure_problems
 from hawqtool.export.engines import engines
+from hawqtool.export.verify import PLAN_FILE
 from hawqtool.formats import SHAPE_TENSOR_BYTES, QuantFormat
 from hawqtool.model.index import CheckpointIndex
 from hawqtool.model.reader import TensorReader
-from hawqtool.pipeline.artifacts import read_json
+from hawqtool.pipeline.artifacts import PLAN_SCHEMA, read_json
 from hawqtool.pipeline.reporting import REPORT_SCHEMA
 from hawqtool.pipeline.roles import role
 
-_PARTS = (".weight_packed", ".weight_scale")
+_PARTS = (".weight_packed", ".weight_scale", ".weight_zero_point")
 
 
 def describe_packed(index: CheckpointIndex, config: dict[str, Any]) -> dict[str, Any]:
@@ -43,7 +44,7 @@ def describe_packed(index: CheckpointIndex, config: dict[str, Any]) -> dict[str,
         more = f" ({len(problems)} problems)" if len(problems) > 1 else ""
         return {"supported": False, "refusal": problems[0] + more, "format": config.get("format")}
     shapes = {name: _shape(reader, name) for name in packed}
-    stored = {name: sum(index.tensors[name + part].num_bytes for part in _PARTS) for name in packed}
+    stored = {name: sum(_bytes(index, name + part) for part in _PARTS) for name in packed}
     weights = {name: math.prod(shapes[name]) for name in packed}
     sizes = _sizes(index, weights, stored)
     report, note = _recorded(index.folder)
@@ -55,10 +56,23 @@ def describe_packed(index: CheckpointIndex, config: dict[str, Any]) -> dict[str,
         "bits": _by_width(formats, weights, stored),
         "roles": _roles(formats, shapes, weights, stored),
         "sizes": sizes,
-        "engines": engines(formats, shapes),
+        "engines": engines(formats, shapes, _obstacle(index.folder)),
         "recorded": report,
         "recorded_note": note,
     }
+
+
+def _bytes(index: CheckpointIndex, tensor: str) -> int:
+    return index.tensors[tensor].num_bytes if tensor in index.tensors else 0
+
+
+def _obstacle(folder: Path) -> str | None:
+    """Why transformers cannot load the folder, as the run that wrote it found."""
+    try:
+        recorded = read_json(folder / PLAN_FILE, PLAN_SCHEMA).get("transformers_obstacle")
+    except InputError:  # written by another tool
+        return None
+    return recorded if isinstance(recorded, str) else None
 
 
 def _shape(reader: TensorReader, module: str) -> tuple[int, int]:

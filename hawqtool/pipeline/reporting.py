@@ -65,6 +65,7 @@ def build_report(
         "engines": engines(
             job.layer_formats(plan.formats),
             {m.name: (m.out_features, m.in_features) for unit in job.units for m in unit.members},
+            job.structure.obstacle,
         ),
         "layers": rounding["layers"],
         "rows": {

@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hawqtool.errors import NumericalError
 from hawqtool.export.compressed_tensors import quantization_config
 from hawqtool.export.writer import CheckpointWriter, write_config
 from hawqtool.formats import QuantFormat
@@ -78,10 +77,8 @@ class _Walker:
             Task(name, read_weight(self.block, self.spec, linear), self.formats[name], self.dtypes[name])
             for name, linear in planned.items()
         ]
-        try:
-            factor = factorize(statistics.gram, statistics.num_tokens, self.job.method.damping)
-        except NumericalError as error:
-            raise NumericalError(f"{tasks[0].name}: {error}") from error
+        damping = self.job.method.damping
+        factor = factorize(statistics.gram, statistics.num_tokens, damping, name=tasks[0].name)
         for layer in round_layers(tasks, statistics.gram, factor, self.job.method):
             self.writer.write_layer(layer)
             weight = dequantize(layer.codes, layer.scales, layer.zeros)
@@ -107,8 +104,9 @@ def _write_records(
     aliases = {m.name: m.module for unit in job.units for m in unit.members if m.module and not is_expert(m.name)}
     config = quantization_config(job.layer_formats(plan.formats), units, others, aliases)
     write_config(job.index.folder, folder, config)
+    written = {"total_bytes": total_bytes, "transformers_obstacle": job.structure.obstacle}
     reproduce = folder / "reproduce"
     reproduce.mkdir()
-    write_json(reproduce / "plan.json", plan_document(plan, job.units, others) | {"total_bytes": total_bytes})
+    write_json(reproduce / "plan.json", plan_document(plan, job.units, others) | written)
     errors = {name: values["weight_error"] for name, values in metrics.items()}
     write_json(reproduce / "checksums.json", {"tensors": checksums, "weight_error": errors})

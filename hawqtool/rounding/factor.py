@@ -44,7 +44,9 @@ def default_damping(num_tokens: int, in_features: int) -> float:
     return DAMPING if num_tokens >= SCARCE_TOKENS_PER_COLUMN * in_features else SCARCE_DAMPING
 
 
-def factorize(gram: Tensor, num_tokens: int, damping: float | None = None, act_order: bool = True) -> Factor:
+def factorize(
+    gram: Tensor, num_tokens: int, damping: float | None = None, act_order: bool = True, name: str = "this layer"
+) -> Factor:
     """Factor H + λI, columns in order of descending H_jj (act-order with static groups).
 
     One Cholesky factorisation of the matrix with both axes flipped gives R upper with H̃ = R Rᵀ, and
@@ -55,6 +57,7 @@ def factorize(gram: Tensor, num_tokens: int, damping: float | None = None, act_o
         num_tokens: Tokens behind it.
         damping: λ over mean diagonal; None applies `default_damping`.
         act_order: Sort columns by their diagonal; False keeps the natural order.
+        name: Layer to name in errors.
 
     Raises:
         NumericalError: If the matrix is not finite, or no damping makes it positive definite.
@@ -62,7 +65,7 @@ def factorize(gram: Tensor, num_tokens: int, damping: float | None = None, act_o
     work = gram.double()
     diagonal = work.diagonal().clone()
     if not bool(torch.isfinite(work).all()):
-        raise NumericalError("the Gram matrix holds NaN or Inf: the activations of this layer overflow")
+        raise NumericalError(f"the Gram matrix holds NaN or Inf: the inputs of {name} overflow")
     dead = int((diagonal == 0).sum())
     mean = float(diagonal.mean()) or 1.0
     fraction = default_damping(num_tokens, gram.shape[0]) if damping is None else damping
@@ -78,7 +81,9 @@ def factorize(gram: Tensor, num_tokens: int, damping: float | None = None, act_o
             break
         fraction = max(fraction, 1e-4) * _RETRY_FACTOR
     else:
-        raise NumericalError(f"Cholesky failed even with damping {fraction / _RETRY_FACTOR:.3g} of the mean diagonal")
+        raise NumericalError(
+            f"{name}: Cholesky failed even with damping {fraction / _RETRY_FACTOR:.3g} of the mean diagonal"
+        )
     right = lower.flip(0, 1)
     identity = torch.eye(len(order), dtype=right.dtype, device=right.device)
     upper = torch.linalg.solve_triangular(right, identity, upper=True)

@@ -132,7 +132,7 @@ def _rounding_errors(
         wanted = [(linear, fmt) for linear in group for fmt in menu.get(linear.unit, ())]
         if not wanted:
             continue
-        factor = factorize(statistics.gram, statistics.num_tokens, method.damping)
+        factor = factorize(statistics.gram, statistics.num_tokens, method.damping, name=group[0].name)
         weights = {linear.name: read_weight(block, spec, linear) for linear in group}
         tasks = [Task(linear.name, weights[linear.name], fmt, stored_dtypes[linear.name]) for linear, fmt in wanted]
         for task, rounded in zip(tasks, round_group(tasks, factor, method), strict=True):

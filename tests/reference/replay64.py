@@ -195,7 +195,8 @@ def pose(weight: Tensor, rows: Tensor, quant_format: QuantFormat, dtype: torch.d
         scales = torch.where(error <= least * (1 + SAME_ERROR), given, scales)
     step = expand_scales(scales, weight.shape[1]).double().numpy()
     order = oracles.visiting_order(gram)
-    grid = oracles.Grid(step[:, order], quant_format.min_code, quant_format.max_code)
+    zero = np.zeros_like(step)
+    grid = oracles.Grid(step[:, order], zero, quant_format.min_code, quant_format.max_code)
     return Problem(weight.numpy()[:, order], grid, hessian[np.ix_(order, order)], scales, order)
 
 

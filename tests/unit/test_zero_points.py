@@ -60,7 +60,7 @@ def folder(clean: Path, tmp_path: Path) -> Path:
 
 def scheme_of(fmt: QuantFormat) -> QuantizationScheme:
     """compressed-tensors' own reading of the config that we write."""
-    config = quantization_config({"model.layers.0.fc": fmt}, {"model.layers.0.fc": "fc"}, [])
+    config = quantization_config({"model.layers.0.fc": fmt}, {"model.layers.0.fc": "fc"}, [], {})
     (scheme,) = QuantizationConfig.model_validate(config).config_groups.values()
     assert scheme.weights is not None and scheme.weights.symmetric == fmt.symmetric
     return scheme
