@@ -178,7 +178,7 @@ def _backward(
             for into, width in zip(seen[name], reversed(weight.shape), strict=True):
                 into += [weight.new_zeros(0, width)] * len(hidden)
     positions = scoring.hidden[0].shape[1]
-    return {name: LayerRows(x, g, positions, outputs) for name, (x, g) in seen.items()}, before
+    return {n: LayerRows(zip(x, g, strict=True), positions, outputs) for n, (x, g) in seen.items()}, before
 
 
 def _linear(spec: BlockSpec, name: str) -> LinearSpec:

@@ -8,7 +8,7 @@ for embedding models the relative squared error of the embedding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,14 +27,13 @@ class LayerRows:
     A layer may see fewer tokens of a row than there are: an expert sees those that are routed to it.
 
     Args:
-        inputs: ``[tokens, in]`` per row.
-        output_grads: ``[tokens, out]`` per row, gradients of the row's summed loss at the layer's output.
+        rows: Per row the inputs ``[tokens, in]`` and, at the layer's output, the gradients of the row's summed loss
+            ``[tokens, out]``; read once, so that large outputs need not be held together.
         positions: Tokens of a row; with ``outputs`` they make the scores comparable between layers.
         outputs: Outputs of a row that the loss sums over, hence what a score is per.
     """
 
-    inputs: Sequence[Tensor]
-    output_grads: Sequence[Tensor]
+    rows: Iterable[tuple[Tensor, Tensor]]
     positions: int
     outputs: int
 
@@ -59,32 +58,28 @@ def score_rows(layer: LayerRows, errors: Mapping[str, Tensor]) -> RowValues:
     """
     labels = list(errors)
     squared = torch.stack([errors[label].float().square().flatten() for label in labels])
-    totals = squared.double().sum(1)
-    rows, scale = len(layer.inputs), 2 * layer.outputs
-    fisher = torch.empty(rows, len(labels), dtype=torch.float64, device=squared.device)
-    trace = torch.empty(rows, dtype=torch.float64, device=squared.device)
-    for row, (x, g) in enumerate(zip(layer.inputs, layer.output_grads, strict=True)):
-        gradient = (g.float().t() @ x.float()).square_().flatten()
-        fisher[row] = (squared @ gradient).double() / scale
-        trace[row] = gradient.sum(dtype=torch.float64)
-    # Sums over the tokens seen, divided by all: E[g²] is p times the mean over those seen, the error's power
-    # needs to be that mean itself.
-    share = max(sum(map(len, layer.inputs)), 1) / (rows * layer.positions)
-    gradient_power = torch.stack([_power(g.float(), layer.positions) for g in layer.output_grads])
+    totals = squared.double().sum(1).cpu()
+    fisher, trace, gradient_power, error_power, seen = [], [], [], [], 0
+    for x, g in layer.rows:
+        x, g = x.float(), g.float()
+        gradient = (g.t() @ x).square_().flatten()
+        fisher.append((squared @ gradient).double())
+        trace.append(gradient.sum(dtype=torch.float64))
+        gradient_power.append(g.square().sum(0).double() / layer.positions)
+        error_power.append(torch.stack([(x @ errors[label].float().t()).square().sum(0).double() for label in labels]))
+        seen += len(x)
+    # Sums over the tokens seen divided by all positions are p times the mean over those seen; one of the two
+    # factors of kron needs to be that mean itself.
+    mean_tokens = max(seen, 1) / len(fisher)
+    left, right = torch.stack(gradient_power), torch.stack(error_power) / mean_tokens
+    scale = 2 * layer.outputs
     values: RowValues = {"fisher": {}, "kron": {}, "hawq-ggn": {}}
     for position, label in enumerate(labels):
-        values["fisher"][label] = fisher[:, position].cpu()
-        values["hawq-ggn"][label] = (trace * totals[position] / (scale * squared.shape[1])).cpu()
-        error = errors[label].float().t()
-        power = torch.stack([_power(x.float() @ error, layer.positions * share) for x in layer.inputs])
-        kron = _linearised_product(gradient_power, power) * layer.positions / scale
+        values["fisher"][label] = torch.stack(fisher)[:, position].cpu() / scale
+        values["hawq-ggn"][label] = torch.stack(trace).cpu() * totals[position] / (scale * squared.shape[1])
+        kron = _linearised_product(left, right[:, position]) * layer.positions / scale
         values["kron"][label] = kron.cpu()
     return values
-
-
-def _power(values: Tensor, count: float) -> Tensor:
-    """Sum of squares over ``[tokens, n]`` divided by a count, float64."""
-    return values.square().sum(0).double() / count
 
 
 def _linearised_product(left: Tensor, right: Tensor) -> Tensor:

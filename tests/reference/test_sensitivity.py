@@ -101,6 +101,10 @@ def row() -> Tensor:
     return torch.randint(0, VOCAB, (LENGTH,), generator=torch.Generator().manual_seed(1))
 
 
+def layer_rows(inputs: Tensor, grads: Tensor) -> LayerRows:
+    return LayerRows(zip(inputs, grads, strict=True), inputs.shape[1], inputs.shape[1])
+
+
 def random_error(model: nn.Module, layer: str, relative: float) -> Tensor:
     weight = model.get_submodule(layer).weight.detach()
     noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -113,7 +117,7 @@ def test_scores_of_enumerated_labels_are_the_exact_ones(small: nn.Module, row: T
     exact = exact_scores(probes, error)
     # A mean over n probes whose squares are weighted by n p is the expectation over labels.
     scaled = probes.gradients * (len(probes.weights) * probes.weights).sqrt()[:, None, None]
-    found = to_scores(score_rows(LayerRows(probes.inputs, scaled, LENGTH, LENGTH), {"e": error.float()}))
+    found = to_scores(score_rows(layer_rows(probes.inputs, scaled), {"e": error.float()}))
     assert set(found) == set(METRICS)
     for metric in METRICS:
         assert found[metric]["e"].value == pytest.approx(exact[metric], rel=1e-4)
@@ -124,7 +128,7 @@ def test_sampled_labels_give_unbiased_scores(small: nn.Module, row: Tensor, laye
     error = random_error(small, layer, 0.3)
     exact = exact_scores(enumerated(small, layer, row), error)
     probes = sampled(small, layer, row, 1500)
-    found = to_scores(score_rows(LayerRows(probes.inputs, probes.gradients, LENGTH, LENGTH), {"e": error.float()}))
+    found = to_scores(score_rows(layer_rows(probes.inputs, probes.gradients), {"e": error.float()}))
     for metric in METRICS:
         score = found[metric]["e"]
         assert 0 < score.stderr < 0.1 * exact[metric]
@@ -170,7 +174,7 @@ def test_score_rows_equals_slow_loops() -> None:
     generator = torch.Generator().manual_seed(3)
     inputs, grads = torch.randn(4, 6, 10, generator=generator), torch.randn(4, 6, 7, generator=generator)
     errors = {"a": torch.randn(7, 10, generator=generator), "b": 0.1 * torch.randn(7, 10, generator=generator)}
-    values = score_rows(LayerRows(inputs, grads, inputs.shape[1], inputs.shape[1]), errors)
+    values = score_rows(layer_rows(inputs, grads), errors)
     assert all(len(rows) == 4 for by_label in values.values() for rows in by_label.values())
     for label, error in errors.items():
         expected = slow_scores(inputs, grads, error)
