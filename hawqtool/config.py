@@ -49,6 +49,7 @@ class RunConfig(BaseModel):
     damping: float | None = Field(None, gt=0, allow_inf_nan=False)
     pin: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
+    quantize_lm_head: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     rows_per_slice: int | None = Field(None, ge=1)
     seed: int = Field(0, ge=0)

@@ -78,6 +78,12 @@ Ignore = Annotated[
     Optional[list[str]],
     _option("--ignore", help="Layers to leave as they are; repeatable.", panel=TARGET, metavar="NAME"),
 ]
+QuantizeLmHead = Annotated[
+    Optional[bool],
+    _option(
+        "--quantize-lm-head", help="Quantize the output head too, where it is not tied to the embedding.", panel=TARGET
+    ),
+]
 Calibration = Annotated[
     Optional[list[str]],
     _option(

@@ -26,6 +26,7 @@ def quantize(
     profile: o.Profile = None,
     pin: o.Pin = None,
     ignore: o.Ignore = None,
+    quantize_lm_head: o.QuantizeLmHead = None,
     calibration: o.Calibration = None,
     num_samples: o.NumSamples = None,
     seq_len: o.SeqLen = None,

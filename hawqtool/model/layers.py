@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers.pytorch_utils import Conv1D
 
-from hawqtool.errors import InputError
+from hawqtool.errors import InputError, UsageError
 from hawqtool.model.dtypes import DTYPE_BYTES
 from hawqtool.model.index import CheckpointIndex
 from hawqtool.model.names import stored_names
@@ -48,6 +48,7 @@ class Structure:
         stored_names: Parameter name to the name of its tensor in the checkpoint.
         extra_outputs: What blocks return beside the hidden state (see `replayed_blocks`).
         obstacle: Why transformers cannot load packed weights of this model; None where it can.
+        head: The output head, where it is to be quantized, as a block of one linear after the last.
     """
 
     blocks: tuple[BlockSpec, ...]
@@ -55,11 +56,13 @@ class Structure:
     stored_names: dict[str, str] = field(default_factory=dict)
     extra_outputs: int | None = None
     obstacle: str | None = None
+    head: BlockSpec | None = None
 
     @property
     def linears(self) -> dict[str, LinearSpec]:
         """Every quantizable linear by name, in call order."""
-        return {spec.name: spec for block in self.blocks for spec in block.linears}
+        blocks = (*self.blocks, self.head) if self.head else self.blocks
+        return {spec.name: spec for block in blocks for spec in block.linears}
 
     @property
     def units(self) -> tuple[Unit, ...]:
@@ -87,7 +90,9 @@ class _WeightUses(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def discover(model: Any, index: CheckpointIndex, experts_per_block: bool = False) -> Structure:
+def discover(
+    model: Any, index: CheckpointIndex, experts_per_block: bool = False, quantize_head: bool = False
+) -> Structure:
     """Run one row of meta tensors through every block and keep what it proves.
 
     A linear is quantizable when it is called exactly once, its weight takes part in one operation only, is
@@ -98,9 +103,11 @@ def discover(model: Any, index: CheckpointIndex, experts_per_block: bool = False
         model: Skeleton; its buffers are lost here, so it is of no further use.
         index: The checkpoint.
         experts_per_block: As in `unit_name`.
+        quantize_head: Whether the output head is quantized too.
 
     Raises:
         InputError: Naming the first layer that fails, with the reason.
+        UsageError: If the head is to be quantized and cannot be.
     """
     name, blocks = find_blocks(model)
     for position, block in enumerate(blocks):
@@ -115,12 +122,25 @@ def discover(model: Any, index: CheckpointIndex, experts_per_block: bool = False
     if not experts_per_block:
         specs = [_with_model_wide_experts(spec) for spec in specs]
     obstacle = next((text for m in blocks.modules() for kind, text in _OBSTACLES.items() if kind in _classes(m)), None)
-    inside = {spec.module_name for block in specs for spec in block.linears}
+    head = _head(model, len(blocks), stored, index) if quantize_head else None
+    walked = (*specs, head) if head else specs
+    inside = {spec.module_name for block in walked for spec in block.linears}
     others = [n for n, m in model.named_modules() if (_is_linear(m) or _is_router(m)) and n not in inside]
     names = [(stored.get(f"{n}.weight", f"{n}.weight").removesuffix(".weight"), n) for n in others]
-    return Structure(
-        tuple(specs), tuple(dict.fromkeys(n for pair in names for n in pair)), stored, extra_outputs, obstacle
-    )
+    kept = tuple(dict.fromkeys(name for pair in names for name in pair))
+    return Structure(tuple(specs), kept, stored, extra_outputs, obstacle, head)
+
+
+def _head(model: Any, position: int, stored: dict[str, str], index: CheckpointIndex) -> BlockSpec:
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise UsageError(f"--quantize-lm-head: {type(model).__name__} has no linear output head; drop the flag")
+    if head.weight is model.get_input_embeddings().weight:
+        raise UsageError(
+            "--quantize-lm-head: the head is tied to the input embedding, which loaders need unquantized; drop the flag"
+        )
+    name = next(name for name, module in model.named_modules() if module is head)
+    return BlockSpec(position, "", ((_linear_spec(name, head, position, stored, index),),))
 
 
 def _classes(module: nn.Module) -> set[str]:

@@ -128,6 +128,27 @@ class ModelStream:
             return result.last_hidden_state.mean(1, keepdim=True)
         return result.logits[:, None] if self.task.per_row else result.logits
 
+    def head_inputs(self, rows: Tensor, hidden: Tensor) -> Tensor:
+        """Inputs ``[tokens, width]`` of the output head, from the last block's output."""
+        seen: list[Tensor] = []
+        head = self.model.get_output_embeddings()
+        hook = head.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0].flatten(0, -2)))
+        try:
+            self.outputs(rows, hidden)
+        finally:
+            hook.remove()
+        return seen[0]
+
+    def head_statistics(self, rows: Tensor, hidden: Sequence[Tensor]) -> GroupStatistics:
+        """Second moments of the head's inputs over all slices; rows go one by one, because logits are large."""
+        states = [state for part in hidden for state in part]
+        with torch.no_grad():
+            first, *others = (self.head_inputs(r[None], s[None]) for r, s in zip(rows, states, strict=True))
+        total = _seen(first, len(first))
+        for x in others:
+            total += _seen(x, len(x))
+        return total
+
     def _inputs(self, rows: Tensor) -> dict[str, Tensor]:
         moved = rows.to(self.device, self.dtype) if rows.is_floating_point() else rows.to(self.device)
         return {self.model.main_input_name: moved}
@@ -268,7 +289,7 @@ def group_inputs(
 
 def local_name(block: BlockSpec, linear: LinearSpec) -> str:
     """Name of a linear inside its block."""
-    return linear.module_name[len(block.name) + 1 :]
+    return linear.module_name.removeprefix(f"{block.name}.")
 
 
 def read_weight(block: nn.Module, spec: BlockSpec, linear: LinearSpec) -> Tensor:

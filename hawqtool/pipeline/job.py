@@ -147,7 +147,7 @@ def prepare(config: RunConfig, reporter: Reporter | None = None) -> Job:
     source = _source(config, reporter or Silent())
     index = read_index(source.folder)
     probe = build_skeleton(index.folder, torch.float32, source.runs_code)
-    structure = discover(probe, index, experts_per_block=config.profile == "vllm")
+    structure = discover(probe, index, config.profile == "vllm", config.quantize_lm_head)
     if structure.obstacle and config.profile != "vllm":
         raise InputError(
             f"{config.model}: transformers cannot load this model when it is packed: {structure.obstacle}; "

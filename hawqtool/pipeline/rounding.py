@@ -51,6 +51,10 @@ def round_to_folder(
                 walker.block, walker.spec = block, spec
                 visit_groups(block, spec, activations, walker.visit)
             reporter.progress(f"rounding {label}", spec.index + 1, len(job.structure.blocks))
+        if job.structure.head:
+            walker.block, walker.spec = stream.model, job.structure.head
+            statistics = stream.head_statistics(rows.tokens, activations.hidden)
+            walker.visit(job.structure.head.input_groups[0], statistics)
         writer.copy_rest()
     seconds = time.perf_counter() - start
     _write_records(job, plan, folder, writer.checksums, metrics, layout.total_bytes)

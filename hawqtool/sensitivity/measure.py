@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from hawqtool.formats import QuantFormat
 from hawqtool.model.experts import ExpertLinear
 from hawqtool.model.sweep import (
     Activations,
+    GroupStatistics,
     ModelStream,
     advance,
     group_statistics,
@@ -63,21 +64,27 @@ def measure(
     for spec in stream.structure.blocks:
         stored.append(tuple(list(s.hidden) for s in sets))
         with stream.block(spec.index) as block:
-            for activations in sets[1:] if spec.index == count - 1 else sets:
+            # Only the head needs what the last block gives on the calibration rows.
+            for activations in sets[1:] if spec.index == count - 1 and not stream.structure.head else sets:
                 advance(block, spec, activations)
         progress("forward sweep", spec.index + 1, count)
     gradients, outputs = _loss_gradients(stream, scoring.split(rows_per_slice), sets[1].hidden, seed)
     unit_rows: dict[str, RowValues] = {}
+    if stream.structure.head:
+        rows = _head_rows(stream, scoring, sets[1].hidden, seed)
+        seen = LayerRows(rows, sets[1].hidden[0].shape[1], outputs)
+        statistics = stream.head_statistics(calibration, sets[0].hidden)
+        unit_rows |= _head_values(stream, statistics, seen, menu, method, stored_dtypes)
     for spec in reversed(stream.structure.blocks):
         for activations, hidden in zip(sets, stored.pop(), strict=True):
             activations.hidden = hidden
         with stream.block(spec.index) as block:
             errors = _rounding_errors(block, spec, sets[0], menu, method, stored_dtypes)
-            seen, gradients = _backward(block, spec, sets[1], gradients, outputs)
+            layers, gradients = _backward(block, spec, sets[1], gradients, outputs)
         for linear in spec.linears:
             if linear.name in errors:
-                rows = score_rows(seen.pop(linear.name), errors.pop(linear.name))
-                add_rows(unit_rows.setdefault(linear.unit, {}), rows)
+                values = score_rows(layers.pop(linear.name), errors.pop(linear.name))
+                add_rows(unit_rows.setdefault(linear.unit, {}), values)
         progress("reverse sweep", count - spec.index, count)
     table: dict[str, dict[str, dict[str, Score]]] = {}
     for unit in stream.structure.units:
@@ -129,16 +136,59 @@ def _rounding_errors(
     """D = Q(W) - W per linear and format label, rounded with the original model's Gram matrices."""
     errors: dict[str, dict[str, Tensor]] = {}
     for group, statistics in group_statistics(block, spec, calibration, spec.input_groups):
-        wanted = [(linear, fmt) for linear in group for fmt in menu.get(linear.unit, ())]
-        if not wanted:
-            continue
-        factor = factorize(statistics.gram, statistics.num_tokens, method.damping, name=group[0].name)
-        weights = {linear.name: read_weight(block, spec, linear) for linear in group}
-        tasks = [Task(linear.name, weights[linear.name], fmt, stored_dtypes[linear.name]) for linear, fmt in wanted]
-        for task, rounded in zip(tasks, round_group(tasks, factor, method), strict=True):
-            difference = dequantize(*rounded).float() - task.weight
-            errors.setdefault(task.name, {})[task.quant_format.label] = difference
+        errors |= _group_errors(block, spec, group, statistics, menu, method, stored_dtypes)
     return errors
+
+
+def _group_errors(
+    block: nn.Module,
+    spec: BlockSpec,
+    group: Sequence[LinearSpec],
+    statistics: GroupStatistics,
+    menu: Mapping[str, Sequence[QuantFormat]],
+    method: RoundingMethod,
+    stored_dtypes: Mapping[str, torch.dtype],
+) -> dict[str, dict[str, Tensor]]:
+    errors: dict[str, dict[str, Tensor]] = {}
+    wanted = [(linear, fmt) for linear in group for fmt in menu.get(linear.unit, ())]
+    if not wanted:
+        return errors
+    factor = factorize(statistics.gram, statistics.num_tokens, method.damping, name=group[0].name)
+    weights = {linear.name: read_weight(block, spec, linear) for linear in group}
+    tasks = [Task(linear.name, weights[linear.name], fmt, stored_dtypes[linear.name]) for linear, fmt in wanted]
+    for task, rounded in zip(tasks, round_group(tasks, factor, method), strict=True):
+        difference = dequantize(*rounded).float() - task.weight
+        errors.setdefault(task.name, {})[task.quant_format.label] = difference
+    return errors
+
+
+def _head_values(
+    stream: ModelStream,
+    statistics: GroupStatistics,
+    seen: LayerRows,
+    menu: Mapping[str, Sequence[QuantFormat]],
+    method: RoundingMethod,
+    stored_dtypes: Mapping[str, torch.dtype],
+) -> dict[str, RowValues]:
+    """Row values of the output head's unit, none where it has no format to score."""
+    head = stream.structure.head
+    assert head is not None  # the caller saw to it
+    errors = _group_errors(stream.model, head, head.linears, statistics, menu, method, stored_dtypes)
+    return {linear.unit: score_rows(seen, errors[linear.name]) for linear in head.linears if linear.name in errors}
+
+
+def _head_rows(
+    stream: ModelStream, rows: Tensor, hidden: Sequence[Tensor], seed: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs of the head and gradients at the logits, row by row; labels are drawn anew."""
+    generator = torch.Generator(stream.device).manual_seed(seed + 1)
+    states = [state for part in hidden for state in part]
+    for row, state in zip(rows, states, strict=True):
+        with torch.no_grad():
+            x = stream.head_inputs(row[None], state[None])
+            logits = stream.outputs(row[None], state[None])[0].float()
+        leaf = logits.requires_grad_()
+        yield x, torch.autograd.grad(_label_loss(leaf, generator), leaf)[0]
 
 
 def _backward(
