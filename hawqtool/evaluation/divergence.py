@@ -87,7 +87,8 @@ def interpolate_log(points: list[tuple[int, float]], stored_bytes: int) -> float
     """Divergence of the uniform curve at ``stored_bytes``: log-linear between the neighbouring points.
 
     Returns:
-        None when the bytes lie outside the points.
+        None when the bytes lie outside the points, or a neighbour's divergence is not positive: of two models that
+        agree, rounding errors of float32 are left, of either sign.
     """
     below = max((p for p in points if p[0] <= stored_bytes), default=None)
     above = min((p for p in points if p[0] >= stored_bytes), default=None)
@@ -95,5 +96,7 @@ def interpolate_log(points: list[tuple[int, float]], stored_bytes: int) -> float
         return None
     if above[0] == below[0]:
         return below[1]
+    if min(below[1], above[1]) <= 0:
+        return None
     share = (stored_bytes - below[0]) / (above[0] - below[0])
     return math.exp((1 - share) * math.log(below[1]) + share * math.log(above[1]))

@@ -21,8 +21,9 @@ class ExpertLinear(nn.Linear):
     """A linear of one expert, which knows what its last input was made of.
 
     Attributes:
-        positions: ``[routed]`` positions, in the flattened slice, of the tokens that the router sent here. Inputs
-            beyond these are the supplement of `counting_experts`.
+        positions: ``[routed]`` positions, in the flattened slice, of the tokens that the router sent here; in
+            transformers' order, first choices before second ones, so they do not rise. Inputs beyond these are the
+            supplement of `counting_experts`.
     """
 
     positions: Tensor

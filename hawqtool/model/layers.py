@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -184,6 +185,8 @@ def _block_calls(model: Any, blocks: nn.ModuleList) -> tuple[list[Call], int | N
         raise InputError(
             f"{type(model).__name__}: {len(calls)} of {len(blocks)} blocks can be traced{reason}; not supported"
         ) from error
+    if any(after[0][0] is not before[0][0] for before, after in pairwise(calls)):
+        raise InputError(f"{type(model).__name__}: hidden states are changed between blocks; not supported")
     return calls, extra
 
 

@@ -116,3 +116,13 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
             f"{type(model).__name__}: no list of {expected} blocks found; this architecture is not supported"
         )
     return lists[0]
+
+
+def max_positions(model: Any) -> int | None:
+    """Tokens that a row can have; None where the config names no limit."""
+    longest = getattr(model.config, "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        # RoBERTa and its kin number positions from the one after their padding's.
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return int(module.num_embeddings) - int(module.padding_idx) - 1
+    return None if longest is None else int(longest)

@@ -51,11 +51,39 @@ def model_task(model: Any) -> ModelTask:
     """Task of a built model; code from a checkpoint counts as a causal language model.
 
     Raises:
-        InputError: If its class has none of the supported tasks.
+        InputError: If its class has none of the supported tasks, or its outputs are not what the task is judged by.
     """
     task = class_task(type(model).__name__)
     if task is not None:
+        _refuse_scores(model, task)
+        _refuse_both_directions(model, task)
         return task
     if model.is_custom_code():
         return TASKS[0]
     raise InputError(f"{type(model).__name__} is no {', '.join(t.name for t in TASKS)}; this model is not supported")
+
+
+def _refuse_scores(model: Any, task: ModelTask) -> None:
+    """Classifiers are judged by KL, which a single score, or labels that do not exclude each other, do not have."""
+    if not (task.logits and task.per_row):
+        return
+    config = model.config
+    if config.num_labels < 2 or config.problem_type in ("regression", "multi_label_classification"):
+        kind = config.problem_type or "scores"
+        raise InputError(
+            f"{type(model).__name__} with {config.num_labels} labels ({kind}) gives no distribution over classes, by "
+            "which classifiers are judged; expected two or more classes of which one is right"
+        )
+
+
+def _refuse_both_directions(model: Any, task: ModelTask) -> None:
+    """An encoder under a decoder's head would see the token that it predicts."""
+    from transformers.models.auto import modeling_auto
+
+    encoders = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if task.generates and model.config.model_type in encoders and not getattr(model.config, "is_decoder", False):
+        raise InputError(
+            f"{type(model).__name__} without is_decoder sees later tokens, so it is no causal language model; expected "
+            f"the class that was trained under architectures in config.json, such as "
+            f"{encoders[model.config.model_type]}"
+        )

@@ -20,7 +20,7 @@ from hawqtool.model.dtypes import torch_dtype
 from hawqtool.model.index import CheckpointIndex, read_index
 from hawqtool.model.layers import Structure, check_shapes, discover
 from hawqtool.model.reader import TensorReader
-from hawqtool.model.skeleton import build_skeleton
+from hawqtool.model.skeleton import build_skeleton, max_positions
 from hawqtool.model.source import ResolvedModel, hub_id, resolve_model
 from hawqtool.model.sweep import ModelStream, WeightSource
 from hawqtool.model.tasks import ModelTask, model_task
@@ -76,8 +76,8 @@ class Job:
     @property
     def seq_len(self) -> int:
         """Tokens per row."""
-        longest = getattr(self.skeleton.config, "max_position_embeddings", None) or _DEFAULT_ROWS["cuda"][1]
-        return self.config.seq_len or min(_DEFAULT_ROWS[self.device.type][1], longest)
+        default = _DEFAULT_ROWS[self.device.type][1]
+        return self.config.seq_len or min(default, max_positions(self.skeleton) or default)
 
     @property
     def rows_per_slice(self) -> int:
@@ -162,7 +162,7 @@ def prepare(config: RunConfig, reporter: Reporter | None = None) -> Job:
     units = tuple(unit for unit in structure.units if unit.name not in ignored)
     sizes = {name: fmt.group_size for name, fmt in uniform_formats(units, 8, config.group_size).items()}
     pins = resolve_pins(config.pin, units, sizes, config.symmetric)
-    longest = getattr(probe.config, "max_position_embeddings", None)
+    longest = max_positions(probe)
     if config.seq_len and longest and config.seq_len > longest:
         raise UsageError(f"--seq-len {config.seq_len} exceeds the model's {longest} positions; lower it")
     skeleton = build_skeleton(index.folder, dtype, source.runs_code)

@@ -236,10 +236,11 @@ def _linear(spec: BlockSpec, name: str) -> LinearSpec:
 
 
 def _by_row(module: nn.Module, values: Tensor, rows: int, positions: int) -> list[Tensor]:
-    """Split ``[rows, positions, n]``, its flattened form, or the tokens routed to an expert, by row."""
+    """Split ``[rows, ..., n]``, its flattened form, or the tokens routed to an expert, by row."""
     flat = values.flatten(0, -2)
     if not isinstance(module, ExpertLinear):
-        return list(flat.view(rows, positions, -1))
-    # Positions rise, so the tokens of one row lie together.
-    counts = torch.bincount(module.positions // positions, minlength=rows)
-    return list(flat.split(counts.tolist()))
+        return list(flat.reshape(rows, -1, flat.shape[-1]))
+    row = module.positions // positions
+    # Tokens come by rank of the choice; sorted by row, those of one row lie together.
+    ordered = flat[row.argsort(stable=True)]
+    return list(ordered.split(torch.bincount(row, minlength=rows).tolist()))
