@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hawqtool.errors import InputError
+from hawqtool.errors import InputError, one_line
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tiff")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 
 
 def image_rows(processor: Any, folder: Path, num_rows: int, seed: int) -> Tensor:
@@ -27,9 +27,9 @@ def image_rows(processor: Any, folder: Path, num_rows: int, seed: int) -> Tensor
         ``[images, channels, height, width]`` float32, fewer than ``num_rows`` where there are no more.
 
     Raises:
-        InputError: If the folder is missing, or a file is no image.
+        InputError: If the folder is missing, a file is no image, or the processor leaves images of several shapes.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; this model takes images: give a folder of image files")
@@ -44,9 +44,18 @@ def image_rows(processor: Any, folder: Path, num_rows: int, seed: int) -> Tensor
         try:
             with Image.open(path) as image:
                 rows.append(processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"][0].float())
-        except (UnidentifiedImageError, OSError, ValueError) as error:
-            raise InputError(f"{path} cannot be read as an image ({error}); remove it") from error
+        except Exception as error:  # decoders raise errors of any type on damaged files
+            raise InputError(f"{path} cannot be read as an image ({one_line(error)}); remove it") from error
+        if rows[-1].shape != rows[0].shape:
+            raise InputError(
+                f"the image processor makes {_size(rows[0])} of {files[0]} but {_size(rows[-1])} of {path}; expected "
+                "one size; give images of one shape, or set size in preprocessor_config.json to a height and a width"
+            )
     return torch.stack(rows)
+
+
+def _size(row: Tensor) -> str:
+    return " x ".join(map(str, row.shape))
 
 
 def image_processor(folder: Path) -> Any:
@@ -59,7 +68,10 @@ def image_processor(folder: Path) -> Any:
 
     path = folder / "preprocessor_config.json"
     try:
-        name = json.loads(path.read_bytes())["image_processor_type"]
+        settings = json.loads(path.read_bytes())
+        name = settings.get("image_processor_type") or settings["feature_extractor_type"]
+        # Old names, and those of a backend that needs torchvision; settings are the same.
+        name = name.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast")
         # Not AutoImageProcessor, which demands torchvision even where pillow suffices.
         return getattr(transformers, name).from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:

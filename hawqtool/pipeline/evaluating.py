@@ -82,7 +82,7 @@ def run_evaluate(config: RunConfig, folder: Path, reporter: Reporter) -> dict[st
     """
     if config.eval_data is None:
         raise InputError("--eval-data is needed: text that was not used for calibration")
-    job = prepare(config, reporter)
+    job = prepare(config, reporter, writes=False)
     candidate = PackedReader(folder)
     missing = [n for n in job.structure.linears if f"{n}.weight" not in candidate]
     if missing:

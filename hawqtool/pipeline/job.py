@@ -137,8 +137,13 @@ class Job:
             ) from error
 
 
-def prepare(config: RunConfig, reporter: Reporter | None = None) -> Job:
+def prepare(config: RunConfig, reporter: Reporter | None = None, writes: bool = True) -> Job:
     """Find or fetch the model, read headers, build the skeleton, discover its layers, resolve pins.
+
+    Args:
+        config: The run's configuration.
+        reporter: Narration.
+        writes: Whether a packed folder will come of it; then what its profile's engines do not load is refused.
 
     Raises:
         HawqError: For anything that would fail later and can be known now.
@@ -148,7 +153,7 @@ def prepare(config: RunConfig, reporter: Reporter | None = None) -> Job:
     index = read_index(source.folder)
     probe = build_skeleton(index.folder, torch.float32, source.runs_code)
     structure = discover(probe, index, config.profile == "vllm", config.quantize_lm_head)
-    if structure.obstacle and config.profile != "vllm":
+    if writes and structure.obstacle and config.profile != "vllm":
         raise InputError(
             f"{config.model}: transformers cannot load this model when it is packed: {structure.obstacle}; "
             "--profile vllm writes it for vLLM alone"

@@ -88,7 +88,9 @@ def _given_source(job: Job, text: str, quota: dict[str, int]) -> SourceRows:
 def _rows(job: Job, text: str, count: int, seed: int) -> tuple[str, Tensor]:
     """Label and rows of a source, at least ``count`` where it holds them."""
     if job.takes_images:
-        return Path(text).name, image_rows(image_processor(job.index.folder), Path(text), count, seed)
+        images = image_rows(image_processor(job.index.folder), Path(text), count, seed)
+        _check_images(job, images)
+        return Path(text).name, images
     source = open_source(text)
     # Encoders were trained on sequences between special tokens, language models on running text.
     framed = not job.task.generates
@@ -122,3 +124,14 @@ def _known(job: Job, tokens: Tensor) -> Tensor:
             "expected a tokenizer and weights of one model; download them again"
         )
     return tokens
+
+
+def _check_images(job: Job, images: Tensor) -> None:
+    config = job.skeleton.config
+    size = config.image_size
+    expected = (config.num_channels, *((size, size) if isinstance(size, int) else size))
+    if tuple(images.shape[1:]) != expected:
+        raise InputError(
+            f"the image processor gives images of {' x '.join(map(str, images.shape[1:]))}, the model takes "
+            f"{' x '.join(map(str, expected))}; expected preprocessor_config.json and config.json of one model"
+        )
