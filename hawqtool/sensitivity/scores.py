@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hawqtool.records import Score
+from hawqtool.records import SCORE_METRICS, Score
 
 RowValues = dict[str, dict[str, Tensor]]
 """``[metric][format label]`` to ``[rows]`` float64; the mean over rows is the score."""
@@ -46,9 +46,15 @@ def score_rows(layer: LayerRows, errors: Mapping[str, Tensor]) -> RowValues:
     and m the outputs of a row (T = m for a language model):
 
     - ``fisher``: 1/(2m) E Σ (G ∘ D)², the diagonal of F times the real error;
+    - ``projection``: 1/(2m) E Σ_r (G_r · D_r)², the blocks of F that belong to one output channel r, which is all that
+      one layer has where the errors of its channels are independent;
     - ``hawq-ggn``: ½ E‖G‖² / (m n) · ‖D‖², HAWQ-V2's form (Dong et al. 2020, eq. 11) with the Gauss-Newton trace;
     - ``kron``: T/(2m) Σ_r E[g_r²] (D H Dᵀ)_rr with H = E[x xᵀ]; (D H Dᵀ)_rr is the mean of (D_r · x_t)². Where a
       layer sees only a share p of the tokens, both means are over those, and the product is multiplied by p.
+
+    ``kron`` takes the errors of a row's tokens as independent. That holds where each token has an output with a label
+    of its own (the labels are), not where the tokens of a row share one output: there errors add up over tokens as
+    far as the inputs have a common direction, and only ``projection`` counts that.
 
     ``kron`` is a product of two means, so its row values are linearised: they average to the score, and their
     spread is that of the score to first order.
@@ -62,18 +68,23 @@ def score_rows(layer: LayerRows, errors: Mapping[str, Tensor]) -> RowValues:
     totals = squared.double().sum(1)
     rows, scale = len(layer.inputs), 2 * layer.outputs
     fisher = torch.empty(rows, len(labels), dtype=torch.float64, device=squared.device)
+    projection = torch.empty_like(fisher)
     trace = torch.empty(rows, dtype=torch.float64, device=squared.device)
     for row, (x, g) in enumerate(zip(layer.inputs, layer.output_grads, strict=True)):
-        gradient = (g.float().t() @ x.float()).square_().flatten()
+        gradient = g.float().t() @ x.float()
+        for position, label in enumerate(labels):
+            projection[row, position] = (gradient * errors[label]).sum(1).square().sum(dtype=torch.float64) / scale
+        gradient = gradient.square_().flatten()
         fisher[row] = (squared @ gradient).double() / scale
         trace[row] = gradient.sum(dtype=torch.float64)
     # Sums over the tokens seen, divided by all: E[g²] is p times the mean over those seen, the error's power
     # needs to be that mean itself.
     share = max(sum(map(len, layer.inputs)), 1) / (rows * layer.positions)
     gradient_power = torch.stack([_power(g.float(), layer.positions) for g in layer.output_grads])
-    values: RowValues = {"fisher": {}, "kron": {}, "hawq-ggn": {}}
+    values: RowValues = {metric: {} for metric in SCORE_METRICS}
     for position, label in enumerate(labels):
         values["fisher"][label] = fisher[:, position].cpu()
+        values["projection"][label] = projection[:, position].cpu()
         values["hawq-ggn"][label] = (trace * totals[position] / (scale * squared.shape[1])).cpu()
         error = errors[label].float().t()
         power = torch.stack([_power(x.float() @ error, layer.positions * share) for x in layer.inputs])
