@@ -45,11 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Command line without the program name (default: ``sys.argv[1:]``).
     """
     options = _parse(arguments)
-    config = RunConfig(
-        model=str(options.model), calibration=str(options.calibration), eval_data=str(options.eval_data),
-        num_samples=options.num_samples, seq_len=options.seq_len, eval_samples=options.eval_samples,
-        group_size=options.group_size, rounding=options.rounding, device="cpu", target_bpw=8.5,
-    )  # fmt: skip
+    values: dict[str, Any] = {
+        "model": str(options.model), "calibration": str(options.calibration), "eval_data": str(options.eval_data),
+        "num_samples": options.num_samples, "seq_len": options.seq_len, "eval_samples": options.eval_samples,
+        "group_size": options.group_size, "rounding": options.rounding, "device": "cpu",
+    }  # fmt: skip
+    config = RunConfig(**values)
     result = check_scores(prepare(config), options.low, options.high, options.units)
     print("\n".join(lines(result)))
     if options.json:
@@ -110,7 +111,7 @@ def _evaluate(job: Job, formats: dict[str, QuantFormat], rows: Rows, evaluator: 
 def lines(result: dict[str, Any]) -> list[str]:
     """The table, and per metric how far the predictions are off."""
     units = result["units"]
-    text = [f"one unit at {result['low']} bits, the others at {result['high']}; {result['measure']}, predicted/measured"]
+    text = [f"one unit at {result['low']} bits, others at {result['high']}; {result['measure']}, predicted/measured"]
     text.append(f"{'unit':48s} {'measured':>10s}" + "".join(f" {metric:>10s}" for metric in SCORE_METRICS))
     for name, values in units.items():
         ratios = "".join(f" {values[metric] / values['measured']:10.2f}" for metric in SCORE_METRICS)
