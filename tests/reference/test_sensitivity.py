@@ -305,3 +305,26 @@ def test_measuring_leaves_the_checkpoint_alone(job: Job) -> None:
     before = {f: f.stat().st_mtime_ns for f in Path(job.index.folder).iterdir()}
     measured(job, "rtn", 6)
     assert before == {f: f.stat().st_mtime_ns for f in Path(job.index.folder).iterdir()}
+
+
+# Rows whose tokens share one output.
+
+
+def test_only_projection_counts_errors_that_add_up_over_the_tokens_of_a_row() -> None:
+    generator = torch.Generator().manual_seed(5)
+    rows, length, width, height = 4000, 16, 12, 10
+    # As under mean pooling: one direction for all tokens of a row, and inputs with a common part.
+    inputs = 1 + 0.3 * torch.randn(rows, length, width, generator=generator)
+    grads = torch.randn(rows, 1, height, generator=generator).expand(rows, length, height) / length
+    error = torch.randn(height, width, generator=generator)
+    loss = float((inputs @ error.t()).mean(1).square().sum(1).mean()) / 2
+    found = to_scores(score_rows(LayerRows(inputs, grads, length, 1), {"e": error}))
+    assert found["projection"]["e"].value == pytest.approx(loss, rel=0.05)
+    assert found["kron"]["e"].value < loss / 10
+
+
+def test_models_with_one_output_per_row_take_projection() -> None:
+    assert RunConfig(model="m").metric(per_row=True) == "projection"
+    assert RunConfig(model="m").metric(per_row=False) == "kron"
+    assert RunConfig(model="m", rounding="rtn").metric(per_row=True) == "fisher"
+    assert RunConfig(model="m", sensitivity="kron").metric(per_row=True) == "kron"
