@@ -155,10 +155,17 @@ class RunConfig(BaseModel):
             found = " and ".join(f"--{n.replace('_', '-')}" for n in given) or "none"
             raise UsageError(f"exactly one of --target-bpw, --target-size and --plan is needed, found {found}")
 
-    def metric(self) -> str:
-        """Metric that allocation uses: fisher for plain rounding, kron for compensated rounding."""
+    def metric(self, per_row: bool) -> str:
+        """Metric that allocation uses: fisher for plain rounding, kron or projection for compensated rounding.
+
+        Args:
+            per_row: Whether the tokens of a row share one output, as in classifiers and embedding models; kron is
+                wrong there (see `hawqtool.sensitivity.scores.score_rows`).
+        """
         if self.sensitivity in SCORE_METRICS:
             return self.sensitivity
+        if per_row and self.rounding != "rtn":
+            return "projection"
         return "fisher" if self.rounding == "rtn" else "kron"
 
 

@@ -10,7 +10,7 @@ from hawqtool.formats import QuantFormat
 if TYPE_CHECKING:
     from torch import Tensor
 
-SCORE_METRICS = ("fisher", "kron", "hawq-ggn")
+SCORE_METRICS = ("fisher", "kron", "projection", "hawq-ggn")
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,9 @@ def allocate(
     group_size: o.GroupSize = None,
     pin: o.Pin = None,
     ignore: o.Ignore = None,
-    sensitivity: Annotated[str | None, typer.Option("--sensitivity", help="auto, fisher, kron or hawq-ggn.")] = None,
+    sensitivity: Annotated[
+        str | None, typer.Option("--sensitivity", help="auto, fisher, kron, projection or hawq-ggn.")
+    ] = None,
     json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:

@@ -37,7 +37,7 @@ def measure(
     quiet: o.Quiet = False,
     debug: o.Debug = False,
 ) -> None:
-    """Score every unit in every width with fisher, kron and hawq-ggn; write sensitivity.json.
+    """Score every unit in every width with fisher, kron, projection and hawq-ggn; write sensitivity.json.
 
     Example: hawqtool measure ./model -o sensitivity.json --bits 2,3,4,8 --group-size 64
     """

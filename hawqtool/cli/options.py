@@ -116,7 +116,8 @@ Sensitivity = Annotated[
     Optional[str],
     _option(
         "--sensitivity",
-        help="auto (fisher for rtn, else kron), fisher, kron, hawq-ggn, or a saved sensitivity.json [default: auto].",
+        help="auto (fisher for rtn, else kron, or projection where a row has one output), fisher, kron, projection, "
+        "hawq-ggn, or a saved sensitivity.json [default: auto].",
         panel=METHOD,
     ),
 ]

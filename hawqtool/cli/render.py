@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hawqtool.report.quality import MEASURES, plus_minus, quality_columns
+from hawqtool.report.routing import routing_text
 
 
 def size(num_bytes: float) -> str:
@@ -73,6 +74,9 @@ def print_report(report: dict[str, Any], output: str) -> None:
         f"size        {sizes['original_bytes']:,} -> {sizes['quantized_bytes']:,} bytes; {sizes['bpw_linears']:.3f} "
         f"stored bits per weight over the linears, {sizes['bpw_file']:.3f} over the whole file"
     )
+    routing = routing_text(report["experts"])
+    if routing:
+        console.print(f"routing     {routing}")
     difference = evaluation.get("mixed_minus_uniform")
     if difference and evaluation["uniform"] != evaluation["mixed"]:
         measure = evaluation["measure"]

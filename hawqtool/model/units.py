@@ -12,12 +12,18 @@ FUSED_SETS: dict[str, tuple[str, ...]] = {
 """Fused name and its members, all children of one parent module."""
 
 _FUSED_NAME = {member: fused for fused, members in FUSED_SETS.items() for member in members}
-_EXPERT = re.compile(r"^(?P<experts>.*\.experts)\.\d+\.")
+_EXPERT = re.compile(r"^(?P<experts>.*\.experts)\.(?P<number>\d+)\.")
 
 
 def is_expert(stored_name: str) -> bool:
     """Whether a linear belongs to a routed expert."""
     return _EXPERT.match(stored_name) is not None
+
+
+def expert_of(stored_name: str) -> tuple[str, int] | None:
+    """The experts that a linear belongs to, ``model.layers.0.mlp.experts``, and its number among them."""
+    expert = _EXPERT.match(stored_name)
+    return (expert["experts"], int(expert["number"])) if expert else None
 
 
 def unit_name(stored_name: str, experts_per_block: bool = True) -> str:

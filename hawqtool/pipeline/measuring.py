@@ -56,6 +56,7 @@ def measure_job(
             "scoring_samples": len(sets["scoring"].tokens),
             "rows_per_slice": job.rows_per_slice,
             "seed": job.config.seed,
+            "per_row": job.task.per_row,
             "foem_beta": job.method.feedback_beta,
             "seconds": time.perf_counter() - start,
         },

@@ -135,7 +135,7 @@ def _decide(job: Job, sets: dict[str, Rows], reporter: Reporter) -> tuple[BitPla
     fixed = single_choice_plan(job.units, menu, job.pins, budget)
     if fixed is not None:
         return fixed, None
-    metric = config.metric()
+    metric = config.metric(job.task.per_row)
     if config.sensitivity in ("auto", *SCORE_METRICS):
         document = measure_job(job, menu, sets, reporter)
         scores = {

@@ -21,6 +21,7 @@ from hawqtool.export.engines import engines
 from hawqtool.formats import SHAPE_TENSOR_BYTES, parse_label
 from hawqtool.pipeline.artifacts import write_json
 from hawqtool.pipeline.job import Job
+from hawqtool.pipeline.routing import routed_tokens, routing_warnings
 from hawqtool.records import BitPlan, Rows
 from hawqtool.report.card import model_card
 
@@ -68,6 +69,8 @@ def build_report(
             job.structure.obstacle,
         ),
         "layers": rounding["layers"],
+        "fallbacks": sum(metrics["fallback"] is not None for metrics in rounding["layers"].values()),
+        "experts": routed_tokens(rounding["layers"]),
         "rows": {
             name: {
                 "source": rows.source,
@@ -104,11 +107,12 @@ def _plan_entries(job: Job, plan: BitPlan) -> list[dict[str, Any]]:
 
 
 def warnings(job: Job, rounding: dict[str, Any], shipped: str, evaluation: dict[str, Any]) -> list[str]:
-    """What the user should know: raised damping, odd shapes, a mixed plan that did not pay."""
+    """What the user should know: raised damping, experts without tokens, odd shapes, a mixed plan that did not pay."""
     found = list(job.source.warnings)
     retried = [n for n, m in rounding["layers"].items() if m["damping_retries"]]
     if retried:
         found.append(f"damping had to be raised for {len(retried)} layers, first {retried[0]}")
+    found += routing_warnings(rounding["layers"])
     odd = [m.name for u in job.units for m in u.members if m.out_features % 32 or m.in_features % 32]
     if odd:
         found.append(

@@ -8,6 +8,7 @@ from typing import Any
 from hawqtool.report.escape import code, escape, fenced, table
 from hawqtool.report.front_matter import SourceFacts, Value, merged, read_source
 from hawqtool.report.quality import EXPLANATIONS, MEASURES, plus_minus, quality_columns, rows_text
+from hawqtool.report.routing import routing_text
 
 _LOAD = """\
 from transformers import {model_class}, {input_class}
@@ -100,6 +101,9 @@ def _method(report: dict[str, Any]) -> str:
         f"calibration: {rows_text(calibration)} ({_origin(calibration['source'])}), seed {config['seed']}",
         "grid: symmetric integers, compressed-tensors format `pack-quantized`",
     ]
+    routing = routing_text(report["experts"])
+    if routing:
+        lines.append(f"routing: {routing}")
     return "## Method\n\n" + "\n".join(f"- {line}" for line in lines)
 
 

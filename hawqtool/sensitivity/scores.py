@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hawqtool.records import Score
+from hawqtool.records import SCORE_METRICS, Score
 
 RowValues = dict[str, dict[str, Tensor]]
 """``[metric][format label]`` to ``[rows]`` float64; the mean over rows is the score."""
@@ -45,9 +45,15 @@ def score_rows(layer: LayerRows, errors: Mapping[str, Tensor]) -> RowValues:
     and m the outputs of a row (T = m for a language model):
 
     - ``fisher``: 1/(2m) E Σ (G ∘ D)², the diagonal of F times the real error;
+    - ``projection``: 1/(2m) E Σ_r (G_r · D_r)², the blocks of F that belong to one output channel r, which is all that
+      one layer has where the errors of its channels are independent;
     - ``hawq-ggn``: ½ E‖G‖² / (m n) · ‖D‖², HAWQ-V2's form (Dong et al. 2020, eq. 11) with the Gauss-Newton trace;
     - ``kron``: T/(2m) Σ_r E[g_r²] (D H Dᵀ)_rr with H = E[x xᵀ]; (D H Dᵀ)_rr is the mean of (D_r · x_t)². Where a
       layer sees only a share p of the tokens, both means are over those, and the product is multiplied by p.
+
+    ``kron`` takes the errors of a row's tokens as independent. That holds where each token has an output with a label
+    of its own (the labels are), not where the tokens of a row share one output: there errors add up over tokens as
+    far as the inputs have a common direction, and only ``projection`` counts that.
 
     ``kron`` is a product of two means, so its row values are linearised: they average to the score, and their
     spread is that of the score to first order.
@@ -59,10 +65,13 @@ def score_rows(layer: LayerRows, errors: Mapping[str, Tensor]) -> RowValues:
     labels = list(errors)
     squared = torch.stack([errors[label].float().square().flatten() for label in labels])
     totals = squared.double().sum(1).cpu()
-    fisher, trace, gradient_power, error_power, seen = [], [], [], [], 0
+    fisher, projection, trace, gradient_power, error_power, seen = [], [], [], [], [], 0
     for x, g in layer.rows:
         x, g = x.float(), g.float()
-        gradient = (g.t() @ x).square_().flatten()
+        gradient = g.t() @ x
+        projected = [(gradient * errors[label]).sum(1).square().sum(dtype=torch.float64) for label in labels]
+        projection.append(torch.stack(projected))
+        gradient = gradient.square_().flatten()
         fisher.append((squared @ gradient).double())
         trace.append(gradient.sum(dtype=torch.float64))
         gradient_power.append(g.square().sum(0).double() / layer.positions)
@@ -73,9 +82,10 @@ def score_rows(layer: LayerRows, errors: Mapping[str, Tensor]) -> RowValues:
     mean_tokens = max(seen, 1) / len(fisher)
     left, right = torch.stack(gradient_power), torch.stack(error_power) / mean_tokens
     scale = 2 * layer.outputs
-    values: RowValues = {"fisher": {}, "kron": {}, "hawq-ggn": {}}
+    values: RowValues = {metric: {} for metric in SCORE_METRICS}
     for position, label in enumerate(labels):
         values["fisher"][label] = torch.stack(fisher)[:, position].cpu() / scale
+        values["projection"][label] = torch.stack(projection)[:, position].cpu() / scale
         values["hawq-ggn"][label] = torch.stack(trace).cpu() * totals[position] / (scale * squared.shape[1])
         kron = _linearised_product(left, right[:, position]) * layer.positions / scale
         values["kron"][label] = kron.cpu()

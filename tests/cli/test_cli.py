@@ -292,7 +292,7 @@ def test_the_stages_chain_through_files(place: Path, tmp_path: Path) -> None:
     group = ("--group-size", "32", "--bits", "2,3,4,8")
     measured = parsed("measure", model, "-o", scores, *rows, *group)
     assert measured == json.loads(scores.read_text())
-    assert set(measured["scores"]) == {"fisher", "kron", "hawq-ggn"}
+    assert set(measured["scores"]) == {"fisher", "kron", "projection", "hawq-ggn"}
     allocated = parsed("allocate", scores, "-o", plan, "--target-bpw", "4", *group)
     assert allocated == json.loads(plan.read_text())
     assert allocated["bpw_linears"] <= 4

@@ -24,7 +24,7 @@ from tests.tiny import tiny_model
 VOCAB, LENGTH = 24, 5
 LAYERS = ("model.layers.0.self_attn.k_proj", "model.layers.0.mlp.down_proj", "model.layers.1.self_attn.o_proj")
 FORMATS = (QuantFormat(2, 32), QuantFormat(3, 32), QuantFormat(8, 32))
-METRICS = ("fisher", "hawq-ggn", "kron")
+METRICS = ("fisher", "hawq-ggn", "kron", "projection")
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,7 @@ def exact_scores(probes: Probes, error: Tensor) -> dict[str, float]:
     return {
         "fisher": float((diagonal * error.square()).sum() / (2 * length)),
         "hawq-ggn": float(0.5 * diagonal.sum() / (length * error.numel()) * error.square().sum()),
+        "projection": float((probes.weights[:, None] * (full * error).sum(2).square()).sum() / (2 * length)),
         "kron": float(0.5 * (power * (error @ second_moment @ error.t()).diagonal()).sum()),
     }
 
@@ -155,7 +156,7 @@ def test_the_full_fisher_predicts_kl(small: nn.Module, row: Tensor, layer: str) 
 def slow_scores(inputs: Tensor, grads: Tensor, error: Tensor) -> dict[str, float]:
     rows, length, width = inputs.shape
     height = grads.shape[2]
-    fisher = trace = 0.0
+    fisher = projection = trace = 0.0
     power, second_moment = torch.zeros(height, dtype=torch.float64), torch.zeros(width, width, dtype=torch.float64)
     for n in range(rows):
         gradient = torch.zeros(height, width, dtype=torch.float64)
@@ -164,10 +165,12 @@ def slow_scores(inputs: Tensor, grads: Tensor, error: Tensor) -> dict[str, float
             power += grads[n, t].double() ** 2 / (rows * length)
             second_moment += torch.outer(inputs[n, t].double(), inputs[n, t].double()) / (rows * length)
         fisher += float((gradient * error.double()).square().sum()) / (2 * length * rows)
+        projection += sum(float(gradient[r] @ error[r].double()) ** 2 for r in range(height)) / (2 * length * rows)
         trace += float(gradient.square().sum()) / rows
     norm = float(error.double().square().sum())
     kron = sum(float(power[r] * (error[r].double() @ second_moment @ error[r].double())) for r in range(height)) / 2
-    return {"fisher": fisher, "hawq-ggn": 0.5 * trace / (length * height * width) * norm, "kron": kron}
+    ggn = 0.5 * trace / (length * height * width) * norm
+    return {"fisher": fisher, "hawq-ggn": ggn, "kron": kron, "projection": projection}
 
 
 def test_score_rows_equals_slow_loops() -> None:
@@ -306,3 +309,26 @@ def test_measuring_leaves_the_checkpoint_alone(job: Job) -> None:
     before = {f: f.stat().st_mtime_ns for f in Path(job.index.folder).iterdir()}
     measured(job, "rtn", 6)
     assert before == {f: f.stat().st_mtime_ns for f in Path(job.index.folder).iterdir()}
+
+
+# Rows whose tokens share one output.
+
+
+def test_only_projection_counts_errors_that_add_up_over_the_tokens_of_a_row() -> None:
+    generator = torch.Generator().manual_seed(5)
+    rows, length, width, height = 4000, 16, 12, 10
+    # As under mean pooling: one direction for all tokens of a row, and inputs with a common part.
+    inputs = 1 + 0.3 * torch.randn(rows, length, width, generator=generator)
+    grads = torch.randn(rows, 1, height, generator=generator).expand(rows, length, height) / length
+    error = torch.randn(height, width, generator=generator)
+    loss = float((inputs @ error.t()).mean(1).square().sum(1).mean()) / 2
+    found = to_scores(score_rows(LayerRows(inputs, grads, length, 1), {"e": error}))
+    assert found["projection"]["e"].value == pytest.approx(loss, rel=0.05)
+    assert found["kron"]["e"].value < loss / 10
+
+
+def test_models_with_one_output_per_row_take_projection() -> None:
+    assert RunConfig(model="m").metric(per_row=True) == "projection"
+    assert RunConfig(model="m").metric(per_row=False) == "kron"
+    assert RunConfig(model="m", rounding="rtn").metric(per_row=True) == "fisher"
+    assert RunConfig(model="m", sensitivity="kron").metric(per_row=True) == "kron"

@@ -49,6 +49,7 @@ def a_report(**changes: Any) -> dict[str, Any]:
         "config": {"rounding": "gptq", "seed": 7, "plan": None},
         "sizes": {"original_bytes": 1000, "quantized_bytes": 400, "bpw_linears": 3.497, "bpw_file": 6.137},
         "metric": "kron",
+        "experts": {},
         "plan": [entry | {"name": n, "bits": 3 + i, "group_size": (64, "channel")[i % 2]} for i, n in enumerate(names)],
         "engines": [
             {"engine": "vLLM (CUDA)", "minimum_version": "0.33", "loads": False, "reason": "by its source, not run"}
