@@ -322,7 +322,7 @@ def test_only_projection_counts_errors_that_add_up_over_the_tokens_of_a_row() ->
     grads = torch.randn(rows, 1, height, generator=generator).expand(rows, length, height) / length
     error = torch.randn(height, width, generator=generator)
     loss = float((inputs @ error.t()).mean(1).square().sum(1).mean()) / 2
-    found = to_scores(score_rows(LayerRows(inputs, grads, length, 1), {"e": error}))
+    found = to_scores(score_rows(LayerRows(zip(inputs, grads, strict=True), length, 1), {"e": error}))
     assert found["projection"]["e"].value == pytest.approx(loss, rel=0.05)
     assert found["kron"]["e"].value < loss / 10
 
