@@ -71,7 +71,7 @@ def measured_points(evaluation: Data) -> list[Data]:
     between = evaluation.get("uniform_interpolated")
     if between and mixed["stored_bytes"] not in seen:
         record = between | {"formats": [], "bpw_linears": mixed["bpw_linears"]}
-        points.append(_point("uniform, interpolated at the mixed plan's bytes", "interpolated", record, measure))
+        points.append(_point("uniform, interpolated", "interpolated", record, measure))
     return [point for point in points if math.isfinite(point["value"])]
 
 

@@ -31,6 +31,7 @@ BIT_COLOURS = {2: "#fde4a5", 3: "#f9b872", 4: "#ee7f63", 5: "#cf5270", 6: "#9c3a
 """Darker means more bits; lightness alone tells them apart."""
 _PANEL_COLUMNS, _MAX_PANELS = 2, 16
 _CELL_WIDTH, _CELL_HEIGHT = 0.27, 0.32
+_LEAST_BITS, _MARK_SHARE = 0.25, 0.035
 
 Data = dict[str, Any]
 
@@ -54,7 +55,7 @@ def frontier(data: Data) -> Figure:
     if shipped:
         axes.plot(*shipped, "*", color=VERMILION, ms=16, mec=INK, mew=0.6, ls="none", label="shipped plan", zorder=5)
     scale_values(axes, "y", [y for _, y in hull] + [y for _, _, y in uniform])
-    axes.margins(x=0.08)
+    axes.margins(x=0.1)
     axes.set_xlabel("stored bits per weight, scales included")
     axes.set_ylabel(f"predicted loss ({data['unit']})")
     axes.legend(loc="upper right")
@@ -75,18 +76,19 @@ def measured(data: Data) -> Figure:
     if len(ordered) > 1:
         axes.plot(*zip(*ordered, strict=True), color=ORANGE, lw=1.2, ls="--", zorder=1)
     marks = {"mixed": ("o", BLUE), "uniform": ("s", ORANGE), "interpolated": ("D", "white")}
-    for point in points:
+    for place, point in zip(_side_by_side([p["bpw"] for p in points]), points, strict=True):
         marker, colour = marks[point["kind"]]
         chosen = point["label"] == data["shipped"]
         text = f"{plain(point['label'])}{', shipped' if chosen else ''}: {number(point['value'])}"
         text += "" if point["stderr"] is None else f" ± {number(point['stderr'])}"
         size = 7 if point["kind"] == "interpolated" else 9
         style: Data = {"fmt": marker, "color": colour, "ms": size, "mec": INK, "mew": 0.7, "ecolor": INK, "capsize": 4}
-        axes.errorbar(point["bpw"], point["value"], error_lengths([point["stderr"]]), label=text, **style)
+        axes.errorbar(place, point["value"], error_lengths([point["stderr"]]), label=text, **style)
         if chosen:
-            axes.plot(point["bpw"], point["value"], "o", ms=17, mfc="none", mec=VERMILION, mew=1.8)
+            axes.plot(place, point["value"], "o", ms=17, mfc="none", mec=VERMILION, mew=1.8)
     axes.set_ylim(0, 1.3 * max(p["value"] + (p["stderr"] or 0) for p in points) or 1)
-    axes.margins(x=0.15)
+    middle, reach = _extent([p["bpw"] for p in points])
+    axes.set_xlim(middle - 0.65 * reach, middle + 0.65 * reach)
     axes.set_xlabel("stored bits per weight, scales included")
     axes.set_ylabel(f"measured {data['measure']}")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=1)
@@ -124,7 +126,11 @@ def bits_map(data: Data) -> Figure:
         for bits, share in data["share"].items()
     ]
     figure.legend(
-        handles=handles, loc="outside lower left", ncols=min(4, len(handles)), title="width: share of the stored bytes"
+        handles=handles,
+        loc="outside lower left",
+        ncols=min(4, len(handles)),
+        title="width: share of the stored bytes",
+        alignment="left",
     )
     return figure
 
@@ -189,7 +195,7 @@ def predicted_measured(data: Data) -> Figure:
     axes.plot(line, line, color=MUTED, lw=1.2, ls="--", label="measured = predicted", zorder=0)
     axes.set_xlabel(f"predicted loss ({data['unit']})")
     axes.set_ylabel(f"measured {data['measure']}")
-    axes.legend(loc="upper left")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=2)
     return figure
 
 
@@ -219,11 +225,28 @@ def layer_errors(data: Data) -> Figure:
     for column in range(columns):
         lowest = max(row for row in range(rows) if row * columns + column < len(shown))
         grid[lowest, column].tick_params(labelbottom=True)
-        grid[lowest, column].set_xlabel("block")
+    figure.supxlabel("block", fontsize=10)
     figure.supylabel("relative squared output error", fontsize=10)
     handles = panels[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside upper right", ncols=2)
     return figure
+
+
+def _extent(values: list[float]) -> tuple[float, float]:
+    """Middle and length of the range of bits per weight, which shows no tiny difference as a large one."""
+    return (min(values) + max(values)) / 2, max(max(values) - min(values), _LEAST_BITS)
+
+
+def _side_by_side(values: list[float]) -> list[float]:
+    """Places of points along an axis, those that would hide one another moved apart."""
+    step = _MARK_SHARE * _extent(values)[1]
+    places: list[float] = []
+    for value in values:
+        place = value
+        while any(abs(place - other) < 0.99 * step for other in places):
+            place += step
+        places.append(place)
+    return places
 
 
 def _on(colour: str) -> str:

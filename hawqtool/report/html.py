@@ -21,7 +21,7 @@ from hawqtool.report.quality import EXPLANATIONS, MEASURES, plus_minus, size
 SECTIONS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
     (
         "Size against loss",
-        "Left and down is better. A plan gives each unit (layers that engines fuse) a width; a uniform one gives all the same.",
+        "Left and down is better. A plan gives each unit (layers that engines fuse) a width; uniform plans give one.",
         (
             (
                 "frontier",
@@ -31,7 +31,8 @@ SECTIONS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
             (
                 "measured",
                 "Measured: plans that were rounded, written and run on rows that chose nothing. Bars are one standard "
-                "error over rows; as all plans ran on the same rows, differences are surer than the bars suggest.",
+                "error over rows; as all plans ran on the same rows, differences are surer than the bars suggest. "
+                "Points of nearly the same size are set side by side.",
             ),
         ),
     ),
@@ -93,17 +94,17 @@ figcaption,.note{color:var(--muted);font-size:.9rem}
 .warnings{border-left:4px solid var(--warn);background:var(--box);padding:.5rem .9rem;border-radius:4px;margin:1rem 0}
 .warnings b{color:var(--warn)}
 .warnings ul{margin:.2rem 0;padding-left:1.2rem}
-li,td{overflow-wrap:anywhere}
+li{overflow-wrap:anywhere}
 figure{margin:1.2rem 0}
 .scroll{overflow-x:auto;max-width:100%}
 .scroll svg{display:block;height:auto;max-width:none}
 .scroll svg *{stroke-linejoin:round;stroke-linecap:butt}
 table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
-th,td{text-align:left;padding:.3rem .9rem .3rem 0;border-bottom:1px solid var(--line);vertical-align:top}
-th{color:var(--muted);font-weight:600;white-space:nowrap}
-.n{text-align:right;white-space:nowrap}
+th,td{text-align:left;padding:.3rem .9rem .3rem 0;border-bottom:1px solid var(--line);vertical-align:top;white-space:nowrap}
+th{color:var(--muted);font-weight:600}
+.n{text-align:right}
 tr.chosen td{font-weight:600}
-td.text{min-width:16rem}
+td.text{min-width:18rem;white-space:normal}
 code,pre{font:.85rem/1.45 ui-monospace,monospace}
 pre{background:var(--box);padding:.7rem .9rem;border-radius:6px;white-space:pre-wrap;overflow-wrap:anywhere}"""
 
@@ -149,7 +150,7 @@ def _header(report: dict[str, Any], title: str) -> str:
         "stored bits per weight, whole files": f"{sizes['bpw_file']:.3f}",
         "shipped plan": kind,
         f"{MEASURES[measure]} to the original": f"{chosen[measure]:.4f}{plus_minus(chosen, measure)}",
-        "peak memory": " + ".join(size(value) for value in report["peak_memory_bytes"].values()),
+        "peak memory": ", ".join(f"{size(v)} {k}" for k, v in report["peak_memory_bytes"].items()),
     }
     boxes = "\n".join(f'<div class="tile"><b>{_text(v)}</b><span>{_text(k)}</span></div>' for k, v in tiles.items())
     about = (
