@@ -100,7 +100,8 @@ figure{margin:1.2rem 0}
 .scroll svg{display:block;height:auto;max-width:none}
 .scroll svg *{stroke-linejoin:round;stroke-linecap:butt}
 table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
-th,td{text-align:left;padding:.3rem .9rem .3rem 0;border-bottom:1px solid var(--line);vertical-align:top;white-space:nowrap}
+th,td{text-align:left;padding:.3rem .9rem .3rem 0;border-bottom:1px solid var(--line);vertical-align:top;\
+white-space:nowrap}
 th{color:var(--muted);font-weight:600}
 .n{text-align:right}
 tr.chosen td{font-weight:600}
