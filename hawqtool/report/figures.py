@@ -76,7 +76,11 @@ def measured(data: Data) -> Figure:
     if len(ordered) > 1:
         axes.plot(*zip(*ordered, strict=True), color=ORANGE, lw=1.2, ls="--", zorder=1)
     marks = {"mixed": ("o", BLUE), "uniform": ("s", ORANGE), "interpolated": ("D", "white")}
-    for place, point in zip(_side_by_side([p["bpw"] for p in points]), points, strict=True):
+    # Only error bars hide one another; the interpolated point has none and stays at its place.
+    barred = [p for p in points if p["kind"] != "interpolated"]
+    moved = dict(zip((p["label"] for p in barred), _side_by_side([p["bpw"] for p in barred]), strict=True))
+    for point in points:
+        place = moved.get(point["label"], point["bpw"])
         marker, colour = marks[point["kind"]]
         chosen = point["label"] == data["shipped"]
         text = f"{plain(point['label'])}{', shipped' if chosen else ''}: {number(point['value'])}"
