@@ -8,17 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from hawqtool.report.quality import MEASURES, plus_minus, quality_columns
+from hawqtool.report.quality import MEASURES, plus_minus, quality_columns, size
 from hawqtool.report.routing import routing_text
-
-
-def size(num_bytes: float) -> str:
-    """Bytes for people, exact below a kilobyte."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 1000 or unit == "GB":
-            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1000
-    raise AssertionError
 
 
 def announcement(description: dict[str, Any]) -> list[str]:

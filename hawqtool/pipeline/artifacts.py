@@ -1,4 +1,4 @@
-"""sensitivity.json and plan.json: the files between the stages."""
+"""sensitivity.json and plan.json, the files between the stages; schemas of what is written."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from hawqtool.records import BitPlan, LinearSpec, Score, SensitivityTable, Unit
 
 SENSITIVITY_SCHEMA = "hawqtool.sensitivity/1"
 PLAN_SCHEMA = "hawqtool.plan/1"
+REPORT_SCHEMA = "hawqtool.report/1"
 
 
 def check_writable(path: Path) -> None:

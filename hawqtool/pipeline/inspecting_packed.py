@@ -14,8 +14,7 @@ from hawqtool.export.verify import PLAN_FILE
 from hawqtool.formats import SHAPE_TENSOR_BYTES, QuantFormat
 from hawqtool.model.index import CheckpointIndex
 from hawqtool.model.reader import TensorReader
-from hawqtool.pipeline.artifacts import PLAN_SCHEMA, read_json
-from hawqtool.pipeline.reporting import REPORT_SCHEMA
+from hawqtool.pipeline.artifacts import PLAN_SCHEMA, REPORT_SCHEMA, read_json
 from hawqtool.pipeline.roles import role
 
 _PARTS = (".weight_packed", ".weight_scale", ".weight_zero_point")

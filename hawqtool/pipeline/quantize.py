@@ -19,6 +19,7 @@ from hawqtool.export.writer import copy_small_files
 from hawqtool.formats import QuantFormat
 from hawqtool.model.index import fingerprint
 from hawqtool.pipeline.artifacts import (
+    REPORT_SCHEMA,
     SENSITIVITY_SCHEMA,
     metric_scores,
     read_json,
@@ -31,7 +32,8 @@ from hawqtool.pipeline.job import Job, prepare
 from hawqtool.pipeline.measuring import job_menu, measure_job, unquantized_bytes
 from hawqtool.pipeline.planning import allocate, budget_bytes, given_plan, single_choice_plan, stored_bytes
 from hawqtool.pipeline.progress import Reporter
-from hawqtool.pipeline.reporting import REPORT_SCHEMA, build_report, is_our_folder, write_card, write_reproduce
+from hawqtool.pipeline.report_page import NEEDS_MATPLOTLIB, matplotlib_installed, write_page
+from hawqtool.pipeline.reporting import build_report, is_our_folder, write_card, write_reproduce
 from hawqtool.pipeline.rounding import round_to_folder
 from hawqtool.pipeline.rows import gather_rows
 from hawqtool.records import SCORE_METRICS, BitPlan, Evaluation, Rows, Score
@@ -88,6 +90,10 @@ def run_quantize(
         with _timed(timings, "verify"):
             _complete(job, folder, sensitivity, report)
         write_json(folder / "report.json", report)
+        if matplotlib_installed():
+            write_page(folder)
+        else:
+            reporter.say(f"report.html was not drawn: it {NEEDS_MATPLOTLIB}")
         _put_in_place(folder, output)
         return report
     finally:
@@ -238,6 +244,7 @@ def _evaluation(candidates: dict[str, Candidate], original: Evaluation) -> dict[
     value = interpolate_log(sorted(points.items()), mixed.plan.stored_bytes)
     interpolated = None if value is None else {measure: value, "stored_bytes": mixed.plan.stored_bytes}
     result["uniform_interpolated"] = interpolated
+    result["neighbours"] = {name: _record(candidates[name]) for name in ("below", "above") if name in candidates}
     if "uniform" in candidates:
         uniform = candidates["uniform"]
         difference, stderr = paired_difference(mixed.quality["report"], uniform.quality["report"])

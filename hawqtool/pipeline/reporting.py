@@ -19,13 +19,12 @@ from hawqtool.data.sources import public_name
 from hawqtool.data.tokens import overlap
 from hawqtool.export.engines import engines
 from hawqtool.formats import SHAPE_TENSOR_BYTES, parse_label
-from hawqtool.pipeline.artifacts import write_json
+from hawqtool.pipeline.artifacts import REPORT_SCHEMA, write_json
 from hawqtool.pipeline.job import Job
 from hawqtool.pipeline.routing import routed_tokens, routing_warnings
 from hawqtool.records import BitPlan, Rows
 from hawqtool.report.card import model_card
 
-REPORT_SCHEMA = "hawqtool.report/1"
 _PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "numpy", "pydantic", "PyYAML", "typer", "rich")
 _KIB = 1024
 _MAX_README_BYTES = 1 << 20

@@ -17,6 +17,15 @@ EXPLANATIONS = {
 }
 
 
+def size(num_bytes: float) -> str:
+    """Bytes for people, exact below a kilobyte."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000 or unit == "GB":
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    raise AssertionError
+
+
 def quality_columns(evaluation: dict[str, Any]) -> dict[str, Callable[[dict[str, Any]], str]]:
     """Heading and content of the columns that this kind of model has.
 

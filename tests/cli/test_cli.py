@@ -22,7 +22,7 @@ from hawqtool import __version__
 from hawqtool.cli.app import app
 from tests.tiny import tiny_llama
 
-COMMANDS = ("quantize", "measure", "allocate", "evaluate", "verify", "inspect")
+COMMANDS = ("quantize", "measure", "allocate", "evaluate", "verify", "inspect", "report")
 SMALL = ("--num-samples", "8", "--seq-len", "16", "--group-size", "32", "--device", "cpu", "--eval-samples", "4")
 TARGET = ("--bits", "4", "--target-bpw", "4.5")
 INSTALLED = Path(sys.executable).parent / "hawqtool"

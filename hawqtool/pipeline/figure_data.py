@@ -1,0 +1,153 @@
+"""What the figures of a report show, as plain numbers from report.json; `score_figures` adds what scores give."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+from hawqtool.pipeline.roles import role
+from hawqtool.pipeline.score_figures import score_figures
+from hawqtool.records import SensitivityTable, Unit
+from hawqtool.report.quality import MEASURES
+
+Data = dict[str, Any]
+Place = tuple[str, str]
+"""Role and block of a layer, as labels."""
+
+_OUTSIDE = "–"
+"""Block of a layer that belongs to none."""
+_SCORE_FIGURES = ("frontier", "predicted", "sensitivity", "roles")
+
+
+def figure_data(
+    report: Data, measured: tuple[SensitivityTable, tuple[Unit, ...]] | None
+) -> tuple[dict[str, Data], dict[str, str]]:
+    """Data of each figure, and why others cannot be drawn, both by name of the figure.
+
+    Args:
+        report: Of schema ``hawqtool.report/1``.
+        measured: The scores and the units that they belong to, None where nothing was measured.
+    """
+    figures, missing = dict[str, Data](), dict[str, str]()
+    places = _places(entry["name"] for entry in report["plan"])
+    points = measured_points(report["evaluation"])
+    if points:
+        figures["measured"] = _measured(report, points)
+    else:
+        missing["measured"] = "no plan has a finite measured value."
+    figures["bits"] = _bits(report["plan"], places)
+    roles = _layer_errors(report["layers"], places)
+    if roles:
+        figures["layers"] = {"roles": roles, "method": report["config"]["rounding"]}
+    else:
+        missing["layers"] = "no layer inside a block has a finite error."
+    figures["timings"] = _timings(report["timings"])
+    if measured is None:
+        missing |= dict.fromkeys(_SCORE_FIGURES, _not_measured(report["config"]))
+    else:
+        drawn, left_out = score_figures(report, points, *measured)
+        figures, missing = figures | drawn, missing | left_out
+    return figures, missing
+
+
+def measured_points(evaluation: Data) -> list[Data]:
+    """The plans that were rounded and evaluated, and the uniform curve at the mixed plan's bytes.
+
+    Returns:
+        Points of ``{label, kind, formats, stored_bytes, bpw, value, stderr}``; values that are not finite are left out.
+    """
+    measure, mixed, uniform = evaluation["measure"], evaluation["mixed"], evaluation["uniform"]
+    records = {"uniform": uniform, **evaluation.get("neighbours", {})}
+    points, seen = list[Data](), set[int]()
+    if mixed != uniform:
+        points.append(_point("mixed", "mixed", mixed, measure))
+    for record in records.values():
+        if record is not None and record["stored_bytes"] not in seen:
+            seen.add(record["stored_bytes"])
+            points.append(_point(f"uniform {' '.join(record['formats'])}", "uniform", record, measure))
+    between = evaluation.get("uniform_interpolated")
+    if between and mixed["stored_bytes"] not in seen:
+        record = between | {"formats": [], "bpw_linears": mixed["bpw_linears"]}
+        points.append(_point("uniform, interpolated", "interpolated", record, measure))
+    return [point for point in points if math.isfinite(point["value"])]
+
+
+def _point(label: str, kind: str, record: Data, measure: str) -> Data:
+    stderr = record.get(f"{measure}_stderr")
+    return {
+        "label": label,
+        "kind": kind,
+        "formats": record["formats"],
+        "stored_bytes": record["stored_bytes"],
+        "bpw": record["bpw_linears"],
+        "value": math.nan if record[measure] is None else record[measure],
+        "stderr": None if stderr is None or not math.isfinite(stderr) else stderr,
+    }
+
+
+def _measured(report: Data, points: list[Data]) -> Data:
+    evaluation = report["evaluation"]
+    record = evaluation[report["shipped"]]
+    kind = "uniform" if record == evaluation["uniform"] else "mixed"
+    shipped = [p["label"] for p in points if p["kind"] == kind and p["stored_bytes"] == record["stored_bytes"]]
+    return {"points": points, "shipped": (shipped or [None])[0], "measure": MEASURES[evaluation["measure"]]}
+
+
+def _places(names: Iterable[str]) -> dict[str, Place]:
+    """Role and block of each layer; where several stacks have blocks, their names tell the roles apart."""
+    parts = {name: re.match(r"(?:(?P<stack>.*?)\.)?(?P<block>\d+)\.", name) for name in names}
+    stacks = {match["stack"] for match in parts.values() if match}
+    return {
+        name: (
+            f"{match['stack']} · {role(name)}" if match and len(stacks) > 1 else role(name),
+            str(int(match["block"])) if match else _OUTSIDE,
+        )
+        for name, match in parts.items()
+    }
+
+
+def _bits(plan: list[Data], places: dict[str, Place]) -> Data:
+    cells: dict[Place, set[int]] = defaultdict(set)
+    stored: dict[int, int] = defaultdict(int)
+    for entry in plan:
+        cells[places[entry["name"]]].add(entry["bits"])
+        stored[entry["bits"]] += entry["bytes"]
+    total = sum(stored.values())
+    blocks = {block for _, block in cells}
+    return {
+        "roles": list(dict.fromkeys(role for role, _ in cells)),
+        "blocks": sorted(blocks, key=lambda block: math.inf if block == _OUTSIDE else int(block)),
+        "cells": {place: sorted(widths) for place, widths in cells.items()},
+        "share": {bits: stored[bits] / total for bits in sorted(stored)},
+    }
+
+
+def _layer_errors(layers: dict[str, Data], places: dict[str, Place]) -> dict[str, list[list[float]]]:
+    """Role to ``[block, error, error of plain rounding]``; layers that share a place, as experts do, are averaged."""
+    found: dict[str, dict[int, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+    for name, values in layers.items():
+        label, block = places[name]
+        errors = (values["output_error"], values["rtn_error"])
+        if block != _OUTSIDE and all(math.isfinite(error) for error in errors):
+            found[label][int(block)].append(errors)
+    return {
+        label: [
+            [block, *(math.fsum(column) / len(column) for column in zip(*pairs, strict=True))]
+            for block, pairs in sorted(blocks.items())
+        ]
+        for label, blocks in found.items()
+    }
+
+
+def _timings(timings: dict[str, float]) -> Data:
+    names = [stage.replace("_", " ") for stage in timings]
+    return {"names": names, "values": list(timings.values()), "errors": [], "axis": "seconds"}
+
+
+def _not_measured(config: Data) -> str:
+    if config.get("plan"):
+        return "the plan was given as a file, so no sensitivity was measured."
+    return "reproduce/ has no sensitivity.json: every layer had one format to take, so no sensitivity was measured."
