@@ -35,11 +35,17 @@ _OBJECTIVE_RANGE = 1e4
 _COST_RANGE = 1e5
 # Second costs are floats, such as seconds: a sum may miss its limit by so much of it.
 _COST_TOLERANCE = 1e-9
+# Part of the gap that is searched first where no close plan is known, and the factor by which that grows.
+_FIRST_WINDOW, _WINDOW_GROWTH = 1e-6, 8
 _TIME_LIMIT_REACHED, _INFEASIBLE = 1, 2
 
 
 class TimeLimitError(NumericalError):
     """No plan was proven optimal in the time allowed."""
+
+
+class _SolverFailure(NumericalError):
+    """HiGHS ended without an answer."""
 
 
 @dataclass(frozen=True)
@@ -186,26 +192,53 @@ class _Search:
         # What is left below this is rounding of the sums, not a better plan.
         if gap <= 1e-15 * math.fsum(np.abs(self.loss[base])):
             return best, bound
-        core = _Core(self, base, reduced, prices, spare, gap)
+        # One budget has a close plan to begin with. With two it may be far off, and few choices prove faster.
+        window = gap if self.second is None else gap * _FIRST_WINDOW
+        while True:
+            core = _Core(self, base, reduced, prices, spare, window)
+            if not len(core.columns) and window < gap:
+                # Only the base plan is left, which a wider window holds as well: nothing for HiGHS to decide yet.
+                window = min(gap, window * _WINDOW_GROWTH)
+                continue
+            try:
+                found = self._run(core, best_loss, deadline, time_limit)
+            except _SolverFailure:
+                # A very narrow window scales badly; a wider one holds all its plans.
+                if window >= gap:
+                    raise
+                found = None
+            if found is not None:
+                best, best_loss = found
+                gap = best_loss - bound
+            if gap <= window:
+                return best, bound
+            window = min(gap, window * _WINDOW_GROWTH)
+
+    def _run(
+        self, core: _Core, best_loss: float, deadline: float, time_limit: float
+    ) -> tuple[dict[str, QuantFormat], float] | None:
+        """Formats and loss of the best plan of a core; None if none is better than the one known."""
         while True:
             left = deadline - time.monotonic()
             result = core.run(left) if left > 0 else None
             if result is None or result.status == _TIME_LIMIT_REACHED:
                 raise TimeLimitError(
                     f"no plan for {len(self.names)} units was proven optimal within {time_limit:g} s, "
-                    "an optimum was expected; use --solver hull"
+                    "an optimum was expected; " + _remedy(self.second)
                 )
             if result.status == _INFEASIBLE:
-                return best, bound
+                return None
             if result.x is None:
-                raise NumericalError(f"HiGHS ended with {result.message!r}, an optimum was expected; use --solver hull")
+                raise _SolverFailure(
+                    f"HiGHS ended with {result.message!r}, an optimum was expected; " + _remedy(self.second)
+                )
             chosen = core.chosen(result.x)
             formats = {name: self.choices[i].quant_format for name, i in zip(self.names, chosen, strict=True)}
             stored, loss = self.totals(formats)
             if loss >= best_loss:
-                return best, bound
+                return None
             if stored <= self.budget and (self.second is None or self.second.allows(formats)):
-                return formats, bound
+                return formats, loss
             # Over a budget by less than the solver's tolerance: not this one.
             core.exclude(chosen)
 
@@ -231,14 +264,15 @@ class _Search:
             method="highs",
         )
         if result.x is None:
-            raise NumericalError(f"HiGHS ended with {result.message!r}, prices were expected; use --solver hull")
+            raise NumericalError(f"HiGHS ended with {result.message!r}, prices were expected; " + _remedy(self.second))
         return np.maximum(-result.ineqlin.marginals, 0) * unit_loss / scale
 
 
 class _Core:
     """What HiGHS solves: which units leave their base choice for another that the gap allows.
 
-    Minimises reduced prices plus the price of budget left over, both as shares of the gap.
+    Minimises reduced prices plus the price of budget left over, both as shares of the gap. Every plan whose loss
+    exceeds the bound by no more than the gap is made of these choices.
 
     Args:
         search: The whole problem.
@@ -246,7 +280,7 @@ class _Core:
         reduced: ``[choices]``, reduced prices; 0 for base choices.
         prices: ``[costs]``, loss per unit of cost.
         spare: ``[costs]``, what the base choices leave of the budgets; may be negative.
-        gap: How much better than the known plan any plan can be.
+        gap: How far above the bound the plans that are sought may be.
     """
 
     def __init__(
@@ -303,6 +337,10 @@ class _Core:
         self.matrix = vstack([self.matrix, csr_array(row[None])]).tocsr()
         self.lower = np.append(self.lower, 1 - taken.sum())
         self.upper = np.append(self.upper, np.inf)
+
+
+def _remedy(second: SecondCost | None) -> str:
+    return "use --solver hull" if second is None else "change --max-cost a little, or offer fewer --bits"
 
 
 def _row_scale(costs: np.ndarray, whole: bool) -> float:

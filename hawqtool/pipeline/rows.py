@@ -111,6 +111,8 @@ def _needed(name: str, quota: dict[str, int]) -> int:
     if not count:
         raise UsageError(f"--calibration {name}: its weight is so small that it gives no row; raise it or drop it")
     return count
+
+
 def _known(job: Job, tokens: Tensor) -> Tensor:
     """The tokens, after checking that the model has an embedding for each."""
     known = job.skeleton.get_input_embeddings().weight.shape[0]
