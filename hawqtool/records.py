@@ -128,7 +128,20 @@ class SensitivityTable:
 
 @dataclass(frozen=True)
 class BitPlan:
-    """Format of every unit that is quantized, with the budget that led to it."""
+    """Format of every unit that is quantized, with the budget that led to it.
+
+    Args:
+        formats: Unit name to format.
+        stored_bytes: Stored bytes of all units.
+        num_weights: Weights of all units.
+        budget_bytes: Most stored bytes that were allowed.
+        predicted_loss: Sum of the chosen scores, nats per token.
+        metric: Name of the scores.
+        solver: What found the plan, with the reason where that was not what was asked for.
+        lower_bound: Loss below which no plan within the budget (and ``max_cost``) can fall, by linear relaxation.
+        cost: Sum of the chosen second costs, in their own unit.
+        max_cost: Most of them that was allowed.
+    """
 
     formats: dict[str, QuantFormat]
     stored_bytes: int
@@ -136,6 +149,10 @@ class BitPlan:
     budget_bytes: int | None = None
     predicted_loss: float | None = None
     metric: str | None = None
+    solver: str | None = None
+    lower_bound: float | None = None
+    cost: float | None = None
+    max_cost: float | None = None
 
     @property
     def symmetric(self) -> bool:

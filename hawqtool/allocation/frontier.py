@@ -54,15 +54,18 @@ class Frontier:
     edges: list[Edge]
     efficient: dict[str, tuple[Choice, ...]]
 
+    def price(self, budget_bytes: int) -> float:
+        """Loss per byte of the step that no longer fits into a budget; 0 where all steps fit."""
+        index = bisect.bisect_right(self.points, (budget_bytes, math.inf)) - 1
+        return self.edges[index].slope if 0 <= index < len(self.edges) else 0.0
+
     def lower_bound(self, budget_bytes: int) -> float:
         """Loss below which no plan within the budget can fall (the linear relaxation); inf below the cheapest plan."""
         index = bisect.bisect_right(self.points, (budget_bytes, math.inf)) - 1
         if index < 0:
             return math.inf
         stored, loss = self.points[index]
-        if index == len(self.edges):
-            return loss
-        return loss - self.edges[index].slope * (budget_bytes - stored)
+        return loss - self.price(budget_bytes) * (budget_bytes - stored)
 
 
 def efficient_choices(options: Sequence[Choice]) -> tuple[Choice, ...]:
@@ -141,13 +144,17 @@ def solve(
         place[edge.unit] = edge.target
     _fill(place, curve.efficient, budget_bytes - curve.points[count][0])
     chosen = {unit: curve.efficient[unit][index] for unit, index in place.items()}
+    loss = math.fsum(choice.loss for choice in chosen.values())
     return BitPlan(
         formats={unit: choice.quant_format for unit, choice in chosen.items()},
         stored_bytes=sum(choice.cost_bytes for choice in chosen.values()),
         num_weights=problem.num_weights,
         budget_bytes=budget_bytes,
-        predicted_loss=math.fsum(choice.loss for choice in chosen.values()),
+        predicted_loss=loss,
         metric=metric,
+        solver="hull",
+        # The points are running sums, which may end an ulp above the plan's own.
+        lower_bound=min(curve.lower_bound(budget_bytes), loss),
     )
 
 

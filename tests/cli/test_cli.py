@@ -227,9 +227,7 @@ def test_an_empty_list_of_bits_exits_2(place: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("source", ["text", "self"])
 @pytest.mark.parametrize("options", [TARGET, ("--bits", "3,4", "--target-bpw", "4")])
-def test_weights_that_are_not_finite_exit_5(
-    place: Path, tmp_path: Path, source: str, options: tuple[str, ...]
-) -> None:
+def test_weights_that_are_not_finite_exit_5(place: Path, tmp_path: Path, source: str, options: tuple[str, ...]) -> None:
     model = tiny_llama(tmp_path / "nan")
     tensors = load_file(model / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
