@@ -21,7 +21,7 @@ from hawqtool.report.quality import EXPLANATIONS, MEASURES, plus_minus, size
 SECTIONS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
     (
         "Size against loss",
-        "Left and down is better. Each unit (layers fused by engines) has its width in a plan, the same in a uniform one.",
+        "Left and down is better. A uniform plan gives all layers one width; a mixed plan gives each unit its own.",
         (
             (
                 "frontier",
