@@ -21,7 +21,7 @@ from hawqtool.report.quality import EXPLANATIONS, MEASURES, plus_minus, size
 SECTIONS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
     (
         "Size against loss",
-        "Left and down is better. A plan gives each unit (layers that engines fuse) a width, a uniform plan one to all.",
+        "Left and down is better. A uniform plan gives all layers one width; a mixed plan gives each unit its own.",
         (
             (
                 "frontier",
