@@ -44,6 +44,7 @@ class RunConfig(BaseModel):
     eval_data: str | None = None
     eval_samples: int = Field(32, ge=2)
     sensitivity: str = "auto"
+    solver: Literal["hull", "exact"] = "hull"
     rounding: Literal["rtn", "gptq", "foem"] = "gptq"
     foem_beta: float = Field(0.1, ge=0, le=1)
     damping: float | None = Field(None, gt=0, allow_inf_nan=False)

@@ -128,8 +128,8 @@ def _within_both(problem: AllocationProblem, hull: BitPlan, second: SecondCost, 
     least = solve(replace(problem, choices=choices), budget, time_limit=deadline - time.monotonic())
     if not second.allows(least.formats):
         raise UsageError(
-            f"--max-cost {second.limit:g} cannot be met within {budget:,} bytes: the least cost of a plan of that size "
-            f"is {second.total(least.formats):g}; raise --max-cost or the size target"
+            f"the second budget of {second.limit:g} cannot be met within {budget:,} bytes: the least cost of a "
+            f"plan of that size is {second.total(least.formats):g}; raise one of the two budgets"
         )
     return replace(hull, formats=least.formats)
 
@@ -340,7 +340,7 @@ class _Core:
 
 
 def _remedy(second: SecondCost | None) -> str:
-    return "use --solver hull" if second is None else "change --max-cost a little, or offer fewer --bits"
+    return "use --solver hull" if second is None else "change the second budget a little, or offer fewer --bits"
 
 
 def _row_scale(costs: np.ndarray, whole: bool) -> float:

@@ -24,6 +24,7 @@ def allocate(
     sensitivity: Annotated[
         str | None, typer.Option("--sensitivity", help="auto, fisher, kron, projection or hawq-ggn.")
     ] = None,
+    solver: o.Solver = None,
     json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:

@@ -121,6 +121,14 @@ Sensitivity = Annotated[
         panel=METHOD,
     ),
 ]
+Solver = Annotated[
+    Optional[str],
+    _option(
+        "--solver",
+        help="hull (the frontier, fast at any size) or exact (HiGHS, proven optimum) [default: hull].",
+        panel=METHOD,
+    ),
+]
 Rounding = Annotated[Optional[str], _option("--rounding", help="rtn, gptq or foem [default: gptq].", panel=METHOD)]
 FoemBeta = Annotated[
     Optional[float],

@@ -33,6 +33,7 @@ def quantize(
     eval_data: o.EvalData = None,
     eval_samples: o.EvalSamples = None,
     sensitivity: o.Sensitivity = None,
+    solver: o.Solver = None,
     rounding: o.Rounding = None,
     foem_beta: o.FoemBeta = None,
     damping: o.Damping = None,

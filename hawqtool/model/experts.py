@@ -85,9 +85,11 @@ class SplitExperts(nn.Module):
 
 @contextmanager
 def counting_experts(block: nn.Module, slices: int) -> Iterator[None]:
-    """While the context lasts, every expert sees at least one token per input column over all slices.
+    """While the context lasts, every expert sees in each slice its share of one token per hidden channel.
 
-    An expert that the calibration rows never reach would otherwise have no statistics at all.
+    An expert that the calibration rows never reach would otherwise have no statistics at all. Slices are judged one
+    by one, so an expert may be lent tokens in one although all slices together give it enough; where the experts' inner
+    width exceeds the hidden one, ``down_proj`` still sees fewer tokens than columns.
 
     Args:
         block: A block, with or without experts.

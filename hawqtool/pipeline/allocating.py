@@ -34,7 +34,7 @@ def run_allocate(config: RunConfig, sensitivity: Path, output: Path) -> dict[str
     metric = config.metric(bool(table.settings.get("per_row")))
     scores = metric_scores(table, metric, sensitivity)
     pins = resolve_pins(config.pin, units, sizes, config.symmetric)
-    plan = allocate(units, menu, scores, pins, budget, metric)
+    plan = allocate(units, menu, scores, pins, budget, metric, config.solver)
     ignored_linears = tuple(
         m.name for unit in read_sensitivity(sensitivity)[1] if unit.name in ignored for m in unit.members
     )

@@ -150,6 +150,8 @@ def plan_document(plan: BitPlan, units: tuple[Unit, ...], other_linears: tuple[s
         "budget_bytes": plan.budget_bytes,
         "predicted_loss": plan.predicted_loss,
         "metric": plan.metric,
+        "solver": plan.solver,
+        "lower_bound": plan.lower_bound,
         "layers": layers,
         "other_linears": list(other_linears),
     }

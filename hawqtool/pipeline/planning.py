@@ -78,13 +78,20 @@ def allocate(
     pins: Mapping[str, QuantFormat],
     budget: int,
     metric: str,
+    solver: str,
 ) -> BitPlan:
-    """The plan of least predicted loss within the budget.
+    """The plan of least predicted loss within the budget, by the ``hull`` or, proven, ``exact``.
 
     Raises:
         UsageError: If the budget cannot be met; states the achievable range.
+        NumericalError: If the exact solver did not finish in time, or failed.
     """
-    return solve(build_problem(units, menu, scores, pins), budget, metric)
+    problem = build_problem(units, menu, scores, pins)
+    if solver == "hull":
+        return solve(problem, budget, metric)
+    from hawqtool.allocation.exact import solve as solve_exactly  # scipy takes long to import
+
+    return solve_exactly(problem, budget, metric)
 
 
 def single_choice_plan(

@@ -148,7 +148,7 @@ def _decide(job: Job, sets: dict[str, Rows], reporter: Reporter) -> tuple[BitPla
             unit: {label: Score(v, e or 0.0) for label, (v, e) in by_label.items()}
             for unit, by_label in document["scores"][metric].items()
         }
-        return allocate(job.units, menu, scores, job.pins, budget, metric), document
+        return allocate(job.units, menu, scores, job.pins, budget, metric, config.solver), document
     saved = Path(config.sensitivity)
     table, _, _ = read_sensitivity(saved)
     if table.model_fingerprint != fingerprint(job.index):
@@ -160,7 +160,8 @@ def _decide(job: Job, sets: dict[str, Rows], reporter: Reporter) -> tuple[BitPla
     if table.symmetric != config.symmetric:
         kind, flag = ("symmetric", "--symmetric") if table.symmetric else ("asymmetric", "--asymmetric")
         raise UsageError(f"{config.sensitivity} was measured for {kind} grids; give {flag} or measure again")
-    plan = allocate(job.units, menu, metric_scores(table, metric, saved), job.pins, budget, metric)
+    scores = metric_scores(table, metric, saved)
+    plan = allocate(job.units, menu, scores, job.pins, budget, metric, config.solver)
     return plan, read_json(saved, SENSITIVITY_SCHEMA)
 
 
