@@ -32,6 +32,7 @@ class RunConfig(BaseModel):
     output: str | None = Field(None, min_length=1)
     target_bpw: float | None = Field(None, gt=0, allow_inf_nan=False)
     target_size: str | None = None
+    target_kl: float | None = Field(None, gt=0, allow_inf_nan=False)
     plan: str | None = None
     bits: tuple[int, ...] | None = None
     group_size: int = 128
@@ -44,6 +45,7 @@ class RunConfig(BaseModel):
     eval_data: str | None = None
     eval_samples: int = Field(32, ge=2)
     sensitivity: str = "auto"
+    shortlist: int | None = Field(None, ge=1)
     solver: Literal["hull", "exact"] = "hull"
     rounding: Literal["rtn", "gptq", "foem"] = "gptq"
     foem_beta: float = Field(0.1, ge=0, le=1)
@@ -146,15 +148,17 @@ class RunConfig(BaseModel):
         return tuple(source for source in named if source not in (None, SELF))
 
     def require_one_target(self) -> None:
-        """Check that exactly one of target_bpw, target_size and plan is given.
+        """Check that exactly one of target_bpw, target_size, target_kl and plan is given.
 
         Raises:
             UsageError: Otherwise.
         """
-        given = [n for n in ("target_bpw", "target_size", "plan") if getattr(self, n) is not None]
+        given = [n for n in ("target_bpw", "target_size", "target_kl", "plan") if getattr(self, n) is not None]
         if len(given) != 1:
             found = " and ".join(f"--{n.replace('_', '-')}" for n in given) or "none"
-            raise UsageError(f"exactly one of --target-bpw, --target-size and --plan is needed, found {found}")
+            raise UsageError(
+                f"exactly one of --target-bpw, --target-size, --target-kl and --plan is needed, found {found}"
+            )
 
     def metric(self, per_row: bool) -> str:
         """Metric that allocation uses: fisher for plain rounding, kron or projection for compensated rounding.

@@ -114,7 +114,16 @@ class Score:
 class SensitivityTable:
     """Scores of every (metric, unit, format label), all of symmetric or all of asymmetric grids.
 
-    ``scores[metric][unit][label]``.
+    Args:
+        scores: ``[metric][unit][label]``.
+        rounding: Rounding behind the errors that were scored.
+        model: Name of the checkpoint.
+        model_fingerprint: Its fingerprint.
+        rows: Fingerprints of the rows, by role.
+        settings: How it was measured.
+        symmetric: Whether grids have no zero points.
+        projections: ``[unit][label]``: for every scoring row its gradient times the unit's rounding error, over the
+            root of the row's outputs; what `hawqtool.pipeline.shortlist.pair_loss` needs.
     """
 
     scores: dict[str, dict[str, dict[str, Score]]]
@@ -124,6 +133,7 @@ class SensitivityTable:
     rows: dict[str, str]
     settings: dict[str, float | int | str]
     symmetric: bool = True
+    projections: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,15 @@ TargetBpw = Annotated[
 TargetSize = Annotated[
     Optional[str], _option("--target-size", help="Size of the weight files, such as 90MB or 3.2GiB.", panel=TARGET)
 ]
+TargetKl = Annotated[
+    Optional[float],
+    _option(
+        "--target-kl",
+        help="Find the smallest size whose measured KL in nats per token (relative error for embedding models) is at "
+        "most this; exit code 3 if none is.",
+        panel=TARGET,
+    ),
+]
 Plan = Annotated[
     Optional[str], _option("--plan", help="A plan.json to carry out as it is.", panel=TARGET, metavar="FILE")
 ]
@@ -118,6 +127,15 @@ Sensitivity = Annotated[
         "--sensitivity",
         help="auto (fisher for rtn, else kron, or projection where a row has one output), fisher, kron, projection, "
         "hawq-ggn, or a saved sensitivity.json [default: auto].",
+        panel=METHOD,
+    ),
+]
+Shortlist = Annotated[
+    Optional[int],
+    _option(
+        "--shortlist",
+        help="Mixed plans to round and evaluate, the metric's own among them; the best on the selection rows competes "
+        "with uniform [default: 4, on a CPU 2].",
         panel=METHOD,
     ),
 ]

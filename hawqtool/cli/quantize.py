@@ -19,6 +19,7 @@ def quantize(
     output: o.Output = None,
     target_bpw: o.TargetBpw = None,
     target_size: o.TargetSize = None,
+    target_kl: o.TargetKl = None,
     plan: o.Plan = None,
     bits: o.Bits = None,
     group_size: o.GroupSize = None,
@@ -33,6 +34,7 @@ def quantize(
     eval_data: o.EvalData = None,
     eval_samples: o.EvalSamples = None,
     sensitivity: o.Sensitivity = None,
+    shortlist: o.Shortlist = None,
     solver: o.Solver = None,
     rounding: o.Rounding = None,
     foem_beta: o.FoemBeta = None,
@@ -84,6 +86,20 @@ def quantize(
             print_json(report)
         else:
             print_report(report, str(settings.output))
+        _check_gates(report)
+
+
+def _check_gates(report: dict[str, Any]) -> None:
+    """Raise a QualityError that names the first failed gate; the output is in place by now."""
+    from hawqtool.errors import QualityError
+
+    for gate in report["gates"]:
+        if not gate["passed"]:
+            raise QualityError(
+                f"{gate['gate']} {gate['bound']:g} was not met: the best that was found measures {gate['value']:.4g} "
+                f"at {report['sizes']['bpw_linears']:.3f} bits per weight, and was written; raise the bound, add wider "
+                "--bits, use a smaller --group-size or more calibration rows"
+            )
 
 
 _NOT_CONFIG = {"config", "dry_run", "json", "quiet", "debug"}

@@ -18,13 +18,18 @@ def announcement(description: dict[str, Any]) -> list[str]:
     budget = description["budget_bpw"]
     about = "" if description["expected_is_exact"] else "at most "
     kind = "" if description["symmetric"] else ", asymmetric"
+    if description["target_kl"] is not None:
+        aim = f"the smallest size with a measured divergence of at most {description['target_kl']:g}"
+    else:
+        aim = (
+            "from the plan" if budget is None else f"{budget:.3f} stored bits per weight"
+        ) + f"; best uniform that fits: {description['best_uniform'] or 'none'}"
     lines = [
         f"model       {description['model']}: {description['blocks']} blocks, {description['linears']} linears in "
         f"{description['units']} units, {description['quantized_weights']:,} weights to quantize",
         f"widths      {', '.join(map(str, description['widths']))} bits{kind}; achievable {low:.3f} to {high:.3f} "
         "stored bits per weight",
-        f"budget      {'from the plan' if budget is None else f'{budget:.3f} stored bits per weight'}; best uniform "
-        f"that fits: {description['best_uniform'] or 'none'}",
+        f"budget      {aim}",
         f"size        {size(description['original_bytes'])} now, {about}{size(description['expected_bytes'])} "
         f"({description['expected_bytes']:,} bytes) afterwards",
         f"work        {description['rounding']} on {description['calibration']}, {description['device']}, "
@@ -73,11 +78,40 @@ def print_report(report: dict[str, Any], output: str) -> None:
         measure = evaluation["measure"]
         value = f"{difference[measure]:+.4f}{plus_minus(difference, measure)}"
         console.print(f"paired      {MEASURES[measure]}, mixed - uniform: {value}")
+    for line in [*tried_lines(evaluation), *search_lines(report["search"])]:
+        console.print(line)
     spent = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in report["timings"].items())
     console.print(f"time        {spent}")
     for text in report["warnings"]:
         console.print(f"warning     {text}", markup=False)
     console.print(f"verified    {output}", markup=False)
+
+
+def tried_lines(evaluation: dict[str, Any]) -> list[str]:
+    """The mixed plans of a short list against uniform, selection rows; empty where there was one plan."""
+    tried, measure = evaluation["tried"], evaluation["measure"]
+    if len(tried) < 2:
+        return []
+    lines = []
+    for name, values in tried.items():
+        text = f"{name}: {values['selection'][measure]:.4f}"
+        difference = values["minus_uniform"].get("selection")
+        if difference:
+            text += f" ({difference[measure]:+.4f}{plus_minus(difference, measure)} to uniform)"
+        lines.append(f"tried       {text}" + (", the best" if name == evaluation["mixed"]["chosen_by"] else ""))
+    return lines
+
+
+def search_lines(search: dict[str, Any] | None) -> list[str]:
+    """What the search for a quality target measured, by size."""
+    if search is None:
+        return []
+    return [
+        f"searched    {entry['bpw_linears']:.3f} bits: "
+        + ", ".join(f"{value:.4f} on the {role} rows" for role, value in entry["divergence"].items())
+        + (", misses" if max(entry["divergence"].values()) > search["bound"] else ", meets the target")
+        for entry in sorted(search["attempts"], key=lambda entry: entry["stored_bytes"])
+    ]
 
 
 def quality_lines(evaluation: dict[str, Any]) -> list[str]:

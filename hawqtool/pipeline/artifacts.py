@@ -80,6 +80,7 @@ def sensitivity_document(table: SensitivityTable, units: tuple[Unit, ...], unqua
             }
             for metric, by_unit in table.scores.items()
         },
+        "projections": table.projections,
     }
 
 
@@ -89,7 +90,15 @@ def read_sensitivity(path: Path) -> tuple[SensitivityTable, tuple[Unit, ...], in
     Raises:
         InputError: If the file is no such document.
     """
-    document = read_json(path, SENSITIVITY_SCHEMA)
+    return parse_sensitivity(read_json(path, SENSITIVITY_SCHEMA), str(path))
+
+
+def parse_sensitivity(document: dict[str, Any], name: str) -> tuple[SensitivityTable, tuple[Unit, ...], int]:
+    """Table, units and plan-independent bytes of the JSON form of a table.
+
+    Raises:
+        InputError: If it is damaged; ``name`` says what.
+    """
     try:
         units = tuple(Unit(n, tuple(LinearSpec(**m) for m in ms)) for n, ms in document["units"].items())
         scores = {
@@ -108,10 +117,11 @@ def read_sensitivity(path: Path) -> tuple[SensitivityTable, tuple[Unit, ...], in
             settings=document["settings"],
             # Files that do not say so were written before there were other grids.
             symmetric=bool(document.get("symmetric", True)),
+            projections=document.get("projections", {}),
         )
         return table, units, int(document["unquantized_bytes"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{path} is damaged ({error!r}); measure again") from error
+        raise InputError(f"{name} is damaged ({error!r}); measure again") from error
 
 
 def metric_scores(table: SensitivityTable, metric: str, path: Path) -> dict[str, dict[str, Score]]:

@@ -28,13 +28,13 @@ def describe(job: Job) -> dict[str, Any]:
     plan = None
     if config.plan is not None:
         plan = given_plan(config, job.units)
-    else:
+    elif config.target_kl is None:
         budget = budget_bytes(config, job.units, fixed)
         menu = job_menu(job, budget)
         _check_feasible(job, menu, budget, weights, fixed)
         plan = single_choice_plan(job.units, menu, job.pins, budget)
     lowest, highest = achievable(job.units, menu, job.pins)
-    expected = plan.stored_bytes if plan else min(budget or 0, highest)
+    expected = plan.stored_bytes if plan else highest if budget is None else min(budget, highest)
     symmetric = plan.symmetric if plan else config.symmetric
     uniform = best_uniform(job.units, budget if budget is not None else expected, symmetric)
     return {
@@ -47,6 +47,7 @@ def describe(job: Job) -> dict[str, Any]:
         "symmetric": symmetric,
         "group_falls": _group_falls(job, menu),
         "achievable_bpw": [8 * lowest / weights, 8 * highest / weights],
+        "target_kl": config.target_kl,
         "budget_bpw": None if budget is None else 8 * budget / weights,
         "original_bytes": job.index.total_bytes,
         "expected_bytes": job.layout(plan.formats).total_bytes if plan else fixed + expected,

@@ -29,6 +29,7 @@ from hawqtool.records import Unit
 from hawqtool.rounding.layer import RoundingMethod
 
 CPU_ROWS_PER_SLICE, CUDA_ROWS_PER_SLICE = 16, 32
+_SHORTLIST = {"cpu": 2, "cuda": 4}
 _DEFAULT_ROWS = {"cpu": (16, 256), "cuda": (128, 2048)}
 
 
@@ -83,6 +84,11 @@ class Job:
     def rows_per_slice(self) -> int:
         """Rows per forward pass; fixed per kind of device, never by free memory, because it changes sums."""
         return self.config.rows_per_slice or (CUDA_ROWS_PER_SLICE if self.device.type == "cuda" else CPU_ROWS_PER_SLICE)
+
+    @property
+    def shortlist(self) -> int:
+        """Mixed plans to round and evaluate at a budget."""
+        return self.config.shortlist or _SHORTLIST[self.device.type]
 
     @property
     def method(self) -> RoundingMethod:

@@ -33,7 +33,7 @@ def measure_job(
         unit.name: tuple(dict.fromkeys((*menu[unit.name], *((job.pins[unit.name],) if unit.name in job.pins else ()))))
         for unit in job.units
     }
-    scores = measure(
+    measured = measure(
         job.stream(),
         sets["calibration"].tokens,
         sets["scoring"].tokens,
@@ -45,7 +45,7 @@ def measure_job(
         reporter.progress,
     )
     table = SensitivityTable(
-        scores=scores,
+        scores=measured.scores,
         rounding=job.config.rounding,
         model=job.source.name,
         model_fingerprint=fingerprint(job.index),
@@ -61,6 +61,7 @@ def measure_job(
             "seconds": time.perf_counter() - start,
         },
         symmetric=job.config.symmetric,
+        projections=measured.projections,
     )
     return sensitivity_document(table, job.units, unquantized_bytes(job, menu))
 

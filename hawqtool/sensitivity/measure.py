@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,9 +27,23 @@ from hawqtool.records import BlockSpec, LinearSpec, Score
 from hawqtool.rounding.factor import factorize
 from hawqtool.rounding.grid import dequantize
 from hawqtool.rounding.layer import RoundingMethod, Task, round_group
-from hawqtool.sensitivity.scores import LayerRows, RowValues, add_rows, score_rows, to_scores
+from hawqtool.sensitivity.scores import SIGNED, LayerRows, RowValues, add_rows, score_rows, to_scores
 
 Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one forward and one reverse sweep give.
+
+    Args:
+        scores: ``[metric][unit][format label]``.
+        projections: ``[unit][format label]``, a value per scoring row: see `hawqtool.sensitivity.scores.SIGNED`. The
+            output head's labels are drawn apart, so its pair terms with the blocks have mean zero.
+    """
+
+    scores: dict[str, dict[str, dict[str, Score]]]
+    projections: dict[str, dict[str, list[float]]]
 
 
 def measure(
@@ -41,8 +56,8 @@ def measure(
     rows_per_slice: int,
     seed: int,
     progress: Progress,
-) -> dict[str, dict[str, dict[str, Score]]]:
-    """Scores ``[metric][unit][format label]`` of the original model.
+) -> Measurement:
+    """Scores of the original model.
 
     Layers are rounded with the Gram matrices of the calibration rows and scored on the scoring rows, which the
     rounding did not see: errors of compensated rounding are 1.4 to 2 times larger there.
@@ -86,11 +101,18 @@ def measure(
                 values = score_rows(layers.pop(linear.name), errors.pop(linear.name))
                 add_rows(unit_rows.setdefault(linear.unit, {}), values)
         progress("reverse sweep", count - spec.index, count)
+    return _measurement({unit.name: unit_rows.get(unit.name, {}) for unit in stream.structure.units})
+
+
+def _measurement(unit_rows: Mapping[str, RowValues]) -> Measurement:
     table: dict[str, dict[str, dict[str, Score]]] = {}
-    for unit in stream.structure.units:
-        for metric, scores in to_scores(unit_rows.get(unit.name, {})).items():
-            table.setdefault(metric, {})[unit.name] = scores
-    return table
+    projections: dict[str, dict[str, list[float]]] = {}
+    for unit, values in unit_rows.items():
+        for metric, scores in to_scores(values).items():
+            table.setdefault(metric, {})[unit] = scores
+        if values:
+            projections[unit] = {label: rows.tolist() for label, rows in values[SIGNED].items()}
+    return Measurement(table, projections)
 
 
 def _loss_gradients(

@@ -19,6 +19,9 @@ from hawqtool.records import SCORE_METRICS, Score
 RowValues = dict[str, dict[str, Tensor]]
 """``[metric][format label]`` to ``[rows]`` float64; the mean over rows is the score."""
 
+SIGNED = "signed"
+"""Beside the metrics, what pair terms between units need: Σ G_n ∘ D / √m of each row, a signed first-order change."""
+
 
 @dataclass(frozen=True)
 class LayerRows:
@@ -65,12 +68,13 @@ def score_rows(layer: LayerRows, errors: Mapping[str, Tensor]) -> RowValues:
     labels = list(errors)
     squared = torch.stack([errors[label].float().square().flatten() for label in labels])
     totals = squared.double().sum(1).cpu()
-    fisher, projection, trace, gradient_power, error_power, seen = [], [], [], [], [], 0
+    fisher, projection, signed, trace, gradient_power, error_power, seen = [], [], [], [], [], [], 0
     for x, g in layer.rows:
         x, g = x.float(), g.float()
         gradient = g.t() @ x
-        projected = [(gradient * errors[label]).sum(1).square().sum(dtype=torch.float64) for label in labels]
-        projection.append(torch.stack(projected))
+        projected = torch.stack([(gradient * errors[label]).sum(1).double() for label in labels])
+        projection.append(projected.square().sum(1))
+        signed.append(projected.sum(1))
         gradient = gradient.square_().flatten()
         fisher.append((squared @ gradient).double())
         trace.append(gradient.sum(dtype=torch.float64))
@@ -82,10 +86,11 @@ def score_rows(layer: LayerRows, errors: Mapping[str, Tensor]) -> RowValues:
     mean_tokens = max(seen, 1) / len(fisher)
     left, right = torch.stack(gradient_power), torch.stack(error_power) / mean_tokens
     scale = 2 * layer.outputs
-    values: RowValues = {metric: {} for metric in SCORE_METRICS}
+    values: RowValues = {name: {} for name in (*SCORE_METRICS, SIGNED)}
     for position, label in enumerate(labels):
         values["fisher"][label] = torch.stack(fisher)[:, position].cpu() / scale
         values["projection"][label] = torch.stack(projection)[:, position].cpu() / scale
+        values[SIGNED][label] = torch.stack(signed)[:, position].cpu() / layer.outputs**0.5
         values["hawq-ggn"][label] = torch.stack(trace).cpu() * totals[position] / (scale * squared.shape[1])
         kron = _linearised_product(left, right[:, position]) * layer.positions / scale
         values["kron"][label] = kron.cpu()
@@ -108,7 +113,11 @@ def add_rows(into: RowValues, values: RowValues) -> None:
 
 def to_scores(values: RowValues) -> dict[str, dict[str, Score]]:
     """Means and standard errors over rows."""
-    return {metric: {label: _score(rows) for label, rows in by_label.items()} for metric, by_label in values.items()}
+    return {
+        metric: {label: _score(rows) for label, rows in by_label.items()}
+        for metric, by_label in values.items()
+        if metric != SIGNED
+    }
 
 
 def _score(rows: Tensor) -> Score:

@@ -340,3 +340,11 @@ def test_allocating_what_was_not_measured_exits_2(place: Path, tmp_path: Path) -
     assert "w2g32" in result.stderr
     assert not (tmp_path / "p.json").exists()
     assert invoke("allocate", tmp_path / "none.json", *options).exit_code == 4
+
+
+def test_a_quality_target_out_of_reach_exits_3_and_leaves_the_output(place: Path, tmp_path: Path) -> None:
+    result = quantize(place, tmp_path / "out", "--bits", "2,3", "--target-kl", "1e-9")
+    assert result.exit_code == 3, result.stderr
+    assert "target_kl 1e-09 was not met" in result.stderr
+    assert "misses" in result.stdout
+    assert (tmp_path / "out" / "report.json").is_file()

@@ -18,7 +18,7 @@ from hawqtool.rounding.factor import factorize
 from hawqtool.rounding.grid import dequantize
 from hawqtool.rounding.layer import RoundingMethod, Task, round_group
 from hawqtool.sensitivity.measure import measure
-from hawqtool.sensitivity.scores import LayerRows, score_rows, to_scores
+from hawqtool.sensitivity.scores import SIGNED, LayerRows, score_rows, to_scores
 from tests.tiny import tiny_model
 
 VOCAB, LENGTH = 24, 5
@@ -183,6 +183,8 @@ def test_score_rows_equals_slow_loops() -> None:
         expected = slow_scores(inputs, grads, error)
         for metric in METRICS:
             assert float(values[metric][label].mean()) == pytest.approx(expected[metric], rel=1e-5)
+        signed = torch.stack([(g.t() @ x * error).sum() for x, g in zip(inputs, grads, strict=True)])
+        torch.testing.assert_close(values[SIGNED][label].float(), signed / inputs.shape[1] ** 0.5, rtol=1e-5, atol=1e-6)
 
 
 # The streamed measurement against a whole model that is held at once.
@@ -298,7 +300,7 @@ def test_wider_formats_score_lower_and_units_can_be_skipped(job: Job) -> None:
         3,
         SEED,
         lambda *_: None,
-    )
+    ).scores
     for metric in METRICS:
         scores = found[metric][kept]
         assert scores["w2g32"].value > scores["w3g32"].value > scores["w8g32"].value > 0

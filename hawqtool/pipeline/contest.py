@@ -1,0 +1,147 @@
+"""The plans of a run against each other: which are tried, which is shipped, how they compare."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from hawqtool.allocation.uniform import UniformCandidate, neighbours
+from hawqtool.evaluation.divergence import interpolate_log, paired_difference
+from hawqtool.pipeline.candidates import Candidate, Workbench
+from hawqtool.pipeline.evaluating import as_record
+from hawqtool.pipeline.job import Job
+from hawqtool.pipeline.measuring import job_menu
+from hawqtool.pipeline.planning import stored_bytes
+from hawqtool.records import BitPlan, Evaluation
+
+DECISIVE = 2.0
+"""Paired standard errors by which a mixed plan must be better than uniform to be shipped in its place."""
+
+
+@dataclass(frozen=True)
+class Contest:
+    """What was tried at a budget.
+
+    Args:
+        mixed: Plans of the short list by name, the configured metric's own first.
+        uniform: ``uniform`` (the largest that fits the budget), ``below`` and ``above`` the best mixed plan's bytes,
+            as far as they exist.
+        best: Name of the mixed plan with the lowest divergence on the selection rows.
+    """
+
+    mixed: dict[str, Candidate]
+    uniform: dict[str, Candidate]
+    best: str
+
+
+def hold(bench: Workbench, plans: dict[str, BitPlan]) -> Contest:
+    """Try a short list, the best uniform plan that fits, and the uniform neighbours to interpolate with."""
+    mixed: dict[str, Candidate] = {}
+    for name, plan in plans.items():
+        mixed[name] = bench.attempt(name, plan)
+        bench.keep_only([_best(mixed)])
+    best = _best(mixed)
+    job, plan = bench.job, best.plan
+    below, above = neighbours(job.units, plan.stored_bytes, plan.symmetric)
+    largest, _ = neighbours(job.units, max(plan.budget_bytes or 0, plan.stored_bytes), plan.symmetric)
+    if below is not None and below.stored_bytes == plan.stored_bytes:
+        above = None
+    wanted = {"uniform": largest, "below": below, "above": above}
+    uniform: dict[str, Candidate] = {}
+    for name, candidate in wanted.items():
+        if candidate is not None:
+            uniform[name] = bench.attempt(f"uniform {candidate.label}", _as_plan(job, candidate))
+            bench.keep_only([best, uniform.get("uniform", best)])
+    return Contest(mixed, uniform, next(name for name, candidate in mixed.items() if candidate is best))
+
+
+def _best(mixed: dict[str, Candidate]) -> Candidate:
+    return min(mixed.values(), key=lambda candidate: candidate.selection)
+
+
+def _as_plan(job: Job, candidate: UniformCandidate) -> BitPlan:
+    weights = sum(unit.num_weights for unit in job.units)
+    return BitPlan(candidate.formats, stored_bytes(job.units, candidate.formats), weights)
+
+
+def choose(job: Job, contest: Contest) -> str:
+    """``mixed`` or ``uniform``: what is shipped; a plan file is shipped as given.
+
+    Uniform wins ties: the best mixed plan must be better on the selection rows by more than `DECISIVE` paired standard
+    errors. Under ``target_kl``, where the mixed plan is as small as the search could make it, a uniform plan of no more
+    bytes that meets the bound is no worse by that measure, so it is shipped.
+    """
+    mixed, uniform = contest.mixed[contest.best], contest.uniform.get("uniform")
+    if job.config.plan is not None or uniform is None:
+        return "mixed"
+    if mixed is uniform:
+        return "uniform"
+    if not obeys(job, uniform.plan):
+        return "mixed"
+    bound = job.config.target_kl
+    if bound is not None:
+        return "uniform" if worst_divergence(uniform) <= bound else "mixed"
+    difference, stderr = paired_difference(mixed.quality["selection"], uniform.quality["selection"])
+    return "mixed" if difference < -DECISIVE * stderr else "uniform"
+
+
+def worst_divergence(candidate: Candidate) -> float:
+    """The larger of the divergences on the selection and on the report rows."""
+    return max(evaluation.divergence for evaluation in candidate.quality.values())
+
+
+def obeys(job: Job, plan: BitPlan) -> bool:
+    """Whether a plan respects the pins, and the widths, group size and profile that were asked for."""
+    config = job.config
+    if any(plan.formats[unit].bits != fmt.bits for unit, fmt in job.pins.items()):
+        return False
+    menu = job_menu(job, None)
+    fixed_widths = config.bits is not None or config.profile == "portable"
+    for unit, fmt in plan.formats.items():
+        if fixed_widths and fmt.bits not in {f.bits for f in menu[unit]}:
+            return False
+        if "group_size" in config.model_fields_set and fmt.group_size != menu[unit][0].group_size:
+            return False
+    return True
+
+
+def compare(contest: Contest, original: Evaluation) -> dict[str, Any]:
+    """The report's ``evaluation``: every plan that was tried, on the report rows, with paired differences."""
+    mixed, uniform = contest.mixed[contest.best], contest.uniform.get("uniform")
+    measure = original.measure
+    result: dict[str, Any] = {
+        "measure": measure,
+        "original": as_record(original),
+        "mixed": mixed.record() | {"chosen_by": contest.best},
+        "uniform": None,
+    }
+    points = {c.plan.stored_bytes: c.quality["report"].divergence for c in contest.uniform.values()}
+    value = interpolate_log(sorted(points.items()), mixed.plan.stored_bytes)
+    interpolated = None if value is None else {measure: value, "stored_bytes": mixed.plan.stored_bytes}
+    result["uniform_interpolated"] = interpolated
+    result["neighbours"] = {n: contest.uniform[n].record() for n in ("below", "above") if n in contest.uniform}
+    result["tried"] = {name: _tried(candidate, uniform) for name, candidate in contest.mixed.items()}
+    if uniform is not None:
+        result["uniform"] = uniform.record()
+        result["mixed_minus_uniform"] = _paired(mixed, uniform, "report")
+        result["selection"] = {
+            "mixed_minus_uniform": (chosen := _paired(mixed, uniform, "selection"))[measure],
+            "stderr": chosen[f"{measure}_stderr"],
+        }
+    return result
+
+
+def _tried(candidate: Candidate, uniform: Candidate | None) -> dict[str, Any]:
+    """A plan of the short list: its record, what chose it, and its differences to uniform."""
+    differences = {} if uniform is None else {role: _paired(candidate, uniform, role) for role in candidate.quality}
+    return candidate.record() | {
+        "selection": as_record(candidate.quality["selection"]),
+        "minus_uniform": differences,
+        "predicted_loss": candidate.plan.predicted_loss,
+    }
+
+
+def _paired(first: Candidate, second: Candidate, role: str) -> dict[str, float]:
+    measure = first.quality[role].measure
+    difference, stderr = paired_difference(first.quality[role], second.quality[role])
+    return {measure: difference, f"{measure}_stderr": stderr}

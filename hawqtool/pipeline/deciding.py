@@ -1,0 +1,109 @@
+"""Which plans a run tries: from scores that were measured or read once, for any budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hawqtool.allocation.frontier import Frontier, frontier
+from hawqtool.allocation.problem import build_problem
+from hawqtool.errors import InputError, UsageError
+from hawqtool.model.index import fingerprint
+from hawqtool.pipeline.artifacts import SENSITIVITY_SCHEMA, parse_sensitivity, read_json
+from hawqtool.pipeline.job import Job
+from hawqtool.pipeline.measuring import job_menu, measure_job, unquantized_bytes
+from hawqtool.pipeline.planning import allocate, budget_bytes, single_choice_plan
+from hawqtool.pipeline.progress import Reporter
+from hawqtool.pipeline.shortlist import rivals
+from hawqtool.records import SCORE_METRICS, BitPlan, Rows, Score, SensitivityTable
+
+
+@dataclass(frozen=True)
+class Allocator:
+    """Plans of a job for any budget.
+
+    Args:
+        job: The model.
+        table: Scores of every unit in every format of the menu; None where no unit has a choice.
+        document: Its JSON form.
+    """
+
+    job: Job
+    table: SensitivityTable | None
+    document: dict[str, Any] | None
+
+    @property
+    def metric(self) -> str:
+        """Metric of the configuration."""
+        return self.job.config.metric(self.job.task.per_row)
+
+    def _scores(self, metric: str) -> dict[str, dict[str, Score]]:
+        assert self.table is not None  # the caller saw that there is a choice
+        if metric not in self.table.scores:
+            raise InputError(
+                f"{self.job.config.sensitivity} has no scores of {metric} (it has {', '.join(self.table.scores)}); "
+                "measure again"
+            )
+        return self.table.scores[metric]
+
+    def plan(self, budget: int) -> BitPlan:
+        """The plan of least predicted loss within a budget."""
+        job, menu = self.job, job_menu(self.job, budget)
+        if self.table is None:
+            fixed = single_choice_plan(job.units, menu, job.pins, budget)
+            assert fixed is not None  # otherwise something was measured
+            return fixed
+        scores = self._scores(self.metric)
+        return allocate(job.units, menu, scores, job.pins, budget, self.metric, job.config.solver)
+
+    def curve(self) -> Frontier:
+        """The whole frontier of predicted loss."""
+        menu = job_menu(self.job, None)
+        scores = self._scores(self.metric) if self.table else {}
+        pins = self.job.pins if self.table else {unit: formats[0] for unit, formats in menu.items()} | self.job.pins
+        return frontier(build_problem(self.job.units, menu, scores, pins))
+
+    def shortlist(self, budget: int) -> dict[str, BitPlan]:
+        """Plans to try at a budget, by name; the configured metric's own comes first."""
+        own = self.plan(budget)
+        if self.table is None:
+            return {"uniform menu": own}
+        job = self.job
+        others = rivals(job.units, job_menu(job, budget), self.table, job.pins, own, budget)
+        return dict([(self.metric, own), *others.items()][: job.shortlist])
+
+
+def prepare_allocation(job: Job, sets: dict[str, Rows], reporter: Reporter) -> Allocator:
+    """Measure, or read what was measured, unless no unit has a choice.
+
+    Raises:
+        UsageError: If the budget is infeasible, or the file was measured for something else.
+    """
+    menu, budget = job_menu(job, None), None
+    if job.config.target_kl is None:
+        budget = budget_bytes(job.config, job.units, unquantized_bytes(job, menu))
+        menu = job_menu(job, budget)
+    if all(len(menu[unit.name]) == 1 or unit.name in job.pins for unit in job.units):
+        return Allocator(job, None, None)
+    if job.config.sensitivity in ("auto", *SCORE_METRICS):
+        document = measure_job(job, menu, sets, reporter)
+        return Allocator(job, parse_sensitivity(document, "the measurement")[0], document)
+    saved = Path(job.config.sensitivity)
+    document = read_json(saved, SENSITIVITY_SCHEMA)
+    table, _, _ = parse_sensitivity(document, str(saved))
+    _check_saved(job, table)
+    return Allocator(job, table, document)
+
+
+def _check_saved(job: Job, table: SensitivityTable) -> None:
+    config = job.config
+    if table.model_fingerprint != fingerprint(job.index):
+        raise UsageError(f"{config.sensitivity} was measured on another checkpoint ({table.model}); measure this one")
+    if table.rounding != config.rounding:
+        raise UsageError(
+            f"{config.sensitivity} was measured for --rounding {table.rounding}, not {config.rounding}; measure again"
+        )
+    if table.symmetric != config.symmetric:
+        kind, flag = ("symmetric", "--symmetric") if table.symmetric else ("asymmetric", "--asymmetric")
+        raise UsageError(f"{config.sensitivity} was measured for {kind} grids; give {flag} or measure again")

@@ -1,0 +1,59 @@
+"""Other plans that are worth trying beside the chosen metric's own, most promising first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from hawqtool.allocation.baselines import edges_plan
+from hawqtool.allocation.frontier import solve
+from hawqtool.allocation.problem import build_problem
+from hawqtool.formats import QuantFormat
+from hawqtool.records import BitPlan, SensitivityTable, Unit
+
+EDGES = "first and last blocks"
+
+
+def rivals(
+    units: Sequence[Unit],
+    menu: Mapping[str, tuple[QuantFormat, ...]],
+    table: SensitivityTable,
+    pins: Mapping[str, QuantFormat],
+    own: BitPlan,
+    budget: int,
+) -> dict[str, BitPlan]:
+    """Plans of the other metrics and of the first-and-last-blocks rule at the same budget, without repetitions.
+
+    They are ordered by `pair_loss` where the table has what that needs, so that a short list takes the plans that
+    pair terms prefer. Pair terms only compare a few plans here: a plan that minimises them overfits their noise.
+    """
+    plans: dict[str, BitPlan] = {}
+    for metric, scores in table.scores.items():
+        if metric != own.metric:
+            plans[metric] = solve(build_problem(units, menu, scores, pins), budget, metric)
+    problem = build_problem(units, menu, table.scores[own.metric or next(iter(table.scores))], pins)
+    plans[EDGES] = edges_plan(problem, units, budget)
+    seen, distinct = [own.formats], dict[str, BitPlan]()
+    for name, plan in plans.items():
+        if plan.formats not in seen:
+            seen.append(plan.formats)
+            distinct[name] = plan
+    if not table.projections:
+        return distinct
+    return dict(sorted(distinct.items(), key=lambda item: pair_loss(item[1], table)))
+
+
+def pair_loss(plan: BitPlan, table: SensitivityTable) -> float:
+    """½ E(Σ_u p_u)² / outputs: the predicted loss of a whole plan with the terms between units.
+
+    p_u is the projection of a row's gradient on the unit's rounding error. Its sum over units, squared and averaged
+    over rows, is an unbiased estimate of dᵀFd for the whole change d of the plan, of relative deviation √(2/rows).
+    Pinned formats that were not measured count as 0 in every plan alike.
+    """
+    measured = [
+        torch.tensor(table.projections[unit][fmt.label], dtype=torch.float64)
+        for unit, fmt in plan.formats.items()
+        if fmt.label in table.projections.get(unit, {})
+    ]
+    return float(torch.stack(measured).sum(0).square().mean()) / 2 if measured else 0.0

@@ -1,0 +1,75 @@
+"""Quality targets, and the short list of plans that are tried beside the metric's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hawqtool.pipeline.dryrun import describe
+from hawqtool.pipeline.job import prepare
+from tests.e2e.runs import MIXED_TARGET, Report, Run, read, settings
+
+
+@pytest.fixture(scope="module")
+def bound(mixed: tuple[Path, Report]) -> float:
+    """A divergence that plans of the menu reach, and not only the largest."""
+    return 1.5 * mixed[1]["evaluation"]["mixed"]["kl"]
+
+
+def test_the_smallest_plan_that_meets_a_bound(run: Run, bound: float) -> None:
+    folder, report = run(bits="2,3,4,8", target_kl=bound)
+    search = report["search"]
+    assert search["met"] and report["gates"][0]["passed"]
+    assert report["evaluation"][report["shipped"]]["kl"] <= bound
+    missed = search["largest_that_misses"]
+    assert missed["stored_bytes"] < report["sizes"]["stored_bytes_linears"] <= 1.03 * missed["stored_bytes"]
+    assert max(missed["divergence"].values()) > bound
+    assert len(search["attempts"]) <= 8
+    assert read(folder / "report.json")["search"] == search
+    assert report["sizes"]["quantized_bytes"] == (folder / "model.safetensors").stat().st_size
+
+
+def test_a_bound_out_of_reach_leaves_the_best_plan_and_a_failed_gate(run: Run) -> None:
+    folder, report = run(bits="2,3", target_kl=1e-9)
+    assert not report["search"]["met"]
+    assert report["gates"] == [
+        {"gate": "target_kl", "bound": 1e-9, "value": pytest.approx(report["gates"][0]["value"]), "passed": False}
+    ]
+    assert {entry["bits"] for entry in report["plan"]} == {3}
+    assert (folder / "model.safetensors").is_file()
+
+
+def test_a_loose_bound_takes_the_smallest_plan_at_once(run: Run) -> None:
+    _, report = run(bits="2,3", target_kl=100.0)
+    assert {entry["bits"] for entry in report["plan"]} == {2}
+    assert len(report["search"]["attempts"]) == 1
+
+
+def test_a_bound_with_one_width_is_only_checked(run: Run) -> None:
+    _, report = run(bits="3", target_kl=100.0)
+    assert {entry["bits"] for entry in report["plan"]} == {3}
+    assert report["gates"][0]["passed"] and report["metric"] is None
+
+
+def test_a_dry_run_states_the_bound(place: Path) -> None:
+    found = describe(prepare(settings(place, bits="2,3,4,8", target_kl=0.1)))
+    assert found["target_kl"] == 0.1 and found["budget_bpw"] is None
+
+
+def test_the_short_list_is_tried_and_its_best_plan_reported(run: Run) -> None:
+    _, report = run(bits="2,3,4,8", target_bpw=MIXED_TARGET, shortlist=4)
+    evaluation = report["evaluation"]
+    tried = evaluation["tried"]
+    assert next(iter(tried)) == "kron" and 2 <= len(tried) <= 4
+    best = min(tried, key=lambda name: tried[name]["selection"]["kl"])
+    assert evaluation["mixed"]["chosen_by"] == best
+    assert evaluation["mixed"]["kl"] == tried[best]["kl"]
+    for values in tried.values():
+        assert set(values["minus_uniform"]) == {"selection", "report"}
+        assert values["bpw_linears"] <= MIXED_TARGET
+
+
+def test_the_short_list_of_one_is_the_metric_alone(run: Run) -> None:
+    _, report = run(bits="2,3,4,8", target_bpw=MIXED_TARGET, shortlist=1)
+    assert list(report["evaluation"]["tried"]) == ["kron"]
