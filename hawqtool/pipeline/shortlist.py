@@ -36,7 +36,8 @@ def rivals(
     plans[EDGES] = edges_plan(problem, units, budget)
     seen, distinct = [own.formats], dict[str, BitPlan]()
     for name, plan in plans.items():
-        if plan.formats not in seen:
+        # A plan of one format is uniform, which competes anyway.
+        if plan.formats not in seen and len(set(plan.formats.values())) > 1:
             seen.append(plan.formats)
             distinct[name] = plan
     if not table.projections:
