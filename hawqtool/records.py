@@ -10,7 +10,13 @@ from hawqtool.formats import QuantFormat
 if TYPE_CHECKING:
     from torch import Tensor
 
-SCORE_METRICS = ("fisher", "kron", "projection", "hawq-ggn")
+SWEEP_METRICS = ("fisher", "kron", "projection", "hawq-ggn")
+"""Metrics that every measurement has: one forward and one reverse sweep give them all."""
+
+EXTRA_METRICS = ("hawq",)
+"""Metrics that cost sweeps of their own, hence are measured where they are asked for."""
+
+SCORE_METRICS = (*SWEEP_METRICS, *EXTRA_METRICS)
 
 
 @dataclass(frozen=True)
@@ -114,7 +120,8 @@ class Score:
 class SensitivityTable:
     """Scores of every (metric, unit, format label), all of symmetric or all of asymmetric grids.
 
-    ``scores[metric][unit][label]``.
+    ``scores[metric][unit][label]``; ``curvature[unit]`` holds what does not depend on formats: traces of the Hessian
+    or of the Fisher matrix with respect to weights and inputs, and top eigenvalues.
     """
 
     scores: dict[str, dict[str, dict[str, Score]]]
@@ -124,6 +131,7 @@ class SensitivityTable:
     rows: dict[str, str]
     settings: dict[str, float | int | str]
     symmetric: bool = True
+    curvature: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,10 @@ def sensitivity_document(table: SensitivityTable, units: tuple[Unit, ...], unqua
             }
             for metric, by_unit in table.scores.items()
         },
+        "curvature": {
+            unit: {key: None if math.isnan(value) else value for key, value in values.items()}
+            for unit, values in table.curvature.items()
+        },
     }
 
 
@@ -108,6 +112,10 @@ def read_sensitivity(path: Path) -> tuple[SensitivityTable, tuple[Unit, ...], in
             settings=document["settings"],
             # Files that do not say so were written before there were other grids.
             symmetric=bool(document.get("symmetric", True)),
+            curvature={
+                unit: {key: math.nan if value is None else float(value) for key, value in values.items()}
+                for unit, values in document.get("curvature", {}).items()
+            },
         )
         return table, units, int(document["unquantized_bytes"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:

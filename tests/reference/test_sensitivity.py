@@ -214,7 +214,7 @@ def measured(job: Job, method: str, rows_per_slice: int) -> dict[str, dict[str, 
         rows_per_slice,
         SEED,
         lambda *_: None,
-    )
+    ).scores
 
 
 class Watch:
@@ -298,7 +298,7 @@ def test_wider_formats_score_lower_and_units_can_be_skipped(job: Job) -> None:
         3,
         SEED,
         lambda *_: None,
-    )
+    ).scores
     for metric in METRICS:
         scores = found[metric][kept]
         assert scores["w2g32"].value > scores["w3g32"].value > scores["w8g32"].value > 0
