@@ -44,7 +44,7 @@ def probe_traces(
     found: dict[str, Tensor] = {}
 
     def direction(p: Pass, name: str, like: Tensor) -> Tensor:
-        return _signs(like, f"{seed}/{p.row}/{p.tag}/{name}")
+        return random_signs(like, f"{seed}/{p.row}/{p.tag}/{name}")
 
     def visit(p: Pass, name: str, v: Tensor, product: Tensor) -> None:
         values = found.setdefault(name, torch.zeros(rows, probes, dtype=torch.float64))
@@ -55,7 +55,7 @@ def probe_traces(
     return found
 
 
-def _signs(like: Tensor, name: str) -> Tensor:
+def random_signs(like: Tensor, name: str) -> Tensor:
     """Independent signs, the same for the same name."""
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
     generator = torch.Generator(like.device).manual_seed(seed)
@@ -204,7 +204,7 @@ class _UnitRecurrences:
             if p.tag in self.found:
                 return self.found[p.tag].vector[name]
             size = sum(m.num_weights for m in self.keys[p.tag][0].members)
-            return vectors[p.tag].setdefault(name, _signs(like, f"{self.seed}/{name}") / size**0.5)
+            return vectors[p.tag].setdefault(name, random_signs(like, f"{self.seed}/{name}") / size**0.5)
 
         def visit(p: Pass, name: str, v: Tensor, product: Tensor) -> None:
             group = self.groups[self.keys[p.tag][1]]

@@ -14,6 +14,7 @@ from hawqtool.pipeline.job import Job, prepare
 from hawqtool.records import Unit
 from hawqtool.sensitivity.hessian import hawq_scores, probe_traces, top_eigenvalues, trace_fields, unit_traces
 from hawqtool.sensitivity.products import Curvature, Inputs, Pass, Weights, products
+from hawqtool.sensitivity.spectrum import spectrum
 from tests.tiny import tiny_model
 
 VOCAB, LENGTH, ROWS = 24, 6, 3
@@ -230,3 +231,22 @@ def test_measuring_leaves_no_weights_loaded(job: Job, tokens: Tensor) -> None:
     source = curvature(job, tokens[:1])
     probe_traces(source, Weights(), 1, 0, lambda *_: None)
     assert all(parameter.is_meta for parameter in source.stream.blocks.parameters())
+
+
+def test_spectrum_has_the_exact_top_values_and_moments(job: Job, tokens: Tensor, hessians: dict[str, Tensor]) -> None:
+    unit = next(u for u in job.units if u.name.endswith("1.self_attn.qkv_proj"))
+    exact = torch.linalg.eigvalsh(hessians[unit.name].mean(0) / OUTPUTS)
+    found = spectrum(curvature(job, tokens), {m.name for m in unit.members}, 30, 6, 2, lambda *_: None)
+    assert found.num_weights == len(exact)
+    by_magnitude = exact[exact.abs().argsort(descending=True)]
+    assert found.top[0][0] == pytest.approx(float(by_magnitude[0]), rel=1e-3)
+    for value, residual in found.top:
+        assert float((exact - value).abs().min()) <= residual + 1e-9
+    assert torch.allclose(found.weights.sum(1), torch.ones(6, dtype=torch.float64))
+    for order in (1, 2, 3):
+        mean, stderr = found.moment(order)
+        assert abs(mean - float((exact**order).mean())) < 4 * stderr, order
+    grid, density = found.density(points=2001)
+    step = float(grid[1] - grid[0])
+    assert float(density.sum()) * step == pytest.approx(1, rel=1e-3)
+    assert float((density * grid).sum()) * step == pytest.approx(found.moment(1)[0], rel=1e-2)
