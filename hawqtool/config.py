@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from hawqtool.errors import UsageError
 from hawqtool.formats import CHANNEL, GROUP_SIZES, MAX_BITS, MIN_BITS
-from hawqtool.records import SCORE_METRICS
+from hawqtool.records import EXTRA_METRICS, SCORE_METRICS
 
 SELF = "self"
 """Calibration source: rows sampled from the model."""
@@ -46,6 +46,9 @@ class RunConfig(BaseModel):
     eval_samples: int = Field(32, ge=2)
     sensitivity: str = "auto"
     shortlist: int | None = Field(None, ge=1)
+    extra_metrics: tuple[str, ...] = ()
+    probes: int = Field(4, ge=1)
+    eigenvalues: int = Field(0, ge=0)
     solver: Literal["hull", "exact"] = "hull"
     rounding: Literal["rtn", "gptq", "foem"] = "gptq"
     foem_beta: float = Field(0.1, ge=0, le=1)
@@ -78,6 +81,14 @@ class RunConfig(BaseModel):
         if str(value) in {str(size) for size in GROUP_SIZES}:
             return int(value)
         raise ValueError("expected 32, 64, 128 or channel")
+
+    @field_validator("extra_metrics", mode="before")
+    @classmethod
+    def _parse_extra_metrics(cls, value: Any) -> Any:
+        names = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+        if not isinstance(names, (list, tuple)) or not set(names) <= set(EXTRA_METRICS):
+            raise ValueError(f"expected {', '.join(EXTRA_METRICS)}")
+        return tuple(dict.fromkeys(names))
 
     @field_validator("pin", "ignore", "calibration", mode="before")
     @classmethod
@@ -159,6 +170,11 @@ class RunConfig(BaseModel):
             raise UsageError(
                 f"exactly one of --target-bpw, --target-size, --target-kl and --plan is needed, found {found}"
             )
+
+    @property
+    def measured_extras(self) -> tuple[str, ...]:
+        """Metrics to measure beside those of every measurement: those asked for, and the one that allocation uses."""
+        return tuple(m for m in EXTRA_METRICS if m in self.extra_metrics or m == self.sensitivity)
 
     def metric(self, per_row: bool) -> str:
         """Metric that allocation uses: fisher for plain rounding, kron or projection for compensated rounding.

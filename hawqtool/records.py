@@ -10,7 +10,13 @@ from hawqtool.formats import QuantFormat
 if TYPE_CHECKING:
     from torch import Tensor
 
-SCORE_METRICS = ("fisher", "kron", "projection", "hawq-ggn")
+SWEEP_METRICS = ("fisher", "kron", "projection", "hawq-ggn")
+"""Metrics that every measurement has: one forward and one reverse sweep give them all."""
+
+EXTRA_METRICS = ("hawq",)
+"""Metrics that cost sweeps of their own, hence are measured where they are asked for."""
+
+SCORE_METRICS = (*SWEEP_METRICS, *EXTRA_METRICS)
 
 
 @dataclass(frozen=True)
@@ -124,6 +130,8 @@ class SensitivityTable:
         symmetric: Whether grids have no zero points.
         projections: ``[unit][label]``: for every scoring row its gradient times the unit's rounding error, over the
             root of the row's outputs; what `hawqtool.pipeline.shortlist.pair_loss` needs.
+        curvature: ``[unit]``: what does not depend on formats: traces of the Hessian or of the Fisher matrix with
+            respect to weights and inputs, and top eigenvalues.
     """
 
     scores: dict[str, dict[str, dict[str, Score]]]
@@ -134,6 +142,7 @@ class SensitivityTable:
     settings: dict[str, float | int | str]
     symmetric: bool = True
     projections: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    curvature: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

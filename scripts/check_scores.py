@@ -33,7 +33,7 @@ from hawqtool.pipeline.planning import format_menu, stored_bytes
 from hawqtool.pipeline.progress import Silent
 from hawqtool.pipeline.rounding import round_to_folder
 from hawqtool.pipeline.rows import gather_rows
-from hawqtool.records import SCORE_METRICS, BitPlan, Rows
+from hawqtool.records import SWEEP_METRICS, BitPlan, Rows
 
 ALL = "(all units)"
 
@@ -95,7 +95,7 @@ def check_scores(job: Job, low: int, high: int, pattern: str = "") -> dict[str, 
         evaluation = _evaluate(job, formats, sets["calibration"], evaluator)
         measure = evaluation.measure
         found[name] = {"measured": evaluation.divergence} | {
-            metric: sum(scores[metric][unit][fmt.label][0] for unit, fmt in formats.items()) for metric in SCORE_METRICS
+            metric: sum(scores[metric][unit][fmt.label][0] for unit, fmt in formats.items()) for metric in SWEEP_METRICS
         }
         print(f"{name}: {evaluation.divergence:.6f}", file=sys.stderr)
     return {"measure": measure, "low": low, "high": high, "units": found}
@@ -112,13 +112,13 @@ def lines(result: dict[str, Any]) -> list[str]:
     """The table, and per metric how far the predictions are off."""
     units = result["units"]
     text = [f"one unit at {result['low']} bits, others at {result['high']}; {result['measure']}, predicted/measured"]
-    text.append(f"{'unit':48s} {'measured':>10s}" + "".join(f" {metric:>10s}" for metric in SCORE_METRICS))
+    text.append(f"{'unit':48s} {'measured':>10s}" + "".join(f" {metric:>10s}" for metric in SWEEP_METRICS))
     for name, values in units.items():
-        ratios = "".join(f" {values[metric] / values['measured']:10.2f}" for metric in SCORE_METRICS)
+        ratios = "".join(f" {values[metric] / values['measured']:10.2f}" for metric in SWEEP_METRICS)
         text.append(f"{name[-48:]:48s} {values['measured']:10.5f}{ratios}")
     single = [values for name, values in units.items() if name != ALL]
     measured = torch.tensor([values["measured"] for values in single])
-    for metric in SCORE_METRICS:
+    for metric in SWEEP_METRICS:
         predicted = torch.tensor([values[metric] for values in single])
         logs = (predicted / measured).log()
         spread = f"{math.exp(logs.min()):.2f} to {math.exp(logs.max()):.2f}"

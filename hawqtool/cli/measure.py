@@ -26,6 +26,9 @@ def measure(
     seq_len: o.SeqLen = None,
     rounding: o.Rounding = None,
     foem_beta: o.FoemBeta = None,
+    extra_metrics: o.ExtraMetrics = None,
+    probes: o.Probes = None,
+    eigenvalues: o.Eigenvalues = None,
     damping: o.Damping = None,
     scale_sign: o.ScaleSign = None,
     device: o.Device = None,
@@ -40,6 +43,8 @@ def measure(
     """Score every unit in every width with fisher, kron, projection and hawq-ggn; write sensitivity.json.
 
     Example: hawqtool measure ./model -o sensitivity.json --bits 2,3,4,8 --group-size 64
+
+    Example: hawqtool measure ./model --extra-metrics hawq --probes 16 --eigenvalues 20
     """
     values: dict[str, Any] = {
         k: v for k, v in locals().items() if k not in {"output", "config", "json", "quiet", "debug"}

@@ -126,7 +126,7 @@ Sensitivity = Annotated[
     _option(
         "--sensitivity",
         help="auto (fisher for rtn, else kron, or projection where a row has one output), fisher, kron, projection, "
-        "hawq-ggn, or a saved sensitivity.json [default: auto].",
+        "hawq-ggn, hawq, or a saved sensitivity.json [default: auto].",
         panel=METHOD,
     ),
 ]
@@ -137,6 +137,27 @@ Shortlist = Annotated[
         help="Mixed plans to round and evaluate, the metric's own among them; the best on the selection rows competes "
         "with uniform [default: 4, on a CPU 2].",
         panel=METHOD,
+    ),
+]
+ExtraMetrics = Annotated[
+    Optional[str],
+    _option(
+        "--extra-metrics",
+        help="Scores to measure beside the four cheap ones: hawq (true Hessian) [default: none].",
+        panel=METHOD,
+        metavar="NAMES",
+    ),
+]
+Probes = Annotated[
+    Optional[int], _option("--probes", help="Random probes per row of a Hessian's trace [default: 4].", panel=METHOD)
+]
+Eigenvalues = Annotated[
+    Optional[int],
+    _option(
+        "--eigenvalues",
+        help="Lanczos iterations for the top Hessian eigenvalue of each unit; slow [default: 0, none].",
+        panel=METHOD,
+        metavar="ITERATIONS",
     ),
 ]
 Solver = Annotated[

@@ -28,6 +28,15 @@ def print_description(description: dict[str, Any]) -> None:
         _print_quantized(console, description)
 
 
+def print_spectrum(found: dict[str, Any]) -> None:
+    """Print what `hawqtool.pipeline.spectrum.run_spectrum` returns."""
+    console = Console(highlight=False)
+    mean, error = found["mean"]
+    _line(console, "Hessian", f"{found['num_weights']} weights, loss per output on {found['rows']} rows")
+    _line(console, "eigenvalues", f"mean {mean:.3e} ± {error:.1e}, mean square {found['mean_square'][0]:.3e}")
+    _line(console, "largest", ", ".join(f"{value:.4g}" for value, _ in found["eigenvalues"][:8]) or "none converged")
+
+
 def _line(console: Console, label: str, text: object) -> None:
     # Names come from files: control characters and markup in them must not reach the terminal.
     console.print(Text(f"{label:<12}{one_line(text, 2000)}"), soft_wrap=True)

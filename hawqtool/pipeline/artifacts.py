@@ -81,6 +81,10 @@ def sensitivity_document(table: SensitivityTable, units: tuple[Unit, ...], unqua
             for metric, by_unit in table.scores.items()
         },
         "projections": table.projections,
+        "curvature": {
+            unit: {key: None if math.isnan(value) else value for key, value in values.items()}
+            for unit, values in table.curvature.items()
+        },
     }
 
 
@@ -118,6 +122,10 @@ def parse_sensitivity(document: dict[str, Any], name: str) -> tuple[SensitivityT
             # Files that do not say so were written before there were other grids.
             symmetric=bool(document.get("symmetric", True)),
             projections=document.get("projections", {}),
+            curvature={
+                unit: {key: math.nan if value is None else float(value) for key, value in values.items()}
+                for unit, values in document.get("curvature", {}).items()
+            },
         )
         return table, units, int(document["unquantized_bytes"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -108,10 +108,10 @@ class Job:
         ignored = tuple(n for n in self.structure.linears if n not in kept)
         return ignored + self.structure.other_linears
 
-    def stream(self, source: WeightSource | None = None) -> ModelStream:
-        """The model with weights from the checkpoint, or from another source."""
+    def stream(self, source: WeightSource | None = None, dtype: torch.dtype | None = None) -> ModelStream:
+        """The model with weights from the checkpoint, or from another source; computing in ``dtype`` where given."""
         reader = TensorReader(self.index) if source is None else source
-        return ModelStream(copy.deepcopy(self.skeleton), self.structure, reader, self.device, self.dtype)
+        return ModelStream(copy.deepcopy(self.skeleton), self.structure, reader, self.device, dtype or self.dtype)
 
     def packed_stream(self, folder: Path) -> ModelStream:
         """The model with the weights of a written folder."""

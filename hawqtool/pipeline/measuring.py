@@ -10,6 +10,7 @@ from hawqtool.config import RunConfig
 from hawqtool.formats import QuantFormat
 from hawqtool.model.index import fingerprint
 from hawqtool.pipeline.artifacts import check_writable, sensitivity_document, write_json
+from hawqtool.pipeline.curvature import input_fisher_fields, measure_curvature
 from hawqtool.pipeline.job import Job, prepare
 from hawqtool.pipeline.planning import WIDE_MENU, format_menu, stored_bytes, widths
 from hawqtool.pipeline.progress import Reporter
@@ -33,7 +34,7 @@ def measure_job(
         unit.name: tuple(dict.fromkeys((*menu[unit.name], *((job.pins[unit.name],) if unit.name in job.pins else ()))))
         for unit in job.units
     }
-    measured = measure(
+    found = measure(
         job.stream(),
         sets["calibration"].tokens,
         sets["scoring"].tokens,
@@ -44,8 +45,14 @@ def measure_job(
         job.config.seed,
         reporter.progress,
     )
+    curvature = input_fisher_fields(found)
+    settings: dict[str, float | int | str] = {}
+    if "hawq" in job.config.measured_extras or job.config.eigenvalues:
+        scores, fields, settings = measure_curvature(job, sets["scoring"].tokens, found.error_norms, reporter)
+        found.scores.update(scores)
+        curvature = {unit: values | fields[unit] for unit, values in curvature.items()}
     table = SensitivityTable(
-        scores=measured.scores,
+        scores=found.scores,
         rounding=job.config.rounding,
         model=job.source.name,
         model_fingerprint=fingerprint(job.index),
@@ -59,9 +66,11 @@ def measure_job(
             "per_row": job.task.per_row,
             "foem_beta": job.method.feedback_beta,
             "seconds": time.perf_counter() - start,
+            **settings,
         },
         symmetric=job.config.symmetric,
-        projections=measured.projections,
+        projections=found.projections,
+        curvature=curvature,
     )
     return sensitivity_document(table, job.units, unquantized_bytes(job, menu))
 

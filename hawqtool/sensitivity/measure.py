@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,27 +23,33 @@ from hawqtool.model.sweep import (
     read_weight,
     run_block,
 )
-from hawqtool.records import BlockSpec, LinearSpec, Score
+from hawqtool.records import BlockSpec, LinearSpec, Score, Unit
 from hawqtool.rounding.factor import factorize
 from hawqtool.rounding.grid import dequantize
 from hawqtool.rounding.layer import RoundingMethod, Task, round_group
-from hawqtool.sensitivity.scores import SIGNED, LayerRows, RowValues, add_rows, score_rows, to_scores
+from hawqtool.sensitivity.scores import SIGNED, LayerRows, RowValues, add_rows, mean_score, score_rows, to_scores
 
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one forward and one reverse sweep give.
+    """What the two sweeps give.
 
     Args:
         scores: ``[metric][unit][format label]``.
         projections: ``[unit][format label]``, a value per scoring row: see `hawqtool.sensitivity.scores.SIGNED`. The
             output head's labels are drawn apart, so its pair terms with the blocks have mean zero.
+        error_norms: ‖D‖² by linear and format label, for scores that need no more of the rounding.
+        input_fisher: Per unit the trace of the Fisher matrix with respect to its input x at all tokens, per output,
+            E‖∂loss/∂x‖²: noise of variance σ² on x costs σ²/2 times it. This is HAWQ-V2's sensitivity of activations
+            (Dong et al. 2020, section 3.3) with the Gauss-Newton matrix in place of the Hessian.
     """
 
     scores: dict[str, dict[str, dict[str, Score]]]
     projections: dict[str, dict[str, list[float]]]
+    error_norms: dict[str, dict[str, float]]
+    input_fisher: dict[str, Score]
 
 
 def measure(
@@ -84,35 +90,49 @@ def measure(
                 advance(block, spec, activations)
         progress("forward sweep", spec.index + 1, count)
     gradients, outputs = _loss_gradients(stream, scoring.split(rows_per_slice), sets[1].hidden, seed)
-    unit_rows: dict[str, RowValues] = {}
+    found = _Found({}, {}, {})
     if stream.structure.head:
+        statistics = stream.head_statistics(calibration, sets[0].hidden)
         rows = _head_rows(stream, scoring, sets[1].hidden, seed)
         seen = LayerRows(rows, sets[1].hidden[0].shape[1], outputs)
-        statistics = stream.head_statistics(calibration, sets[0].hidden)
-        unit_rows |= _head_values(stream, statistics, seen, menu, method, stored_dtypes)
+        _measure_head(stream, statistics, seen, menu, method, stored_dtypes, found)
     for spec in reversed(stream.structure.blocks):
         for activations, hidden in zip(sets, stored.pop(), strict=True):
             activations.hidden = hidden
         with stream.block(spec.index) as block:
             errors = _rounding_errors(block, spec, sets[0], menu, method, stored_dtypes)
-            layers, gradients = _backward(block, spec, sets[1], gradients, outputs)
+            layers, gradients = _backward(block, spec, sets[1], gradients, outputs, found.input_power)
         for linear in spec.linears:
             if linear.name in errors:
-                values = score_rows(layers.pop(linear.name), errors.pop(linear.name))
-                add_rows(unit_rows.setdefault(linear.unit, {}), values)
+                found.add(linear, layers.pop(linear.name), errors.pop(linear.name))
         progress("reverse sweep", count - spec.index, count)
-    return _measurement({unit.name: unit_rows.get(unit.name, {}) for unit in stream.structure.units})
+    return found.measurement(stream.structure.units, outputs)
 
 
-def _measurement(unit_rows: Mapping[str, RowValues]) -> Measurement:
-    table: dict[str, dict[str, dict[str, Score]]] = {}
-    projections: dict[str, dict[str, list[float]]] = {}
-    for unit, values in unit_rows.items():
-        for metric, scores in to_scores(values).items():
-            table.setdefault(metric, {})[unit] = scores
-        if values:
-            projections[unit] = {label: rows.tolist() for label, rows in values[SIGNED].items()}
-    return Measurement(table, projections)
+@dataclass
+class _Found:
+    """What the reverse sweep has found: row values and ‖∂loss/∂x‖² of a row by unit, ‖D‖² by linear."""
+
+    unit_rows: dict[str, RowValues]
+    input_power: dict[str, Tensor]
+    error_norms: dict[str, dict[str, float]]
+
+    def add(self, linear: LinearSpec, layer: LayerRows, errors: Mapping[str, Tensor]) -> None:
+        add_rows(self.unit_rows.setdefault(linear.unit, {}), score_rows(layer, errors))
+        norms = {label: float(error.square().sum(dtype=torch.float64)) for label, error in errors.items()}
+        self.error_norms[linear.name] = norms
+
+    def measurement(self, units: Sequence[Unit], outputs: int) -> Measurement:
+        scores: dict[str, dict[str, dict[str, Score]]] = {}
+        projections: dict[str, dict[str, list[float]]] = {}
+        for unit in units:
+            values = self.unit_rows.get(unit.name, {})
+            for metric, by_label in to_scores(values).items():
+                scores.setdefault(metric, {})[unit.name] = by_label
+            if values:
+                projections[unit.name] = {label: rows.tolist() for label, rows in values[SIGNED].items()}
+        power = {u.name: mean_score(self.input_power[u.name] / outputs) for u in units if u.name in self.unit_rows}
+        return Measurement(scores, projections, self.error_norms, power)
 
 
 def _loss_gradients(
@@ -184,19 +204,34 @@ def _group_errors(
     return errors
 
 
-def _head_values(
+def _measure_head(
     stream: ModelStream,
     statistics: GroupStatistics,
     seen: LayerRows,
     menu: Mapping[str, Sequence[QuantFormat]],
     method: RoundingMethod,
     stored_dtypes: Mapping[str, torch.dtype],
-) -> dict[str, RowValues]:
-    """Row values of the output head's unit, none where it has no format to score."""
+    found: _Found,
+) -> None:
+    """Add what there is of the output head's unit, nothing where it has no format to score."""
     head = stream.structure.head
     assert head is not None  # the caller saw to it
     errors = _group_errors(stream.model, head, head.linears, statistics, menu, method, stored_dtypes)
-    return {linear.unit: score_rows(seen, errors[linear.name]) for linear in head.linears if linear.name in errors}
+    for linear in head.linears:
+        if linear.name in errors:
+            powers: list[Tensor] = []
+            rows = _seeing_input_power(seen.rows, read_weight(stream.model, head, linear), powers)
+            found.add(linear, LayerRows(rows, seen.positions, seen.outputs), errors[linear.name])
+            found.input_power[linear.unit] = torch.stack(powers).cpu()
+
+
+def _seeing_input_power(
+    rows: Iterable[tuple[Tensor, Tensor]], weight: Tensor, powers: list[Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The rows as they are, while ‖g W‖² of each is noted."""
+    for x, g in rows:
+        powers.append((g.float() @ weight).square().sum(dtype=torch.float64))
+        yield x, g
 
 
 def _head_rows(
@@ -214,9 +249,17 @@ def _head_rows(
 
 
 def _backward(
-    block: nn.Module, spec: BlockSpec, scoring: Activations, gradients: list[Tensor], outputs: int
+    block: nn.Module,
+    spec: BlockSpec,
+    scoring: Activations,
+    gradients: list[Tensor],
+    outputs: int,
+    input_power: dict[str, Tensor],
 ) -> tuple[dict[str, LayerRows], list[Tensor]]:
-    """What every linear saw with the gradients at its output, and the gradient at the block's input."""
+    """What every linear saw with the gradients at its output, and the gradient at the block's input.
+
+    ``input_power`` gains each unit's squared gradients at its inputs, summed over the tokens of a row, ``[rows]``.
+    """
     seen: dict[str, tuple[list[Tensor], list[Tensor]]] = {linear.name: ([], []) for linear in spec.linears}
     before = []
     for position, hidden in enumerate(scoring.hidden):
@@ -249,8 +292,25 @@ def _backward(
             weight = block.get_parameter(f"{local_name(spec, _linear(spec, name))}.weight")
             for into, width in zip(seen[name], reversed(weight.shape), strict=True):
                 into += [weight.new_zeros(0, width)] * len(hidden)
+    _add_input_power(block, spec, {n: g for n, (_, g) in seen.items()}, input_power)
     positions = scoring.hidden[0].shape[1]
     return {n: LayerRows(zip(x, g, strict=True), positions, outputs) for n, (x, g) in seen.items()}, before
+
+
+def _add_input_power(
+    block: nn.Module, spec: BlockSpec, gradients: Mapping[str, Sequence[Tensor]], into: dict[str, Tensor]
+) -> None:
+    """Add ‖∂loss/∂x‖² of every unit and row, x reaching the loss through all the unit's linears that share it."""
+    for group in spec.input_groups:
+        for unit in dict.fromkeys(linear.unit for linear in group):
+            members = [linear for linear in group if linear.unit == unit]
+            weights = [read_weight(block, spec, m) for m in members]
+            powers = []
+            for row in zip(*(gradients[m.name] for m in members), strict=True):
+                at_input = sum(g.float() @ weight for g, weight in zip(row, weights, strict=True))
+                powers.append(torch.as_tensor(at_input).square().sum(dtype=torch.float64))
+            power = torch.stack(powers).cpu()
+            into[unit] = into[unit] + power if unit in into else power
 
 
 def _linear(spec: BlockSpec, name: str) -> LinearSpec:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hawqtool.records import SCORE_METRICS, Score
+from hawqtool.records import SWEEP_METRICS, Score
 
 RowValues = dict[str, dict[str, Tensor]]
 """``[metric][format label]`` to ``[rows]`` float64; the mean over rows is the score."""
@@ -86,7 +86,7 @@ def score_rows(layer: LayerRows, errors: Mapping[str, Tensor]) -> RowValues:
     mean_tokens = max(seen, 1) / len(fisher)
     left, right = torch.stack(gradient_power), torch.stack(error_power) / mean_tokens
     scale = 2 * layer.outputs
-    values: RowValues = {name: {} for name in (*SCORE_METRICS, SIGNED)}
+    values: RowValues = {name: {} for name in (*SWEEP_METRICS, SIGNED)}
     for position, label in enumerate(labels):
         values["fisher"][label] = torch.stack(fisher)[:, position].cpu() / scale
         values["projection"][label] = torch.stack(projection)[:, position].cpu() / scale
@@ -114,13 +114,14 @@ def add_rows(into: RowValues, values: RowValues) -> None:
 def to_scores(values: RowValues) -> dict[str, dict[str, Score]]:
     """Means and standard errors over rows."""
     return {
-        metric: {label: _score(rows) for label, rows in by_label.items()}
+        metric: {label: mean_score(rows) for label, rows in by_label.items()}
         for metric, by_label in values.items()
         if metric != SIGNED
     }
 
 
-def _score(rows: Tensor) -> Score:
+def mean_score(rows: Tensor) -> Score:
+    """Mean of ``[rows]`` and its standard error, NaN for a single row."""
     count = len(rows)
     spread = float(rows.std(correction=1)) if count > 1 else float("nan")
     return Score(float(rows.mean()), spread / count**0.5)

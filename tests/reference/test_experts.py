@@ -178,7 +178,7 @@ def test_scores_do_not_depend_on_slices_with_experts(job: Job) -> None:
         method = RoundingMethod("rtn")
         return measure(
             job.stream(), rows(4, 24), rows(7, 24), menu, method, job.stored_dtypes, rows_per_slice, 7, lambda *_: None
-        )
+        ).scores
 
     whole, sliced = measured(24), measured(8)
     for metric in METRICS:

@@ -216,7 +216,7 @@ def measured(job: Job, method: str, rows_per_slice: int) -> dict[str, dict[str, 
         rows_per_slice,
         SEED,
         lambda *_: None,
-    )
+    ).scores
 
 
 class Watch:
