@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 SWEEP_METRICS = ("fisher", "kron", "projection", "hawq-ggn")
 """Metrics that every measurement has: one forward and one reverse sweep give them all."""
 
-EXTRA_METRICS = ("hawq",)
+EXTRA_METRICS = ("hawq", "kl")
 """Metrics that cost sweeps of their own, hence are measured where they are asked for."""
 
 SCORE_METRICS = (*SWEEP_METRICS, *EXTRA_METRICS)

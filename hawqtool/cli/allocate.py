@@ -22,7 +22,7 @@ def allocate(
     pin: o.Pin = None,
     ignore: o.Ignore = None,
     sensitivity: Annotated[
-        str | None, typer.Option("--sensitivity", help="auto, fisher, kron, projection, hawq-ggn or hawq.")
+        str | None, typer.Option("--sensitivity", help="auto, fisher, kron, projection, hawq-ggn, hawq or kl.")
     ] = None,
     solver: o.Solver = None,
     json: o.Json = False,

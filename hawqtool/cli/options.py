@@ -126,7 +126,7 @@ Sensitivity = Annotated[
     _option(
         "--sensitivity",
         help="auto (fisher for rtn, else kron, or projection where a row has one output), fisher, kron, projection, "
-        "hawq-ggn, hawq, or a saved sensitivity.json [default: auto].",
+        "hawq-ggn, hawq, kl, or a saved sensitivity.json [default: auto].",
         panel=METHOD,
     ),
 ]
@@ -143,7 +143,8 @@ ExtraMetrics = Annotated[
     Optional[str],
     _option(
         "--extra-metrics",
-        help="Scores to measure beside the four cheap ones: hawq (true Hessian) [default: none].",
+        help="Scores to measure beside the four cheap ones: hawq (true Hessian), kl (measured, one unit at a time; "
+        "holds the whole model on the device) [default: none].",
         panel=METHOD,
         metavar="NAMES",
     ),

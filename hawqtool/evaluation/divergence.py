@@ -56,17 +56,27 @@ def evaluate_hidden(
     )
 
 
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) of log-probabilities ``[outputs, classes]``, mean over outputs in nats; float64 scalar."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1).double().mean()
+
+
+def embedding_error(original: Tensor, candidate: Tensor) -> Tensor:
+    """Squared error of an embedding over its square; float64 scalar."""
+    return (candidate - original).double().square().sum() / original.double().square().sum()
+
+
 def _compare_logits(original: Tensor, candidate: Tensor) -> dict[str, float]:
     log_p, log_q = original.log_softmax(-1), candidate.log_softmax(-1)
     return {
-        "divergence": float((log_p.exp() * (log_p - log_q)).sum(-1).double().mean()),
+        "divergence": float(kl_divergence(log_p, log_q)),
         "same_top": float((log_p.argmax(-1) == log_q.argmax(-1)).double().mean()),
     }
 
 
 def _compare_embeddings(original: Tensor, candidate: Tensor) -> dict[str, float]:
     return {
-        "divergence": float((candidate - original).double().square().sum() / original.double().square().sum()),
+        "divergence": float(embedding_error(original, candidate)),
         "cosine": float(nn.functional.cosine_similarity(original.double(), candidate.double(), dim=-1).mean()),
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from hawqtool.pipeline.job import Job, prepare
 from hawqtool.pipeline.planning import WIDE_MENU, format_menu, stored_bytes, widths
 from hawqtool.pipeline.progress import Reporter
 from hawqtool.pipeline.rows import gather_rows
-from hawqtool.records import Rows, SensitivityTable
+from hawqtool.records import Rows, Score, SensitivityTable
 from hawqtool.sensitivity.measure import measure
+from hawqtool.sensitivity.single_unit import single_unit_divergence
 
 
 def unquantized_bytes(job: Job, menu: dict[str, tuple[QuantFormat, ...]]) -> int:
@@ -51,6 +53,8 @@ def measure_job(
         scores, fields, settings = measure_curvature(job, sets["scoring"].tokens, found.error_norms, reporter)
         found.scores.update(scores)
         curvature = {unit: values | fields[unit] for unit, values in curvature.items()}
+    if "kl" in job.config.measured_extras:
+        found.scores["kl"] = single_unit_scores(job, wanted, sets["calibration"], sets["scoring"], reporter)
     table = SensitivityTable(
         scores=found.scores,
         rounding=job.config.rounding,
@@ -73,6 +77,22 @@ def measure_job(
         curvature=curvature,
     )
     return sensitivity_document(table, job.units, unquantized_bytes(job, menu))
+
+
+def single_unit_scores(
+    job: Job, menu: Mapping[str, Sequence[QuantFormat]], calibration: Rows, rows: Rows, reporter: Reporter
+) -> dict[str, dict[str, Score]]:
+    """Metric ``kl``: the divergence on ``rows`` with one unit quantized, by unit and format label."""
+    return single_unit_divergence(
+        job.stream(),
+        calibration.tokens,
+        rows.tokens,
+        menu,
+        job.method,
+        job.stored_dtypes,
+        job.rows_per_slice,
+        reporter.progress,
+    )
 
 
 def run_measure(config: RunConfig, output: Path, reporter: Reporter) -> dict[str, Any]:

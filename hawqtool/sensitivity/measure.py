@@ -100,7 +100,7 @@ def measure(
         for activations, hidden in zip(sets, stored.pop(), strict=True):
             activations.hidden = hidden
         with stream.block(spec.index) as block:
-            errors = _rounding_errors(block, spec, sets[0], menu, method, stored_dtypes)
+            errors = rounding_errors(block, spec, sets[0], menu, method, stored_dtypes)
             layers, gradients = _backward(block, spec, sets[1], gradients, outputs, found.input_power)
         for linear in spec.linears:
             if linear.name in errors:
@@ -167,7 +167,7 @@ def _embedding_loss(embedding: Tensor, generator: torch.Generator) -> Tensor:
     return 2**0.5 * (direction * embedding).sum() / embedding.detach().norm()
 
 
-def _rounding_errors(
+def rounding_errors(
     block: nn.Module,
     spec: BlockSpec,
     calibration: Activations,
@@ -175,14 +175,26 @@ def _rounding_errors(
     method: RoundingMethod,
     stored_dtypes: Mapping[str, torch.dtype],
 ) -> dict[str, dict[str, Tensor]]:
-    """D = Q(W) - W per linear and format label, rounded with the original model's Gram matrices."""
+    """D = Q(W) - W per linear and format label, rounded with the original model's Gram matrices.
+
+    Args:
+        block: The loaded block.
+        spec: Its structure.
+        calibration: The original's hidden states before the block.
+        menu: Unit to the formats to round to; units that are missing are skipped.
+        method: Rounding that will be applied.
+        stored_dtypes: Linear to the dtype of its stored scales.
+
+    Returns:
+        ``[linear][format label]``, each ``[out, in]`` float32.
+    """
     errors: dict[str, dict[str, Tensor]] = {}
     for group, statistics in group_statistics(block, spec, calibration, spec.input_groups):
-        errors |= _group_errors(block, spec, group, statistics, menu, method, stored_dtypes)
+        errors |= group_errors(block, spec, group, statistics, menu, method, stored_dtypes)
     return errors
 
 
-def _group_errors(
+def group_errors(
     block: nn.Module,
     spec: BlockSpec,
     group: Sequence[LinearSpec],
@@ -191,6 +203,7 @@ def _group_errors(
     method: RoundingMethod,
     stored_dtypes: Mapping[str, torch.dtype],
 ) -> dict[str, dict[str, Tensor]]:
+    """D of one input group ``[linear][format label]``, each ``[out, in]`` float32; unlisted linears are left out."""
     errors: dict[str, dict[str, Tensor]] = {}
     wanted = [(linear, fmt) for linear in group for fmt in menu.get(linear.unit, ())]
     if not wanted:
@@ -216,7 +229,7 @@ def _measure_head(
     """Add what there is of the output head's unit, nothing where it has no format to score."""
     head = stream.structure.head
     assert head is not None  # the caller saw to it
-    errors = _group_errors(stream.model, head, head.linears, statistics, menu, method, stored_dtypes)
+    errors = group_errors(stream.model, head, head.linears, statistics, menu, method, stored_dtypes)
     for linear in head.linears:
         if linear.name in errors:
             powers: list[Tensor] = []

@@ -306,6 +306,21 @@ def test_the_stages_chain_through_files(place: Path, tmp_path: Path) -> None:
     assert "perplexity" in invoke("evaluate", output, *options).stdout
 
 
+def test_measured_divergence_is_a_metric_where_it_is_asked_for(place: Path, tmp_path: Path) -> None:
+    scores, plan = tmp_path / "s.json", tmp_path / "p.json"
+    rows = ("--num-samples", "8", "--seq-len", "16", "--device", "cpu", "--calibration", place / "text.txt")
+    group = ("--group-size", "32", "--bits", "2,8")
+    measured = parsed("measure", place / "model", "-o", scores, *rows, *group, "--extra-metrics", "kl")
+    assert set(measured["scores"]) == {"fisher", "kron", "projection", "hawq-ggn", "kl"}
+    assert set(measured["scores"]["kl"]) == set(measured["units"])
+    budget = ("--target-bpw", "4", *group, "--sensitivity", "kl")
+    allocated = parsed("allocate", scores, "-o", plan, *budget)
+    report = json.loads(quantize(place, tmp_path / "out", "--bits", "2,8", "--json", *budget[:2], *budget[-2:]).stdout)
+    assert allocated["metric"] == report["metric"] == "kl"
+    result = invoke("measure", place / "model", "-o", scores, "--extra-metrics", "fisher")
+    assert result.exit_code == 2 and "extra_metrics" in result.stderr and "hawq, kl" in result.stderr
+
+
 def test_asymmetric_stages_chain_through_files(place: Path, tmp_path: Path) -> None:
     model, scores, plan = place / "model", tmp_path / "s.json", tmp_path / "p.json"
     rows = ("--num-samples", "8", "--seq-len", "16", "--device", "cpu", "--calibration", place / "text.txt")

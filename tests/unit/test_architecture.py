@@ -30,7 +30,8 @@ ALLOWED: dict[str, set[str]] = {
     "__init__": set(),
 }
 # The scores are those of the real rounding, so each width is rounded while it is measured.
-ALLOWED["sensitivity"] = ALLOWED["sensitivity"] | {"rounding"}
+# Measured scores are the divergence that plans are judged by.
+ALLOWED["sensitivity"] = ALLOWED["sensitivity"] | {"rounding", "evaluation"}
 # Plans are arithmetic: nothing of models or tensors belongs there.
 ALLOWED["allocation"] = BASE
 # What a report says needs the report alone.

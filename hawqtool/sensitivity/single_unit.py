@@ -1,0 +1,195 @@
+"""Measured divergence of the model with one unit quantized and all else original."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hawqtool.errors import NumericalError
+from hawqtool.evaluation.divergence import embedding_error, kl_divergence
+from hawqtool.formats import QuantFormat
+from hawqtool.model.replay import Call
+from hawqtool.model.sweep import Activations, ModelStream, advance, read_weight, replace_weight, run_block
+from hawqtool.records import BlockSpec, LinearSpec, Score
+from hawqtool.rounding.layer import RoundingMethod
+from hawqtool.sensitivity.measure import Progress, group_errors, rounding_errors
+from hawqtool.sensitivity.scores import mean_score
+
+UnitScores = dict[str, dict[str, Score]]
+Carried = dict[tuple[str, str], list[Tensor]]
+"""Unit and format label to hidden states, slice by slice."""
+Swap = Callable[[str], AbstractContextManager[None]]
+"""Format label to a context in which the output head is that of the candidate."""
+
+
+def single_unit_divergence(
+    stream: ModelStream,
+    calibration: Tensor,
+    scoring: Tensor,
+    menu: Mapping[str, Sequence[QuantFormat]],
+    method: RoundingMethod,
+    stored_dtypes: Mapping[str, torch.dtype],
+    rows_per_slice: int,
+    progress: Progress,
+) -> UnitScores:
+    """Divergence ``[unit][format label]`` from the original, with its standard error over rows.
+
+    Nothing is expanded: Q(W) takes the place of W in all members of one unit, and the model is run. Q is the rounding
+    of `hawqtool.sensitivity.measure.measure`, with the original model's Gram matrices of the calibration rows. A unit
+    costs, per format, one forward pass from its first block to the end: what comes before is the original's and is
+    kept. **The whole model is held on the device**, unlike in all other sweeps, for each candidate needs all later
+    blocks.
+
+    Below a floor that the dtype of the activations sets, a divergence is rounding noise, of either sign.
+
+    Args:
+        stream: The original model.
+        calibration: Rows behind the rounding: ``[rows, seq_len]`` tokens, or images.
+        scoring: Rows to measure on, of the same kind.
+        menu: Unit to the formats to measure; units that are missing are skipped.
+        method: Rounding that will be applied.
+        stored_dtypes: Linear to the dtype of its stored scales.
+        rows_per_slice: Rows per forward pass.
+        progress: Called with the phase, candidates done and candidates in all.
+
+    Returns:
+        Mean KL(original || candidate) in nats per output, or the relative squared error of the embedding.
+
+    Raises:
+        NumericalError: If a candidate's outputs are not finite.
+    """
+    rounding = (menu, method, stored_dtypes)
+    scores = UnitScores()
+
+    def keep(unit: str, found: dict[str, Score]) -> None:
+        scores[unit] = found
+        progress("single units", sum(map(len, scores.values())), sum(map(len, menu.values())))
+
+    with ExitStack() as resident, torch.no_grad():
+        modules = [resident.enter_context(stream.block(spec.index)) for spec in stream.structure.blocks]
+        known, seen = stream.embed(calibration, rows_per_slice), stream.embed(scoring, rows_per_slice)
+        judge = _Judge(stream, scoring, _run(modules, seen.calls, seen.hidden, 0))
+        carried: Carried = {}
+        for spec, block in zip(stream.structure.blocks, modules, strict=True):
+            errors = rounding_errors(block, spec, known, *rounding)
+            for unit, finals in _finals(stream, modules, spec, seen, errors, menu, carried):
+                keep(unit, judge.scores(unit, finals))
+            for activations in (known, seen):
+                advance(block, spec, activations)
+        if stream.structure.head:
+            head, statistics = stream.structure.head, stream.head_statistics(calibration, known.hidden)
+            errors = group_errors(stream.model, head, head.linears, statistics, *rounding)
+            for linear in (linear for linear in head.linears if linear.name in errors):
+                keep(linear.unit, judge.head_scores(linear, errors[linear.name]))
+    return {unit.name: scores[unit.name] for unit in stream.structure.units if unit.name in scores}
+
+
+def _finals(
+    stream: ModelStream,
+    modules: Sequence[nn.Module],
+    spec: BlockSpec,
+    seen: Activations,
+    errors: Mapping[str, Mapping[str, Tensor]],
+    menu: Mapping[str, Sequence[QuantFormat]],
+    carried: Carried,
+) -> Iterator[tuple[str, dict[str, list[Tensor]]]]:
+    """Last hidden states by format of each unit that ends in a block.
+
+    A unit that goes on in later blocks, as experts may, has the states of its formats in ``carried`` until then.
+    """
+    for unit, last in _open_units(stream, menu, spec.index).items():
+        members = [linear for linear in spec.linears if linear.unit == unit]
+        finals = {}
+        for label in (fmt.label for fmt in menu[unit]):
+            hidden = carried.pop((unit, label), seen.hidden)
+            with _replaced(modules[spec.index], spec, {linear: errors[linear.name][label] for linear in members}):
+                hidden = _run(modules, seen.calls, hidden, spec.index, spec.index + 1)
+            if last > spec.index:
+                carried[unit, label] = hidden
+            else:
+                finals[label] = _run(modules, seen.calls, hidden, spec.index + 1)
+        if finals:
+            yield unit, finals
+
+
+def _open_units(stream: ModelStream, menu: Mapping[str, Sequence[QuantFormat]], index: int) -> dict[str, int]:
+    """Units to measure that begin at or before a block and end at or after it, with the last block of each."""
+    spans = {u.name: [m.block for m in u.members] for u in stream.structure.units if menu.get(u.name)}
+    return {name: max(span) for name, span in spans.items() if min(span) <= index <= max(span)}
+
+
+def _run(
+    modules: Sequence[nn.Module],
+    calls: Sequence[Sequence[Call]],
+    states: list[Tensor],
+    first: int,
+    end: int | None = None,
+) -> list[Tensor]:
+    """Hidden states after blocks ``first`` to ``end`` (exclusive; None: all), slice by slice."""
+    for index in range(first, len(modules) if end is None else end):
+        states = [run_block(modules[index], state, calls[p][index]) for p, state in enumerate(states)]
+    return states
+
+
+@contextmanager
+def _replaced(block: nn.Module, spec: BlockSpec, errors: Mapping[LinearSpec, Tensor]) -> Iterator[None]:
+    """While the context lasts, the weights are W + D; afterwards they are W to the bit."""
+    originals = {linear: read_weight(block, spec, linear).clone() for linear in errors}
+    try:
+        for linear, error in errors.items():
+            replace_weight(block, spec, linear, originals[linear] + error)
+        yield
+    finally:
+        for linear, weight in originals.items():
+            replace_weight(block, spec, linear, weight)
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """Compares candidates with the original by their last hidden states.
+
+    Args:
+        stream: The original model.
+        rows: Scoring rows.
+        original: The original's last hidden states, by slice.
+    """
+
+    stream: ModelStream
+    rows: Tensor
+    original: list[Tensor]
+
+    def head_scores(self, linear: LinearSpec, errors: Mapping[str, Tensor]) -> dict[str, Score]:
+        """Scores of the output head."""
+        head = self.stream.structure.head
+        assert head is not None  # the caller saw to it
+        finals = dict.fromkeys(errors, self.original)
+        return self.scores(
+            linear.unit, finals, lambda label: _replaced(self.stream.model, head, {linear: errors[label]})
+        )
+
+    def scores(
+        self, unit: str, finals: Mapping[str, list[Tensor]], swap: Swap = lambda _: nullcontext()
+    ) -> dict[str, Score]:
+        """Scores of one unit from its candidates' last hidden states; logits exist for one row at a time."""
+        values: dict[str, list[Tensor]] = {label: [] for label in finals}
+        states = {label: torch.cat(hidden) for label, hidden in finals.items()}
+        compare = kl_divergence if self.stream.task.logits else embedding_error
+        for number, (row, state) in enumerate(zip(self.rows, torch.cat(self.original), strict=True)):
+            expected = self._outputs(row, state)
+            for label, hidden in states.items():
+                with swap(label):
+                    values[label].append(compare(expected, self._outputs(row, hidden[number])))
+        stacked = {label: torch.stack(found).cpu() for label, found in values.items()}
+        for label, found in stacked.items():
+            if not bool(torch.isfinite(found).all()):
+                raise NumericalError(f"{unit} at {label}: the model gives outputs that are NaN or Inf")
+        return {label: mean_score(found) for label, found in stacked.items()}
+
+    def _outputs(self, row: Tensor, state: Tensor) -> Tensor:
+        """Log-probabilities ``[outputs, classes]`` or the embedding ``[1, width]`` of one row, float32."""
+        outputs = self.stream.outputs(row[None], state[None])[0].float()
+        return outputs.log_softmax(-1) if self.stream.task.logits else outputs
