@@ -1,0 +1,1 @@
+"""Parts of ``scripts/sensitivity_study.py``."""

@@ -1,0 +1,205 @@
+"""Plans of equal bytes, rounded and evaluated on held-out rows: what a better prediction is worth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hawqtool.allocation.baselines import edges_plan, permuted_scores, reversed_scores
+from hawqtool.allocation.problem import AllocationProblem, build_problem
+from hawqtool.allocation.uniform import neighbours
+from hawqtool.evaluation.divergence import evaluate_hidden, interpolate_log, standard_error
+from hawqtool.formats import QuantFormat
+from hawqtool.model.sweep import GroupStatistics, advance, read_weight, replace_weight, visit_groups
+from hawqtool.pipeline.job import Job
+from hawqtool.pipeline.planning import allocate, stored_bytes
+from hawqtool.pipeline.progress import Reporter
+from hawqtool.records import BlockSpec, Evaluation, LinearSpec
+from hawqtool.rounding.factor import factorize
+from hawqtool.rounding.grid import dequantize
+from hawqtool.rounding.layer import Task, round_group
+from study.scores import predicted_sums
+from study.setting import Findings, Scores, Setting, as_scores
+
+KINDS = ("metric", "uniform", "random", "reversed", "edges")
+Formats = dict[str, QuantFormat]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan to judge: its name, its kind (one of `KINDS`) and its formats by unit."""
+
+    name: str
+    kind: str
+    formats: Formats
+
+
+def candidates(
+    setting: Setting, scores: Mapping[str, Scores], reference: str, budget: int, seeds: int
+) -> Iterator[Candidate]:
+    """Plans within a budget of bytes: of every metric, uniform ones, and what they should beat.
+
+    Args:
+        setting: Model and formats.
+        scores: Scores by metric.
+        reference: Metric whose scores are permuted and turned round.
+        budget: Most stored bytes.
+        seeds: Random plans.
+    """
+    units, menu, base = setting.job.units, setting.menu, scores[reference]
+
+    def solved(by_unit: Mapping[str, Any]) -> Formats:
+        return allocate(units, menu, by_unit, {}, budget, reference, "hull").formats
+
+    # Uniform first: a run that is cut should have its yardstick.
+    for side, uniform in zip(("below", "above"), neighbours(units, budget, setting.job.config.symmetric), strict=True):
+        if uniform is not None:
+            yield Candidate(f"uniform {side} ({uniform.label})", "uniform", uniform.formats)
+    for metric, found in scores.items():
+        yield Candidate(metric, "metric", solved(found))
+    for seed in range(seeds):
+        yield Candidate(f"random {seed}", "random", solved(permuted_scores(units, base, seed)))
+    yield Candidate("reversed", "reversed", solved(reversed_scores(units, base)))
+    yield Candidate("edges", "edges", edges_plan(build_problem(units, menu, base, {}), units, budget).formats)
+
+
+class Judge:
+    """Rounds plans and compares them with the original on the held-out rows, without writing them.
+
+    Args:
+        setting: Model and rows.
+        reporter: Progress.
+    """
+
+    def __init__(self, setting: Setting, reporter: Reporter) -> None:
+        self.setting, self.reporter = setting, reporter
+        self.stream = setting.job.stream()
+        self.original = self.stream.final_hidden(
+            setting.heldout.tokens, setting.job.rows_per_slice, self._progress("evaluating original")
+        )
+
+    def _progress(self, phase: str) -> Any:
+        count = len(self.setting.job.structure.blocks)
+        return lambda index: self.reporter.progress(phase, index + 1, count)
+
+    def evaluate(self, candidate: Candidate) -> Evaluation:
+        """Quality of a plan: what evaluating its written folder would give."""
+        job, rows = self.setting.job, self.setting.heldout
+        progress = self._progress(f"judging {candidate.name}")
+        stream = job.stream()
+        known, held = (stream.embed(r.tokens, job.rows_per_slice) for r in (self.setting.calibration, rows))
+        formats = job.layer_formats(candidate.formats)
+        with torch.no_grad():
+            for spec in job.structure.blocks:
+                with stream.block(spec.index) as block:
+                    visit_groups(block, spec, known, _Rounder(job, formats, block, spec))
+                    advance(block, spec, held)
+                progress(spec.index)
+            if job.structure.head:
+                head = job.structure.head
+                statistics = stream.head_statistics(self.setting.calibration.tokens, known.hidden)
+                _Rounder(job, formats, stream.model, head)(head.input_groups[0], statistics)
+            return evaluate_hidden(self.stream, stream, rows.tokens, self.original, torch.cat(held.hidden))
+
+
+@dataclass(frozen=True)
+class _Rounder:
+    """Puts rounded weights in the place of those of an input group."""
+
+    job: Job
+    formats: Mapping[str, QuantFormat]
+    block: Any
+    spec: BlockSpec
+
+    def __call__(self, group: Sequence[LinearSpec], statistics: GroupStatistics) -> None:
+        planned = [linear for linear in group if linear.name in self.formats]
+        if not planned:
+            return
+        method, dtypes = self.job.method, self.job.stored_dtypes
+        factor = factorize(statistics.gram, statistics.num_tokens, method.damping, name=planned[0].name)
+        tasks = [
+            Task(m.name, read_weight(self.block, self.spec, m), self.formats[m.name], dtypes[m.name]) for m in planned
+        ]
+        for linear, rounded in zip(planned, round_group(tasks, factor, method), strict=True):
+            replace_weight(self.block, self.spec, linear, dequantize(*rounded))
+
+
+def study_plans(
+    setting: Setting, budgets: Sequence[float], reference: str, seeds: int, findings: Findings, reporter: Reporter
+) -> None:
+    """Judge every plan of every budget that is not in the findings; plans that are equal are judged once."""
+    scores = {metric: as_scores(found) for metric, found in findings.data["scores"].items()}
+    units = setting.job.units
+    weights = sum(unit.num_weights for unit in units)
+    judge: Judge | None = None
+    for target in budgets:
+        budget = AllocationProblem({}, weights).budget_bytes(target)
+        listed = []
+        for candidate in candidates(setting, scores, reference, budget, seeds):
+            labels = {unit: fmt.label for unit, fmt in candidate.formats.items()}
+            key = ",".join(labels[unit.name] for unit in units)
+            if key not in findings.data["evaluations"]:
+                judge = judge or Judge(setting, reporter)
+                reporter.say(f"{target} bits: {candidate.name}")
+                evaluation = judge.evaluate(candidate)
+                findings.data["measure"] = evaluation.measure
+                findings.data["evaluations"][key] = asdict(evaluation)
+            stored = stored_bytes(units, candidate.formats)
+            entry = {
+                "name": candidate.name,
+                "kind": candidate.kind,
+                "stored_bytes": stored,
+                "bpw": 8 * stored / weights,
+                "predicted": predicted_sums(scores, labels),
+                "evaluation": key,
+            }
+            listed.append(entry)
+            findings.data["plans"][str(target)] = list(listed)
+            findings.save()
+
+
+def plan_rows(findings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """All plans with their divergence and its paired difference to uniform plans of the same bytes.
+
+    The uniform curve between two plans a and b is exp of a mean of logarithms, with the share s. Its row values are
+    those to first order, U ((1 - s) a_n / A + s b_n / B), which average to U; so differences to it are paired by rows.
+    """
+    evaluations = findings["evaluations"]
+    uniform: dict[int, list[float]] = {
+        entry["stored_bytes"]: evaluations[entry["evaluation"]]["row_divergence"]
+        for entries in findings["plans"].values()
+        for entry in entries
+        if entry["kind"] == "uniform"
+    }
+    rows = []
+    for budget, entries in findings["plans"].items():
+        for entry in entries:
+            evaluation = evaluations[entry["evaluation"]]
+            row = {key: value for key, value in entry.items() if key != "evaluation"}
+            row |= {key: evaluation[key] for key in ("divergence", "stderr", "perplexity", "same_top", "cosine")}
+            values = torch.tensor(evaluation["row_divergence"], dtype=torch.float64)
+            curve = _curve(uniform, entry["stored_bytes"])
+            difference = None if curve is None else values - curve
+            row["budget"] = float(budget)
+            row["uniform"] = None if curve is None else float(curve.mean())
+            row["minus_uniform"] = None if difference is None else float(difference.mean())
+            row["minus_uniform_stderr"] = None if difference is None else standard_error(difference)
+            rows.append(row)
+    return rows
+
+
+def _curve(uniform: Mapping[int, Sequence[float]], stored: int) -> Tensor | None:
+    """Row values of the uniform curve at so many bytes; None outside of it."""
+    means = sorted((size, math.fsum(values) / len(values)) for size, values in uniform.items())
+    level = interpolate_log(means, stored)
+    if level is None:
+        return None
+    below, above = max(s for s, _ in means if s <= stored), min(s for s, _ in means if s >= stored)
+    share = (stored - below) / (above - below) if above > below else 0.0
+    first, second = (torch.tensor(uniform[size], dtype=torch.float64) for size in (below, above))
+    return level * ((1 - share) * first / first.mean() + share * second / second.mean())

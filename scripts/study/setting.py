@@ -1,0 +1,147 @@
+"""What a study works on, and the file in which it keeps what it has found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from hawqtool.config import RunConfig
+from hawqtool.data.tokens import fingerprint as rows_fingerprint
+from hawqtool.errors import InputError, UsageError
+from hawqtool.formats import QuantFormat
+from hawqtool.model.index import fingerprint
+from hawqtool.pipeline.artifacts import read_json, write_json
+from hawqtool.pipeline.job import Job, prepare
+from hawqtool.pipeline.planning import format_menu
+from hawqtool.pipeline.progress import Reporter
+from hawqtool.pipeline.rows import gather_rows
+from hawqtool.records import Rows, Score
+
+SCHEMA = "hawqtool.study/1"
+Scores = dict[str, dict[str, Score]]
+"""``[unit][format label]``."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Model, rows and formats.
+
+    Args:
+        job: The model.
+        calibration: Rows behind the rounding.
+        scoring: Rows behind the scores.
+        heldout: Rows on which predictions and plans are judged; neither of the others.
+        bits: Widths.
+    """
+
+    job: Job
+    calibration: Rows
+    scoring: Rows
+    heldout: Rows
+    bits: tuple[int, ...]
+
+    @cached_property
+    def menu(self) -> dict[str, tuple[QuantFormat, ...]]:
+        """Formats by unit, by rising width."""
+        config = self.job.config
+        return format_menu(self.job.units, self.bits, config.group_size, config.symmetric)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What results depend on; others may not be mixed with them."""
+        config = self.job.config
+        return {
+            "model": self.job.source.name,
+            "model_fingerprint": fingerprint(self.job.index),
+            "device": self.job.device.type,
+            "dtype": str(self.job.dtype).removeprefix("torch."),
+            "bits": list(self.bits),
+            "group_size": config.group_size,
+            "rounding": config.rounding,
+            "profile": config.profile,
+            "ignore": list(config.ignore),
+            "seed": config.seed,
+            "probes": config.probes,
+            "rows_per_slice": self.job.rows_per_slice,
+            "rows": {
+                role: {"source": rows.source, "shape": list(rows.tokens.shape), "fingerprint": rows.fingerprint}
+                for role, rows in (
+                    ("calibration", self.calibration),
+                    ("scoring", self.scoring),
+                    ("heldout", self.heldout),
+                )
+            },
+        }
+
+
+def prepare_setting(values: Mapping[str, Any], bits: tuple[int, ...], scoring: int, reporter: Reporter) -> Setting:
+    """Model and rows of a study.
+
+    Args:
+        values: Keys of the configuration; ``num_samples`` are the calibration rows.
+        bits: Widths to study.
+        scoring: Scoring rows, which come from the calibration source.
+        reporter: Narration.
+    """
+    wanted = int(values["num_samples"])
+    # A run takes few scoring rows; here they come out of a larger calibration set.
+    job = prepare(RunConfig(**{**values, "num_samples": wanted + scoring}), reporter)
+    sets = gather_rows(job, reporter)
+    source, tokens = sets["calibration"].source, sets["calibration"].tokens
+    parts = tokens.split([wanted, scoring])
+    calibration, judged = (Rows(part.clone(), source, rows_fingerprint(part)) for part in parts)
+    return Setting(job, calibration, judged, sets["report"], bits)
+
+
+class Findings:
+    """``study.json``: everything found so far, written after each step so that a run may be cut and repeated.
+
+    Args:
+        path: The file.
+        identity: What its results depend on.
+
+    Raises:
+        UsageError: If the file holds results of other settings.
+    """
+
+    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
+        self.path = path
+        self.data: dict[str, Any] = {
+            "schema": SCHEMA,
+            "settings": json.loads(json.dumps(identity)),
+            "scores": {},
+            "truth": None,
+            "measure": None,
+            "agreement": {},
+            "cost": {},
+            "plans": {},
+            "evaluations": {},
+        }
+        if not path.exists():
+            return
+        found = read_json(path, SCHEMA)
+        wanted = self.data["settings"]
+        other = sorted(key for key in wanted if found.get("settings", {}).get(key) != wanted[key])
+        if other:
+            raise UsageError(f"{path} holds results of other settings ({', '.join(other)}); choose another folder")
+        if found.keys() != self.data.keys():
+            raise InputError(f"{path} is damaged; remove it")
+        self.data = found
+
+    def save(self) -> None:
+        """Write the file."""
+        write_json(self.path, self.data)
+
+
+def as_json(scores: Mapping[str, Mapping[str, Score]]) -> dict[str, dict[str, list[float]]]:
+    """JSON form of scores."""
+    return {unit: {label: [s.value, s.stderr] for label, s in found.items()} for unit, found in scores.items()}
+
+
+def as_scores(document: Mapping[str, Mapping[str, list[float]]]) -> Scores:
+    """Scores from their JSON form."""
+    return {unit: {label: Score(*pair) for label, pair in found.items()} for unit, found in document.items()}
