@@ -73,29 +73,27 @@ def spearman(findings: Findings) -> Figure:
 
 
 def plans(findings: Findings) -> Figure:
-    """Divergence on held-out rows against stored bits of all plans; metrics' plans carry their names."""
-    rows = plan_rows(findings)
+    """Divergence on held-out rows against stored bits of all plans; each metric is a line of its own."""
+    rows = sorted(plan_rows(findings), key=lambda row: row["bpw"])
     figure = Figure((7.5, 5), layout="constrained")
     axis = figure.subplots()
-    for kind in KINDS:
-        chosen = sorted((row for row in rows if row["kind"] == kind), key=lambda row: row["bpw"])
-        line = "-" if kind == "uniform" else "none"
-        bits, values = [row["bpw"] for row in chosen], [row["divergence"] for row in chosen]
+    series: list[tuple[str, int | None, list[dict[str, Any]]]]
+    series = [(kind, None, [row for row in rows if row["kind"] == kind]) for kind in KINDS[1:]]
+    names = dict.fromkeys(row["name"] for row in rows if row["kind"] == "metric")
+    series += [(name, number, [row for row in rows if row["name"] == name]) for number, name in enumerate(names)]
+    for name, number, chosen in series:
         axis.errorbar(
-            bits,
-            values,
+            [row["bpw"] for row in chosen],
+            [row["divergence"] for row in chosen],
             [row["stderr"] for row in chosen],
-            color=_COLOURS[kind],
-            marker=_MARKERS[kind],
-            linestyle=line,
+            color=_COLOURS[name] if number is None else f"C{number}",
+            marker=_MARKERS[name] if number is None else "o",
+            linestyle="-" if name == "uniform" else "none" if number is None else ":",
             linewidth=1,
             markersize=5,
-            label=kind,
+            elinewidth=0.8,
+            label=name,
         )
-        if kind == "metric":
-            for row in chosen:
-                place = (row["bpw"], row["divergence"])
-                axis.annotate(row["name"], place, textcoords="offset points", xytext=(6, -2), fontsize=6)
     axis.set_yscale("log")
     axis.set_xlabel("stored bits per weight, scales included")
     axis.set_ylabel({"kl": "KL, nats per output", "embedding_error": "relative error"}[findings["measure"]])
