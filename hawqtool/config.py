@@ -46,6 +46,7 @@ class RunConfig(BaseModel):
     eval_samples: int = Field(32, ge=2)
     sensitivity: str = "auto"
     shortlist: int | None = Field(None, ge=1)
+    exchanges: int | None = Field(None, ge=0)
     extra_metrics: tuple[str, ...] = ()
     probes: int = Field(4, ge=1)
     eigenvalues: int = Field(0, ge=0)

@@ -67,6 +67,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--random-plans", type=int, default=5, help="permutations of the scores (default: 5)")
     parser.add_argument("--num-samples", type=int, default=64, help="calibration rows (default: 64)")
     parser.add_argument("--scoring-samples", type=int, default=64, help="scoring rows (default: 64)")
+    parser.add_argument("--scoring-len", type=int, help="tokens of a scoring row (default: --seq-len)")
     parser.add_argument("--eval-samples", type=int, default=64, help="held-out rows (default: 64)")
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--group-size", default="64")
@@ -129,7 +130,8 @@ def run(options: argparse.Namespace) -> None:
         )
     }  # fmt: skip
     narrator = Narrator()
-    setting = prepare_setting(values, options.bits, options.scoring_samples, narrator)
+    length = options.scoring_len or options.seq_len
+    setting = prepare_setting(values, options.bits, options.scoring_samples, length, narrator)
     reference = options.reference or setting.job.config.metric(setting.job.task.per_row)
     if "plans" in options.parts and reference not in options.metrics:
         raise UsageError(f"--reference {reference} is not among --metrics; add it")

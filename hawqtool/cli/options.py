@@ -139,6 +139,17 @@ Shortlist = Annotated[
         panel=METHOD,
     ),
 ]
+Exchanges = Annotated[
+    Optional[int],
+    _option(
+        "--exchanges",
+        help="Rounds that improve the best mixed plan: the divergence of moving every unit one width up or down is "
+        "measured at the plan, and the best moves are taken while that helps; holds the whole model on the device "
+        "[default: 2, on a CPU 0].",
+        panel=METHOD,
+        metavar="ROUNDS",
+    ),
+]
 ExtraMetrics = Annotated[
     Optional[str],
     _option(

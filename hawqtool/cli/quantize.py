@@ -35,6 +35,7 @@ def quantize(
     eval_samples: o.EvalSamples = None,
     sensitivity: o.Sensitivity = None,
     shortlist: o.Shortlist = None,
+    exchanges: o.Exchanges = None,
     extra_metrics: o.ExtraMetrics = None,
     probes: o.Probes = None,
     eigenvalues: o.Eigenvalues = None,

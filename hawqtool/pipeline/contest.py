@@ -9,6 +9,7 @@ from hawqtool.allocation.uniform import UniformCandidate, neighbours
 from hawqtool.evaluation.divergence import interpolate_log, paired_difference
 from hawqtool.pipeline.candidates import Candidate, Workbench
 from hawqtool.pipeline.evaluating import as_record
+from hawqtool.pipeline.exchanging import exchanged
 from hawqtool.pipeline.job import Job
 from hawqtool.pipeline.measuring import job_menu
 from hawqtool.pipeline.planning import stored_bytes
@@ -40,6 +41,7 @@ def hold(bench: Workbench, plans: dict[str, BitPlan]) -> Contest:
     for name, plan in plans.items():
         mixed[name] = bench.attempt(name, plan)
         bench.keep_only([_best(mixed)])
+    _exchange(bench, mixed)
     best = _best(mixed)
     job, plan = bench.job, best.plan
     below, above = neighbours(job.units, plan.stored_bytes, plan.symmetric)
@@ -53,6 +55,22 @@ def hold(bench: Workbench, plans: dict[str, BitPlan]) -> Contest:
             uniform[name] = bench.attempt(f"uniform {candidate.label}", _as_plan(job, candidate))
             bench.keep_only([best, uniform.get("uniform", best)])
     return Contest(mixed, uniform, next(name for name, candidate in mixed.items() if candidate is best))
+
+
+def _exchange(bench: Workbench, mixed: dict[str, Candidate]) -> None:
+    """Add plans that exchanges at the best one give, while they get better and rounds are left."""
+    budget = _best(mixed).plan.budget_bytes
+    if bench.job.config.plan is not None or budget is None:
+        return
+    for number in range(1, bench.job.exchanges + 1):
+        before = _best(mixed)
+        plan = exchanged(bench, before, budget)
+        if any(plan.formats == candidate.plan.formats for candidate in mixed.values()):
+            break
+        mixed[f"exchange {number}"] = bench.attempt(f"exchange {number}", plan)
+        bench.keep_only([_best(mixed)])
+        if _best(mixed) is before:
+            break
 
 
 def _best(mixed: dict[str, Candidate]) -> Candidate:

@@ -30,6 +30,7 @@ from hawqtool.rounding.layer import RoundingMethod
 
 CPU_ROWS_PER_SLICE, CUDA_ROWS_PER_SLICE = 16, 32
 _SHORTLIST = {"cpu": 2, "cuda": 4}
+_EXCHANGES = {"cpu": 0, "cuda": 2}
 _DEFAULT_ROWS = {"cpu": (16, 256), "cuda": (128, 2048)}
 
 
@@ -89,6 +90,13 @@ class Job:
     def shortlist(self) -> int:
         """Mixed plans to round and evaluate at a budget."""
         return self.config.shortlist or _SHORTLIST[self.device.type]
+
+    @property
+    def exchanges(self) -> int:
+        """Rounds of measured exchanges at the best mixed plan; a quality target sizes plans without them."""
+        if self.config.target_kl is not None:
+            return 0
+        return _EXCHANGES[self.device.type] if self.config.exchanges is None else self.config.exchanges
 
     @property
     def method(self) -> RoundingMethod:

@@ -72,11 +72,11 @@ def single_unit_divergence(
     with ExitStack() as resident, torch.no_grad():
         modules = [resident.enter_context(stream.block(spec.index)) for spec in stream.structure.blocks]
         known, seen = stream.embed(calibration, rows_per_slice), stream.embed(scoring, rows_per_slice)
-        judge = _Judge(stream, scoring, _run(modules, seen.calls, seen.hidden, 0))
+        judge = Judge(stream, stream, scoring, run_blocks(modules, seen.calls, seen.hidden, 0))
         carried: Carried = {}
         for spec, block in zip(stream.structure.blocks, modules, strict=True):
             errors = rounding_errors(block, spec, known, *rounding)
-            for unit, finals in _finals(stream, modules, spec, seen, errors, menu, carried):
+            for unit, finals in unit_finals(stream, modules, spec, seen, errors, menu, carried):
                 keep(unit, judge.scores(unit, finals))
             for activations in (known, seen):
                 advance(block, spec, activations)
@@ -88,7 +88,7 @@ def single_unit_divergence(
     return {unit.name: scores[unit.name] for unit in stream.structure.units if unit.name in scores}
 
 
-def _finals(
+def unit_finals(
     stream: ModelStream,
     modules: Sequence[nn.Module],
     spec: BlockSpec,
@@ -107,11 +107,11 @@ def _finals(
         for label in (fmt.label for fmt in menu[unit]):
             hidden = carried.pop((unit, label), seen.hidden)
             with _replaced(modules[spec.index], spec, {linear: errors[linear.name][label] for linear in members}):
-                hidden = _run(modules, seen.calls, hidden, spec.index, spec.index + 1)
+                hidden = run_blocks(modules, seen.calls, hidden, spec.index, spec.index + 1)
             if last > spec.index:
                 carried[unit, label] = hidden
             else:
-                finals[label] = _run(modules, seen.calls, hidden, spec.index + 1)
+                finals[label] = run_blocks(modules, seen.calls, hidden, spec.index + 1)
         if finals:
             yield unit, finals
 
@@ -122,7 +122,7 @@ def _open_units(stream: ModelStream, menu: Mapping[str, Sequence[QuantFormat]], 
     return {name: max(span) for name, span in spans.items() if min(span) <= index <= max(span)}
 
 
-def _run(
+def run_blocks(
     modules: Sequence[nn.Module],
     calls: Sequence[Sequence[Call]],
     states: list[Tensor],
@@ -149,15 +149,17 @@ def _replaced(block: nn.Module, spec: BlockSpec, errors: Mapping[LinearSpec, Ten
 
 
 @dataclass(frozen=True)
-class _Judge:
+class Judge:
     """Compares candidates with the original by their last hidden states.
 
     Args:
-        stream: The original model.
+        source: The original model.
+        stream: The model whose head the candidates have; the original itself where only blocks differ.
         rows: Scoring rows.
         original: The original's last hidden states, by slice.
     """
 
+    source: ModelStream
     stream: ModelStream
     rows: Tensor
     original: list[Tensor]
@@ -174,22 +176,32 @@ class _Judge:
     def scores(
         self, unit: str, finals: Mapping[str, list[Tensor]], swap: Swap = lambda _: nullcontext()
     ) -> dict[str, Score]:
-        """Scores of one unit from its candidates' last hidden states; logits exist for one row at a time."""
+        """Scores of one unit from its candidates' last hidden states."""
+        return {label: mean_score(found) for label, found in self.divergence(unit, finals, swap).items()}
+
+    def divergence(
+        self, unit: str, finals: Mapping[str, list[Tensor]], swap: Swap = lambda _: nullcontext()
+    ) -> dict[str, Tensor]:
+        """Divergence of every row ``[rows]`` by format; logits exist for one row at a time.
+
+        Raises:
+            NumericalError: If a candidate's outputs are not finite.
+        """
         values: dict[str, list[Tensor]] = {label: [] for label in finals}
         states = {label: torch.cat(hidden) for label, hidden in finals.items()}
         compare = kl_divergence if self.stream.task.logits else embedding_error
         for number, (row, state) in enumerate(zip(self.rows, torch.cat(self.original), strict=True)):
-            expected = self._outputs(row, state)
+            expected = self._outputs(self.source, row, state)
             for label, hidden in states.items():
                 with swap(label):
-                    values[label].append(compare(expected, self._outputs(row, hidden[number])))
+                    values[label].append(compare(expected, self._outputs(self.stream, row, hidden[number])))
         stacked = {label: torch.stack(found).cpu() for label, found in values.items()}
         for label, found in stacked.items():
             if not bool(torch.isfinite(found).all()):
                 raise NumericalError(f"{unit} at {label}: the model gives outputs that are NaN or Inf")
-        return {label: mean_score(found) for label, found in stacked.items()}
+        return stacked
 
-    def _outputs(self, row: Tensor, state: Tensor) -> Tensor:
+    def _outputs(self, stream: ModelStream, row: Tensor, state: Tensor) -> Tensor:
         """Log-probabilities ``[outputs, classes]`` or the embedding ``[1, width]`` of one row, float32."""
-        outputs = self.stream.outputs(row[None], state[None])[0].float()
-        return outputs.log_softmax(-1) if self.stream.task.logits else outputs
+        outputs = stream.outputs(row[None], state[None])[0].float()
+        return outputs.log_softmax(-1) if stream.task.logits else outputs

@@ -9,6 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hawqtool.config import RunConfig
 from hawqtool.data.tokens import fingerprint as rows_fingerprint
 from hawqtool.errors import InputError, UsageError
@@ -78,21 +80,28 @@ class Setting:
         }
 
 
-def prepare_setting(values: Mapping[str, Any], bits: tuple[int, ...], scoring: int, reporter: Reporter) -> Setting:
+def prepare_setting(
+    values: Mapping[str, Any], bits: tuple[int, ...], scoring: int, scoring_len: int, reporter: Reporter
+) -> Setting:
     """Model and rows of a study.
 
     Args:
         values: Keys of the configuration; ``num_samples`` are the calibration rows.
         bits: Widths to study.
-        scoring: Scoring rows, which come from the calibration source.
+        scoring: Scoring rows, which come from the calibration source too.
+        scoring_len: Tokens of one; at most those of a calibration row.
         reporter: Narration.
     """
     wanted = int(values["num_samples"])
-    # A run takes few scoring rows; here they come out of a larger calibration set.
-    job = prepare(RunConfig(**{**values, "num_samples": wanted + scoring}), reporter)
+    length = int(values["seq_len"])
+    # A run keeps rows to score and to select by; here they are scored on, with further calibration rows as needed.
+    others = -(-scoring * scoring_len // length)
+    extra = max(0, others - 2 * max(8, wanted // 16))
+    job = prepare(RunConfig(**{**values, "num_samples": wanted + extra}), reporter)
     sets = gather_rows(job, reporter)
     source, tokens = sets["calibration"].source, sets["calibration"].tokens
-    parts = tokens.split([wanted, scoring])
+    rest = torch.cat([tokens[wanted:], sets["scoring"].tokens, sets["selection"].tokens])
+    parts = tokens[:wanted], rest.reshape(-1, scoring_len)[:scoring]
     calibration, judged = (Rows(part.clone(), source, rows_fingerprint(part)) for part in parts)
     return Setting(job, calibration, judged, sets["report"], bits)
 

@@ -86,7 +86,7 @@ def test_plans_are_judged_as_their_written_folders_are(study: Any, place: Path, 
 
     values = {"model": str(place / "model"), "calibration": str(place / "a.txt"), "eval_data": str(place / "b.txt")}
     more = {"num_samples": 8, "seq_len": 16, "eval_samples": 4, "group_size": 32, "device": "cpu"}
-    setting = prepare_setting(values | more, (2, 8), 6, Silent())
+    setting = prepare_setting(values | more, (2, 8), 6, 16, Silent())
     job = setting.job
     formats = {name: found[number % 2] for number, (name, found) in enumerate(setting.menu.items())}
     judged = Judge(setting, Silent()).evaluate(Candidate("mixed", "metric", formats))

@@ -73,3 +73,13 @@ def test_the_short_list_is_tried_and_its_best_plan_reported(run: Run) -> None:
 def test_the_short_list_of_one_is_the_metric_alone(run: Run) -> None:
     _, report = run(bits="2,3,4,8", target_bpw=MIXED_TARGET, shortlist=1)
     assert list(report["evaluation"]["tried"]) == ["kron"]
+
+
+def test_exchanges_add_plans_within_the_budget(run: Run) -> None:
+    _, report = run(bits="2,3,4,8", target_bpw=3.6, shortlist=1, exchanges=2)
+    tried = report["evaluation"]["tried"]
+    assert list(tried)[:2] == ["kron", "exchange 1"]
+    assert all(values["bpw_linears"] <= 3.6 for values in tried.values())
+    assert report["timings"]["exchange"] > 0
+    best = min(tried, key=lambda name: tried[name]["selection"]["kl"])
+    assert report["evaluation"]["mixed"]["chosen_by"] == best

@@ -1,0 +1,90 @@
+"""What it changes when one unit of a quantized model takes another format: sensitivity at the plan itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+
+from hawqtool.formats import QuantFormat
+from hawqtool.model.sweep import Activations, ModelStream, advance, group_statistics, read_weight
+from hawqtool.records import BlockSpec
+from hawqtool.rounding.layer import RoundingMethod
+from hawqtool.sensitivity.measure import Progress, group_errors
+from hawqtool.sensitivity.scores import mean_score
+from hawqtool.sensitivity.single_unit import Carried, Judge, UnitScores, run_blocks, unit_finals
+
+
+def exchange_divergence(
+    original: ModelStream,
+    quantized: ModelStream,
+    calibration: Tensor,
+    scoring: Tensor,
+    menu: Mapping[str, Sequence[QuantFormat]],
+    method: RoundingMethod,
+    stored_dtypes: Mapping[str, torch.dtype],
+    rows_per_slice: int,
+    progress: Progress,
+) -> UnitScores:
+    """Change of the divergence from the original when one unit of a quantized model takes another format.
+
+    Scores of single units at the original model leave out how rounding errors add up; these are differences at the
+    plan that is to be improved, with everything else rounded as it is. The new weights are the original's, rounded with
+    the Gram matrices of the quantized prefix; later layers keep the weights that they had. One unit costs, per
+    format, a forward pass from its first block to the end, and **both models' blocks are on the device**: all of the
+    quantized model's, and one of the original's. An output head keeps its format.
+
+    Args:
+        original: The original model.
+        quantized: The model whose units are exchanged.
+        calibration: Rows behind the rounding: ``[rows, seq_len]`` tokens, or images.
+        scoring: Rows to measure on, of the same kind.
+        menu: Unit to the formats to try, without its present one.
+        method: Rounding that will be applied.
+        stored_dtypes: Linear to the dtype of its stored scales.
+        rows_per_slice: Rows per forward pass.
+        progress: Called with the phase, candidates done and candidates in all.
+
+    Returns:
+        ``[unit][format label]``: mean of the new divergence less the present one, with the standard error of the
+        paired difference over rows; negative where the exchange helps.
+    """
+    total, scores = sum(map(len, menu.values())), UnitScores()
+    with ExitStack() as resident, torch.no_grad():
+        modules = [resident.enter_context(quantized.block(spec.index)) for spec in quantized.structure.blocks]
+        known, seen = quantized.embed(calibration, rows_per_slice), quantized.embed(scoring, rows_per_slice)
+        reference = original.final_hidden(scoring, rows_per_slice, lambda _: None)
+        judge = Judge(original, quantized, scoring, list(reference.split(rows_per_slice)))
+        present = judge.divergence("the plan", {"": run_blocks(modules, seen.calls, seen.hidden, 0)})[""]
+        carried: Carried = {}
+        for spec, block in zip(quantized.structure.blocks, modules, strict=True):
+            with original.block(spec.index) as source:
+                errors = _changes(source, block, spec, known, menu, method, stored_dtypes)
+            for unit, finals in unit_finals(quantized, modules, spec, seen, errors, menu, carried):
+                changed = judge.divergence(unit, finals)
+                scores[unit] = {label: mean_score(values - present) for label, values in changed.items()}
+                progress("exchanges", sum(map(len, scores.values())), total)
+            for activations in (known, seen):
+                advance(block, spec, activations)
+    return scores
+
+
+def _changes(
+    source: nn.Module,
+    block: nn.Module,
+    spec: BlockSpec,
+    known: Activations,
+    menu: Mapping[str, Sequence[QuantFormat]],
+    method: RoundingMethod,
+    stored_dtypes: Mapping[str, torch.dtype],
+) -> dict[str, dict[str, Tensor]]:
+    """Per linear and format label, the newly rounded weight less the present one."""
+    changes: dict[str, dict[str, Tensor]] = {}
+    for group, statistics in group_statistics(block, spec, known, spec.input_groups):
+        errors = group_errors(source, spec, group, statistics, menu, method, stored_dtypes)
+        for linear in (linear for linear in group if linear.name in errors):
+            present = read_weight(source, spec, linear) - read_weight(block, spec, linear)
+            changes[linear.name] = {label: error + present for label, error in errors[linear.name].items()}
+    return changes

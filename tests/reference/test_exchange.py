@@ -1,0 +1,96 @@
+"""Exchanges of one unit of a quantized model against whole models that are held at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from hawqtool.config import RunConfig
+from hawqtool.evaluation.divergence import kl_divergence
+from hawqtool.formats import QuantFormat
+from hawqtool.pipeline.candidates import Workbench
+from hawqtool.pipeline.job import Job, prepare
+from hawqtool.pipeline.planning import stored_bytes
+from hawqtool.pipeline.progress import Silent
+from hawqtool.pipeline.rows import gather_rows
+from hawqtool.records import BitPlan
+from hawqtool.rounding.factor import factorize
+from hawqtool.rounding.grid import dequantize
+from hawqtool.rounding.layer import Task, round_group
+from hawqtool.sensitivity.exchange import exchange_divergence
+from tests.e2e.runs import random_text
+from tests.tiny import tiny_llama
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    place = tmp_path_factory.mktemp("exchange")
+    (place / "text.txt").write_text(random_text(1, 4000))
+    model = tiny_llama(place / "model")
+    values = {"model": str(model), "calibration": str(place / "text.txt"), "num_samples": 8, "seq_len": 16}
+    return prepare(RunConfig(**values, group_size=32, device="cpu", eval_samples=4))
+
+
+def logits(job: Job, weights: dict[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(job.index.folder, dtype=torch.float32)
+    with torch.no_grad():
+        for name, weight in weights.items():
+            model.get_submodule(name).weight.copy_(weight)
+        return torch.stack([model(row[None]).logits[0] for row in tokens])
+
+
+def grams(job: Job, weights: dict[str, torch.Tensor], tokens: torch.Tensor, name: str) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(job.index.folder, dtype=torch.float32)
+    seen: list[torch.Tensor] = []
+    with torch.no_grad():
+        for other, weight in weights.items():
+            model.get_submodule(other).weight.copy_(weight)
+        model.get_submodule(name).register_forward_pre_hook(lambda _m, x: seen.append(x[0].flatten(0, -2)))
+        model(tokens)
+    x = torch.cat(seen)
+    return x.t() @ x / len(x)
+
+
+def test_an_exchange_is_a_whole_model_with_one_unit_changed(job: Job, tmp_path: Path) -> None:
+    sets = gather_rows(job, Silent())
+    formats = {unit.name: QuantFormat(3, 32) for unit in job.units}
+    plan = BitPlan(formats, stored_bytes(job.units, formats), sum(u.num_weights for u in job.units))
+    bench = Workbench(job, sets, tmp_path / "work", Silent(), {})
+    folder = bench.attempt("uniform", plan).folder
+    menu = {unit.name: (QuantFormat(2, 32), QuantFormat(4, 32)) for unit in job.units}
+    tokens = {role: sets[role].tokens for role in ("calibration", "scoring")}
+    found = exchange_divergence(
+        job.stream(), job.packed_stream(folder), tokens["calibration"], tokens["scoring"], menu, job.method,
+        job.stored_dtypes, 3, lambda *_: None,
+    )  # fmt: skip
+    assert set(found) == {unit.name for unit in job.units}
+
+    packed, source = job.packed_stream(folder).source, job.stream().source
+    present = {name: packed.tensor(f"{name}.weight").float() for name in job.structure.linears}
+    expected = logits(job, {}, tokens["scoring"]).log_softmax(-1)
+
+    def divergence(weights: dict[str, torch.Tensor]) -> torch.Tensor:
+        candidates = logits(job, weights, tokens["scoring"]).log_softmax(-1)
+        return torch.stack([kl_divergence(e, c) for e, c in zip(expected, candidates, strict=True)])
+
+    start = divergence(present)
+    for unit in job.units:
+        for fmt in menu[unit.name]:
+            changed = dict(present)
+            for member in unit.members:
+                gram = grams(job, present, tokens["calibration"], member.name)
+                factor = factorize(gram, tokens["calibration"].numel())
+                weight = source.tensor(f"{member.name}.weight").float()
+                task = Task(member.name, weight, fmt, job.stored_dtypes[member.name])
+                changed[member.name] = dequantize(*round_group([task], factor, job.method)[0]).float()
+            values = divergence(changed) - start
+            score = found[unit.name][fmt.label]
+            assert score.value == pytest.approx(float(values.mean()), rel=0.02, abs=2e-6), (unit.name, fmt.label)
+    # On the whole, fewer bits hurt and more help.
+    assert sum(s["w2g32"].value for s in found.values()) > 0 > sum(s["w4g32"].value for s in found.values())
