@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -9,6 +13,18 @@ from hawqtool.rounding.factor import Factor
 
 BLOCK_SIZE = 32
 """Columns per lazy update: 32 was up to twice as fast as the customary 128 on a CPU; the codes do not depend on it."""
+
+KERNELS = ("eager", "triton")
+
+
+def column_kernel(device: torch.device) -> str:
+    """What runs the column loop on a device: ``triton`` on a GPU where Triton is installed, else ``eager``."""
+    return "triton" if device.type == "cuda" and importlib.util.find_spec("triton") else "eager"
+
+
+def _triton_module() -> ModuleType:
+    # Imported at first use: Triton is absent on many machines without a GPU, and slow to import.
+    return importlib.import_module("hawqtool.rounding.column_kernel")
 
 
 def round_compensated(
@@ -18,8 +34,9 @@ def round_compensated(
     highest: Tensor,
     factor: Factor,
     beta: float = 0.0,
-    block_size: int = BLOCK_SIZE,
+    block_size: int | None = None,
     zero: Tensor | None = None,
+    kernel: str | None = None,
 ) -> Tensor:
     """Round column by column, spreading each error over the columns still to come.
 
@@ -38,8 +55,10 @@ def round_compensated(
         highest: ``[rows]`` float32, largest code of each row.
         factor: Factor of the Gram matrix of the inputs.
         beta: FOEM's pull towards the original weights, 0 to 1.
-        block_size: Columns whose updates to later columns are applied together.
+        block_size: Columns whose updates to later columns are applied together; None: `BLOCK_SIZE`, or the 128
+            of the Triton kernel, which takes no more.
         zero: ``[rows, in]`` float32, the zero point of each weight, an integer; None for symmetric grids.
+        kernel: ``eager`` or ``triton``; None chooses by device (`column_kernel`).
 
     Returns:
         Codes, ``[rows, in]`` int8, in natural column order.
@@ -49,25 +68,59 @@ def round_compensated(
     steps = step.t()[factor.order].contiguous()
     zeros = None if zero is None else zero.t()[factor.order].contiguous()
     drift = torch.zeros_like(target)
-    # Codes less their zeros: a zero is an integer, so it moves the range and nothing else.
-    levels = torch.empty_like(target)
-    keep, keep_squared = 1.0 - beta, (1.0 - beta) ** 2
+    if (kernel or column_kernel(weight.device)) == "triton":
+        fused = _triton_module()
+        size, round_block = block_size or fused.BLOCK_COLUMNS, fused.round_block
+    else:
+        size, round_block = block_size or BLOCK_SIZE, _round_block
+    codes = torch.empty_like(target, dtype=torch.int8)
+    errors = torch.empty_like(target[:size])
     columns = target.shape[0]
-    for first in range(0, columns, block_size):
-        last = min(first + block_size, columns)
-        errors = torch.empty_like(target[first:last])
-        for j in range(first, last):
-            level = torch.add(target[j], drift[j], alpha=keep).div_(steps[j]).round_()
-            low, high = (lowest, highest) if zeros is None else (lowest - zeros[j], highest - zeros[j])
-            torch.minimum(torch.maximum(level, low), high, out=levels[j])
-            error = torch.add(target[j], drift[j], alpha=keep_squared)
-            error.addcmul_(levels[j], steps[j], value=-1.0).div_(factor.upper[j, j])
-            errors[j - first] = error
-            if j + 1 < last:
-                drift[j + 1 : last].addr_(factor.upper[j, j + 1 : last], error, alpha=-1.0)
+    for first in range(0, columns, size):
+        last = min(first + size, columns)
+        block = slice(first, last)
+        block_errors = errors[: last - first]
+        block_zeros = None if zeros is None else zeros[block]
+        upper = factor.upper[block, block]
+        round_block(
+            target[block],
+            drift[block],
+            steps[block],
+            block_zeros,
+            upper,
+            lowest,
+            highest,
+            codes[block],
+            block_errors,
+            beta,
+        )
         if last < columns:
-            drift[last:].addmm_(factor.upper[first:last, last:].t(), errors, alpha=-1.0)
-    codes = levels if zeros is None else levels.add_(zeros)
-    result = torch.empty_like(codes, dtype=torch.int8)
-    result[factor.order] = codes.to(torch.int8)
+            drift[last:].addmm_(factor.upper[block, last:].t(), block_errors, alpha=-1.0)
+    result = torch.empty_like(codes)
+    result[factor.order] = codes
     return result.t().contiguous()
+
+
+def _round_block(
+    target: Tensor,
+    drift: Tensor,
+    steps: Tensor,
+    zeros: Tensor | None,
+    upper: Tensor,
+    lowest: Tensor,
+    highest: Tensor,
+    codes: Tensor,
+    errors: Tensor,
+    beta: float,
+) -> None:
+    """One block of columns, each a contiguous row; arguments as for `column_kernel.round_block`."""
+    keep, keep_squared = 1.0 - beta, (1.0 - beta) ** 2
+    for j in range(len(target)):
+        # Codes less their zeros: a zero is an integer, so it moves the range and nothing else.
+        level = torch.add(target[j], drift[j], alpha=keep).div_(steps[j]).round_()
+        low, high = (lowest, highest) if zeros is None else (lowest - zeros[j], highest - zeros[j])
+        torch.minimum(torch.maximum(level, low), high, out=level)
+        error = torch.add(target[j], drift[j], alpha=keep_squared, out=errors[j])
+        error.addcmul_(level, steps[j], value=-1.0).div_(upper[j, j])
+        drift[j + 1 :].addr_(upper[j, j + 1 :], error, alpha=-1.0)
+        codes[j] = level if zeros is None else level.add_(zeros[j])
