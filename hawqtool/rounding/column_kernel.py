@@ -25,7 +25,6 @@ def _round_block_kernel(  # type: ignore[no-untyped-def]
     codes,
     errors,
     rows,
-    upper_stride,
     keep,
     keep_squared,
     WIDTH: tl.constexpr,
@@ -46,8 +45,8 @@ def _round_block_kernel(  # type: ignore[no-untyped-def]
         place = j * rows + row
         value = tl.load(target + place, mask=is_row, other=0.0)
         step = tl.load(steps + place, mask=is_row, other=1.0)
-        factors = tl.load(upper + j * upper_stride + column, mask=is_column & (column > j), other=0.0)
-        pivot = tl.load(upper + j * upper_stride + j)
+        factors = tl.load(upper + j * WIDTH + column, mask=is_column & (column > j), other=0.0)
+        pivot = tl.load(upper + j * WIDTH + j)
         current = tl.sum(tl.where(column[:, None] == j, drifts, 0.0), axis=0)
         level = tl.div_rn(tl.fma(current, keep, value), step)
         if HAS_ZEROS:
@@ -89,7 +88,7 @@ def round_block(
         drift: ``[width, rows]`` float32, what earlier blocks left; not changed.
         steps: ``[width, rows]`` float32.
         zeros: ``[width, rows]`` float32 integers, or None.
-        upper: ``[width, width]`` float32, the block of U on its diagonal; rows may be strided.
+        upper: ``[width, width]`` float32, the block of U on its diagonal; any strides.
         lowest: ``[rows]`` float32.
         highest: ``[rows]`` float32.
         codes: ``[width, rows]`` int8, written.
@@ -103,13 +102,12 @@ def round_block(
             drift,
             steps,
             target if zeros is None else zeros,
-            upper,
+            upper.contiguous(),
             lowest,
             highest,
             codes,
             errors,
             rows,
-            upper.stride(0),
             1.0 - beta,
             (1.0 - beta) ** 2,
             WIDTH=width,
