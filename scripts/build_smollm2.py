@@ -137,7 +137,9 @@ def load_model(gguf_file: Path) -> LlamaForCausalLM:
     Returns:
         The model, with embeddings and head tied as in the file.
     """
-    source = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32)
+    source = AutoModelForCausalLM.from_pretrained(
+        gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32
+    )
     entries = source.config.to_dict()
     for name in ("quantization_config", "_name_or_path", "_model_name_or_path"):
         entries.pop(name, None)
@@ -161,7 +163,9 @@ def load_tokenizer(gguf_file: Path) -> PreTrainedTokenizerBase:
     Returns:
         The tokenizer.
     """
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        gguf_file.parent, gguf_file=gguf_file.name
+    )
     tokenizer.eos_token = "<|im_end|>"
     tokenizer.pad_token = "<|im_end|>"
     tokenizer.model_max_length = 8192

@@ -110,7 +110,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("model", type=Path, help="folder of the original")
     parser.add_argument("out", type=Path, help="folder to create (missing or empty)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the rotation (default: %(default)s)")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="stored dtype (default: %(default)s)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="bfloat16", help="stored dtype (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
     out: Path = options.out.absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -125,7 +127,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return NOT_SUPPORTED
     twin = build_twin(original, options.seed)
     difference = relative_difference(original, twin)
-    print(f"max |logits difference| / std(logits), float32: {difference:.2e} (at most {TOLERANCE:.0e} accepted)")
+    print(
+        f"max |logits difference| / std(logits), float32: {difference:.2e} (at most {TOLERANCE:.0e} accepted)"
+    )
     if not difference <= TOLERANCE:
         print("error: the twin does not compute the same function; nothing was written", file=sys.stderr)
         return FAILED
@@ -152,7 +156,9 @@ def load_original(folder: Path) -> LlamaForCausalLM:
         raise UnsupportedModelError(f"{folder} holds no config.json; expected a folder of a Llama-type model")
     config = AutoConfig.from_pretrained(folder)
     if config.model_type != "llama":
-        raise UnsupportedModelError(f"{folder} is a {config.model_type} model; only Llama-type models are supported")
+        raise UnsupportedModelError(
+            f"{folder} is a {config.model_type} model; only Llama-type models are supported"
+        )
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedModelError(f"{folder} is quantized; the twin is built from an unquantized model")
     model: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)

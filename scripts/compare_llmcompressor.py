@@ -30,10 +30,8 @@ def main() -> int:
         report = json.loads(_run(_hawqtool_command(arguments, Path(scratch) / "ours")))
         peer_kl = divergence(arguments, peer)
     ours = report["evaluation"]["uniform"]
-    print(
-        f"{arguments.model.name}, {arguments.bits} bit, group {arguments.group_size}, "
-        f"{arguments.num_samples} x {arguments.seq_len} tokens"
-    )
+    print(f"{arguments.model.name}, {arguments.bits} bit, group {arguments.group_size}, "
+          f"{arguments.num_samples} x {arguments.seq_len} tokens")
     print(f"llm-compressor  rounding {peer_seconds:6.1f} s   KL {peer_kl:.4f}")
     print(f"hawqtool        rounding {ours['rounding_seconds']:6.1f} s   KL {ours['kl']:.4f} ± {ours['kl_stderr']:.4f}")
     print(f"ratios          seconds {ours['rounding_seconds'] / peer_seconds:.2f}   KL {ours['kl'] / peer_kl:.2f}")
