@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,13 +23,15 @@ from torch import Tensor
 from hawqtool.formats import QuantFormat
 from hawqtool.rounding.compensate import round_compensated
 from hawqtool.rounding.factor import Factor, factorize
-from hawqtool.rounding.grid import dequantize, expand_scales, search_grid
+from hawqtool.rounding.grid import dequantize, expand_scales, nearest_codes, search_grid
+from hawqtool.rounding.kernels import VARIABLE
 from hawqtool.rounding.layer import quadratic_form
 
 SHAPES = "576x576,1536x576,576x1536,4096x4096,14336x4096,4096x14336"
 LOSS_BOUND = 1e-3
 """Relative difference of the layer's loss."""
 GROUP_SIZE = 64
+T = TypeVar("T")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("error: no CUDA device", file=sys.stderr)
         return 2
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}, group size {GROUP_SIZE}")
-    print("     shape bits grid beta  differ %  loss diff   eager s   fused s  speed-up", flush=True)
+    print("     shape bits grid   what  differ %  loss diff   eager s   fused s  speed-up", flush=True)
     failures = 0
     for shape in options.shapes.split(","):
         rows, columns = (int(n) for n in shape.split("x"))
@@ -61,6 +65,7 @@ def compare(rows: int, columns: int, widths: Sequence[int]) -> Iterator[tuple[st
     weight, gram, factor = _layer(rows, columns)
     for bits, symmetric in itertools.product(widths, (True, False)):
         fmt = QuantFormat(bits=bits, group_size=GROUP_SIZE, symmetric=symmetric)
+        yield compare_search(weight, factor, fmt)
         scales, zeros = search_grid(weight, factor.diagonal, fmt, torch.bfloat16, both_signs=symmetric)
         step = expand_scales(scales, columns)
         zero = None if zeros is None else expand_scales(zeros, columns)
@@ -69,20 +74,37 @@ def compare(rows: int, columns: int, widths: Sequence[int]) -> Iterator[tuple[st
             runs = {}
             for kernel in ("triton", "eager"):
                 # The same block for both, so that only the arithmetic inside a block can differ.
-                call = partial(round_compensated, weight, step, low, high, factor, beta, 128, zero, kernel)
+                call = partial(round_compensated, weight, step, low, high, factor, beta, 128, zero)
                 runs[kernel] = _timed(call, kernel)
-            (fused, fused_s), (eager, eager_s) = runs["triton"], runs["eager"]
-            losses = [
-                float(quadratic_form(dequantize(codes, scales, zeros).float() - weight, gram))
-                for codes in (eager, fused)
-            ]
-            differ = 100 * float((eager != fused).float().mean())
-            loss_difference = abs(losses[1] / losses[0] - 1)
-            yield (
-                f"{bits:>4} {'sym ' if symmetric else 'asym'} {beta:>4} {differ:>9.4f} {loss_difference:>10.1e} "
-                f"{eager_s:>9.4f} {fused_s:>9.4f} {eager_s / fused_s:>8.1f}x",
-                loss_difference,
-            )
+            codes, seconds = zip(*(runs[k] for k in ("eager", "triton")), strict=True)
+            errors = [dequantize(c, scales, zeros).float() - weight for c in codes]
+            losses = [float(quadratic_form(error, gram)) for error in errors]
+            differ = 100 * float((codes[0] != codes[1]).float().mean())
+            yield _line(fmt, f"b={beta}", differ, losses, seconds)
+
+
+def compare_search(weight: Tensor, factor: Factor, fmt: QuantFormat) -> tuple[str, float]:
+    """The same for the search of the scales; the loss is the weighted error that the search minimises."""
+    search = partial(search_grid, weight, factor.diagonal, fmt, torch.bfloat16, fmt.symmetric)
+    losses, seconds, grids = [], [], []
+    for kernel in ("eager", "triton"):
+        grid, spent = _timed(search, kernel)
+        codes = nearest_codes(weight, grid[0], fmt, grid[1])
+        error = dequantize(codes, *grid).float() - weight
+        losses.append(float((error.square() * factor.diagonal).sum()))
+        seconds.append(spent)
+        grids.append(grid[0])
+    differ = 100 * float((grids[0] != grids[1]).float().mean())
+    return _line(fmt, "scales", differ, losses, seconds)
+
+
+def _line(
+    fmt: QuantFormat, what: str, differ: float, losses: Sequence[float], seconds: Sequence[float]
+) -> tuple[str, float]:
+    loss_difference = abs(losses[1] / losses[0] - 1)
+    times = f"{seconds[0]:>9.4f} {seconds[1]:>9.4f} {seconds[0] / seconds[1]:>8.1f}x"
+    grid = "sym " if fmt.symmetric else "asym"
+    return f"{fmt.bits:>4} {grid} {what:>6} {differ:>9.4f} {loss_difference:>10.1e} {times}", loss_difference
 
 
 def _layer(rows: int, columns: int) -> tuple[Tensor, Tensor, Factor]:
@@ -100,8 +122,9 @@ def _layer(rows: int, columns: int) -> tuple[Tensor, Tensor, Factor]:
     return normal(rows, columns) * 0.02, gram, factorize(gram, tokens)
 
 
-def _timed(call: Callable[[], Tensor], kernel: str) -> tuple[Tensor, float]:
+def _timed(call: Callable[[], T], kernel: str) -> tuple[T, float]:
     """Result and seconds; the kernel is compiled by a first call that is not counted."""
+    os.environ[VARIABLE] = kernel
     if kernel == "triton":
         call()
     torch.cuda.synchronize()

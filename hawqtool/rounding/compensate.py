@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
 from hawqtool.rounding.factor import Factor
+from hawqtool.rounding.kernels import kernel_for, triton_kernels
 
 BLOCK_SIZE = 32
 """Columns per lazy update: 32 was up to twice as fast as the customary 128 on a CPU; the codes do not depend on it."""
-
-KERNELS = ("eager", "triton")
-
-
-def column_kernel(device: torch.device) -> str:
-    """What runs the column loop on a device: ``triton`` on a GPU where Triton is installed, else ``eager``."""
-    return "triton" if device.type == "cuda" and importlib.util.find_spec("triton") else "eager"
-
-
-def _triton_module() -> ModuleType:
-    # Imported at first use: Triton is absent on many machines without a GPU, and slow to import.
-    return importlib.import_module("hawqtool.rounding.column_kernel")
 
 
 def round_compensated(
@@ -36,7 +21,6 @@ def round_compensated(
     beta: float = 0.0,
     block_size: int | None = None,
     zero: Tensor | None = None,
-    kernel: str | None = None,
 ) -> Tensor:
     """Round column by column, spreading each error over the columns still to come.
 
@@ -58,7 +42,6 @@ def round_compensated(
         block_size: Columns whose updates to later columns are applied together; None: `BLOCK_SIZE`, or the 128
             of the Triton kernel, which takes no more.
         zero: ``[rows, in]`` float32, the zero point of each weight, an integer; None for symmetric grids.
-        kernel: ``eager`` or ``triton``; None chooses by device (`column_kernel`).
 
     Returns:
         Codes, ``[rows, in]`` int8, in natural column order.
@@ -68,8 +51,8 @@ def round_compensated(
     steps = step.t()[factor.order].contiguous()
     zeros = None if zero is None else zero.t()[factor.order].contiguous()
     drift = torch.zeros_like(target)
-    if (kernel or column_kernel(weight.device)) == "triton":
-        fused = _triton_module()
+    if kernel_for(weight.device) == "triton":
+        fused = triton_kernels("column_kernel")
         size, round_block = block_size or fused.BLOCK_COLUMNS, fused.round_block
     else:
         size, round_block = block_size or BLOCK_SIZE, _round_block

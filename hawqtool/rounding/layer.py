@@ -13,9 +13,10 @@ from torch import Tensor
 from hawqtool.errors import NumericalError
 from hawqtool.formats import QuantFormat
 from hawqtool.records import LayerMetrics, RoundedLayer
-from hawqtool.rounding.compensate import column_kernel, round_compensated
+from hawqtool.rounding.compensate import round_compensated
 from hawqtool.rounding.factor import Factor
 from hawqtool.rounding.grid import Quantized, dequantize, expand_scales, nearest_codes, search_grid
+from hawqtool.rounding.kernels import kernel_for
 
 ROUNDINGS = ("rtn", "gptq", "foem")
 
@@ -109,7 +110,7 @@ def round_layers(tasks: Sequence[Task], gram: Tensor, factor: Factor, method: Ro
     seconds = (time.perf_counter() - start) / len(tasks)
     # Brought to the host together: on a GPU each number fetched alone would wait for all work before it.
     losses = torch.stack([_losses(t, r, gram, factor) for t, r in zip(tasks, results, strict=True)]).tolist()
-    kernel = None if method.name == "rtn" else column_kernel(gram.device)
+    kernel = None if method.name == "rtn" else kernel_for(gram.device)
     layers = []
     for task, result, values in zip(tasks, results, losses, strict=True):
         output_error, rtn_error, predicted_error, weight_error, clip_rate = values
