@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -50,38 +52,30 @@ def round_compensated(
     target = weight.t()[factor.order].contiguous()
     steps = step.t()[factor.order].contiguous()
     zeros = None if zero is None else zero.t()[factor.order].contiguous()
-    drift = torch.zeros_like(target)
     if kernel_for(weight.device) == "triton":
         fused = triton_kernels("column_kernel")
         size, round_block = block_size or fused.BLOCK_COLUMNS, fused.round_block
     else:
         size, round_block = block_size or BLOCK_SIZE, _round_block
+    drift = torch.zeros_like(target)
     codes = torch.empty_like(target, dtype=torch.int8)
-    errors = torch.empty_like(target[:size])
-    columns = target.shape[0]
-    for first in range(0, columns, size):
-        last = min(first + size, columns)
-        block = slice(first, last)
-        block_errors = errors[: last - first]
+    all_errors = torch.empty_like(target[:size])
+    for block in _blocks(len(target), size):
+        errors = all_errors[: block.stop - block.start]
         block_zeros = None if zeros is None else zeros[block]
-        upper = factor.upper[block, block]
-        round_block(
-            target[block],
-            drift[block],
-            steps[block],
-            block_zeros,
-            upper,
-            lowest,
-            highest,
-            codes[block],
-            block_errors,
-            beta,
-        )
-        if last < columns:
-            drift[last:].addmm_(factor.upper[block, last:].t(), block_errors, alpha=-1.0)
+        upper, later = factor.upper[block, block], factor.upper[block, block.stop :]
+        parts = (target[block], drift[block], steps[block], block_zeros, upper)
+        round_block(*parts, lowest, highest, codes[block], errors, beta)
+        if later.shape[1]:
+            drift[block.stop :].addmm_(later.t(), errors, alpha=-1.0)
     result = torch.empty_like(codes)
     result[factor.order] = codes
     return result.t().contiguous()
+
+
+def _blocks(columns: int, size: int) -> Iterator[slice]:
+    for first in range(0, columns, size):
+        yield slice(first, min(first + size, columns))
 
 
 def _round_block(

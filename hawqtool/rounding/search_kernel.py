@@ -20,7 +20,7 @@ def _candidate_errors_kernel(  # type: ignore[no-untyped-def]
     zeros,
     errors,
     rows,
-    groups,
+    plane,
     lowest,
     highest,
     GROUP_WIDTH: tl.constexpr,
@@ -40,7 +40,6 @@ def _candidate_errors_kernel(  # type: ignore[no-untyped-def]
     place = group * rows + row
     values = tl.load(weight + place[:, None] * GROUP_WIDTH + column[None, :], mask=inside, other=0.0)
     costs = tl.load(importance + group * GROUP_WIDTH + column, mask=is_column, other=0.0)
-    plane = rows.to(tl.int64) * groups
     out = errors + part * (CANDIDATES * ZEROS) * plane + place
     for candidate in range(0, CANDIDATES):
         step = tl.load(steps + candidate * plane + place, mask=is_row, other=1.0)
@@ -83,7 +82,7 @@ def candidate_errors(
             zeros.contiguous(),
             errors,
             rows,
-            groups,
+            groups * rows,
             float(lowest),
             float(highest),
             GROUP_WIDTH=width,
