@@ -209,7 +209,8 @@ class LayerMetrics:
 
     Errors are relative: squared output error over squared output, on the rounding rows (from the Gram
     matrix); ``rtn_error`` is plain rounding on the same scales. ``predicted_error`` is
-    sum of R_jj² s² / 12, what compensation leaves when nothing clips.
+    sum of R_jj² s² / 12, what compensation leaves when nothing clips. ``kernel`` ran the column loop: ``eager`` or
+    ``triton``, None for plain rounding.
     """
 
     output_error: float
@@ -223,6 +224,7 @@ class LayerMetrics:
     num_tokens: int
     seconds: float
     fallback: str | None = None
+    kernel: str | None = None
 
 
 @dataclass(frozen=True)

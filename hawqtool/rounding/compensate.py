@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from hawqtool.rounding.factor import Factor
+from hawqtool.rounding.kernels import kernel_for, triton_kernels
 
 BLOCK_SIZE = 32
 """Columns per lazy update: 32 was up to twice as fast as the customary 128 on a CPU; the codes do not depend on it."""
@@ -18,7 +21,7 @@ def round_compensated(
     highest: Tensor,
     factor: Factor,
     beta: float = 0.0,
-    block_size: int = BLOCK_SIZE,
+    block_size: int | None = None,
     zero: Tensor | None = None,
 ) -> Tensor:
     """Round column by column, spreading each error over the columns still to come.
@@ -38,7 +41,8 @@ def round_compensated(
         highest: ``[rows]`` float32, largest code of each row.
         factor: Factor of the Gram matrix of the inputs.
         beta: FOEM's pull towards the original weights, 0 to 1.
-        block_size: Columns whose updates to later columns are applied together.
+        block_size: Columns whose updates to later columns are applied together; None: `BLOCK_SIZE`, or the 128
+            of the Triton kernel, which takes no more.
         zero: ``[rows, in]`` float32, the zero point of each weight, an integer; None for symmetric grids.
 
     Returns:
@@ -48,26 +52,52 @@ def round_compensated(
     target = weight.t()[factor.order].contiguous()
     steps = step.t()[factor.order].contiguous()
     zeros = None if zero is None else zero.t()[factor.order].contiguous()
+    if kernel_for(weight.device) == "triton":
+        fused = triton_kernels("column_kernel")
+        size, round_block = block_size or fused.BLOCK_COLUMNS, fused.round_block
+    else:
+        size, round_block = block_size or BLOCK_SIZE, _round_block
     drift = torch.zeros_like(target)
-    # Codes less their zeros: a zero is an integer, so it moves the range and nothing else.
-    levels = torch.empty_like(target)
-    keep, keep_squared = 1.0 - beta, (1.0 - beta) ** 2
-    columns = target.shape[0]
-    for first in range(0, columns, block_size):
-        last = min(first + block_size, columns)
-        errors = torch.empty_like(target[first:last])
-        for j in range(first, last):
-            level = torch.add(target[j], drift[j], alpha=keep).div_(steps[j]).round_()
-            low, high = (lowest, highest) if zeros is None else (lowest - zeros[j], highest - zeros[j])
-            torch.minimum(torch.maximum(level, low), high, out=levels[j])
-            error = torch.add(target[j], drift[j], alpha=keep_squared)
-            error.addcmul_(levels[j], steps[j], value=-1.0).div_(factor.upper[j, j])
-            errors[j - first] = error
-            if j + 1 < last:
-                drift[j + 1 : last].addr_(factor.upper[j, j + 1 : last], error, alpha=-1.0)
-        if last < columns:
-            drift[last:].addmm_(factor.upper[first:last, last:].t(), errors, alpha=-1.0)
-    codes = levels if zeros is None else levels.add_(zeros)
-    result = torch.empty_like(codes, dtype=torch.int8)
-    result[factor.order] = codes.to(torch.int8)
+    codes = torch.empty_like(target, dtype=torch.int8)
+    all_errors = torch.empty_like(target[:size])
+    for block in _blocks(len(target), size):
+        errors = all_errors[: block.stop - block.start]
+        block_zeros = None if zeros is None else zeros[block]
+        upper, later = factor.upper[block, block], factor.upper[block, block.stop :]
+        parts = (target[block], drift[block], steps[block], block_zeros, upper)
+        round_block(*parts, lowest, highest, codes[block], errors, beta)
+        if later.shape[1]:
+            drift[block.stop :].addmm_(later.t(), errors, alpha=-1.0)
+    result = torch.empty_like(codes)
+    result[factor.order] = codes
     return result.t().contiguous()
+
+
+def _blocks(columns: int, size: int) -> Iterator[slice]:
+    for first in range(0, columns, size):
+        yield slice(first, min(first + size, columns))
+
+
+def _round_block(
+    target: Tensor,
+    drift: Tensor,
+    steps: Tensor,
+    zeros: Tensor | None,
+    upper: Tensor,
+    lowest: Tensor,
+    highest: Tensor,
+    codes: Tensor,
+    errors: Tensor,
+    beta: float,
+) -> None:
+    """One block of columns, each a contiguous row; arguments as for `column_kernel.round_block`."""
+    keep, keep_squared = 1.0 - beta, (1.0 - beta) ** 2
+    for j in range(len(target)):
+        # Codes less their zeros: a zero is an integer, so it moves the range and nothing else.
+        level = torch.add(target[j], drift[j], alpha=keep).div_(steps[j]).round_()
+        low, high = (lowest, highest) if zeros is None else (lowest - zeros[j], highest - zeros[j])
+        torch.minimum(torch.maximum(level, low), high, out=level)
+        error = torch.add(target[j], drift[j], alpha=keep_squared, out=errors[j])
+        error.addcmul_(level, steps[j], value=-1.0).div_(upper[j, j])
+        drift[j + 1 :].addr_(upper[j, j + 1 :], error, alpha=-1.0)
+        codes[j] = level if zeros is None else level.add_(zeros[j])

@@ -64,10 +64,13 @@ def factorize(
     """
     work = gram.double()
     diagonal = work.diagonal().clone()
-    if not bool(torch.isfinite(work).all()):
+    # Fetched together: each number fetched alone would stall a GPU.
+    finite, dead, mean = torch.stack(
+        [torch.isfinite(work).all().double(), (diagonal == 0).sum().double(), diagonal.mean()]
+    ).tolist()
+    if not finite:
         raise NumericalError(f"the Gram matrix holds NaN or Inf: the inputs of {name} overflow")
-    dead = int((diagonal == 0).sum())
-    mean = float(diagonal.mean()) or 1.0
+    mean = mean or 1.0
     fraction = default_damping(num_tokens, gram.shape[0]) if damping is None else damping
     order = torch.argsort(diagonal, descending=True, stable=True)
     if not act_order:
@@ -94,6 +97,6 @@ def factorize(
         diagonal=(diagonal + fraction * mean).float(),
         damping=fraction,
         retries=retries,
-        dead_inputs=dead,
+        dead_inputs=int(dead),
         num_tokens=num_tokens,
     )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from hawqtool.records import LayerMetrics, RoundedLayer
 from hawqtool.rounding.compensate import round_compensated
 from hawqtool.rounding.factor import Factor
 from hawqtool.rounding.grid import Quantized, dequantize, expand_scales, nearest_codes, search_grid
+from hawqtool.rounding.kernels import kernel_for
 
 ROUNDINGS = ("rtn", "gptq", "foem")
 
@@ -103,19 +105,38 @@ def round_layers(tasks: Sequence[Task], gram: Tensor, factor: Factor, method: Ro
     """
     start = time.perf_counter()
     results = round_group(tasks, factor, method)
+    if gram.is_cuda:
+        torch.cuda.synchronize(gram.device)
     seconds = (time.perf_counter() - start) / len(tasks)
+    # Brought to the host together: on a GPU each number fetched alone would wait for all work before it.
+    losses = torch.stack([_losses(t, r, gram, factor) for t, r in zip(tasks, results, strict=True)]).tolist()
+    kernel = None if method.name == "rtn" else kernel_for(gram.device)
     layers = []
-    for task, result in zip(tasks, results, strict=True):
-        metrics = replace(_metrics(task, result, gram, factor), seconds=seconds)
-        if not torch.isfinite(torch.tensor([metrics.output_error, metrics.weight_error])).all():
+    for task, result, values in zip(tasks, results, losses, strict=True):
+        output_error, rtn_error, predicted_error, weight_error, clip_rate = values
+        if not (math.isfinite(output_error) and math.isfinite(weight_error)):
             raise NumericalError(
                 f"{task.name}: rounding gave values that are not finite; check this weight for NaN or Inf"
             )
+        metrics = LayerMetrics(
+            output_error=output_error,
+            rtn_error=rtn_error,
+            predicted_error=predicted_error,
+            weight_error=weight_error,
+            clip_rate=clip_rate,
+            damping=factor.damping,
+            damping_retries=factor.retries,
+            dead_inputs=factor.dead_inputs,
+            num_tokens=factor.num_tokens,
+            seconds=seconds,
+            kernel=kernel,
+        )
         layers.append(RoundedLayer(task.name, task.quant_format, result.codes, result.scales, metrics, result.zeros))
     return layers
 
 
-def _metrics(task: Task, result: Quantized, gram: Tensor, factor: Factor) -> LayerMetrics:
+def _losses(task: Task, result: Quantized, gram: Tensor, factor: Factor) -> Tensor:
+    """Output, plain rounding's, predicted and weight error, and clip rate: ``[5]`` float32 on the device."""
     weight, fmt = task.weight, task.quant_format
     codes, scales, zeros = result
     error = dequantize(*result).float() - weight
@@ -126,17 +147,14 @@ def _metrics(task: Task, result: Quantized, gram: Tensor, factor: Factor) -> Lay
     levels = codes if zeros is None else codes - expand_scales(zeros, weight.shape[1])
     beyond = at_bound & ((weight / steps - levels).abs() > 0.5)
     expected = (factor.pivots.square() * steps[:, factor.order].square()).sum() / 12
-    return LayerMetrics(
-        output_error=float(quadratic_form(error, gram) / power),
-        rtn_error=float(quadratic_form(dequantize(plain, scales, zeros).float() - weight, gram) / power),
-        predicted_error=float(expected / power),
-        weight_error=float(error.square().sum() / weight.square().sum().clamp_min(1e-30)),
-        clip_rate=float(beyond.float().mean()),
-        damping=factor.damping,
-        damping_retries=factor.retries,
-        dead_inputs=factor.dead_inputs,
-        num_tokens=factor.num_tokens,
-        seconds=0.0,
+    return torch.stack(
+        [
+            quadratic_form(error, gram) / power,
+            quadratic_form(dequantize(plain, scales, zeros).float() - weight, gram) / power,
+            expected / power,
+            error.square().sum() / weight.square().sum().clamp_min(1e-30),
+            beyond.float().mean(),
+        ]
     )
 
 

@@ -1,0 +1,118 @@
+"""The column loop of one block as one Triton kernel, for GPUs, where the eager loop only waits for launches."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK_COLUMNS = 128
+"""Columns of a block, the height of the kernel's tile (a power of two)."""
+_TILE_ROWS = 8
+"""Rows of a program: one warp then holds its whole tile in registers and sums over columns without a barrier."""
+
+
+@triton.jit
+def _round_block_kernel(  # type: ignore[no-untyped-def]
+    target,
+    drift,
+    steps,
+    zeros,
+    upper,
+    lowest,
+    highest,
+    codes,
+    errors,
+    rows,
+    keep,
+    keep_squared,
+    WIDTH: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """A tile of rows through all columns of a block; the drift of the block stays in registers."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    is_row = row < rows
+    column = tl.arange(0, COLUMNS)
+    is_column = column < WIDTH
+    inside = is_column[:, None] & is_row[None, :]
+    drifts = tl.load(drift + column[:, None] * rows + row[None, :], mask=inside, other=0.0)
+    low = tl.load(lowest + row, mask=is_row, other=0.0)
+    high = tl.load(highest + row, mask=is_row, other=0.0)
+    for j in range(0, WIDTH):
+        place = j * rows + row
+        value = tl.load(target + place, mask=is_row, other=0.0)
+        step = tl.load(steps + place, mask=is_row, other=1.0)
+        factors = tl.load(upper + j * WIDTH + column, mask=is_column & (column > j), other=0.0)
+        pivot = tl.load(upper + j * WIDTH + j)
+        current = tl.sum(tl.where(column[:, None] == j, drifts, 0.0), axis=0)
+        level = tl.div_rn(tl.fma(current, keep, value), step)
+        if HAS_ZEROS:
+            zero = tl.load(zeros + place, mask=is_row, other=0.0)
+            level = tl.minimum(tl.maximum(level, low - zero), high - zero)
+        else:
+            level = tl.minimum(tl.maximum(level, low), high)
+        # Adding 1.5 · 2^23 leaves no bits below one: the sum rounds half to even. The bounds are integers, so
+        # clipping first changes nothing.
+        level = (level + 12582912.0) - 12582912.0
+        error = tl.div_rn(tl.fma(-level, step, tl.fma(current, keep_squared, value)), pivot)
+        tl.store(errors + place, error, mask=is_row)
+        if HAS_ZEROS:
+            tl.store(codes + place, (level + zero).to(tl.int8), mask=is_row)
+        else:
+            tl.store(codes + place, level.to(tl.int8), mask=is_row)
+        drifts = tl.fma(-factors[:, None], error[None, :], drifts)
+
+
+def round_block(
+    target: Tensor,
+    drift: Tensor,
+    steps: Tensor,
+    zeros: Tensor | None,
+    upper: Tensor,
+    lowest: Tensor,
+    highest: Tensor,
+    codes: Tensor,
+    errors: Tensor,
+    beta: float,
+) -> None:
+    """Round the columns of one block; the arithmetic is that of `compensate.round_compensated`.
+
+    Products are fused into sums, as CUDA's own ``add``, ``addcmul`` and ``addr`` do; division is IEEE, rounding
+    half to even.
+
+    Args:
+        target: ``[width, rows]`` float32, original weights, a column of the layer in each row; width ≤ 128.
+        drift: ``[width, rows]`` float32, what earlier blocks left; not changed.
+        steps: ``[width, rows]`` float32.
+        zeros: ``[width, rows]`` float32 integers, or None.
+        upper: ``[width, width]`` float32, the block of U on its diagonal; any strides.
+        lowest: ``[rows]`` float32.
+        highest: ``[rows]`` float32.
+        codes: ``[width, rows]`` int8, written.
+        errors: ``[width, rows]`` float32, written: e_j, for the update of later blocks.
+        beta: FOEM's β.
+    """
+    width, rows = target.shape
+    with torch.cuda.device_of(target):
+        _round_block_kernel[(triton.cdiv(rows, _TILE_ROWS),)](
+            target,
+            drift,
+            steps,
+            target if zeros is None else zeros,
+            upper.contiguous(),
+            lowest,
+            highest,
+            codes,
+            errors,
+            rows,
+            1.0 - beta,
+            (1.0 - beta) ** 2,
+            WIDTH=width,
+            HAS_ZEROS=zeros is not None,
+            COLUMNS=BLOCK_COLUMNS,
+            ROWS=_TILE_ROWS,
+            num_warps=1,
+        )
