@@ -177,18 +177,16 @@ class RunConfig(BaseModel):
         """Metrics to measure beside those of every measurement: those asked for, and the one that allocation uses."""
         return tuple(m for m in EXTRA_METRICS if m in self.extra_metrics or m == self.sensitivity)
 
-    def metric(self, per_row: bool) -> str:
-        """Metric that allocation uses: fisher for plain rounding, kron or projection for compensated rounding.
+    @property
+    def metric(self) -> str:
+        """Metric that allocation uses; ``auto`` is fisher for plain rounding, projection for compensated rounding.
 
-        Args:
-            per_row: Whether the tokens of a row share one output, as in classifiers and embedding models; kron is
-                wrong there (see `hawqtool.sensitivity.scores.score_rows`).
+        Errors of plain rounding are independent, which fisher takes them to be; those of compensated rounding are not,
+        and of the scores that one sweep gives, projection follows the measured divergence best.
         """
         if self.sensitivity in SCORE_METRICS:
             return self.sensitivity
-        if per_row and self.rounding != "rtn":
-            return "projection"
-        return "fisher" if self.rounding == "rtn" else "kron"
+        return "fisher" if self.rounding == "rtn" else "projection"
 
 
 def asymmetric_refusal(profile: str) -> str:

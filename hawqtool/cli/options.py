@@ -125,7 +125,7 @@ Sensitivity = Annotated[
     Optional[str],
     _option(
         "--sensitivity",
-        help="auto (fisher for rtn, else kron, or projection where a row has one output), fisher, kron, projection, "
+        help="auto (fisher for rtn, else projection), fisher, kron, projection, "
         "hawq-ggn, hawq, kl, or a saved sensitivity.json [default: auto].",
         panel=METHOD,
     ),

@@ -31,7 +31,7 @@ def run_allocate(config: RunConfig, sensitivity: Path, output: Path) -> dict[str
     sizes = {name: fmt.group_size for name, fmt in uniform_formats(units, 8, config.group_size).items()}
     budget = budget_bytes(config, units, unquantized)
     menu = format_menu(units, widths(config, units, budget), config.group_size, config.symmetric)
-    metric = config.metric(bool(table.settings.get("per_row")))
+    metric = config.metric
     scores = metric_scores(table, metric, sensitivity)
     pins = resolve_pins(config.pin, units, sizes, config.symmetric)
     plan = allocate(units, menu, scores, pins, budget, metric, config.solver)

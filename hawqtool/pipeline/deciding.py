@@ -36,7 +36,7 @@ class Allocator:
     @property
     def metric(self) -> str:
         """Metric of the configuration."""
-        return self.job.config.metric(self.job.task.per_row)
+        return self.job.config.metric
 
     def _scores(self, metric: str) -> dict[str, dict[str, Score]]:
         assert self.table is not None  # the caller saw that there is a choice

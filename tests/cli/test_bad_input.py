@@ -268,15 +268,17 @@ CASES: dict[str, Case] = {
     ),
     "scores without the metric": Case(
         4,
-        "has no scores of kron",
+        "has no scores of projection",
         (*MIXED, "--sensitivity", "s.json"),
-        spoil=lambda p: p.edit("s.json", lambda s: s["scores"].pop("kron")),
+        spoil=lambda p: p.edit("s.json", lambda s: s["scores"].pop("projection")),
     ),
     "scores that are no numbers": Case(
         4,
         "is damaged",
         (*MIXED, "--sensitivity", "s.json"),
-        spoil=lambda p: p.edit("s.json", lambda s: next(iter(s["scores"]["kron"].values())).update(w2g32=["a", 0])),
+        spoil=lambda p: p.edit(
+            "s.json", lambda s: next(iter(s["scores"]["projection"].values())).update(w2g32=["a", 0])
+        ),
     ),
     "plan with unknown layers": Case(
         2,

@@ -23,7 +23,8 @@ def test_the_smallest_plan_that_meets_a_bound(run: Run, bound: float) -> None:
     assert search["met"] and report["gates"][0]["passed"]
     assert report["evaluation"][report["shipped"]]["kl"] <= bound
     missed = search["largest_that_misses"]
-    assert missed["stored_bytes"] < report["sizes"]["stored_bytes_linears"] <= 1.03 * missed["stored_bytes"]
+    # Between the two lies at most one step of one unit.
+    assert 0 < report["sizes"]["stored_bytes_linears"] - missed["stored_bytes"] <= 2048
     assert max(missed["divergence"].values()) > bound
     assert len(search["attempts"]) <= 8
     assert read(folder / "report.json")["search"] == search
@@ -61,7 +62,7 @@ def test_the_short_list_is_tried_and_its_best_plan_reported(run: Run) -> None:
     _, report = run(bits="2,3,4,8", target_bpw=MIXED_TARGET, shortlist=4)
     evaluation = report["evaluation"]
     tried = evaluation["tried"]
-    assert next(iter(tried)) == "kron" and 2 <= len(tried) <= 4
+    assert next(iter(tried)) == "projection" and 2 <= len(tried) <= 4
     best = min(tried, key=lambda name: tried[name]["selection"]["kl"])
     assert evaluation["mixed"]["chosen_by"] == best
     assert evaluation["mixed"]["kl"] == tried[best]["kl"]
@@ -72,11 +73,11 @@ def test_the_short_list_is_tried_and_its_best_plan_reported(run: Run) -> None:
 
 def test_the_short_list_of_one_is_the_metric_alone(run: Run) -> None:
     _, report = run(bits="2,3,4,8", target_bpw=MIXED_TARGET, shortlist=1)
-    assert list(report["evaluation"]["tried"]) == ["kron"]
+    assert list(report["evaluation"]["tried"]) == ["projection"]
 
 
 def test_exchanges_add_plans_within_the_budget(run: Run) -> None:
-    _, report = run(bits="2,3,4,8", target_bpw=3.6, shortlist=1, exchanges=2)
+    _, report = run(bits="2,3,4,8", target_bpw=3.6, sensitivity="kron", shortlist=1, exchanges=2)
     tried = report["evaluation"]["tried"]
     assert list(tried)[:2] == ["kron", "exchange 1"]
     assert all(values["bpw_linears"] <= 3.6 for values in tried.values())

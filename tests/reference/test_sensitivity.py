@@ -329,8 +329,7 @@ def test_only_projection_counts_errors_that_add_up_over_the_tokens_of_a_row() ->
     assert found["kron"]["e"].value < loss / 10
 
 
-def test_models_with_one_output_per_row_take_projection() -> None:
-    assert RunConfig(model="m").metric(per_row=True) == "projection"
-    assert RunConfig(model="m").metric(per_row=False) == "kron"
-    assert RunConfig(model="m", rounding="rtn").metric(per_row=True) == "fisher"
-    assert RunConfig(model="m", sensitivity="kron").metric(per_row=True) == "kron"
+def test_what_auto_takes() -> None:
+    assert RunConfig(model="m").metric == "projection"
+    assert RunConfig(model="m", rounding="rtn").metric == "fisher"
+    assert RunConfig(model="m", sensitivity="kron").metric == "kron"
