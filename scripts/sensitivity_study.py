@@ -5,8 +5,8 @@
 scores: every metric on the scoring rows beside the measured divergence on held-out rows with one unit quantized and
 all else original, by unit and width: rank correlation with a bootstrap interval, and predicted over measured.
 plans: at each budget the plan of every metric, exchanges at one, uniform plans, permuted and reversed scores and the
-first/last-blocks rule, each rounded on the calibration rows and judged on the held-out rows, paired with uniform plans of equal
-bytes.
+first/last-blocks rule, each rounded on the calibration rows and judged on the held-out rows, paired with uniform plans
+of equal bytes.
 cost: seconds and peak memory of each metric, and as a multiple of a plain forward and backward pass over its rows.
 
 OUT/study.json is written after each step; a run that was cut goes on where it stopped, with the same settings.

@@ -72,7 +72,7 @@ def test_a_study_writes_its_findings_and_goes_on_where_it_was_cut(
     monkeypatch.setattr("study.scores.single_unit_scores", refuse)
     monkeypatch.setattr("study.scores.measure", refuse)
     (out / "study.json").write_text(json.dumps(first | {"plans": {}}))
-    assert study.main(arguments(place, "--budgets", "4,5", "--parts", "scores,plans")) == 0
+    assert study.main(arguments(place, "--budgets", "4,5", "--parts", "scores,plans", "--exchanges", "1")) == 0
     second = json.loads((out / "study.json").read_text())
     assert second["plans"]["4.0"] == first["plans"]["4.0"] and "5.0" in second["plans"]
     capsys.readouterr()
