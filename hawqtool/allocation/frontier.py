@@ -8,8 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hawqtool.allocation.problem import AllocationProblem, Choice
-from hawqtool.errors import UsageError
+from hawqtool.allocation.problem import AllocationProblem, Choice, require_feasible
 from hawqtool.records import BitPlan
 
 
@@ -135,8 +134,7 @@ def solve(
     Raises:
         UsageError: If even the cheapest choices exceed the budget.
     """
-    if budget_bytes < problem.minimum_bytes:
-        raise UsageError(_infeasible(problem, budget_bytes))
+    require_feasible(problem, budget_bytes)
     curve = curve or frontier(problem)
     place = dict.fromkeys(problem.choices, 0)
     count = bisect.bisect_right(curve.points, (budget_bytes, math.inf)) - 1
@@ -177,12 +175,3 @@ def _fill(place: dict[str, int], efficient: dict[str, tuple[Choice, ...]], slack
         slack -= edge.cost_bytes
         for entry in upgrades(edge.unit):
             heapq.heappush(queue, entry)
-
-
-def _infeasible(problem: AllocationProblem, budget_bytes: int) -> str:
-    low, high = problem.minimum_bytes, problem.maximum_bytes
-    return (
-        f"the size target of {problem.bpw(budget_bytes):.3f} bits per weight ({budget_bytes:,} bytes) cannot be met: "
-        f"{problem.bpw(low):.3f} to {problem.bpw(high):.3f} bits per weight ({low:,} to {high:,} bytes) are in reach; "
-        "raise the target, add smaller widths to --bits, use a larger --group-size, or pin fewer layers"
-    )

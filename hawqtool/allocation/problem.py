@@ -72,6 +72,21 @@ class AllocationProblem:
         return math.floor(bpw * self.num_weights / 8 + 1e-6)
 
 
+def require_feasible(problem: AllocationProblem, budget_bytes: int) -> None:
+    """Check that the cheapest choices fit.
+
+    Raises:
+        UsageError: If they do not; states the achievable range.
+    """
+    low, high = problem.minimum_bytes, problem.maximum_bytes
+    if budget_bytes < low:
+        raise UsageError(
+            f"the size target of {problem.bpw(budget_bytes):.3f} bits per weight ({budget_bytes:,} bytes) cannot be "
+            f"met: {problem.bpw(low):.3f} to {problem.bpw(high):.3f} bits per weight ({low:,} to {high:,} bytes) are "
+            "in reach; raise the target, add smaller widths to --bits, use a larger --group-size, or pin fewer layers"
+        )
+
+
 def build_problem(
     units: Sequence[Unit],
     menu: Mapping[str, tuple[QuantFormat, ...]],

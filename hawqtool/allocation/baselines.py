@@ -1,0 +1,113 @@
+"""What a measured plan is compared with: the same scores on the wrong units, and a rule that needs no scores."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import defaultdict
+from collections.abc import Hashable, Mapping, Sequence
+
+from hawqtool.allocation.problem import AllocationProblem, require_feasible
+from hawqtool.formats import parse_label
+from hawqtool.records import BitPlan, Score, Unit
+
+Scores = Mapping[str, Mapping[str, Score]]
+
+
+def permuted_scores(units: Sequence[Unit], scores: Scores, seed: int) -> dict[str, dict[str, Score]]:
+    """Scores dealt out anew among units of equal shape: their distribution stays, what they say of a unit goes.
+
+    Units are of equal shape if their members have the same shapes in the same order and the same formats were
+    measured; one without its like keeps its scores.
+
+    Args:
+        units: Units whose scores are permuted.
+        scores: Unit name to format label to score.
+        seed: Seed of the permutation; the order of units does not matter.
+
+    Returns:
+        Unit name to format label to score, for the same units.
+    """
+    groups: dict[Hashable, list[str]] = defaultdict(list)
+    for unit in sorted(units, key=lambda unit: unit.name):
+        shapes = tuple((m.out_features, m.in_features, m.scale_bytes) for m in unit.members)
+        groups[shapes, frozenset(scores[unit.name])].append(unit.name)
+    rng, dealt = random.Random(seed), {}
+    for names in groups.values():
+        sources = rng.sample(names, len(names))
+        dealt.update({name: dict(scores[source]) for name, source in zip(names, sources, strict=True)})
+    return {unit.name: dealt[unit.name] for unit in units}
+
+
+def reversed_scores(units: Sequence[Unit], scores: Scores) -> dict[str, dict[str, Score]]:
+    """The ranking of units turned round: the most sensitive one gets the scores of the least sensitive one.
+
+    Units are ranked by their score at the smallest width (ties by name), among those that were measured at the same
+    widths. Whole tables change hands, width for width (group sizes may differ), so that where more bits did not hurt
+    the old owner they do not hurt the new one.
+
+    Args:
+        units: Units whose scores are turned round.
+        scores: Unit name to format label to score.
+
+    Returns:
+        Unit name to format label to score, for the same units.
+    """
+    labels = {unit.name: sorted(scores[unit.name], key=parse_label) for unit in units}
+    groups: dict[Hashable, list[str]] = defaultdict(list)
+    for name, found in labels.items():
+        groups[tuple(parse_label(label).bits for label in found)].append(name)
+    turned = {}
+    for names in groups.values():
+        ranked = sorted(names, key=lambda name: (*(scores[name][label].value for label in labels[name][:1]), name))
+        for name, source in zip(ranked, reversed(ranked), strict=True):
+            pairs = zip(labels[name], labels[source], strict=True)
+            turned[name] = {own: scores[source][other] for own, other in pairs}
+    return {unit.name: turned[unit.name] for unit in units}
+
+
+def edges_plan(problem: AllocationProblem, units: Sequence[Unit], budget_bytes: int) -> BitPlan:
+    """The first/last-blocks rule, which needs no measurement: the outermost blocks get more bits.
+
+    From the cheapest choices on, blocks are visited from both ends inwards (first, last, second, last but one), and
+    each of their units takes its next dearer choice if that fits. Rounds are repeated until one leaves a unit behind
+    that does not fit, so that all units are within one step of each other. A unit with members in several blocks
+    belongs to the outermost of them.
+
+    Args:
+        problem: The problem; pinned units have one choice and keep it.
+        units: The units of the problem.
+        budget_bytes: Most stored bytes allowed.
+
+    Raises:
+        UsageError: If even the cheapest choices exceed the budget.
+    """
+    require_feasible(problem, budget_bytes)
+    last = max((member.block for unit in units for member in unit.members), default=0)
+
+    def place(unit: Unit) -> tuple[int, int]:
+        return min((min(m.block, last - m.block), m.block) for m in unit.members)
+
+    order = [unit.name for unit in sorted(units, key=place)]
+    chosen = dict.fromkeys(problem.choices, 0)
+    slack, raised, all_fit = budget_bytes - problem.minimum_bytes, True, True
+    while raised and all_fit:
+        raised = False
+        for unit in order:
+            options, index = problem.choices[unit], chosen[unit]
+            if index + 1 == len(options):
+                continue
+            step = options[index + 1].cost_bytes - options[index].cost_bytes
+            if step > slack:
+                all_fit = False
+                continue
+            chosen[unit], slack, raised = index + 1, slack - step, True
+    choices = {unit: problem.choices[unit][index] for unit, index in chosen.items()}
+    return BitPlan(
+        formats={unit: choice.quant_format for unit, choice in choices.items()},
+        stored_bytes=sum(choice.cost_bytes for choice in choices.values()),
+        num_weights=problem.num_weights,
+        budget_bytes=budget_bytes,
+        predicted_loss=math.fsum(choice.loss for choice in choices.values()),
+        solver="edges",
+    )

@@ -1,0 +1,128 @@
+"""Plans to compare with: permuted and reversed scores, and the first/last-blocks rule."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+
+from hawqtool.allocation.baselines import edges_plan, permuted_scores, reversed_scores
+from hawqtool.allocation.frontier import solve
+from hawqtool.allocation.problem import build_problem
+from hawqtool.errors import UsageError
+from hawqtool.formats import QuantFormat
+from hawqtool.records import LinearSpec, Score, Unit
+
+WIDTHS = (2, 3, 4, 8)
+BLOCKS = 5
+
+
+def make_units() -> list[Unit]:
+    """Per block a fused unit of two linears and one of a single linear, whose inputs take groups of 32 only."""
+    units = []
+    for block in range(BLOCKS):
+        pair = [LinearSpec(f"{block}.{p}", 64, 128, block, f"{block}.pair", 2) for p in "gu"]
+        units += [
+            Unit(f"{block}.pair", tuple(pair)),
+            Unit(f"{block}.down", (LinearSpec(f"{block}.down", 128, 96, block, f"{block}.down", 2),)),
+        ]
+    return units
+
+
+def menu_of(units: list[Unit]) -> dict[str, tuple[QuantFormat, ...]]:
+    return {u.name: tuple(QuantFormat(b, 32 if "down" in u.name else 128) for b in WIDTHS) for u in units}
+
+
+def scores_of(units: list[Unit], seed: int = 0) -> dict[str, dict[str, Score]]:
+    rng, menu = random.Random(seed), menu_of(units)
+    bases = {unit.name: 10 ** rng.uniform(-4, 0) for unit in units}
+    return {u.name: {f.label: Score(bases[u.name] * 4.0**-f.bits, 0.0) for f in menu[u.name]} for u in units}
+
+
+def test_permuted_scores_stay_among_units_of_equal_shape() -> None:
+    units = make_units()
+    scores = scores_of(units)
+    permuted = permuted_scores(units, scores, 1)
+    for kind in ("pair", "down"):
+        names = [unit.name for unit in units if kind in unit.name]
+        tables = [tuple(scores[n].items()) for n in names]
+        assert Counter(tuple(permuted[n].items()) for n in names) == Counter(tables)
+    assert permuted != scores and list(permuted) == [unit.name for unit in units]
+    assert permuted == permuted_scores(units[::-1], scores, 1) != permuted_scores(units, scores, 2)
+    assert permuted_scores(units[:2], scores, 1) == {unit.name: scores[unit.name] for unit in units[:2]}
+
+
+def test_reversed_scores_turn_the_ranking_round_and_keep_more_bits_from_hurting() -> None:
+    units = make_units()
+    scores = scores_of(units)
+    turned = reversed_scores(units, scores)
+
+    def first(table: dict[str, dict[str, Score]], name: str) -> float:
+        return next(iter(table[name].values())).value
+
+    ranked = sorted(scores, key=lambda name: first(scores, name))
+    assert [first(turned, name) for name in ranked] == [first(scores, name) for name in reversed(ranked)]
+    for name, table in turned.items():
+        assert table.keys() == scores[name].keys(), "labels are the unit's own, whatever its group size"
+        values = [score.value for score in table.values()]
+        assert values == sorted(values, reverse=True)
+    assert reversed_scores(units, turned) == scores
+    assert reversed_scores(units[::-1], scores) == turned
+    menu = menu_of(units)
+    budget = build_problem(units, menu, scores, {}).budget_bytes(4.0)
+    worse = solve(build_problem(units, menu, turned, {}), budget).formats
+    assert sum(scores[u][f.label].value for u, f in worse.items()) > (
+        solve(build_problem(units, menu, scores, {}), budget).predicted_loss or 0.0
+    )
+
+
+def test_units_measured_at_other_widths_are_ranked_apart() -> None:
+    units = make_units()
+    scores = scores_of(units)
+    scores["0.pair"]["w6g128"] = Score(0.5, 0.0)
+    turned = reversed_scores(units, scores)
+    assert turned["0.pair"] == scores["0.pair"] and permuted_scores(units, scores, 3)["0.pair"] == scores["0.pair"]
+
+
+def test_edges_go_from_both_ends_inwards() -> None:
+    units = make_units()
+    problem = build_problem(units, menu_of(units), scores_of(units), {})
+    step = [sum(problem.choices[f"0.{k}"][i + 1].cost_bytes for k in ("pair", "down")) for i in range(3)]
+    base = sum(problem.choices[f"0.{k}"][0].cost_bytes for k in ("pair", "down"))
+    for blocks, raised in ((1, {0}), (2, {0, 4}), (3, {0, 1, 4}), (5, set(range(5)))):
+        plan = edges_plan(problem, units, problem.minimum_bytes + blocks * (step[0] - base))
+        assert {name: fmt.bits for name, fmt in plan.formats.items()} == {
+            unit.name: 3 if unit.members[0].block in raised else 2 for unit in units
+        }
+        assert plan.stored_bytes == plan.budget_bytes
+    full = edges_plan(problem, units, problem.maximum_bytes)
+    assert {fmt.bits for fmt in full.formats.values()} == {8}
+    assert edges_plan(problem, units, 10 * problem.maximum_bytes).formats == full.formats
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_edges_respect_budget_and_pins_and_do_not_depend_on_order(seed: int) -> None:
+    units, rng = make_units(), random.Random(seed)
+    pins = {unit.name: QuantFormat(8, 32) for unit in rng.sample(units, 3)}
+    problem = build_problem(units, menu_of(units), scores_of(units), pins)
+    budget = rng.randint(problem.minimum_bytes, problem.maximum_bytes)
+    plan = edges_plan(problem, units, budget)
+    assert plan.stored_bytes == sum(u.stored_bytes(plan.formats[u.name]) for u in units) <= budget
+    assert all(plan.formats[unit] == fmt for unit, fmt in pins.items())
+    places = [WIDTHS.index(fmt.bits) for unit, fmt in plan.formats.items() if unit not in pins]
+    assert max(places) - min(places) <= 1
+    assert plan == edges_plan(problem, units, budget)
+    with pytest.raises(UsageError, match="cannot be met"):
+        edges_plan(problem, units, problem.minimum_bytes - 1)
+
+
+def test_a_unit_of_several_blocks_belongs_to_the_outermost() -> None:
+    experts = Unit("experts", tuple(LinearSpec(f"{b}.e", 64, 128, b, "experts", 2) for b in range(BLOCKS)))
+    units = [*(unit for unit in make_units() if unit.name[0] not in "0"), experts]
+    menu = {unit.name: tuple(QuantFormat(bits, 32) for bits in WIDTHS) for unit in units}
+    scores = {unit.name: {f.label: Score(1.0, 0.0) for f in menu[unit.name]} for unit in units}
+    problem = build_problem(units, menu, scores, {})
+    first, second = (problem.choices["experts"][i].cost_bytes for i in (0, 1))
+    plan = edges_plan(problem, units, problem.minimum_bytes + second - first)
+    assert [unit for unit, fmt in plan.formats.items() if fmt.bits == 3] == ["experts"]
