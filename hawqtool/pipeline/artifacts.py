@@ -170,6 +170,8 @@ def plan_document(plan: BitPlan, units: tuple[Unit, ...], other_linears: tuple[s
         "metric": plan.metric,
         "solver": plan.solver,
         "lower_bound": plan.lower_bound,
+        "gap": plan.gap,
+        "seconds": plan.seconds,
         "layers": layers,
         "other_linears": list(other_linears),
     }
