@@ -60,7 +60,7 @@ _PIXELS_PER_INCH = 96
 _DECADE = 10.0
 _POINTS_PER_INCH = 72
 _MARK_SIZE, _LETTER_WIDTH, _LETTER_HEIGHT = 9.0, 6.0, 10.0
-_GAPS = (4.0, 12.0, 22.0, 34.0, 48.0)
+_GAPS = (5.0, 12.0, 22.0, 34.0, 48.0)
 _WAYS = ((1, 1), (1, -1), (-1, 1), (-1, -1), (0, 1), (0, -1), (1, 0), (-1, 0))
 """In points: the room that marks and letters take, and how far and in which directions a label may move."""
 
@@ -119,7 +119,8 @@ def scale_values(axes: Axes, direction: str, values: Iterable[float]) -> None:
     if min(finite) <= 0:
         largest = max(abs(v) for v in finite)
         if largest:
-            lowest("symlog", linthresh=largest / 100)
+            # A power of ten: no tick falls inside the linear part, where labels would lie upon one another.
+            lowest("symlog", linthresh=_DECADE ** (math.floor(math.log10(largest)) - 2))
         axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
         axis.set_minor_locator(NullLocator())
         return
@@ -156,8 +157,7 @@ def label_apart(figure: Figure, axes: Axes, places: Iterable[tuple[float, float,
         if not text:
             continue
         taken.append(box)
-        style: Any = {"arrowstyle": "-", "color": MUTED, "lw": 0.7, "shrinkA": 0, "shrinkB": 0}
-        line = style if gap > _GAPS[0] else None
+        line: Any = {"arrowstyle": "-", "color": MUTED, "lw": 0.7, "shrinkA": 0, "shrinkB": 0}
         at: Any = {"xytext": move, "textcoords": "offset points", "ha": "center", "va": "center", "fontsize": 9.5}
         axes.annotate(text, (place_x, place_y), arrowprops=line, zorder=6, **at)
 

@@ -32,9 +32,12 @@ BIT_COLOURS = {2: "#fde4a5", 3: "#f9b872", 4: "#ee7f63", 5: "#cf5270", 6: "#9c3a
 """Darker means more bits; lightness alone tells them apart."""
 _PANEL_COLUMNS, _MAX_PANELS = 2, 16
 _CELL_WIDTH, _CELL_HEIGHT = 0.27, 0.32
-_LEAST_BITS, _MARK_SHARE = 0.25, 0.035
+_LEAST_BITS, _MARK_SHARE = 0.25, 0.03
+_FIXED = ("uniform", "mixed")
+"""Uniform plans, which a line joins, stay where they are."""
 _LEGEND_LINE = 0.2
 _LONGEST_MARK = 14
+_BAR_PARTS = 15
 _WIDE_RANGE = 8
 """Ratio of measured values beyond which their axis is logarithmic."""
 _MARKS = {
@@ -55,7 +58,7 @@ def frontier(data: Data) -> Figure:
         data: ``hull`` (list of ``[bits per weight, loss]``), ``uniform`` (list of ``[label, bits per weight, loss]``),
             ``plans`` (tried ones, list of ``{mark, kind, bpw, predicted, shipped}``), ``unit`` (of the loss).
     """
-    figure = Figure(figsize=(WIDTH, 4.4))
+    figure = Figure(figsize=(WIDTH, 4.7))
     axes = figure.subplots()
     hull, uniform = data["hull"], data["uniform"]
     mixed = [plan for plan in data["plans"] if plan["kind"] == "mixed"]
@@ -74,7 +77,8 @@ def frontier(data: Data) -> Figure:
     axes.margins(x=0.1)
     axes.set_xlabel("stored bits per weight, scales included")
     axes.set_ylabel(f"predicted loss ({data['unit']})")
-    axes.legend(loc="upper right")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=2)
+    marked += [(x, y, "") for x, y in hull]  # labels stay clear of the line
     label_apart(figure, axes, marked + [(x, y, plain(label, _LONGEST_MARK)) for label, x, y in uniform])
     return figure
 
@@ -93,8 +97,7 @@ def measured(data: Data) -> Figure:
     if len(ordered) > 1:
         axes.plot(*zip(*ordered, strict=True), color=ORANGE, lw=1.2, ls="--", zorder=1)
     # Only error bars hide one another; the interpolated point has none and stays at its place.
-    barred = [p for p in points if p["kind"] != "interpolated"]
-    moved = dict(zip((p["label"] for p in barred), _side_by_side([p["bpw"] for p in barred]), strict=True))
+    moved = _side_by_side([p for p in points if p["kind"] != "interpolated"])
     places = [moved.get(point["label"], point["bpw"]) for point in points]
     for place, point in zip(places, points, strict=True):
         text = f"{plain(point['label'])}{', shipped' * point['shipped']}: {number(point['value'])}"
@@ -102,16 +105,15 @@ def measured(data: Data) -> Figure:
         _errorbar(axes, place, point, text)
     lowest, highest = min(p["value"] for p in points), max(p["value"] + (p["stderr"] or 0) for p in points)
     if 0 < _WIDE_RANGE * lowest < highest:
-        scale_values(axes, "y", [p["value"] for p in points])
+        scale_values(axes, "y", [lowest, highest])
     else:
         axes.set_ylim(0, 1.3 * highest or 1)
-    middle, reach = _extent([p["bpw"] for p in points])
+    middle, reach = _extent(places)
     axes.set_xlim(middle - 0.65 * reach, middle + 0.65 * reach)
     axes.set_xlabel("stored bits per weight, scales included")
     axes.set_ylabel(f"measured {data['measure']}")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=1)
-    marks = [plain(point["mark"], _LONGEST_MARK) for point in points]
-    label_apart(figure, axes, list(zip(places, (p["value"] for p in points), marks, strict=True)))
+    label_apart(figure, axes, _marks(places, points))
     return figure
 
 
@@ -226,7 +228,8 @@ def predicted_measured(data: Data) -> Figure:
         text = plain(point["label"]) + ", shipped" * point["shipped"] if point["label"] in labels else None
         labels = [label for label in labels if label != point["label"]]
         _errorbar(axes, point["predicted"], point, text)
-    both = [p["predicted"] for p in points] + [p["value"] for p in points]
+    both = [v for p in points for v in (p["predicted"], p["value"], p["value"] + (p["stderr"] or 0))]
+    both += [low for p in points if (low := p["value"] - (p["stderr"] or 0)) > 0]
     scale_values(axes, "x", both)
     scale_values(axes, "y", both)
     low, high = axes.get_xlim()
@@ -235,7 +238,7 @@ def predicted_measured(data: Data) -> Figure:
     axes.set_xlabel(f"predicted loss ({data['unit']})")
     axes.set_ylabel(f"measured {data['measure']}")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=2)
-    label_apart(figure, axes, [(p["predicted"], p["value"], plain(p["mark"], _LONGEST_MARK)) for p in points])
+    label_apart(figure, axes, _marks([point["predicted"] for point in points], points))
     return figure
 
 
@@ -272,6 +275,15 @@ def layer_errors(data: Data) -> Figure:
     return figure
 
 
+def _marks(places: list[float], points: list[Data]) -> list[tuple[float, float, str]]:
+    """What `label_apart` needs to write marks that stay clear of the error bars."""
+    marked = [(x, p["value"], plain(p["mark"], _LONGEST_MARK)) for x, p in zip(places, points, strict=True)]
+    for place, point in zip(places, points, strict=True):
+        lengths = np.linspace(-1, 1, _BAR_PARTS) * (point["stderr"] or 0)
+        marked += [(place, point["value"] + length, "") for length in lengths.tolist()]
+    return marked
+
+
 def _errorbar(axes: Axes, place: float, point: Data, text: str | None) -> None:
     marker, colour, size = _MARKS[point["kind"]]
     style: Data = {"fmt": marker, "color": colour, "ms": size, "mec": INK, "mew": 0.7, "ecolor": INK, "capsize": 3}
@@ -289,15 +301,13 @@ def _extent(values: list[float]) -> tuple[float, float]:
     return (min(values) + max(values)) / 2, max(max(values) - min(values), _LEAST_BITS)
 
 
-def _side_by_side(values: list[float]) -> list[float]:
-    """Places of points along an axis, those that would hide one another moved apart."""
-    step = _MARK_SHARE * _extent(values)[1]
-    places: list[float] = []
-    for value in values:
-        place = value
-        while any(abs(place - other) < 0.99 * step for other in places):
-            place += step
-        places.append(place)
+def _side_by_side(points: list[Data]) -> dict[str, float]:
+    """Place of each label along the axis of bits: marks that would hide one another apart, uniform ones moved least."""
+    step = _MARK_SHARE * _extent([point["bpw"] for point in points])[1]
+    places: dict[str, float] = {}
+    for point in sorted(points, key=lambda point: _FIXED.index(point["kind"])):
+        tries = (point["bpw"] + side * number * step for number in range(len(points) + 1) for side in (1, -1))
+        places[point["label"]] = next(x for x in tries if all(abs(x - y) > 0.99 * step for y in places.values()))
     return places
 
 

@@ -122,9 +122,10 @@ figure{margin:1.2rem 0}
 table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
 th,td{text-align:left;padding:.3rem .9rem .3rem 0;border-bottom:1px solid var(--line);vertical-align:top;\
 white-space:nowrap}
-th{color:var(--muted);font-weight:600}
+th{color:var(--muted);font-weight:600;white-space:normal;vertical-align:bottom}
 .n{text-align:right}
 tr.chosen td{font-weight:600}
+td.name{min-width:8rem;white-space:normal}
 td.text{min-width:18rem;white-space:normal}
 code,pre{font:.85rem/1.45 ui-monospace,monospace}
 pre{background:var(--box);padding:.7rem .9rem;border-radius:6px;white-space:pre-wrap;overflow-wrap:anywhere}"""

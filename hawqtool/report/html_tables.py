@@ -73,14 +73,13 @@ def verdict(evaluation: dict[str, Any]) -> str:
 def tried_table(report: dict[str, Any]) -> str:
     """Every plan that was tried: size, prediction, quality on both sets of rows, paired differences to uniform."""
     measure, metric = report["evaluation"]["measure"], shown_metric(report)
-    rows: list[list[str]] = []
-    chosen = None
-    for plan in tried_plans(report):
+    plans, rows, chosen = tried_plans(report), list[list[str]](), None
+    compared = [role for role in ("selection", "report") if any(_minus(plan["record"], role) for plan in plans)]
+    for plan in plans:
         record = plan["record"]
         if plan["shipped"]:
             chosen = len(rows)
         predicted = record["predicted"].get(metric)
-        differences = record.get("minus_uniform", {})
         rows.append(
             [
                 plan["mark"] if plan["kind"] == "mixed" else "",
@@ -88,13 +87,19 @@ def tried_table(report: dict[str, Any]) -> str:
                 f"{record['bpw_linears']:.3f}",
                 "" if predicted is None else f"{predicted:.4f}",
                 *(f"{values[measure]:.4f}{plus_minus(values, measure)}" for values in (record["selection"], record)),
-                *(_difference(differences.get(role), measure) for role in ("selection", "report")),
+                *(_difference(_minus(record, role), measure) for role in compared),
             ]
         )
     name = MEASURES[measure]
     heading = ["", "plan", "bits/weight", f"predicted ({metric})" if metric else "predicted"]
-    heading += [f"{name}, selection", f"{name}, report", "minus uniform, selection", "minus uniform, report"]
-    return _table(heading, rows, numbers=range(2, len(heading)), chosen=chosen)
+    heading += [f"{name}, selection", f"{name}, report", *(f"minus uniform, {role}" for role in compared)]
+    return _table(heading, rows, numbers=range(2, len(heading)), names=(1,), chosen=chosen)
+
+
+def _minus(record: dict[str, Any], role: str) -> dict[str, Any] | None:
+    """Paired difference of a mixed plan to uniform on a set of rows, None where there is none."""
+    differences: dict[str, dict[str, Any]] = record.get("minus_uniform", {})
+    return differences.get(role)
 
 
 def _difference(values: dict[str, Any] | None, measure: str) -> str:
@@ -197,6 +202,7 @@ def _table(
     numbers: Collection[int] = (),
     wide: Collection[int] = (),
     code: Collection[int] = (),
+    names: Collection[int] = (),
     chosen: int | None = None,
 ) -> str:
     """A table in a box of its own that scrolls; all cells are escaped here.
@@ -207,11 +213,13 @@ def _table(
         numbers: Columns that go to the right.
         wide: Columns of long text.
         code: Columns in the font of code.
+        names: Columns of names of several words.
         chosen: Row that stands out.
     """
 
     def cell(tag: str, column: int, content: str) -> str:
-        kind = ' class="n"' if column in numbers else ' class="text"' if column in wide else ""
+        classes = {"n": numbers, "text": wide, "name": names}
+        kind = next((f' class="{name}"' for name, columns in classes.items() if column in columns), "")
         text = html.escape(one_line(content, _LONGEST))
         return f"<{tag}{kind}>{f'<code>{text}</code>' if column in code and tag == 'td' else text}</{tag}>"
 
