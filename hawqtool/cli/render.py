@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from hawqtool.report.quality import MEASURES, plus_minus, quality_columns, size
+from hawqtool.report.quality import MEASURES, plus_minus, quality_columns, same_plan, size
 from hawqtool.report.routing import routing_text
+
+_LABEL = 12
+_ROOMY = 96
 
 
 def announcement(description: dict[str, Any]) -> list[str]:
@@ -44,62 +48,87 @@ def print_report(report: dict[str, Any], output: str) -> None:
     evaluation = report["evaluation"]
     columns = quality_columns(evaluation)
     table = Table(title="quality on the report rows" + (" (in-domain)" if report["rows"]["report_in_domain"] else ""))
-    for name in ("model", "formats", "bits/weight", "file", *columns):
-        table.add_column(name, justify="left" if name in ("model", "formats") else "right", overflow="fold")
+    for name in ("model", "formats"):
+        table.add_column(name, overflow="fold")
+    for name in ("bits/weight", "file", *columns):
+        # Text folds before numbers, where there is room for these.
+        table.add_column(name, justify="right", overflow="fold", no_wrap=console.width >= _ROOMY)
     original = report["sizes"]["original_bytes"]
     table.add_row("original", "", "", size(original), *(show(evaluation["original"]) for show in columns.values()))
+    alone = same_plan(evaluation["mixed"], evaluation["uniform"])
     for name in ("uniform", "mixed"):
         values = evaluation[name]
-        if values is None or (name == "mixed" and evaluation["uniform"] == evaluation["mixed"]):
+        if values is None or (name == "mixed" and alone):
             continue
         cells = (" ".join(values["formats"]), f"{values['bpw_linears']:.3f}", size(values["total_bytes"]))
         table.add_row(name, *cells, *(show(values) for show in columns.values()))
     interpolated = evaluation["uniform_interpolated"]
-    if interpolated and evaluation["uniform"] != evaluation["mixed"]:
+    if interpolated and not alone:
         bits = f"{evaluation['mixed']['bpw_linears']:.3f}"
         shown = [show(interpolated) if name in MEASURES.values() else "" for name, show in columns.items()]
         table.add_row("uniform, interpolated", "", bits, "", *shown)
     console.print(table)
-    sizes = report["sizes"]
-    histogram = Counter(entry["bits"] for entry in report["plan"])
-    console.print(
-        f"shipped     {report['shipped']}: "
-        + ", ".join(f"{count} linears at {bits} bits" for bits, count in sorted(histogram.items()))
-    )
-    console.print(
-        f"size        {sizes['original_bytes']:,} -> {sizes['quantized_bytes']:,} bytes; {sizes['bpw_linears']:.3f} "
-        f"stored bits per weight over the linears, {sizes['bpw_file']:.3f} over the whole file"
-    )
-    routing = routing_text(report["experts"])
-    if routing:
-        console.print(f"routing     {routing}")
-    difference = evaluation.get("mixed_minus_uniform")
-    if difference and evaluation["uniform"] != evaluation["mixed"]:
-        measure = evaluation["measure"]
-        value = f"{difference[measure]:+.4f}{plus_minus(difference, measure)}"
-        console.print(f"paired      {MEASURES[measure]}, mixed - uniform: {value}")
-    for line in [*tried_lines(evaluation), *search_lines(report["search"])]:
-        console.print(line)
-    spent = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in report["timings"].items())
-    console.print(f"time        {spent}")
+    for line in result_lines(report):
+        console.print(hanging(line, console.width), markup=False)
     for text in report["warnings"]:
-        console.print(f"warning     {text}", markup=False)
+        console.print(hanging(f"warning     {text}", console.width), markup=False)
     console.print(f"verified    {output}", markup=False)
 
 
+def hanging(line: str, width: int) -> str:
+    """A line of a 12-character label and text, continued below the text where the terminal ends."""
+    return "\n".join(textwrap.wrap(line, width, subsequent_indent=" " * _LABEL, break_on_hyphens=False)) or line
+
+
+def result_lines(report: dict[str, Any]) -> list[str]:
+    """What is said below the table: the plan, sizes, comparisons, gates, seconds."""
+    evaluation, sizes = report["evaluation"], report["sizes"]
+    histogram = Counter(entry["bits"] for entry in report["plan"])
+    lines = [
+        f"shipped     {report['shipped']}: "
+        + ", ".join(f"{count} linear{'s' * (count > 1)} at {bits} bits" for bits, count in sorted(histogram.items())),
+        f"size        {sizes['original_bytes']:,} -> {sizes['quantized_bytes']:,} bytes; {sizes['bpw_linears']:.3f} "
+        f"stored bits per weight over the linears, {sizes['bpw_file']:.3f} over the whole file",
+    ]
+    routing = routing_text(report["experts"])
+    if routing:
+        lines.append(f"routing     {routing}")
+    difference = evaluation.get("mixed_minus_uniform")
+    if difference and not same_plan(evaluation["mixed"], evaluation["uniform"]):
+        measure = evaluation["measure"]
+        value = f"{difference[measure]:+.4f}{plus_minus(difference, measure)}"
+        lines.append(f"paired      {MEASURES[measure]}, mixed - uniform: {value}")
+    lines += [*tried_lines(evaluation), *search_lines(report["search"]), *gate_lines(report["gates"])]
+    spent: dict[str, float] = {}
+    for stage, seconds in report["timings"].items():
+        group = "round" if stage.startswith("round ") else stage
+        spent[group] = spent.get(group, 0.0) + seconds
+    return [*lines, "time        " + ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in spent.items())]
+
+
+def gate_lines(gates: list[dict[str, Any]]) -> list[str]:
+    """Quality bounds and whether the shipped plan is within them."""
+    return [
+        f"gate        {gate['gate']} at most {gate['bound']:g}: {gate['value']:.4g}, "
+        + ("passed" if gate["passed"] else "FAILED")
+        for gate in gates
+    ]
+
+
 def tried_lines(evaluation: dict[str, Any]) -> list[str]:
-    """The mixed plans of a short list against uniform, selection rows; empty where there was one plan."""
+    """The mixed plans that were tried, selection rows; empty where there was one plan."""
     tried, measure = evaluation["tried"], evaluation["measure"]
     if len(tried) < 2:
         return []
+    longest = max(map(len, tried))
     lines = []
     for name, values in tried.items():
-        text = f"{name}: {values['selection'][measure]:.4f}"
+        text = f"{name:{longest}}  {values['bpw_linears']:.3f} bits, {values['selection'][measure]:.4f}"
         difference = values["minus_uniform"].get("selection")
         if difference:
-            text += f" ({difference[measure]:+.4f}{plus_minus(difference, measure)} to uniform)"
-        lines.append(f"tried       {text}" + (", the best" if name == evaluation["mixed"]["chosen_by"] else ""))
-    return lines
+            text += f", {difference[measure]:+.4f}{plus_minus(difference, measure)} to uniform"
+        lines.append(f"tried       {text}" + " (the best)" * (name == evaluation["mixed"]["chosen_by"]))
+    return [*lines, f"            {MEASURES[measure]} on the selection rows, which choose"]
 
 
 def search_lines(search: dict[str, Any] | None) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,24 +124,37 @@ def obeys(job: Job, plan: BitPlan) -> bool:
     return True
 
 
-def compare(contest: Contest, original: Evaluation) -> dict[str, Any]:
-    """The report's ``evaluation``: every plan that was tried, on the report rows, with paired differences."""
+def compare(contest: Contest, original: Evaluation, predict: Callable[[BitPlan], dict[str, float]]) -> dict[str, Any]:
+    """The report's ``evaluation``: every plan that was tried, on the report rows, with paired differences.
+
+    Args:
+        contest: What was tried.
+        original: The original model on the report rows.
+        predict: Gives the predicted loss of a plan by metric.
+    """
     mixed, uniform = contest.mixed[contest.best], contest.uniform.get("uniform")
     measure = original.measure
+
+    def record(candidate: Candidate) -> dict[str, Any]:
+        chose = as_record(candidate.quality["selection"])
+        return candidate.record() | {"selection": chose, "predicted": predict(candidate.plan)}
+
     result: dict[str, Any] = {
         "measure": measure,
         "original": as_record(original),
-        "mixed": mixed.record() | {"chosen_by": contest.best},
+        "mixed": record(mixed) | {"chosen_by": contest.best},
         "uniform": None,
     }
     points = {c.plan.stored_bytes: c.quality["report"].divergence for c in contest.uniform.values()}
     value = interpolate_log(sorted(points.items()), mixed.plan.stored_bytes)
     interpolated = None if value is None else {measure: value, "stored_bytes": mixed.plan.stored_bytes}
     result["uniform_interpolated"] = interpolated
-    result["neighbours"] = {n: contest.uniform[n].record() for n in ("below", "above") if n in contest.uniform}
-    result["tried"] = {name: _tried(candidate, uniform) for name, candidate in contest.mixed.items()}
+    result["neighbours"] = {n: record(contest.uniform[n]) for n in ("below", "above") if n in contest.uniform}
+    result["tried"] = {
+        name: record(candidate) | _differences(candidate, uniform) for name, candidate in contest.mixed.items()
+    }
     if uniform is not None:
-        result["uniform"] = uniform.record()
+        result["uniform"] = record(uniform)
         result["mixed_minus_uniform"] = _paired(mixed, uniform, "report")
         result["selection"] = {
             "mixed_minus_uniform": (chosen := _paired(mixed, uniform, "selection"))[measure],
@@ -149,12 +163,11 @@ def compare(contest: Contest, original: Evaluation) -> dict[str, Any]:
     return result
 
 
-def _tried(candidate: Candidate, uniform: Candidate | None) -> dict[str, Any]:
-    """A plan of the short list: its record, what chose it, and its differences to uniform."""
-    differences = {} if uniform is None else {role: _paired(candidate, uniform, role) for role in candidate.quality}
-    return candidate.record() | {
-        "selection": as_record(candidate.quality["selection"]),
-        "minus_uniform": differences,
+def _differences(candidate: Candidate, uniform: Candidate | None) -> dict[str, Any]:
+    """Paired differences to uniform by set of rows, and the predicted loss in the scores that made the plan."""
+    roles = candidate.quality if uniform is not None else ()
+    return {
+        "minus_uniform": {role: _paired(candidate, uniform, role) for role in roles if uniform is not None},
         "predicted_loss": candidate.plan.predicted_loss,
     }
 

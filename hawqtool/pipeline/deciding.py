@@ -13,7 +13,7 @@ from hawqtool.model.index import fingerprint
 from hawqtool.pipeline.artifacts import SENSITIVITY_SCHEMA, parse_sensitivity, read_json
 from hawqtool.pipeline.job import Job
 from hawqtool.pipeline.measuring import job_menu, measure_job, unquantized_bytes
-from hawqtool.pipeline.planning import allocate, budget_bytes, single_choice_plan
+from hawqtool.pipeline.planning import allocate, budget_bytes, predicted_loss, single_choice_plan
 from hawqtool.pipeline.progress import Reporter
 from hawqtool.pipeline.shortlist import rivals
 from hawqtool.records import SCORE_METRICS, BitPlan, Rows, Score, SensitivityTable
@@ -63,6 +63,12 @@ class Allocator:
         scores = self._scores(self.metric) if self.table else {}
         pins = self.job.pins if self.table else {unit: formats[0] for unit, formats in menu.items()} | self.job.pins
         return frontier(build_problem(self.job.units, menu, scores, pins))
+
+    def predicted(self, plan: BitPlan) -> dict[str, float]:
+        """Predicted loss of a plan by metric, for the metrics that have all scores that it needs."""
+        tables = self.table.scores if self.table else {}
+        sums = {metric: predicted_loss(plan.formats, scores, self.job.pins) for metric, scores in tables.items()}
+        return {metric: loss for metric, loss in sums.items() if loss is not None}
 
     def shortlist(self, budget: int) -> dict[str, BitPlan]:
         """Plans to try at a budget, by name; the configured metric's own comes first."""

@@ -11,7 +11,7 @@ from typing import Any
 from hawqtool.pipeline.roles import role
 from hawqtool.pipeline.score_figures import score_figures
 from hawqtool.records import SensitivityTable, Unit
-from hawqtool.report.quality import MEASURES
+from hawqtool.report.quality import MEASURES, same_plan, tried_plans
 
 Data = dict[str, Any]
 Place = tuple[str, str]
@@ -33,9 +33,9 @@ def figure_data(
     """
     figures, missing = dict[str, Data](), dict[str, str]()
     places = _places(entry["name"] for entry in report["plan"])
-    points = measured_points(report["evaluation"])
+    points = measured_points(report)
     if points:
-        figures["measured"] = _measured(report, points)
+        figures["measured"] = {"points": points, "measure": MEASURES[report["evaluation"]["measure"]]}
     else:
         missing["measured"] = "no plan has a finite measured value."
     figures["bits"] = _bits(report["plan"], places)
@@ -45,6 +45,8 @@ def figure_data(
     else:
         missing["layers"] = "no layer inside a block has a finite error."
     figures["timings"] = _timings(report["timings"])
+    if report["search"] is not None:
+        figures["search"] = _search(report)
     if measured is None:
         missing |= dict.fromkeys(_SCORE_FIGURES, _not_measured(report["config"]))
     else:
@@ -53,47 +55,48 @@ def figure_data(
     return figures, missing
 
 
-def measured_points(evaluation: Data) -> list[Data]:
+def measured_points(report: Data) -> list[Data]:
     """The plans that were rounded and evaluated, and the uniform curve at the mixed plan's bytes.
 
     Returns:
-        Points of ``{label, kind, formats, stored_bytes, bpw, value, stderr}``; values that are not finite are left out.
+        Points of ``{mark, label, kind, shipped, bpw, value, stderr, predicted}`` with the predicted loss by metric;
+        values that are not finite are left out.
     """
-    measure, mixed, uniform = evaluation["measure"], evaluation["mixed"], evaluation["uniform"]
-    records = {"uniform": uniform, **evaluation.get("neighbours", {})}
-    points, seen = list[Data](), set[int]()
-    if mixed != uniform:
-        points.append(_point("mixed", "mixed", mixed, measure))
-    for record in records.values():
-        if record is not None and record["stored_bytes"] not in seen:
-            seen.add(record["stored_bytes"])
-            points.append(_point(f"uniform {' '.join(record['formats'])}", "uniform", record, measure))
-    between = evaluation.get("uniform_interpolated")
-    if between and mixed["stored_bytes"] not in seen:
-        record = between | {"formats": [], "bpw_linears": mixed["bpw_linears"]}
-        points.append(_point("uniform, interpolated", "interpolated", record, measure))
+    evaluation = report["evaluation"]
+    measure, mixed, plans = evaluation["measure"], evaluation["mixed"], tried_plans(report)
+    points = [_point(plan, measure) for plan in plans]
+    between = evaluation["uniform_interpolated"]
+    if between and not any(plan["kind"] == "uniform" and same_plan(plan["record"], mixed) for plan in plans):
+        record = between | {"bpw_linears": mixed["bpw_linears"], "predicted": {}}
+        plan = {"mark": "", "name": "uniform, interpolated", "kind": "interpolated", "shipped": False}
+        points.append(_point(plan | {"record": record}, measure))
     return [point for point in points if math.isfinite(point["value"])]
 
 
-def _point(label: str, kind: str, record: Data, measure: str) -> Data:
+def _point(plan: Data, measure: str) -> Data:
+    record = plan["record"]
     stderr = record.get(f"{measure}_stderr")
     return {
-        "label": label,
-        "kind": kind,
-        "formats": record["formats"],
-        "stored_bytes": record["stored_bytes"],
+        "mark": plan["mark"],
+        "label": f"{plan['mark']} {plan['name']}" if plan["kind"] == "mixed" else plan["name"],
+        "kind": plan["kind"],
+        "shipped": plan["shipped"],
         "bpw": record["bpw_linears"],
-        "value": math.nan if record[measure] is None else record[measure],
+        "value": record[measure],
         "stderr": None if stderr is None or not math.isfinite(stderr) else stderr,
+        "predicted": record["predicted"],
     }
 
 
-def _measured(report: Data, points: list[Data]) -> Data:
-    evaluation = report["evaluation"]
-    record = evaluation[report["shipped"]]
-    kind = "uniform" if record == evaluation["uniform"] else "mixed"
-    shipped = [p["label"] for p in points if p["kind"] == kind and p["stored_bytes"] == record["stored_bytes"]]
-    return {"points": points, "shipped": (shipped or [None])[0], "measure": MEASURES[evaluation["measure"]]}
+def _search(report: Data) -> Data:
+    search = report["search"]
+    attempts = sorted(search["attempts"], key=lambda attempt: attempt["stored_bytes"])
+    return {
+        "bound": search["bound"],
+        "bpw": [attempt["bpw_linears"] for attempt in attempts],
+        "series": {role: [a["divergence"][role] for a in attempts] for role in attempts[0]["divergence"]},
+        "measure": MEASURES[report["evaluation"]["measure"]],
+    }
 
 
 def _places(names: Iterable[str]) -> dict[str, Place]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -106,6 +107,19 @@ def single_choice_plan(
         return None
     fixed = {unit.name: pins.get(unit.name, menu[unit.name][0]) for unit in units}
     return solve(build_problem(units, {}, {}, fixed), budget)
+
+
+def predicted_loss(
+    formats: Mapping[str, QuantFormat], scores: Mapping[str, Mapping[str, Score]], pins: Mapping[str, QuantFormat]
+) -> float | None:
+    """Sum of the scores of formats by unit, None if one of them was not measured; pins need no score, as in plans."""
+    found = []
+    for unit, fmt in formats.items():
+        score = scores[unit].get(fmt.label) if unit in scores else None
+        if score is None and pins.get(unit) != fmt:
+            return None
+        found.append(0.0 if score is None else score.value)
+    return math.fsum(found)
 
 
 def achievable(

@@ -61,7 +61,7 @@ def run_quantize(
         search, plans = _plans(bench, allocator)
         contest = hold(bench, plans)
         shipped = choose(job, contest)
-        evaluation = compare(contest, bench.original())
+        evaluation = compare(contest, bench.original(), allocator.predicted if allocator else lambda _: {})
         winner = contest.mixed[contest.best] if shipped == "mixed" else contest.uniform["uniform"]
         report = build_report(job, sets, winner.plan, winner.rounding, evaluation, shipped, timings, command)
         report |= {"search": search, "gates": gates(config, winner)}

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from hawqtool.allocation.frontier import Frontier, frontier, solve
+from hawqtool.allocation.frontier import frontier
 from hawqtool.allocation.problem import AllocationProblem, build_problem, resolve_pins
 from hawqtool.allocation.uniform import uniform_candidates
 from hawqtool.errors import HawqError
-from hawqtool.formats import CHANNEL, QuantFormat, parse_label
+from hawqtool.formats import QuantFormat, parse_label
+from hawqtool.pipeline.planning import predicted_loss
 from hawqtool.pipeline.roles import role
-from hawqtool.records import SCORE_METRICS, Score, SensitivityTable, Unit
-from hawqtool.report.quality import MEASURES
+from hawqtool.records import Score, SensitivityTable, Unit
+from hawqtool.report.quality import MEASURES, shown_metric, tried_plans
 
 Data = dict[str, Any]
 Scores = Mapping[str, Mapping[str, Score]]
@@ -34,33 +35,32 @@ def score_figures(
         table: The scores.
         units: Units that were measured.
     """
-    metric = _metric(report)
-    plan = {entry["unit"]: _entry_format(entry) for entry in report["plan"]}
-    units = tuple(unit for unit in units if unit.name in plan)
-    if metric not in table.scores or len(units) < len(plan):
-        reason = f"reproduce/sensitivity.json has no scores of {metric} for all units of the plan."
+    metric = shown_metric(report)
+    planned = {entry["unit"] for entry in report["plan"]}
+    units = tuple(unit for unit in units if unit.name in planned)
+    if metric not in table.scores or len(units) < len(planned):
+        reason = "reproduce/sensitivity.json has no scores of one metric for all units of the plan."
         return {}, dict.fromkeys(("frontier", "predicted", "sensitivity", "roles"), reason)
     scores, loss_unit = table.scores[metric], _LOSS_UNITS[report["evaluation"]["measure"]]
     figures = _sensitivity(scores, units, f"{metric} score, {loss_unit}")
     try:
-        problem = _problem(report["config"], units, scores, table.symmetric)
-        curve = frontier(problem)
+        problem, pins = _problem(report["config"], units, scores, table.symmetric)
+        curve = frontier(problem).points
     except HawqError as error:
         return figures, dict.fromkeys(("frontier", "predicted"), f"{error}.")
+    both = [p | {"predicted": p["predicted"][metric]} for p in points if metric in p["predicted"]]
     uniform = [
-        (candidate.label, candidate.stored_bytes, loss)
+        (candidate.label, problem.bpw(candidate.stored_bytes), loss)
         for candidate in uniform_candidates(units, table.symmetric)
-        if (loss := _predicted(candidate.formats, scores)) is not None
+        if (loss := predicted_loss(candidate.formats, scores, pins)) is not None
     ]
-    loss = _predicted(plan, scores) if report["predicted_loss"] is None else report["predicted_loss"]
     figures["frontier"] = {
-        "hull": [(problem.bpw(stored), loss) for stored, loss in curve.points],
-        "uniform": [(label, problem.bpw(stored), loss) for label, stored, loss in uniform],
-        "shipped": None if loss is None else (report["sizes"]["bpw_linears"], loss),
+        "hull": [(problem.bpw(stored), loss) for stored, loss in curve],
+        "uniform": uniform,
+        "plans": both,
         "unit": f"{metric}, {loss_unit}",
     }
-    predictions = {stored: loss for _, stored, loss in uniform}
-    both = _with_predictions(points, report, problem, curve, predictions)
+    both = both + _searched(report, dict(curve))
     if not both:
         return figures, {"predicted": "no plan has both a prediction and a measurement."}
     measure = MEASURES[report["evaluation"]["measure"]]
@@ -68,21 +68,10 @@ def score_figures(
     return figures, {}
 
 
-def _metric(report: Data) -> str:
-    """The metric that the mixed plan was chosen by, also where it was not shipped."""
-    config = report["config"]
-    if report["metric"] or config["sensitivity"] in SCORE_METRICS:
-        return str(report["metric"] or config["sensitivity"])
-    return "fisher" if config["rounding"] == "rtn" else "kron"
-
-
-def _entry_format(entry: Data) -> QuantFormat:
-    size = CHANNEL if entry["group_size"] == "channel" else entry["group_size"]
-    return QuantFormat(entry["bits"], size, entry["symmetric"])
-
-
-def _problem(config: Data, units: tuple[Unit, ...], scores: Scores, symmetric: bool) -> AllocationProblem:
-    """The problem of the run: measured formats of the widths that were allowed, and its pins."""
+def _problem(
+    config: Data, units: tuple[Unit, ...], scores: Scores, symmetric: bool
+) -> tuple[AllocationProblem, dict[str, QuantFormat]]:
+    """The problem of the run, and its pins: measured formats of the widths that were allowed."""
     measured = {unit.name: [parse_label(label) for label in scores[unit.name]] for unit in units}
     allowed = config["bits"]
     menu = {
@@ -90,36 +79,19 @@ def _problem(config: Data, units: tuple[Unit, ...], scores: Scores, symmetric: b
         for name, formats in measured.items()
     }
     pins = resolve_pins(config["pin"], units, {n: fmts[0].group_size for n, fmts in measured.items()}, symmetric)
-    return build_problem(units, menu, scores, pins)
+    return build_problem(units, menu, scores, pins), pins
 
 
-def _predicted(formats: Mapping[str, QuantFormat], scores: Scores) -> float | None:
-    """Predicted loss of a plan; None if a score of it was not measured."""
-    found = [scores[unit].get(fmt.label) for unit, fmt in formats.items()]
-    values = [score.value for score in found if score is not None]
-    return math.fsum(values) if len(values) == len(found) else None
-
-
-def _with_predictions(
-    points: Sequence[Data], report: Data, problem: AllocationProblem, curve: Frontier, uniform: Mapping[int, float]
-) -> list[Data]:
-    """The measured points that have a prediction, with it."""
-    both = []
-    for point in points:
-        stored = point["stored_bytes"]
-        if point["kind"] == "uniform":
-            predicted = uniform.get(stored)
-        elif point["kind"] == "mixed" and report["predicted_loss"] is not None:
-            predicted = report["predicted_loss"]
-        elif point["kind"] == "mixed" and stored >= problem.minimum_bytes:
-            # Its formats by unit are not on record when uniform was shipped; the same bytes give the same plan.
-            plan = solve(problem, stored, curve=curve)
-            predicted = plan.predicted_loss if plan.stored_bytes == stored else None
-        else:
-            predicted = None
-        if predicted is not None:
-            both.append(point | {"predicted": predicted})
-    return both
+def _searched(report: Data, predictions: Mapping[int, float]) -> list[Data]:
+    """The attempts of a search for a quality target as points, except those that are points already."""
+    attempts = report["search"]["attempts"] if report["search"] else []
+    shown = {plan["record"]["stored_bytes"] for plan in tried_plans(report)}
+    return [
+        {"mark": "", "label": "tried in the search", "kind": "searched", "shipped": False, "stderr": None}
+        | {"predicted": predictions[attempt["stored_bytes"]], "value": attempt["divergence"]["report"]}
+        for attempt in attempts
+        if attempt["stored_bytes"] in predictions and attempt["stored_bytes"] not in shown
+    ]
 
 
 def _sensitivity(scores: Scores, units: tuple[Unit, ...], axis: str) -> dict[str, Data]:
@@ -129,7 +101,11 @@ def _sensitivity(scores: Scores, units: tuple[Unit, ...], axis: str) -> dict[str
         for unit in units
     }
     width = min(parse_label(label).bits for unit in units for label in scores[unit.name])
-    top = sorted(narrowest, key=lambda name: -narrowest[name].value)[:_TOP_UNITS]
+    # By magnitude, so that strongly negative scores, which a sampled trace can give, are seen.
+    top = sorted(narrowest, key=lambda name: -abs(narrowest[name].value))[:_TOP_UNITS]
+    top.sort(key=lambda name: -narrowest[name].value)
+    negative = sum(score.value < 0 for score in narrowest.values())
+    title = f"{len(top)} of {len(narrowest)} units" + (f"; {negative} of all have a negative score" if negative else "")
     by_role: dict[str, list[Score]] = defaultdict(list)
     for name, score in narrowest.items():
         by_role[role(name)].append(score)
@@ -140,7 +116,7 @@ def _sensitivity(scores: Scores, units: tuple[Unit, ...], axis: str) -> dict[str
             "values": [narrowest[name].value for name in top],
             "errors": [narrowest[name].stderr for name in top],
             "axis": axis,
-            "of": len(narrowest),
+            "title": title,
         },
         "roles": {
             "names": [f"{name} ({len(found)})" for name, found in by_role.items()],

@@ -7,7 +7,7 @@ from typing import Any
 
 from hawqtool.report.escape import code, escape, fenced, table
 from hawqtool.report.front_matter import SourceFacts, Value, merged, read_source
-from hawqtool.report.quality import EXPLANATIONS, MEASURES, plus_minus, quality_columns, rows_text
+from hawqtool.report.quality import EXPLANATIONS, GATES, MEASURES, plus_minus, quality_columns, rows_text, same_plan
 from hawqtool.report.routing import routing_text
 
 _LOAD = """\
@@ -110,11 +110,42 @@ def _method(report: dict[str, Any]) -> str:
 def _choice(report: dict[str, Any]) -> str:
     if report["config"].get("plan"):
         return f"as given by the plan {code(report['config']['plan'])}"
-    if report["metric"] is not None:
-        return f"chosen per layer by the sensitivity metric {code(report['metric'])} under a budget of stored bytes"
-    if report["shipped"] == "uniform" and report["evaluation"]["mixed"] != report["evaluation"]["uniform"]:
-        return "the best uniform plan within the budget, because the mixed one was no better on the selection rows"
-    return "every layer had one format to take, so no sensitivity was measured"
+    evaluation, tried = report["evaluation"], list(report["evaluation"]["tried"])
+    if tried == ["uniform menu"]:
+        return "every layer had one format to take, so no sensitivity was measured"
+    how = "chosen per layer under a budget of stored bytes"
+    if report["search"] is not None:
+        how = _searched(report["search"], tried[0])
+    elif len(tried) == 1:
+        how = f"chosen per layer by the sensitivity metric {code(tried[0])} under a budget of stored bytes"
+    else:
+        how += f": of {_enumerated(tried)}, {code(evaluation['mixed']['chosen_by'])} diverged least on the "
+        how += "selection rows"
+    if report["shipped"] == "mixed" or same_plan(evaluation["mixed"], evaluation["uniform"]):
+        return how
+    if report["search"] is not None:
+        return f"uniform, which meets the bound and is no larger than the mixed plan, {how}"
+    return (
+        "the best uniform plan within the budget, because the mixed one was no better by more than two standard "
+        f"errors on the selection rows; that one was {how}"
+    )
+
+
+def _searched(search: dict[str, Any], metric: str) -> str:
+    count = len(search["attempts"])
+    plans = "1 plan that was" if count == 1 else f"{count} plans that were"
+    bound = f"a divergence of at most {search['bound']:g} on the selection and the report rows"
+    found = f"the smallest with {bound}" if search["met"] else f"the best one, as none has {bound}"
+    return f"chosen per layer by the sensitivity metric {code(metric)}: of {plans} rounded and measured, {found}"
+
+
+def _enumerated(tried: list[str]) -> str:
+    """The plans of a short list; rounds of exchanges are counted."""
+    rounds = [name for name in tried if name.startswith("exchange ")]
+    names = [code(name) for name in tried if name not in rounds]
+    if rounds:
+        names.append(f"{len(rounds)} that exchanges of widths gave" if rounds[1:] else "one that exchanges gave")
+    return f"the plans {', '.join(names[:-1])} and {names[-1]}"
 
 
 def _plan(report: dict[str, Any]) -> str:
@@ -141,7 +172,7 @@ def _sizes(report: dict[str, Any]) -> str:
 def _evaluation(report: dict[str, Any]) -> str:
     evaluation, source = report["evaluation"], report["rows"]["report"]
     uniform, mixed, measure = evaluation["uniform"], evaluation["mixed"], evaluation["measure"]
-    shown = {report["shipped"]: mixed} if mixed == uniform else {"uniform": uniform, "mixed": mixed}
+    shown = {report["shipped"]: mixed} if same_plan(mixed, uniform) else {"uniform": uniform, "mixed": mixed}
     columns = quality_columns(evaluation)
     rows = [["original", *(show(evaluation["original"]) for show in columns.values())]]
     for name, values in shown.items():
@@ -160,11 +191,16 @@ def _evaluation(report: dict[str, Any]) -> str:
         table(["model", *columns], rows),
     ]
     difference = evaluation.get("mixed_minus_uniform")
-    if difference and mixed != uniform:
+    if difference and not same_plan(mixed, uniform):
         lines.append(
             f"Paired difference of {MEASURES[measure]}, mixed - uniform: {difference[measure]:+.4f}"
             f"{plus_minus(difference, measure)}."
         )
+    lines += [
+        f"Gate {code(gate['gate'])}, {GATES[gate['gate']]}: {gate['value']:.4g} at a bound of {gate['bound']:g}, "
+        f"{'passed' if gate['passed'] else '**failed**'}."
+        for gate in report["gates"]
+    ]
     if uniform is None:
         lines.append("No uniform plan fits the budget, so there is none to compare with.")
     return "## Quality\n\n" + "\n\n".join(lines)

@@ -21,6 +21,9 @@ INK, MUTED, GRID = "#1b1f24", "#5b6470", "#d9dde3"
 BLUE, ORANGE, VERMILION = "#2b83c4", "#e69f00", "#d55e00"
 """From the palette of Okabe and Ito, told apart by colour-blind readers; blue is lighter, for dark pages."""
 
+Box = tuple[float, float, float, float]
+"""Left, bottom, right, top."""
+
 Draw = Callable[[], Figure]
 
 _STYLE: Any = {
@@ -55,6 +58,11 @@ _NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 _PNG_DPI = 144
 _PIXELS_PER_INCH = 96
 _DECADE = 10.0
+_POINTS_PER_INCH = 72
+_MARK_SIZE, _LETTER_WIDTH, _LETTER_HEIGHT = 9.0, 6.0, 10.0
+_GAPS = (5.0, 12.0, 22.0, 34.0, 48.0)
+_WAYS = ((1, 1), (1, -1), (-1, 1), (-1, -1), (0, 1), (0, -1), (1, 0), (-1, 0))
+"""In points: the room that marks and letters take, and how far and in which directions a label may move."""
 
 
 def as_svg(draw: Draw, prefix: str, title: str) -> str:
@@ -111,7 +119,8 @@ def scale_values(axes: Axes, direction: str, values: Iterable[float]) -> None:
     if min(finite) <= 0:
         largest = max(abs(v) for v in finite)
         if largest:
-            lowest("symlog", linthresh=largest / 100)
+            # A power of ten: no tick falls inside the linear part, where labels would lie upon one another.
+            lowest("symlog", linthresh=_DECADE ** (math.floor(math.log10(largest)) - 2))
         axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
         axis.set_minor_locator(NullLocator())
         return
@@ -123,6 +132,46 @@ def scale_values(axes: Axes, direction: str, values: Iterable[float]) -> None:
     axis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 3.0, 5.0), numticks=12))
     axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     axis.set_minor_formatter(NullFormatter())
+
+
+def label_apart(figure: Figure, axes: Axes, places: Iterable[tuple[float, float, str]]) -> None:
+    """Write short texts beside points, clear of each other and of the points; the axes have their final limits.
+
+    Args:
+        figure: Of the axes.
+        axes: Where the points are.
+        places: Coordinates of each point, with its text; an empty one only keeps its place clear.
+    """
+    figure.draw_without_rendering()  # now the layout is known
+    points = _POINTS_PER_INCH / figure.dpi
+    left, bottom, right, top = (points * v for v in axes.bbox.extents)
+    listed = [(x, y, text, *(points * v for v in axes.transData.transform((x, y)))) for x, y, text in places]
+    taken = [_box(x, y, _MARK_SIZE, _MARK_SIZE) for _, _, _, x, y in listed]
+    for place_x, place_y, text, x, y in listed:
+        wide, high = _LETTER_WIDTH * len(text) + 2, _LETTER_HEIGHT
+        for gap, (over, up) in ((gap, way) for gap in _GAPS for way in _WAYS):
+            move = over * (wide / 2 + gap), up * (high / 2 + gap)
+            box = _box(x + move[0], y + move[1], wide, high)
+            if _inside(box, (left, bottom, right, top)) and not any(_overlap(box, other) for other in taken):
+                break
+        if not text:
+            continue
+        taken.append(box)
+        line: Any = {"arrowstyle": "-", "color": MUTED, "lw": 0.7, "shrinkA": 0, "shrinkB": 0}
+        at: Any = {"xytext": move, "textcoords": "offset points", "ha": "center", "va": "center", "fontsize": 9.5}
+        axes.annotate(text, (place_x, place_y), arrowprops=line, zorder=6, **at)
+
+
+def _box(x: float, y: float, wide: float, high: float) -> Box:
+    return x - wide / 2, y - high / 2, x + wide / 2, y + high / 2
+
+
+def _overlap(one: Box, other: Box) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+
+
+def _inside(box: Box, frame: Box) -> bool:
+    return frame[0] <= box[0] and frame[1] <= box[1] and box[2] <= frame[2] and box[3] <= frame[3]
 
 
 def error_lengths(errors: Iterable[float | None]) -> list[float]:

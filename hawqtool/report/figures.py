@@ -20,6 +20,7 @@ from hawqtool.report.drawing import (
     ORANGE,
     VERMILION,
     error_lengths,
+    label_apart,
     number,
     plain,
     scale_values,
@@ -31,34 +32,54 @@ BIT_COLOURS = {2: "#fde4a5", 3: "#f9b872", 4: "#ee7f63", 5: "#cf5270", 6: "#9c3a
 """Darker means more bits; lightness alone tells them apart."""
 _PANEL_COLUMNS, _MAX_PANELS = 2, 16
 _CELL_WIDTH, _CELL_HEIGHT = 0.27, 0.32
-_LEAST_BITS, _MARK_SHARE = 0.25, 0.035
+_LEAST_BITS, _MARK_SHARE = 0.25, 0.03
+_FIXED = ("uniform", "mixed")
+"""Uniform plans, which a line joins, stay where they are."""
+_LEGEND_LINE = 0.2
+_LONGEST_MARK = 14
+_BAR_PARTS = 15
+_WIDE_RANGE = 8
+"""Ratio of measured values beyond which their axis is logarithmic."""
+_MARKS = {
+    "mixed": ("o", BLUE, 8),
+    "uniform": ("s", ORANGE, 8),
+    "interpolated": ("D", "white", 6),
+    "searched": ("o", "white", 6),
+}
+"""Marker, colour and size of each kind of plan."""
 
 Data = dict[str, Any]
 
 
 def frontier(data: Data) -> Figure:
-    """Predicted loss of all plans against their stored bits, the shipped one marked.
+    """Predicted loss of all plans against their stored bits, those that were tried marked.
 
     Args:
         data: ``hull`` (list of ``[bits per weight, loss]``), ``uniform`` (list of ``[label, bits per weight, loss]``),
-            ``shipped`` (``[bits per weight, loss]`` or None), ``unit`` (of the loss).
+            ``plans`` (tried ones, list of ``{mark, kind, bpw, predicted, shipped}``), ``unit`` (of the loss).
     """
-    figure = Figure(figsize=(WIDTH, 4.2))
+    figure = Figure(figsize=(WIDTH, 4.7))
     axes = figure.subplots()
-    hull, uniform, shipped = data["hull"], data["uniform"], data["shipped"]
-    axes.plot(*zip(*hull, strict=True), color=BLUE, lw=2, label="mixed plans (Pareto frontier)")
+    hull, uniform = data["hull"], data["uniform"]
+    mixed = [plan for plan in data["plans"] if plan["kind"] == "mixed"]
+    axes.plot(*zip(*hull, strict=True), color=BLUE, lw=2, label="best plan of each size (Pareto frontier)")
     if uniform:
         _, bits, losses = zip(*uniform, strict=True)
         axes.plot(bits, losses, "s", color=ORANGE, ms=7, mec=INK, mew=0.6, label="uniform plans")
-    for label, x, y in uniform:
-        axes.annotate(plain(label), (x, y), (7, 4), textcoords="offset points", fontsize=9.5)
-    if shipped:
-        axes.plot(*shipped, "*", color=VERMILION, ms=16, mec=INK, mew=0.6, ls="none", label="shipped plan", zorder=5)
-    scale_values(axes, "y", [y for _, y in hull] + [y for _, _, y in uniform])
+    if mixed:
+        places = [plan["bpw"] for plan in mixed], [plan["predicted"] for plan in mixed]
+        axes.plot(*places, "o", color=BLUE, ms=7, mec=INK, mew=0.6, label="mixed plans that were tried", zorder=4)
+    for plan in data["plans"]:
+        if plan["shipped"]:
+            _ring(axes, plan["bpw"], plan["predicted"], "shipped plan")
+    marked = [(plan["bpw"], plan["predicted"], plan["mark"]) for plan in mixed]
+    scale_values(axes, "y", [y for _, y in hull] + [y for _, _, y in uniform] + [y for _, y, _ in marked])
     axes.margins(x=0.1)
     axes.set_xlabel("stored bits per weight, scales included")
     axes.set_ylabel(f"predicted loss ({data['unit']})")
-    axes.legend(loc="upper right")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=2)
+    marked += [(x, y, "") for x, y in hull]  # labels stay clear of the line
+    label_apart(figure, axes, marked + [(x, y, plain(label, _LONGEST_MARK)) for label, x, y in uniform])
     return figure
 
 
@@ -66,36 +87,55 @@ def measured(data: Data) -> Figure:
     """Measured quality of the plans that were really rounded.
 
     Args:
-        data: ``points`` (list of ``{label, bpw, value, stderr, kind}``, kind being ``mixed``, ``uniform`` or
-            ``interpolated``), ``shipped`` (label), ``measure`` (heading).
+        data: ``points`` (list of ``{mark, label, bpw, value, stderr, kind, shipped}``, kind being a key of `_MARKS`),
+            ``measure`` (heading).
     """
     points = data["points"]
-    figure = Figure(figsize=(WIDTH, 3.9))
+    figure = Figure(figsize=(WIDTH, 3.3 + _LEGEND_LINE * len(points)))
     axes = figure.subplots()
     ordered = sorted((p["bpw"], p["value"]) for p in points if p["kind"] == "uniform")
     if len(ordered) > 1:
         axes.plot(*zip(*ordered, strict=True), color=ORANGE, lw=1.2, ls="--", zorder=1)
-    marks = {"mixed": ("o", BLUE), "uniform": ("s", ORANGE), "interpolated": ("D", "white")}
     # Only error bars hide one another; the interpolated point has none and stays at its place.
-    barred = [p for p in points if p["kind"] != "interpolated"]
-    moved = dict(zip((p["label"] for p in barred), _side_by_side([p["bpw"] for p in barred]), strict=True))
-    for point in points:
-        place = moved.get(point["label"], point["bpw"])
-        marker, colour = marks[point["kind"]]
-        chosen = point["label"] == data["shipped"]
-        text = f"{plain(point['label'])}{', shipped' if chosen else ''}: {number(point['value'])}"
+    moved = _side_by_side([p for p in points if p["kind"] != "interpolated"])
+    places = [moved.get(point["label"], point["bpw"]) for point in points]
+    for place, point in zip(places, points, strict=True):
+        text = f"{plain(point['label'])}{', shipped' * point['shipped']}: {number(point['value'])}"
         text += "" if point["stderr"] is None else f" ± {number(point['stderr'])}"
-        size = 7 if point["kind"] == "interpolated" else 9
-        style: Data = {"fmt": marker, "color": colour, "ms": size, "mec": INK, "mew": 0.7, "ecolor": INK, "capsize": 4}
-        axes.errorbar(place, point["value"], error_lengths([point["stderr"]]), label=text, **style)
-        if chosen:
-            axes.plot(place, point["value"], "o", ms=17, mfc="none", mec=VERMILION, mew=1.8)
-    axes.set_ylim(0, 1.3 * max(p["value"] + (p["stderr"] or 0) for p in points) or 1)
-    middle, reach = _extent([p["bpw"] for p in points])
+        _errorbar(axes, place, point, text)
+    lowest, highest = min(p["value"] for p in points), max(p["value"] + (p["stderr"] or 0) for p in points)
+    if 0 < _WIDE_RANGE * lowest < highest:
+        scale_values(axes, "y", [lowest, highest])
+    else:
+        axes.set_ylim(0, 1.3 * highest or 1)
+    middle, reach = _extent(places)
     axes.set_xlim(middle - 0.65 * reach, middle + 0.65 * reach)
     axes.set_xlabel("stored bits per weight, scales included")
     axes.set_ylabel(f"measured {data['measure']}")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=1)
+    label_apart(figure, axes, _marks(places, points))
+    return figure
+
+
+def search(data: Data) -> Figure:
+    """Measured divergence of the plans of a search against their stored bits, with the bound.
+
+    Args:
+        data: ``bpw`` (stored bits per weight, rising), ``series`` (set of rows to the divergence at each of them),
+            ``bound``, ``measure`` (heading).
+    """
+    figure = Figure(figsize=(WIDTH, 3.6))
+    axes = figure.subplots()
+    for (role, values), (marker, colour) in zip(data["series"].items(), (("o", BLUE), ("s", ORANGE)), strict=False):
+        axes.plot(data["bpw"], values, marker=marker, color=colour, lw=1, mec=INK, mew=0.6, label=f"{role} rows")
+    bound = data["bound"]
+    axes.axhline(bound, color=VERMILION, lw=1.4, ls="--", label=f"bound: {number(bound)}", zorder=1)
+    scale_values(axes, "y", [bound, *(value for values in data["series"].values() for value in values)])
+    middle, reach = _extent(data["bpw"])
+    axes.set_xlim(middle - 0.6 * reach, middle + 0.6 * reach)
+    axes.set_xlabel("stored bits per weight, scales included")
+    axes.set_ylabel(f"measured {data['measure']}")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=3)
     return figure
 
 
@@ -143,7 +183,8 @@ def bars(data: Data) -> Figure:
     """Named values as horizontal bars, first at the top.
 
     Args:
-        data: ``names``, ``values``, ``errors`` (standard errors or None, may be empty), ``axis`` (label of the values).
+        data: ``names``, ``values``, ``errors`` (standard errors or None, may be empty), ``axis`` (label of the values),
+            ``title`` (may be missing).
     """
     names, values = data["names"], data["values"]
     figure = Figure(figsize=(WIDTH, 0.9 + 0.25 * len(names)))
@@ -153,12 +194,17 @@ def bars(data: Data) -> Figure:
     axes.barh(
         places, values, xerr=errors, height=0.68, color=BLUE, error_kw={"ecolor": INK, "capsize": 2.5, "elinewidth": 1}
     )
-    ends = [v + (0 if errors is None or math.isnan(errors[i]) else errors[i]) for i, v in enumerate(values)]
-    for place, value, end in zip(places, values, ends, strict=True):
+    lengths = [0.0] * len(values) if errors is None else [0.0 if math.isnan(e) else e for e in errors]
+    right = [value + length for value, length in zip(values, lengths, strict=True)]
+    for place, value, end in zip(places, values, right, strict=True):
         axes.annotate(number(value), (max(end, 0), place), (5, 0), textcoords="offset points", va="center", fontsize=9)
     axes.set_yticks(places, [plain(name) for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.set_xlim(min(0, *ends), max(0, *ends) * 1.14 or 1)
+    lowest = min(0, *(value - length for value, length in zip(values, lengths, strict=True)))
+    highest = max(0, *right)
+    # Room for the numbers at the right.
+    axes.set_xlim(1.03 * lowest, highest + 0.14 * (highest - lowest) or 1)
+    axes.set_title(data.get("title", ""))
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0)
     axes.xaxis.set_major_locator(MaxNLocator(6))
@@ -170,28 +216,20 @@ def predicted_measured(data: Data) -> Figure:
     """Measured against predicted loss of each plan that has both, with the line of equality.
 
     Args:
-        data: ``points`` (list of ``{label, predicted, value, stderr, kind}``), ``measure``, ``unit`` (of the
-            prediction).
+        data: ``points`` (list of ``{mark, label, predicted, value, stderr, kind, shipped}``), ``measure``, ``unit``
+            (of the prediction).
     """
     points = data["points"]
-    figure = Figure(figsize=(WIDTH * 0.85, 4.6))
+    labels = list(dict.fromkeys(point["label"] for point in points))
+    figure = Figure(figsize=(WIDTH * 0.85, 4.0 + _LEGEND_LINE * math.ceil((len(labels) + 1) / 2)))
     axes = figure.subplots()
     for point in points:
-        marker, colour = ("o", BLUE) if point["kind"] == "mixed" else ("s", ORANGE)
-        axes.errorbar(
-            point["predicted"],
-            point["value"],
-            error_lengths([point["stderr"]]),
-            fmt=marker,
-            color=colour,
-            ms=9,
-            mec=INK,
-            mew=0.7,
-            ecolor=INK,
-            capsize=4,
-            label=plain(point["label"]),
-        )
-    both = [p["predicted"] for p in points] + [p["value"] for p in points]
+        # A label of many points stands in the legend once.
+        text = plain(point["label"]) + ", shipped" * point["shipped"] if point["label"] in labels else None
+        labels = [label for label in labels if label != point["label"]]
+        _errorbar(axes, point["predicted"], point, text)
+    both = [v for p in points for v in (p["predicted"], p["value"], p["value"] + (p["stderr"] or 0))]
+    both += [low for p in points if (low := p["value"] - (p["stderr"] or 0)) > 0]
     scale_values(axes, "x", both)
     scale_values(axes, "y", both)
     low, high = axes.get_xlim()
@@ -200,6 +238,7 @@ def predicted_measured(data: Data) -> Figure:
     axes.set_xlabel(f"predicted loss ({data['unit']})")
     axes.set_ylabel(f"measured {data['measure']}")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=2)
+    label_apart(figure, axes, _marks([point["predicted"] for point in points], points))
     return figure
 
 
@@ -236,20 +275,39 @@ def layer_errors(data: Data) -> Figure:
     return figure
 
 
+def _marks(places: list[float], points: list[Data]) -> list[tuple[float, float, str]]:
+    """What `label_apart` needs to write marks that stay clear of the error bars."""
+    marked = [(x, p["value"], plain(p["mark"], _LONGEST_MARK)) for x, p in zip(places, points, strict=True)]
+    for place, point in zip(places, points, strict=True):
+        lengths = np.linspace(-1, 1, _BAR_PARTS) * (point["stderr"] or 0)
+        marked += [(place, point["value"] + length, "") for length in lengths.tolist()]
+    return marked
+
+
+def _errorbar(axes: Axes, place: float, point: Data, text: str | None) -> None:
+    marker, colour, size = _MARKS[point["kind"]]
+    style: Data = {"fmt": marker, "color": colour, "ms": size, "mec": INK, "mew": 0.7, "ecolor": INK, "capsize": 3}
+    axes.errorbar(place, point["value"], error_lengths([point["stderr"]]), label=text, **style)
+    if point["shipped"]:
+        _ring(axes, place, point["value"], None)
+
+
+def _ring(axes: Axes, x: float, y: float, text: str | None) -> None:
+    axes.plot(x, y, "o", ms=15, mfc="none", mec=VERMILION, mew=1.8, ls="none", label=text, zorder=5)
+
+
 def _extent(values: list[float]) -> tuple[float, float]:
     """Middle and length of the range of bits per weight, which shows no tiny difference as a large one."""
     return (min(values) + max(values)) / 2, max(max(values) - min(values), _LEAST_BITS)
 
 
-def _side_by_side(values: list[float]) -> list[float]:
-    """Places of points along an axis, those that would hide one another moved apart."""
-    step = _MARK_SHARE * _extent(values)[1]
-    places: list[float] = []
-    for value in values:
-        place = value
-        while any(abs(place - other) < 0.99 * step for other in places):
-            place += step
-        places.append(place)
+def _side_by_side(points: list[Data]) -> dict[str, float]:
+    """Place of each label along the axis of bits: marks that would hide one another apart, uniform ones moved least."""
+    step = _MARK_SHARE * _extent([point["bpw"] for point in points])[1]
+    places: dict[str, float] = {}
+    for point in sorted(points, key=lambda point: _FIXED.index(point["kind"])):
+        tries = (point["bpw"] + side * number * step for number in range(len(points) + 1) for side in (1, -1))
+        places[point["label"]] = next(x for x in tries if all(abs(x - y) > 0.99 * step for y in places.values()))
     return places
 
 
@@ -262,6 +320,7 @@ def _on(colour: str) -> str:
 FIGURES: dict[str, Callable[[Data], Figure]] = {
     "frontier": frontier,
     "measured": measured,
+    "search": search,
     "bits": bits_map,
     "sensitivity": bars,
     "roles": bars,
@@ -274,6 +333,7 @@ FIGURES: dict[str, Callable[[Data], Figure]] = {
 TITLES = {
     "frontier": "Predicted loss against stored bits per weight",
     "measured": "Measured quality against stored bits per weight",
+    "search": "Divergence of the plans of the search against stored bits per weight",
     "bits": "Bits of each layer, by block and role",
     "sensitivity": "The most sensitive units",
     "roles": "Sensitivity by role",

@@ -10,14 +10,18 @@ from hawqtool.report.escape import one_line
 from hawqtool.report.html_tables import (
     engines_table,
     formats_table,
+    gates_table,
     quality_table,
     rows_table,
+    search_table,
+    tried_table,
     verdict,
     versions_table,
     worst_table,
 )
 from hawqtool.report.quality import EXPLANATIONS, MEASURES, plus_minus, size
 
+_SEARCH = "Search for the smallest plan"
 SECTIONS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
     (
         "Size against loss",
@@ -25,8 +29,9 @@ SECTIONS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
         (
             (
                 "frontier",
-                "Predicted: the sum of the units' scores. Every point of the line is the best plan of its size; square "
-                "marks are uniform plans whose formats were measured.",
+                "Predicted: the sum of the units' scores. Every point of the line is the best plan of its size by "
+                "them; square marks are uniform plans whose formats were measured, numbers are those of the plans "
+                "that were tried.",
             ),
             (
                 "measured",
@@ -37,6 +42,12 @@ SECTIONS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
         ),
     ),
     (
+        _SEARCH,
+        "Plans of the frontier were rounded and measured until the smallest was found whose divergence is within the "
+        "bound on both sets of rows.",
+        (("search", ""),),
+    ),
+    (
         "Bits by layer",
         "",
         (("bits", "Roles in the order in which a block calls them. A range means that layers of a cell differ."),),
@@ -45,8 +56,16 @@ SECTIONS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
         "Sensitivity",
         "",
         (
-            ("sensitivity", "The most sensitive units, as block · role. Bars are one standard error."),
-            ("roles", "The same scores, summed over the units of a role (their number in brackets)."),
+            (
+                "sensitivity",
+                "The units of the largest scores by magnitude, as block · role. Lines are one standard error. A score "
+                "below zero predicts that rounding the unit lowers the loss, or is noise of the estimate.",
+            ),
+            (
+                "roles",
+                "The same scores, summed over the units of a role (their number in brackets). Standard errors are "
+                "added as if units were independent.",
+            ),
         ),
     ),
     (
@@ -55,8 +74,8 @@ SECTIONS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
         (
             (
                 "predicted",
-                "On the dashed line a prediction is exact. What allocation needs is the order of plans, which is "
-                "right where the points rise.",
+                "Every plan that was rounded and has a prediction. On the dashed line a prediction is exact. What "
+                "allocation needs is the order of plans, which is right where the points rise.",
             ),
         ),
     ),
@@ -94,6 +113,7 @@ figcaption,.note{color:var(--muted);font-size:.9rem}
 .warnings{border-left:4px solid var(--warn);background:var(--box);padding:.5rem .9rem;border-radius:4px;margin:1rem 0}
 .warnings b{color:var(--warn)}
 .warnings ul{margin:.2rem 0;padding-left:1.2rem}
+.failed{color:var(--warn);font-weight:600}
 li{overflow-wrap:anywhere}
 figure{margin:1.2rem 0}
 .scroll{overflow-x:auto;max-width:100%}
@@ -102,9 +122,10 @@ figure{margin:1.2rem 0}
 table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
 th,td{text-align:left;padding:.3rem .9rem .3rem 0;border-bottom:1px solid var(--line);vertical-align:top;\
 white-space:nowrap}
-th{color:var(--muted);font-weight:600}
+th{color:var(--muted);font-weight:600;white-space:normal;vertical-align:bottom}
 .n{text-align:right}
 tr.chosen td{font-weight:600}
+td.name{min-width:8rem;white-space:normal}
 td.text{min-width:18rem;white-space:normal}
 code,pre{font:.85rem/1.45 ui-monospace,monospace}
 pre{background:var(--box);padding:.7rem .9rem;border-radius:6px;white-space:pre-wrap;overflow-wrap:anywhere}"""
@@ -130,7 +151,13 @@ def page(
         f"<title>{title}</title>\n<style>\n{_STYLE}\n</style>\n</head>\n<body>\n"
     )
     parts = [_header(report, title), _quality(report)]
-    parts += [_section(*section, figures, missing) for section in SECTIONS]
+    known = figures.keys() | missing.keys()
+    # What this run did not do has no section.
+    for heading, introduction, content in SECTIONS:
+        if any(name in known for name, _ in content):
+            parts.append(_section(heading, introduction, content, figures, missing))
+            if heading == _SEARCH:
+                parts.append(search_table(report["search"], report["evaluation"]["measure"]))
     parts.append(_tables(report, versions))
     return head + "\n".join(parts) + "\n</body>\n</html>\n"
 
@@ -151,6 +178,7 @@ def _header(report: dict[str, Any], title: str) -> str:
         "stored bits per weight, whole files": f"{sizes['bpw_file']:.3f}",
         "shipped plan": kind,
         f"{MEASURES[measure]} to the original": f"{chosen[measure]:.4f}{plus_minus(chosen, measure)}",
+        **{f"gate {gate['gate']}": "passed" if gate["passed"] else "FAILED" for gate in report["gates"]},
         "peak memory": ", ".join(f"{size(v)} {k}" for k, v in report["peak_memory_bytes"].items()),
     }
     boxes = "\n".join(f'<div class="tile"><b>{_text(v)}</b><span>{_text(k)}</span></div>' for k, v in tiles.items())
@@ -177,8 +205,20 @@ def _quality(report: dict[str, Any]) -> str:
     return (
         f"<h2>Quality</h2>\n<p>{_text(verdict(report['evaluation']))}</p>\n{quality_table(report)}\n"
         f'<p class="note">{_text(EXPLANATIONS[report["evaluation"]["measure"]])} Rows: {_text(rows["source"])}, which '
-        f"neither calibrated nor chose anything.{domain}</p>"
+        f"neither calibrated nor chose anything.{domain}</p>\n{_gates(report['gates'])}"
+        f"<h3>Plans that were tried</h3>\n{tried_table(report)}\n"
+        '<p class="note">Numbers are those in the figures. The selection rows choose: among the mixed plans the lowest '
+        "value, and against the best uniform plan that fits the paired difference. The report rows choose "
+        "nothing.</p>"
     )
+
+
+def _gates(gates: list[dict[str, Any]]) -> str:
+    if not gates:
+        return ""
+    failed = sum(not gate["passed"] for gate in gates)
+    said = f'<p class="failed">{failed} of {len(gates)} failed.</p>\n' if failed else ""
+    return f"<h3>Gates</h3>\n{said}{gates_table(gates)}\n"
 
 
 def _section(

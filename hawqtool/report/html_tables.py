@@ -8,7 +8,17 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from hawqtool.report.escape import one_line
-from hawqtool.report.quality import MEASURES, plus_minus, quality_columns, rows_text, size
+from hawqtool.report.quality import (
+    GATES,
+    MEASURES,
+    plus_minus,
+    quality_columns,
+    rows_text,
+    same_plan,
+    shown_metric,
+    size,
+    tried_plans,
+)
 
 _WORST = 5
 _LONGEST = 500
@@ -21,8 +31,8 @@ def quality_table(report: dict[str, Any]) -> str:
     columns = quality_columns(evaluation)
     mixed, uniform = evaluation["mixed"], evaluation["uniform"]
     rows = [["original", "", "", size(report["sizes"]["original_bytes"])] + _shown(evaluation["original"], columns)]
-    records = {"mixed": None if mixed == uniform else mixed, "uniform": uniform}
-    records |= {f"uniform, {name}": r for name, r in evaluation.get("neighbours", {}).items() if r != uniform}
+    records = {"mixed": None if same_plan(mixed, uniform) else mixed, "uniform": uniform}
+    records |= {f"uniform, {name}": r for name, r in evaluation["neighbours"].items() if not same_plan(r, uniform)}
     chosen = None
     for name, record in records.items():
         if record is None:
@@ -31,8 +41,8 @@ def quality_table(report: dict[str, Any]) -> str:
             chosen, name = len(rows), f"{name} (shipped)"
         cells = [name, " ".join(record["formats"]), f"{record['bpw_linears']:.3f}", size(record["total_bytes"])]
         rows.append(cells + _shown(record, columns))
-    between = evaluation.get("uniform_interpolated")
-    if between and mixed != uniform:
+    between = evaluation["uniform_interpolated"]
+    if between and not same_plan(mixed, uniform):
         shown = [show(between) if name in MEASURES.values() else "" for name, show in columns.items()]
         rows.append(["uniform, interpolated", "", f"{mixed['bpw_linears']:.3f}", "", *shown])
     heading = ["plan", "formats", "bits/weight", "weight files", *columns]
@@ -48,7 +58,7 @@ def verdict(evaluation: dict[str, Any]) -> str:
     mixed, uniform, measure = evaluation["mixed"], evaluation["uniform"], evaluation["measure"]
     if uniform is None:
         return "No uniform plan fits the budget, so there is none to compare with."
-    if mixed == uniform:
+    if same_plan(mixed, uniform):
         return "The plan is uniform, so there is no mixed one to compare it with."
     difference = evaluation["mixed_minus_uniform"]
     value, stderr = difference[measure], difference.get(f"{measure}_stderr")
@@ -58,6 +68,73 @@ def verdict(evaluation: dict[str, Any]) -> str:
         return text + "no difference beyond two standard errors."
     better, worse = ("mixed", "uniform") if value < 0 else ("uniform", "mixed")
     return text + f"the {better} plan is better than the {worse} one by more than two standard errors."
+
+
+def tried_table(report: dict[str, Any]) -> str:
+    """Every plan that was tried: size, prediction, quality on both sets of rows, paired differences to uniform."""
+    measure, metric = report["evaluation"]["measure"], shown_metric(report)
+    plans, rows, chosen = tried_plans(report), list[list[str]](), None
+    compared = [role for role in ("selection", "report") if any(_minus(plan["record"], role) for plan in plans)]
+    for plan in plans:
+        record = plan["record"]
+        if plan["shipped"]:
+            chosen = len(rows)
+        predicted = record["predicted"].get(metric)
+        rows.append(
+            [
+                plan["mark"] if plan["kind"] == "mixed" else "",
+                plan["name"] + " (shipped)" * plan["shipped"],
+                f"{record['bpw_linears']:.3f}",
+                "" if predicted is None else f"{predicted:.4f}",
+                *(f"{values[measure]:.4f}{plus_minus(values, measure)}" for values in (record["selection"], record)),
+                *(_difference(_minus(record, role), measure) for role in compared),
+            ]
+        )
+    name = MEASURES[measure]
+    heading = ["", "plan", "bits/weight", f"predicted ({metric})" if metric else "predicted"]
+    heading += [f"{name}, selection", f"{name}, report", *(f"minus uniform, {role}" for role in compared)]
+    return _table(heading, rows, numbers=range(2, len(heading)), names=(1,), chosen=chosen)
+
+
+def _minus(record: dict[str, Any], role: str) -> dict[str, Any] | None:
+    """Paired difference of a mixed plan to uniform on a set of rows, None where there is none."""
+    differences: dict[str, dict[str, Any]] = record.get("minus_uniform", {})
+    return differences.get(role)
+
+
+def _difference(values: dict[str, Any] | None, measure: str) -> str:
+    return "" if values is None else f"{values[measure]:+.4f}{plus_minus(values, measure)}"
+
+
+def search_table(search: dict[str, Any], measure: str) -> str:
+    """The plans of a search for a quality target by size; the smallest that meets the bound stands out."""
+    attempts = sorted(search["attempts"], key=lambda attempt: attempt["stored_bytes"])
+    roles = list(attempts[0]["divergence"])
+    meets = [max(attempt["divergence"].values()) <= search["bound"] for attempt in attempts]
+    rows = [
+        [f"{attempt['stored_bytes']:,}", f"{attempt['bpw_linears']:.3f}"]
+        + [f"{attempt['divergence'][role]:.4f}" for role in roles]
+        + ["meets it" if met else "misses it"]
+        for attempt, met in zip(attempts, meets, strict=True)
+    ]
+    heading = ["stored bytes", "bits/weight", *(f"{MEASURES[measure]}, {role}" for role in roles), "the bound"]
+    chosen = meets.index(True) if any(meets) else None
+    return _table(heading, rows, numbers=range(len(heading) - 1), chosen=chosen)
+
+
+def gates_table(gates: Sequence[dict[str, Any]]) -> str:
+    """Quality bounds, the values of the shipped plan, and whether it is within them."""
+    rows = [
+        [
+            gate["gate"],
+            GATES[gate["gate"]],
+            f"{gate['bound']:g}",
+            f"{gate['value']:.4g}",
+            "passed" if gate["passed"] else "FAILED",
+        ]
+        for gate in gates
+    ]
+    return _table(["gate", "value of", "bound", "value", "result"], rows, numbers=(2, 3))
 
 
 def formats_table(report: dict[str, Any]) -> str:
@@ -125,6 +202,7 @@ def _table(
     numbers: Collection[int] = (),
     wide: Collection[int] = (),
     code: Collection[int] = (),
+    names: Collection[int] = (),
     chosen: int | None = None,
 ) -> str:
     """A table in a box of its own that scrolls; all cells are escaped here.
@@ -135,11 +213,13 @@ def _table(
         numbers: Columns that go to the right.
         wide: Columns of long text.
         code: Columns in the font of code.
+        names: Columns of names of several words.
         chosen: Row that stands out.
     """
 
     def cell(tag: str, column: int, content: str) -> str:
-        kind = ' class="n"' if column in numbers else ' class="text"' if column in wide else ""
+        classes = {"n": numbers, "text": wide, "name": names}
+        kind = next((f' class="{name}"' for name, columns in classes.items() if column in columns), "")
         text = html.escape(one_line(content, _LONGEST))
         return f"<{tag}{kind}>{f'<code>{text}</code>' if column in code and tag == 'td' else text}</{tag}>"
 

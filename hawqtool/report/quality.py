@@ -17,6 +17,45 @@ EXPLANATIONS = {
 }
 
 
+GATES = {"target_kl": "measured divergence, the larger of selection and report rows"}
+"""What the value of a gate is."""
+
+
+def same_plan(first: dict[str, Any], second: dict[str, Any] | None) -> bool:
+    """Whether two records are of one plan, where one of them at least is of a uniform plan."""
+    return second is not None and all(first[key] == second[key] for key in ("stored_bytes", "formats"))
+
+
+def tried_plans(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every plan of the report that was rounded and evaluated at its budget, mixed ones first.
+
+    Returns:
+        Records of ``{mark, name, kind, record, shipped}``: the mark is short (a number, or the formats of a uniform
+        plan), the kind ``mixed`` or ``uniform``.
+    """
+    evaluation, shipped = report["evaluation"], report["shipped"]
+    uniform: list[dict[str, Any]] = []
+    for record in (evaluation["uniform"], *evaluation["neighbours"].values()):
+        if record is not None and not any(same_plan(record, known) for known in uniform):
+            uniform.append(record)
+    found: list[dict[str, Any]] = []
+    for name, record in evaluation["tried"].items():
+        if not any(same_plan(record, known) for known in uniform):
+            chosen = shipped == "mixed" and name == evaluation["mixed"]["chosen_by"]
+            plan = {"mark": str(len(found) + 1), "name": name, "kind": "mixed", "record": record, "shipped": chosen}
+            found.append(plan)
+    for record in uniform:
+        mark, chosen = " ".join(record["formats"]), same_plan(record, evaluation[shipped])
+        found.append({"mark": mark, "name": f"uniform {mark}", "kind": "uniform", "record": record, "shipped": chosen})
+    return found
+
+
+def shown_metric(report: dict[str, Any]) -> str | None:
+    """Metric whose predictions are shown: that of the shipped plan, else the run's; None where there are none."""
+    predicted = report["evaluation"]["mixed"]["predicted"]
+    return next((name for name in (report["metric"], *report["evaluation"]["tried"]) if name in predicted), None)
+
+
 def size(num_bytes: float) -> str:
     """Bytes for people, exact below a kilobyte."""
     for unit in ("B", "kB", "MB", "GB"):
