@@ -20,6 +20,8 @@ def quantize(
     target_bpw: o.TargetBpw = None,
     target_size: o.TargetSize = None,
     plan: o.Plan = None,
+    costs: o.Costs = None,
+    max_cost: o.MaxCost = None,
     bits: o.Bits = None,
     group_size: o.GroupSize = None,
     symmetric: o.Symmetric = None,

@@ -26,11 +26,19 @@ from hawqtool.pipeline.artifacts import (
     read_sensitivity,
     write_json,
 )
+from hawqtool.pipeline.costs import meets_second_budget
 from hawqtool.pipeline.dryrun import describe
 from hawqtool.pipeline.evaluating import Evaluator, as_record
 from hawqtool.pipeline.job import Job, prepare
 from hawqtool.pipeline.measuring import job_menu, measure_job, unquantized_bytes
-from hawqtool.pipeline.planning import allocate, budget_bytes, given_plan, single_choice_plan, stored_bytes
+from hawqtool.pipeline.planning import (
+    allocate,
+    budget_bytes,
+    given_plan,
+    plan_warnings,
+    single_choice_plan,
+    stored_bytes,
+)
 from hawqtool.pipeline.progress import Reporter
 from hawqtool.pipeline.report_page import NEEDS_MATPLOTLIB, matplotlib_installed, write_page
 from hawqtool.pipeline.reporting import build_report, is_our_folder, write_card, write_reproduce
@@ -78,6 +86,8 @@ def run_quantize(
             sets = gather_rows(job, reporter)
         with _timed(timings, "measure"):
             plan, sensitivity = _decide(job, sets, reporter)
+        for text in plan_warnings(plan):
+            reporter.warn(text)
         candidates = _round_all(job, plan, sets, work, reporter, timings)
         with _timed(timings, "evaluate"):
             original = _evaluate_all(job, candidates, sets, reporter)
@@ -138,7 +148,7 @@ def _decide(job: Job, sets: dict[str, Rows], reporter: Reporter) -> tuple[BitPla
     menu = job_menu(job, None)
     budget = budget_bytes(config, job.units, unquantized_bytes(job, menu))
     menu = job_menu(job, budget)
-    fixed = single_choice_plan(job.units, menu, job.pins, budget)
+    fixed = single_choice_plan(job.units, menu, job.pins, budget, config)
     if fixed is not None:
         return fixed, None
     metric = config.metric(job.task.per_row)
@@ -148,7 +158,7 @@ def _decide(job: Job, sets: dict[str, Rows], reporter: Reporter) -> tuple[BitPla
             unit: {label: Score(v, e or 0.0) for label, (v, e) in by_label.items()}
             for unit, by_label in document["scores"][metric].items()
         }
-        return allocate(job.units, menu, scores, job.pins, budget, metric, config.solver), document
+        return allocate(job.units, menu, scores, job.pins, budget, metric, config), document
     saved = Path(config.sensitivity)
     table, _, _ = read_sensitivity(saved)
     if table.model_fingerprint != fingerprint(job.index):
@@ -161,7 +171,7 @@ def _decide(job: Job, sets: dict[str, Rows], reporter: Reporter) -> tuple[BitPla
         kind, flag = ("symmetric", "--symmetric") if table.symmetric else ("asymmetric", "--asymmetric")
         raise UsageError(f"{config.sensitivity} was measured for {kind} grids; give {flag} or measure again")
     scores = metric_scores(table, metric, saved)
-    plan = allocate(job.units, menu, scores, job.pins, budget, metric, config.solver)
+    plan = allocate(job.units, menu, scores, job.pins, budget, metric, config)
     return plan, read_json(saved, SENSITIVITY_SCHEMA)
 
 
@@ -218,9 +228,11 @@ def _choose(job: Job, candidates: dict[str, Candidate]) -> str:
 
 
 def _obeys(job: Job, plan: BitPlan) -> bool:
-    """Whether a plan respects the pins, and the widths, group size and profile that were asked for."""
+    """Whether a plan respects pins and second budget, and the widths, group size and profile that were asked for."""
     config = job.config
     if any(plan.formats[unit].bits != fmt.bits for unit, fmt in job.pins.items()):
+        return False
+    if not meets_second_budget(config, job.units, plan.formats):
         return False
     menu = job_menu(job, None)
     fixed_widths = config.bits is not None or config.profile == "portable"
