@@ -54,9 +54,10 @@ def candidates(
         seeds: Random plans.
     """
     units, menu, base = setting.job.units, setting.menu, scores[reference]
+    hull = setting.job.config.model_copy(update={"solver": "hull"})
 
     def solved(by_unit: Mapping[str, Any]) -> Formats:
-        return allocate(units, menu, by_unit, {}, budget, reference, "hull").formats
+        return allocate(units, menu, by_unit, {}, budget, reference, hull).formats
 
     # Uniform first: a run that is cut should have its yardstick.
     for side, uniform in zip(("below", "above"), neighbours(units, budget, setting.job.config.symmetric), strict=True):

@@ -11,7 +11,7 @@ import pytest
 
 from hawqtool.allocation import exact
 from hawqtool.allocation.frontier import efficient_choices, frontier, solve
-from hawqtool.allocation.problem import AllocationProblem, build_problem
+from hawqtool.allocation.problem import AllocationProblem, Choice, build_problem
 from hawqtool.formats import QuantFormat
 from hawqtool.records import LinearSpec, Score, Unit
 
@@ -111,3 +111,20 @@ def test_speed_with_six_widths(count: int, seconds: float) -> None:
         plan = solve(problem, problem.budget_bytes(3.5), curve=frontier(problem))
         spent.append(time.perf_counter() - start)
     assert plan.bpw <= 3.5 and min(spent) < seconds
+
+
+def test_finer_units_may_cost_the_hull_and_never_exact() -> None:
+    """A small cheap step comes between two large ones, and what is left no longer holds the second large one."""
+    low, high = QuantFormat(2, 32), QuantFormat(3, 32)
+
+    def steps(**units: tuple[int, float]) -> AllocationProblem:
+        """Units that raise their width for so many bytes and so much less loss."""
+        return AllocationProblem(
+            {u: (Choice(low, 0, 100.0), Choice(high, cost, 100.0 - gain)) for u, (cost, gain) in units.items()}, 1
+        )
+
+    by_block = steps(experts0=(100, 8.0), experts1=(100, 4.0), other=(10, 0.5))
+    model_wide = steps(experts=(200, 12.0), other=(10, 0.5))
+    hull, wide = solve(by_block, 200), solve(model_wide, 200)
+    assert (hull.predicted_loss, wide.predicted_loss) == (300 - 8.5, 200 - 12.0)
+    assert exact.solve(by_block, 200).predicted_loss == 300 - 12.0
