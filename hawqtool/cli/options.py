@@ -188,7 +188,7 @@ Solver = Annotated[
     Optional[str],
     _option(
         "--solver",
-        help="hull (the frontier, fast at any size), exact (HiGHS, optimum to 1e-4), auto (exact up to 1,000 units, "
+        help="hull (the frontier, fast at any size), exact (HiGHS, optimum to 1e-4), auto (exact up to 500 units, "
         "or with --costs) [default: auto].",
         panel=METHOD,
     ),

@@ -17,8 +17,8 @@ from hawqtool.pipeline.artifacts import read_plan
 from hawqtool.pipeline.costs import second_cost
 from hawqtool.records import BitPlan, Score, Unit
 
-EXACT_UNITS = 1000
-"""Units up to which ``auto`` solves exactly: at most a second or so there, sometimes the whole time limit above."""
+EXACT_UNITS = 500
+"""Units up to which ``auto`` solves exactly: fractions of a second; from some 800 on it may take 20 s and more."""
 
 NARROW_MENU, WIDE_MENU = (4, 8), (2, 3, 4, 8)
 

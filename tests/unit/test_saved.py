@@ -42,7 +42,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for unit in units():
         base = 10 ** rng.uniform(-3, 0)
         scores[unit.name] = {QuantFormat(b, 32).label: Score(base * 4.0**-b, 0.0) for b in WIDTHS}
-    table = SensitivityTable({"kron": scores}, "gptq", "model", "0" * 64, {}, {})
+    table = SensitivityTable({"projection": scores}, "gptq", "model", "0" * 64, {}, {})
     path = tmp_path_factory.mktemp("saved") / "sensitivity.json"
     write_json(path, sensitivity_document(table, units(), 1000))
     return path
