@@ -34,6 +34,8 @@ class RunConfig(BaseModel):
     target_size: str | None = None
     target_kl: float | None = Field(None, gt=0, allow_inf_nan=False)
     plan: str | None = None
+    costs: str | None = None
+    max_cost: float | None = Field(None, ge=0, allow_inf_nan=False)
     bits: tuple[int, ...] | None = None
     group_size: int = 128
     symmetric: bool = True
@@ -50,7 +52,7 @@ class RunConfig(BaseModel):
     extra_metrics: tuple[str, ...] = ()
     probes: int = Field(4, ge=1)
     eigenvalues: int = Field(0, ge=0)
-    solver: Literal["hull", "exact"] = "hull"
+    solver: Literal["auto", "hull", "exact"] = "auto"
     rounding: Literal["rtn", "gptq", "foem"] = "gptq"
     foem_beta: float = Field(0.1, ge=0, le=1)
     damping: float | None = Field(None, gt=0, allow_inf_nan=False)
@@ -141,6 +143,12 @@ class RunConfig(BaseModel):
             raise ValueError(asymmetric_refusal(self.profile))
         if not self.symmetric and self.scale_sign == "both":
             raise ValueError("scale_sign both is for symmetric grids: zero points do its work; drop one of the two")
+        if (self.costs is None) != (self.max_cost is None):
+            raise ValueError("costs and max_cost are needed together, only one of them was found; add the other")
+        if self.costs is not None and self.solver == "hull":
+            raise ValueError("solver hull knows one budget only; costs and max_cost need solver exact or auto")
+        if self.costs is not None and self.plan is not None:
+            raise ValueError("a plan is carried out as it is; drop plan, or costs and max_cost")
         return self
 
     @property

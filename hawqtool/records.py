@@ -157,7 +157,9 @@ class BitPlan:
         predicted_loss: Sum of the chosen scores, nats per token.
         metric: Name of the scores.
         solver: What found the plan, with the reason where that was not what was asked for.
-        lower_bound: Loss below which no plan within the budget (and ``max_cost``) can fall, by linear relaxation.
+        lower_bound: Loss below which no plan within the budget (and ``max_cost``) can fall: by linear relaxation, or
+            as HiGHS proved.
+        seconds: Time that the solver took.
         cost: Sum of the chosen second costs, in their own unit.
         max_cost: Most of them that was allowed.
     """
@@ -172,6 +174,16 @@ class BitPlan:
     lower_bound: float | None = None
     cost: float | None = None
     max_cost: float | None = None
+    seconds: float | None = field(default=None, compare=False)
+
+    @property
+    def gap(self) -> float | None:
+        """Most by which the loss may exceed the optimum, relative to it; None where no bound is known."""
+        if self.predicted_loss is None or self.lower_bound is None:
+            return None
+        if self.predicted_loss == self.lower_bound:
+            return 0.0
+        return (self.predicted_loss - self.lower_bound) / abs(self.predicted_loss) if self.predicted_loss else None
 
     @property
     def symmetric(self) -> bool:

@@ -4,8 +4,9 @@
 
 scores: every metric on the scoring rows beside the measured divergence on held-out rows with one unit quantized and
 all else original, by unit and width: rank correlation with a bootstrap interval, and predicted over measured.
-plans: at each budget the plan of every metric, uniform plans, permuted and reversed scores and the first/last-blocks
-rule, each rounded on the calibration rows and judged on the held-out rows, paired with uniform plans of equal bytes.
+plans: at each budget the plan of every metric, exchanges at one, uniform plans, permuted and reversed scores and the
+first/last-blocks rule, each rounded on the calibration rows and judged on the held-out rows, paired with uniform plans
+of equal bytes.
 cost: seconds and peak memory of each metric, and as a multiple of a plain forward and backward pass over its rows.
 
 OUT/study.json is written after each step; a run that was cut goes on where it stopped, with the same settings.
@@ -64,6 +65,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--bits", type=_numbers(int), default=(2, 3, 4, 5, 6, 8))
     parser.add_argument("--budgets", type=_numbers(float), default=(2.75, 3.25, 3.75), help="stored bits per weight")
     parser.add_argument("--reference", choices=SCORE_METRICS, help="metric to permute and reverse (default: auto's)")
+    parser.add_argument("--exchanges", type=int, default=0, help="rounds of exchanges (default: 0)")
     parser.add_argument("--random-plans", type=int, default=5, help="permutations of the scores (default: 5)")
     parser.add_argument("--num-samples", type=int, default=64, help="calibration rows (default: 64)")
     parser.add_argument("--scoring-samples", type=int, default=64, help="scoring rows (default: 64)")
@@ -157,7 +159,8 @@ def carry_out(
         measure_truth(setting, findings, narrator)
         compare(findings, setting.job.config.seed)
     elif part == "plans":
-        study_plans(setting, options.budgets, reference, options.random_plans, findings, narrator)
+        rounds = options.exchanges
+        study_plans(setting, options.budgets, reference, options.random_plans, rounds, findings, narrator)
     elif PLAIN not in findings.data["cost"]:
         findings.data["cost"][PLAIN] = forward_backward(setting.job, setting.scoring)
         findings.save()

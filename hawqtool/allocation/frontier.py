@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import heapq
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -134,6 +135,7 @@ def solve(
     Raises:
         UsageError: If even the cheapest choices exceed the budget.
     """
+    start = time.monotonic()
     require_feasible(problem, budget_bytes)
     curve = curve or frontier(problem)
     place = dict.fromkeys(problem.choices, 0)
@@ -153,6 +155,7 @@ def solve(
         solver="hull",
         # The points are running sums, which may end an ulp above the plan's own.
         lower_bound=min(curve.lower_bound(budget_bytes), loss),
+        seconds=time.monotonic() - start,
     )
 
 

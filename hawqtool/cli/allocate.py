@@ -17,6 +17,8 @@ def allocate(
     output: Annotated[str, typer.Option("--output", "-o", help="File to write.")] = "plan.json",
     target_bpw: o.TargetBpw = None,
     target_size: o.TargetSize = None,
+    costs: o.Costs = None,
+    max_cost: o.MaxCost = None,
     bits: o.Bits = None,
     group_size: o.GroupSize = None,
     pin: o.Pin = None,
@@ -25,29 +27,62 @@ def allocate(
         str | None, typer.Option("--sensitivity", help="auto, fisher, kron, projection, hawq-ggn, hawq or kl.")
     ] = None,
     solver: o.Solver = None,
+    frontier: Annotated[
+        Path | None,
+        typer.Option("--frontier", metavar="FILE", help="Write every budget's prediction (.csv or .json), no plan."),
+    ] = None,
+    frontier_points: Annotated[
+        int | None,
+        typer.Option(
+            "--frontier-points", min=2, show_default=False, help="Points \\[default: all in CSV, 200 in JSON]."
+        ),
+    ] = None,
     json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
     """Choose the bits of every unit under a budget from a saved measurement; write plan.json.
 
     Example: hawqtool allocate sensitivity.json --target-bpw 3.5 --group-size 64 -o plan.json
+
+    Example: hawqtool allocate sensitivity.json --group-size 64 --frontier frontier.csv
     """
-    values: dict[str, Any] = {
-        k: v for k, v in locals().items() if k not in {"sensitivity_file", "output", "json", "debug"}
-    }
-    with session(debug=debug):
+    values: dict[str, Any] = {k: v for k, v in locals().items() if k not in _NOT_CONFIG}
+    with session(debug=debug) as terminal:
         decide_hub_access()
         from hawqtool.config import load_config
 
         settings = load_config(None, values | {"model": str(sensitivity_file)})
 
-        from hawqtool.pipeline.allocating import run_allocate
+        from hawqtool.errors import UsageError
+        from hawqtool.pipeline.allocating import run_allocate, run_frontier
 
-        document = run_allocate(settings, sensitivity_file, Path(output))
+        if frontier is None:
+            if frontier_points is not None:
+                raise UsageError("--frontier-points needs --frontier FILE; add it or drop the points")
+            document = run_allocate(settings, sensitivity_file, Path(output), terminal)
+        else:
+            document = run_frontier(settings, sensitivity_file, frontier, frontier_points)
         if json:
             print_json(document)
-            return
-        histogram = Counter(entry["bits"] for entry in document["layers"])
-        shares = ", ".join(f"{count} linears at {bits} bits" for bits, count in sorted(histogram.items()))
-        loss = document["predicted_loss"]
-        print(f"{document['bpw_linears']:.4f} stored bits per weight ({shares}), predicted KL {loss:.4f}: {output}")
+        elif frontier is None:
+            print(_plan_text(document, output))
+        else:
+            print(f"{len(document['points'])} points in {frontier}")
+
+
+_NOT_CONFIG = {"sensitivity_file", "output", "frontier", "frontier_points", "json", "debug"}
+
+
+def _plan_text(document: dict[str, Any], output: str) -> str:
+    """The plan in a line, and how it was found in another."""
+    histogram = Counter(entry["bits"] for entry in document["layers"])
+    shares = ", ".join(f"{count} linears at {bits} bits" for bits, count in sorted(histogram.items()))
+    found = f"{document['solver']}, {document['seconds']:.2f} s"
+    if document["gap"] is not None:
+        found += f", at most {100 * document['gap']:.2g} % above the optimum"
+    if document["max_cost"] is not None:
+        found += f"; second cost {document['cost']:g} of {document['max_cost']:g}"
+    return (
+        f"{document['bpw_linears']:.4f} stored bits per weight ({shares}), predicted KL "
+        f"{document['predicted_loss']:.4f}: {output}\nsolver {found}"
+    )

@@ -44,6 +44,18 @@ TargetKl = Annotated[
 Plan = Annotated[
     Optional[str], _option("--plan", help="A plan.json to carry out as it is.", panel=TARGET, metavar="FILE")
 ]
+Costs = Annotated[
+    Optional[str],
+    _option(
+        "--costs",
+        help="A second cost of every unit and format, such as microseconds: CSV or JSON; needs --max-cost.",
+        panel=TARGET,
+        metavar="FILE",
+    ),
+]
+MaxCost = Annotated[
+    Optional[float], _option("--max-cost", help="Most that the second costs may add up to.", panel=TARGET)
+]
 Bits = Annotated[
     Optional[str],
     _option(
@@ -176,7 +188,8 @@ Solver = Annotated[
     Optional[str],
     _option(
         "--solver",
-        help="hull (the frontier, fast at any size) or exact (HiGHS, proven optimum) [default: hull].",
+        help="hull (the frontier, fast at any size), exact (HiGHS, optimum to 1e-4), auto (exact up to 1,000 units, "
+        "or with --costs) [default: auto].",
         panel=METHOD,
     ),
 ]

@@ -21,6 +21,8 @@ def quantize(
     target_size: o.TargetSize = None,
     target_kl: o.TargetKl = None,
     plan: o.Plan = None,
+    costs: o.Costs = None,
+    max_cost: o.MaxCost = None,
     bits: o.Bits = None,
     group_size: o.GroupSize = None,
     symmetric: o.Symmetric = None,

@@ -17,22 +17,27 @@ PLAN_SCHEMA = "hawqtool.plan/1"
 REPORT_SCHEMA = "hawqtool.report/1"
 
 
-def check_writable(path: Path) -> None:
-    """Check before the work that a file can be created.
+def check_writable(path: Path, flag: str = "--output") -> None:
+    """Check before the work that the file of a flag can be created.
 
     Raises:
         UsageError: If its folder does not exist or it is a folder itself.
     """
     if path.is_dir():
-        raise UsageError(f"--output {path} is a folder, a file was expected; add a file name")
+        raise UsageError(f"{flag} {path} is a folder, a file was expected; add a file name")
     if not path.absolute().parent.is_dir():
         raise UsageError(f"the parent folder of {path} does not exist; create it first")
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
     """Write a document by atomic rename."""
+    write_text(path, json.dumps(document, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text in UTF-8 by atomic rename."""
     temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 
@@ -170,6 +175,10 @@ def plan_document(plan: BitPlan, units: tuple[Unit, ...], other_linears: tuple[s
         "metric": plan.metric,
         "solver": plan.solver,
         "lower_bound": plan.lower_bound,
+        "gap": plan.gap,
+        "seconds": plan.seconds,
+        "cost": plan.cost,
+        "max_cost": plan.max_cost,
         "layers": layers,
         "other_linears": list(other_linears),
     }

@@ -9,6 +9,7 @@ from typing import Any
 from hawqtool.allocation.uniform import UniformCandidate, neighbours
 from hawqtool.evaluation.divergence import interpolate_log, paired_difference
 from hawqtool.pipeline.candidates import Candidate, Workbench
+from hawqtool.pipeline.costs import meets_second_budget
 from hawqtool.pipeline.evaluating import as_record
 from hawqtool.pipeline.exchanging import exchanged
 from hawqtool.pipeline.job import Job
@@ -110,8 +111,10 @@ def worst_divergence(candidate: Candidate) -> float:
 
 
 def obeys(job: Job, plan: BitPlan) -> bool:
-    """Whether a plan respects the pins, and the widths, group size and profile that were asked for."""
+    """Whether a plan respects pins and second budget, and the widths, group size and profile that were asked for."""
     config = job.config
+    if not meets_second_budget(config, job.units, plan.formats):
+        return False
     if any(plan.formats[unit].bits != fmt.bits for unit, fmt in job.pins.items()):
         return False
     menu = job_menu(job, None)

@@ -51,11 +51,11 @@ class Allocator:
         """The plan of least predicted loss within a budget."""
         job, menu = self.job, job_menu(self.job, budget)
         if self.table is None:
-            fixed = single_choice_plan(job.units, menu, job.pins, budget)
+            fixed = single_choice_plan(job.units, menu, job.pins, budget, job.config)
             assert fixed is not None  # otherwise something was measured
             return fixed
         scores = self._scores(self.metric)
-        return allocate(job.units, menu, scores, job.pins, budget, self.metric, job.config.solver)
+        return allocate(job.units, menu, scores, job.pins, budget, self.metric, job.config)
 
     def curve(self) -> Frontier:
         """The whole frontier of predicted loss."""

@@ -7,6 +7,7 @@ from typing import Any
 from hawqtool.allocation.uniform import best_uniform
 from hawqtool.errors import UsageError
 from hawqtool.formats import QuantFormat
+from hawqtool.pipeline.costs import second_cost
 from hawqtool.pipeline.job import Job
 from hawqtool.pipeline.measuring import job_menu, unquantized_bytes
 from hawqtool.pipeline.planning import achievable, budget_bytes, given_plan, single_choice_plan
@@ -32,7 +33,8 @@ def describe(job: Job) -> dict[str, Any]:
         budget = budget_bytes(config, job.units, fixed)
         menu = job_menu(job, budget)
         _check_feasible(job, menu, budget, weights, fixed)
-        plan = single_choice_plan(job.units, menu, job.pins, budget)
+        second_cost(config, job.units, menu, job.pins)  # what it lacks must be known before the long part
+        plan = single_choice_plan(job.units, menu, job.pins, budget, config)
     lowest, highest = achievable(job.units, menu, job.pins)
     expected = plan.stored_bytes if plan else highest if budget is None else min(budget, highest)
     symmetric = plan.symmetric if plan else config.symmetric

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+
+from torch import Tensor
 
 from hawqtool.allocation.frontier import solve
 from hawqtool.allocation.problem import build_problem
 from hawqtool.formats import QuantFormat
+from hawqtool.model.sweep import ModelStream
 from hawqtool.pipeline.candidates import Candidate, Workbench
+from hawqtool.pipeline.job import Job
 from hawqtool.pipeline.measuring import job_menu
+from hawqtool.pipeline.progress import Reporter
 from hawqtool.records import BitPlan, Score
 from hawqtool.sensitivity.exchange import exchange_divergence
 
@@ -16,37 +22,66 @@ Menu = dict[str, tuple[QuantFormat, ...]]
 
 
 def exchanged(bench: Workbench, candidate: Candidate, budget: int) -> BitPlan:
-    """The plan of least predicted divergence among those that differ from a candidate by one width per unit.
-
-    Scores are measured differences (`hawqtool.sensitivity.exchange`) on the scoring rows; that several exchanges at
-    once add up is an assumption, which rounding and evaluating the new plan then tests.
-    """
+    """The plan that exchanges at a candidate give, measured on the scoring rows."""
     start = time.perf_counter()
     job, present = bench.job, candidate.plan.formats
-    menu = _neighbours(job_menu(job, budget), present, set(job.pins))
+    menu = neighbouring(job_menu(job, budget), present, set(job.pins))
+    rows = bench.sets["calibration"].tokens, bench.sets["scoring"].tokens
+    plan = exchange(job, job.packed_stream(candidate.folder), present, menu, *rows, budget, bench.reporter)
+    bench.timings["exchange"] = bench.timings.get("exchange", 0.0) + time.perf_counter() - start
+    return plan
+
+
+def exchange(
+    job: Job,
+    quantized: ModelStream,
+    present: Mapping[str, QuantFormat],
+    menu: Menu,
+    calibration: Tensor,
+    scoring: Tensor,
+    budget: int,
+    reporter: Reporter,
+) -> BitPlan:
+    """The plan of least predicted divergence that takes one format of a small menu per unit.
+
+    Scores are measured differences at the present plan (`hawqtool.sensitivity.exchange`). That several exchanges at
+    once add up is an assumption, which rounding and evaluating the new plan then tests.
+
+    Args:
+        job: The original model.
+        quantized: The model under the present plan.
+        present: Formats of that plan by unit.
+        menu: Formats to choose from, the present one among them (see `neighbouring`).
+        calibration: Rows behind the rounding.
+        scoring: Rows to measure on.
+        budget: Most stored bytes.
+        reporter: Progress.
+    """
     others = {unit: tuple(fmt for fmt in formats if fmt != present[unit]) for unit, formats in menu.items()}
     scores = exchange_divergence(
         job.stream(),
-        job.packed_stream(candidate.folder),
-        bench.sets["calibration"].tokens,
-        bench.sets["scoring"].tokens,
+        quantized,
+        calibration,
+        scoring,
         {unit: formats for unit, formats in others.items() if formats},
         job.method,
         job.stored_dtypes,
         job.rows_per_slice,
-        bench.reporter.progress,
+        reporter.progress,
     )
     for unit, fmt in present.items():
         scores.setdefault(unit, {})[fmt.label] = Score(0.0, 0.0)
-    bench.timings["exchange"] = bench.timings.get("exchange", 0.0) + time.perf_counter() - start
-    reachable = {
+    # What was not measured (an output head) keeps its format.
+    measured = {
         unit: tuple(fmt for fmt in formats if fmt.label in scores[unit]) or (present[unit],)
         for unit, formats in menu.items()
     }
-    return solve(build_problem(job.units, reachable, scores, job.pins), budget, "exchange")
+    return solve(build_problem(job.units, measured, scores, job.pins), budget, "exchange")
 
 
-def _neighbours(menu: Menu, present: dict[str, QuantFormat], pinned: set[str]) -> Menu:
+def neighbouring(
+    menu: Mapping[str, tuple[QuantFormat, ...]], present: Mapping[str, QuantFormat], pinned: set[str]
+) -> Menu:
     """The present format of each unit and its neighbours in the menu by width; pinned units keep theirs."""
     found: Menu = {}
     for unit, formats in menu.items():

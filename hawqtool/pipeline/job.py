@@ -88,13 +88,15 @@ class Job:
 
     @property
     def shortlist(self) -> int:
-        """Mixed plans to round and evaluate at a budget."""
+        """Mixed plans to round and evaluate at a budget; only the metric's own is sure to keep a second one."""
+        if self.config.max_cost is not None:
+            return 1
         return self.config.shortlist or _SHORTLIST[self.device.type]
 
     @property
     def exchanges(self) -> int:
-        """Rounds of measured exchanges at the best mixed plan; a quality target sizes plans without them."""
-        if self.config.target_kl is not None:
+        """Rounds of measured exchanges at the best mixed plan; they know neither quality targets nor second budgets."""
+        if self.config.target_kl is not None or self.config.max_cost is not None:
             return 0
         return _EXCHANGES[self.device.type] if self.config.exchanges is None else self.config.exchanges
 

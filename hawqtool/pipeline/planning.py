@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from hawqtool.allocation.frontier import solve
@@ -13,7 +14,11 @@ from hawqtool.config import ASYMMETRIC_PROFILES, RunConfig, asymmetric_refusal, 
 from hawqtool.errors import UsageError
 from hawqtool.formats import QuantFormat
 from hawqtool.pipeline.artifacts import read_plan
+from hawqtool.pipeline.costs import second_cost
 from hawqtool.records import BitPlan, Score, Unit
+
+EXACT_UNITS = 1000
+"""Units up to which ``auto`` solves exactly: at most a second or so there, sometimes the whole time limit above."""
 
 NARROW_MENU, WIDE_MENU = (4, 8), (2, 3, 4, 8)
 
@@ -79,34 +84,52 @@ def allocate(
     pins: Mapping[str, QuantFormat],
     budget: int,
     metric: str,
-    solver: str,
+    config: RunConfig,
 ) -> BitPlan:
-    """The plan of least predicted loss within the budget, by the ``hull`` or, proven, ``exact``.
+    """The plan of least predicted loss within the budget and the second one of ``config``, by its solver.
 
     Raises:
-        UsageError: If the budget cannot be met; states the achievable range.
-        NumericalError: If the exact solver did not finish in time, or failed.
+        InputError: If the file of costs is damaged.
+        UsageError: If the budgets cannot be met, stating the achievable range, or costs are missing.
+        NumericalError: If no plan that meets both budgets was found in time.
     """
     problem = build_problem(units, menu, scores, pins)
-    if solver == "hull":
+    second = second_cost(config, units, menu, pins)
+    large = second is None and len(problem.choices) > EXACT_UNITS
+    if config.solver == "hull" or (config.solver == "auto" and large):
         return solve(problem, budget, metric)
     from hawqtool.allocation.exact import solve as solve_exactly  # scipy takes long to import
 
-    return solve_exactly(problem, budget, metric)
+    return solve_exactly(problem, budget, metric, second=second)
+
+
+def plan_warnings(plan: BitPlan) -> list[str]:
+    """What the user should know of how a plan was found: that the exact solver was stopped."""
+    if not plan.solver or not plan.solver.startswith("exact ("):
+        return []
+    reason = plan.solver.removeprefix("exact (").removesuffix(")")
+    within = "no bound is known" if plan.gap is None else f"it is within {100 * plan.gap:.2g} % of the optimum"
+    return [f"the plan's optimality was not proven ({reason}); its predicted loss is the best found, {within}"]
 
 
 def single_choice_plan(
-    units: Sequence[Unit], menu: Mapping[str, tuple[QuantFormat, ...]], pins: Mapping[str, QuantFormat], budget: int
+    units: Sequence[Unit],
+    menu: Mapping[str, tuple[QuantFormat, ...]],
+    pins: Mapping[str, QuantFormat],
+    budget: int,
+    config: RunConfig,
 ) -> BitPlan | None:
     """The plan when no unit has a choice, so that nothing needs to be measured; None otherwise.
 
     Raises:
-        UsageError: If it exceeds the budget.
+        UsageError: If it exceeds a budget.
     """
     if any(len(menu[unit.name]) > 1 and unit.name not in pins for unit in units):
         return None
     fixed = {unit.name: pins.get(unit.name, menu[unit.name][0]) for unit in units}
-    return solve(build_problem(units, {}, {}, fixed), budget)
+    plan = solve(build_problem(units, {}, {}, fixed), budget)
+    second = second_cost(config, units, menu, fixed)
+    return plan if second is None else replace(plan, cost=second.total(fixed), max_cost=second.limit)
 
 
 def predicted_loss(

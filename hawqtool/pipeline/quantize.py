@@ -19,7 +19,7 @@ from hawqtool.pipeline.deciding import Allocator, prepare_allocation
 from hawqtool.pipeline.dryrun import describe
 from hawqtool.pipeline.job import Job, prepare
 from hawqtool.pipeline.measuring import job_menu, unquantized_bytes
-from hawqtool.pipeline.planning import budget_bytes, given_plan
+from hawqtool.pipeline.planning import budget_bytes, given_plan, plan_warnings
 from hawqtool.pipeline.progress import Reporter
 from hawqtool.pipeline.report_page import NEEDS_MATPLOTLIB, matplotlib_installed, write_page
 from hawqtool.pipeline.reporting import build_report, is_our_folder, write_card, write_reproduce
@@ -86,7 +86,10 @@ def _plans(bench: Workbench, allocator: Allocator | None) -> tuple[dict[str, Any
     if job.config.target_kl is not None:
         return find_smallest(bench, allocator, job.config.target_kl)
     budget = budget_bytes(job.config, job.units, unquantized_bytes(job, job_menu(job, None)))
-    return None, allocator.shortlist(budget)
+    plans = allocator.shortlist(budget)
+    for text in (text for plan in plans.values() for text in plan_warnings(plan)):
+        bench.reporter.warn(text)
+    return None, plans
 
 
 def _check_output(config: RunConfig) -> Path:

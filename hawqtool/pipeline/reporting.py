@@ -6,6 +6,7 @@ import hashlib
 import json
 import platform
 import resource
+import shutil
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -21,6 +22,7 @@ from hawqtool.export.engines import engines
 from hawqtool.formats import SHAPE_TENSOR_BYTES, parse_label
 from hawqtool.pipeline.artifacts import REPORT_SCHEMA, write_json
 from hawqtool.pipeline.job import Job
+from hawqtool.pipeline.planning import plan_warnings
 from hawqtool.pipeline.routing import routed_tokens, routing_warnings
 from hawqtool.records import BitPlan, Rows
 from hawqtool.report.card import model_card
@@ -60,8 +62,7 @@ def build_report(
             "bpw_file": 8 * total / _num_parameters(job),
         },
         "plan": layers,
-        "predicted_loss": plan.predicted_loss,
-        "metric": plan.metric,
+        **_prediction(plan),
         "engines": engines(
             job.layer_formats(plan.formats),
             {m.name: (m.out_features, m.in_features) for unit in job.units for m in unit.members},
@@ -86,7 +87,19 @@ def build_report(
         "timings": timings,
         "peak_memory_bytes": _peak_memory(job),
         "device": str(job.device),
-        "warnings": warnings(job, rounding, shipped, evaluation),
+        "warnings": plan_warnings(plan) + warnings(job, rounding, shipped, evaluation),
+    }
+
+
+def _prediction(plan: BitPlan) -> dict[str, Any]:
+    """What was predicted of a plan and how it was found; all null for plans from a file and uniform ones."""
+    return {
+        "predicted_loss": plan.predicted_loss,
+        "metric": plan.metric,
+        "solver": plan.solver,
+        "gap": plan.gap,
+        "cost": plan.cost,
+        "max_cost": plan.max_cost,
     }
 
 
@@ -140,6 +153,8 @@ def public_config(job: Job) -> dict[str, Any]:
     for key in ("output", "plan", "sensitivity"):
         if values[key]:
             values[key] = Path(values[key]).name
+    if values["costs"]:
+        values["costs"] = _costs_name(values["costs"])
     # What follows a source's name is its weight.
     weighted = zip(job.config.calibration, job.config.calibration_weights, strict=True)
     values["calibration"] = [public_name(name) + given.removeprefix(name) for given, name in weighted]
@@ -153,12 +168,19 @@ def public_config(job: Job) -> dict[str, Any]:
     return values | resolved | {"device": job.device.type}
 
 
+def _costs_name(path: str) -> str:
+    """Name of the copy in ``reproduce/``, which must not be that of another record."""
+    return "costs.csv" if path.lower().endswith(".csv") else "costs.json"
+
+
 def write_reproduce(job: Job, folder: Path, sensitivity: dict[str, Any] | None) -> None:
-    """Add config.yaml, sensitivity.json, package versions and file hashes to ``reproduce/``."""
+    """Add config.yaml, sensitivity.json, the file of costs, package versions and file hashes to ``reproduce/``."""
     target = folder / "reproduce"
     config = {k: v for k, v in public_config(job).items() if v is not None}
     config["group_size"] = config["group_size"] or "channel"
     (target / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    if job.config.costs is not None:
+        shutil.copyfile(job.config.costs, target / _costs_name(job.config.costs))
     if sensitivity is not None:
         write_json(target / "sensitivity.json", sensitivity)
     versions = {name: metadata.version(name) for name in _PACKAGES}

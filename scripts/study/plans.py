@@ -14,8 +14,10 @@ from hawqtool.allocation.baselines import edges_plan, permuted_scores, reversed_
 from hawqtool.allocation.problem import AllocationProblem, build_problem
 from hawqtool.allocation.uniform import neighbours
 from hawqtool.evaluation.divergence import evaluate_hidden, interpolate_log, standard_error
-from hawqtool.formats import QuantFormat
-from hawqtool.model.sweep import GroupStatistics, advance, read_weight, replace_weight, visit_groups
+from hawqtool.formats import QuantFormat, parse_label
+from hawqtool.model.reader import TensorReader
+from hawqtool.model.sweep import GroupStatistics, WeightSource, advance, read_weight, replace_weight, visit_groups
+from hawqtool.pipeline.exchanging import exchange, neighbouring
 from hawqtool.pipeline.job import Job
 from hawqtool.pipeline.planning import allocate, stored_bytes
 from hawqtool.pipeline.progress import Reporter
@@ -26,7 +28,7 @@ from hawqtool.rounding.layer import Task, round_group
 from study.scores import predicted_sums
 from study.setting import Findings, Scores, Setting, as_scores
 
-KINDS = ("metric", "uniform", "random", "reversed", "edges")
+KINDS = ("metric", "exchange", "uniform", "random", "reversed", "edges")
 Formats = dict[str, QuantFormat]
 
 
@@ -52,9 +54,10 @@ def candidates(
         seeds: Random plans.
     """
     units, menu, base = setting.job.units, setting.menu, scores[reference]
+    hull = setting.job.config.model_copy(update={"solver": "hull"})
 
     def solved(by_unit: Mapping[str, Any]) -> Formats:
-        return allocate(units, menu, by_unit, {}, budget, reference, "hull").formats
+        return allocate(units, menu, by_unit, {}, budget, reference, hull).formats
 
     # Uniform first: a run that is cut should have its yardstick.
     for side, uniform in zip(("below", "above"), neighbours(units, budget, setting.job.config.symmetric), strict=True):
@@ -88,8 +91,9 @@ class Judge:
         return lambda index: self.reporter.progress(phase, index + 1, count)
 
     def evaluate(self, candidate: Candidate) -> Evaluation:
-        """Quality of a plan: what evaluating its written folder would give."""
+        """Quality of a plan: what evaluating its written folder would give. Its weights stay until the next one."""
         job, rows = self.setting.job, self.setting.heldout
+        self.weights: dict[str, Tensor] = {}
         progress = self._progress(f"judging {candidate.name}")
         stream = job.stream()
         known, held = (stream.embed(r.tokens, job.rows_per_slice) for r in (self.setting.calibration, rows))
@@ -97,14 +101,38 @@ class Judge:
         with torch.no_grad():
             for spec in job.structure.blocks:
                 with stream.block(spec.index) as block:
-                    visit_groups(block, spec, known, _Rounder(job, formats, block, spec))
+                    visit_groups(block, spec, known, _Rounder(job, formats, block, spec, self.weights))
                     advance(block, spec, held)
                 progress(spec.index)
             if job.structure.head:
                 head = job.structure.head
                 statistics = stream.head_statistics(self.setting.calibration.tokens, known.hidden)
-                _Rounder(job, formats, stream.model, head)(head.input_groups[0], statistics)
+                _Rounder(job, formats, stream.model, head, self.weights)(head.input_groups[0], statistics)
             return evaluate_hidden(self.stream, stream, rows.tokens, self.original, torch.cat(held.hidden))
+
+    def exchange(self, candidate: Candidate, budget: int) -> Formats:
+        """The plan that exchanges at ``candidate`` give; its divergence is measured on the scoring rows."""
+        job = self.setting.job
+        self.evaluate(candidate)
+        quantized = job.stream(_Overlay(TensorReader(job.index), self.weights))
+        menu = neighbouring(self.setting.menu, candidate.formats, set())
+        rows = self.setting.calibration.tokens, self.setting.scoring.tokens
+        return exchange(job, quantized, candidate.formats, menu, *rows, budget, self.reporter).formats
+
+
+@dataclass(frozen=True)
+class _Overlay:
+    """A checkpoint in which some weights are others; names are those of linears."""
+
+    below: WeightSource
+    weights: Mapping[str, Tensor]
+
+    def tensor(self, name: str) -> Tensor:
+        found = self.weights.get(name.removesuffix(".weight"))
+        return self.below.tensor(name) if found is None else found
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.below
 
 
 @dataclass(frozen=True)
@@ -115,6 +143,7 @@ class _Rounder:
     formats: Mapping[str, QuantFormat]
     block: Any
     spec: BlockSpec
+    weights: dict[str, Tensor]
 
     def __call__(self, group: Sequence[LinearSpec], statistics: GroupStatistics) -> None:
         planned = [linear for linear in group if linear.name in self.formats]
@@ -126,21 +155,48 @@ class _Rounder:
             Task(m.name, read_weight(self.block, self.spec, m), self.formats[m.name], dtypes[m.name]) for m in planned
         ]
         for linear, rounded in zip(planned, round_group(tasks, factor, method), strict=True):
-            replace_weight(self.block, self.spec, linear, dequantize(*rounded))
+            weight = dequantize(*rounded)
+            replace_weight(self.block, self.spec, linear, weight)
+            self.weights[linear.name] = (weight.t() if linear.transposed else weight).cpu()
 
 
 def study_plans(
-    setting: Setting, budgets: Sequence[float], reference: str, seeds: int, findings: Findings, reporter: Reporter
+    setting: Setting,
+    budgets: Sequence[float],
+    reference: str,
+    seeds: int,
+    exchanges: int,
+    findings: Findings,
+    reporter: Reporter,
 ) -> None:
-    """Judge every plan of every budget that is not in the findings; plans that are equal are judged once."""
+    """Judge every plan of every budget that is not in the findings; plans that are equal are judged once.
+
+    Exchanges start from the plan of the reference metric; each round starts from what the one before gave.
+    """
     scores = {metric: as_scores(found) for metric, found in findings.data["scores"].items()}
     units = setting.job.units
     weights = sum(unit.num_weights for unit in units)
     judge: Judge | None = None
     for target in budgets:
         budget = AllocationProblem({}, weights).budget_bytes(target)
-        listed = []
-        for candidate in candidates(setting, scores, reference, budget, seeds):
+        listed = findings.data["plans"].get(str(target), [])
+        known = {entry["name"] for entry in listed}
+        wanted = list(candidates(setting, scores, reference, budget, seeds))
+        latest = next(candidate for candidate in wanted if candidate.name == reference)
+        for step in (*wanted, *range(1, exchanges + 1)):
+            if isinstance(step, int):
+                name = f"exchange {step}"
+                judge = judge or Judge(setting, reporter)
+                if name in known:
+                    labels = next(entry for entry in listed if entry["name"] == name)["evaluation"].split(",")
+                    formats = {u.name: parse_label(label) for u, label in zip(units, labels, strict=True)}
+                else:
+                    formats = judge.exchange(latest, budget)
+                candidate = latest = Candidate(name, "exchange", formats)
+            else:
+                candidate = step
+            if candidate.name in known:
+                continue
             labels = {unit: fmt.label for unit, fmt in candidate.formats.items()}
             key = ",".join(labels[unit.name] for unit in units)
             if key not in findings.data["evaluations"]:
@@ -149,18 +205,22 @@ def study_plans(
                 evaluation = judge.evaluate(candidate)
                 findings.data["measure"] = evaluation.measure
                 findings.data["evaluations"][key] = asdict(evaluation)
-            stored = stored_bytes(units, candidate.formats)
-            entry = {
-                "name": candidate.name,
-                "kind": candidate.kind,
-                "stored_bytes": stored,
-                "bpw": 8 * stored / weights,
-                "predicted": predicted_sums(scores, labels),
-                "evaluation": key,
-            }
-            listed.append(entry)
+            listed.append(_entry(candidate, scores, labels, stored_bytes(units, candidate.formats), weights, key))
             findings.data["plans"][str(target)] = list(listed)
             findings.save()
+
+
+def _entry(
+    candidate: Candidate, scores: Mapping[str, Scores], labels: Mapping[str, str], stored: int, weights: int, key: str
+) -> dict[str, Any]:
+    return {
+        "name": candidate.name,
+        "kind": candidate.kind,
+        "stored_bytes": stored,
+        "bpw": 8 * stored / weights,
+        "predicted": predicted_sums(scores, labels),
+        "evaluation": key,
+    }
 
 
 def plan_rows(findings: Mapping[str, Any]) -> list[dict[str, Any]]:

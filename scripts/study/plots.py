@@ -15,8 +15,8 @@ from study.setting import as_scores
 
 _DPI, _PANEL = 130, 2.6
 _WIDEST_METRICS = 6
-_COLOURS = dict(zip(KINDS, ("#2b83c4", "#1b1f24", "#9aa3ad", "#d55e00", "#e69f00"), strict=True))
-_MARKERS = dict(zip(KINDS, ("o", "s", ".", "v", "^"), strict=True))
+_COLOURS = dict(zip(KINDS, ("#2b83c4", "#7b3fb3", "#1b1f24", "#9aa3ad", "#d55e00", "#e69f00"), strict=True))
+_MARKERS = dict(zip(KINDS, ("o", "D", "s", ".", "v", "^"), strict=True))
 
 Findings = Mapping[str, Any]
 

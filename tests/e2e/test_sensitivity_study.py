@@ -51,7 +51,7 @@ def test_a_study_writes_its_findings_and_goes_on_where_it_was_cut(
     study: Any, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = place / "out"
-    assert study.main(arguments(place, "--budgets", "4")) == 0
+    assert study.main(arguments(place, "--budgets", "4", "--exchanges", "1")) == 0
     first = json.loads((out / "study.json").read_text())
     assert set(first["scores"]) == METRICS and set(first["agreement"]) == METRICS
     assert set(first["cost"]) == {"sweeps", "kl", "forward + backward"}
@@ -60,7 +60,7 @@ def test_a_study_writes_its_findings_and_goes_on_where_it_was_cut(
         low, high = found["2"]["interval"]
         assert -1 <= low <= found["2"]["spearman"] <= high <= 1
     rows = list(csv.DictReader((out / "plans.csv").open()))
-    assert {row["kind"] for row in rows} == {"metric", "uniform", "random", "reversed", "edges"}
+    assert {row["kind"] for row in rows} == {"metric", "exchange", "uniform", "random", "reversed", "edges"}
     assert {row["name"] for row in rows} >= METRICS
     assert len(list(csv.DictReader((out / "scores.csv").open()))) == 3 * len(first["truth"])
     assert {path.name for path in out.glob("*.png")} == {"scatter.png", "spearman.png", "plans.png"}
@@ -72,7 +72,7 @@ def test_a_study_writes_its_findings_and_goes_on_where_it_was_cut(
     monkeypatch.setattr("study.scores.single_unit_scores", refuse)
     monkeypatch.setattr("study.scores.measure", refuse)
     (out / "study.json").write_text(json.dumps(first | {"plans": {}}))
-    assert study.main(arguments(place, "--budgets", "4,5", "--parts", "scores,plans")) == 0
+    assert study.main(arguments(place, "--budgets", "4,5", "--parts", "scores,plans", "--exchanges", "1")) == 0
     second = json.loads((out / "study.json").read_text())
     assert second["plans"]["4.0"] == first["plans"]["4.0"] and "5.0" in second["plans"]
     capsys.readouterr()

@@ -136,6 +136,24 @@ def test_sampled_labels_give_unbiased_scores(small: nn.Module, row: Tensor, laye
         assert abs(score.value - exact[metric]) < 3.5 * score.stderr
 
 
+def test_standard_errors_cover_the_truth(small: nn.Module, row: Tensor) -> None:
+    """Over 200 draws of 32 probes: 68 and 95 % within one and two standard errors, with a binomial margin."""
+    draws, count, layer = 200, 32, LAYERS[1]
+    error = random_error(small, layer, 0.3)
+    exact = exact_scores(enumerated(small, layer, row), error)
+    probes = sampled(small, layer, row, draws * count)
+    inputs, gradients = probes.inputs.split(count), probes.gradients.split(count)
+    found = [
+        to_scores(score_rows(layer_rows(x, g), {"e": error.float()})) for x, g in zip(inputs, gradients, strict=True)
+    ]
+    for metric in METRICS:
+        scores = [scores[metric]["e"] for scores in found]
+        deviations = torch.tensor([abs(score.value - exact[metric]) / score.stderr for score in scores])
+        for share, quantile in ((0.683, 1.0), (0.954, 2.0)):
+            margin = 3 * (share * (1 - share) / draws) ** 0.5
+            assert float((deviations < quantile).double().mean()) == pytest.approx(share, abs=margin), metric
+
+
 @pytest.mark.parametrize("layer", LAYERS)
 def test_the_full_fisher_predicts_kl(small: nn.Module, row: Tensor, layer: str) -> None:
     probes, error = enumerated(small, layer, row), random_error(small, layer, 0.01)
