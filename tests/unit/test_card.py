@@ -248,6 +248,7 @@ def test_a_card_names_the_short_list_and_the_gates() -> None:
     report["evaluation"]["mixed"]["chosen_by"] = "exchange 1"
     report["gates"] = [{"gate": "target_kl", "bound": 0.3, "value": 0.4, "passed": False}]
     body = split(model_card(report, None))[1]
+    assert "chosen per layer under a budget of stored bytes; of" in body
     assert (
         "of the plans `kron`, `first and last blocks` and 2 that exchanges of widths gave, `exchange 1` diverged least"
         in body
