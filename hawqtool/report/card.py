@@ -113,14 +113,13 @@ def _choice(report: dict[str, Any]) -> str:
     evaluation, tried = report["evaluation"], list(report["evaluation"]["tried"])
     if tried == ["uniform menu"]:
         return "every layer had one format to take, so no sensitivity was measured"
-    how = "chosen per layer under a budget of stored bytes"
+    best = evaluation["mixed"]["chosen_by"]
+    by = f" by the sensitivity metric {code(best)}" if best == tried[0] else ""
+    how = f"chosen per layer{by} under a budget of stored bytes"
     if report["search"] is not None:
         how = _searched(report["search"], tried[0])
-    elif len(tried) == 1:
-        how = f"chosen per layer by the sensitivity metric {code(tried[0])} under a budget of stored bytes"
-    else:
-        how += f": of {_enumerated(tried)}, {code(evaluation['mixed']['chosen_by'])} diverged least on the "
-        how += "selection rows"
+    elif len(tried) > 1:
+        how += f"; of {_enumerated(tried)}, {code(best)} diverged least on the selection rows"
     if report["shipped"] == "mixed" or same_plan(evaluation["mixed"], evaluation["uniform"]):
         return how
     if report["search"] is not None:

@@ -29,9 +29,9 @@ SECTIONS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
         (
             (
                 "frontier",
-                "Predicted: the sum of the units' scores. Every point of the line is the best plan of its size by "
-                "them; square marks are uniform plans whose formats were measured, numbers are those of the plans "
-                "that were tried.",
+                "Predicted: the sum of the units' scores. The line has the least that any plan of a size reaches; "
+                "square marks are uniform plans whose formats were measured, numbers are those of the plans that were "
+                "tried.",
             ),
             (
                 "measured",

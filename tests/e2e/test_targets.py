@@ -66,6 +66,10 @@ def test_the_short_list_is_tried_and_its_best_plan_reported(run: Run) -> None:
     best = min(tried, key=lambda name: tried[name]["selection"]["kl"])
     assert evaluation["mixed"]["chosen_by"] == best
     assert evaluation["mixed"]["kl"] == tried[best]["kl"]
+    own = next(iter(tried))
+    assert tried[own]["predicted"][own] == pytest.approx(tried[own]["predicted_loss"])
+    for values in (*tried.values(), evaluation["uniform"]):
+        assert own in values["predicted"] and values["selection"]["num_tokens"] > 0
     for values in tried.values():
         assert set(values["minus_uniform"]) == {"selection", "report"}
         assert values["bpw_linears"] <= MIXED_TARGET

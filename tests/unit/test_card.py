@@ -32,7 +32,7 @@ HOSTILE = "<script>alert(1)</script> [x](javascript:1) ![i](https://e.vil/p.png)
 
 def quality(kl: float, *formats: str) -> dict[str, Any]:
     values = {"kl": kl, "kl_stderr": 0.01, "perplexity": 20 + kl, "same_top": 0.7, "num_tokens": 6144}
-    return values | ({"formats": list(formats)} if formats else {})
+    return values | ({"formats": list(formats), "stored_bytes": 100 + len(formats)} if formats else {})
 
 
 def a_report(**changes: Any) -> dict[str, Any]:
@@ -59,10 +59,13 @@ def a_report(**changes: Any) -> dict[str, Any]:
             "measure": "kl",
             "original": quality(0.0),
             "uniform": quality(0.46, "w3g32"),
-            "mixed": quality(0.40, "w3g64", "w4ch"),
+            "mixed": quality(0.40, "w3g64", "w4ch") | {"chosen_by": "kron"},
+            "tried": {"kron": quality(0.40, "w3g64", "w4ch")},
             "mixed_minus_uniform": {"kl": -0.0561, "kl_stderr": 0.0083},
         },
         "shipped": "mixed",
+        "search": None,
+        "gates": [],
         "device": "cpu",
         "warnings": ["damping had to be raised for 2 layers, first model.layers.0.q_proj"],
     }
@@ -235,13 +238,38 @@ def test_a_card_for_uniform_that_won() -> None:
     _, body = split(model_card(a_report(shipped="uniform", metric=None), None))
     assert "| uniform (w3g32), shipped |" in body
     assert "| mixed (w3g64, w4ch) |" in body
-    assert "the mixed one was no better on the selection rows" in body
+    assert "the mixed one was no better by more than two standard errors on the selection rows" in body
+
+
+def test_a_card_names_the_short_list_and_the_gates() -> None:
+    report = a_report()
+    plans = ("kron", "first and last blocks", "exchange 1", "exchange 2")
+    report["evaluation"]["tried"] = dict.fromkeys(plans, report["evaluation"]["mixed"])
+    report["evaluation"]["mixed"]["chosen_by"] = "exchange 1"
+    report["gates"] = [{"gate": "target_kl", "bound": 0.3, "value": 0.4, "passed": False}]
+    body = split(model_card(report, None))[1]
+    assert "chosen per layer under a budget of stored bytes; of" in body
+    assert (
+        "of the plans `kron`, `first and last blocks` and 2 that exchanges of widths gave, `exchange 1` diverged least"
+        in body
+    )
+    assert "0.4 at a bound of 0.3, **failed**" in body
+
+
+def test_a_card_tells_of_a_search() -> None:
+    attempts = [{"stored_bytes": 1, "bpw_linears": 3.0, "divergence": {"selection": 0.2, "report": 0.2}}] * 3
+    search = {"bound": 0.25, "met": True, "attempts": attempts, "largest_that_misses": None}
+    body = split(model_card(a_report(search=search), None))[1]
+    assert "of 3 plans that were rounded and measured, the smallest with a divergence of at most 0.25" in body
+    body = split(model_card(a_report(search=search | {"met": False}), None))[1]
+    assert "the best one, as none has a divergence of at most 0.25" in body
 
 
 @pytest.mark.parametrize("shipped", ["uniform", "mixed"])
 def test_a_card_for_one_choice_shows_one_row(shipped: str) -> None:
     same = quality(0.46, "w4g64")
-    evaluation = a_report()["evaluation"] | {"uniform": same, "mixed": same, "mixed_minus_uniform": {"kl": 0.0}}
+    evaluation = a_report()["evaluation"] | {"uniform": same, "mixed": same | {"chosen_by": "uniform menu"}}
+    evaluation |= {"mixed_minus_uniform": {"kl": 0.0}, "tried": {"uniform menu": same}}
     _, body = split(model_card(a_report(shipped=shipped, metric=None, evaluation=evaluation), None))
     assert f"| {shipped} (w4g64), shipped |" in body
     assert body.count("(w4g64)") == 1

@@ -17,6 +17,8 @@ from hawqtool.pipeline import report_page
 from hawqtool.pipeline.artifacts import SENSITIVITY_SCHEMA
 from hawqtool.pipeline.figure_data import figure_data
 from hawqtool.pipeline.report_page import run_report
+from hawqtool.records import Score
+from hawqtool.report.quality import shown_metric
 
 HOSTILE = (
     "</svg></title><script>alert(1)</script><img src=x onerror=alert(2)> & \"'$\\frac{$ --> ]]> {{x}} \u202e\u4e2d"
@@ -33,7 +35,35 @@ def quality(measure: str, value: float, stored: int | None = None, *formats: str
     if stored is not None:
         bpw = 8 * stored / (WEIGHTS * BLOCKS * len(LEAVES))
         values |= {"formats": list(formats), "stored_bytes": stored, "bpw_linears": bpw, "total_bytes": stored + 100}
+        values |= {"selection": quality(measure, value + 0.05), "predicted": {}}
     return values
+
+
+def tried(measure: str, value: float, stored: int, predicted: float, *formats: str) -> dict[str, Any]:
+    differences = {role: {measure: value - 0.6, f"{measure}_stderr": 0.02} for role in ("selection", "report")}
+    record = quality(measure, value, stored, *formats)
+    return record | {"minus_uniform": differences, "predicted": {"kron": predicted}, "predicted_loss": predicted}
+
+
+def uniform(bits: int, value: float, measure: str = "kl") -> dict[str, Any]:
+    record = quality(measure, value, 6 * stored_bytes(bits), f"w{bits}g64")
+    return record | {"predicted": {"kron": 6 * 0.5 / bits**3}}
+
+
+def a_search() -> dict[str, Any]:
+    """Report values of a run with a bound of 0.35 that 4 bits meet."""
+    found = ((3, 0.6, 0.5), (4, 0.3, 0.2), (8, 0.1, 0.1))
+    attempts = [
+        {
+            "stored_bytes": 6 * stored_bytes(bits),
+            "bpw_linears": bits + 0.25,
+            "divergence": {"selection": selection, "report": report},
+        }
+        for bits, selection, report in found
+    ]
+    search = {"bound": 0.35, "met": True, "attempts": attempts[::-1], "largest_that_misses": attempts[0]}
+    gate = {"gate": "target_kl", "bound": 0.35, "value": 0.3, "passed": True}
+    return {"search": search, "gates": [gate]}
 
 
 def stored_bytes(bits: int) -> int:
@@ -61,15 +91,21 @@ def a_report(measure: str = "kl", prefix: str = "model.layers", **changes: Any) 
         ],
         "predicted_loss": 0.5,
         "metric": "kron",
+        "search": None,
+        "gates": [],
         "engines": [{"engine": "vLLM", "minimum_version": "1", "loads": True, "reason": "by its source"}],
         "layers": {n: errors | {"format": f"w{b}g64"} for n, b in zip(names, bits, strict=True)},
         "rows": {"calibration": rows, "report": rows, "overlap": 0, "report_in_domain": True},
         "evaluation": {
             "measure": measure,
             "original": quality(measure, 0.0),
-            "mixed": quality(measure, 0.4, mixed, "w3g64", "w4g64"),
-            "uniform": quality(measure, 0.6, 6 * stored_bytes(3), "w3g64"),
-            "neighbours": {"above": quality(measure, 0.3, 6 * stored_bytes(4), "w4g64")},
+            "tried": {
+                "kron": tried(measure, 0.4, mixed, 0.5, "w3g64", "w4g64"),
+                "exchange 1": tried(measure, 0.45, mixed, 0.55, "w3g64", "w4g64"),
+            },
+            "mixed": tried(measure, 0.4, mixed, 0.5, "w3g64", "w4g64") | {"chosen_by": "kron"},
+            "uniform": uniform(3, 0.6, measure),
+            "neighbours": {"below": uniform(3, 0.6, measure), "above": uniform(4, 0.3, measure)},
             "uniform_interpolated": {measure: 0.45, "stored_bytes": mixed},
             "mixed_minus_uniform": {measure: -0.2, f"{measure}_stderr": 0.02},
         },
@@ -177,6 +213,8 @@ def test_hostile_names_are_shown_and_never_interpreted(tmp_path: Path) -> None:
     report["rows"]["report"] = report["rows"]["report"] | {"source": HOSTILE, "fingerprint": HOSTILE}
     report["engines"][0] = {"engine": HOSTILE, "minimum_version": HOSTILE, "loads": False, "reason": HOSTILE}
     report["evaluation"]["mixed"]["formats"] = [HOSTILE]
+    report["evaluation"]["uniform"]["formats"] = [HOSTILE]
+    report["evaluation"]["tried"][HOSTILE] = report["evaluation"]["tried"]["kron"]
     next(iter(report["layers"].values()))["fallback"] = HOSTILE
     text = page_of(written(tmp_path / "out", report))
     elements = _Elements(text)
@@ -205,9 +243,11 @@ def test_pngs_are_written_beside_the_page(tmp_path: Path) -> None:
 
 
 def test_without_scores_the_page_says_what_is_left_out(tmp_path: Path) -> None:
-    uniform = quality("kl", 0.6, 6 * stored_bytes(4), "w4g64")
+    alone = uniform(4, 0.6) | {"predicted": {}}
     report = a_report(shipped="uniform", metric=None, predicted_loss=None)
-    report["evaluation"] |= {"mixed": uniform, "uniform": uniform, "neighbours": {}, "uniform_interpolated": None}
+    tried = {"uniform menu": alone | {"minus_uniform": {}, "predicted_loss": None}}
+    report["evaluation"] |= {"mixed": alone | {"chosen_by": "uniform menu"}, "uniform": alone, "tried": tried}
+    report["evaluation"] |= {"neighbours": {}, "uniform_interpolated": None}
     text = page_of(written(tmp_path / "out", report, scores=False))
     assert len(figures_in(text)) == 4
     assert "Left out (frontier): reproduce/ has no sensitivity.json" in text
@@ -218,8 +258,9 @@ def test_without_scores_the_page_says_what_is_left_out(tmp_path: Path) -> None:
 def test_uniform_shipped_instead_of_mixed() -> None:
     report = a_report(shipped="uniform", metric=None, predicted_loss=None)
     figures, _ = figure_data(report, None)
-    assert figures["measured"]["shipped"] == "uniform w3g64"
-    assert [p["kind"] for p in figures["measured"]["points"]] == ["mixed", "uniform", "uniform", "interpolated"]
+    points = figures["measured"]["points"]
+    assert [p["label"] for p in points if p["shipped"]] == ["uniform w3g64"]
+    assert [p["kind"] for p in points] == ["mixed", "mixed", "uniform", "uniform", "interpolated"]
 
 
 def test_predictions_are_those_of_the_scores(tmp_path: Path) -> None:
@@ -229,7 +270,9 @@ def test_predictions_are_those_of_the_scores(tmp_path: Path) -> None:
     figures, missing = figure_data(report, measured)
     assert not missing
     predicted = {p["label"]: p["predicted"] for p in figures["predicted"]["points"]}
-    assert predicted == pytest.approx({"mixed": 0.5, "uniform w3g64": 6 * 0.5 / 27, "uniform w4g64": 6 * 0.5 / 64})
+    uniform_sums = {"uniform w3g64": 6 * 0.5 / 27, "uniform w4g64": 6 * 0.5 / 64}
+    assert predicted == pytest.approx({"1 kron": 0.5, "2 exchange 1": 0.55} | uniform_sums)
+    assert [plan["mark"] for plan in figures["frontier"]["plans"]] == ["1", "2", "w3g64", "w4g64"]
     hull = figures["frontier"]["hull"]
     assert hull[0] == pytest.approx((2.25, 6 * 0.5 / 8)) and hull[-1] == pytest.approx((8.25, 6 * 0.5 / 512))
     assert figures["sensitivity"]["values"] == [0.5 / 8] * 6
@@ -240,6 +283,99 @@ def test_an_embedding_model_is_judged_by_its_own_measure(tmp_path: Path) -> None
     text = page_of(written(tmp_path / "out", a_report("embedding_error")))
     assert "relative error to the original" in text and "cosine" in text
     assert "KL" not in text and "perplexity" not in text
+
+
+def test_every_plan_that_was_tried_is_in_the_table(tmp_path: Path) -> None:
+    text = page_of(written(tmp_path / "out", a_report()))
+    table = text[text.index("Plans that were tried") : text.index("Size against loss")]
+    assert "<td>1</td><td" in table and "kron (shipped)" in table and "exchange 1" in table
+    assert "predicted (kron)" in table and "0.5500" in table
+    # Selection rows, report rows, and the paired difference on each.
+    assert "0.5000 ± 0.0100" in table and "0.4500 ± 0.0100" in table and table.count("-0.1500 ± 0.0200") == 2
+    assert table.count("uniform w3g64") == 1 and table.count("uniform w4g64") == 1
+
+
+def test_a_plan_of_exchanges_is_shown_with_the_scores_of_the_run() -> None:
+    report = a_report(metric="exchange")
+    report["evaluation"]["mixed"]["chosen_by"] = "exchange 1"
+    figures, _ = figure_data(report, None)
+    assert [p["label"] for p in figures["measured"]["points"] if p["shipped"]] == ["2 exchange 1"]
+    assert shown_metric(report) == "kron"
+
+
+def test_a_search_has_its_figure_and_table(tmp_path: Path) -> None:
+    text = page_of(written(tmp_path / "out", a_report(**a_search())))
+    assert len(figures_in(text)) == 9
+    section = text[text.index("Search for the smallest plan") : text.index("Bits by layer")]
+    rows = re.findall(r"<tr[^>]*><td.*", section)
+    assert ["meets it" in row for row in rows] == [False, True, True]
+    assert rows[1].startswith('<tr class="chosen">') and "0.3000" in rows[1]
+    assert "Search for" not in page_of(written(tmp_path / "other", a_report()))
+
+
+def test_attempts_of_a_search_stand_in_predicted_against_measured(tmp_path: Path) -> None:
+    report = a_report(**a_search())
+    folder = written(tmp_path / "out", report)
+    figures, _ = figure_data(report, report_page.read_sensitivity(folder / "reproduce/sensitivity.json")[:2])
+    assert figures["search"]["bpw"] == [3.25, 4.25, 8.25]
+    assert figures["search"]["series"] == {"selection": [0.6, 0.3, 0.1], "report": [0.5, 0.2, 0.1]}
+    searched = [p for p in figures["predicted"]["points"] if p["kind"] == "searched"]
+    # The others are the uniform plans, which are points already.
+    assert [p["value"] for p in searched] == [0.1]
+    assert searched[0]["predicted"] == pytest.approx(6 * 0.5 / 512)
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_gates_pass_or_fail(tmp_path: Path, passed: bool) -> None:
+    gate = {"gate": "target_kl", "bound": 0.35, "value": 0.3 if passed else 0.4, "passed": passed}
+    text = page_of(written(tmp_path / "out", a_report(gates=[gate])))
+    assert "Gates" in text and ("FAILED" in text) == (not passed) and ("1 of 1 failed" in text) == (not passed)
+
+
+def test_negative_scores_are_shown(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from hawqtool.report.figures import bars, frontier, predicted_measured
+
+    report = a_report()
+    folder = written(tmp_path / "out", report)
+    table, units, *_ = report_page.read_sensitivity(folder / "reproduce/sensitivity.json")
+    first = units[0].name
+    table.scores["kron"][first] = {fmt: Score(-9.0, 1.0) for fmt in table.scores["kron"][first]}
+    report["evaluation"]["tried"]["exchange 1"]["predicted"]["kron"] = -8.5
+    figures, missing = figure_data(report, (table, units))
+    assert not missing
+    assert figures["sensitivity"]["values"][-1] == -9.0
+    assert "1 of all have a negative score" in figures["sensitivity"]["title"]
+    axes = bars(figures["sensitivity"]).axes[0]
+    assert axes.get_xscale() == "linear" and axes.get_xlim()[0] < -10.0
+    for figure in (frontier(figures["frontier"]), predicted_measured(figures["predicted"])):
+        axes = figure.axes[0]
+        assert axes.get_yscale() == "symlog"
+        axes.figure.draw_without_rendering()
+        low, high = axes.get_ylim()
+        drawn = [y for line in axes.lines for y in line.get_ydata() if math.isfinite(y)]
+        assert low <= min(drawn) < 0 or axes.get_xlim()[0] < 0
+        assert max(drawn) <= high
+
+
+def test_labels_of_crowded_points_do_not_overlap() -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+    from hawqtool.report.drawing import label_apart
+
+    figure = Figure()
+    axes = figure.subplots()
+    places = [(0.5 + 0.005 * i, 0.5, str(i)) for i in range(8)]
+    axes.plot([x for x, _, _ in places], [y for _, y, _ in places], "o")
+    axes.set_xlim(0, 1)
+    label_apart(figure, axes, places)
+    figure.draw_without_rendering()
+    boxes = [Text.get_window_extent(text) for text in axes.texts]  # without the lines to the points
+    assert [text.get_text() for text in axes.texts] == [text for _, _, text in places]
+    for number, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:number])
 
 
 def test_stacks_and_experts_have_places() -> None:
@@ -257,7 +393,8 @@ def test_stacks_and_experts_have_places() -> None:
 
 def test_values_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
     report = a_report()
-    report["evaluation"]["mixed"] |= {"kl": math.inf, "kl_stderr": math.nan}
+    for record in (report["evaluation"]["mixed"], report["evaluation"]["tried"]["kron"]):
+        record |= {"kl": math.inf, "kl_stderr": math.nan}
     report["evaluation"]["mixed_minus_uniform"] = {"kl": math.nan, "kl_stderr": math.nan}
     report["layers"][report["plan"][0]["name"]]["output_error"] = math.nan
     assert "no difference beyond two standard errors" in page_of(written(tmp_path / "out", report))
