@@ -18,13 +18,24 @@ from hawqtool.pipeline.progress import Reporter
 from hawqtool.records import Rows
 
 ROLES = ("calibration", "scoring", "selection", "report")
-_SMALLEST_SET, _FEWEST_REPORT_ROWS = 8, 2
+_SMALLEST_SET, _SCORING_SET, _SCORING_TOKENS, _FEWEST_REPORT_ROWS = 8, 16, 8192, 2
 
 
-def row_counts(num_samples: int, eval_samples: int, separate_report: bool) -> dict[str, int]:
-    """Rows of each set taken from the calibration sources: rounding, scoring, selecting a plan, reporting."""
+def row_counts(num_samples: int, eval_samples: int, separate_report: bool, length: int | None) -> dict[str, int]:
+    """Rows of each set taken from the calibration sources: rounding, scoring, selecting a plan, reporting.
+
+    Short rows are scored on twice as many: a score's noise falls with the rows, whatever their length.
+
+    Args:
+        num_samples: Calibration rows.
+        eval_samples: Rows to report on.
+        separate_report: Whether those come from a source of their own.
+        length: Tokens of a row; None for images.
+    """
     side = max(_SMALLEST_SET, num_samples // 16)
-    counts = {"calibration": num_samples, "scoring": side, "selection": side}
+    short = length is None or length * _SCORING_SET < _SCORING_TOKENS
+    scoring = max(side, _SCORING_SET) if short else side
+    counts = {"calibration": num_samples, "scoring": scoring, "selection": side}
     return counts if separate_report else counts | {"report": eval_samples}
 
 
@@ -37,7 +48,9 @@ def gather_rows(job: Job, reporter: Reporter) -> dict[str, Rows]:
     """
     config = job.config
     check_calibration(job)
-    counts = row_counts(job.num_samples, config.eval_samples, config.eval_data is not None)
+    counts = row_counts(
+        job.num_samples, config.eval_samples, config.eval_data is not None, None if job.takes_images else job.seq_len
+    )
     names, weights = zip(*config.calibration_weights.items(), strict=True)
     shares = dict(zip(names, quotas(counts, weights), strict=True))
     # Text first: what is wrong with it shows before minutes go into sampling.

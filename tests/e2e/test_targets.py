@@ -81,10 +81,11 @@ def test_the_short_list_of_one_is_the_metric_alone(run: Run) -> None:
 
 
 def test_exchanges_add_plans_within_the_budget(run: Run) -> None:
-    _, report = run(bits="2,3,4,8", target_bpw=3.6, sensitivity="kron", shortlist=1, exchanges=2)
+    _, report = run(bits="2,3,4,8", target_bpw=4.0, sensitivity="hawq-ggn", shortlist=1, exchanges=2)
     tried = report["evaluation"]["tried"]
-    assert list(tried)[:2] == ["kron", "exchange 1"]
-    assert all(values["bpw_linears"] <= 3.6 for values in tried.values())
+    assert list(tried)[:2] == ["hawq-ggn", "exchange 1"]
+    assert tried["exchange 1"]["selection"]["kl"] < tried["hawq-ggn"]["selection"]["kl"]
+    assert all(values["bpw_linears"] <= 4.0 for values in tried.values())
     assert report["timings"]["exchange"] > 0
     best = min(tried, key=lambda name: tried[name]["selection"]["kl"])
     assert report["evaluation"]["mixed"]["chosen_by"] == best
