@@ -56,7 +56,7 @@ def test_rows_are_disjoint_and_fingerprinted(mixed: tuple[Path, Report]) -> None
     assert rows["overlap"] == 0
     assert {name: rows[name]["count"] for name in ("calibration", "scoring", "selection", "report")} == {
         "calibration": 16,
-        "scoring": 8,
+        "scoring": 16,
         "selection": 8,
         "report": 8,
     }
