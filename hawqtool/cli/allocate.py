@@ -35,7 +35,7 @@ def allocate(
     values: dict[str, Any] = {
         k: v for k, v in locals().items() if k not in {"sensitivity_file", "output", "json", "debug"}
     }
-    with session(debug=debug):
+    with session(debug=debug) as terminal:
         decide_hub_access()
         from hawqtool.config import load_config
 
@@ -43,7 +43,7 @@ def allocate(
 
         from hawqtool.pipeline.allocating import run_allocate
 
-        document = run_allocate(settings, sensitivity_file, Path(output))
+        document = run_allocate(settings, sensitivity_file, Path(output), terminal)
         if json:
             print_json(document)
             return

@@ -9,10 +9,13 @@ from hawqtool.allocation.problem import resolve_ignored, resolve_pins
 from hawqtool.allocation.uniform import uniform_formats
 from hawqtool.config import RunConfig
 from hawqtool.pipeline.artifacts import check_writable, metric_scores, plan_document, read_sensitivity, write_json
-from hawqtool.pipeline.planning import allocate, budget_bytes, format_menu, widths
+from hawqtool.pipeline.planning import allocate, budget_bytes, format_menu, score_warnings, widths
+from hawqtool.pipeline.progress import Reporter, Silent
 
 
-def run_allocate(config: RunConfig, sensitivity: Path, output: Path) -> dict[str, Any]:
+def run_allocate(
+    config: RunConfig, sensitivity: Path, output: Path, reporter: Reporter | None = None
+) -> dict[str, Any]:
     """``hawqtool allocate``: write plan.json for a budget without touching the model.
 
     Raises:
@@ -33,6 +36,8 @@ def run_allocate(config: RunConfig, sensitivity: Path, output: Path) -> dict[str
     menu = format_menu(units, widths(config, units, budget), config.group_size, config.symmetric)
     metric = config.metric(bool(table.settings.get("per_row")))
     scores = metric_scores(table, metric, sensitivity)
+    for text in score_warnings({metric: scores}):
+        (reporter or Silent()).warn(text)
     pins = resolve_pins(config.pin, units, sizes, config.symmetric)
     plan = allocate(units, menu, scores, pins, budget, metric, config.solver)
     ignored_linears = tuple(
