@@ -33,7 +33,7 @@ def inspect(
             help="Lanczos iterations per start, each one Hessian-vector product; more find more eigenvalues.",
             rich_help_panel=PANEL,
         ),
-    ] = 15,
+    ] = 12,
     starts: Annotated[
         int,
         typer.Option(

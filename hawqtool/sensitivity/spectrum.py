@@ -40,7 +40,7 @@ class Spectrum:
         """Standard deviation of the normal curves of `density`: ``width`` of the range of the nodes."""
         return width * float(self.nodes.max() - self.nodes.min()) or 1.0
 
-    def density(self, points: int = 201, width: float = 0.01) -> tuple[Tensor, Tensor]:
+    def density(self, points: int = 801, width: float = 0.01) -> tuple[Tensor, Tensor]:
         """Grid and density on it, nodes widened to normal curves with ``width`` of the range as deviation.
 
         Source: Lin, Saad and Yang 2016; Ghorbani et al. 2019, section 2.
