@@ -132,6 +132,7 @@ class SensitivityTable:
             root of the row's outputs; what `hawqtool.pipeline.shortlist.pair_loss` needs.
         curvature: ``[unit]``: what does not depend on formats: traces of the Hessian or of the Fisher matrix with
             respect to weights and inputs, and top eigenvalues.
+        warnings: What the user should know of the scores.
     """
 
     scores: dict[str, dict[str, dict[str, Score]]]
@@ -143,6 +144,7 @@ class SensitivityTable:
     symmetric: bool = True
     projections: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     curvature: dict[str, dict[str, float]] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -2,20 +2,70 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Optional
 
 import typer
 
 from hawqtool.cli import options as o
 from hawqtool.cli.session import decide_hub_access, print_json, session
+from hawqtool.errors import UsageError
+
+PANEL = "Spectrum"
 
 
 def inspect(
     model: Annotated[str, typer.Argument(help="A checkpoint, original or quantized: a folder, or org/name of a hub.")],
     spectrum: Annotated[
-        bool, typer.Option("--spectrum", help="Also measure the Hessian's spectrum on calibration rows; takes minutes.")
+        bool,
+        typer.Option(
+            "--spectrum",
+            help="Also measure, on calibration rows, the Hessian's spectrum and the loss along the rounding error; "
+            "takes minutes.",
+        ),
     ] = False,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Rows of the spectrum's loss.", rich_help_panel=PANEL)] = 4,
+    iterations: Annotated[
+        int,
+        typer.Option(
+            "--iterations",
+            min=2,
+            help="Lanczos iterations per start, each one Hessian-vector product; more find more eigenvalues.",
+            rich_help_panel=PANEL,
+        ),
+    ] = 12,
+    starts: Annotated[
+        int,
+        typer.Option(
+            "--starts",
+            min=1,
+            help="Random first vectors behind density and means; more lower their error.",
+            rich_help_panel=PANEL,
+        ),
+    ] = 2,
+    width: Annotated[
+        int,
+        typer.Option(
+            "--width", min=2, max=8, help="Bits of the rounding error that the loss follows.", rich_help_panel=PANEL
+        ),
+    ] = 3,
+    plots: Annotated[
+        Optional[Path],
+        typer.Option(
+            "--plots", help="Write figures as PNG files into this folder.", metavar="DIR", rich_help_panel=PANEL
+        ),
+    ] = None,
+    group_size: o.GroupSize = None,
+    rounding: Annotated[
+        Optional[str],
+        typer.Option(
+            "--rounding",
+            help="rtn, gptq or foem; all but rtn with Gram matrices of --num-samples calibration rows.",
+            rich_help_panel=PANEL,
+        ),
+    ] = "rtn",
     calibration: o.Calibration = None,
+    num_samples: o.NumSamples = None,
     seq_len: o.SeqLen = None,
     device: o.Device = None,
     seed: o.Seed = None,
@@ -29,12 +79,17 @@ def inspect(
 
     Example: hawqtool inspect ./out --json
 
-    Example: hawqtool inspect ./model --spectrum --calibration text.txt
+    Example: hawqtool inspect ./model --spectrum --calibration text.txt --seq-len 64 --plots ./figures
     """
-    values = {"calibration": calibration, "seq_len": seq_len, "device": device, "seed": seed}
+    values = {
+        "calibration": calibration, "num_samples": num_samples, "seq_len": seq_len, "group_size": group_size,
+        "rounding": rounding, "device": device, "seed": seed,
+    }  # fmt: skip
     with session(quiet, debug) as terminal:
         from hawqtool.config import load_config
 
+        if plots is not None and not spectrum:
+            raise UsageError("--plots draws what --spectrum measures; give both")
         settings = load_config(None, {"model": model, **values})
         decide_hub_access(settings.data_sources if spectrum else ())
 
@@ -43,9 +98,10 @@ def inspect(
 
         description = run_inspect(model)
         if spectrum:
-            from hawqtool.pipeline.spectrum import run_spectrum
+            from hawqtool.pipeline.spectrum import SpectrumSettings, run_spectrum
 
-            description["spectrum"] = run_spectrum(settings, terminal)
+            wanted = SpectrumSettings(rows, iterations, starts, width, plots)
+            description["spectrum"] = run_spectrum(settings, wanted, terminal)
             terminal.close()
         if json:
             print_json(description)

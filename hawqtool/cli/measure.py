@@ -42,6 +42,8 @@ def measure(
 ) -> None:
     """Score every unit in every width with fisher, kron, projection and hawq-ggn; write sensitivity.json.
 
+    It chooses nothing: --extra-metrics adds hawq and kl, as does sensitivity: hawq or kl in a file of -c.
+
     Example: hawqtool measure ./model -o sensitivity.json --bits 2,3,4,8 --group-size 64
 
     Example: hawqtool measure ./model --extra-metrics hawq --probes 16 --eigenvalues 20

@@ -35,6 +35,31 @@ def print_spectrum(found: dict[str, Any]) -> None:
     _line(console, "Hessian", f"{found['num_weights']} weights, loss per output on {found['rows']} rows")
     _line(console, "eigenvalues", f"mean {mean:.3e} ± {error:.1e}, mean square {found['mean_square'][0]:.3e}")
     _line(console, "largest", ", ".join(f"{value:.4g}" for value, _ in found["eigenvalues"][:8]) or "none converged")
+    _print_loss(console, found["loss"])
+    for path in found.get("plots", ()):
+        _line(console, "figure", path)
+
+
+def _print_loss(console: Console, loss: dict[str, Any]) -> None:
+    measured = "KL in nats per output" if loss["measure"] == "kl" else "squared error of the embedding"
+    _table(
+        console,
+        f"{measured} at W + a D, D of {' and '.join(loss['formats'])} by {loss['rounding']}",
+        ("a", "measured", "standard error", "quadratic prediction", "ratio"),
+        (
+            (f"{a:g}", f"{value:.4g}", f"{error:.2g}", f"{a**2 * loss['quadratic']:.4g}", _ratio(value, a, loss))
+            for a, value, error in zip(loss["scales"], loss["divergence"], loss["stderr"], strict=True)
+        ),
+        left=0,
+    )
+    end = loss["breaks_at"]
+    text = "within a quarter of it at every a" if end is None else f"first more than a quarter off it at a = {end:g}"
+    _line(console, "quadratic", f"½ DᵀFD = {loss['quadratic']:.4g} ± {loss['quadratic_stderr']:.2g}; measured {text}")
+
+
+def _ratio(value: float, scale: float, loss: dict[str, Any]) -> str:
+    predicted = scale**2 * loss["quadratic"]
+    return f"{value / predicted:.3f}" if predicted else ""
 
 
 def _line(console: Console, label: str, text: object) -> None:

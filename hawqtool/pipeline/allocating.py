@@ -22,7 +22,7 @@ from hawqtool.pipeline.artifacts import (
     write_json,
     write_text,
 )
-from hawqtool.pipeline.planning import allocate, budget_bytes, format_menu, plan_warnings, widths
+from hawqtool.pipeline.planning import allocate, budget_bytes, format_menu, plan_warnings, score_warnings, widths
 from hawqtool.pipeline.progress import Reporter, Silent
 from hawqtool.records import Score, Unit
 
@@ -68,7 +68,7 @@ def run_allocate(
     budget = budget_bytes(saved.config, saved.units, saved.unquantized_bytes)
     menu = _menu(saved, widths(saved.config, saved.units, budget))
     plan = allocate(saved.units, menu, saved.scores, saved.pins, budget, saved.metric, saved.config)
-    for text in plan_warnings(plan):
+    for text in (*score_warnings({saved.metric: saved.scores}), *plan_warnings(plan)):
         (reporter or Silent()).warn(text)
     document = plan_document(plan, saved.units, saved.ignored_linears)
     write_json(output, document)

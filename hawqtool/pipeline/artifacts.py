@@ -90,6 +90,7 @@ def sensitivity_document(table: SensitivityTable, units: tuple[Unit, ...], unqua
             unit: {key: None if math.isnan(value) else value for key, value in values.items()}
             for unit, values in table.curvature.items()
         },
+        "warnings": list(table.warnings),
     }
 
 
@@ -131,6 +132,7 @@ def parse_sensitivity(document: dict[str, Any], name: str) -> tuple[SensitivityT
                 unit: {key: math.nan if value is None else float(value) for key, value in values.items()}
                 for unit, values in document.get("curvature", {}).items()
             },
+            warnings=tuple(map(str, document.get("warnings", ()))),
         )
         return table, units, int(document["unquantized_bytes"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -13,7 +13,7 @@ from hawqtool.model.index import fingerprint
 from hawqtool.pipeline.artifacts import check_writable, sensitivity_document, write_json
 from hawqtool.pipeline.curvature import input_fisher_fields, measure_curvature
 from hawqtool.pipeline.job import Job, prepare
-from hawqtool.pipeline.planning import WIDE_MENU, format_menu, stored_bytes, widths
+from hawqtool.pipeline.planning import WIDE_MENU, format_menu, score_warnings, stored_bytes, widths
 from hawqtool.pipeline.progress import Reporter
 from hawqtool.pipeline.rows import gather_rows
 from hawqtool.records import Rows, Score, SensitivityTable
@@ -55,6 +55,9 @@ def measure_job(
         curvature = {unit: values | fields[unit] for unit, values in curvature.items()}
     if "kl" in job.config.measured_extras:
         found.scores["kl"] = single_unit_scores(job, wanted, sets["calibration"], sets["scoring"], reporter)
+    warnings = score_warnings(found.scores)
+    for text in warnings:
+        reporter.warn(text)
     table = SensitivityTable(
         scores=found.scores,
         rounding=job.config.rounding,
@@ -75,6 +78,7 @@ def measure_job(
         symmetric=job.config.symmetric,
         projections=found.projections,
         curvature=curvature,
+        warnings=warnings,
     )
     return sensitivity_document(table, job.units, unquantized_bytes(job, menu))
 

@@ -28,6 +28,22 @@ def stored_bytes(units: Sequence[Unit], formats: Mapping[str, QuantFormat]) -> i
     return sum(unit.stored_bytes(formats[unit.name]) for unit in units)
 
 
+def score_warnings(scores: Mapping[str, Mapping[str, Mapping[str, Score]]]) -> tuple[str, ...]:
+    """What the user should know of scores ``[metric][unit][format label]``: which of the true Hessian are negative.
+
+    Such scores stay as they are, since the Hessian is indefinite; but a sum of them is no loss to be made small.
+    """
+    by_unit = scores.get("hawq", {})
+    negative = [unit for unit, by_label in by_unit.items() if any(score.value < 0 for score in by_label.values())]
+    if not negative:
+        return ()
+    return (
+        f"{len(negative)} of {len(by_unit)} units have a negative hawq score (first {negative[0]}), as the mean trace "
+        "of their Hessian is negative: allocation with --sensitivity hawq would give them the fewest bits; prefer "
+        "hawq-ggn, whose trace is never negative, or measure with more --probes",
+    )
+
+
 def budget_bytes(config: RunConfig, units: Sequence[Unit], unquantized_bytes: int) -> int:
     """Most stored bytes of the quantized linears that the target allows.
 

@@ -65,6 +65,8 @@ def run_quantize(
         winner = contest.mixed[contest.best] if shipped == "mixed" else contest.uniform["uniform"]
         report = build_report(job, sets, winner.plan, winner.rounding, evaluation, shipped, timings, command)
         report |= {"search": search, "gates": gates(config, winner)}
+        if allocator and allocator.table:
+            report["warnings"] += allocator.table.warnings
         with Stopwatch(timings, "verify"):
             _complete(job, winner.folder, allocator.document if allocator else None, report)
         write_json(winner.folder / "report.json", report)

@@ -38,10 +38,7 @@ def run_report(folder: Path, plots: Path | None = None) -> list[Path]:
     if not matplotlib_installed():
         raise InputError(f"hawqtool report {NEEDS_MATPLOTLIB}")
     if plots is not None:
-        if plots.exists() and not plots.is_dir():
-            raise UsageError(f"--plots {plots} is a file, a folder was expected; choose another name")
-        if not plots.absolute().parent.is_dir():
-            raise UsageError(f"the parent folder of {plots} does not exist; create it first")
+        check_plots(plots)
     try:
         return _write(folder, report, plots)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
@@ -54,6 +51,18 @@ def run_report(folder: Path, plots: Path | None = None) -> list[Path]:
 def write_page(folder: Path) -> None:
     """Write ``report.html`` into a folder that has all its records; needs matplotlib."""
     _write(folder, read_json(folder / "report.json", REPORT_SCHEMA), None)
+
+
+def check_plots(folder: Path) -> None:
+    """Check that figures can be written into a folder, which is made later.
+
+    Raises:
+        UsageError: If it is a file, or its parent is missing.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--plots {folder} is a file, a folder was expected; choose another name")
+    if not folder.absolute().parent.is_dir():
+        raise UsageError(f"the parent folder of {folder} does not exist; create it first")
 
 
 def matplotlib_installed() -> bool:

@@ -48,18 +48,11 @@ def gather_rows(job: Job, reporter: Reporter) -> dict[str, Rows]:
     """
     config = job.config
     check_calibration(job)
-    counts = row_counts(
-        job.num_samples, config.eval_samples, config.eval_data is not None, None if job.takes_images else job.seq_len
-    )
-    names, weights = zip(*config.calibration_weights.items(), strict=True)
-    shares = dict(zip(names, quotas(counts, weights), strict=True))
+    length = None if job.takes_images else job.seq_len
+    counts = row_counts(job.num_samples, config.eval_samples, config.eval_data is not None, length)
     # Text first: what is wrong with it shows before minutes go into sampling.
     report = {} if config.eval_data is None else {"report": evaluation_rows(job, config.eval_data)}
-    sources = {name: _given_source(job, name, quota) for name, quota in shares.items() if name != SELF}
-    require_rows(list(sources.values()))
-    if SELF in shares:
-        sources[SELF] = _sampled_source(job, shares[SELF], reporter)
-    sets = mix_rows([sources[name] for name in names]) | report
+    sets = calibration_rows(job, counts, reporter) | report
     shared = overlap(sets)
     if shared:
         raise InputError(
@@ -67,6 +60,23 @@ def gather_rows(job: Job, reporter: Reporter) -> dict[str, Rows]:
             "give text without repetitions, or another --eval-data"
         )
     return sets
+
+
+def calibration_rows(job: Job, counts: dict[str, int], reporter: Reporter) -> dict[str, Rows]:
+    """Sets of so many rows from the calibration sources.
+
+    Raises:
+        UsageError: If a source's weight is so small that it gives no row.
+        InputError: If a source holds too little text.
+    """
+    config = job.config
+    names, weights = zip(*config.calibration_weights.items(), strict=True)
+    shares = dict(zip(names, quotas(counts, weights), strict=True))
+    sources = {name: _given_source(job, name, quota) for name, quota in shares.items() if name != SELF}
+    require_rows(list(sources.values()))
+    if SELF in shares:
+        sources[SELF] = _sampled_source(job, shares[SELF], reporter)
+    return mix_rows([sources[name] for name in names])
 
 
 def evaluation_rows(job: Job, text: str) -> Rows:

@@ -30,10 +30,10 @@ Loss = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Pass:
-    """One product: the loss of one row along one direction.
+    """One product: the loss of one row, or of the rows of one part, along one direction.
 
     Args:
-        row: Index of the row.
+        row: Index of the part (see `Curvature`); of the row where parts are single rows.
         tag: What tells the directions of one row apart.
     """
 
@@ -49,7 +49,7 @@ Visit = Callable[[Pass, str, Tensor, Tensor], None]
 
 
 class Curvature:
-    """The Hessian of each row's summed loss.
+    """The Hessian of each row's summed loss, or of its sum over the rows of a part.
 
     The loss is the cross-entropy of labels: for causal language models the row's own next tokens, so that the last
     output has none; for other models with logits, whose rows bring no labels, labels drawn once from the model at
@@ -59,11 +59,13 @@ class Curvature:
         stream: The original model; float32 or wider, as second derivatives drown in the noise of half precision.
         rows: ``[rows, seq_len]`` tokens, or images.
         seed: Seed of the labels that are drawn.
+        rows_per_pass: Rows of a part, whose losses are summed: more are faster where only the sum is wanted.
     """
 
-    def __init__(self, stream: ModelStream, rows: Tensor, seed: int) -> None:
+    def __init__(self, stream: ModelStream, rows: Tensor, seed: int, rows_per_pass: int = 1) -> None:
         self.stream, self.rows, self._seed = stream, rows, seed
-        embedded = stream.embed(rows, 1)
+        self.parts = rows.split(rows_per_pass)
+        embedded = stream.embed(rows, rows_per_pass)
         self.first_hidden, self.calls = embedded.hidden, embedded.calls
         self.labels = DATA if stream.task.generates else SAMPLED if stream.task.logits else OWN_OUTPUT
 
@@ -79,41 +81,48 @@ class Curvature:
         """Hidden states behind a block from those before it."""
         spec = self.stream.structure.blocks[index]
         with torch.no_grad(), self.stream.block(index) as block:
-            return [_Stage(block, spec, "", self.calls[i][index]).plain(h) for i, h in enumerate(hidden)]
+            return [Stage(block, spec, "", self.calls[i][index]).plain(h) for i, h in enumerate(hidden)]
 
-    def tail(self, row: int, hidden: Tensor) -> _Stage:
-        """From the last block's output to the loss of a row."""
+    def tail(self, part: int, hidden: Tensor) -> Stage:
+        """From the last block's output to the summed loss of a part's rows."""
         with torch.no_grad():
-            outputs = self.stream.outputs(self.rows[row][None], hidden)[0]
+            outputs = self.stream.outputs(self.parts[part], hidden)
         if not bool(torch.isfinite(outputs).all()):
             raise NumericalError("the original model gives outputs that are NaN or Inf; check its weights")
-        call: Call = ((self.rows[row][None], self._loss(row, outputs)), {})
-        return _Stage(_Tail(self.stream), self.stream.structure.head, "model.", call)
+        call: Call = ((self.parts[part], self._loss(part, outputs)), {})
+        return Stage(Tail(self.stream), self.stream.structure.head, "model.", call)
 
-    def _loss(self, row: int, outputs: Tensor) -> Loss:
+    def _loss(self, part: int, outputs: Tensor) -> Loss:
         if self.labels == OWN_OUTPUT:
-            return lambda found: (found - outputs).square().sum() / outputs.square().sum()
+            power = outputs.square().sum((1, 2))
+            return lambda found: ((found - outputs).square().sum((1, 2)) / power).sum()
         if self.labels == DATA:
-            labels = self.rows[row][1:].to(outputs.device)
+            labels = self.parts[part][:, 1:].to(outputs.device)
         else:
-            generator = torch.Generator(outputs.device).manual_seed(self._seed + row)
-            labels = torch.multinomial(outputs.float().softmax(-1), 1, generator=generator)[:, 0]
-        return lambda found: nn.functional.cross_entropy(found[: len(labels)], labels, reduction="sum")
+            first = part * len(self.parts[0])
+            labels = torch.stack([self._drawn(first + i, found) for i, found in enumerate(outputs)])
+        kept, flat = labels.shape[1], labels.flatten()
+        return lambda found: nn.functional.cross_entropy(found[:, :kept].flatten(0, 1), flat, reduction="sum")
+
+    def _drawn(self, row: int, outputs: Tensor) -> Tensor:
+        generator = torch.Generator(outputs.device).manual_seed(self._seed + row)
+        return torch.multinomial(outputs.float().softmax(-1), 1, generator=generator)[:, 0]
 
 
-class _Tail(nn.Module):
+class Tail(nn.Module):
     """What follows the blocks, up to the loss."""
 
     def __init__(self, stream: ModelStream) -> None:
         super().__init__()
         self.model, self._stream = stream.model, stream
 
-    def forward(self, hidden: Tensor, row: Tensor, loss: Loss) -> Tensor:
-        return loss(self._stream.outputs(row, hidden)[0])
+    def forward(self, hidden: Tensor, rows: Tensor, loss: Loss) -> Tensor:
+        """Loss of the rows from the last block's output."""
+        return loss(self._stream.outputs(rows, hidden))
 
 
 @dataclass(frozen=True)
-class _Stage:
+class Stage:
     """A block or the tail with the arguments of its call.
 
     Args:
@@ -130,17 +139,21 @@ class _Stage:
 
     @property
     def linears(self) -> tuple[LinearSpec, ...]:
+        """Its linears."""
         return self.spec.linears if self.spec else ()
 
     @property
     def groups(self) -> tuple[tuple[LinearSpec, ...], ...]:
+        """Those of them that share an input, together."""
         return self.spec.input_groups if self.spec else ()
 
     def name(self, linear: LinearSpec) -> str:
+        """Name of a linear inside the module."""
         assert self.spec is not None  # it has the linear
         return self.prefix + local_name(self.spec, linear)
 
     def plain(self, hidden: Tensor, weights: dict[str, Tensor] | None = None) -> Tensor:
+        """Output, with other weights where they are given."""
         args, kwargs = self.call
         output = torch.func.functional_call(self.module, weights or {}, (hidden, *args), kwargs)
         return output[0] if isinstance(output, tuple) else output
@@ -149,21 +162,21 @@ class _Stage:
 class Variables(Protocol):
     """What the Hessian is taken with respect to."""
 
-    def values(self, stage: _Stage, hidden: Tensor) -> dict[str, Tensor]:
+    def values(self, stage: Stage, hidden: Tensor) -> dict[str, Tensor]:
         """The variables of a stage by name."""
 
-    def run(self, stage: _Stage, values: dict[str, Tensor], hidden: Tensor) -> Tensor:
+    def run(self, stage: Stage, values: dict[str, Tensor], hidden: Tensor) -> Tensor:
         """Output of the stage as a function of variables and hidden state."""
 
 
 class Weights:
     """Weights of the linears, under the linears' names, as the model holds them."""
 
-    def values(self, stage: _Stage, hidden: Tensor) -> dict[str, Tensor]:
+    def values(self, stage: Stage, hidden: Tensor) -> dict[str, Tensor]:
         """Weights of the stage."""
         return {m.name: stage.module.get_parameter(f"{stage.name(m)}.weight") for m in stage.linears}
 
-    def run(self, stage: _Stage, values: dict[str, Tensor], hidden: Tensor) -> Tensor:
+    def run(self, stage: Stage, values: dict[str, Tensor], hidden: Tensor) -> Tensor:
         """Output with these weights."""
         weights = {f"{stage.name(m)}.weight": values[m.name] for m in stage.linears if m.name in values}
         return stage.plain(hidden, weights)
@@ -175,7 +188,7 @@ class Inputs:
     Members of a unit in one input group are perturbed together, as one rounding of their input would.
     """
 
-    def values(self, stage: _Stage, hidden: Tensor) -> dict[str, Tensor]:
+    def values(self, stage: Stage, hidden: Tensor) -> dict[str, Tensor]:
         """Zeros in the shape of each input; only a run tells how many tokens an expert sees."""
         found: dict[str, Tensor] = {}
 
@@ -186,13 +199,13 @@ class Inputs:
             stage.plain(hidden)
         return found
 
-    def run(self, stage: _Stage, values: dict[str, Tensor], hidden: Tensor) -> Tensor:
+    def run(self, stage: Stage, values: dict[str, Tensor], hidden: Tensor) -> Tensor:
         """Output with these perturbations."""
         with self._hooks(stage, lambda x, name: x + values[name] if name in values else None):
             return stage.plain(hidden)
 
     @contextmanager
-    def _hooks(self, stage: _Stage, act: Callable[[Tensor, str], Tensor | None]) -> Iterator[None]:
+    def _hooks(self, stage: Stage, act: Callable[[Tensor, str], Tensor | None]) -> Iterator[None]:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...], name: str) -> Any:
             changed = act(inputs[0], name)
             return None if changed is None else (changed, *inputs[1:])
@@ -221,16 +234,16 @@ def products(
     hidden: Sequence[Tensor] | None = None,
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> None:
-    """One Hessian-vector product of a row's summed loss per pass.
+    """One Hessian-vector product of a part's summed loss per pass.
 
     Args:
         curvature: Rows and their losses.
         variables: What the loss is a function of.
-        passes: Rows and directions; every row occurs.
+        passes: Parts and directions; every part occurs.
         direction: The directions; asked twice for every variable, so it must repeat itself.
         visit: Takes the products of every variable that has a tangent.
         start: First block; no variable before it has a tangent.
-        hidden: Hidden states before that block, per row; those behind the embedding by default.
+        hidden: Hidden states before that block, per part; those behind the embedding by default.
         progress: Called with the blocks done, both ways together, and those in all.
     """
     stream = curvature.stream
@@ -245,7 +258,7 @@ def products(
             states = list(states)
             with stream.block(spec.index) as block:
                 for i, p in enumerate(passes):
-                    stage = _Stage(block, spec, "", curvature.calls[p.row][spec.index])
+                    stage = Stage(block, spec, "", curvature.calls[p.row][spec.index])
                     point = _point(stage, variables, direction, p, stored[-1][0][p.row], tangents[i])
                     states[p.row], tangents[i] = _tangent(*point)
             progress(done + 1, 2 * len(blocks))
@@ -259,7 +272,7 @@ def products(
             states, tangents = stored.pop()
             with stream.block(spec.index) as block:
                 for i, p in enumerate(passes):
-                    stage = _Stage(block, spec, "", curvature.calls[p.row][spec.index])
+                    stage = Stage(block, spec, "", curvature.calls[p.row][spec.index])
                     point = _point(stage, variables, direction, p, states[p.row], tangents[i])
                     gradients[i] = _pull(point, *gradients[i], p, visit)
             progress(len(blocks) + done + 1, 2 * len(blocks))
@@ -270,7 +283,7 @@ _Point = tuple[Callable[..., Tensor], tuple[dict[str, Tensor], Tensor], tuple[di
 
 
 def _point(
-    stage: _Stage, variables: Variables, direction: Direction, p: Pass, hidden: Tensor, tangent: Tensor
+    stage: Stage, variables: Variables, direction: Direction, p: Pass, hidden: Tensor, tangent: Tensor
 ) -> _Point:
     values, directions = {}, {}
     for name, value in variables.values(stage, hidden).items():

@@ -106,7 +106,7 @@ def unit_finals(
         finals = {}
         for label in (fmt.label for fmt in menu[unit]):
             hidden = carried.pop((unit, label), seen.hidden)
-            with _replaced(modules[spec.index], spec, {linear: errors[linear.name][label] for linear in members}):
+            with replaced(modules[spec.index], spec, {linear: errors[linear.name][label] for linear in members}):
                 hidden = run_blocks(modules, seen.calls, hidden, spec.index, spec.index + 1)
             if last > spec.index:
                 carried[unit, label] = hidden
@@ -136,7 +136,7 @@ def run_blocks(
 
 
 @contextmanager
-def _replaced(block: nn.Module, spec: BlockSpec, errors: Mapping[LinearSpec, Tensor]) -> Iterator[None]:
+def replaced(block: nn.Module, spec: BlockSpec, errors: Mapping[LinearSpec, Tensor]) -> Iterator[None]:
     """While the context lasts, the weights are W + D; afterwards they are W to the bit."""
     originals = {linear: read_weight(block, spec, linear).clone() for linear in errors}
     try:
@@ -170,7 +170,7 @@ class Judge:
         assert head is not None  # the caller saw to it
         finals = dict.fromkeys(errors, self.original)
         return self.scores(
-            linear.unit, finals, lambda label: _replaced(self.stream.model, head, {linear: errors[label]})
+            linear.unit, finals, lambda label: replaced(self.stream.model, head, {linear: errors[label]})
         )
 
     def scores(

@@ -36,13 +36,17 @@ class Spectrum:
         values = (self.weights * self.nodes**order).sum(1)
         return float(values.mean()), float(values.std()) / len(values) ** 0.5
 
-    def density(self, points: int = 201, width: float = 0.01) -> tuple[Tensor, Tensor]:
+    def deviation(self, width: float = 0.01) -> float:
+        """Standard deviation of the normal curves of `density`: ``width`` of the range of the nodes."""
+        return width * float(self.nodes.max() - self.nodes.min()) or 1.0
+
+    def density(self, points: int = 801, width: float = 0.01) -> tuple[Tensor, Tensor]:
         """Grid and density on it, nodes widened to normal curves with ``width`` of the range as deviation.
 
         Source: Lin, Saad and Yang 2016; Ghorbani et al. 2019, section 2.
         """
         low, high = float(self.nodes.min()), float(self.nodes.max())
-        sigma = width * (high - low) or 1.0
+        sigma = self.deviation(width)
         grid = torch.linspace(low - 4 * sigma, high + 4 * sigma, points, dtype=torch.float64)
         scaled = (grid[:, None] - self.nodes.flatten()) / sigma
         curves = (-0.5 * scaled.square()).exp() / (sigma * (2 * torch.pi) ** 0.5)
@@ -106,7 +110,7 @@ def _product(
         share = 1 / (curvature.outputs * len(curvature.rows))
         total.setdefault(name, torch.zeros_like(product)).add_(product, alpha=share)
 
-    products(curvature, Weights(), [Pass(row, 0) for row in range(len(curvature.rows))], direction, visit)
+    products(curvature, Weights(), [Pass(row, 0) for row in range(len(curvature.parts))], direction, visit)
     recurrence = recurrence or Recurrence(first)
     recurrence.add(total)
     return recurrence

@@ -200,7 +200,7 @@ def test_calibration_is_repeatable_and_a_list_in_yaml(place: Path, tmp_path: Pat
     weighted = f"{tmp_path / 'few.txt'}=3"
     result = quantize(place, tmp_path / "out", *TARGET, "--calibration", weighted)
     assert result.exit_code == 4
-    assert "few.txt holds 5 rows of 16 tokens, 21 are needed (6 calibration, 6 scoring" in result.stderr
+    assert "few.txt holds 5 rows of 16 tokens, 27 are needed (6 calibration, 12 scoring" in result.stderr
     run = tmp_path / "run.yaml"
     run.write_text(f"calibration:\n- {place / 'text.txt'}\n- {weighted}\n")
     again = invoke("quantize", place / "model", "-o", tmp_path / "out", "-c", run, *SMALL, *TARGET)

@@ -141,7 +141,7 @@ def test_other_text_for_the_report(place: Path, run: Run) -> None:
 def test_too_little_text_is_counted(place: Path, run: Run, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text(random_text(3, 320))
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(InputError, match=r"holds 10 rows of 32 tokens, 40 are needed \(16 calibration"):
+    with pytest.raises(InputError, match=r"holds 10 rows of 32 tokens, 48 are needed \(16 calibration"):
         run(bits="4", target_bpw=4.5, calibration=tmp_path / "short.txt")
     assert sorted(tmp_path.iterdir()) == before
 

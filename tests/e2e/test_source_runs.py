@@ -48,7 +48,7 @@ def test_a_mixture_with_rows_of_the_model(place: Path, run: Run, tmp_path: Path)
     mixture = ("self", f"{sources['lines.jsonl']}=2")
     report = run(bits="4", target_bpw=4.5, calibration=mixture, eval_data=place / "other.txt", num_samples=12)[1]
     assert report["rows"]["calibration"]["source"] == "self (4 rows), lines.jsonl (8 rows)"
-    assert report["rows"]["scoring"]["source"] == "self (3 rows), lines.jsonl (5 rows)"
+    assert report["rows"]["scoring"]["source"] == "self (5 rows), lines.jsonl (11 rows)"
     assert report["config"]["calibration"] == ["self", "lines.jsonl=2"]
     assert not report["rows"]["report_in_domain"]
 
@@ -62,7 +62,7 @@ def test_rows_shared_by_sources_are_refused(run: Run, tmp_path: Path) -> None:
 
 def test_short_sources_are_counted_before_anything_is_sampled(run: Run, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text(random_text(3, 320))
-    with pytest.raises(InputError, match=r"^short.txt holds 10 rows of 32 tokens, 20 are needed \(8 calibration, 4 sc"):
+    with pytest.raises(InputError, match=r"^short.txt holds 10 rows of 32 tokens, 24 are needed \(8 calibration, 8 sc"):
         run(bits="4", target_bpw=4.5, calibration=("self", str(tmp_path / "short.txt")))
 
 
