@@ -22,10 +22,12 @@ Menu = dict[str, tuple[QuantFormat, ...]]
 
 
 def exchanged(bench: Workbench, candidate: Candidate, budget: int) -> BitPlan:
-    """The plan that exchanges at a candidate give, measured on the scoring rows."""
+    """The plan that exchanges at a candidate give, measured on the scoring rows; its own where there is no choice."""
     start = time.perf_counter()
     job, present = bench.job, candidate.plan.formats
     menu = neighbouring(job_menu(job, budget), present, set(job.pins))
+    if all(len(formats) == 1 for formats in menu.values()):
+        return candidate.plan
     rows = bench.sets["calibration"].tokens, bench.sets["scoring"].tokens
     plan = exchange(job, job.packed_stream(candidate.folder), present, menu, *rows, budget, bench.reporter)
     bench.timings["exchange"] = bench.timings.get("exchange", 0.0) + time.perf_counter() - start

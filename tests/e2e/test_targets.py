@@ -89,3 +89,9 @@ def test_exchanges_add_plans_within_the_budget(run: Run) -> None:
     assert report["timings"]["exchange"] > 0
     best = min(tried, key=lambda name: tried[name]["selection"]["kl"])
     assert report["evaluation"]["mixed"]["chosen_by"] == best
+
+
+def test_without_a_choice_nothing_is_exchanged(run: Run) -> None:
+    _, report = run(bits="3", target_bpw=3.5, exchanges=2)
+    assert "exchange" not in report["timings"]
+    assert list(report["evaluation"]["tried"]) == ["uniform menu"]
