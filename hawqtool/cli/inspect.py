@@ -24,7 +24,7 @@ def inspect(
             "takes minutes.",
         ),
     ] = False,
-    rows: Annotated[int, typer.Option("--rows", min=1, help="Rows of the spectrum's loss.", rich_help_panel=PANEL)] = 4,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Rows of the spectrum's loss.", rich_help_panel=PANEL)] = 3,
     iterations: Annotated[
         int,
         typer.Option(
