@@ -139,6 +139,12 @@ class RunConfig(BaseModel):
             )
         if self.profile == "portable" and self.scale_sign == "both":
             raise ValueError("profile portable needs positive scales; drop scale_sign or choose another profile")
+        for other in (n for n in ("target_kl", "max_cost", "plan") if getattr(self, n) is not None):
+            # Rivals and exchanges keep to a budget of bytes and know of nothing else.
+            if self.exchanges or (self.shortlist or 1) > 1:
+                raise ValueError(
+                    f"shortlist and exchanges work under target_bpw or target_size alone, found {other} too"
+                )
         if not self.symmetric and self.profile not in ASYMMETRIC_PROFILES:
             raise ValueError(asymmetric_refusal(self.profile))
         if not self.symmetric and self.scale_sign == "both":

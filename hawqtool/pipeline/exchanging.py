@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -11,7 +10,7 @@ from hawqtool.allocation.frontier import solve
 from hawqtool.allocation.problem import build_problem
 from hawqtool.formats import QuantFormat
 from hawqtool.model.sweep import ModelStream
-from hawqtool.pipeline.candidates import Candidate, Workbench
+from hawqtool.pipeline.candidates import Candidate, Stopwatch, Workbench
 from hawqtool.pipeline.job import Job
 from hawqtool.pipeline.measuring import job_menu
 from hawqtool.pipeline.progress import Reporter
@@ -23,15 +22,13 @@ Menu = dict[str, tuple[QuantFormat, ...]]
 
 def exchanged(bench: Workbench, candidate: Candidate, budget: int) -> BitPlan:
     """The plan that exchanges at a candidate give, measured on the scoring rows; its own where there is no choice."""
-    start = time.perf_counter()
     job, present = bench.job, candidate.plan.formats
     menu = neighbouring(job_menu(job, budget), present, set(job.pins))
     if all(len(formats) == 1 for formats in menu.values()):
         return candidate.plan
     rows = bench.sets["calibration"].tokens, bench.sets["scoring"].tokens
-    plan = exchange(job, job.packed_stream(candidate.folder), present, menu, *rows, budget, bench.reporter)
-    bench.timings["exchange"] = bench.timings.get("exchange", 0.0) + time.perf_counter() - start
-    return plan
+    with Stopwatch(bench.timings, "exchange"):
+        return exchange(job, job.packed_stream(candidate.folder), present, menu, *rows, budget, bench.reporter)
 
 
 def exchange(

@@ -18,13 +18,13 @@ from hawqtool.pipeline.progress import Reporter
 from hawqtool.records import Rows
 
 ROLES = ("calibration", "scoring", "selection", "report")
-_SMALLEST_SET, _SCORING_SET, _SCORING_TOKENS, _FEWEST_REPORT_ROWS = 8, 16, 8192, 2
+_SMALLEST_SET, _SCORING_SET, _SHORT_ROW, _FEWEST_REPORT_ROWS = 8, 16, 512, 2
 
 
 def row_counts(num_samples: int, eval_samples: int, separate_report: bool, length: int | None) -> dict[str, int]:
     """Rows of each set taken from the calibration sources: rounding, scoring, selecting a plan, reporting.
 
-    Short rows are scored on twice as many: a score's noise falls with the rows, whatever their length.
+    Rows of less than 512 tokens are scored on at least 16: noise falls with the rows, and short ones cost little.
 
     Args:
         num_samples: Calibration rows.
@@ -33,7 +33,7 @@ def row_counts(num_samples: int, eval_samples: int, separate_report: bool, lengt
         length: Tokens of a row; None for images.
     """
     side = max(_SMALLEST_SET, num_samples // 16)
-    short = length is None or length * _SCORING_SET < _SCORING_TOKENS
+    short = length is None or length < _SHORT_ROW
     scoring = max(side, _SCORING_SET) if short else side
     counts = {"calibration": num_samples, "scoring": scoring, "selection": side}
     return counts if separate_report else counts | {"report": eval_samples}

@@ -95,3 +95,9 @@ def test_without_a_choice_nothing_is_exchanged(run: Run) -> None:
     _, report = run(bits="3", target_bpw=3.5, exchanges=2)
     assert "exchange" not in report["timings"]
     assert list(report["evaluation"]["tried"]) == ["uniform menu"]
+
+
+@pytest.mark.parametrize("flags", [{"exchanges": 1}, {"shortlist": 2}])
+def test_what_a_quality_target_would_ignore_is_refused(place: Path, flags: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="target_kl too"):
+        settings(place, target_kl=0.1, **flags)

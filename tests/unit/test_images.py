@@ -46,11 +46,12 @@ def test_images_come_by_path_or_shuffled_by_seed(tmp_path: Path) -> None:
     assert len(image_rows(tiny_processor(), folder, 100, 0)) == 6
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("suffix", [".png", ".tif", ".GIF"])
+# GIF has no mode with an alpha channel.
+FORMATS = [(m, s) for m in MODES for s in (".png", ".tif", ".GIF") if not (s == ".GIF" and m in ("RGBA", "LA"))]
+
+
+@pytest.mark.parametrize(("mode", "suffix"), FORMATS)
 def test_every_mode_becomes_three_channels(tmp_path: Path, mode: str, suffix: str) -> None:
-    if (mode, suffix) in {("RGBA", ".GIF"), ("LA", ".GIF")}:
-        pytest.skip("not a mode of this format")
     Image.new("RGB", (20, 30), (200, 30, 90)).convert(mode).save(tmp_path / f"a{suffix}")
     assert image_rows(tiny_processor(), tmp_path, 1, 0).shape == (1, 3, 32, 32)
 
