@@ -60,7 +60,10 @@ def settings(place: Path, **overrides: Any) -> RunConfig:
 
 @pytest.fixture
 def run(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run with overrides into a new folder; returns it and the report. `mixed` has a page, drawing one takes longest."""
+    """Run with overrides into a new folder; returns it and the report.
+
+    Drawing a page takes longer than all else; the folder of `mixed` has one.
+    """
     monkeypatch.setattr(quantize, "matplotlib_installed", lambda: False)
 
     def call(**overrides: Any) -> tuple[Path, Report]:
