@@ -14,7 +14,7 @@ from hawqtool.cli.terminal import Terminal
 from hawqtool.errors import NumericalError, QualityError
 from hawqtool.pipeline.artifacts import check_writable, write_text
 from hawqtool.report.escape import one_line
-from hawqtool.report.quality import gate_text
+from hawqtool.report.quality import gate_found
 
 _LONGEST = 2000
 
@@ -80,6 +80,6 @@ def junit_text(record: RunRecord, error: BaseException | None, seconds: float) -
     for gate in record.gates:
         case = ElementTree.SubElement(suite, "testcase", classname="hawqtool.gates", name=gate["name"], time="0")
         if not gate["passed"]:
-            ElementTree.SubElement(case, "failure", type="gate", message=gate_text(gate))
+            ElementTree.SubElement(case, "failure", type="gate", message=gate_found(gate))
     ElementTree.indent(suite)
     return f'<?xml version="1.0" encoding="utf-8"?>\n{ElementTree.tostring(suite, encoding="unicode")}\n'

@@ -15,7 +15,7 @@ from hawqtool.cli.session import decide_hub_access, print_json, session
 from hawqtool.cli.terminal import Terminal
 from hawqtool.data.sources import public_name
 from hawqtool.errors import QualityError
-from hawqtool.report.quality import gate_text
+from hawqtool.report.quality import gate_found
 
 
 def quantize(
@@ -113,7 +113,7 @@ def quantize(
 def _check_gates(report: dict[str, Any], terminal: Terminal) -> None:
     """Say that all gates passed, or raise a QualityError with those that did not; the output is in place by now."""
     gates = report["gates"]
-    failed = tuple(gate_text(gate) for gate in gates if not gate["passed"])
+    failed = tuple(gate_found(gate) for gate in gates if not gate["passed"])
     if failed:
         raise QualityError(
             f"{len(failed)} of {len(gates)} gates failed: {'; '.join(failed)}. The output was written, at "
@@ -121,7 +121,7 @@ def _check_gates(report: dict[str, Any], terminal: Terminal) -> None:
             failed,
         )
     if gates:
-        terminal.say(f"gates       {len(gates)} of {len(gates)} passed: {'; '.join(map(gate_text, gates))}")
+        terminal.say(f"gates       {len(gates)} of {len(gates)} passed: {'; '.join(map(gate_found, gates))}")
 
 
 def _advice(gates: list[dict[str, Any]]) -> str:

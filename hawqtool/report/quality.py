@@ -46,10 +46,15 @@ def gate_values(gate: dict[str, Any]) -> tuple[str, str]:
     return shown[0], shown[1]
 
 
-def gate_text(gate: dict[str, Any]) -> str:
-    """A gate in one line, such as ``max_kl at most 0.1: 0.0312, passed``."""
+def gate_found(gate: dict[str, Any]) -> str:
+    """Limit and finding of a gate in one line, such as ``max_kl at most 0.1, found 0.0312``."""
     limit, found = gate_values(gate)
-    return f"{gate['name']} {gate['sense']} {limit}: {found}, {'passed' if gate['passed'] else 'FAILED'}"
+    return f"{gate['name']} {gate['sense']} {limit}, found {found}"
+
+
+def gate_text(gate: dict[str, Any]) -> str:
+    """A gate and its verdict, such as ``max_kl at most 0.1, found 0.0312: passed``."""
+    return f"{gate_found(gate)}: {'passed' if gate['passed'] else 'FAILED'}"
 
 
 def same_plan(first: dict[str, Any], second: dict[str, Any] | None) -> bool:

@@ -85,11 +85,11 @@ def test_failed_gates_exit_3_and_keep_what_was_made(
     }
     assert load_file(output / "model.safetensors")
     error, *annotations = result.stderr.splitlines()
-    assert error.startswith("error: 2 of 3 gates failed: max_kl at most 1e-09: ")
+    assert error.startswith("error: 2 of 3 gates failed: max_kl at most 1e-09, found ")
     assert "min_same_top at least 100 %" in error and "raise the target" in error
     assert len(annotations) == 2
-    assert annotations[0].startswith("::error title=hawqtool exit code 3::max_kl at most 1e-09: ")
-    assert annotations[1].startswith("::error title=hawqtool exit code 3::min_same_top at least 100 %25: ")
+    assert annotations[0].startswith("::error title=hawqtool exit code 3::max_kl at most 1e-09, found ")
+    assert annotations[1].startswith("::error title=hawqtool exit code 3::min_same_top at least 100 %25, found ")
     assert [name for name, tags in cases(junit).items() if tags == ["failure"]] == ["max_kl", "min_same_top"]
 
 
