@@ -36,6 +36,13 @@ class RunConfig(BaseModel):
     plan: str | None = None
     costs: str | None = None
     max_cost: float | None = Field(None, ge=0, allow_inf_nan=False)
+    max_kl: float | None = Field(None, gt=0, allow_inf_nan=False)
+    max_ppl_increase: float | None = Field(None, ge=0, allow_inf_nan=False)
+    min_same_top: float | None = Field(None, ge=0, le=1)
+    max_size: str | None = None
+    max_fallbacks: int | None = Field(None, ge=0)
+    baseline: str | None = Field(None, min_length=1)
+    max_regression: float | None = Field(None, ge=0, allow_inf_nan=False)
     bits: tuple[int, ...] | None = None
     group_size: int = 128
     symmetric: bool = True
@@ -65,7 +72,7 @@ class RunConfig(BaseModel):
     trust_remote_code: bool = False
     overwrite: bool = False
 
-    @field_validator("bits", mode="before")
+    @field_validator("bits", mode="before", json_schema_input_type=str | int | list[int] | None)
     @classmethod
     def _parse_bits(cls, value: Any) -> Any:
         if isinstance(value, (str, int)):
@@ -76,7 +83,7 @@ class RunConfig(BaseModel):
             raise ValueError(f"expected widths from {MIN_BITS} to {MAX_BITS}, such as 2,3,4,8")
         return tuple(sorted({int(v) for v in value}))
 
-    @field_validator("group_size", mode="before")
+    @field_validator("group_size", mode="before", json_schema_input_type=Literal[128, 64, 32, "channel"])
     @classmethod
     def _parse_group_size(cls, value: Any) -> int:
         if str(value) == "channel":
@@ -85,7 +92,7 @@ class RunConfig(BaseModel):
             return int(value)
         raise ValueError("expected 32, 64, 128 or channel")
 
-    @field_validator("extra_metrics", mode="before")
+    @field_validator("extra_metrics", mode="before", json_schema_input_type=str | list[str])
     @classmethod
     def _parse_extra_metrics(cls, value: Any) -> Any:
         names = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
@@ -93,7 +100,7 @@ class RunConfig(BaseModel):
             raise ValueError(f"expected {', '.join(EXTRA_METRICS)}")
         return tuple(dict.fromkeys(names))
 
-    @field_validator("pin", "ignore", "calibration", mode="before")
+    @field_validator("pin", "ignore", "calibration", mode="before", json_schema_input_type=str | list[str])
     @classmethod
     def _parse_list(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
@@ -124,7 +131,14 @@ class RunConfig(BaseModel):
             raise ValueError(f"expected auto, {', '.join(SCORE_METRICS)} or an existing sensitivity.json")
         return value
 
-    @field_validator("target_size")
+    @field_validator(
+        "max_ppl_increase", "min_same_top", "max_regression", mode="before", json_schema_input_type=float | str | None
+    )
+    @classmethod
+    def _parse_share(cls, value: Any) -> Any:
+        return value if value is None else parse_share(value)
+
+    @field_validator("target_size", "max_size")
     @classmethod
     def _check_size(cls, value: str | None) -> str | None:
         if value is not None:
@@ -153,6 +167,8 @@ class RunConfig(BaseModel):
             raise ValueError("costs and max_cost are needed together, only one of them was found; add the other")
         if self.costs is not None and self.solver == "hull":
             raise ValueError("solver hull knows one budget only; costs and max_cost need solver exact or auto")
+        if (self.baseline is None) != (self.max_regression is None):
+            raise ValueError("baseline and max_regression are needed together, only one was found; add the other")
         if self.costs is not None and self.plan is not None:
             raise ValueError("a plan is carried out as it is; drop plan, or costs and max_cost")
         return self
@@ -223,6 +239,18 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * _SIZE_UNITS[match[2].lower()])
 
 
+def parse_share(value: Any) -> float:
+    """A share such as ``5%`` or ``0.05``.
+
+    Raises:
+        ValueError: If it is none, or a bare number above 1, which could be meant either way.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:e[+-]?\d+)?|\.\d+)\s*(%?)\s*", str(value).lower())
+    if not match or isinstance(value, bool) or (not match[2] and float(match[1]) > 1):
+        raise ValueError("expected a percentage such as 5%, or a fraction from 0 to 1 such as 0.05")
+    return float(match[1]) / (100 if match[2] else 1)
+
+
 def split_weight(text: str) -> tuple[str, float]:
     """``SOURCE=WEIGHT`` as a pair; the weight is 1 where none is given."""
     match = re.fullmatch(r"(.*)=([+-]?\d+(?:\.\d*)?|[+-]?\.\d+)", text)
@@ -237,7 +265,7 @@ def load_config(path: Path | None, flags: dict[str, Any]) -> RunConfig:
     """
     values: dict[str, Any] = {}
     if path is not None:
-        values = _read_yaml(path)
+        values = read_yaml(path)
     values.update({k: v for k, v in flags.items() if v is not None and v != ()})
     origin = f" in {path}" if path else ""
     try:
@@ -246,7 +274,12 @@ def load_config(path: Path | None, flags: dict[str, Any]) -> RunConfig:
         raise UsageError("; ".join(_problem(e, origin) for e in error.errors())) from error
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Values by key of a configuration file, as they stand there; dashes in keys become underscores.
+
+    Raises:
+        UsageError: If it is missing, no YAML, or holds something else than keys.
+    """
     if not path.is_file():
         raise UsageError(f"configuration file {path} was not found")
     try:

@@ -51,7 +51,7 @@ def measure(
     values: dict[str, Any] = {
         k: v for k, v in locals().items() if k not in {"output", "config", "json", "quiet", "debug"}
     }
-    with session(quiet, debug) as terminal:
+    with session(quiet, debug, json) as terminal:
         from hawqtool.config import load_config
 
         settings = load_config(config, values)

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from hawqtool.report.quality import MEASURES, plus_minus, quality_columns, same_plan, size
+from hawqtool.report.quality import MEASURES, gate_text, plus_minus, quality_columns, same_plan, size
 from hawqtool.report.routing import routing_text
 
 _LABEL = 12
@@ -107,12 +107,8 @@ def result_lines(report: dict[str, Any]) -> list[str]:
 
 
 def gate_lines(gates: list[dict[str, Any]]) -> list[str]:
-    """Quality bounds and whether the shipped plan is within them."""
-    return [
-        f"gate        {gate['gate']} at most {gate['bound']:g}: {gate['value']:.4g}, "
-        + ("passed" if gate["passed"] else "FAILED")
-        for gate in gates
-    ]
+    """Limits and whether the shipped plan is within them."""
+    return [f"gate        {gate_text(gate)}" for gate in gates]
 
 
 def tried_lines(evaluation: dict[str, Any]) -> list[str]:

@@ -25,6 +25,8 @@ class Terminal:
     def __init__(self, quiet: bool) -> None:
         self.console = Console(stderr=True, highlight=False)
         self.quiet = quiet
+        self.answered = False
+        """Whether the result is on stdout already; a failure after it, such as of a gate, adds no document."""
         self.warnings: list[str] = []
         self._bar: Progress | None = None
         self._task: TaskID | None = None

@@ -17,6 +17,7 @@ from hawqtool.pipeline.candidates import Stopwatch, Workbench
 from hawqtool.pipeline.contest import choose, compare, hold
 from hawqtool.pipeline.deciding import Allocator, prepare_allocation
 from hawqtool.pipeline.dryrun import describe
+from hawqtool.pipeline.gating import judge_gates, matching_baseline
 from hawqtool.pipeline.job import Job, prepare
 from hawqtool.pipeline.measuring import job_menu, unquantized_bytes
 from hawqtool.pipeline.planning import budget_bytes, given_plan, plan_warnings
@@ -24,7 +25,7 @@ from hawqtool.pipeline.progress import Reporter
 from hawqtool.pipeline.report_page import NEEDS_MATPLOTLIB, matplotlib_installed, write_page
 from hawqtool.pipeline.reporting import build_report, is_our_folder, write_card, write_reproduce
 from hawqtool.pipeline.rows import gather_rows
-from hawqtool.pipeline.targeting import find_smallest, gates
+from hawqtool.pipeline.targeting import find_smallest
 from hawqtool.records import BitPlan
 
 
@@ -55,6 +56,7 @@ def run_quantize(
     try:
         with Stopwatch(timings, "rows"):
             sets = gather_rows(job, reporter)
+        baseline = matching_baseline(config, sets["report"])
         with Stopwatch(timings, "measure"):
             allocator = None if config.plan else prepare_allocation(job, sets, reporter)
         bench = Workbench(job, sets, work, reporter, timings)
@@ -64,7 +66,7 @@ def run_quantize(
         evaluation = compare(contest, bench.original(), allocator.predicted if allocator else lambda _: {})
         winner = contest.mixed[contest.best] if shipped == "mixed" else contest.uniform["uniform"]
         report = build_report(job, sets, winner.plan, winner.rounding, evaluation, shipped, timings, command)
-        report |= {"search": search, "gates": gates(config, winner)}
+        report |= {"search": search, "gates": judge_gates(config, winner, report, baseline)}
         if allocator and allocator.table:
             report["warnings"] += allocator.table.warnings
         with Stopwatch(timings, "verify"):

@@ -150,7 +150,7 @@ def warnings(job: Job, rounding: dict[str, Any], shipped: str, evaluation: dict[
 def public_config(job: Job) -> dict[str, Any]:
     """The resolved configuration; paths are shortened to their last part."""
     values = job.config.model_dump(mode="json")
-    for key in ("output", "plan", "sensitivity"):
+    for key in ("output", "plan", "sensitivity", "baseline"):
         if values[key]:
             values[key] = Path(values[key]).name
     if values["costs"]:
@@ -176,7 +176,9 @@ def _costs_name(path: str) -> str:
 def write_reproduce(job: Job, folder: Path, sensitivity: dict[str, Any] | None) -> None:
     """Add config.yaml, sensitivity.json, the file of costs, package versions and file hashes to ``reproduce/``."""
     target = folder / "reproduce"
-    config = {k: v for k, v in public_config(job).items() if v is not None}
+    # The baseline is no part of the output, and without it a regression cannot be judged.
+    left_out = {"baseline", "max_regression"}
+    config = {k: v for k, v in public_config(job).items() if v is not None and k not in left_out}
     config["group_size"] = config["group_size"] or "channel"
     (target / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     if job.config.costs is not None:

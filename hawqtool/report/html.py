@@ -178,7 +178,7 @@ def _header(report: dict[str, Any], title: str) -> str:
         "stored bits per weight, whole files": f"{sizes['bpw_file']:.3f}",
         "shipped plan": kind,
         f"{MEASURES[measure]} to the original": f"{chosen[measure]:.4f}{plus_minus(chosen, measure)}",
-        **{f"gate {gate['gate']}": "passed" if gate["passed"] else "FAILED" for gate in report["gates"]},
+        **{f"gate {gate['name']}": "passed" if gate["passed"] else "FAILED" for gate in report["gates"]},
         "peak memory": ", ".join(f"{size(v)} {k}" for k, v in report["peak_memory_bytes"].items()),
     }
     boxes = "\n".join(f'<div class="tile"><b>{_text(v)}</b><span>{_text(k)}</span></div>' for k, v in tiles.items())
