@@ -47,6 +47,7 @@ class RunConfig(BaseModel):
     eval_data: str | None = None
     eval_samples: int = Field(32, ge=2)
     sensitivity: str = "auto"
+    measurements: str | None = Field(None, min_length=1)
     shortlist: int | None = Field(None, ge=1)
     exchanges: int | None = Field(None, ge=0)
     extra_metrics: tuple[str, ...] = ()
@@ -145,6 +146,8 @@ class RunConfig(BaseModel):
                 raise ValueError(
                     f"shortlist and exchanges work under target_bpw or target_size alone, found {other} too"
                 )
+        if self.measurements is not None and not self.measures:
+            raise ValueError("measurements are shared where something is measured; drop it, or plan or the saved file")
         if not self.symmetric and self.profile not in ASYMMETRIC_PROFILES:
             raise ValueError(asymmetric_refusal(self.profile))
         if not self.symmetric and self.scale_sign == "both":
@@ -185,6 +188,11 @@ class RunConfig(BaseModel):
             raise UsageError(
                 f"exactly one of --target-bpw, --target-size, --target-kl and --plan is needed, found {found}"
             )
+
+    @property
+    def measures(self) -> bool:
+        """Whether scores are measured where a unit has a choice, not read from a file or made needless by a plan."""
+        return self.plan is None and self.sensitivity in ("auto", *SCORE_METRICS)
 
     @property
     def measured_extras(self) -> tuple[str, ...]:

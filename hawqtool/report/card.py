@@ -7,7 +7,16 @@ from typing import Any
 
 from hawqtool.report.escape import code, escape, fenced, table
 from hawqtool.report.front_matter import SourceFacts, Value, merged, read_source
-from hawqtool.report.quality import EXPLANATIONS, GATES, MEASURES, plus_minus, quality_columns, rows_text, same_plan
+from hawqtool.report.quality import (
+    EXPLANATIONS,
+    GATES,
+    MEASURES,
+    measurement_text,
+    plus_minus,
+    quality_columns,
+    rows_text,
+    same_plan,
+)
 from hawqtool.report.routing import routing_text
 
 _LOAD = """\
@@ -101,6 +110,7 @@ def _method(report: dict[str, Any]) -> str:
         f"calibration: {rows_text(calibration)} ({_origin(calibration['source'])}), seed {config['seed']}",
         "grid: symmetric integers, compressed-tensors format `pack-quantized`",
     ]
+    lines += [f"sensitivity: {text}" for text in (measurement_text(report),) if text]
     routing = routing_text(report["experts"])
     if routing:
         lines.append(f"routing: {routing}")
