@@ -245,16 +245,21 @@ def load_config(path: Path | None, flags: dict[str, Any]) -> RunConfig:
     """
     values: dict[str, Any] = {}
     if path is not None:
-        values = _read_yaml(path)
+        values = read_yaml(path)
     values.update({k: v for k, v in flags.items() if v is not None and v != ()})
     origin = f" in {path}" if path else ""
     try:
         return RunConfig(**values)
     except ValidationError as error:
-        raise UsageError("; ".join(_problem(e, origin) for e in error.errors())) from error
+        raise UsageError("; ".join(describe_problem(e, origin) for e in error.errors())) from error
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Keys and values of a file, dashes in keys as underscores.
+
+    Raises:
+        UsageError: If it is missing, no YAML, or no mapping.
+    """
     if not path.is_file():
         raise UsageError(f"configuration file {path} was not found")
     try:
@@ -268,7 +273,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return {str(key).replace("-", "_"): value for key, value in loaded.items()}
 
 
-def _problem(error: Any, origin: str) -> str:
+def describe_problem(error: Any, origin: str) -> str:
+    """One of the errors of a ValidationError in words, with ``origin`` (such as `` in run.yaml``) after the key."""
     key = ".".join(str(part) for part in error["loc"]) or "configuration"
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, RunConfig.model_fields, n=1)
