@@ -54,6 +54,7 @@ class RunConfig(BaseModel):
     eval_data: str | None = None
     eval_samples: int = Field(32, ge=2)
     sensitivity: str = "auto"
+    measurements: str | None = Field(None, min_length=1)
     shortlist: int | None = Field(None, ge=1)
     exchanges: int | None = Field(None, ge=0)
     extra_metrics: tuple[str, ...] = ()
@@ -159,6 +160,8 @@ class RunConfig(BaseModel):
                 raise ValueError(
                     f"shortlist and exchanges work under target_bpw or target_size alone, found {other} too"
                 )
+        if self.measurements is not None and not self.measures:
+            raise ValueError("measurements are shared where something is measured; drop it, or plan or the saved file")
         if not self.symmetric and self.profile not in ASYMMETRIC_PROFILES:
             raise ValueError(asymmetric_refusal(self.profile))
         if not self.symmetric and self.scale_sign == "both":
@@ -201,6 +204,11 @@ class RunConfig(BaseModel):
             raise UsageError(
                 f"exactly one of --target-bpw, --target-size, --target-kl and --plan is needed, found {found}"
             )
+
+    @property
+    def measures(self) -> bool:
+        """Whether scores are measured where a unit has a choice, not read from a file or made needless by a plan."""
+        return self.plan is None and self.sensitivity in ("auto", *SCORE_METRICS)
 
     @property
     def measured_extras(self) -> tuple[str, ...]:
@@ -271,7 +279,7 @@ def load_config(path: Path | None, flags: dict[str, Any]) -> RunConfig:
     try:
         return RunConfig(**values)
     except ValidationError as error:
-        raise UsageError("; ".join(_problem(e, origin) for e in error.errors())) from error
+        raise UsageError("; ".join(describe_problem(e, origin) for e in error.errors())) from error
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -293,7 +301,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return {str(key).replace("-", "_"): value for key, value in loaded.items()}
 
 
-def _problem(error: Any, origin: str) -> str:
+def describe_problem(error: Any, origin: str) -> str:
+    """One of the errors of a ValidationError in words, with ``origin`` (such as `` in run.yaml``) after the key."""
     key = ".".join(str(part) for part in error["loc"]) or "configuration"
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, RunConfig.model_fields, n=1)

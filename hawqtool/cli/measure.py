@@ -26,6 +26,7 @@ def measure(
     seq_len: o.SeqLen = None,
     rounding: o.Rounding = None,
     foem_beta: o.FoemBeta = None,
+    measurements: o.Measurements = None,
     extra_metrics: o.ExtraMetrics = None,
     probes: o.Probes = None,
     eigenvalues: o.Eigenvalues = None,

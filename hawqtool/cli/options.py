@@ -199,6 +199,16 @@ Sensitivity = Annotated[
         panel=METHOD,
     ),
 ]
+Measurements = Annotated[
+    Optional[str],
+    _option(
+        "--measurements",
+        help="Folder of measurements that runs share: taken from it where one of the same model, rows and settings is "
+        "there, else measured (in all widths that any budget may use) and kept [default: none].",
+        panel=METHOD,
+        metavar="DIR",
+    ),
+]
 Shortlist = Annotated[
     Optional[int],
     _option(

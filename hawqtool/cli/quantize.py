@@ -47,6 +47,7 @@ def quantize(
     eval_data: o.EvalData = None,
     eval_samples: o.EvalSamples = None,
     sensitivity: o.Sensitivity = None,
+    measurements: o.Measurements = None,
     shortlist: o.Shortlist = None,
     exchanges: o.Exchanges = None,
     extra_metrics: o.ExtraMetrics = None,

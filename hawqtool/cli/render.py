@@ -9,7 +9,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from hawqtool.report.quality import MEASURES, gate_text, plus_minus, quality_columns, same_plan, size
+from hawqtool.report.quality import (
+    MEASURES,
+    gate_text,
+    measurement_text,
+    plus_minus,
+    quality_columns,
+    same_plan,
+    size,
+)
 from hawqtool.report.routing import routing_text
 
 _LABEL = 12
@@ -90,6 +98,7 @@ def result_lines(report: dict[str, Any]) -> list[str]:
         f"size        {sizes['original_bytes']:,} -> {sizes['quantized_bytes']:,} bytes; {sizes['bpw_linears']:.3f} "
         f"stored bits per weight over the linears, {sizes['bpw_file']:.3f} over the whole file",
     ]
+    lines += [f"sensitivity {text}" for text in (measurement_text(report),) if text]
     routing = routing_text(report["experts"])
     if routing:
         lines.append(f"routing     {routing}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hawqtool.model.index import fingerprint
 from hawqtool.pipeline.artifacts import check_writable, sensitivity_document, write_json
 from hawqtool.pipeline.curvature import input_fisher_fields, measure_curvature
 from hawqtool.pipeline.job import Job, prepare
+from hawqtool.pipeline.measurements import MeasurementFolder, check_measurements, measurement_fingerprint
 from hawqtool.pipeline.planning import WIDE_MENU, format_menu, score_warnings, stored_bytes, widths
 from hawqtool.pipeline.progress import Reporter
 from hawqtool.pipeline.rows import gather_rows
@@ -27,15 +29,53 @@ def unquantized_bytes(job: Job, menu: dict[str, tuple[QuantFormat, ...]]) -> int
     return job.layout(widest).total_bytes - stored_bytes(job.units, widest)
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where the scores of a run come from.
+
+    Args:
+        source: ``run`` (measured now), ``shared`` (taken from the folder of measurements) or ``file``.
+        fingerprint: Name in the folder of measurements; None where there is none.
+        seconds: What measuring took, whenever that was; None where a file does not say.
+    """
+
+    source: str
+    fingerprint: str | None = None
+    seconds: float | None = None
+
+
+def measured(
+    job: Job, menu: dict[str, tuple[QuantFormat, ...]], sets: dict[str, Rows], reporter: Reporter
+) -> tuple[dict[str, Any], Origin]:
+    """The sensitivity document of a menu, taken from the folder of measurements where it is there."""
+    if job.config.measurements is None:
+        document = measure_job(job, menu, sets, reporter)
+        return document, Origin("run", None, document["settings"]["seconds"])
+    key = measurement_fingerprint(job, wanted_formats(job, menu), sets, reporter)
+    folder = MeasurementFolder(Path(job.config.measurements), reporter)
+    document, found = folder.take(key, lambda: measure_job(job, menu, sets, reporter))
+    if found:
+        reporter.say(f"measurement {key[:12]} was taken from {folder.path}")
+        for text in document["warnings"]:
+            reporter.warn(text)
+        document["model"] = job.source.name  # the same weights may have been measured under another name
+    return document, Origin("shared" if found else "run", key, document["settings"]["seconds"])
+
+
+def wanted_formats(job: Job, menu: dict[str, tuple[QuantFormat, ...]]) -> dict[str, tuple[QuantFormat, ...]]:
+    """The menu, and pinned formats."""
+    return {
+        unit.name: tuple(dict.fromkeys((*menu[unit.name], *((job.pins[unit.name],) if unit.name in job.pins else ()))))
+        for unit in job.units
+    }
+
+
 def measure_job(
     job: Job, menu: dict[str, tuple[QuantFormat, ...]], sets: dict[str, Rows], reporter: Reporter
 ) -> dict[str, Any]:
     """Measure and return the sensitivity document."""
     start = time.perf_counter()
-    wanted = {
-        unit.name: tuple(dict.fromkeys((*menu[unit.name], *((job.pins[unit.name],) if unit.name in job.pins else ()))))
-        for unit in job.units
-    }
+    wanted = wanted_formats(job, menu)
     found = measure(
         job.stream(),
         sets["calibration"].tokens,
@@ -102,10 +142,11 @@ def single_unit_scores(
 def run_measure(config: RunConfig, output: Path, reporter: Reporter) -> dict[str, Any]:
     """``hawqtool measure``: write sensitivity.json for the widths asked for (default 2,3,4,8)."""
     check_writable(output)
+    check_measurements(config)
     job = prepare(config, reporter)
     menu = format_menu(job.units, config.bits or WIDE_MENU, config.group_size, config.symmetric)
     sets = gather_rows(job, reporter)
-    document = measure_job(job, menu, sets, reporter)
+    document, _ = measured(job, menu, sets, reporter)
     write_json(output, document)
     return document
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from hawqtool.pipeline.candidates import Stopwatch, Workbench
 from hawqtool.pipeline.contest import choose, compare, hold
 from hawqtool.pipeline.deciding import Allocator, prepare_allocation
 from hawqtool.pipeline.dryrun import describe
+from hawqtool.pipeline.fingerprints import config_fingerprint
 from hawqtool.pipeline.gating import judge_gates, matching_baseline
 from hawqtool.pipeline.job import Job, prepare
+from hawqtool.pipeline.measurements import check_measurements
 from hawqtool.pipeline.measuring import job_menu, unquantized_bytes
 from hawqtool.pipeline.planning import budget_bytes, given_plan, plan_warnings
 from hawqtool.pipeline.progress import Reporter
@@ -48,6 +51,8 @@ def run_quantize(
     """
     config.require_one_target()
     output = _check_output(config)
+    check_measurements(config)
+    identity = config_fingerprint(config)  # of the files as the run begins
     timings: dict[str, float] = {}
     job = prepare(config, reporter)
     description = describe(job)
@@ -67,6 +72,8 @@ def run_quantize(
         winner = contest.mixed[contest.best] if shipped == "mixed" else contest.uniform["uniform"]
         report = build_report(job, sets, winner.plan, winner.rounding, evaluation, shipped, timings, command)
         report |= {"search": search, "gates": judge_gates(config, winner, report, baseline)}
+        origin = asdict(allocator.origin) if allocator and allocator.origin else None
+        report |= {"config_fingerprint": identity, "measurement": origin}
         if allocator and allocator.table:
             report["warnings"] += allocator.table.warnings
         with Stopwatch(timings, "verify"):

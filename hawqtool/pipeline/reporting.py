@@ -153,6 +153,7 @@ def public_config(job: Job) -> dict[str, Any]:
     for key in ("output", "plan", "sensitivity", "baseline"):
         if values[key]:
             values[key] = Path(values[key]).name
+    values["measurements"] = None  # the report's "measurement" says where it comes from; a rerun needs no such folder
     if values["costs"]:
         values["costs"] = _costs_name(values["costs"])
     # What follows a source's name is its weight.

@@ -12,6 +12,7 @@ from hawqtool.report.quality import (
     GATES,
     MEASURES,
     gate_values,
+    measurement_text,
     plus_minus,
     quality_columns,
     rows_text,
@@ -110,6 +111,7 @@ def _method(report: dict[str, Any]) -> str:
         f"calibration: {rows_text(calibration)} ({_origin(calibration['source'])}), seed {config['seed']}",
         "grid: symmetric integers, compressed-tensors format `pack-quantized`",
     ]
+    lines += [f"sensitivity: {text}" for text in (measurement_text(report),) if text]
     routing = routing_text(report["experts"])
     if routing:
         lines.append(f"routing: {routing}")

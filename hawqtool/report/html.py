@@ -19,7 +19,7 @@ from hawqtool.report.html_tables import (
     versions_table,
     worst_table,
 )
-from hawqtool.report.quality import EXPLANATIONS, MEASURES, plus_minus, size
+from hawqtool.report.quality import EXPLANATIONS, MEASURES, measurement_text, plus_minus, size
 
 _SEARCH = "Search for the smallest plan"
 SECTIONS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
@@ -186,6 +186,8 @@ def _header(report: dict[str, Any], title: str) -> str:
         f"{_text(report['architecture'])}, rounded with {_text(report['config']['rounding'])} by hawqtool "
         f"{_text(report['hawqtool_version'])} on {_text(report['device'])}"
     )
+    if scores := measurement_text(report):
+        about += f", {_text(scores)}"
     if report["model_revision"]:
         about += f", commit {_text(report['model_revision'])}"
     return f'<h1>{title}</h1>\n<p class="note">{about}.</p>\n<div class="tiles">\n{boxes}\n</div>\n{_warnings(report)}'

@@ -92,6 +92,16 @@ def shown_metric(report: dict[str, Any]) -> str | None:
     return next((name for name in (report["metric"], *report["evaluation"]["tried"]) if name in predicted), None)
 
 
+def measurement_text(report: dict[str, Any]) -> str | None:
+    """Where the scores come from, unless the run measured them itself or needed none."""
+    origin = report.get("measurement")
+    if origin is None or origin["source"] == "run":
+        return None
+    if origin["source"] == "file":
+        return "scores from a saved measurement"
+    return f"scores from a shared measurement, fingerprint {origin['fingerprint'][:12]}"
+
+
 def size(num_bytes: float) -> str:
     """Bytes for people, exact below a kilobyte."""
     for unit in ("B", "kB", "MB", "GB"):

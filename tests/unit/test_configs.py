@@ -19,7 +19,8 @@ from hawqtool.errors import UsageError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 DEFAULT = CONFIGS / "default.yaml"
-RECIPES = sorted(path for path in CONFIGS.glob("*.yaml") if path != DEFAULT)
+BATCH_EXAMPLE = CONFIGS / "batch-example.yaml"
+RECIPES = sorted(path for path in CONFIGS.glob("*.yaml") if path not in (DEFAULT, BATCH_EXAMPLE))
 EXAMPLES = {"model", "output", "target_bpw"}
 """Keys of default.yaml that hold a placeholder or an example, not the default."""
 NOT_CONFIG = {"config", "dry_run", "junit", "schema", "json", "quiet", "debug", "help"}
