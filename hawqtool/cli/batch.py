@@ -48,7 +48,7 @@ def batch(
     Example: hawqtool batch jobs.yaml -o runs --jobs 4
     """
     code = 0
-    with session(quiet, debug) as terminal:
+    with session(quiet, debug, json) as terminal:
         from hawqtool.pipeline.batch_file import read_batch
 
         found = read_batch(file, output, measurements, overwrite)

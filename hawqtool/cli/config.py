@@ -48,6 +48,7 @@ def config(
     sensitivity: o.Sensitivity = None,
     shortlist: o.Shortlist = None,
     exchanges: o.Exchanges = None,
+    measurements: o.Measurements = None,
     extra_metrics: o.ExtraMetrics = None,
     probes: o.Probes = None,
     eigenvalues: o.Eigenvalues = None,

@@ -64,7 +64,7 @@ def result(report: dict[str, Any]) -> Row:
     return {
         "status": "gate failed" if failed else "done",
         "exit_code": GATE_FAILED if failed else 0,
-        "error": "; ".join(f"{g['gate']} {_number(g['bound'])}: found {_number(g['value'])}" for g in failed) or None,
+        "error": "; ".join(f"{g['name']} {_number(g['limit'])}: found {_number(g['found'])}" for g in failed) or None,
         "model_name": report["model"],
         "original_bytes": sizes["original_bytes"],
         "quantized_bytes": sizes["quantized_bytes"],

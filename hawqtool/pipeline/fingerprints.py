@@ -12,7 +12,7 @@ from hawqtool.config import RunConfig, split_weight
 ELSEWHERE = frozenset({"output", "overwrite", "measurements"})
 """Settings that say where things lie, not what they are."""
 
-_FILES = ("plan", "costs", "sensitivity", "eval_data")
+_FILES = ("plan", "costs", "sensitivity", "eval_data", "baseline")
 _SAMPLED_PIECES, _PIECE_BYTES = 64, 4096
 
 

@@ -42,6 +42,7 @@ WITHOUT_EFFECT = frozenset(
     (
         *("output", "overwrite", "measurements", "solver", "shortlist", "exchanges"),
         *("target_bpw", "target_size", "target_kl", "plan", "costs", "max_cost"),
+        *("max_kl", "max_ppl_increase", "min_same_top", "max_size", "max_fallbacks", "baseline", "max_regression"),
     )
 )
 """Settings that change no measurement. All others are in the fingerprint, so that a new one errs towards measuring."""

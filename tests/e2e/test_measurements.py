@@ -20,6 +20,7 @@ from hawqtool.pipeline.job import prepare
 from hawqtool.pipeline.measurements import MeasurementFolder, measurement_fingerprint
 from hawqtool.pipeline.measuring import job_menu, wanted_formats
 from hawqtool.pipeline.progress import Silent
+from hawqtool.pipeline.report_page import write_page
 from hawqtool.pipeline.rows import gather_rows
 from tests.e2e.runs import Run, read, settings
 from tests.tiny import tiny_llama
@@ -68,6 +69,8 @@ def test_runs_that_differ_in_budget_measure_once_and_give_what_they_would_alone(
         assert report["config_fingerprint"] == expected["config_fingerprint"]
     key = shared[0][1]["measurement"]["fingerprint"]
     assert [p.name for p in (tmp_path / "kept").iterdir()] == [f"{key}.json"]
+    for folder, _ in shared:
+        write_page(folder)
     for name in ("README.md", "report.html"):
         assert f"shared measurement, fingerprint {key[:12]}" in (shared[1][0] / name).read_text()
         assert "shared measurement" not in (shared[0][0] / name).read_text()
