@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from hawqtool.config import RunConfig
 from hawqtool.formats import QuantFormat
 from hawqtool.model.experts import ExpertLinear, SplitExperts, counting_experts, split_experts
-from hawqtool.model.sweep import GroupStatistics, group_statistics, stages
+from hawqtool.model.statistics import GroupStatistics
+from hawqtool.model.sweep import group_statistics, stages
 from hawqtool.pipeline.job import Job, prepare
 from hawqtool.rounding.layer import RoundingMethod
 from hawqtool.sensitivity.measure import _by_row, measure

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from hawqtool.allocation.uniform import uniform_formats
 from hawqtool.config import RunConfig
 from hawqtool.export.packed import PackedReader
-from hawqtool.model.sweep import gram
+from hawqtool.model.statistics import GroupStatistics, gram
 from hawqtool.pipeline.job import Job, prepare
 from hawqtool.pipeline.planning import stored_bytes
 from hawqtool.pipeline.progress import Silent
@@ -66,7 +66,7 @@ def round_live(job: Job, model: nn.Module, plan: BitPlan, group: tuple[LinearSpe
         for m in group
         for weight in [model.get_submodule(m.name).weight]
     ]
-    layers = round_layers(tasks, matrix, factorize(matrix, len(x)), job.method)
+    layers = round_layers(tasks, GroupStatistics(matrix, len(x), len(x)), factorize(matrix, len(x)), job.method)
     for layer in layers:
         with torch.no_grad():
             model.get_submodule(layer.name).weight.copy_(dequantize(layer.codes, layer.scales))
