@@ -127,6 +127,8 @@ def choose_settings(
             replace(s, shift=best_shift(t.weight, whole, held_out))
             for t, s, whole in zip(tasks, settings, full, strict=True)
         ]
+    if beta != "auto" and not method.refit:
+        return settings
     problem = _prepare(tasks, part, method, fitting.drift, settings)
     betas = BETAS if beta == "auto" else (fixed.beta,)
     trials = [_round_targets(problem, [value] * len(tasks)) for value in betas]
