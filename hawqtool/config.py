@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -61,8 +62,11 @@ class RunConfig(BaseModel):
     probes: int = Field(4, ge=1)
     eigenvalues: int = Field(0, ge=0)
     solver: Literal["auto", "hull", "exact"] = "auto"
-    rounding: Literal["rtn", "gptq", "foem"] = "gptq"
-    foem_beta: float = Field(0.1, ge=0, le=1)
+    rounding: Literal["rtn", "gptq", "foem", "gptaq"] = "gptq"
+    foem_beta: float | Literal["auto"] = 0.1
+    gptaq_alpha: float = Field(0.25, ge=0, le=1)
+    target_shift: float | Literal["auto"] = 0.0
+    scale_refit: bool = False
     damping: float | None = Field(None, gt=0, allow_inf_nan=False)
     pin: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
@@ -100,6 +104,22 @@ class RunConfig(BaseModel):
         if not isinstance(names, (list, tuple)) or not set(names) <= set(EXTRA_METRICS):
             raise ValueError(f"expected {', '.join(EXTRA_METRICS)}")
         return tuple(dict.fromkeys(names))
+
+    @field_validator("foem_beta", "target_shift", mode="before", json_schema_input_type=float | str | bool)
+    @classmethod
+    def _parse_share(cls, value: Any) -> Any:
+        # YAML reads a bare off as false.
+        if value is False or value == "off":
+            return 0.0
+        if value == "auto":
+            return value
+        try:
+            share = float(value)
+        except (TypeError, ValueError):
+            share = math.nan
+        if isinstance(value, bool) or not 0 <= share <= 1:
+            raise ValueError("expected a number from 0 to 1, or auto")
+        return share
 
     @field_validator("pin", "ignore", "calibration", mode="before", json_schema_input_type=str | list[str])
     @classmethod
@@ -166,6 +186,10 @@ class RunConfig(BaseModel):
             raise ValueError(asymmetric_refusal(self.profile))
         if not self.symmetric and self.scale_sign == "both":
             raise ValueError("scale_sign both is for symmetric grids: zero points do its work; drop one of the two")
+        if self.rounding == "rtn" and (self.target_shift or self.scale_refit):
+            raise ValueError("target_shift and scale_refit belong to compensated rounding; drop them or rounding rtn")
+        if self.rounding == "gptaq" and self.target_shift:
+            raise ValueError("rounding gptaq and target_shift make the same correction twice; drop one of the two")
         if (self.costs is None) != (self.max_cost is None):
             raise ValueError("costs and max_cost are needed together, only one of them was found; add the other")
         if self.costs is not None and self.solver == "hull":

@@ -260,10 +260,35 @@ Solver = Annotated[
         panel=METHOD,
     ),
 ]
-Rounding = Annotated[Optional[str], _option("--rounding", help="rtn, gptq or foem [default: gptq].", panel=METHOD)]
+Rounding = Annotated[
+    Optional[str], _option("--rounding", help="rtn, gptq, foem or gptaq [default: gptq].", panel=METHOD)
+]
 FoemBeta = Annotated[
+    Optional[str],
+    _option(
+        "--foem-beta",
+        help="FOEM's pull towards the original weights, or auto: by held-out rows, layer by layer [default: 0.1].",
+        panel=METHOD,
+        metavar="FLOAT|auto",
+    ),
+]
+GptaqAlpha = Annotated[
     Optional[float],
-    _option("--foem-beta", help="FOEM's pull towards the original weights [default: 0.1].", panel=METHOD),
+    _option("--gptaq-alpha", help="GPTAQ's share of the correction for rounded inputs [default: 0.25].", panel=METHOD),
+]
+TargetShift = Annotated[
+    Optional[str],
+    _option(
+        "--target-shift",
+        help="Share of each weight's shift towards the original output on rounded inputs: auto (by held-out rows, "
+        "layer by layer), a number from 0 to 1, or off [default: off].",
+        panel=METHOD,
+        metavar="auto|FLOAT|off",
+    ),
+]
+ScaleRefit = Annotated[
+    Optional[bool],
+    _option("--scale-refit", help="Refit scales after rounding where held-out rows gain by it.", panel=METHOD),
 ]
 Damping = Annotated[
     Optional[float],

@@ -11,7 +11,8 @@ from typing import Any
 from hawqtool.export.compressed_tensors import quantization_config
 from hawqtool.export.writer import CheckpointWriter, write_config
 from hawqtool.formats import QuantFormat
-from hawqtool.model.sweep import GroupStatistics, read_weight, replace_weight, visit_groups
+from hawqtool.model.statistics import GroupStatistics
+from hawqtool.model.sweep import read_weight, replace_weight, visit_groups
 from hawqtool.model.units import is_expert
 from hawqtool.pipeline.artifacts import plan_document, write_json
 from hawqtool.pipeline.job import Job
@@ -19,7 +20,7 @@ from hawqtool.pipeline.progress import Reporter
 from hawqtool.records import BitPlan, LinearSpec, Rows
 from hawqtool.rounding.factor import factorize
 from hawqtool.rounding.grid import dequantize
-from hawqtool.rounding.layer import Task, round_layers
+from hawqtool.rounding.layer import RoundingMethod, Task, round_layers
 
 
 def round_to_folder(
@@ -42,7 +43,7 @@ def round_to_folder(
     folder.mkdir(parents=True)
     layout = job.layout(plan.formats)
     stream = job.stream()
-    activations = stream.embed(rows.tokens, job.rows_per_slice)
+    activations = stream.embed(rows.tokens, job.rows_per_slice, job.method.needs_held_out, job.method.needs_drift)
     metrics: dict[str, Any] = {}
     with CheckpointWriter(job.index, layout, folder) as writer:
         walker = _Walker(job, job.layer_formats(plan.formats), writer, metrics)
@@ -53,7 +54,7 @@ def round_to_folder(
             reporter.progress(f"rounding {label}", spec.index + 1, len(job.structure.blocks))
         if job.structure.head:
             walker.block, walker.spec = stream.model, job.structure.head
-            statistics = stream.head_statistics(rows.tokens, activations.hidden)
+            statistics = stream.head_statistics(rows.tokens, activations)
             walker.visit(job.structure.head.input_groups[0], statistics)
         writer.copy_rest()
     seconds = time.perf_counter() - start
@@ -83,21 +84,24 @@ class _Walker:
         ]
         damping = self.job.method.damping
         factor = factorize(statistics.gram, statistics.num_tokens, damping, name=tasks[0].name)
-        for layer in round_layers(tasks, statistics.gram, factor, self.job.method):
+        for layer in round_layers(tasks, statistics, factor, self.job.method):
             self.writer.write_layer(layer)
             weight = dequantize(layer.codes, layer.scales, layer.zeros)
             replace_weight(self.block, self.spec, planned[layer.name], weight)
             self.metrics[layer.name] = (
                 asdict(layer.metrics)
                 | {"format": layer.quant_format.label}
-                | {"num_tokens": statistics.num_routed, "fallback": _fallback(statistics)}
+                | {"num_tokens": statistics.num_routed, "fallback": _fallback(statistics, self.job.method)}
             )
 
 
-def _fallback(statistics: GroupStatistics) -> str | None:
-    """What replaced tokens that an expert lacked."""
+def _fallback(statistics: GroupStatistics, method: RoundingMethod) -> str | None:
+    """What replaced tokens that an expert lacked, and settings that could not be chosen without them."""
     lent = statistics.num_tokens - statistics.num_routed
-    return f"statistics with {lent} tokens that were routed to other experts" if lent else None
+    found = [f"statistics with {lent} tokens that were routed to other experts"] if lent else []
+    if method.needs_held_out and statistics.fitting is None:
+        found.append("rounded as gptq, for no held-out tokens or no others came here to choose settings on")
+    return "; ".join(found) or None
 
 
 def _write_records(

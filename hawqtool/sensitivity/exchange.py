@@ -54,7 +54,8 @@ def exchange_divergence(
     total, scores = sum(map(len, menu.values())), UnitScores()
     with ExitStack() as resident, torch.no_grad():
         modules = [resident.enter_context(quantized.block(spec.index)) for spec in quantized.structure.blocks]
-        known, seen = quantized.embed(calibration, rows_per_slice), quantized.embed(scoring, rows_per_slice)
+        known = quantized.embed(calibration, rows_per_slice, method.needs_held_out, method.needs_drift)
+        seen = quantized.embed(scoring, rows_per_slice)
         reference = original.final_hidden(scoring, rows_per_slice, lambda _: None)
         judge = Judge(original, quantized, scoring, list(reference.split(rows_per_slice)))
         present = judge.divergence("the plan", {"": run_blocks(modules, seen.calls, seen.hidden, 0)})[""]
@@ -82,9 +83,11 @@ def _changes(
 ) -> dict[str, dict[str, Tensor]]:
     """Per linear and format label, the newly rounded weight less the present one."""
     changes: dict[str, dict[str, Tensor]] = {}
-    for group, statistics in group_statistics(block, spec, known, spec.input_groups):
+    for group, statistics in group_statistics(block, spec, known, spec.input_groups, source):
         errors = group_errors(source, spec, group, statistics, menu, method, stored_dtypes)
         for linear in (linear for linear in group if linear.name in errors):
             present = read_weight(source, spec, linear) - read_weight(block, spec, linear)
             changes[linear.name] = {label: error + present for label, error in errors[linear.name].items()}
+    if known.original is not None:
+        advance(source, spec, Activations(known.original, known.calls))
     return changes

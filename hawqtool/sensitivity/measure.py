@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from hawqtool.errors import NumericalError
 from hawqtool.formats import QuantFormat
 from hawqtool.model.experts import ExpertLinear
+from hawqtool.model.statistics import GroupStatistics
 from hawqtool.model.sweep import (
     Activations,
-    GroupStatistics,
     ModelStream,
     advance,
     group_statistics,
@@ -79,7 +79,8 @@ def measure(
         seed: Seed of the sampled labels.
         progress: Called with the phase, blocks done and blocks in all.
     """
-    sets = (stream.embed(calibration, rows_per_slice), stream.embed(scoring, rows_per_slice))
+    known = stream.embed(calibration, rows_per_slice, method.needs_held_out)
+    sets = (known, stream.embed(scoring, rows_per_slice))
     stored: list[tuple[list[Tensor], ...]] = []
     count = len(stream.structure.blocks)
     for spec in stream.structure.blocks:
@@ -92,7 +93,7 @@ def measure(
     gradients, outputs = _loss_gradients(stream, scoring.split(rows_per_slice), sets[1].hidden, seed)
     found = _Found({}, {}, {})
     if stream.structure.head:
-        statistics = stream.head_statistics(calibration, sets[0].hidden)
+        statistics = stream.head_statistics(calibration, known)
         rows = _head_rows(stream, scoring, sets[1].hidden, seed)
         seen = LayerRows(rows, sets[1].hidden[0].shape[1], outputs)
         _measure_head(stream, statistics, seen, menu, method, stored_dtypes, found)
@@ -211,7 +212,7 @@ def group_errors(
     factor = factorize(statistics.gram, statistics.num_tokens, method.damping, name=group[0].name)
     weights = {linear.name: read_weight(block, spec, linear) for linear in group}
     tasks = [Task(linear.name, weights[linear.name], fmt, stored_dtypes[linear.name]) for linear, fmt in wanted]
-    for task, rounded in zip(tasks, round_group(tasks, factor, method), strict=True):
+    for task, rounded in zip(tasks, round_group(tasks, factor, method, statistics), strict=True):
         difference = dequantize(*rounded).float() - task.weight
         errors.setdefault(task.name, {})[task.quant_format.label] = difference
     return errors

@@ -62,8 +62,7 @@ def single_unit_divergence(
     Raises:
         NumericalError: If a candidate's outputs are not finite.
     """
-    rounding = (menu, method, stored_dtypes)
-    scores = UnitScores()
+    rounding, scores = (menu, method, stored_dtypes), UnitScores()
 
     def keep(unit: str, found: dict[str, Score]) -> None:
         scores[unit] = found
@@ -71,7 +70,8 @@ def single_unit_divergence(
 
     with ExitStack() as resident, torch.no_grad():
         modules = [resident.enter_context(stream.block(spec.index)) for spec in stream.structure.blocks]
-        known, seen = stream.embed(calibration, rows_per_slice), stream.embed(scoring, rows_per_slice)
+        known = stream.embed(calibration, rows_per_slice, method.needs_held_out)
+        seen = stream.embed(scoring, rows_per_slice)
         judge = Judge(stream, stream, scoring, run_blocks(modules, seen.calls, seen.hidden, 0))
         carried: Carried = {}
         for spec, block in zip(stream.structure.blocks, modules, strict=True):
@@ -81,7 +81,7 @@ def single_unit_divergence(
             for activations in (known, seen):
                 advance(block, spec, activations)
         if stream.structure.head:
-            head, statistics = stream.structure.head, stream.head_statistics(calibration, known.hidden)
+            head, statistics = stream.structure.head, stream.head_statistics(calibration, known)
             errors = group_errors(stream.model, head, head.linears, statistics, *rounding)
             for linear in (linear for linear in head.linears if linear.name in errors):
                 keep(linear.unit, judge.head_scores(linear, errors[linear.name]))

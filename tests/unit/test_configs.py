@@ -159,6 +159,30 @@ def test_asymmetric_grids_need_a_profile_that_takes_them(profile: str) -> None:
     assert "transformers 5.23 fails" in message and "--profile vllm accepts" in message
 
 
+def test_shares_are_numbers_or_auto(tmp_path: Path) -> None:
+    config = load_config(None, {"model": "m", "foem_beta": "auto", "target_shift": "0.5"})
+    assert (config.foem_beta, config.target_shift) == ("auto", 0.5)
+    # A bare off is a boolean in YAML.
+    for value in ("off", '"off"', "0"):
+        assert load_config(write(tmp_path, f"model: m\ntarget_shift: {value}\n"), {}).target_shift == 0
+    for value in ("1.5", "best", True, "nan"):
+        with pytest.raises(UsageError, match="foem_beta: expected a number from 0 to 1, or auto"):
+            load_config(None, {"model": "m", "foem_beta": value})
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"rounding": "rtn", "scale_refit": True},
+        {"rounding": "rtn", "target_shift": "auto"},
+        {"rounding": "gptaq", "target_shift": 0.5},
+    ],
+)
+def test_corrections_that_do_not_fit_the_rounding_are_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="drop"):
+        load_config(None, {"model": "m", **values})
+
+
 @pytest.mark.parametrize("targets", [{}, {"target_bpw": 3.5, "target_size": "1GB"}])
 def test_exactly_one_target(targets: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="exactly one of --target-bpw"):
