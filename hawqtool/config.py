@@ -7,11 +7,11 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from hawqtool.errors import UsageError
 from hawqtool.formats import CHANNEL, GROUP_SIZES, MAX_BITS, MIN_BITS
+from hawqtool.parsing import MAX_YAML_BYTES, ParseError, parse_yaml, read_bounded, shown
 from hawqtool.records import EXTRA_METRICS, SCORE_METRICS
 
 SELF = "self"
@@ -72,7 +72,11 @@ class RunConfig(BaseModel):
             value = [part.strip() for part in str(value).split(",")]
         if value is None:
             return None
-        if not value or not all(re.fullmatch(r"\d+", str(v)) and MIN_BITS <= int(v) <= MAX_BITS for v in value):
+        if (
+            not isinstance(value, (list, tuple))
+            or not value
+            or not all(re.fullmatch(r"\d+", str(v)) and MIN_BITS <= int(v) <= MAX_BITS for v in value)
+        ):
             raise ValueError(f"expected widths from {MIN_BITS} to {MAX_BITS}, such as 2,3,4,8")
         return tuple(sorted({int(v) for v in value}))
 
@@ -250,9 +254,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UsageError(f"configuration file {path} was not found")
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        loaded = parse_yaml(read_bounded(path, MAX_YAML_BYTES))
+    except ParseError as error:
+        raise UsageError(f"{path} is not valid YAML: {error}") from error
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
@@ -266,7 +270,6 @@ def _problem(error: Any, origin: str) -> str:
         near = difflib.get_close_matches(key, RunConfig.model_fields, n=1)
         return f"unknown key {key!r}{origin}" + (f", did you mean {near[0]!r}?" if near else "")
     message = str(error["msg"]).removeprefix("Value error, ")
-    value = (
-        "" if error["type"] in ("missing", "value_error") and key == "configuration" else f", found {error['input']!r}"
-    )
+    whole = error["type"] in ("missing", "value_error") and key == "configuration"
+    value = "" if whole else f", found {shown(error['input'])}"
     return f"{key}{origin}: {message[0].lower()}{message[1:]}" + ("" if error["type"] == "missing" else value)

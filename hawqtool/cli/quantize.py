@@ -12,6 +12,7 @@ from hawqtool.cli import options as o
 from hawqtool.cli.render import announcement, print_report
 from hawqtool.cli.session import decide_hub_access, print_json, session
 from hawqtool.data.sources import public_name
+from hawqtool.parsing import printable
 
 
 def quantize(
@@ -84,7 +85,7 @@ def quantize(
             if json:
                 print_json({"schema": "hawqtool.dryrun/1", **description})
             else:
-                print("\n".join(announcement(description)))
+                print("\n".join(map(printable, announcement(description))))
             return
         report = run_quantize(settings, shlex.join(["hawqtool", *shortened(sys.argv[1:])]), terminal, announce)
         terminal.close()

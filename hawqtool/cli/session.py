@@ -16,6 +16,7 @@ from hawqtool.cli.terminal import Terminal
 from hawqtool.data.sources import is_hub
 from hawqtool.errors import HawqError
 from hawqtool.model.source import MAY_FETCH
+from hawqtool.parsing import printable
 
 INTERRUPTED, TERMINATED = 130, 143
 
@@ -48,7 +49,7 @@ def session(quiet: bool = False, debug: bool = False) -> Iterator[Terminal]:
         if debug:
             raise
         terminal.close()
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         code = error.exit_code
     except KeyboardInterrupt:
         terminal.close()

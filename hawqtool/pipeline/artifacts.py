@@ -10,6 +10,7 @@ from typing import Any
 
 from hawqtool.errors import InputError, UsageError
 from hawqtool.formats import QuantFormat
+from hawqtool.parsing import MAX_RECORD_BYTES, MAX_RECORD_VALUES, ParseError, load_json, shown
 from hawqtool.records import BitPlan, LinearSpec, Score, SensitivityTable, Unit
 
 SENSITIVITY_SCHEMA = "hawqtool.sensitivity/1"
@@ -50,12 +51,12 @@ def read_json(path: Path, schema: str) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{path} was not found")
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from error
+        document = load_json(path, MAX_RECORD_BYTES, MAX_RECORD_VALUES)
+    except ParseError as error:
+        raise InputError(f"{path} is not valid JSON: {error}; write it again") from error
     found = document.get("schema") if isinstance(document, dict) else None
     if found != schema:
-        raise InputError(f"{path} has schema {found!r}, expected {schema!r}")
+        raise InputError(f"{path} has schema {shown(found)}, expected {schema!r}; give a file of that kind")
     return document
 
 
