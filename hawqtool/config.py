@@ -20,6 +20,7 @@ SELF = "self"
 ASYMMETRIC_PROFILES = ("vllm", "transformers")
 """Profiles that take grids with zero points; transformers only in versions that README names."""
 
+MAX_BYTES = 1 << 62
 _SIZE_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -61,7 +62,7 @@ class RunConfig(BaseModel):
     quantize_lm_head: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     rows_per_slice: int | None = Field(None, ge=1)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     trust_remote_code: bool = False
     overwrite: bool = False
 
@@ -223,8 +224,11 @@ def parse_size(text: str) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if not match or match[2].lower() not in _SIZE_UNITS:
-        raise ValueError(f"{text!r} is no size; expected for example 3.2GiB, 900MB or a number of bytes")
-    return int(float(match[1]) * _SIZE_UNITS[match[2].lower()])
+        raise ValueError(f"{shown(text)} is no size; expected for example 3.2GiB, 900MB or a number of bytes")
+    size = float(match[1]) * _SIZE_UNITS[match[2].lower()]
+    if size > MAX_BYTES:
+        raise ValueError(f"{shown(text)} is more than any disk holds; expected for example 3.2GiB")
+    return int(size)
 
 
 def split_weight(text: str) -> tuple[str, float]:

@@ -35,7 +35,7 @@ def main() -> int:
         engine = fuzz_with_atheris if options.engine == "atheris" else fuzz_with_hypothesis
         engine(options.target, options.inputs, options.seed)
         return 0
-    from scripts.fuzzing.targets import TARGETS
+    from fuzzing.targets import TARGETS
 
     failed = []
     for name in TARGETS:
@@ -61,9 +61,9 @@ def fuzz_with_hypothesis(name: str, inputs: int, seed: int, memory: bool = True)
     """
     import hypothesis
 
-    from scripts.fuzzing.limits import FileGuard, bound_memory, peak_bytes, watched
-    from scripts.fuzzing.strategies import STRATEGIES
-    from scripts.fuzzing.targets import TARGETS, check, empty
+    from fuzzing.limits import FileGuard, bound_memory, peak_bytes, watched
+    from fuzzing.strategies import STRATEGIES
+    from fuzzing.targets import TARGETS, check, empty
 
     count, taken, begin, slowest = 0, 0, time.monotonic(), 0.0
     with tempfile.TemporaryDirectory() as scratch:
@@ -102,9 +102,9 @@ def fuzz_with_atheris(name: str, inputs: int, seed: int) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["hawqtool.parsing", "hawqtool.model", "hawqtool.config", "json", "yaml"]):
-        from scripts.fuzzing.targets import TARGETS, check, empty
-    from scripts.fuzzing.limits import FileGuard, watched
-    from scripts.fuzzing.strategies import seeds
+        from fuzzing.targets import TARGETS, check, empty
+    from fuzzing.limits import FileGuard, watched
+    from fuzzing.strategies import seeds
 
     with tempfile.TemporaryDirectory() as scratch:
         folder, corpus = Path(scratch) / "input", Path(scratch) / "corpus"

@@ -174,7 +174,9 @@ def _tensor(file: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
     ):
         raise InputError(f"the header entry of {name} in {file} is malformed; expected dtype, shape and data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        raise InputError(f"tensor {name} of {file} has dtype {_dtype_text(dtype)}; expected one of {', '.join(DTYPE_BYTES)}")
+        raise InputError(
+            f"tensor {name} of {file} has dtype {_dtype_text(dtype)}; expected one of {', '.join(DTYPE_BYTES)}"
+        )
     begin, end = offsets
     expected = math.prod(shape) * DTYPE_BYTES[dtype]
     if end - begin != expected:

@@ -9,10 +9,10 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from fuzzing.targets import UNITS
 from hawqtool.config import RunConfig
 from hawqtool.model.dtypes import DTYPE_BYTES
 from hawqtool.pipeline.artifacts import PLAN_SCHEMA, SENSITIVITY_SCHEMA
-from scripts.fuzzing.targets import UNITS
 
 
 class Pairs(list[tuple[Any, Any]]):
@@ -134,7 +134,9 @@ def headers(draw: st.DrawFn) -> bytes:
     text = _mutated(draw, table).encode("utf-8", "surrogatepass")
     lengths = [0] * 8 + [1, -1, 8, 1 << 32, 1 << 62]
     length = (len(text) + draw(st.sampled_from(lengths))) % (1 << 64)
-    return _spoil(draw, length.to_bytes(8, "little") + text + bytes(max(end + draw(st.sampled_from([0, 0, 0, 1, -1])), 0)))
+    return _spoil(
+        draw, length.to_bytes(8, "little") + text + bytes(max(end + draw(st.sampled_from([0, 0, 0, 1, -1])), 0))
+    )
 
 
 @st.composite
@@ -207,7 +209,9 @@ STRATEGIES: dict[str, st.SearchStrategy[bytes]] = {
     "model_config": documents(_CONFIG),
     "plan": documents(_plan()),
     "sensitivity": documents(_sensitivity()),
-    "costs": st.one_of(documents(_COSTS), st.just(b"unit,format,cost\nre:.*,4,1\n").flatmap(lambda c: st.binary().map(c.__add__))),
+    "costs": st.one_of(
+        documents(_COSTS), st.just(b"unit,format,cost\nre:.*,4,1\n").flatmap(lambda c: st.binary().map(c.__add__))
+    ),
     "card": cards(),
 }
 
