@@ -96,7 +96,7 @@ def parse_yaml(content: bytes) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ParseError(short(f"{error.problem or error.context}{place}")) from None
+        raise ParseError(short(f"{', '.join(filter(None, (error.context, error.problem)))}{place}")) from None
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # numbers and dates that cannot be
         raise ParseError(short(" ".join(str(error).split()))) from None
     _check_depth(value)
@@ -113,7 +113,7 @@ def shown(value: object) -> str:
     try:
         return short(repr(value))
     except ValueError:  # an integer with more digits than Python prints
-        return f"a {type(value).__name__} of thousands of digits"
+        return f"{type(value).__name__} of thousands of digits"
 
 
 def printable(text: str) -> str:

@@ -16,9 +16,6 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 SECONDS_PER_INPUT = 10.0
 MORE_BYTES = 1 << 30
 

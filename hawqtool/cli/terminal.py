@@ -40,7 +40,7 @@ class Terminal:
     def warn(self, text: str) -> None:
         """A warning line; kept to be repeated at the end."""
         self.warnings.append(text)
-        self.console.print(f"warning: {printable(text)}", markup=False, style="yellow")
+        self.console.print(f"warning: {printable(text)}", markup=False, style="yellow", soft_wrap=True)
 
     def progress(self, stage: str, done: int, total: int) -> None:
         """Advance the bar of a stage; on a terminal drawn in place, else a line now and then."""

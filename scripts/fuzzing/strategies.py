@@ -27,20 +27,18 @@ class Nested:
     depth: int
 
 
-STRANGE = st.one_of(
-    st.sampled_from(
-        [
-            None, True, False, 0, 1, -1, 2, 3, 8, 2**31, 2**53 + 1, 2**63 - 1, 2**63, 2**64, -(2**63), 10**400, 10**4200,
-            0.0, -0.0, 0.5, 1e308, 5e-324, math.nan, math.inf, -math.inf, "", " ", "channel", "w4g64", "w9g64", "nan",
-            "self", "1e999", "../x.safetensors", "/etc/passwd", "..", "a\0b", "x" * 5000, "\x1b[2J\x1b]0;t\x07", "\u202e",
-            "\ud800", "\n", "re:(", "re:(a+)+$=4", "=", "0x" + "f" * 5000, "9" * 5000, "${HOME}", "<script>", "\u0664",
-            [], {}, [[]], [{}], [None], [0, 0], {"": 0},
-        ]
-    ),
-    st.text(max_size=12),
-    st.integers(),
-    st.floats(),
-)  # fmt: skip
+_NUMBERS = [0, 1, -1, 2, 3, 8, 2**31, 2**53 + 1, 2**63 - 1, 2**63, 2**64, -(2**63), 10**400, 10**4200]
+_FLOATS = [0.0, -0.0, 0.5, 1e308, 5e-324, math.nan, math.inf, -math.inf]
+_TEXTS = [
+    "", " ", "channel", "w4g64", "w9g64", "nan", "self", "1e999", "../x.safetensors", "/etc/passwd", "..", "a\0b",
+    "x" * 5000, "\x1b[2J\x1b]0;t\x07", "\u202e", "\ud800", "\n", "re:(", "re:(a+)+$=4", "=", "0x" + "f" * 5000,
+    "9" * 5000, "${HOME}", "<script>", "\u0664",
+]  # fmt: skip
+_EMPTY: list[Any] = [None, True, False, [], {}, [[]], [{}], [None], [0, 0], {"": 0}]
+
+STRANGE: st.SearchStrategy[Any] = st.one_of(
+    st.sampled_from([*_NUMBERS, *_FLOATS, *_TEXTS, *_EMPTY]), st.text(max_size=12), st.integers(), st.floats()
+)
 KEYS = st.one_of(st.sampled_from(["name", "bits", "scores", "units", "__metadata__", "schema", "", "\x1b"]), st.text())
 MUTATIONS = ("replace", "remove", "repeat", "rename", "wrap", "swap", "number")
 
@@ -147,10 +145,11 @@ def documents(draw: st.DrawFn, document: Any) -> bytes:
 
 _YAML_PIECES = [
     "a: &a [x, x]\nb: *a\n", "seed: 1\nseed: 2\n", "? [a]\n: b\n", "<<: {seed: 1}\n", "- a\n", "seed: !!int '3'\n",
-    "x: !!python/object/apply:os.system ['true']\n", "model: |\n  text\n", "date: 2020-99-99\n", "seed: 0b\n", "seed: 1:60:60\n",
-    "seed: 1:2:3.5e400\n", "seed: " + "1:" * 400 + "0.5\n", "seed: 0x" + "f" * 5000 + "\n", "seed: " + "9" * 5000 + "\n",
-    "seed: " + "[" * 400 + "\n", "{" * 70 + "}" * 70 + "\n", "%YAML 9.9\n---\n", "---\na: 1\n---\nb: 2\n", "\t", ": ", "- - - -\n",
-    'model: "\\ud800\\x1b[2J"\n', "seed: .nan\n", "seed: -.inf\n", "seed: ~\n", "model: ''\n", "&a a: *a\n", "\ufeff", "# c\n",
+    "x: !!python/object/apply:os.system ['true']\n", "model: |\n  text\n", "date: 2020-99-99\n", "seed: 0b\n",
+    "seed: 1:60:60\n", "seed: 1:2:3.5e400\n", "seed: " + "1:" * 400 + "0.5\n", "seed: 0x" + "f" * 5000 + "\n",
+    "seed: " + "9" * 5000 + "\n", "seed: " + "[" * 400 + "\n", "{" * 70 + "}" * 70 + "\n", "%YAML 9.9\n---\n",
+    "---\na: 1\n---\nb: 2\n", "\t", ": ", "- - - -\n", 'model: "\\ud800\\x1b[2J"\n', "seed: .nan\n", "seed: -.inf\n",
+    "seed: ~\n", "model: ''\n", "&a a: *a\n", "\ufeff", "# c\n",
 ]  # fmt: skip
 
 
@@ -158,13 +157,14 @@ _YAML_PIECES = [
 def run_files(draw: st.DrawFn) -> bytes:
     """YAML of a run: keys of the configuration with values of any kind, and what only YAML knows."""
     fields = list(RunConfig.model_fields)
-    names = draw(st.lists(st.one_of(st.sampled_from(fields), KEYS), max_size=5))
+    known = st.sampled_from(fields)
+    names = draw(st.one_of(st.lists(known, max_size=2), st.lists(st.one_of(known, KEYS), max_size=5)))
     good = {"model": "m", "target_bpw": 4, "bits": [2, 4], "calibration": ["self", "a.txt=2"], "pin": ["re:.*=4"]}
-    values: dict[str, Any] = draw(st.sampled_from([{}, {"model": "m"}, good]))
+    values: dict[str, Any] = draw(st.sampled_from([{}, {"model": "m"}, good, good, good]))
     values = values | {name: draw(STRANGE) for name in names}
     # JSON is YAML; strings, numbers and lists are read by other rules, though.
     lines = "".join(f"{json.dumps(key)}: {json.dumps(value)}\n" for key, value in values.items())
-    pieces = draw(st.lists(st.sampled_from(_YAML_PIECES), max_size=2))
+    pieces = draw(st.one_of(st.just([]), st.lists(st.sampled_from(_YAML_PIECES), max_size=2)))
     return _spoil(draw, (lines + "".join(pieces)).encode("utf-8", "surrogatepass"))
 
 
@@ -201,6 +201,8 @@ def cards(draw: st.DrawFn) -> bytes:
     return b"---\nlicense: mit\n" + head + b"---\n" + body.encode("utf-8", "surrogatepass")
 
 
+_CSV = b"unit,format,cost\nre:.*,4,1\n"
+
 STRATEGIES: dict[str, st.SearchStrategy[bytes]] = {
     "header": headers(),
     "shard_index": documents(_INDEX),
@@ -209,9 +211,7 @@ STRATEGIES: dict[str, st.SearchStrategy[bytes]] = {
     "model_config": documents(_CONFIG),
     "plan": documents(_plan()),
     "sensitivity": documents(_sensitivity()),
-    "costs": st.one_of(
-        documents(_COSTS), st.just(b"unit,format,cost\nre:.*,4,1\n").flatmap(lambda c: st.binary().map(c.__add__))
-    ),
+    "costs": st.one_of(documents(_COSTS), st.binary().map(lambda rest: _CSV + rest)),
     "card": cards(),
 }
 
