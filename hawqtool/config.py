@@ -8,11 +8,11 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from hawqtool.errors import UsageError
 from hawqtool.formats import CHANNEL, GROUP_SIZES, MAX_BITS, MIN_BITS
+from hawqtool.parsing import MAX_YAML_BYTES, ParseError, parse_yaml, read_bounded, shown
 from hawqtool.records import EXTRA_METRICS, SCORE_METRICS
 
 SELF = "self"
@@ -21,6 +21,7 @@ SELF = "self"
 ASYMMETRIC_PROFILES = ("vllm", "transformers")
 """Profiles that take grids with zero points; transformers only in versions that README names."""
 
+MAX_BYTES = 1 << 62
 _SIZE_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -73,7 +74,7 @@ class RunConfig(BaseModel):
     quantize_lm_head: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     rows_per_slice: int | None = Field(None, ge=1)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     trust_remote_code: bool = False
     overwrite: bool = False
 
@@ -84,7 +85,11 @@ class RunConfig(BaseModel):
             value = [part.strip() for part in str(value).split(",")]
         if value is None:
             return None
-        if not value or not all(re.fullmatch(r"\d+", str(v)) and MIN_BITS <= int(v) <= MAX_BITS for v in value):
+        if (
+            not isinstance(value, (list, tuple))
+            or not value
+            or not all(re.fullmatch(r"\d+", str(v)) and MIN_BITS <= int(v) <= MAX_BITS for v in value)
+        ):
             raise ValueError(f"expected widths from {MIN_BITS} to {MAX_BITS}, such as 2,3,4,8")
         return tuple(sorted({int(v) for v in value}))
 
@@ -267,8 +272,11 @@ def parse_size(text: str) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if not match or match[2].lower() not in _SIZE_UNITS:
-        raise ValueError(f"{text!r} is no size; expected for example 3.2GiB, 900MB or a number of bytes")
-    return int(float(match[1]) * _SIZE_UNITS[match[2].lower()])
+        raise ValueError(f"{shown(text)} is no size; expected for example 3.2GiB, 900MB or a number of bytes")
+    size = float(match[1]) * _SIZE_UNITS[match[2].lower()]
+    if size > MAX_BYTES:
+        raise ValueError(f"{shown(text)} is more than any disk holds; expected for example 3.2GiB")
+    return int(size)
 
 
 def parse_share(value: Any) -> float:
@@ -315,9 +323,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UsageError(f"configuration file {path} was not found")
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        loaded = parse_yaml(read_bounded(path, MAX_YAML_BYTES))
+    except ParseError as error:
+        raise UsageError(f"{path} is not valid YAML: {error}") from error
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
@@ -332,7 +340,6 @@ def describe_problem(error: Any, origin: str) -> str:
         near = difflib.get_close_matches(key, RunConfig.model_fields, n=1)
         return f"unknown key {key!r}{origin}" + (f", did you mean {near[0]!r}?" if near else "")
     message = str(error["msg"]).removeprefix("Value error, ")
-    value = (
-        "" if error["type"] in ("missing", "value_error") and key == "configuration" else f", found {error['input']!r}"
-    )
+    whole = error["type"] in ("missing", "value_error") and key == "configuration"
+    value = "" if whole else f", found {shown(error['input'])}"
     return f"{key}{origin}: {message[0].lower()}{message[1:]}" + ("" if error["type"] == "missing" else value)

@@ -15,6 +15,7 @@ from hawqtool.cli.session import decide_hub_access, print_json, session
 from hawqtool.cli.terminal import Terminal
 from hawqtool.data.sources import public_name
 from hawqtool.errors import QualityError
+from hawqtool.parsing import printable
 from hawqtool.report.quality import gate_found
 
 
@@ -101,7 +102,7 @@ def quantize(
             if json:
                 print_json({"schema": "hawqtool.dryrun/1", **description})
             else:
-                print("\n".join(announcement(description)))
+                print("\n".join(map(printable, announcement(description))))
             return
         report = run_quantize(settings, shlex.join(["hawqtool", *shortened(sys.argv[1:])]), terminal, announce)
         record.gates = report["gates"]

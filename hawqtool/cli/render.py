@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from hawqtool.parsing import printable
 from hawqtool.report.quality import (
     MEASURES,
     gate_text,
@@ -77,10 +78,10 @@ def print_report(report: dict[str, Any], output: str) -> None:
         table.add_row("uniform, interpolated", "", bits, "", *shown)
     console.print(table)
     for line in result_lines(report):
-        console.print(hanging(line, console.width), markup=False)
+        console.print(hanging(printable(line), console.width), markup=False)
     for text in report["warnings"]:
-        console.print(hanging(f"warning     {text}", console.width), markup=False)
-    console.print(f"verified    {output}", markup=False)
+        console.print(hanging(f"warning     {printable(text)}", console.width), markup=False)
+    console.print(f"verified    {printable(output)}", markup=False)
 
 
 def hanging(line: str, width: int) -> str:

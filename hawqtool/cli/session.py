@@ -16,6 +16,7 @@ from hawqtool.cli.terminal import Terminal
 from hawqtool.data.sources import is_hub
 from hawqtool.errors import HawqError, QualityError
 from hawqtool.model.source import MAY_FETCH
+from hawqtool.parsing import printable
 
 INTERRUPTED, TERMINATED = 130, 143
 ERROR_SCHEMA = "hawqtool.error/1"
@@ -51,7 +52,7 @@ def session(quiet: bool = False, debug: bool = False, json: bool = False) -> Ite
     except HawqError as error:
         if debug:
             raise
-        code, failure = error.exit_code, f"error: {error}"
+        code, failure = error.exit_code, f"error: {printable(str(error))}"
         notes = error.failed if isinstance(error, QualityError) else notes
     except KeyboardInterrupt:
         code, failure = INTERRUPTED, "interrupted: nothing was left behind"

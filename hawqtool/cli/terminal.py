@@ -16,6 +16,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from hawqtool.parsing import printable
+
 _PLAIN_SECONDS = 10.0
 
 
@@ -35,12 +37,12 @@ class Terminal:
     def say(self, text: str) -> None:
         """One line of narration."""
         if not self.quiet:
-            self.console.print(text, markup=False, soft_wrap=True)
+            self.console.print(printable(text), markup=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
         """A warning line; kept to be repeated at the end."""
         self.warnings.append(text)
-        self.console.print(f"warning: {text}", markup=False, style="yellow")
+        self.console.print(f"warning: {printable(text)}", markup=False, style="yellow", soft_wrap=True)
 
     def progress(self, stage: str, done: int, total: int) -> None:
         """Advance the bar of a stage; on a terminal drawn in place, else a line now and then."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
 import resource
 import shutil
@@ -20,6 +19,7 @@ from hawqtool.data.sources import public_name
 from hawqtool.data.tokens import overlap
 from hawqtool.export.engines import engines
 from hawqtool.formats import SHAPE_TENSOR_BYTES, parse_label
+from hawqtool.parsing import ParseError, load_json
 from hawqtool.pipeline.artifacts import REPORT_SCHEMA, write_json
 from hawqtool.pipeline.job import Job
 from hawqtool.pipeline.planning import plan_warnings
@@ -213,8 +213,8 @@ def file_hash(path: Path) -> str:
 def is_our_folder(folder: Path) -> bool:
     """Whether a folder holds a report of our schema."""
     try:
-        document = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        document = load_json(folder / "report.json")
+    except ParseError:
         return False
     return isinstance(document, dict) and document.get("schema") == REPORT_SCHEMA
 
