@@ -112,7 +112,7 @@ class RunConfig(BaseModel):
 
     @field_validator("foem_beta", "target_shift", mode="before", json_schema_input_type=float | str | bool)
     @classmethod
-    def _parse_share(cls, value: Any) -> Any:
+    def _parse_share_or_auto(cls, value: Any) -> Any:
         # YAML reads a bare off as false.
         if value is False or value == "off":
             return 0.0
