@@ -64,6 +64,7 @@ class RunConfig(BaseModel):
     seed: int = Field(0, ge=0)
     trust_remote_code: bool = False
     overwrite: bool = False
+    resume: bool = False
 
     @field_validator("bits", mode="before")
     @classmethod

@@ -14,7 +14,7 @@ from typing import Any
 
 from hawqtool.cli.terminal import Terminal
 from hawqtool.data.sources import is_hub
-from hawqtool.errors import HawqError
+from hawqtool.errors import DISK_ERRORS, HawqError, one_line
 from hawqtool.model.source import MAY_FETCH
 
 INTERRUPTED, TERMINATED = 130, 143
@@ -48,32 +48,50 @@ def session(quiet: bool = False, debug: bool = False) -> Iterator[Terminal]:
         if debug:
             raise
         terminal.close()
-        print(f"error: {error}", file=sys.stderr)
+        print("; ".join([f"error: {error}", *_notes(error)]), file=sys.stderr)
         code = error.exit_code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         terminal.close()
-        print("interrupted: nothing was left behind", file=sys.stderr)
+        print(f"interrupted: {_left(error)}", file=sys.stderr)
         code = INTERRUPTED
-    except _Terminated:
+    except _Terminated as error:
         terminal.close()
-        print("terminated: nothing was left behind", file=sys.stderr)
+        print(f"terminated: {_left(error)}", file=sys.stderr)
         code = TERMINATED
-    except MemoryError:
-        print("error: out of memory; lower --rows-per-slice, --num-samples or --seq-len", file=sys.stderr)
-        code = 5
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError" or debug:
+    except (MemoryError, RuntimeError, OSError) as error:
+        reason = None if debug else _resource_reason(error)
+        if reason is None:
             raise
-        print(
-            f"error: out of GPU memory; lower --rows-per-slice, --num-samples or --seq-len ({error})".splitlines()[0],
-            file=sys.stderr,
-        )
+        terminal.close()
+        print("; ".join([f"error: {reason}", *_notes(error)]), file=sys.stderr)
         code = 5
     finally:
         terminal.close()
         signal.signal(signal.SIGTERM, previous)
     if code:
         raise SystemExit(code)
+
+
+def _notes(error: BaseException) -> list[str]:
+    """What the work that was cut short says of what it kept."""
+    return list(getattr(error, "__notes__", ()))
+
+
+def _left(error: BaseException) -> str:
+    return "; ".join(_notes(error)) or "nothing was left behind"
+
+
+def _resource_reason(error: BaseException) -> str | None:
+    """One line for memory or a disk that gave out somewhere; None for all else."""
+    lower = "lower --rows-per-slice, --num-samples or --seq-len"
+    if isinstance(error, OSError):
+        return f"writing failed: {error.strerror}; free some space" if error.errno in DISK_ERRORS else None
+    if type(error).__name__ == "OutOfMemoryError":
+        return f"out of GPU memory; {lower} ({one_line(error)})"
+    # torch has no class of its own for memory that the system refuses.
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        return f"out of memory; {lower}"
+    return None
 
 
 def decide_hub_access(sources: Iterable[str] = ()) -> None:
@@ -88,7 +106,7 @@ def decide_hub_access(sources: Iterable[str] = ()) -> None:
 
 def print_json(document: dict[str, Any]) -> None:
     """One strict JSON document on stdout; NaN, which JSON lacks, becomes null."""
-    print(json.dumps(_without_nan(document), indent=1, allow_nan=False))
+    print(json.dumps(_without_nan(document), indent=1, allow_nan=False), flush=True)
 
 
 def _without_nan(value: Any) -> Any:

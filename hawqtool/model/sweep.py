@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from hawqtool.errors import InputError
+from hawqtool.errors import InputError, NumericalError
 from hawqtool.model.experts import ExpertLinear, counting_experts
 from hawqtool.model.layers import Structure
 from hawqtool.model.reader import check_finite
@@ -170,10 +170,30 @@ def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
 
 
 def advance(block: nn.Module, spec: BlockSpec, activations: Activations) -> None:
-    """Replace the hidden states by the block's output, slice by slice."""
+    """Replace the hidden states by the block's output, slice by slice.
+
+    Raises:
+        NumericalError: If a value is NaN or Inf; names the block.
+    """
     with torch.no_grad():
         for position, hidden in enumerate(activations.hidden):
             activations.hidden[position] = run_block(block, hidden, activations.calls[position][spec.index])
+        check_states(activations.hidden, f"the output of block {spec.name}")
+
+
+def check_states(states: Sequence[Tensor], what: str) -> None:
+    """Check that hidden states or gradients are finite.
+
+    Raises:
+        NumericalError: Naming ``what`` holds NaN or Inf.
+    """
+    # Brought to the host together: on a GPU each number fetched alone would wait for all work before it.
+    extremes = torch.stack([torch.stack(torch.aminmax(state.detach())) for state in states if state.numel()])
+    if not bool(extremes.isfinite().all()):
+        raise NumericalError(
+            f"{what} holds NaN or Inf, expected finite values: the checkpoint is damaged, or {states[0].dtype} is too "
+            "narrow for it; check the original model's own output"
+        )
 
 
 class _StageReached(Exception):
@@ -212,13 +232,20 @@ def visit_groups(block: nn.Module, spec: BlockSpec, activations: Activations, vi
     slices need one partial pass per stage and a full one.
     """
     if len(activations.hidden) == 1:
-        with counting_experts(block, 1), group_inputs(block, spec, lambda g, x, routed: visit(g, _seen(x, routed))):
-            advance(block, spec, activations)
+        with group_inputs(block, spec, lambda g, x, routed: visit(g, _seen(x, routed))):
+            pass_on(block, spec, activations)
         return
     for stage in stages(spec):
         for group, statistics in group_statistics(block, spec, activations, stage):
             visit(group, statistics)
-    advance(block, spec, activations)
+    pass_on(block, spec, activations)
+
+
+def pass_on(block: nn.Module, spec: BlockSpec, activations: Activations) -> None:
+    """Replace the hidden states by the block's output, to the bit as `visit_groups` does."""
+    # A single pass gives statistics and output at once, so experts are shown further tokens in it.
+    with counting_experts(block, 1) if len(activations.hidden) == 1 else nullcontext():
+        advance(block, spec, activations)
 
 
 def stages(spec: BlockSpec) -> list[list[Sequence[LinearSpec]]]:

@@ -10,7 +10,8 @@ from hawqtool.allocation.frontier import Frontier, frontier
 from hawqtool.allocation.problem import build_problem
 from hawqtool.errors import InputError, UsageError
 from hawqtool.model.index import fingerprint
-from hawqtool.pipeline.artifacts import SENSITIVITY_SCHEMA, parse_sensitivity, read_json
+from hawqtool.model.saving import NOTHING_SAVED, Saved
+from hawqtool.pipeline.artifacts import SENSITIVITY_SCHEMA, parse_sensitivity, plan_of_record, plan_record, read_json
 from hawqtool.pipeline.job import Job
 from hawqtool.pipeline.measuring import job_menu, measure_job, unquantized_bytes
 from hawqtool.pipeline.planning import allocate, budget_bytes, predicted_loss, single_choice_plan
@@ -27,11 +28,13 @@ class Allocator:
         job: The model.
         table: Scores of every unit in every format of the menu; None where no unit has a choice.
         document: Its JSON form.
+        saved: Keeps plans: a solver that stops by the clock may find another one the next time.
     """
 
     job: Job
     table: SensitivityTable | None
     document: dict[str, Any] | None
+    saved: Saved = NOTHING_SAVED
 
     @property
     def metric(self) -> str:
@@ -55,7 +58,12 @@ class Allocator:
             assert fixed is not None  # otherwise something was measured
             return fixed
         scores = self._scores(self.metric)
-        return allocate(job.units, menu, scores, job.pins, budget, self.metric, job.config)
+        known = self.saved.load(f"plan-{budget}")
+        if known is not None:
+            return plan_of_record(known)
+        plan = allocate(job.units, menu, scores, job.pins, budget, self.metric, job.config)
+        self.saved.save(f"plan-{budget}", plan_record(plan))
+        return plan
 
     def curve(self) -> Frontier:
         """The whole frontier of predicted loss."""
@@ -80,7 +88,7 @@ class Allocator:
         return dict([(self.metric, own), *others.items()][: job.shortlist])
 
 
-def prepare_allocation(job: Job, sets: dict[str, Rows], reporter: Reporter) -> Allocator:
+def prepare_allocation(job: Job, sets: dict[str, Rows], reporter: Reporter, saved: Saved = NOTHING_SAVED) -> Allocator:
     """Measure, or read what was measured, unless no unit has a choice.
 
     Raises:
@@ -93,13 +101,13 @@ def prepare_allocation(job: Job, sets: dict[str, Rows], reporter: Reporter) -> A
     if all(len(menu[unit.name]) == 1 or unit.name in job.pins for unit in job.units):
         return Allocator(job, None, None)
     if job.config.sensitivity in ("auto", *SCORE_METRICS):
-        document = measure_job(job, menu, sets, reporter)
-        return Allocator(job, parse_sensitivity(document, "the measurement")[0], document)
-    saved = Path(job.config.sensitivity)
-    document = read_json(saved, SENSITIVITY_SCHEMA)
-    table, _, _ = parse_sensitivity(document, str(saved))
+        document = measure_job(job, menu, sets, reporter, saved)
+        return Allocator(job, parse_sensitivity(document, "the measurement")[0], document, saved)
+    path = Path(job.config.sensitivity)
+    document = read_json(path, SENSITIVITY_SCHEMA)
+    table, _, _ = parse_sensitivity(document, str(path))
     _check_saved(job, table)
-    return Allocator(job, table, document)
+    return Allocator(job, table, document, saved)
 
 
 def _check_saved(job: Job, table: SensitivityTable) -> None:

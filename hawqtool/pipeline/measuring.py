@@ -10,12 +10,15 @@ from typing import Any
 from hawqtool.config import RunConfig
 from hawqtool.formats import QuantFormat
 from hawqtool.model.index import fingerprint
+from hawqtool.model.saving import NOTHING_SAVED, Saved
 from hawqtool.pipeline.artifacts import check_writable, sensitivity_document, write_json
 from hawqtool.pipeline.curvature import input_fisher_fields, measure_curvature
+from hawqtool.pipeline.identity import check_unchanged, run_identity, stamps
 from hawqtool.pipeline.job import Job, prepare
 from hawqtool.pipeline.planning import WIDE_MENU, format_menu, score_warnings, stored_bytes, widths
 from hawqtool.pipeline.progress import Reporter
 from hawqtool.pipeline.rows import gather_rows
+from hawqtool.pipeline.run_folder import RunFolder
 from hawqtool.records import Rows, Score, SensitivityTable
 from hawqtool.sensitivity.measure import measure
 from hawqtool.sensitivity.single_unit import single_unit_divergence
@@ -28,10 +31,28 @@ def unquantized_bytes(job: Job, menu: dict[str, tuple[QuantFormat, ...]]) -> int
 
 
 def measure_job(
-    job: Job, menu: dict[str, tuple[QuantFormat, ...]], sets: dict[str, Rows], reporter: Reporter
+    job: Job,
+    menu: dict[str, tuple[QuantFormat, ...]],
+    sets: dict[str, Rows],
+    reporter: Reporter,
+    saved: Saved = NOTHING_SAVED,
 ) -> dict[str, Any]:
-    """Measure and return the sensitivity document."""
+    """Measure and return the sensitivity document, or what ``saved`` has of it."""
+    known: dict[str, Any] | None = saved.load("table")
+    if known is None:
+        known = _measured(job, menu, sets, reporter, saved)
+        saved.save("table", known)
+        saved.part("measure").drop()
+    for text in known["warnings"]:
+        reporter.warn(text)
+    return known
+
+
+def _measured(
+    job: Job, menu: dict[str, tuple[QuantFormat, ...]], sets: dict[str, Rows], reporter: Reporter, saved: Saved
+) -> dict[str, Any]:
     start = time.perf_counter()
+    stages = saved.part("measure")
     wanted = {
         unit.name: tuple(dict.fromkeys((*menu[unit.name], *((job.pins[unit.name],) if unit.name in job.pins else ()))))
         for unit in job.units
@@ -46,18 +67,17 @@ def measure_job(
         job.rows_per_slice,
         job.config.seed,
         reporter.progress,
+        stages,
     )
     curvature = input_fisher_fields(found)
     settings: dict[str, float | int | str] = {}
     if "hawq" in job.config.measured_extras or job.config.eigenvalues:
-        scores, fields, settings = measure_curvature(job, sets["scoring"].tokens, found.error_norms, reporter)
+        scores, fields, settings = measure_curvature(job, sets["scoring"].tokens, found.error_norms, reporter, stages)
         found.scores.update(scores)
         curvature = {unit: values | fields[unit] for unit, values in curvature.items()}
     if "kl" in job.config.measured_extras:
-        found.scores["kl"] = single_unit_scores(job, wanted, sets["calibration"], sets["scoring"], reporter)
-    warnings = score_warnings(found.scores)
-    for text in warnings:
-        reporter.warn(text)
+        rows = sets["calibration"], sets["scoring"]
+        found.scores["kl"] = single_unit_scores(job, wanted, *rows, reporter, stages.part("kl"))
     table = SensitivityTable(
         scores=found.scores,
         rounding=job.config.rounding,
@@ -78,13 +98,18 @@ def measure_job(
         symmetric=job.config.symmetric,
         projections=found.projections,
         curvature=curvature,
-        warnings=warnings,
+        warnings=score_warnings(found.scores),
     )
     return sensitivity_document(table, job.units, unquantized_bytes(job, menu))
 
 
 def single_unit_scores(
-    job: Job, menu: Mapping[str, Sequence[QuantFormat]], calibration: Rows, rows: Rows, reporter: Reporter
+    job: Job,
+    menu: Mapping[str, Sequence[QuantFormat]],
+    calibration: Rows,
+    rows: Rows,
+    reporter: Reporter,
+    saved: Saved = NOTHING_SAVED,
 ) -> dict[str, dict[str, Score]]:
     """Metric ``kl``: the divergence on ``rows`` with one unit quantized, by unit and format label."""
     return single_unit_divergence(
@@ -96,17 +121,28 @@ def single_unit_scores(
         job.stored_dtypes,
         job.rows_per_slice,
         reporter.progress,
+        saved,
     )
 
 
 def run_measure(config: RunConfig, output: Path, reporter: Reporter) -> dict[str, Any]:
-    """``hawqtool measure``: write sensitivity.json for the widths asked for (default 2,3,4,8)."""
+    """``hawqtool measure``: write sensitivity.json for the widths asked for (default 2,3,4,8).
+
+    Raises:
+        HawqError: With a note where finished work is kept (see `RunFolder`).
+    """
     check_writable(output)
-    job = prepare(config, reporter)
-    menu = format_menu(job.units, config.bits or WIDE_MENU, config.group_size, config.symmetric)
-    sets = gather_rows(job, reporter)
-    document = measure_job(job, menu, sets, reporter)
-    write_json(output, document)
+    with RunFolder(output.absolute()) as run:
+        job = prepare(config, reporter)
+        before = stamps(job.index)
+        run.begin(run_identity(job), config.resume, reporter)
+        menu = format_menu(job.units, config.bits or WIDE_MENU, config.group_size, config.symmetric)
+        sets = gather_rows(job, reporter, run.saved)
+        run.check_rows({name: rows.fingerprint for name, rows in sets.items()})
+        document = measure_job(job, menu, sets, reporter, run.saved)
+        check_unchanged(job.index, before)
+        write_json(output, document)
+        run.finish()
     return document
 
 

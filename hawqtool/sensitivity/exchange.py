@@ -9,12 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from hawqtool.formats import QuantFormat
+from hawqtool.model.saving import NOTHING_SAVED, Saved
 from hawqtool.model.sweep import Activations, ModelStream, advance, group_statistics, read_weight
 from hawqtool.records import BlockSpec
 from hawqtool.rounding.layer import RoundingMethod
 from hawqtool.sensitivity.measure import Progress, group_errors
 from hawqtool.sensitivity.scores import mean_score
-from hawqtool.sensitivity.single_unit import Carried, Judge, UnitScores, run_blocks, unit_finals
+from hawqtool.sensitivity.single_unit import (
+    Carried,
+    Judge,
+    UnitScores,
+    load_scores,
+    run_blocks,
+    save_scores,
+    unit_finals,
+)
 
 
 def exchange_divergence(
@@ -27,6 +36,7 @@ def exchange_divergence(
     stored_dtypes: Mapping[str, torch.dtype],
     rows_per_slice: int,
     progress: Progress,
+    saved: Saved = NOTHING_SAVED,
 ) -> UnitScores:
     """Change of the divergence from the original when one unit of a quantized model takes another format.
 
@@ -46,12 +56,14 @@ def exchange_divergence(
         stored_dtypes: Linear to the dtype of its stored scales.
         rows_per_slice: Rows per forward pass.
         progress: Called with the phase, candidates done and candidates in all.
+        saved: Keeps the scores after every block; those that it has of the same arguments are not measured again.
 
     Returns:
         ``[unit][format label]``: mean of the new divergence less the present one, with the standard error of the
         paired difference over rows; negative where the exchange helps.
     """
-    total, scores = sum(map(len, menu.values())), UnitScores()
+    total = sum(map(len, menu.values()))
+    done, scores = load_scores(saved)
     with ExitStack() as resident, torch.no_grad():
         modules = [resident.enter_context(quantized.block(spec.index)) for spec in quantized.structure.blocks]
         known, seen = quantized.embed(calibration, rows_per_slice), quantized.embed(scoring, rows_per_slice)
@@ -60,12 +72,15 @@ def exchange_divergence(
         present = judge.divergence("the plan", {"": run_blocks(modules, seen.calls, seen.hidden, 0)})[""]
         carried: Carried = {}
         for spec, block in zip(quantized.structure.blocks, modules, strict=True):
-            with original.block(spec.index) as source:
-                errors = _changes(source, block, spec, known, menu, method, stored_dtypes)
-            for unit, finals in unit_finals(quantized, modules, spec, seen, errors, menu, carried):
-                changed = judge.divergence(unit, finals)
-                scores[unit] = {label: mean_score(values - present) for label, values in changed.items()}
-                progress("exchanges", sum(map(len, scores.values())), total)
+            if spec.index >= done:
+                with original.block(spec.index) as source:
+                    errors = _changes(source, block, spec, known, menu, method, stored_dtypes)
+                for unit, finals in unit_finals(quantized, modules, spec, seen, errors, menu, carried):
+                    changed = judge.divergence(unit, finals)
+                    scores[unit] = {label: mean_score(values - present) for label, values in changed.items()}
+                    progress("exchanges", sum(map(len, scores.values())), total)
+                if not carried:
+                    save_scores(saved, spec.index + 1, scores)
             for activations in (known, seen):
                 advance(block, spec, activations)
     return scores
