@@ -1,10 +1,10 @@
 """Kill runs at random moments and fill their disks, go on with --resume, and compare with an undisturbed run.
 
-A tiny model is quantized (sampled rows, measurement, short list, one round of exchanges, uniform plans). Every run is a
-fork of this process, which has imported everything beforehand, so that moments fall into the work, not into imports.
-After every trial the hashes of the weights and the plan must be those of the undisturbed run, no output may ever be half
-complete, and nothing else may be left beside it. Full disks are small tmpfs mounts, made as root or, where that is
-not allowed, in a user namespace of the script's own.
+A tiny model is quantized (sampled rows, measurement, short list, one round of exchanges, uniform plans). Every run is
+a fork of this process, which has imported everything beforehand, so that moments fall into the work, not into imports.
+After every trial the hashes of the weights and the plan must be those of the undisturbed run, no output may ever be
+half complete, and nothing else may be left beside it. Full disks are small tmpfs mounts, made as root or, where that
+is not allowed, in a user namespace of the script's own.
 
     PYTHONPATH=. python scripts/kill_tests.py [--kills 50] [--terms 20] [--disks 20]
 """
@@ -34,9 +34,9 @@ from hawqtool.pipeline.quantize import run_quantize
 from tests.tiny import tiny_llama
 
 OPTIONS = (
-    "--bits 2,3,4,8 --target-bpw 5 --group-size 32 --num-samples 8 --seq-len 16 --eval-samples 8 --shortlist 2 "
-    "--exchanges 1 --device cpu --quiet"
-).split()
+    *("--bits", "2,3,4,8", "--target-bpw", "5", "--group-size", "32", "--num-samples", "8", "--seq-len", "16"),
+    *("--eval-samples", "8", "--shortlist", "2", "--exchanges", "1", "--device", "cpu", "--quiet"),
+)
 WITHOUT_RESUME = 5
 """Every trial of this number is run again without --resume."""
 
@@ -136,7 +136,7 @@ class Bench:
     def __init__(self, place: Path, layers: int, moments: random.Random) -> None:
         self.place, self.moments = place, moments
         self.model = place / "model"
-        in_fork(lambda: tiny_llama(self.model, layers=layers) and None, place / "log", None, signal.SIGKILL)
+        in_fork(lambda: tiny_llama(self.model, layers=layers), place / "log", None, signal.SIGKILL)
         reference = place / "reference"
         reference.mkdir()
         ended = self.run(reference / "out")
@@ -232,7 +232,7 @@ class Bench:
         row.seconds.append(ended.seconds)
 
 
-def in_fork(work: Callable[[], None], log: Path, after: float | None, number: int) -> Ended:
+def in_fork(work: Callable[[], object], log: Path, after: float | None, number: int) -> Ended:
     """Call a function in a fork of this process, with its output in a file, and send a signal after some seconds."""
     start = time.perf_counter()
     process = os.fork()
@@ -249,14 +249,16 @@ def in_fork(work: Callable[[], None], log: Path, after: float | None, number: in
         time.sleep(0.001)
 
 
-def _child(work: Callable[[], None], log: Path) -> NoReturn:
+def _child(work: Callable[[], object], log: Path) -> NoReturn:
     code: Any = 0
     with log.open("w") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
     try:
         import torch
+        from transformers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()  # the command does so where it is the first to import transformers
         torch.set_num_threads(1)  # the parent's threads are not in the fork
         work()
     except SystemExit as leave:
