@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hawqtool.config import RunConfig
-from hawqtool.errors import NumericalError, UsageError, disk_errors
+from hawqtool.errors import InputError, NumericalError, UsageError, disk_errors
 from hawqtool.export.verify import verify_folder
 from hawqtool.export.writer import copy_small_files
 from hawqtool.pipeline.artifacts import PART, REPORT_SCHEMA, read_json, write_json
@@ -70,7 +70,7 @@ def run_quantize(
 
         try:
             return halving_slices(job, warnings, run, reporter, work)
-        except NumericalError:
+        except (NumericalError, InputError):
             check_unchanged(job.index, before)  # which would explain it
             raise
 

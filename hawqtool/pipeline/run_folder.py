@@ -104,6 +104,7 @@ class RunFolder:
         if resume and self.unfinished:
             self._require(self.saved.load(_IDENTITY), identity)
             self.starts = self.saved.load(_STARTS) + 1
+            self.saved.save(_STARTS, self.starts)
             self._clean()
             reporter.say(f"going on with the unfinished run in {self.path}")
         else:
@@ -112,7 +113,6 @@ class RunFolder:
             elif resume:
                 reporter.say(f"there is no unfinished run into {self.output}; this one starts anew")
             self.begin_anew(identity)
-        self.saved.save(_STARTS, self.starts)
 
     def begin_anew(self, identity: dict[str, Any], keep: Sequence[str] = ()) -> None:
         """Remove what was saved and written, but for some keys, and begin another run."""
@@ -126,7 +126,8 @@ class RunFolder:
             self.plans.mkdir()
         for key, content in ((key, content) for key, content in kept.items() if content is not None):
             self.saved.save(key, content)
-        self.saved.save(_IDENTITY, identity)
+        self.saved.save(_STARTS, self.starts)
+        self.saved.save(_IDENTITY, identity)  # last, as it makes the rest an unfinished run
 
     def check_rows(self, fingerprints: dict[str, str]) -> None:
         """Check that the rows are those of the unfinished run; from here on what is saved belongs to this run.
