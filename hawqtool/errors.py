@@ -39,6 +39,10 @@ class InputError(HawqError):
     exit_code = 4
 
 
+class InputLostError(InputError):
+    """Files of the input changed or could not be read under way: once they are restored, saved work can go on."""
+
+
 class NumericalError(HawqError):
     """A numerical, memory or disk failure during the work."""
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from hawqtool import __version__
-from hawqtool.errors import InputError
+from hawqtool.data.sources import public_name
+from hawqtool.errors import InputLostError
 from hawqtool.model.index import CheckpointIndex, fingerprint
 from hawqtool.pipeline.job import Job
 from hawqtool.pipeline.reporting import file_hash
@@ -35,6 +36,9 @@ def run_identity(job: Job) -> dict[str, Any]:
     for name in _FILES:
         if values[name] and Path(values[name]).is_file():
             values[name] = file_hash(Path(values[name]))
+    # Where texts lie does not matter: the rows that they give have fingerprints of their own.
+    values["calibration"] = {public_name(name): weight for name, weight in config.calibration_weights.items()}
+    values["eval_data"] = public_name(config.eval_data) if config.eval_data else None
     values |= {"num_samples": job.num_samples, "seq_len": job.seq_len, "rows_per_slice": job.rows_per_slice}
     cuda = job.device.type == "cuda"
     machine = torch.cuda.get_device_name(job.device) if cuda else f"cpu with {torch.get_num_threads()} threads"
@@ -52,7 +56,7 @@ def sampled_hash(index: CheckpointIndex) -> str:
     """SHA-256 of evenly spaced pieces of every weight file: other weights of the same shapes differ in it.
 
     Raises:
-        InputError: If a file cannot be read.
+        InputLostError: If a file cannot be read.
     """
     digest = hashlib.sha256()
     try:
@@ -63,7 +67,7 @@ def sampled_hash(index: CheckpointIndex) -> str:
                     stream.seek(number * max(size - _PIECE_BYTES, 0) // (_SAMPLED_PIECES - 1))
                     digest.update(stream.read(_PIECE_BYTES))
     except OSError as error:
-        raise InputError(f"{index.folder} cannot be read ({error.strerror}); check the disk") from None
+        raise InputLostError(f"{index.folder} cannot be read ({error.strerror}); check the disk") from None
     return digest.hexdigest()
 
 
@@ -71,14 +75,16 @@ def stamps(index: CheckpointIndex) -> Stamps:
     """Sizes and times of the files that the run reads from all the time.
 
     Raises:
-        InputError: If one is gone.
+        InputLostError: If one is gone.
     """
     found = {}
     for file in (index.folder / "config.json", *index.files):
         try:
             status = file.stat()
         except OSError as error:
-            raise InputError(f"{file} is gone ({error.strerror}); the model must stay while the run lasts") from None
+            raise InputLostError(
+                f"{file} is gone ({error.strerror}); the model must stay while the run lasts"
+            ) from None
         found[file.name] = (status.st_size, status.st_mtime_ns)
     return found
 
@@ -87,17 +93,17 @@ def check_unchanged(index: CheckpointIndex, before: Stamps) -> None:
     """Check that the model's files are as they were.
 
     Raises:
-        InputError: If one has changed or is gone; names it, with what it was.
+        InputLostError: If one has changed or is gone; names it, with what it was.
     """
     for name, (size, changed) in stamps(index).items():
         was_size, was_changed = before[name]
         if size != was_size:
-            raise InputError(
+            raise InputLostError(
                 f"{index.folder / name} changed while the run lasted: it had {was_size} bytes, now {size}; "
                 "restore the model and run again"
             )
         if changed != was_changed:
-            raise InputError(
+            raise InputLostError(
                 f"{index.folder / name} was written to while the run lasted, so its weights may be mixed; "
                 "restore the model and run again"
             )

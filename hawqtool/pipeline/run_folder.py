@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from hawqtool.errors import HawqError, InputError, ResourceError, UsageError, disk_errors
+from hawqtool.errors import HawqError, InputLostError, ResourceError, UsageError, disk_errors
 from hawqtool.pipeline.artifacts import PART
 from hawqtool.pipeline.candidates import REMOVED
 from hawqtool.pipeline.checkpoints import Checkpoints
@@ -76,7 +76,7 @@ class RunFolder:
 
     def _can_go_on(self, error: BaseException) -> bool:
         """Whether something was saved and the error is none that would come again."""
-        again = isinstance(error, HawqError) and not isinstance(error, (ResourceError, InputError))
+        again = isinstance(error, HawqError) and not isinstance(error, (ResourceError, InputLostError))
         return not again and bool(set(self.saved.keys()) - set(_BOOKKEEPING))
 
     @property
@@ -104,7 +104,6 @@ class RunFolder:
         if resume and self.unfinished:
             self._require(self.saved.load(_IDENTITY), identity)
             self.starts = self.saved.load(_STARTS) + 1
-            self.saved.save(_STARTS, self.starts)
             self._clean()
             reporter.say(f"going on with the unfinished run in {self.path}")
         else:
@@ -135,11 +134,12 @@ class RunFolder:
         Raises:
             UsageError: If they differ; says both fingerprints.
         """
-        known = self.saved.load(_ROWS)
+        known, fingerprints = self.saved.load(_ROWS), {f"{role} rows": found for role, found in fingerprints.items()}
         if known is None:
             self.saved.save(_ROWS, fingerprints)
         else:
             self._require(known, fingerprints)
+            self.saved.save(_STARTS, self.starts)
         self._ours = True
 
     def _require(self, known: dict[str, Any], found: dict[str, Any]) -> None:

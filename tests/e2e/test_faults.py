@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from hawqtool.cli.app import app
 from hawqtool.config import RunConfig
-from hawqtool.errors import InputError, NumericalError, ResourceError
+from hawqtool.errors import InputLostError, NumericalError, ResourceError
 from hawqtool.pipeline import quantize as module
 from hawqtool.pipeline.evaluating import Evaluator
 from hawqtool.pipeline.progress import Silent
@@ -62,7 +62,7 @@ def test_a_model_that_changes_under_way(config: RunConfig, kind: str) -> None:
             weights.write_bytes(content[: len(content) // 2] if kind == "truncated" else content + b"0")
 
     with pytest.raises(
-        InputError, match=r"model.safetensors (changed while|was written to while|is gone|ended|cannot)"
+        InputLostError, match=r"model.safetensors (changed while|was written to while|is gone|ended|cannot)"
     ):
         quantize(config, change)
     assert not Path(config.output or "").exists()
@@ -75,7 +75,7 @@ def test_nan_that_comes_from_a_change_is_said_to_be_one(config: RunConfig) -> No
         tensors = {name: tensor.fill_(torch.nan) for name, tensor in load_file(weights).items()}
         save_file(tensors, weights, {"format": "pt"})
 
-    with pytest.raises(InputError, match="was written to while the run lasted"):
+    with pytest.raises(InputLostError, match="was written to while the run lasted"):
         quantize(config, change)
 
 

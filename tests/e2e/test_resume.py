@@ -103,11 +103,15 @@ def test_another_run_is_refused(place: Path, tmp_path: Path, monkeypatch: pytest
     interrupt.left = None
     other = tmp_path / "other.txt"
     other.write_text((place / "text.txt").read_text()[100:])
+    moved = tmp_path / "moved/text.txt"
+    moved.parent.mkdir()
+    moved.write_text((place / "text.txt").read_text()[100:])
     for changes, said in (
         ({"seed": 5}, "seed was 0, is 5"),
         ({"target_bpw": 4.625}, "target_bpw was 4.5, is 4.625"),
         ({"rows_per_slice": 4}, "rows_per_slice was 16, is 4"),
-        ({"calibration": (str(other),)}, "calibration was"),
+        ({"calibration": (str(other),)}, "calibration was {'text.txt': 1.0}, is {'other.txt': 1.0}"),
+        ({"calibration": (str(moved),)}, "scoring rows was"),
     ):
         with pytest.raises(UsageError) as caught:
             quantize(config, resume=True, **changes)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from hawqtool.errors import InputError, NumericalError, ResourceError, UsageError
+from hawqtool.errors import InputError, InputLostError, NumericalError, ResourceError, UsageError
 from hawqtool.pipeline.checkpoints import Checkpoints
 from hawqtool.pipeline.progress import Silent
 from hawqtool.pipeline.run_folder import RunFolder
@@ -115,7 +115,9 @@ def test_a_second_run_into_the_same_output_is_refused(tmp_path: Path) -> None:
         pass
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), ResourceError("full"), InputError("gone"), RuntimeError("bug")])
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), ResourceError("full"), InputLostError("gone"), RuntimeError("bug")]
+)
 def test_finished_work_is_kept_and_gone_on_with(tmp_path: Path, error: BaseException) -> None:
     notes = cut_short(tmp_path / "out", error)
     assert len(notes) == 1 and "--resume" in notes[0]
@@ -127,7 +129,13 @@ def test_finished_work_is_kept_and_gone_on_with(tmp_path: Path, error: BaseExcep
 
 
 @pytest.mark.parametrize(
-    ("error", "key"), [(KeyboardInterrupt(), None), (UsageError("no"), "work"), (NumericalError("NaN"), "work")]
+    ("error", "key"),
+    [
+        (KeyboardInterrupt(), None),
+        (UsageError("no"), "work"),
+        (NumericalError("NaN"), "work"),
+        (InputError("bad"), "work"),
+    ],
 )
 def test_what_cannot_be_gone_on_with_is_removed(tmp_path: Path, error: BaseException, key: str | None) -> None:
     assert cut_short(tmp_path / "out", error, key) == []
@@ -140,7 +148,7 @@ def test_another_run_is_refused_with_both_values_and_its_work_stays(tmp_path: Pa
         begun(tmp_path / "out", {"seed": 7, "torch": "1"}, resume=True)
     assert "seed was 0, is 7" in str(caught.value) and "torch" not in str(caught.value)
     run = begun(tmp_path / "out", {"seed": 0, "torch": "1"}, resume=True)
-    with pytest.raises(UsageError, match="calibration was abc, is def"):
+    with pytest.raises(UsageError, match="calibration rows was abc, is def"):
         run.check_rows({"calibration": "def"})
     run.__exit__(None, None, None)
 
