@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from hawqtool.errors import UsageError
 from hawqtool.formats import CHANNEL, GROUP_SIZES, MAX_BITS, MIN_BITS
+from hawqtool.parsing import MAX_YAML_BYTES, ParseError, parse_yaml, read_bounded, shown
 from hawqtool.records import EXTRA_METRICS, SCORE_METRICS
 
 SELF = "self"
@@ -20,6 +21,7 @@ SELF = "self"
 ASYMMETRIC_PROFILES = ("vllm", "transformers")
 """Profiles that take grids with zero points; transformers only in versions that README names."""
 
+MAX_BYTES = 1 << 62
 _SIZE_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -36,6 +38,13 @@ class RunConfig(BaseModel):
     plan: str | None = None
     costs: str | None = None
     max_cost: float | None = Field(None, ge=0, allow_inf_nan=False)
+    max_kl: float | None = Field(None, gt=0, allow_inf_nan=False)
+    max_ppl_increase: float | None = Field(None, ge=0, allow_inf_nan=False)
+    min_same_top: float | None = Field(None, ge=0, le=1)
+    max_size: str | None = None
+    max_fallbacks: int | None = Field(None, ge=0)
+    baseline: str | None = Field(None, min_length=1)
+    max_regression: float | None = Field(None, ge=0, allow_inf_nan=False)
     bits: tuple[int, ...] | None = None
     group_size: int = 128
     symmetric: bool = True
@@ -47,37 +56,45 @@ class RunConfig(BaseModel):
     eval_data: str | None = None
     eval_samples: int = Field(32, ge=2)
     sensitivity: str = "auto"
+    measurements: str | None = Field(None, min_length=1)
     shortlist: int | None = Field(None, ge=1)
     exchanges: int | None = Field(None, ge=0)
     extra_metrics: tuple[str, ...] = ()
     probes: int = Field(4, ge=1)
     eigenvalues: int = Field(0, ge=0)
     solver: Literal["auto", "hull", "exact"] = "auto"
-    rounding: Literal["rtn", "gptq", "foem"] = "gptq"
-    foem_beta: float = Field(0.1, ge=0, le=1)
+    rounding: Literal["rtn", "gptq", "foem", "gptaq"] = "gptq"
+    foem_beta: float | Literal["auto"] = 0.1
+    gptaq_alpha: float = Field(0.25, ge=0, le=1)
+    target_shift: float | Literal["auto"] = 0.0
+    scale_refit: bool = False
     damping: float | None = Field(None, gt=0, allow_inf_nan=False)
     pin: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
     quantize_lm_head: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     rows_per_slice: int | None = Field(None, ge=1)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     trust_remote_code: bool = False
     overwrite: bool = False
     resume: bool = False
 
-    @field_validator("bits", mode="before")
+    @field_validator("bits", mode="before", json_schema_input_type=str | int | list[int] | None)
     @classmethod
     def _parse_bits(cls, value: Any) -> Any:
         if isinstance(value, (str, int)):
             value = [part.strip() for part in str(value).split(",")]
         if value is None:
             return None
-        if not value or not all(re.fullmatch(r"\d+", str(v)) and MIN_BITS <= int(v) <= MAX_BITS for v in value):
+        if (
+            not isinstance(value, (list, tuple))
+            or not value
+            or not all(re.fullmatch(r"\d+", str(v)) and MIN_BITS <= int(v) <= MAX_BITS for v in value)
+        ):
             raise ValueError(f"expected widths from {MIN_BITS} to {MAX_BITS}, such as 2,3,4,8")
         return tuple(sorted({int(v) for v in value}))
 
-    @field_validator("group_size", mode="before")
+    @field_validator("group_size", mode="before", json_schema_input_type=Literal[128, 64, 32, "channel"])
     @classmethod
     def _parse_group_size(cls, value: Any) -> int:
         if str(value) == "channel":
@@ -86,7 +103,7 @@ class RunConfig(BaseModel):
             return int(value)
         raise ValueError("expected 32, 64, 128 or channel")
 
-    @field_validator("extra_metrics", mode="before")
+    @field_validator("extra_metrics", mode="before", json_schema_input_type=str | list[str])
     @classmethod
     def _parse_extra_metrics(cls, value: Any) -> Any:
         names = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
@@ -94,7 +111,23 @@ class RunConfig(BaseModel):
             raise ValueError(f"expected {', '.join(EXTRA_METRICS)}")
         return tuple(dict.fromkeys(names))
 
-    @field_validator("pin", "ignore", "calibration", mode="before")
+    @field_validator("foem_beta", "target_shift", mode="before", json_schema_input_type=float | str | bool)
+    @classmethod
+    def _parse_share_or_auto(cls, value: Any) -> Any:
+        # YAML reads a bare off as false.
+        if value is False or value == "off":
+            return 0.0
+        if value == "auto":
+            return value
+        try:
+            share = float(value)
+        except (TypeError, ValueError):
+            share = math.nan
+        if isinstance(value, bool) or not 0 <= share <= 1:
+            raise ValueError("expected a number from 0 to 1, or auto")
+        return share
+
+    @field_validator("pin", "ignore", "calibration", mode="before", json_schema_input_type=str | list[str])
     @classmethod
     def _parse_list(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
@@ -125,7 +158,14 @@ class RunConfig(BaseModel):
             raise ValueError(f"expected auto, {', '.join(SCORE_METRICS)} or an existing sensitivity.json")
         return value
 
-    @field_validator("target_size")
+    @field_validator(
+        "max_ppl_increase", "min_same_top", "max_regression", mode="before", json_schema_input_type=float | str | None
+    )
+    @classmethod
+    def _parse_share(cls, value: Any) -> Any:
+        return value if value is None else parse_share(value)
+
+    @field_validator("target_size", "max_size")
     @classmethod
     def _check_size(cls, value: str | None) -> str | None:
         if value is not None:
@@ -146,14 +186,22 @@ class RunConfig(BaseModel):
                 raise ValueError(
                     f"shortlist and exchanges work under target_bpw or target_size alone, found {other} too"
                 )
+        if self.measurements is not None and not self.measures:
+            raise ValueError("measurements are shared where something is measured; drop it, or plan or the saved file")
         if not self.symmetric and self.profile not in ASYMMETRIC_PROFILES:
             raise ValueError(asymmetric_refusal(self.profile))
         if not self.symmetric and self.scale_sign == "both":
             raise ValueError("scale_sign both is for symmetric grids: zero points do its work; drop one of the two")
+        if self.rounding == "rtn" and (self.target_shift or self.scale_refit):
+            raise ValueError("target_shift and scale_refit belong to compensated rounding; drop them or rounding rtn")
+        if self.rounding == "gptaq" and self.target_shift:
+            raise ValueError("rounding gptaq and target_shift make the same correction twice; drop one of the two")
         if (self.costs is None) != (self.max_cost is None):
             raise ValueError("costs and max_cost are needed together, only one of them was found; add the other")
         if self.costs is not None and self.solver == "hull":
             raise ValueError("solver hull knows one budget only; costs and max_cost need solver exact or auto")
+        if (self.baseline is None) != (self.max_regression is None):
+            raise ValueError("baseline and max_regression are needed together, only one was found; add the other")
         if self.costs is not None and self.plan is not None:
             raise ValueError("a plan is carried out as it is; drop plan, or costs and max_cost")
         return self
@@ -188,6 +236,11 @@ class RunConfig(BaseModel):
             )
 
     @property
+    def measures(self) -> bool:
+        """Whether scores are measured where a unit has a choice, not read from a file or made needless by a plan."""
+        return self.plan is None and self.sensitivity in ("auto", *SCORE_METRICS)
+
+    @property
     def measured_extras(self) -> tuple[str, ...]:
         """Metrics to measure beside those of every measurement: those asked for, and the one that allocation uses."""
         return tuple(m for m in EXTRA_METRICS if m in self.extra_metrics or m == self.sensitivity)
@@ -220,8 +273,23 @@ def parse_size(text: str) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if not match or match[2].lower() not in _SIZE_UNITS:
-        raise ValueError(f"{text!r} is no size; expected for example 3.2GiB, 900MB or a number of bytes")
-    return int(float(match[1]) * _SIZE_UNITS[match[2].lower()])
+        raise ValueError(f"{shown(text)} is no size; expected for example 3.2GiB, 900MB or a number of bytes")
+    size = float(match[1]) * _SIZE_UNITS[match[2].lower()]
+    if size > MAX_BYTES:
+        raise ValueError(f"{shown(text)} is more than any disk holds; expected for example 3.2GiB")
+    return int(size)
+
+
+def parse_share(value: Any) -> float:
+    """A share such as ``5%`` or ``0.05``.
+
+    Raises:
+        ValueError: If it is none, or a bare number above 1, which could be meant either way.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:e[+-]?\d+)?|\.\d+)\s*(%?)\s*", str(value).lower())
+    if not match or isinstance(value, bool) or (not match[2] and float(match[1]) > 1):
+        raise ValueError("expected a percentage such as 5%, or a fraction from 0 to 1 such as 0.05")
+    return float(match[1]) / (100 if match[2] else 1)
 
 
 def split_weight(text: str) -> tuple[str, float]:
@@ -238,22 +306,27 @@ def load_config(path: Path | None, flags: dict[str, Any]) -> RunConfig:
     """
     values: dict[str, Any] = {}
     if path is not None:
-        values = _read_yaml(path)
+        values = read_yaml(path)
     values.update({k: v for k, v in flags.items() if v is not None and v != ()})
     origin = f" in {path}" if path else ""
     try:
         return RunConfig(**values)
     except ValidationError as error:
-        raise UsageError("; ".join(_problem(e, origin) for e in error.errors())) from error
+        raise UsageError("; ".join(describe_problem(e, origin) for e in error.errors())) from error
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Values by key of a configuration file, as they stand there; dashes in keys become underscores.
+
+    Raises:
+        UsageError: If it is missing, no YAML, or holds something else than keys.
+    """
     if not path.is_file():
         raise UsageError(f"configuration file {path} was not found")
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        loaded = parse_yaml(read_bounded(path, MAX_YAML_BYTES))
+    except ParseError as error:
+        raise UsageError(f"{path} is not valid YAML: {error}") from error
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
@@ -261,13 +334,13 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return {str(key).replace("-", "_"): value for key, value in loaded.items()}
 
 
-def _problem(error: Any, origin: str) -> str:
+def describe_problem(error: Any, origin: str) -> str:
+    """One of the errors of a ValidationError in words, with ``origin`` (such as `` in run.yaml``) after the key."""
     key = ".".join(str(part) for part in error["loc"]) or "configuration"
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, RunConfig.model_fields, n=1)
         return f"unknown key {key!r}{origin}" + (f", did you mean {near[0]!r}?" if near else "")
     message = str(error["msg"]).removeprefix("Value error, ")
-    value = (
-        "" if error["type"] in ("missing", "value_error") and key == "configuration" else f", found {error['input']!r}"
-    )
+    whole = error["type"] in ("missing", "value_error") and key == "configuration"
+    value = "" if whole else f", found {shown(error['input'])}"
     return f"{key}{origin}: {message[0].lower()}{message[1:]}" + ("" if error["type"] == "missing" else value)

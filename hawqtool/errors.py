@@ -28,9 +28,18 @@ class UsageError(HawqError):
 
 
 class QualityError(HawqError):
-    """A quality gate failed; the output exists."""
+    """A quality gate failed; the output exists.
+
+    Args:
+        message: All of them in one line.
+        failed: A line for each.
+    """
 
     exit_code = 3
+
+    def __init__(self, message: str, failed: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.failed = failed
 
 
 class InputError(HawqError):

@@ -224,7 +224,9 @@ class LayerMetrics:
     Errors are relative: squared output error over squared output, on the rounding rows (from the Gram
     matrix); ``rtn_error`` is plain rounding on the same scales. ``predicted_error`` is
     sum of R_jj² s² / 12, what compensation leaves when nothing clips. ``kernel`` ran the column loop: ``eager`` or
-    ``triton``, None for plain rounding.
+    ``triton``, None for plain rounding. ``beta``, ``target_shift`` and ``scales_refitted`` are the settings that the
+    layer was rounded with, some of them chosen on held-out rows; with a shift, the errors include what it changes on
+    purpose.
     """
 
     output_error: float
@@ -239,6 +241,9 @@ class LayerMetrics:
     seconds: float
     fallback: str | None = None
     kernel: str | None = None
+    beta: float = 0.0
+    target_shift: float = 0.0
+    scales_refitted: bool = False
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def allocate(
     Example: hawqtool allocate sensitivity.json --group-size 64 --frontier frontier.csv
     """
     values: dict[str, Any] = {k: v for k, v in locals().items() if k not in _NOT_CONFIG}
-    with session(debug=debug) as terminal:
+    with session(debug=debug, json=json) as terminal:
         decide_hub_access()
         from hawqtool.config import load_config
 

@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 import typer
 
 from hawqtool import __version__
-from hawqtool.cli import allocate, evaluate, inspect, measure, quantize, report, verify
+from hawqtool.cli import allocate, batch, config, evaluate, inspect, measure, quantize, report, verify
 
 app = typer.Typer(
     name="hawqtool",
@@ -24,7 +24,9 @@ app.command("allocate")(allocate.allocate)
 app.command("evaluate")(evaluate.evaluate)
 app.command("verify")(verify.verify)
 app.command("inspect")(inspect.inspect)
+app.command("batch")(batch.batch)
 app.command("report")(report.report)
+app.command("config")(config.config)
 
 
 def _version(wanted: bool) -> None:

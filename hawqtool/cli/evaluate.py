@@ -32,7 +32,7 @@ def evaluate(
     values: dict[str, Any] = {
         k: v for k, v in locals().items() if k not in {"folder", "against", "json", "quiet", "debug"}
     }
-    with session(quiet, debug) as terminal:
+    with session(quiet, debug, json) as terminal:
         from hawqtool.config import load_config
 
         settings = load_config(None, values | {"model": against})

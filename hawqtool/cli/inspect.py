@@ -85,7 +85,7 @@ def inspect(
         "calibration": calibration, "num_samples": num_samples, "seq_len": seq_len, "group_size": group_size,
         "rounding": rounding, "device": device, "seed": seed,
     }  # fmt: skip
-    with session(quiet, debug) as terminal:
+    with session(quiet, debug, json) as terminal:
         from hawqtool.config import load_config
 
         if plots is not None and not spectrum:

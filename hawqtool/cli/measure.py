@@ -26,6 +26,10 @@ def measure(
     seq_len: o.SeqLen = None,
     rounding: o.Rounding = None,
     foem_beta: o.FoemBeta = None,
+    measurements: o.Measurements = None,
+    gptaq_alpha: o.GptaqAlpha = None,
+    target_shift: o.TargetShift = None,
+    scale_refit: o.ScaleRefit = None,
     extra_metrics: o.ExtraMetrics = None,
     probes: o.Probes = None,
     eigenvalues: o.Eigenvalues = None,
@@ -52,7 +56,7 @@ def measure(
     values: dict[str, Any] = {
         k: v for k, v in locals().items() if k not in {"output", "config", "json", "quiet", "debug"}
     }
-    with session(quiet, debug) as terminal:
+    with session(quiet, debug, json) as terminal:
         from hawqtool.config import load_config
 
         settings = load_config(config, values)

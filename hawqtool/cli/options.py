@@ -8,6 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 MODEL, TARGET, CALIBRATION, METHOD, OUTPUT, RUN = "Model", "Target", "Calibration", "Method", "Output", "Run"
+GATES = "Gates (they judge the result; exit code 3 if it fails one, and the output is kept)"
 
 
 def _option(*names: str, help: str, panel: str, metavar: str | None = None) -> object:
@@ -59,6 +60,62 @@ Costs = Annotated[
 ]
 MaxCost = Annotated[
     Optional[float], _option("--max-cost", help="Most that the second costs may add up to.", panel=TARGET)
+]
+MaxKl = Annotated[
+    Optional[float],
+    _option(
+        "--max-kl",
+        help="Most KL to the original on the report rows, in nats per token (relative error for embedding models).",
+        panel=GATES,
+    ),
+]
+MaxPplIncrease = Annotated[
+    Optional[str],
+    _option(
+        "--max-ppl-increase",
+        help="Most that perplexity may rise over the original's: 5% or 0.05.",
+        panel=GATES,
+        metavar="SHARE",
+    ),
+]
+MinSameTop = Annotated[
+    Optional[str],
+    _option(
+        "--min-same-top",
+        help="Least share of outputs whose likeliest token (or class) is the original's: 90% or 0.9.",
+        panel=GATES,
+        metavar="SHARE",
+    ),
+]
+MaxSize = Annotated[
+    Optional[str],
+    _option("--max-size", help="Most bytes of the weight files, such as 90MB or 3.2GiB.", panel=GATES, metavar="SIZE"),
+]
+MaxFallbacks = Annotated[
+    Optional[int],
+    _option(
+        "--max-fallbacks",
+        help="Most layers that may need a fallback: experts that too few calibration tokens reach.",
+        panel=GATES,
+    ),
+]
+Baseline = Annotated[
+    Optional[str],
+    _option(
+        "--baseline",
+        help="report.json of an earlier run on the same report rows; needs --max-regression.",
+        panel=GATES,
+        metavar="FILE",
+    ),
+]
+MaxRegression = Annotated[
+    Optional[str],
+    _option(
+        "--max-regression",
+        help="Most that KL, perplexity and size may each rise over the baseline's: 5% or 0.05.",
+        panel=GATES,
+        metavar="SHARE",
+    ),
 ]
 Bits = Annotated[
     Optional[str],
@@ -146,6 +203,16 @@ Sensitivity = Annotated[
         panel=METHOD,
     ),
 ]
+Measurements = Annotated[
+    Optional[str],
+    _option(
+        "--measurements",
+        help="Folder of measurements that runs share: taken from it where one of the same model, rows and settings is "
+        "there, else measured (in all widths that any budget may use) and kept [default: none].",
+        panel=METHOD,
+        metavar="DIR",
+    ),
+]
 Shortlist = Annotated[
     Optional[int],
     _option(
@@ -197,10 +264,35 @@ Solver = Annotated[
         panel=METHOD,
     ),
 ]
-Rounding = Annotated[Optional[str], _option("--rounding", help="rtn, gptq or foem [default: gptq].", panel=METHOD)]
+Rounding = Annotated[
+    Optional[str], _option("--rounding", help="rtn, gptq, foem or gptaq [default: gptq].", panel=METHOD)
+]
 FoemBeta = Annotated[
+    Optional[str],
+    _option(
+        "--foem-beta",
+        help="FOEM's pull towards the original weights, or auto: by held-out rows, layer by layer [default: 0.1].",
+        panel=METHOD,
+        metavar="FLOAT|auto",
+    ),
+]
+GptaqAlpha = Annotated[
     Optional[float],
-    _option("--foem-beta", help="FOEM's pull towards the original weights [default: 0.1].", panel=METHOD),
+    _option("--gptaq-alpha", help="GPTAQ's share of the correction for rounded inputs [default: 0.25].", panel=METHOD),
+]
+TargetShift = Annotated[
+    Optional[str],
+    _option(
+        "--target-shift",
+        help="Share of each weight's shift towards the original output on rounded inputs: auto (by held-out rows, "
+        "layer by layer), a number from 0 to 1, or off [default: off].",
+        panel=METHOD,
+        metavar="auto|FLOAT|off",
+    ),
+]
+ScaleRefit = Annotated[
+    Optional[bool],
+    _option("--scale-refit", help="Refit scales after rounding where held-out rows gain by it.", panel=METHOD),
 ]
 Damping = Annotated[
     Optional[float],
@@ -232,6 +324,18 @@ DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="Show what would be done, from headers alone; write nothing.", rich_help_panel=RUN),
 ]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel=RUN)]
+Junit = Annotated[
+    Optional[Path],
+    typer.Option(
+        "--junit",
+        help="Write a JUnit report: a test case for the run and one per gate; also when the run fails.",
+        rich_help_panel=RUN,
+        metavar="FILE",
+        show_default=False,
+    ),
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="One JSON document on stdout, also for a failure.", rich_help_panel=RUN)
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No narration and no progress.", rich_help_panel=RUN)]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of expected errors.", rich_help_panel=RUN)]

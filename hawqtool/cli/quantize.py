@@ -9,9 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from hawqtool.cli import options as o
+from hawqtool.cli.junit import recorded_run
 from hawqtool.cli.render import announcement, print_report
 from hawqtool.cli.session import decide_hub_access, print_json, session
+from hawqtool.cli.terminal import Terminal
 from hawqtool.data.sources import public_name
+from hawqtool.errors import QualityError
+from hawqtool.parsing import printable
+from hawqtool.report.quality import gate_found
 
 
 def quantize(
@@ -23,6 +28,13 @@ def quantize(
     plan: o.Plan = None,
     costs: o.Costs = None,
     max_cost: o.MaxCost = None,
+    max_kl: o.MaxKl = None,
+    max_ppl_increase: o.MaxPplIncrease = None,
+    min_same_top: o.MinSameTop = None,
+    max_size: o.MaxSize = None,
+    max_fallbacks: o.MaxFallbacks = None,
+    baseline: o.Baseline = None,
+    max_regression: o.MaxRegression = None,
     bits: o.Bits = None,
     group_size: o.GroupSize = None,
     symmetric: o.Symmetric = None,
@@ -36,6 +48,7 @@ def quantize(
     eval_data: o.EvalData = None,
     eval_samples: o.EvalSamples = None,
     sensitivity: o.Sensitivity = None,
+    measurements: o.Measurements = None,
     shortlist: o.Shortlist = None,
     exchanges: o.Exchanges = None,
     extra_metrics: o.ExtraMetrics = None,
@@ -44,6 +57,9 @@ def quantize(
     solver: o.Solver = None,
     rounding: o.Rounding = None,
     foem_beta: o.FoemBeta = None,
+    gptaq_alpha: o.GptaqAlpha = None,
+    target_shift: o.TargetShift = None,
+    scale_refit: o.ScaleRefit = None,
     damping: o.Damping = None,
     scale_sign: o.ScaleSign = None,
     device: o.Device = None,
@@ -54,6 +70,7 @@ def quantize(
     resume: o.Resume = None,
     config: o.Config = None,
     dry_run: o.DryRun = False,
+    junit: o.Junit = None,
     json: o.Json = False,
     quiet: o.Quiet = False,
     debug: o.Debug = False,
@@ -65,10 +82,11 @@ def quantize(
     Example: hawqtool quantize ./model -o ./out --bits 4 --target-bpw 4.25 --group-size 64 --calibration text.txt
     """
     values: dict[str, Any] = {k: v for k, v in locals().items() if k not in _NOT_CONFIG}
-    with session(quiet, debug) as terminal:
+    with session(quiet, debug, json) as terminal, recorded_run(junit, terminal) as record:
         from hawqtool.config import load_config
 
         settings = load_config(config, values)
+        record.model = settings.model
         decide_hub_access(settings.data_sources)
         settings.require_one_target()
 
@@ -85,31 +103,48 @@ def quantize(
             if json:
                 print_json({"schema": "hawqtool.dryrun/1", **description})
             else:
-                print("\n".join(announcement(description)))
+                print("\n".join(map(printable, announcement(description))))
             return
         report = run_quantize(settings, shlex.join(["hawqtool", *shortened(sys.argv[1:])]), terminal, announce)
+        record.gates = report["gates"]
         terminal.close()
+        terminal.answered = True
         if json:
             print_json(report)
         else:
             print_report(report, str(settings.output))
-        _check_gates(report)
+        _check_gates(report, terminal)
 
 
-def _check_gates(report: dict[str, Any]) -> None:
-    """Raise a QualityError that names the first failed gate; the output is in place by now."""
-    from hawqtool.errors import QualityError
+def _check_gates(report: dict[str, Any], terminal: Terminal) -> None:
+    """Say that all gates passed, or raise a QualityError with those that did not; the output is in place by now."""
+    gates = report["gates"]
+    failed = tuple(gate_found(gate) for gate in gates if not gate["passed"])
+    if failed:
+        raise QualityError(
+            f"{len(failed)} of {len(gates)} gates failed: {'; '.join(failed)}. The output was written, at "
+            f"{report['sizes']['bpw_linears']:.3f} bits per weight; {_advice(gates)}",
+            failed,
+        )
+    if gates:
+        terminal.say(f"gates       {len(gates)} of {len(gates)} passed: {'; '.join(map(gate_found, gates))}")
 
-    for gate in report["gates"]:
-        if not gate["passed"]:
-            raise QualityError(
-                f"{gate['gate']} {gate['bound']:g} was not met: the best that was found measures {gate['value']:.4g} "
-                f"at {report['sizes']['bpw_linears']:.3f} bits per weight, and was written; raise the bound, add wider "
-                "--bits, use a smaller --group-size or more calibration rows"
-            )
+
+def _advice(gates: list[dict[str, Any]]) -> str:
+    """What to change, by what failed: sizes and quality pull at opposite ends."""
+    failed = {gate["name"] for gate in gates if not gate["passed"]}
+    advice = []
+    if failed & {"max_size", "regression_size"}:
+        advice.append("for a smaller file lower the target")
+    if "max_fallbacks" in failed:
+        advice.append("for fewer fallbacks use more calibration rows")
+    if failed - {"max_size", "regression_size", "max_fallbacks"}:
+        raised = "add wider --bits" if "target_kl" in failed else "raise the target"
+        advice.append(f"for better quality {raised}, use a smaller --group-size or more calibration rows")
+    return f"{', '.join(advice)}, or change the limit"
 
 
-_NOT_CONFIG = {"config", "dry_run", "json", "quiet", "debug"}
+_NOT_CONFIG = {"config", "dry_run", "junit", "json", "quiet", "debug"}
 
 
 _DATA_FLAGS = ("--calibration", "--eval-data")

@@ -9,7 +9,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from hawqtool.report.quality import MEASURES, plus_minus, quality_columns, same_plan, size
+from hawqtool.parsing import printable
+from hawqtool.report.quality import (
+    MEASURES,
+    gate_text,
+    measurement_text,
+    plus_minus,
+    quality_columns,
+    same_plan,
+    size,
+)
 from hawqtool.report.routing import routing_text
 
 _LABEL = 12
@@ -69,10 +78,10 @@ def print_report(report: dict[str, Any], output: str) -> None:
         table.add_row("uniform, interpolated", "", bits, "", *shown)
     console.print(table)
     for line in result_lines(report):
-        console.print(hanging(line, console.width), markup=False)
+        console.print(hanging(printable(line), console.width), markup=False)
     for text in report["warnings"]:
-        console.print(hanging(f"warning     {text}", console.width), markup=False)
-    console.print(f"verified    {output}", markup=False)
+        console.print(hanging(f"warning     {printable(text)}", console.width), markup=False)
+    console.print(f"verified    {printable(output)}", markup=False)
 
 
 def hanging(line: str, width: int) -> str:
@@ -90,6 +99,7 @@ def result_lines(report: dict[str, Any]) -> list[str]:
         f"size        {sizes['original_bytes']:,} -> {sizes['quantized_bytes']:,} bytes; {sizes['bpw_linears']:.3f} "
         f"stored bits per weight over the linears, {sizes['bpw_file']:.3f} over the whole file",
     ]
+    lines += [f"sensitivity {text}" for text in (measurement_text(report),) if text]
     routing = routing_text(report["experts"])
     if routing:
         lines.append(f"routing     {routing}")
@@ -107,12 +117,8 @@ def result_lines(report: dict[str, Any]) -> list[str]:
 
 
 def gate_lines(gates: list[dict[str, Any]]) -> list[str]:
-    """Quality bounds and whether the shipped plan is within them."""
-    return [
-        f"gate        {gate['gate']} at most {gate['bound']:g}: {gate['value']:.4g}, "
-        + ("passed" if gate["passed"] else "FAILED")
-        for gate in gates
-    ]
+    """Limits and whether the shipped plan is within them."""
+    return [f"gate        {gate_text(gate)}" for gate in gates]
 
 
 def tried_lines(evaluation: dict[str, Any]) -> list[str]:

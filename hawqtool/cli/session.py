@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import json as json_text
 import math
 import os
 import signal
@@ -14,10 +14,12 @@ from typing import Any
 
 from hawqtool.cli.terminal import Terminal
 from hawqtool.data.sources import is_hub
-from hawqtool.errors import DISK_ERRORS, HawqError, one_line
+from hawqtool.errors import DISK_ERRORS, HawqError, QualityError, one_line
 from hawqtool.model.source import MAY_FETCH
+from hawqtool.parsing import printable
 
 INTERRUPTED, TERMINATED = 130, 143
+ERROR_SCHEMA = "hawqtool.error/1"
 
 
 class _Terminated(BaseException):
@@ -29,8 +31,11 @@ def _terminate(_signal: int, _frame: FrameType | None) -> None:
 
 
 @contextmanager
-def session(quiet: bool = False, debug: bool = False) -> Iterator[Terminal]:
-    """Run a command; expected failures become one line and their exit code."""
+def session(quiet: bool = False, debug: bool = False, json: bool = False) -> Iterator[Terminal]:
+    """Run a command; expected failures become one line and their exit code.
+
+    With ``json`` a failure is a document on stdout too, unless the terminal was told that the result stands there.
+    """
     # Spinning worker threads take the cores of other programs; libraries must stay quiet.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -41,34 +46,33 @@ def session(quiet: bool = False, debug: bool = False) -> Iterator[Terminal]:
     os.environ.setdefault("TQDM_DISABLE", "1")
     terminal = Terminal(quiet)
     previous = signal.signal(signal.SIGTERM, _terminate)
-    code = 0
+    code, failure, failed = 0, "", tuple[str, ...]()
     try:
         yield terminal
     except HawqError as error:
         if debug:
             raise
-        terminal.close()
-        print("; ".join([f"error: {error}", *_notes(error)]), file=sys.stderr)
-        code = error.exit_code
+        code, failure = error.exit_code, "; ".join([f"error: {error}", *_notes(error)])
+        failed = error.failed if isinstance(error, QualityError) else failed
     except KeyboardInterrupt as error:
-        terminal.close()
-        print(f"interrupted: {_left(error)}", file=sys.stderr)
-        code = INTERRUPTED
+        code, failure = INTERRUPTED, f"interrupted: {_left(error)}"
     except _Terminated as error:
-        terminal.close()
-        print(f"terminated: {_left(error)}", file=sys.stderr)
-        code = TERMINATED
+        code, failure = TERMINATED, f"terminated: {_left(error)}"
     except (MemoryError, RuntimeError, OSError) as error:
         reason = None if debug else _resource_reason(error)
         if reason is None:
             raise
-        terminal.close()
-        print("; ".join([f"error: {reason}", *_notes(error)]), file=sys.stderr)
-        code = 5
+        code, failure = 5, "; ".join([f"error: {reason}", *_notes(error)])
     finally:
         terminal.close()
         signal.signal(signal.SIGTERM, previous)
     if code:
+        failure = printable(failure)
+        print(failure, file=sys.stderr)
+        message = failure.removeprefix("error: ")
+        annotate(failed or (message,), code)
+        if json and not terminal.answered:
+            print_json({"schema": ERROR_SCHEMA, "error": message, "exit_code": code})
         raise SystemExit(code)
 
 
@@ -94,6 +98,19 @@ def _resource_reason(error: BaseException) -> str | None:
     return None
 
 
+def annotate(messages: Iterable[str], code: int) -> None:
+    """One annotation of GitHub's job page per message, where a job of GitHub's runs this.
+
+    They go to stderr, which the runner reads as well, so that stdout stays the result.
+    """
+    if os.environ.get("GITHUB_ACTIONS") != "true":
+        return
+    for message in messages:
+        # A line break would begin a line of its own, which could be a command to the runner.
+        data = message.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+        print(f"::error title=hawqtool exit code {code}::{data}", file=sys.stderr)
+
+
 def decide_hub_access(sources: Iterable[str] = ()) -> None:
     """Keep libraries off the network, but for a model or dataset that was named; the user's own setting wins.
 
@@ -106,7 +123,7 @@ def decide_hub_access(sources: Iterable[str] = ()) -> None:
 
 def print_json(document: dict[str, Any]) -> None:
     """One strict JSON document on stdout; NaN, which JSON lacks, becomes null."""
-    print(json.dumps(_without_nan(document), indent=1, allow_nan=False), flush=True)
+    print(json_text.dumps(_without_nan(document), indent=1, allow_nan=False), flush=True)
 
 
 def _without_nan(value: Any) -> Any:

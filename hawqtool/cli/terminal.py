@@ -16,6 +16,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from hawqtool.parsing import printable
+
 _PLAIN_SECONDS = 10.0
 
 
@@ -25,6 +27,8 @@ class Terminal:
     def __init__(self, quiet: bool) -> None:
         self.console = Console(stderr=True, highlight=False)
         self.quiet = quiet
+        self.answered = False
+        """Whether the result is on stdout already; a failure after it, such as of a gate, adds no document."""
         self.warnings: list[str] = []
         self._bar: Progress | None = None
         self._task: TaskID | None = None
@@ -33,12 +37,12 @@ class Terminal:
     def say(self, text: str) -> None:
         """One line of narration."""
         if not self.quiet:
-            self.console.print(text, markup=False, soft_wrap=True)
+            self.console.print(printable(text), markup=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
         """A warning line; kept to be repeated at the end."""
         self.warnings.append(text)
-        self.console.print(f"warning: {text}", markup=False, style="yellow")
+        self.console.print(f"warning: {printable(text)}", markup=False, style="yellow", soft_wrap=True)
 
     def progress(self, stage: str, done: int, total: int) -> None:
         """Advance the bar of a stage; on a terminal drawn in place, else a line now and then."""

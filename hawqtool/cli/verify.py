@@ -23,7 +23,7 @@ def verify(
 
     Example: hawqtool verify ./out --against ./model
     """
-    with session(debug=debug):
+    with session(debug=debug, json=json) as terminal:
         decide_hub_access()
         from hawqtool.errors import InputError
         from hawqtool.export.verify import verify_folder
@@ -31,6 +31,7 @@ def verify(
 
         report = verify_folder(folder, None if against is None else locate(against).folder)
         if json:
+            terminal.answered = True
             print_json(
                 {"schema": "hawqtool.verify/1", "problems": list(report.problems), "tensors": report.num_tensors}
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hawqtool.errors import InputError, one_line
+from hawqtool.parsing import load_json
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 
@@ -68,7 +68,7 @@ def image_processor(folder: Path) -> Any:
 
     path = folder / "preprocessor_config.json"
     try:
-        settings = json.loads(path.read_bytes())
+        settings = load_json(path)
         name = settings.get("image_processor_type") or settings["feature_extractor_type"]
         # Old names, and those of a backend that needs torchvision; settings are the same.
         name = name.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hawqtool.errors import InputError
+from hawqtool.parsing import ParseError, parse_json
 
 FIELDS = ("text", "messages", "input_ids")
 """What a record may hold; of several the first counts."""
@@ -120,8 +120,8 @@ def _json_lines(path: Path) -> Generator[Record, None, None]:
             continue
         place = f"{path}, line {number}"
         try:
-            value = json.loads(line)
-        except ValueError as error:
+            value = parse_json(line)
+        except ParseError as error:
             raise InputError(f"{place} is not valid JSON ({error}); expected one object a line") from error
         yield Record(place, value)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from hawqtool.export.packing import unpack_codes, unpack_zeros
 from hawqtool.formats import QuantFormat
 from hawqtool.model.index import CheckpointIndex, read_index
 from hawqtool.model.reader import TensorReader
+from hawqtool.parsing import ParseError, load_json
 
 PACKED, SCALE, ZERO_POINT = ".weight_packed", ".weight_scale", ".weight_zero_point"
 """Suffixes of the tensors that hold a packed weight; zero points exist on asymmetric grids only."""
@@ -61,8 +61,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_bytes())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        config = load_json(path)
+    except ParseError as error:
         raise InputError(f"{path} is not readable JSON ({error}); expected a model configuration; restore it") from None
     if not isinstance(config, dict):
         raise InputError(f"{path} is not a JSON object; expected a model configuration; restore it")

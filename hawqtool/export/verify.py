@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from hawqtool.export.tensor_checks import (
 from hawqtool.formats import QuantFormat
 from hawqtool.model.index import read_index
 from hawqtool.model.reader import TensorReader
+from hawqtool.parsing import ParseError, load_json
 
 PLAN_FILE = "reproduce/plan.json"
 CHECKSUM_FILE = "reproduce/checksums.json"
@@ -117,8 +117,8 @@ def _record(folder: Path, name: str, is_valid: Any) -> tuple[dict[str, Any] | No
     if not path.is_file():
         return None, [f"{name} is missing; expected it beside the weights; write the checkpoint again"]
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        content = load_json(path)
+    except ParseError as error:
         return None, [f"{name} is not readable JSON ({error}); write the checkpoint again"]
     if not is_valid(content):
         return None, [f"{name} does not have the expected fields; write the checkpoint again"]

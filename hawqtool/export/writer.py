@@ -22,6 +22,7 @@ from hawqtool.export.packing import pack_codes, pack_zeros
 from hawqtool.model.dtypes import dtype_name
 from hawqtool.model.index import INDEX_FILE, CheckpointIndex, read_header
 from hawqtool.model.reader import CHUNK_BYTES, TensorReader
+from hawqtool.parsing import ParseError, load_json
 from hawqtool.records import RoundedLayer
 
 WEIGHT_PATTERNS = (
@@ -230,8 +231,8 @@ def write_config(source: Path, target: Path, quantization_config: dict[str, Any]
     """
     path = source / "config.json"
     try:
-        config = json.loads(path.read_bytes())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        config = load_json(path)
+    except ParseError as error:
         raise InputError(f"{path} is not readable JSON ({error}); expected a model configuration; restore it") from None
     config["quantization_config"] = quantization_config
     with disk_errors(target):

@@ -24,9 +24,11 @@ class ExpertLinear(nn.Linear):
         positions: ``[routed]`` positions, in the flattened slice, of the tokens that the router sent here; in
             transformers' order, first choices before second ones, so they do not rise. Inputs beyond these are the
             supplement of `counting_experts`.
+        shown: ``[tokens]`` positions of all inputs, the supplement's behind the others.
     """
 
     positions: Tensor
+    shown: Tensor
 
 
 class _Expert(nn.Module):
@@ -38,9 +40,9 @@ class _Expert(nn.Module):
         self.down_proj = ExpertLinear(inner, width, **options)  # type: ignore[arg-type]
         self.act = act
 
-    def forward(self, states: Tensor, positions: Tensor) -> Tensor:
+    def forward(self, states: Tensor, positions: Tensor, shown: Tensor) -> Tensor:
         for linear in (self.gate_proj, self.up_proj, self.down_proj):
-            linear.positions = positions
+            linear.positions, linear.shown = positions, shown
         return self.down_proj(self.act(self.gate_proj(states)) * self.up_proj(states))
 
 
@@ -64,13 +66,13 @@ class SplitExperts(nn.Module):
         total = torch.zeros_like(hidden)
         for number, expert in enumerate(self.children()):
             if hidden.is_meta:  # routing needs data; shapes and structure do not
-                total = total + expert(hidden.view_as(hidden), top_k_index)
+                total = total + expert(hidden.view_as(hidden), top_k_index, top_k_index)
                 continue
             slots, positions = torch.where(top_k_index.t() == number)
-            states = torch.cat([hidden[positions], hidden[self._supplement(positions, len(hidden))]])
-            if not len(states):
+            shown = torch.cat([positions, self._supplement(positions, len(hidden))])
+            if not len(shown):
                 continue
-            output = expert(states, positions)[: len(positions)] * top_k_weights[positions, slots, None]
+            output = expert(hidden[shown], positions, shown)[: len(positions)] * top_k_weights[positions, slots, None]
             total.index_add_(0, positions, output.to(total.dtype))
         return total
 

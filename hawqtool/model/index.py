@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import struct
 from dataclasses import dataclass
@@ -12,11 +11,17 @@ from typing import Any
 
 from hawqtool.errors import InputError, InputLostError
 from hawqtool.model.dtypes import DTYPE_BYTES
+from hawqtool.model.links import check_links
+from hawqtool.parsing import MAX_JSON_BYTES, ParseError, load_json, parse_json, printable, short, shown
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-MAX_HEADER_BYTES = 100_000_000
-"""The safetensors library's own limit on a header."""
+MAX_DIMENSIONS = 64
+"""As many as torch has; the product of millions of extents would take minutes."""
+MAX_NAME = 1000
+"""Most characters of a tensor's name, which messages and tables repeat."""
+MAX_COUNT = 2**63 - 1
+"""Largest extent or offset that torch and file systems know."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,7 @@ def read_index(folder: Path) -> CheckpointIndex:
         )
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} has no config.json; expected it beside the safetensors files; check the path")
+    check_links(folder)
     files, weight_map = _weight_files(folder)
     tensors: dict[str, TensorInfo] = {}
     for file in files:
@@ -106,9 +112,9 @@ def read_header(file: Path) -> tuple[TensorInfo, ...]:
     raw, size = _raw_header(file)
     data_start = 8 + len(raw)
     try:
-        header = json.loads(raw, object_pairs_hook=lambda pairs: _unique(file, pairs))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"the header of {file} is not JSON ({error}); download or save the file again") from None
+        header = parse_json(raw)
+    except ParseError as error:
+        raise InputError(f"the header of {file} is not JSON to use ({error}); download or save it again") from None
     if not isinstance(header, dict):
         raise InputError(f"the header of {file} is not a JSON object; download or save the file again")
     infos = [_tensor(file, name, entry, data_start) for name, entry in header.items() if name != "__metadata__"]
@@ -134,7 +140,7 @@ def _raw_header(file: Path) -> tuple[bytes, int]:
             if len(prefix) < 8:
                 raise InputError(f"{file} has {size} bytes; expected a safetensors file; download it again")
             (length,) = struct.unpack("<Q", prefix)
-            if length > MAX_HEADER_BYTES or 8 + length > size:
+            if length > MAX_JSON_BYTES or 8 + length > size:
                 raise InputError(
                     f"{file} declares a header of {length} bytes in a file of {size}; "
                     "expected a complete safetensors file; download it again"
@@ -146,41 +152,43 @@ def _raw_header(file: Path) -> tuple[bytes, int]:
         ) from None
 
 
-def _unique(file: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """JSON object whose keys must differ: a repeated tensor name would silently hide data."""
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in names if names.count(name) > 1)
-        raise InputError(f"the header of {file} names {repeated} twice; expected once; save the file again")
-    return result
-
-
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_COUNT
 
 
 def _tensor(file: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
+    if not name.isprintable() or len(name) > MAX_NAME:
+        raise InputError(
+            f"{file} names a tensor {printable(short(name))}; expected at most {MAX_NAME} characters, all of them "
+            "printable; rename it"
+        )
     fields = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
     if (
         not isinstance(shape, list)
+        or len(shape) > MAX_DIMENSIONS
         or not all(map(_is_count, shape))
         or not isinstance(offsets, list)
         or len(offsets) != 2
         or not all(map(_is_count, offsets))
     ):
         raise InputError(f"the header entry of {name} in {file} is malformed; expected dtype, shape and data_offsets")
-    if dtype not in DTYPE_BYTES:
-        raise InputError(f"tensor {name} of {file} has dtype {dtype}; expected one of {', '.join(DTYPE_BYTES)}")
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+        raise InputError(
+            f"tensor {name} of {file} has dtype {_dtype_text(dtype)}; expected one of {', '.join(DTYPE_BYTES)}"
+        )
     begin, end = offsets
     expected = math.prod(shape) * DTYPE_BYTES[dtype]
     if end - begin != expected:
         raise InputError(
-            f"tensor {name} of {file} spans {end - begin} bytes; expected {expected} for {dtype} {shape}; "
-            "save the file again"
+            f"tensor {name} of {file} spans {end - begin} bytes; expected {shown(expected)} for {dtype} "
+            f"{shown(shape)}; save the file again"
         )
     return TensorInfo(name, dtype, tuple(shape), file, data_start + begin, expected)
+
+
+def _dtype_text(dtype: object) -> str:
+    return printable(short(dtype)) if isinstance(dtype, str) else shown(dtype)
 
 
 def _weight_files(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
@@ -195,8 +203,11 @@ def _weight_files(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None
         raise InputError(f"{folder} has no {SINGLE_FILE} and no {INDEX_FILE}; expected safetensors weights{hint}")
     weight_map = _read_weight_map(index_path)
     for shard in sorted(set(weight_map.values())):
-        if Path(shard).name != shard or "\\" in shard or shard in ("", ".", ".."):
-            raise InputError(f"{index_path} names shard {shard!r}; expected a file name without a path; fix the index")
+        if "/" in shard or "\\" in shard or not shard.isprintable() or not shard.endswith(".safetensors"):
+            raise InputError(
+                f"{index_path} names shard {shown(shard)}; expected the name of a safetensors file without a path; "
+                "fix the index"
+            )
         if not (folder / shard).is_file():
             raise InputError(f"{index_path} names shard {shard}, which is missing; download the checkpoint again")
     return tuple(folder / shard for shard in sorted(set(weight_map.values()))), weight_map
@@ -204,8 +215,8 @@ def _weight_files(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None
 
 def _read_weight_map(index_path: Path) -> dict[str, str]:
     try:
-        content = json.loads(index_path.read_bytes())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        content = load_json(index_path)
+    except ParseError as error:
         raise InputError(f"{index_path} is not readable JSON ({error}); download it again") from None
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):

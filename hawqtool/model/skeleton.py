@@ -12,8 +12,11 @@ from torch.overrides import TorchFunctionMode
 from hawqtool.errors import HawqError, InputError, one_line
 from hawqtool.model.experts import split_experts
 from hawqtool.model.tasks import TASKS, class_task, model_task
+from hawqtool.parsing import shown
 
 _LARGE = 1 << 14
+_MAX_MODULES = 10_000
+"""Most blocks, or experts of a block: modules take memory and time even without weights."""
 
 
 class _LargeTensorsOnMeta(TorchFunctionMode):
@@ -72,11 +75,23 @@ def _read_config(folder: Path, trust_remote_code: bool) -> Any:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # of any type, as below
         raise InputError(f"{folder}: transformers cannot build this model: {one_line(error)}") from error
+    _refuse_absurd(folder, config)
     if getattr(config, "quantization_config", None):
         raise InputError(f"{folder} is quantized already; give the original checkpoint")
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(f"{folder} is an encoder-decoder ({config.model_type}); only models with one stack of blocks")
     return config
+
+
+def _refuse_absurd(folder: Path, config: Any) -> None:
+    """Refuse sizes that would fill the memory with empty modules."""
+    text = config.get_text_config()
+    for key in ("num_hidden_layers", "num_experts", "num_local_experts"):
+        count = getattr(text, key, None)
+        if isinstance(count, int) and count > _MAX_MODULES:
+            raise InputError(
+                f"{folder}: config.json says {key} {shown(count)}; expected at most {_MAX_MODULES:,}; download it again"
+            )
 
 
 def _build(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from hawqtool.errors import InputError, NumericalError, one_line
+from hawqtool.model.links import check_links
+from hawqtool.parsing import ParseError, load_json
 
 MAY_FETCH = "HAWQTOOL_MAY_FETCH"
 """Environment variable that says that HF_HUB_OFFLINE is the command line's default, not the user's wish."""
@@ -88,7 +89,7 @@ def locate(spec: str) -> ResolvedModel:
         spec: A folder, which wins, or ``org/name[@revision]``.
 
     Raises:
-        InputError: If there is no such folder or repository, or it cannot be reached.
+        InputError: If there is no such folder or repository, it cannot be reached, or a link leaves the folder.
         NumericalError: If the disk refuses the download.
     """
     found = hub_id(spec)
@@ -99,8 +100,10 @@ def locate(spec: str) -> ResolvedModel:
                 f"{spec} is not a folder; expected one with config.json and safetensors files, or a hub id "
                 "org/name[@revision]; check the path"
             )
+        check_links(folder)
         return ResolvedModel(folder, folder.absolute().name)
     folder = _fetch(*found)
+    check_links(folder)
     # A snapshot's folder has the name of its commit.
     return ResolvedModel(folder, found[0], folder.name)
 
@@ -206,8 +209,11 @@ def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(f"{folder} has no config.json; expected it beside the safetensors files; check the path")
-    config = _read(path)
-    if not config:
+    try:
+        config = load_json(path)
+    except ParseError as error:
+        raise InputError(f"{path} is not a JSON object that describes a model ({error}); download it again") from None
+    if not isinstance(config, dict) or not config:
         raise InputError(f"{path} is not a JSON object that describes a model; download it again")
     return config
 
@@ -215,7 +221,7 @@ def _config(folder: Path) -> dict[str, Any]:
 def _read(path: Path) -> dict[str, Any]:
     """The object in a JSON file, empty where there is none."""
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+        content = load_json(path)
+    except ParseError:
         return {}
     return content if isinstance(content, dict) else {}

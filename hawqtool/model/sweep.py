@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -18,10 +19,9 @@ from hawqtool.model.layers import Structure
 from hawqtool.model.reader import check_finite
 from hawqtool.model.replay import Call, replayed_blocks
 from hawqtool.model.skeleton import find_blocks, to_meta
+from hawqtool.model.statistics import GroupStatistics, held_out_tokens, is_held_out, seen
 from hawqtool.model.tasks import model_task
 from hawqtool.records import BlockSpec, LinearSpec
-
-_GRAM_TOKENS = 1 << 14
 
 
 class WeightSource(Protocol):
@@ -40,10 +40,15 @@ class Activations:
     Args:
         hidden: One ``[rows, positions, width]`` tensor per slice, replaced as the walk goes on.
         calls: Per slice and block, the other arguments of the block's call (masks, rotary tables).
+        original: The original model's hidden states of the same rows, beside those of a quantized prefix; None where
+            nothing needs them.
+        held_out: Whether statistics keep some rows apart too, for settings to be chosen on.
     """
 
     hidden: list[Tensor]
     calls: list[list[Call]]
+    original: list[Tensor] | None = None
+    held_out: bool = False
 
 
 class ModelStream:
@@ -105,15 +110,21 @@ class ModelStream:
         finally:
             to_meta(module)
 
-    def embed(self, rows: Tensor, rows_per_slice: int) -> Activations:
-        """Run what comes before the first block on ``rows``: ``[rows, seq_len]`` tokens, or images."""
+    def embed(
+        self, rows: Tensor, rows_per_slice: int, held_out: bool = False, with_original: bool = False
+    ) -> Activations:
+        """Run what comes before the first block on ``rows``: ``[rows, seq_len]`` tokens, or images.
+
+        The others say what else statistics shall hold (see `Activations`); what comes before the blocks is never
+        rounded, so that the original's states begin as these do.
+        """
         hidden, calls = [], []
         for part in rows.split(rows_per_slice):
             with replayed_blocks(self.blocks, self.structure.extra_outputs) as recorded, torch.no_grad():
                 self.model.base_model(**self._inputs(part))
             hidden.append(recorded[0][0][0])
             calls.append([(args[1:], kwargs) for args, kwargs in recorded])
-        return Activations(hidden, calls)
+        return Activations(hidden, calls, list(hidden) if with_original else None, held_out)
 
     def outputs(self, rows: Tensor, hidden: Tensor) -> Tensor:
         """What the model is judged by, from the last block's output through the model's own head.
@@ -139,14 +150,22 @@ class ModelStream:
             hook.remove()
         return seen[0]
 
-    def head_statistics(self, rows: Tensor, hidden: Sequence[Tensor]) -> GroupStatistics:
+    def head_statistics(self, rows: Tensor, activations: Activations) -> GroupStatistics:
         """Second moments of the head's inputs over all slices; rows go one by one, because logits are large."""
-        states = [state for part in hidden for state in part]
+        states = [state for part in activations.hidden for state in part]
+        originals = [None] * len(states) if activations.original is None else torch.cat(activations.original)
+        total: GroupStatistics | None = None
         with torch.no_grad():
-            first, *others = (self.head_inputs(r[None], s[None]) for r, s in zip(rows, states, strict=True))
-        total = _seen(first, len(first))
-        for x in others:
-            total += _seen(x, len(x))
+            for number, (row, state, other) in enumerate(zip(rows, states, originals, strict=True)):
+                x = self.head_inputs(row[None], state[None])
+                held = is_held_out(torch.full((len(x),), number)) if activations.held_out else None
+                original = None if other is None else self.head_inputs(row[None], other[None])
+                found = seen(x, len(x), held, original)
+                if total is None:
+                    total = found
+                else:
+                    total += found
+        assert total is not None  # there are rows
         return total
 
     def _inputs(self, rows: Tensor) -> dict[str, Tensor]:
@@ -200,27 +219,6 @@ class _StageReached(Exception):
     """Stops a block's forward pass once the inputs of a stage have been seen."""
 
 
-@dataclass
-class GroupStatistics:
-    """Second moments of an input group.
-
-    Args:
-        gram: ``[in, in]`` float32, mean of x xᵀ over the tokens.
-        num_tokens: Tokens behind it.
-        num_routed: Those of them that the model really sends here; fewer only in experts (see `counting_experts`).
-    """
-
-    gram: Tensor
-    num_tokens: int
-    num_routed: int
-
-    def __iadd__(self, other: GroupStatistics) -> GroupStatistics:
-        total = self.num_tokens + other.num_tokens
-        self.gram.mul_(self.num_tokens / total).add_(other.gram, alpha=other.num_tokens / total)
-        self.num_tokens, self.num_routed = total, self.num_routed + other.num_routed
-        return self
-
-
 GroupVisitor = Callable[[Sequence[LinearSpec], GroupStatistics], None]
 
 
@@ -229,23 +227,50 @@ def visit_groups(block: nn.Module, spec: BlockSpec, activations: Activations, vi
 
     ``visit`` may replace the weights of the group; later groups, and the block's output that replaces the
     hidden states, see the new weights (truly sequential rounding). One slice needs one forward pass; several
-    slices need one partial pass per stage and a full one.
+    slices need one partial pass per stage and a full one. So does one slice where the original's inputs are wanted
+    too: they come from a copy of the block that keeps its weights, run beside it.
     """
-    if len(activations.hidden) == 1:
-        with group_inputs(block, spec, lambda g, x, routed: visit(g, _seen(x, routed))):
-            pass_on(block, spec, activations)
+    if len(activations.hidden) == 1 and activations.original is None:
+
+        def see(group: Sequence[LinearSpec], x: Tensor, routed: int) -> None:
+            visit(group, seen(x, routed, _held_out(block, spec, activations, 0, group, x)))
+
+        with group_inputs(block, spec, see):
+            _pass_on(block, spec, activations, None)
         return
+    original = None if activations.original is None else copy.deepcopy(block)
     for stage in stages(spec):
-        for group, statistics in group_statistics(block, spec, activations, stage):
+        for group, statistics in group_statistics(block, spec, activations, stage, original):
             visit(group, statistics)
-    pass_on(block, spec, activations)
+    _pass_on(block, spec, activations, original)
 
 
-def pass_on(block: nn.Module, spec: BlockSpec, activations: Activations) -> None:
-    """Replace the hidden states by the block's output, to the bit as `visit_groups` does."""
+def revisit_groups(block: nn.Module, spec: BlockSpec, activations: Activations, replace: Callable[[], None]) -> None:
+    """What `visit_groups` leaves behind, to the bit, where ``replace`` puts all weights in place that it would."""
+    original = None if activations.original is None else copy.deepcopy(block)
+    replace()
+    _pass_on(block, spec, activations, original)
+
+
+def _pass_on(block: nn.Module, spec: BlockSpec, activations: Activations, original: nn.Module | None) -> None:
+    """Replace the hidden states by the block's output, and the original's by that of the block as it was."""
     # A single pass gives statistics and output at once, so experts are shown further tokens in it.
-    with counting_experts(block, 1) if len(activations.hidden) == 1 else nullcontext():
+    single = len(activations.hidden) == 1 and activations.original is None
+    with counting_experts(block, 1) if single else nullcontext():
         advance(block, spec, activations)
+    if original is not None and activations.original is not None:
+        advance(original, spec, Activations(activations.original, activations.calls))
+
+
+def _held_out(
+    block: nn.Module, spec: BlockSpec, activations: Activations, position: int, group: Sequence[LinearSpec], x: Tensor
+) -> Tensor | None:
+    """Which inputs of a group in one slice belong to held-out rows; None where no rows are."""
+    if not activations.held_out:
+        return None
+    first = sum(map(len, activations.hidden[:position]))
+    rows, positions = activations.hidden[position].shape[:2]
+    return held_out_tokens(block.get_submodule(local_name(spec, group[0])), x, first, rows, positions)
 
 
 def stages(spec: BlockSpec) -> list[list[Sequence[LinearSpec]]]:
@@ -258,36 +283,78 @@ def stages(spec: BlockSpec) -> list[list[Sequence[LinearSpec]]]:
 
 
 def group_statistics(
-    block: nn.Module, spec: BlockSpec, activations: Activations, groups: Sequence[Sequence[LinearSpec]]
+    block: nn.Module,
+    spec: BlockSpec,
+    activations: Activations,
+    groups: Sequence[Sequence[LinearSpec]],
+    original: nn.Module | None = None,
 ) -> Iterator[tuple[Sequence[LinearSpec], GroupStatistics]]:
-    """Statistics of some groups over all slices; a pass stops once it has seen the last of them."""
+    """Statistics of some groups over all slices; a pass stops once it has seen the last of them.
+
+    ``original`` is the block with the original weights where the drift from its inputs is wanted, which also needs
+    the original's hidden states.
+    """
     totals: dict[str, GroupStatistics] = {}
-
-    def accumulate(group: Sequence[LinearSpec], x: Tensor, routed: int) -> None:
-        if group not in groups:
-            return
-        name = group[0].name
-        if name in totals:
-            totals[name] += _seen(x, routed)
-        else:
-            totals[name] = _seen(x, routed)
-        if group is groups[-1]:
-            raise _StageReached
-
-    for position, hidden in enumerate(activations.hidden):
-        with (
-            counting_experts(block, len(activations.hidden)),
-            group_inputs(block, spec, accumulate),
-            torch.no_grad(),
-            suppress(_StageReached),
-        ):
-            run_block(block, hidden, activations.calls[position][spec.index])
+    for position in range(len(activations.hidden)):
+        _add_slice(totals, block, spec, activations, position, groups, original)
     for group in groups:
         yield group, totals.pop(group[0].name)
 
 
-def _seen(x: Tensor, routed: int) -> GroupStatistics:
-    return GroupStatistics(gram(x), x.shape[0], routed)
+def _add_slice(
+    totals: dict[str, GroupStatistics],
+    block: nn.Module,
+    spec: BlockSpec,
+    activations: Activations,
+    position: int,
+    groups: Sequence[Sequence[LinearSpec]],
+    original: nn.Module | None,
+) -> None:
+    """Add one slice to the totals of some groups."""
+    call, slices = activations.calls[position][spec.index], len(activations.hidden)
+    others: dict[str, Tensor] = {}
+
+    def keep(group: Sequence[LinearSpec], x: Tensor, _routed: int) -> None:
+        others[group[0].name] = x
+
+    def accumulate(group: Sequence[LinearSpec], x: Tensor, routed: int) -> None:
+        name = group[0].name
+        found = seen(x, routed, _held_out(block, spec, activations, position, group, x), others.pop(name, None))
+        if name in totals:
+            totals[name] += found
+        else:
+            totals[name] = found
+
+    if original is not None and activations.original is not None:
+        _run_to(groups, original, spec, activations.original[position], call, slices, keep)
+    _run_to(groups, block, spec, activations.hidden[position], call, slices, accumulate)
+
+
+def _run_to(
+    groups: Sequence[Sequence[LinearSpec]],
+    block: nn.Module,
+    spec: BlockSpec,
+    hidden: Tensor,
+    call: Call,
+    slices: int,
+    see: Callable[[Sequence[LinearSpec], Tensor, int], None],
+) -> None:
+    """Show the inputs of some groups in one slice; the pass stops behind the last of them."""
+
+    def see_wanted(group: Sequence[LinearSpec], x: Tensor, routed: int) -> None:
+        if group not in groups:
+            return
+        see(group, x, routed)
+        if group is groups[-1]:
+            raise _StageReached
+
+    with (
+        counting_experts(block, slices),
+        group_inputs(block, spec, see_wanted),
+        torch.no_grad(),
+        suppress(_StageReached),
+    ):
+        run_block(block, hidden, call)
 
 
 @contextmanager
@@ -329,18 +396,3 @@ def replace_weight(block: nn.Module, spec: BlockSpec, linear: LinearSpec, weight
     """Put a weight ``[out, in]`` in the place of the loaded one."""
     with torch.no_grad():
         block.get_parameter(f"{local_name(spec, linear)}.weight").copy_(weight.t() if linear.transposed else weight)
-
-
-def gram(inputs: Tensor) -> Tensor:
-    """Mean of x xᵀ over tokens, ``[in, in]`` float32, from ``[tokens, in]``.
-
-    Half-precision inputs on a GPU are multiplied on tensor cores: their products are exact in float32, which
-    is also the dtype of the sums and of the output.
-    """
-    total = torch.zeros(inputs.shape[1], inputs.shape[1], dtype=torch.float32, device=inputs.device)
-    for part in inputs.split(_GRAM_TOKENS):
-        if part.is_cuda and part.dtype in (torch.bfloat16, torch.float16):
-            total += torch.mm(part.t(), part, out_dtype=torch.float32)
-        else:
-            total.addmm_(part.t().float(), part.float())
-    return total / inputs.shape[0]

@@ -9,8 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from hawqtool.errors import InputError, ResourceError, UsageError, disk_errors
-from hawqtool.formats import QuantFormat, parse_label
+from hawqtool.formats import CHANNEL, GROUP_SIZES, MAX_BITS, MIN_BITS, QuantFormat, parse_label
+from hawqtool.parsing import MAX_RECORD_BYTES, MAX_RECORD_VALUES, ParseError, load_json, short, shown
+from hawqtool.pipeline.sensitivity_file import SensitivityFile, first_problem
 from hawqtool.records import BitPlan, LinearSpec, Score, SensitivityTable, Unit
 
 SENSITIVITY_SCHEMA = "hawqtool.sensitivity/1"
@@ -65,12 +69,12 @@ def read_json(path: Path, schema: str) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{path} was not found")
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from error
+        document = load_json(path, MAX_RECORD_BYTES, MAX_RECORD_VALUES)
+    except ParseError as error:
+        raise InputError(f"{path} is not valid JSON: {error}; write it again") from error
     found = document.get("schema") if isinstance(document, dict) else None
     if found != schema:
-        raise InputError(f"{path} has schema {found!r}, expected {schema!r}")
+        raise InputError(f"{path} has schema {shown(found)}, expected {schema!r}; give a file of that kind")
     return document
 
 
@@ -125,33 +129,37 @@ def parse_sensitivity(document: dict[str, Any], name: str) -> tuple[SensitivityT
         InputError: If it is damaged; ``name`` says what.
     """
     try:
-        units = tuple(Unit(n, tuple(LinearSpec(**m) for m in ms)) for n, ms in document["units"].items())
-        scores = {
-            metric: {
-                unit: {n: Score(float(v), math.nan if e is None else float(e)) for n, (v, e) in by_label.items()}
-                for unit, by_label in by_unit.items()
-            }
-            for metric, by_unit in document["scores"].items()
+        found = SensitivityFile.model_validate(document)
+    except ValidationError as error:
+        raise InputError(f"{name} is damaged ({first_problem(error)}); measure again") from error
+    units = tuple(Unit(n, tuple(LinearSpec(**m.model_dump()) for m in ms)) for n, ms in found.units.items())
+    scores = {
+        metric: {
+            unit: {label: Score(_number(value), _number(error)) for label, (value, error) in by_label.items()}
+            for unit, by_label in by_unit.items()
         }
-        table = SensitivityTable(
-            scores=scores,
-            rounding=document["rounding"],
-            model=document["model"],
-            model_fingerprint=document["model_fingerprint"],
-            rows=document["rows"],
-            settings=document["settings"],
-            # Files that do not say so were written before there were other grids.
-            symmetric=bool(document.get("symmetric", True)),
-            projections=document.get("projections", {}),
-            curvature={
-                unit: {key: math.nan if value is None else float(value) for key, value in values.items()}
-                for unit, values in document.get("curvature", {}).items()
-            },
-            warnings=tuple(map(str, document.get("warnings", ()))),
-        )
-        return table, units, int(document["unquantized_bytes"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{name} is damaged ({error!r}); measure again") from error
+        for metric, by_unit in found.scores.items()
+    }
+    table = SensitivityTable(
+        scores=scores,
+        rounding=found.rounding,
+        model=found.model,
+        model_fingerprint=found.model_fingerprint,
+        rows=found.rows,
+        settings=found.settings,
+        symmetric=found.symmetric,
+        projections=found.projections,
+        curvature={
+            unit: {key: _number(value) for key, value in values.items()} for unit, values in found.curvature.items()
+        },
+        warnings=tuple(found.warnings),
+    )
+    return table, units, found.unquantized_bytes
+
+
+def _number(value: float | None) -> float:
+    """JSON has no NaN, so null stands for it."""
+    return math.nan if value is None else value
 
 
 def metric_scores(table: SensitivityTable, metric: str, path: Path) -> dict[str, dict[str, Score]]:
@@ -210,15 +218,20 @@ def read_plan(path: Path, units: tuple[Unit, ...]) -> BitPlan:
     """
     document = read_json(path, PLAN_SCHEMA)
     try:
-        formats = {e["name"]: _entry_format(e) for e in document["layers"]}
+        entries = [(str(entry["name"]), _entry_format(entry)) for entry in document["layers"]]
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} is damaged ({error!r}); each layer needs name, bits 2 to 8 and group_size") from error
+        raise InputError(
+            f"{path} is damaged ({shown(error)}); each layer needs name, bits 2 to 8 and group_size; repair it"
+        ) from error
+    formats = dict(entries)
+    if len(formats) < len(entries):
+        raise InputError(f"{path} has a layer twice among its {len(entries)}; expected each once; remove one")
     members = {m.name: m for unit in units for m in unit.members}
     wrong = sorted(formats.keys() ^ members.keys())
     if wrong:
         kind = "no format for" if wrong[0] in members else "a format for unknown or ignored"
         raise UsageError(
-            f"{path} has {kind} layer {wrong[0]} ({len(wrong)} such); plan and model (with --ignore) must agree"
+            f"{path} has {kind} layer {short(wrong[0])} ({len(wrong)} such); plan and model (with --ignore) must agree"
         )
     for unit in units:
         found = {formats[m.name].label for m in unit.members}
@@ -247,11 +260,12 @@ def plan_of_record(record: dict[str, Any]) -> BitPlan:
 
 
 def _entry_format(entry: dict[str, Any]) -> QuantFormat:
-    size = 0 if entry["group_size"] == "channel" else int(entry["group_size"])
-    symmetric = entry.get("symmetric", True)
+    bits, size, symmetric = entry["bits"], entry["group_size"], entry.get("symmetric", True)
     if not isinstance(symmetric, bool):
-        raise ValueError(f"{entry['name']}: symmetric {symmetric!r}, expected true or false")
-    fmt = QuantFormat(int(entry["bits"]), size, symmetric)
-    if not 2 <= fmt.bits <= 8 or size not in (0, 32, 64, 128):
-        raise ValueError(f"{entry['name']}: bits {fmt.bits}, group_size {entry['group_size']}")
-    return fmt
+        raise ValueError(f"symmetric {shown(symmetric)}, expected true or false")
+    # `type`, as True and 4.0 equal numbers too.
+    if type(bits) is not int or not MIN_BITS <= bits <= MAX_BITS:
+        raise ValueError(f"bits {shown(bits)}, expected {MIN_BITS} to {MAX_BITS}")
+    if size != "channel" and (type(size) is not int or size not in (CHANNEL, *GROUP_SIZES)):
+        raise ValueError(f"group_size {shown(size)}, expected {', '.join(map(str, GROUP_SIZES))} or channel")
+    return QuantFormat(bits, CHANNEL if size == "channel" else size, symmetric)

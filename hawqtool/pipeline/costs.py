@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from hawqtool.allocation.problem import REGEX_PREFIX
 from hawqtool.config import RunConfig
 from hawqtool.errors import InputError, UsageError
 from hawqtool.formats import MAX_BITS, MIN_BITS, QuantFormat, parse_label
+from hawqtool.parsing import MAX_JSON_BYTES, parse_json, read_bounded
 from hawqtool.records import Unit
 
 if TYPE_CHECKING:
@@ -143,15 +143,15 @@ def _entries(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise InputError(f"{path} was not found")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_bounded(path, MAX_JSON_BYTES).decode("utf-8-sig")
         if path.suffix.lower() == ".csv":
             reader = csv.DictReader(text.splitlines(), strict=True)
             entries: Any = list(reader)
             if missing := set(_COLUMNS) - set(reader.fieldnames or ()):
                 raise InputError(f"{path} has no column {min(missing)}, expected {', '.join(_COLUMNS)}")
         else:
-            entries = json.loads(text)
-    except (OSError, ValueError, csv.Error) as error:
+            entries = parse_json(text)
+    except (ValueError, csv.Error) as error:
         raise InputError(f"{path} is neither CSV (then it must end in .csv) nor JSON: {error}") from None
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise InputError(f"{path} holds no list of objects, expected entries with {', '.join(_COLUMNS)}")

@@ -13,11 +13,11 @@ from hawqtool.model.index import fingerprint
 from hawqtool.model.saving import NOTHING_SAVED, Saved
 from hawqtool.pipeline.artifacts import SENSITIVITY_SCHEMA, parse_sensitivity, plan_of_record, plan_record, read_json
 from hawqtool.pipeline.job import Job
-from hawqtool.pipeline.measuring import job_menu, measure_job, unquantized_bytes
+from hawqtool.pipeline.measuring import Origin, job_menu, measured, unquantized_bytes
 from hawqtool.pipeline.planning import allocate, budget_bytes, predicted_loss, single_choice_plan
 from hawqtool.pipeline.progress import Reporter
 from hawqtool.pipeline.shortlist import rivals
-from hawqtool.records import SCORE_METRICS, BitPlan, Rows, Score, SensitivityTable
+from hawqtool.records import BitPlan, Rows, Score, SensitivityTable
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,14 @@ class Allocator:
         job: The model.
         table: Scores of every unit in every format of the menu; None where no unit has a choice.
         document: Its JSON form.
+        origin: Where it comes from; None where there is no table.
         saved: Keeps plans: a solver that stops by the clock may find another one the next time.
     """
 
     job: Job
     table: SensitivityTable | None
     document: dict[str, Any] | None
+    origin: Origin | None = None
     saved: Saved = NOTHING_SAVED
 
     @property
@@ -100,14 +102,19 @@ def prepare_allocation(job: Job, sets: dict[str, Rows], reporter: Reporter, save
         menu = job_menu(job, budget)
     if all(len(menu[unit.name]) == 1 or unit.name in job.pins for unit in job.units):
         return Allocator(job, None, None)
-    if job.config.sensitivity in ("auto", *SCORE_METRICS):
-        document = measure_job(job, menu, sets, reporter, saved)
-        return Allocator(job, parse_sensitivity(document, "the measurement")[0], document, saved)
+    if job.config.measures:
+        if job.config.measurements is not None:
+            # The widths of any budget, so that runs that differ in it alone share one measurement.
+            menu = job_menu(job, None)
+        document, origin = measured(job, menu, sets, reporter, saved)
+        return Allocator(job, parse_sensitivity(document, "the measurement")[0], document, origin, saved)
     path = Path(job.config.sensitivity)
     document = read_json(path, SENSITIVITY_SCHEMA)
     table, _, _ = parse_sensitivity(document, str(path))
     _check_saved(job, table)
-    return Allocator(job, table, document, saved)
+    seconds = table.settings.get("seconds")
+    origin = Origin("file", None, seconds if isinstance(seconds, float) else None)
+    return Allocator(job, table, document, origin, saved)
 
 
 def _check_saved(job: Job, table: SensitivityTable) -> None:

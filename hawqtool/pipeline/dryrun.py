@@ -8,6 +8,7 @@ from hawqtool.allocation.uniform import best_uniform
 from hawqtool.errors import UsageError
 from hawqtool.formats import QuantFormat
 from hawqtool.pipeline.costs import second_cost
+from hawqtool.pipeline.gating import check_gates
 from hawqtool.pipeline.job import Job
 from hawqtool.pipeline.measuring import job_menu, unquantized_bytes
 from hawqtool.pipeline.planning import achievable, budget_bytes, given_plan, single_choice_plan
@@ -21,6 +22,7 @@ def describe(job: Job) -> dict[str, Any]:
         UsageError: If the budget is infeasible.
     """
     check_calibration(job)
+    check_gates(job)
     config = job.config
     weights = sum(unit.num_weights for unit in job.units)
     menu = job_menu(job, None)

@@ -17,8 +17,11 @@ from hawqtool.pipeline.job import Job
 from hawqtool.pipeline.reporting import file_hash
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scipy")
-_ELSEWHERE = {"model", "output", "overwrite", "resume", "trust_remote_code", "device"}
-"""Settings that change no number, and those that stand in the identity in another form."""
+_ELSEWHERE = {
+    *("model", "output", "overwrite", "resume", "measurements", "trust_remote_code", "device"),
+    *("max_kl", "max_ppl_increase", "min_same_top", "max_size", "max_fallbacks", "baseline", "max_regression"),
+}
+"""Settings that change no weight, and those that stand in the identity in another form."""
 _FILES = ("plan", "costs", "sensitivity")
 _SAMPLED_PIECES, _PIECE_BYTES = 64, 4096
 

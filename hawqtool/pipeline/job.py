@@ -22,8 +22,10 @@ from hawqtool.model.layers import Structure, check_shapes, discover
 from hawqtool.model.reader import TensorReader
 from hawqtool.model.skeleton import build_skeleton, max_positions
 from hawqtool.model.source import ResolvedModel, hub_id, resolve_model
+from hawqtool.model.statistics import HELD_OUT_EVERY
 from hawqtool.model.sweep import ModelStream, WeightSource
 from hawqtool.model.tasks import ModelTask, model_task
+from hawqtool.model.units import is_expert
 from hawqtool.pipeline.progress import Reporter, Silent
 from hawqtool.records import Unit
 from hawqtool.rounding.layer import RoundingMethod
@@ -104,7 +106,8 @@ class Job:
     def method(self) -> RoundingMethod:
         """Rounding method of the configuration."""
         c = self.config
-        return RoundingMethod(c.rounding, c.foem_beta, c.both_signs, c.damping)
+        corrections = (c.gptaq_alpha, c.target_shift, c.scale_refit)
+        return RoundingMethod(c.rounding, c.foem_beta, c.both_signs, c.damping, *corrections)
 
     @property
     def stored_dtypes(self) -> dict[str, torch.dtype]:
@@ -187,7 +190,28 @@ def prepare(config: RunConfig, reporter: Reporter | None = None, writes: bool = 
     if config.seq_len and longest and config.seq_len > longest:
         raise UsageError(f"--seq-len {config.seq_len} exceeds the model's {longest} positions; lower it")
     skeleton = build_skeleton(index.folder, dtype, source.runs_code)
-    return Job(config, source, index, skeleton, structure, units, pins, device, dtype)
+    job = Job(config, source, index, skeleton, structure, units, pins, device, dtype)
+    _check_method(job)
+    return job
+
+
+def _check_method(job: Job) -> None:
+    """Check that the rounding method can work on this model with these rows.
+
+    Raises:
+        UsageError: Otherwise.
+    """
+    expert = next((m.name for unit in job.units for m in unit.members if is_expert(m.name)), None)
+    if job.method.needs_drift and expert:
+        raise UsageError(
+            f"{expert} is an expert, which after rounding gets other tokens than before, so that --rounding gptaq and "
+            "--target-shift have nothing to compare; use --rounding gptq or foem without a shift"
+        )
+    if job.method.needs_held_out and job.num_samples < HELD_OUT_EVERY:
+        raise UsageError(
+            f"--foem-beta auto, --target-shift auto and --scale-refit choose on every {HELD_OUT_EVERY}th calibration "
+            f"row, found --num-samples {job.num_samples}; raise it to {HELD_OUT_EVERY} or more"
+        )
 
 
 def _source(config: RunConfig, reporter: Reporter) -> ResolvedModel:

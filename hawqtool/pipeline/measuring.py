@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hawqtool.pipeline.artifacts import check_writable, sensitivity_document, wr
 from hawqtool.pipeline.curvature import input_fisher_fields, measure_curvature
 from hawqtool.pipeline.identity import check_unchanged, run_identity, stamps
 from hawqtool.pipeline.job import Job, prepare
+from hawqtool.pipeline.measurements import MeasurementFolder, check_measurements, measurement_fingerprint
 from hawqtool.pipeline.planning import WIDE_MENU, format_menu, score_warnings, stored_bytes, widths
 from hawqtool.pipeline.progress import Reporter
 from hawqtool.pipeline.rows import gather_rows
@@ -30,6 +32,68 @@ def unquantized_bytes(job: Job, menu: dict[str, tuple[QuantFormat, ...]]) -> int
     return job.layout(widest).total_bytes - stored_bytes(job.units, widest)
 
 
+_STAGES = "measure"
+"""Part of what is saved that a finished measurement replaces."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the scores of a run come from.
+
+    Args:
+        source: ``run`` (measured now), ``shared`` (taken from the folder of measurements) or ``file``.
+        fingerprint: Name in the folder of measurements; None where there is none.
+        seconds: What measuring took, whenever that was; None where a file does not say.
+    """
+
+    source: str
+    fingerprint: str | None = None
+    seconds: float | None = None
+
+
+def measured(
+    job: Job,
+    menu: dict[str, tuple[QuantFormat, ...]],
+    sets: dict[str, Rows],
+    reporter: Reporter,
+    saved: Saved = NOTHING_SAVED,
+) -> tuple[dict[str, Any], Origin]:
+    """The sensitivity document of a menu, taken from the folder of measurements or from ``saved`` where it is there."""
+    known = saved.load("table")
+    if known is None:
+        document, origin = _shared(job, menu, sets, reporter, saved)
+        known = {"document": document, "origin": asdict(origin)}
+        saved.save("table", known)
+        saved.part(_STAGES).drop()
+    for text in known["document"]["warnings"]:
+        reporter.warn(text)
+    return known["document"], Origin(**known["origin"])
+
+
+def _shared(
+    job: Job, menu: dict[str, tuple[QuantFormat, ...]], sets: dict[str, Rows], reporter: Reporter, saved: Saved
+) -> tuple[dict[str, Any], Origin]:
+    """The document from the folder of measurements, if there is one; otherwise measured."""
+    if job.config.measurements is None:
+        document = measure_job(job, menu, sets, reporter, saved)
+        return document, Origin("run", None, document["settings"]["seconds"])
+    key = measurement_fingerprint(job, wanted_formats(job, menu), sets, reporter)
+    folder = MeasurementFolder(Path(job.config.measurements), reporter)
+    document, found = folder.take(key, lambda: measure_job(job, menu, sets, reporter, saved))
+    if found:
+        reporter.say(f"measurement {key[:12]} was taken from {folder.path}")
+        document["model"] = job.source.name  # the same weights may have been measured under another name
+    return document, Origin("shared" if found else "run", key, document["settings"]["seconds"])
+
+
+def wanted_formats(job: Job, menu: dict[str, tuple[QuantFormat, ...]]) -> dict[str, tuple[QuantFormat, ...]]:
+    """The menu, and pinned formats."""
+    return {
+        unit.name: tuple(dict.fromkeys((*menu[unit.name], *((job.pins[unit.name],) if unit.name in job.pins else ()))))
+        for unit in job.units
+    }
+
+
 def measure_job(
     job: Job,
     menu: dict[str, tuple[QuantFormat, ...]],
@@ -37,26 +101,10 @@ def measure_job(
     reporter: Reporter,
     saved: Saved = NOTHING_SAVED,
 ) -> dict[str, Any]:
-    """Measure and return the sensitivity document, or what ``saved`` has of it."""
-    known: dict[str, Any] | None = saved.load("table")
-    if known is None:
-        known = _measured(job, menu, sets, reporter, saved)
-        saved.save("table", known)
-        saved.part("measure").drop()
-    for text in known["warnings"]:
-        reporter.warn(text)
-    return known
-
-
-def _measured(
-    job: Job, menu: dict[str, tuple[QuantFormat, ...]], sets: dict[str, Rows], reporter: Reporter, saved: Saved
-) -> dict[str, Any]:
+    """Measure and return the sensitivity document; ``saved`` keeps finished stages."""
     start = time.perf_counter()
-    stages = saved.part("measure")
-    wanted = {
-        unit.name: tuple(dict.fromkeys((*menu[unit.name], *((job.pins[unit.name],) if unit.name in job.pins else ()))))
-        for unit in job.units
-    }
+    stages = saved.part(_STAGES)
+    wanted = wanted_formats(job, menu)
     found = measure(
         job.stream(),
         sets["calibration"].tokens,
@@ -132,6 +180,7 @@ def run_measure(config: RunConfig, output: Path, reporter: Reporter) -> dict[str
         HawqError: With a note where finished work is kept (see `RunFolder`).
     """
     check_writable(output)
+    check_measurements(config)
     with RunFolder(output.absolute()) as run:
         job = prepare(config, reporter)
         before = stamps(job.index)
@@ -139,7 +188,7 @@ def run_measure(config: RunConfig, output: Path, reporter: Reporter) -> dict[str
         menu = format_menu(job.units, config.bits or WIDE_MENU, config.group_size, config.symmetric)
         sets = gather_rows(job, reporter, run.saved)
         run.check_rows({name: rows.fingerprint for name, rows in sets.items()})
-        document = measure_job(job, menu, sets, reporter, run.saved)
+        document, _ = measured(job, menu, sets, reporter, run.saved)
         check_unchanged(job.index, before)
         write_json(output, document)
         run.finish()

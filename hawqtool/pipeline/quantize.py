@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ from hawqtool.pipeline.candidates import TIMINGS, Stopwatch, Workbench
 from hawqtool.pipeline.contest import choose, compare, hold
 from hawqtool.pipeline.deciding import Allocator, prepare_allocation
 from hawqtool.pipeline.dryrun import describe
+from hawqtool.pipeline.fingerprints import config_fingerprint
+from hawqtool.pipeline.gating import judge_gates, matching_baseline
 from hawqtool.pipeline.identity import check_unchanged, run_identity, stamps
 from hawqtool.pipeline.job import Job, prepare
+from hawqtool.pipeline.measurements import check_measurements
 from hawqtool.pipeline.measuring import job_menu, unquantized_bytes
 from hawqtool.pipeline.memory import halving_slices, resumed_slices
 from hawqtool.pipeline.planning import budget_bytes, given_plan, plan_warnings
@@ -25,7 +29,7 @@ from hawqtool.pipeline.report_page import NEEDS_MATPLOTLIB, matplotlib_installed
 from hawqtool.pipeline.reporting import build_report, is_our_folder, write_card, write_reproduce
 from hawqtool.pipeline.rows import gather_rows
 from hawqtool.pipeline.run_folder import RunFolder
-from hawqtool.pipeline.targeting import find_smallest, gates
+from hawqtool.pipeline.targeting import find_smallest
 from hawqtool.records import BitPlan
 
 
@@ -52,6 +56,8 @@ def run_quantize(
         resuming = config.resume and run.unfinished
         if not (resuming and run.in_place):
             _check_free(config, output)
+        check_measurements(config)
+        fingerprint = config_fingerprint(config)  # of the files as the run begins
         job, warnings = prepare(config, reporter), list[str]()
         if resuming:
             job, warnings = resumed_slices(job, run)
@@ -63,7 +69,7 @@ def run_quantize(
             return read_json(output / "report.json", REPORT_SCHEMA)
 
         def work(job: Job, warnings: list[str]) -> dict[str, Any]:
-            folder, report = _quantized(job, run, reporter, command, warnings)
+            folder, report = _quantized(job, run, reporter, command, warnings, fingerprint)
             check_unchanged(job.index, before)
             run.ship(folder)
             return report
@@ -76,12 +82,13 @@ def run_quantize(
 
 
 def _quantized(
-    job: Job, run: RunFolder, reporter: Reporter, command: str, warnings: list[str]
+    job: Job, run: RunFolder, reporter: Reporter, command: str, warnings: list[str], fingerprint: str
 ) -> tuple[Path, dict[str, Any]]:
     """The complete and verified folder inside the run's, and its report."""
     timings: dict[str, float] = run.saved.load(TIMINGS) or {}
     with Stopwatch(timings, "rows"):
         sets = gather_rows(job, reporter, run.saved)
+    baseline = matching_baseline(job.config, sets["report"])
     run.check_rows({name: rows.fingerprint for name, rows in sets.items()})
     with Stopwatch(timings, "measure"):
         allocator = None if job.config.plan else prepare_allocation(job, sets, reporter, run.saved)
@@ -93,7 +100,9 @@ def _quantized(
     winner = contest.mixed[contest.best] if shipped == "mixed" else contest.uniform["uniform"]
     folder = bench.folder(winner)
     report = build_report(job, sets, winner.plan, winner.rounding, evaluation, shipped, timings, command)
-    report |= {"search": search, "gates": gates(job.config, winner), "starts": run.starts}
+    report |= {"search": search, "gates": judge_gates(job.config, winner, report, baseline), "starts": run.starts}
+    origin = asdict(allocator.origin) if allocator and allocator.origin else None
+    report |= {"config_fingerprint": fingerprint, "measurement": origin}
     report["warnings"] += warnings
     if allocator and allocator.table:
         report["warnings"] += allocator.table.warnings

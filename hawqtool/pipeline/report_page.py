@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hawqtool.errors import InputError, UsageError
+from hawqtool.parsing import ParseError, load_json
 from hawqtool.pipeline.artifacts import REPORT_SCHEMA, read_json, read_sensitivity
 from hawqtool.pipeline.figure_data import figure_data
 from hawqtool.report.html import page
@@ -99,5 +99,8 @@ def _versions(folder: Path) -> dict[str, Any]:
     path = folder / "reproduce/packages.json"
     if not path.is_file():
         return {}
-    found = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        found = load_json(path)
+    except ParseError as error:
+        raise InputError(f"{path} is not valid JSON: {error}; write the folder again") from None
     return found if isinstance(found, dict) else {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
 import resource
 import shutil
@@ -20,6 +19,7 @@ from hawqtool.data.sources import public_name
 from hawqtool.data.tokens import overlap
 from hawqtool.export.engines import engines
 from hawqtool.formats import SHAPE_TENSOR_BYTES, parse_label
+from hawqtool.parsing import ParseError, load_json
 from hawqtool.pipeline.artifacts import REPORT_SCHEMA, write_json
 from hawqtool.pipeline.job import Job
 from hawqtool.pipeline.planning import plan_warnings
@@ -150,9 +150,10 @@ def warnings(job: Job, rounding: dict[str, Any], shipped: str, evaluation: dict[
 def public_config(job: Job) -> dict[str, Any]:
     """The resolved configuration; paths are shortened to their last part."""
     values = job.config.model_dump(mode="json", exclude={"resume"})
-    for key in ("output", "plan", "sensitivity"):
+    for key in ("output", "plan", "sensitivity", "baseline"):
         if values[key]:
             values[key] = Path(values[key]).name
+    values["measurements"] = None  # the report's "measurement" says where it comes from; a rerun needs no such folder
     if values["costs"]:
         values["costs"] = _costs_name(values["costs"])
     # What follows a source's name is its weight.
@@ -176,7 +177,9 @@ def _costs_name(path: str) -> str:
 def write_reproduce(job: Job, folder: Path, sensitivity: dict[str, Any] | None) -> None:
     """Add config.yaml, sensitivity.json, the file of costs, package versions and file hashes to ``reproduce/``."""
     target = folder / "reproduce"
-    config = {k: v for k, v in public_config(job).items() if v is not None}
+    # The baseline is no part of the output, and without it a regression cannot be judged.
+    left_out = {"baseline", "max_regression"}
+    config = {k: v for k, v in public_config(job).items() if v is not None and k not in left_out}
     config["group_size"] = config["group_size"] or "channel"
     (target / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     if job.config.costs is not None:
@@ -210,8 +213,8 @@ def file_hash(path: Path) -> str:
 def is_our_folder(folder: Path) -> bool:
     """Whether a folder holds a report of our schema."""
     try:
-        document = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        document = load_json(folder / "report.json")
+    except ParseError:
         return False
     return isinstance(document, dict) and document.get("schema") == REPORT_SCHEMA
 

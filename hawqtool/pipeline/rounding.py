@@ -16,7 +16,8 @@ from hawqtool.export.writer import CheckpointWriter, intact, unfinished_reader, 
 from hawqtool.formats import QuantFormat
 from hawqtool.model.reader import TensorReader
 from hawqtool.model.saving import NOTHING_SAVED, Saved
-from hawqtool.model.sweep import GroupStatistics, pass_on, read_weight, replace_weight, visit_groups
+from hawqtool.model.statistics import GroupStatistics
+from hawqtool.model.sweep import read_weight, replace_weight, revisit_groups, visit_groups
 from hawqtool.model.units import is_expert
 from hawqtool.pipeline.artifacts import PART, plan_document, write_json
 from hawqtool.pipeline.job import Job
@@ -24,7 +25,7 @@ from hawqtool.pipeline.progress import Reporter
 from hawqtool.records import BitPlan, LinearSpec, Rows
 from hawqtool.rounding.factor import factorize
 from hawqtool.rounding.grid import dequantize
-from hawqtool.rounding.layer import Task, round_layers
+from hawqtool.rounding.layer import RoundingMethod, Task, round_layers
 
 ROUNDING = "rounding"
 """Key under which the result of a rounding is saved."""
@@ -112,20 +113,19 @@ def _walk(
 ) -> None:
     """Round block after block, the first ``done`` ones aside, whose weights are read back."""
     stream, count = job.stream(), len(job.structure.blocks)
-    activations = stream.embed(rows.tokens, job.rows_per_slice)
+    activations = stream.embed(rows.tokens, job.rows_per_slice, job.method.needs_held_out, job.method.needs_drift)
     for spec in job.structure.blocks:
         with stream.block(spec.index) as block:
             walker.block, walker.spec = block, spec
             if spec.index < done:
-                walker.read_back()
-                pass_on(block, spec, activations)
+                revisit_groups(block, spec, activations, walker.read_back)
             else:
                 visit_groups(block, spec, activations, walker.visit)
                 blocks.save(str(spec.index), walker.take_block() | {"seconds": seconds()})
         reporter.progress(f"rounding {label}", spec.index + 1, count)
     if job.structure.head:
         walker.block, walker.spec = stream.model, job.structure.head
-        statistics = stream.head_statistics(rows.tokens, activations.hidden)
+        statistics = stream.head_statistics(rows.tokens, activations)
         walker.visit(job.structure.head.input_groups[0], statistics)
 
 
@@ -157,14 +157,14 @@ class _Walker:
         ]
         damping = self.job.method.damping
         factor = factorize(statistics.gram, statistics.num_tokens, damping, name=tasks[0].name)
-        for layer in round_layers(tasks, statistics.gram, factor, self.job.method):
+        for layer in round_layers(tasks, statistics, factor, self.job.method):
             self.writer.write_layer(layer)
             weight = dequantize(layer.codes, layer.scales, layer.zeros)
             replace_weight(self.block, self.spec, planned[layer.name], weight)
             self.metrics[layer.name] = (
                 asdict(layer.metrics)
                 | {"format": layer.quant_format.label}
-                | {"num_tokens": statistics.num_routed, "fallback": _fallback(statistics)}
+                | {"num_tokens": statistics.num_routed, "fallback": _fallback(statistics, self.job.method)}
             )
 
     def read_back(self) -> None:
@@ -187,10 +187,13 @@ class _Walker:
         return {"layers": layers, "checksums": checksums}
 
 
-def _fallback(statistics: GroupStatistics) -> str | None:
-    """What replaced tokens that an expert lacked."""
+def _fallback(statistics: GroupStatistics, method: RoundingMethod) -> str | None:
+    """What replaced tokens that an expert lacked, and settings that could not be chosen without them."""
     lent = statistics.num_tokens - statistics.num_routed
-    return f"statistics with {lent} tokens that were routed to other experts" if lent else None
+    found = [f"statistics with {lent} tokens that were routed to other experts"] if lent else []
+    if method.needs_held_out and statistics.fitting is None:
+        found.append("rounded as gptq, for no held-out tokens or no others came here to choose settings on")
+    return "; ".join(found) or None
 
 
 def _write_records(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from hawqtool.allocation.target import Attempt, smallest_meeting
-from hawqtool.config import RunConfig
 from hawqtool.pipeline.candidates import Candidate, Workbench
 from hawqtool.pipeline.contest import worst_divergence
 from hawqtool.pipeline.deciding import Allocator
@@ -51,11 +50,3 @@ def _entry(attempt: Attempt, candidate: Candidate) -> dict[str, Any]:
         "bpw_linears": candidate.plan.bpw,
         "divergence": {role: evaluation.divergence for role, evaluation in candidate.quality.items()},
     }
-
-
-def gates(config: RunConfig, shipped: Candidate) -> list[dict[str, Any]]:
-    """Quality bounds and whether the shipped plan meets them."""
-    if config.target_kl is None:
-        return []
-    value = worst_divergence(shipped)
-    return [{"gate": "target_kl", "bound": config.target_kl, "value": value, "passed": value <= config.target_kl}]

@@ -7,7 +7,17 @@ from typing import Any
 
 from hawqtool.report.escape import code, escape, fenced, table
 from hawqtool.report.front_matter import SourceFacts, Value, merged, read_source
-from hawqtool.report.quality import EXPLANATIONS, GATES, MEASURES, plus_minus, quality_columns, rows_text, same_plan
+from hawqtool.report.quality import (
+    EXPLANATIONS,
+    GATES,
+    MEASURES,
+    gate_values,
+    measurement_text,
+    plus_minus,
+    quality_columns,
+    rows_text,
+    same_plan,
+)
 from hawqtool.report.routing import routing_text
 
 _LOAD = """\
@@ -101,6 +111,7 @@ def _method(report: dict[str, Any]) -> str:
         f"calibration: {rows_text(calibration)} ({_origin(calibration['source'])}), seed {config['seed']}",
         "grid: symmetric integers, compressed-tensors format `pack-quantized`",
     ]
+    lines += [f"sensitivity: {text}" for text in (measurement_text(report),) if text]
     routing = routing_text(report["experts"])
     if routing:
         lines.append(f"routing: {routing}")
@@ -196,9 +207,10 @@ def _evaluation(report: dict[str, Any]) -> str:
             f"{plus_minus(difference, measure)}."
         )
     lines += [
-        f"Gate {code(gate['gate'])}, {GATES[gate['gate']]}: {gate['value']:.4g} at a bound of {gate['bound']:g}, "
+        f"Gate {code(gate['name'])}, {GATES[gate['name']]}: {found}, {gate['sense']} {limit} was asked for, "
         f"{'passed' if gate['passed'] else '**failed**'}."
         for gate in report["gates"]
+        for limit, found in (gate_values(gate),)
     ]
     if uniform is None:
         lines.append("No uniform plan fits the budget, so there is none to compare with.")

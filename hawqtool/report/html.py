@@ -19,7 +19,7 @@ from hawqtool.report.html_tables import (
     versions_table,
     worst_table,
 )
-from hawqtool.report.quality import EXPLANATIONS, MEASURES, plus_minus, size
+from hawqtool.report.quality import EXPLANATIONS, MEASURES, measurement_text, plus_minus, size
 
 _SEARCH = "Search for the smallest plan"
 SECTIONS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
@@ -178,7 +178,7 @@ def _header(report: dict[str, Any], title: str) -> str:
         "stored bits per weight, whole files": f"{sizes['bpw_file']:.3f}",
         "shipped plan": kind,
         f"{MEASURES[measure]} to the original": f"{chosen[measure]:.4f}{plus_minus(chosen, measure)}",
-        **{f"gate {gate['gate']}": "passed" if gate["passed"] else "FAILED" for gate in report["gates"]},
+        **{f"gate {gate['name']}": "passed" if gate["passed"] else "FAILED" for gate in report["gates"]},
         "peak memory": ", ".join(f"{size(v)} {k}" for k, v in report["peak_memory_bytes"].items()),
     }
     boxes = "\n".join(f'<div class="tile"><b>{_text(v)}</b><span>{_text(k)}</span></div>' for k, v in tiles.items())
@@ -186,6 +186,8 @@ def _header(report: dict[str, Any], title: str) -> str:
         f"{_text(report['architecture'])}, rounded with {_text(report['config']['rounding'])} by hawqtool "
         f"{_text(report['hawqtool_version'])} on {_text(report['device'])}"
     )
+    if scores := measurement_text(report):
+        about += f", {_text(scores)}"
     if report["model_revision"]:
         about += f", commit {_text(report['model_revision'])}"
     return f'<h1>{title}</h1>\n<p class="note">{about}.</p>\n<div class="tiles">\n{boxes}\n</div>\n{_warnings(report)}'

@@ -11,6 +11,7 @@ from hawqtool.report.escape import one_line
 from hawqtool.report.quality import (
     GATES,
     MEASURES,
+    gate_values,
     plus_minus,
     quality_columns,
     rows_text,
@@ -123,18 +124,19 @@ def search_table(search: dict[str, Any], measure: str) -> str:
 
 
 def gates_table(gates: Sequence[dict[str, Any]]) -> str:
-    """Quality bounds, the values of the shipped plan, and whether it is within them."""
+    """Limits, the values of the shipped plan, and whether it is within them."""
     rows = [
         [
-            gate["gate"],
-            GATES[gate["gate"]],
-            f"{gate['bound']:g}",
-            f"{gate['value']:.4g}",
+            gate["name"],
+            GATES[gate["name"]],
+            f"{gate['sense']} {limit}",
+            found,
             "passed" if gate["passed"] else "FAILED",
         ]
         for gate in gates
+        for limit, found in (gate_values(gate),)
     ]
-    return _table(["gate", "value of", "bound", "value", "result"], rows, numbers=(2, 3))
+    return _table(["gate", "value of", "limit", "found", "result"], rows, numbers=(2, 3))
 
 
 def formats_table(report: dict[str, Any]) -> str:

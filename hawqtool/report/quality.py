@@ -16,9 +16,45 @@ EXPLANATIONS = {
     "tokens) over its square, with its standard error over rows.",
 }
 
-
-GATES = {"target_kl": "measured divergence, the larger of selection and report rows"}
+GATES = {
+    "target_kl": "measured divergence, the larger of selection and report rows",
+    "max_kl": "divergence on the report rows",
+    "max_ppl_increase": "perplexity over that of the original, less one",
+    "min_same_top": "share of outputs whose likeliest token or class is the original's",
+    "max_size": "weight files",
+    "max_fallbacks": "layers that needed a fallback",
+    "regression_divergence": "divergence on the report rows, baseline and what it may rise",
+    "regression_perplexity": "perplexity on the report rows, baseline and what it may rise",
+    "regression_size": "weight files, baseline and what they may grow",
+}
 """What the value of a gate is."""
+
+_SHARES = ("max_ppl_increase", "min_same_top")
+_BYTES = ("max_size", "regression_size")
+
+
+def gate_values(gate: dict[str, Any]) -> tuple[str, str]:
+    """Limit and found value of a gate for people, with as many digits as tell them apart."""
+    limit, found = gate["limit"], gate["found"]
+    if gate["name"] in _BYTES:
+        return f"{limit:,.0f} bytes", f"{found:,.0f} bytes"
+    factor, unit = (100, " %") if gate["name"] in _SHARES else (1, "")
+    for digits in range(4, 18):
+        shown = tuple(f"{factor * value:.{digits}g}{unit}" for value in (limit, found))
+        if found == limit or shown[0] != shown[1]:
+            break
+    return shown[0], shown[1]
+
+
+def gate_found(gate: dict[str, Any]) -> str:
+    """Limit and finding of a gate in one line, such as ``max_kl at most 0.1, found 0.0312``."""
+    limit, found = gate_values(gate)
+    return f"{gate['name']} {gate['sense']} {limit}, found {found}"
+
+
+def gate_text(gate: dict[str, Any]) -> str:
+    """A gate and its verdict, such as ``max_kl at most 0.1, found 0.0312: passed``."""
+    return f"{gate_found(gate)}: {'passed' if gate['passed'] else 'FAILED'}"
 
 
 def same_plan(first: dict[str, Any], second: dict[str, Any] | None) -> bool:
@@ -54,6 +90,16 @@ def shown_metric(report: dict[str, Any]) -> str | None:
     """Metric whose predictions are shown: that of the shipped plan, else the run's; None where there are none."""
     predicted = report["evaluation"]["mixed"]["predicted"]
     return next((name for name in (report["metric"], *report["evaluation"]["tried"]) if name in predicted), None)
+
+
+def measurement_text(report: dict[str, Any]) -> str | None:
+    """Where the scores come from, unless the run measured them itself or needed none."""
+    origin = report.get("measurement")
+    if origin is None or origin["source"] == "run":
+        return None
+    if origin["source"] == "file":
+        return "scores from a saved measurement"
+    return f"scores from a shared measurement, fingerprint {origin['fingerprint'][:12]}"
 
 
 def size(num_bytes: float) -> str:

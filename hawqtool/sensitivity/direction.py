@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hawqtool.formats import QuantFormat
-from hawqtool.model.sweep import Activations, GroupStatistics, ModelStream, advance
+from hawqtool.model.statistics import GroupStatistics
+from hawqtool.model.sweep import Activations, ModelStream, advance
 from hawqtool.records import BlockSpec, LinearSpec
 from hawqtool.rounding.layer import RoundingMethod
 from hawqtool.sensitivity.measure import Progress, group_errors, rounding_errors
@@ -83,7 +84,7 @@ def loss_along(
     """
     rounding = ({unit: (fmt,) for unit, fmt in formats.items()}, method, stored_dtypes)
     seen = stream.embed(rows, rows_per_slice)
-    known = None if calibration is None else stream.embed(calibration, rows_per_slice)
+    known = None if calibration is None else stream.embed(calibration, rows_per_slice, method.needs_held_out)
     moved = [Activations(list(seen.hidden), seen.calls) for _ in scales]
     changes = [torch.zeros_like(hidden) for hidden in seen.hidden]
     for spec in stream.structure.blocks:
@@ -145,7 +146,7 @@ def _head_errors(
     if head is None:
         return {}
     if calibration is not None and known is not None:
-        statistics = stream.head_statistics(calibration, known.hidden)
+        statistics = stream.head_statistics(calibration, known)
     else:
         statistics = _unweighted(head.linears, stream.model.get_output_embeddings())
     found = group_errors(stream.model, head, head.linears, statistics, menu, method, stored_dtypes)

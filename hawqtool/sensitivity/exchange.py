@@ -42,9 +42,8 @@ def exchange_divergence(
 
     Scores of single units at the original model leave out how rounding errors add up; these are differences at the
     plan that is to be improved, with everything else rounded as it is. The new weights are the original's, rounded with
-    the Gram matrices of the quantized prefix; later layers keep the weights that they had. One unit costs, per
-    format, a forward pass from its first block to the end, and **both models' blocks are on the device**: all of the
-    quantized model's, and one of the original's. An output head keeps its format.
+    the Gram matrices of the quantized prefix; later layers keep theirs. One unit costs, per format, a forward pass from
+    its first block on. **All of the quantized model's blocks are on the device**. An output head keeps its format.
 
     Args:
         original: The original model.
@@ -56,17 +55,17 @@ def exchange_divergence(
         stored_dtypes: Linear to the dtype of its stored scales.
         rows_per_slice: Rows per forward pass.
         progress: Called with the phase, candidates done and candidates in all.
-        saved: Keeps the scores after every block; those that it has of the same arguments are not measured again.
+        saved: Keeps the scores after every block; what it has of the same arguments is not measured again.
 
     Returns:
-        ``[unit][format label]``: mean of the new divergence less the present one, with the standard error of the
-        paired difference over rows; negative where the exchange helps.
+        ``[unit][format label]``: mean over rows of the new divergence less the present one, with its standard error;
+        negative where the exchange helps.
     """
-    total = sum(map(len, menu.values()))
     done, scores = load_scores(saved)
     with ExitStack() as resident, torch.no_grad():
         modules = [resident.enter_context(quantized.block(spec.index)) for spec in quantized.structure.blocks]
-        known, seen = quantized.embed(calibration, rows_per_slice), quantized.embed(scoring, rows_per_slice)
+        known = quantized.embed(calibration, rows_per_slice, method.needs_held_out, method.needs_drift)
+        seen = quantized.embed(scoring, rows_per_slice)
         reference = original.final_hidden(scoring, rows_per_slice, lambda _: None)
         judge = Judge(original, quantized, scoring, list(reference.split(rows_per_slice)))
         present = judge.divergence("the plan", {"": run_blocks(modules, seen.calls, seen.hidden, 0)})[""]
@@ -78,11 +77,14 @@ def exchange_divergence(
                 for unit, finals in unit_finals(quantized, modules, spec, seen, errors, menu, carried):
                     changed = judge.divergence(unit, finals)
                     scores[unit] = {label: mean_score(values - present) for label, values in changed.items()}
-                    progress("exchanges", sum(map(len, scores.values())), total)
+                    progress("exchanges", sum(map(len, scores.values())), sum(map(len, menu.values())))
                 if not carried:
                     save_scores(saved, spec.index + 1, scores)
-            for activations in (known, seen):
-                advance(block, spec, activations)
+            elif known.original is not None:
+                with original.block(spec.index) as source:
+                    advance(source, spec, Activations(known.original, known.calls))
+            advance(block, spec, known)
+            advance(block, spec, seen)
     return scores
 
 
@@ -97,9 +99,11 @@ def _changes(
 ) -> dict[str, dict[str, Tensor]]:
     """Per linear and format label, the newly rounded weight less the present one."""
     changes: dict[str, dict[str, Tensor]] = {}
-    for group, statistics in group_statistics(block, spec, known, spec.input_groups):
+    for group, statistics in group_statistics(block, spec, known, spec.input_groups, source):
         errors = group_errors(source, spec, group, statistics, menu, method, stored_dtypes)
         for linear in (linear for linear in group if linear.name in errors):
             present = read_weight(source, spec, linear) - read_weight(block, spec, linear)
             changes[linear.name] = {label: error + present for label, error in errors[linear.name].items()}
+    if known.original is not None:
+        advance(source, spec, Activations(known.original, known.calls))
     return changes

@@ -14,9 +14,9 @@ from hawqtool.errors import NumericalError
 from hawqtool.formats import QuantFormat
 from hawqtool.model.experts import ExpertLinear
 from hawqtool.model.saving import NOTHING_SAVED, Saved
+from hawqtool.model.statistics import GroupStatistics
 from hawqtool.model.sweep import (
     Activations,
-    GroupStatistics,
     ModelStream,
     advance,
     check_states,
@@ -88,13 +88,14 @@ def measure(
     begun = saved.load(_SWEEP)
     count = len(stream.structure.blocks)
     left = count if begun is None else int(begun["left"])
-    sets = (stream.embed(calibration, rows_per_slice), stream.embed(scoring, rows_per_slice))
+    known = stream.embed(calibration, rows_per_slice, method.needs_held_out)
+    sets = (known, stream.embed(scoring, rows_per_slice))
     stored = _forward_sweep(stream, sets, left, progress)
     if begun is None:
         gradients, outputs = _loss_gradients(stream, scoring.split(rows_per_slice), sets[1].hidden, seed)
         found = _Found({}, {}, {})
         if stream.structure.head:
-            statistics = stream.head_statistics(calibration, sets[0].hidden)
+            statistics = stream.head_statistics(calibration, known)
             rows = _head_rows(stream, scoring, sets[1].hidden, seed)
             seen = LayerRows(rows, sets[1].hidden[0].shape[1], outputs)
             _measure_head(stream, statistics, seen, menu, method, stored_dtypes, found)
@@ -111,8 +112,7 @@ def measure(
         for linear in spec.linears:
             if linear.name in errors:
                 found.add(linear, layers.pop(linear.name), errors.pop(linear.name))
-        state = {"left": spec.index, "gradients": gradients, "outputs": outputs, "found": vars(found)}
-        saved.save(_SWEEP, state)
+        saved.save(_SWEEP, {"left": spec.index, "gradients": gradients, "outputs": outputs, "found": vars(found)})
         progress("reverse sweep", count - spec.index, count)
     return found.measurement(stream.structure.units, outputs)
 
@@ -239,7 +239,7 @@ def group_errors(
     factor = factorize(statistics.gram, statistics.num_tokens, method.damping, name=group[0].name)
     weights = {linear.name: read_weight(block, spec, linear) for linear in group}
     tasks = [Task(linear.name, weights[linear.name], fmt, stored_dtypes[linear.name]) for linear, fmt in wanted]
-    for task, rounded in zip(tasks, round_group(tasks, factor, method), strict=True):
+    for task, rounded in zip(tasks, round_group(tasks, factor, method, statistics), strict=True):
         difference = dequantize(*rounded).float() - task.weight
         errors.setdefault(task.name, {})[task.quant_format.label] = difference
     return errors

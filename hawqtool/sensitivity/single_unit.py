@@ -63,8 +63,7 @@ def single_unit_divergence(
     Raises:
         NumericalError: If a candidate's outputs are not finite.
     """
-    rounding = (menu, method, stored_dtypes)
-    done, scores = load_scores(saved)
+    (done, scores), rounding = load_scores(saved), (menu, method, stored_dtypes)
 
     def keep(unit: str, found: dict[str, Score]) -> None:
         scores[unit] = found
@@ -72,7 +71,8 @@ def single_unit_divergence(
 
     with ExitStack() as resident, torch.no_grad():
         modules = [resident.enter_context(stream.block(spec.index)) for spec in stream.structure.blocks]
-        known, seen = stream.embed(calibration, rows_per_slice), stream.embed(scoring, rows_per_slice)
+        known = stream.embed(calibration, rows_per_slice, method.needs_held_out)
+        seen = stream.embed(scoring, rows_per_slice)
         judge = Judge(stream, stream, scoring, run_blocks(modules, seen.calls, seen.hidden, 0))
         carried: Carried = {}
         for spec, block in zip(stream.structure.blocks, modules, strict=True):
@@ -100,7 +100,7 @@ def _head_scores(
     stored_dtypes: Mapping[str, torch.dtype],
 ) -> Iterator[tuple[str, dict[str, Score]]]:
     """Scores of the output head's unit, where it has formats to measure."""
-    head, statistics = stream.structure.head, stream.head_statistics(calibration, known.hidden)
+    head, statistics = stream.structure.head, stream.head_statistics(calibration, known)
     assert head is not None  # the caller saw to it
     errors = group_errors(stream.model, head, head.linears, statistics, menu, method, stored_dtypes)
     for linear in (linear for linear in head.linears if linear.name in errors):

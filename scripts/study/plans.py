@@ -16,7 +16,8 @@ from hawqtool.allocation.uniform import neighbours
 from hawqtool.evaluation.divergence import evaluate_hidden, interpolate_log, standard_error
 from hawqtool.formats import QuantFormat, parse_label
 from hawqtool.model.reader import TensorReader
-from hawqtool.model.sweep import GroupStatistics, WeightSource, advance, read_weight, replace_weight, visit_groups
+from hawqtool.model.statistics import GroupStatistics
+from hawqtool.model.sweep import WeightSource, advance, read_weight, replace_weight, visit_groups
 from hawqtool.pipeline.exchanging import exchange, neighbouring
 from hawqtool.pipeline.job import Job
 from hawqtool.pipeline.planning import allocate, stored_bytes
@@ -96,7 +97,9 @@ class Judge:
         self.weights: dict[str, Tensor] = {}
         progress = self._progress(f"judging {candidate.name}")
         stream = job.stream()
-        known, held = (stream.embed(r.tokens, job.rows_per_slice) for r in (self.setting.calibration, rows))
+        calibration, method = self.setting.calibration.tokens, job.method
+        known = stream.embed(calibration, job.rows_per_slice, method.needs_held_out, method.needs_drift)
+        held = stream.embed(rows.tokens, job.rows_per_slice)
         formats = job.layer_formats(candidate.formats)
         with torch.no_grad():
             for spec in job.structure.blocks:
@@ -106,7 +109,7 @@ class Judge:
                 progress(spec.index)
             if job.structure.head:
                 head = job.structure.head
-                statistics = stream.head_statistics(self.setting.calibration.tokens, known.hidden)
+                statistics = stream.head_statistics(calibration, known)
                 _Rounder(job, formats, stream.model, head, self.weights)(head.input_groups[0], statistics)
             return evaluate_hidden(self.stream, stream, rows.tokens, self.original, torch.cat(held.hidden))
 
@@ -154,7 +157,7 @@ class _Rounder:
         tasks = [
             Task(m.name, read_weight(self.block, self.spec, m), self.formats[m.name], dtypes[m.name]) for m in planned
         ]
-        for linear, rounded in zip(planned, round_group(tasks, factor, method), strict=True):
+        for linear, rounded in zip(planned, round_group(tasks, factor, method, statistics), strict=True):
             weight = dequantize(*rounded)
             replace_weight(self.block, self.spec, linear, weight)
             self.weights[linear.name] = (weight.t() if linear.transposed else weight).cpu()

@@ -105,6 +105,16 @@ class Case:
     group: bool = True
 
 
+def link(name: str) -> Callable[[Place], object]:
+    """Move a file of the model out and leave a link to it."""
+
+    def spoil(place: Place) -> None:
+        (place.model / name).rename(place.folder / "elsewhere")
+        (place.model / name).symlink_to("../elsewhere")
+
+    return spoil
+
+
 def no_code(place: Place) -> None:
     place.edit("model/config.json", lambda c: c.update(model_type="hitherto_unknown"))
 
@@ -185,6 +195,25 @@ CASES: dict[str, Case] = {
     "overlapping offsets": Case(4, "overlaps the tensor before it", spoil=lambda p: p.header(overlapping)),
     "dtype that is unknown": Case(4, "has dtype F3", spoil=lambda p: p.header(lambda h: h[UP].update(dtype="F3"))),
     "index names a missing shard": Case(4, "which is missing", spoil=lambda p: p.shard("model-1.safetensors")),
+    "weights are a link to elsewhere": Case(4, "is a link that leaves the folder", spoil=link(WEIGHTS)),
+    "a small file is a link to elsewhere": Case(4, "is a link that leaves the folder", spoil=link("tokenizer.json")),
+    "names with terminal escapes": Case(
+        4, r"names a tensor \x1b[2J\u202e", spoil=lambda p: p.header(lambda h: h.update({"\x1b[2J\u202e": h.pop(NORM)}))
+    ),
+    "model type with terminal escapes": Case(
+        4, r"\x1b[2J", spoil=lambda p: p.edit("model/config.json", lambda c: c.update(model_type="\x1b[2J"))
+    ),
+    "header that is nested without end": Case(
+        4, "inside each other", spoil=write(f"model/{WEIGHTS}", struct.pack("<Q", 99999) + b"[" * 99999)
+    ),
+    "config that is nested without end": Case(
+        4, "inside each other", spoil=write("model/config.json", b'{"a":' + b"[" * 99999 + b"]" * 99999 + b"}")
+    ),
+    "config with a million blocks": Case(
+        4,
+        "num_hidden_layers 1000000",
+        spoil=lambda p: p.edit("model/config.json", lambda c: c.update(num_hidden_layers=10**6)),
+    ),
     "index leaves the folder": Case(4, "without a path", spoil=lambda p: p.shard(f"../{WEIGHTS}")),
     "a tensor is missing": Case(4, f"{NORM} is not in", spoil=lambda p: p.header(lambda h: h.update(x=h.pop(NORM)))),
     "config and weights disagree": Case(
@@ -237,6 +266,9 @@ CASES: dict[str, Case] = {
     ),
     "YAML is no mapping": Case(2, "holds list", ("-c", "run.yaml"), spoil=lambda p: p.config("- target_bpw\n")),
     "YAML is broken": Case(2, "not valid YAML", ("-c", "run.yaml"), spoil=lambda p: p.config("a: [1\nb: {")),
+    "YAML with aliases": Case(2, "alias", ("-c", "run.yaml"), spoil=lambda p: p.config("a: &a [x]\nb: [*a, *a]\n")),
+    "YAML that is too large": Case(2, "256,000", ("-c", "run.yaml"), spoil=lambda p: p.config("#" * 300_000)),
+    "YAML with a key twice": Case(2, "twice", ("-c", "run.yaml"), spoil=lambda p: p.config("seed: 1\nseed: 2\n")),
     "YAML is missing": Case(2, "was not found", ("-c", "none.yaml")),
     "two size targets": Case(2, "exactly one of", ("--target-bpw", "4", "--target-size", "1MB")),
     "no target": Case(2, "exactly one of", ()),
@@ -287,6 +319,18 @@ CASES: dict[str, Case] = {
         spoil=lambda p: p.edit(
             "plan.json", lambda d: d["layers"].append(d["layers"][0] | {"name": "model.layers.9.mlp.up_proj"})
         ),
+    ),
+    "plan with a layer twice": Case(
+        4,
+        "has a layer twice",
+        ("--plan", "plan.json"),
+        spoil=lambda p: p.edit("plan.json", lambda d: d["layers"].append(d["layers"][0])),
+    ),
+    "plan with a fraction of bits": Case(
+        4,
+        "bits 4.5",
+        ("--plan", "plan.json"),
+        spoil=lambda p: p.edit("plan.json", lambda d: d["layers"][0].update(bits=4.5)),
     ),
     "plan of another schema": Case(4, "hawqtool.plan/1", ("--plan", "s.json")),
     "plan that is missing": Case(4, "was not found", ("--plan", "none.json")),

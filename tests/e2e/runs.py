@@ -14,6 +14,7 @@ import torch
 
 from hawqtool.config import RunConfig
 from hawqtool.export.packed import PackedReader
+from hawqtool.pipeline import quantize
 from hawqtool.pipeline.measuring import run_measure
 from hawqtool.pipeline.progress import Silent
 from hawqtool.pipeline.quantize import run_quantize
@@ -58,8 +59,12 @@ def settings(place: Path, **overrides: Any) -> RunConfig:
 
 
 @pytest.fixture
-def run(place: Path, tmp_path: Path) -> Run:
-    """Run with overrides into a new folder; returns it and the report."""
+def run(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run with overrides into a new folder; returns it and the report.
+
+    Drawing a page takes longer than all else; the folder of `mixed` has one.
+    """
+    monkeypatch.setattr(quantize, "matplotlib_installed", lambda: False)
 
     def call(**overrides: Any) -> tuple[Path, Report]:
         output = tmp_path / f"out{len(list(tmp_path.glob('out*')))}"

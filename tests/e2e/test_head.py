@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,6 +43,12 @@ def test_its_rounding_counts_in_the_quality(run: Run) -> None:
     plain = run(bits="8", target_bpw=8.5)[1]["evaluation"]["mixed"]["kl"]
     pinned = run(bits="8", target_bpw=8.5, quantize_lm_head=True, pin="lm_head=2")[1]["evaluation"]["mixed"]["kl"]
     assert pinned > 20 * plain
+
+
+def test_its_target_shifts_towards_the_original(run: Run) -> None:
+    shared: dict[str, Any] = {"quantize_lm_head": True, "bits": "3", "target_bpw": 3.5}
+    layers = run(target_shift="auto", foem_beta="auto", rounding="foem", **shared)[1]["layers"]
+    assert 0 < layers["lm_head"]["target_shift"] <= 1 and layers["lm_head"]["fallback"] is None
 
 
 def test_its_score_predicts_its_kl(place: Path, run: Run, tmp_path: Path) -> None:

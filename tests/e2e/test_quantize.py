@@ -10,11 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from hawqtool.errors import UsageError
 from hawqtool.export.packed import PackedReader
 from hawqtool.export.verify import verify_folder
 from hawqtool.pipeline.dryrun import describe
 from hawqtool.pipeline.job import prepare
 from hawqtool.pipeline.reporting import file_hash
+from hawqtool.rounding.layer import BETAS
 from tests.e2e.runs import (
     BLOCK_LINEARS,
     MIXED_TARGET,
@@ -171,6 +173,30 @@ def test_foem_without_pull_is_gptq_and_with_pull_is_not(run: Run) -> None:
     )
     assert file_hash(still / "model.safetensors") == file_hash(gptq / "model.safetensors")
     assert differing_share(gptq, pulled) >= 0.01
+
+
+def test_corrections_reach_the_file_and_the_report(run: Run) -> None:
+    shared: dict[str, Any] = {"bits": "3", "target_bpw": 3.5}
+    gptq, _ = run(**shared)
+    still, _ = run(rounding="gptaq", gptaq_alpha=0.0, **shared)
+    assert file_hash(still / "model.safetensors") == file_hash(gptq / "model.safetensors")
+    first = "layers.0.self_attn.q_proj"
+    for values in ({"rounding": "gptaq"}, {"target_shift": 0.5}):
+        corrected, _ = run(**shared, **values)
+        # The first inputs are the original's own.
+        assert differing_share(gptq, corrected, first) == 0
+        assert differing_share(gptq, corrected) > 0.01
+    _, report = run(rounding="foem", foem_beta="auto", target_shift="auto", scale_refit=True, **shared)
+    layers = report["layers"].values()
+    assert report["layers"][f"model.{first}"]["target_shift"] == 0
+    assert {layer["beta"] for layer in layers} <= set(BETAS) and len({layer["beta"] for layer in layers}) > 1
+    assert any(0 < layer["target_shift"] <= 1 for layer in layers)
+    assert any(layer["scales_refitted"] for layer in layers) and report["fallbacks"] == 0
+
+
+def test_settings_chosen_on_held_out_rows_need_such_rows(run: Run) -> None:
+    with pytest.raises(UsageError, match="found --num-samples 3; raise it to 4"):
+        run(rounding="foem", foem_beta="auto", num_samples=3, bits="3", target_bpw=3.5)
 
 
 def test_compensation_beats_plain_rounding(run: Run) -> None:

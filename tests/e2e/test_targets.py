@@ -34,9 +34,8 @@ def test_the_smallest_plan_that_meets_a_bound(run: Run, bound: float) -> None:
 def test_a_bound_out_of_reach_leaves_the_best_plan_and_a_failed_gate(run: Run) -> None:
     folder, report = run(bits="2,3", target_kl=1e-9)
     assert not report["search"]["met"]
-    assert report["gates"] == [
-        {"gate": "target_kl", "bound": 1e-9, "value": pytest.approx(report["gates"][0]["value"]), "passed": False}
-    ]
+    (gate,) = report["gates"]
+    assert (gate["name"], gate["limit"], gate["passed"]) == ("target_kl", 1e-9, False)
     assert {entry["bits"] for entry in report["plan"]} == {3}
     assert (folder / "model.safetensors").is_file()
 

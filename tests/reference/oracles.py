@@ -131,6 +131,51 @@ def foem_feedback(weight: Matrix, grid: Grid, hessian: Matrix, beta: float) -> R
     return codes, values
 
 
+def foem_in_place(weight: Matrix, grid: Grid, hessian: Matrix, beta: float) -> Rounded:
+    """FOEM as it is published (arXiv 2507.11017, Algorithm 1), each column pulled once, just before it is rounded."""
+    upper = upper_factor(hessian)
+    current, codes, values = weight.copy(), np.zeros_like(weight), np.zeros_like(weight)
+    for j in range(weight.shape[1]):
+        current[:, j] -= beta * (current[:, j] - weight[:, j])
+        codes[:, j], values[:, j] = grid.round(current[:, j], j)
+        pulled = beta * (current[:, j] - weight[:, j])
+        error = (current[:, j] - grid.value(codes[:, j], j) - pulled) / upper[j, j]
+        for k in range(j + 1, weight.shape[1]):
+            current[:, k] -= error * upper[j, k]
+    return codes, values
+
+
+def gptaq(weight: Matrix, grid: Grid, hessian: Matrix, drift: Matrix, alpha: float) -> Rounded:
+    """GPTAQ (arXiv 2504.02692, Algorithm 1): each column also adds itself, as it is before rounding, times P."""
+    upper = upper_factor(hessian)
+    transfer = alpha * np.triu(drift @ upper.T, 1) @ upper
+    current, codes, values = weight.copy(), np.zeros_like(weight), np.zeros_like(weight)
+    for j in range(weight.shape[1]):
+        codes[:, j], values[:, j] = grid.round(current[:, j], j)
+        error = (current[:, j] - grid.value(codes[:, j], j)) / upper[j, j]
+        for k in range(j + 1, weight.shape[1]):
+            current[:, k] += current[:, j] * transfer[j, k] - error * upper[j, k]
+    return codes, values
+
+
+def full_shift(weight: Matrix, drift: Matrix, hessian: Matrix) -> Matrix:
+    """W Δ H⁻¹ by the explicit inverse."""
+    shift: Matrix = weight @ drift @ np.linalg.inv(hessian)
+    return shift
+
+
+def refitted_scale(
+    codes: Matrix, scales: Matrix, target: Matrix, gram: Matrix, row: int, group: int, dtype: torch.dtype
+) -> float:
+    """Best scale of one row and group with everything else of the row fixed, cast; by the derivative's zero."""
+    width = codes.shape[1] // scales.shape[1]
+    difference = codes[row] * np.repeat(scales[row], width) - target[row]
+    direction = np.zeros(codes.shape[1])
+    direction[group * width : (group + 1) * width] = codes[row, group * width : (group + 1) * width]
+    step = (direction @ gram @ difference) / (direction @ gram @ direction)
+    return stored(float(scales[row, group]) - float(step), dtype)
+
+
 def objective(difference: Matrix, gram: Matrix) -> float:
     """Trace of D H Dᵀ."""
     return float(np.trace(difference @ gram @ difference.T))

@@ -150,7 +150,7 @@ def test_errors_beside_the_symmetric_grid(bits: int, group_size: int, method: st
         errors = [
             round_layers(
                 [Task("layer", case.weight, QuantFormat(bits, group_size, symmetric), torch.bfloat16)],
-                case.gram,
+                case.statistics,
                 case.factor,
                 RoundingMethod(method),
             )[0].metrics.output_error
@@ -196,7 +196,7 @@ def test_stacked_kinds_give_the_same_codes_as_single_ones(method: str) -> None:
 def test_metrics_are_what_they_say() -> None:
     case, fmt = shifted(make_case(24, 256), 1.0), asymmetric(3, 64)
     task = Task("layer", case.weight, fmt, torch.bfloat16)
-    layer = round_layers([task], case.gram, case.factor, RoundingMethod("gptq"))[0]
+    layer = round_layers([task], case.statistics, case.factor, RoundingMethod("gptq"))[0]
     assert layer.zeros is not None
     gram, weight = case.gram.double().numpy(), case.weight.double().numpy()
     power = oracles.objective(weight, gram)

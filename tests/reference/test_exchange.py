@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -94,3 +96,26 @@ def test_an_exchange_is_a_whole_model_with_one_unit_changed(job: Job, tmp_path: 
             assert score.value == pytest.approx(float(values.mean()), rel=0.02, abs=2e-6), (unit.name, fmt.label)
     # On the whole, fewer bits hurt and more help.
     assert sum(s["w2g32"].value for s in found.values()) > 0 > sum(s["w4g32"].value for s in found.values())
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"rounding": "gptaq", "gptaq_alpha": 1.0}, {"rounding": "foem", "foem_beta": "auto", "target_shift": "auto"}],
+    ids=["gptaq", "auto"],
+)
+def test_an_exchange_for_the_present_format_changes_nothing(job: Job, values: dict[str, Any], tmp_path: Path) -> None:
+    """Only so if drift and held-out rows are those of the rounding of the plan."""
+    corrected = replace(job, config=job.config.model_copy(update=values))
+    sets = gather_rows(job, Silent())
+    formats = {unit.name: QuantFormat(3, 32) for unit in job.units}
+    plan = BitPlan(formats, stored_bytes(job.units, formats), sum(u.num_weights for u in job.units))
+    folder = Workbench(corrected, sets, tmp_path / "work", Silent(), {}).attempt("uniform", plan).folder
+    menu = {unit: (fmt,) for unit, fmt in formats.items()}
+    changes = []
+    for method in (corrected.method, job.method):
+        found = exchange_divergence(
+            job.stream(), job.packed_stream(folder), sets["calibration"].tokens, sets["scoring"].tokens, menu, method,
+            job.stored_dtypes, job.rows_per_slice, lambda *_: None,
+        )  # fmt: skip
+        changes.append(sum(abs(scores["w3g32"].value) for scores in found.values()))
+    assert changes[0] <= 1e-3 * changes[1]

@@ -12,9 +12,11 @@ import transformers
 from torch import Tensor, nn
 
 from hawqtool.config import RunConfig
+from hawqtool.errors import UsageError
 from hawqtool.formats import QuantFormat
 from hawqtool.model.experts import ExpertLinear, SplitExperts, counting_experts, split_experts
-from hawqtool.model.sweep import GroupStatistics, group_statistics, stages
+from hawqtool.model.statistics import GroupStatistics
+from hawqtool.model.sweep import group_statistics, stages
 from hawqtool.pipeline.job import Job, prepare
 from hawqtool.rounding.layer import RoundingMethod
 from hawqtool.sensitivity.measure import _by_row, measure
@@ -121,9 +123,9 @@ def rows(seed: int, count: int) -> Tensor:
     return torch.randint(3, 128, (count, 32), generator=torch.Generator().manual_seed(seed))
 
 
-def statistics_of(job: Job, tokens: Tensor, rows_per_slice: int) -> dict[str, GroupStatistics]:
+def statistics_of(job: Job, tokens: Tensor, rows_per_slice: int, held_out: bool = False) -> dict[str, GroupStatistics]:
     stream = job.stream()
-    activations = stream.embed(tokens, rows_per_slice)
+    activations = stream.embed(tokens, rows_per_slice, held_out)
     spec = job.structure.blocks[0]
     with stream.block(0) as block:
         return {
@@ -146,6 +148,28 @@ def test_group_statistics_do_not_depend_on_slices(job: Job) -> None:
         if statistics.num_routed == statistics.num_tokens and other.num_routed == other.num_tokens:
             torch.testing.assert_close(other.gram, statistics.gram, rtol=1e-4, atol=1e-5)
         assert statistics.num_tokens >= statistics.num_routed
+
+
+def test_held_out_tokens_of_experts_are_those_of_held_out_rows(job: Job) -> None:
+    tokens = rows(4, 96)
+    found = statistics_of(job, tokens, 8, held_out=True)
+    # Run alone, the held-out rows reach the same experts; where none are lent, the moments agree.
+    alone = statistics_of(job, tokens[3::4], 24)
+    compared = 0
+    for name, statistics in found.items():
+        if statistics.num_routed == statistics.num_tokens and alone[name].num_routed == alone[name].num_tokens:
+            assert statistics.held_out is not None
+            assert statistics.held_out.num_tokens == alone[name].num_tokens
+            torch.testing.assert_close(statistics.held_out.gram, alone[name].gram, rtol=1e-3, atol=1e-4)
+            compared += ".experts." in name
+    assert compared or not any(".experts." in name for name in found)
+
+
+def test_corrections_for_rounded_inputs_refuse_experts(tmp_path: Path) -> None:
+    folder = str(save_kind(kind_named("mixtral"), tmp_path, torch.float32))
+    for values in ({"rounding": "gptaq"}, {"target_shift": "auto"}):
+        with pytest.raises(UsageError, match=r"experts\.0\..* is an expert"):
+            prepare(RunConfig(model=folder, group_size=32, device="cpu", **values))
 
 
 def test_every_token_is_routed_to_as_many_experts_as_it_chooses(job: Job) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hawqtool.errors import NumericalError
 from hawqtool.formats import CHANNEL, QuantFormat
+from hawqtool.model.statistics import GroupStatistics
 from hawqtool.rounding.compensate import round_compensated
 from hawqtool.rounding.factor import Factor, default_damping, factorize
 from hawqtool.rounding.grid import (
@@ -42,6 +43,10 @@ class Case:
     weight: Tensor
     gram: Tensor
     num_tokens: int
+
+    @property
+    def statistics(self) -> GroupStatistics:
+        return GroupStatistics(self.gram, self.num_tokens, self.num_tokens)
 
     @functools.cached_property
     def factor(self) -> Factor:
@@ -191,7 +196,7 @@ def test_factor_agrees_with_the_explicit_inverse() -> None:
 def test_more_bits_never_hurt(method: str, group_size: int) -> None:
     case = make_case(24, 256, seed=3)
     errors = [
-        round_layers([task(case, bits, group_size)], case.gram, case.factor, RoundingMethod(method))[0].metrics
+        round_layers([task(case, bits, group_size)], case.statistics, case.factor, RoundingMethod(method))[0].metrics
         for bits in range(2, 9)
     ]
     reached = [m.output_error for m in errors]
@@ -206,7 +211,7 @@ def task(case: Case, bits: int, group_size: int, dtype: torch.dtype = torch.bflo
 @pytest.mark.parametrize("seed", range(3))
 def test_compensation_beats_plain_rounding(bits: int, seed: int) -> None:
     case = make_case(24, 256, seed)
-    layer = round_layers([task(case, bits, 64)], case.gram, case.factor, RoundingMethod("gptq"))[0]
+    layer = round_layers([task(case, bits, 64)], case.statistics, case.factor, RoundingMethod("gptq"))[0]
     assert layer.metrics.output_error < 0.9 * layer.metrics.rtn_error
     # Clipping adds to the prediction, which knows only rounding; at 2 bits a lot is clipped.
     assert 0.7 < layer.metrics.output_error / layer.metrics.predicted_error < (2.5 if bits == 2 else 1.6)
@@ -214,7 +219,7 @@ def test_compensation_beats_plain_rounding(bits: int, seed: int) -> None:
 
 def test_metrics_are_what_they_say() -> None:
     case, fmt = make_case(24, 256), QuantFormat(3, 64)
-    layer = round_layers([task(case, 3, 64)], case.gram, case.factor, RoundingMethod("gptq"))[0]
+    layer = round_layers([task(case, 3, 64)], case.statistics, case.factor, RoundingMethod("gptq"))[0]
     gram, weight = case.gram.double().numpy(), case.weight.double().numpy()
     difference = dequantize(layer.codes, layer.scales).double().numpy() - weight
     power = oracles.objective(weight, gram)
@@ -247,7 +252,7 @@ def test_dead_inputs_are_rounded_plainly(beta: float) -> None:
 
 def test_all_inputs_dead() -> None:
     case, fmt = Case(make_case(16, 96).weight, torch.zeros(96, 96), 100), QuantFormat(4, 32)
-    layer = round_layers([task(case, 4, 32)], case.gram, case.factor, RoundingMethod("gptq"))[0]
+    layer = round_layers([task(case, 4, 32)], case.statistics, case.factor, RoundingMethod("gptq"))[0]
     assert torch.equal(layer.codes, nearest_codes(case.weight, layer.scales, fmt))
     assert layer.metrics.dead_inputs == 96
 
@@ -286,7 +291,7 @@ def test_weight_that_is_not_finite_raises() -> None:
     weight[2, 3] = float("nan")
     broken = Task("model.layers.0.mlp.up_proj", weight, QuantFormat(4, 32), torch.bfloat16)
     with pytest.raises(NumericalError, match=r"model\.layers\.0\.mlp\.up_proj"):
-        round_layers([broken], base.gram, base.factor, RoundingMethod("gptq"))
+        round_layers([broken], base.statistics, base.factor, RoundingMethod("gptq"))
 
 
 def group_errors(case: Case, scales: Tensor, fmt: QuantFormat) -> np.ndarray:

@@ -136,7 +136,7 @@ def errors_of(job: Job, calibration: Tensor) -> dict[str, dict[str, Tensor]]:
             errors |= rounding_errors(block, spec, known, menu, GPTQ, job.stored_dtypes)
             advance(block, spec, known)
     if job.structure.head:
-        head, statistics = job.structure.head, stream.head_statistics(calibration, known.hidden)
+        head, statistics = job.structure.head, stream.head_statistics(calibration, known)
         errors |= group_errors(stream.model, head, head.linears, statistics, menu, GPTQ, job.stored_dtypes)
     return errors
 

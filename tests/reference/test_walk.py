@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,14 +13,15 @@ from transformers import AutoModelForCausalLM
 from hawqtool.allocation.uniform import uniform_formats
 from hawqtool.config import RunConfig
 from hawqtool.export.packed import PackedReader
-from hawqtool.model.sweep import gram
+from hawqtool.model.statistics import GroupStatistics, gram
+from hawqtool.model.sweep import read_weight, replace_weight, visit_groups
 from hawqtool.pipeline.job import Job, prepare
 from hawqtool.pipeline.planning import stored_bytes
 from hawqtool.pipeline.progress import Silent
 from hawqtool.pipeline.rounding import round_to_folder
-from hawqtool.records import BitPlan, LinearSpec, Rows
+from hawqtool.records import BitPlan, BlockSpec, LinearSpec, Rows
 from hawqtool.rounding.factor import factorize
-from hawqtool.rounding.grid import dequantize
+from hawqtool.rounding.grid import dequantize, nearest_codes, search_scales
 from hawqtool.rounding.layer import Task, round_layers
 from tests.tiny import CONFIGS, tiny_model
 
@@ -66,7 +68,7 @@ def round_live(job: Job, model: nn.Module, plan: BitPlan, group: tuple[LinearSpe
         for m in group
         for weight in [model.get_submodule(m.name).weight]
     ]
-    layers = round_layers(tasks, matrix, factorize(matrix, len(x)), job.method)
+    layers = round_layers(tasks, GroupStatistics(matrix, len(x), len(x)), factorize(matrix, len(x)), job.method)
     for layer in layers:
         with torch.no_grad():
             model.get_submodule(layer.name).weight.copy_(dequantize(layer.codes, layer.scales))
@@ -134,3 +136,57 @@ def test_a_block_sees_the_rounding_of_the_blocks_before_it(tmp_path: Path) -> No
         round_to_folder(job, item, ROWS, tmp_path / name, Silent(), name)
         codes.append(PackedReader(tmp_path / name).codes("model.layers.1.mlp.down_proj")[0])
     assert float((codes[0] != codes[1]).float().mean()) > 0.001
+
+
+def walked_statistics(job: Job, plan: BitPlan) -> dict[str, GroupStatistics]:
+    """Statistics that the walk shows while each group is rounded by plan."""
+    found: dict[str, GroupStatistics] = {}
+    stream, formats = job.stream(), job.layer_formats(plan.formats)
+    activations = stream.embed(TOKENS, job.rows_per_slice, held_out=True, with_original=True)
+    for spec in job.structure.blocks:
+        with stream.block(spec.index) as block:
+
+            def visit(
+                group: Sequence[LinearSpec],
+                statistics: GroupStatistics,
+                block: nn.Module = block,
+                spec: BlockSpec = spec,
+            ) -> None:
+                found[group[0].name] = statistics
+                for linear in group:
+                    weight = read_weight(block, spec, linear)
+                    ones, fmt = torch.ones(weight.shape[1]), formats[linear.name]
+                    scales = search_scales(weight, ones, fmt, torch.bfloat16, both_signs=True)
+                    replace_weight(block, spec, linear, dequantize(nearest_codes(weight, scales, fmt), scales))
+
+            visit_groups(block, spec, activations, visit)
+    return found
+
+
+@pytest.mark.parametrize("rows_per_slice", [2, 6])
+def test_the_original_runs_beside_the_quantized_prefix(rows_per_slice: int, tmp_path: Path) -> None:
+    """Drift and held-out moments are those of inputs taken from two live models."""
+    job = make_job(tiny_model("llama", tmp_path / "m", layers=3), rows_per_slice)
+    plan = mixed_plan(job)
+    found = walked_statistics(job, plan)
+    original, quantized = (
+        AutoModelForCausalLM.from_pretrained(job.index.folder, dtype=torch.float32).eval() for _ in range(2)
+    )
+    held = (torch.arange(len(TOKENS)) % 4 == 3).repeat_interleave(TOKENS.shape[1])
+    drifts = []
+    for block in job.structure.blocks:
+        for group in block.input_groups:
+            x, x0 = (input_of(model, group[0].name) for model in (quantized, original))
+            statistics = found[group[0].name]
+            assert statistics.held_out is not None and statistics.held_out.num_tokens == int(held.sum())
+            for part, mask in ((statistics, torch.ones_like(held)), (statistics.held_out, held)):
+                expected = (x0 - x)[mask].t() @ x[mask] / int(mask.sum())
+                assert part.drift is not None
+                torch.testing.assert_close(part.gram, gram(x[mask]), rtol=1e-3, atol=1e-4)
+                torch.testing.assert_close(part.drift, expected, rtol=1e-3, atol=1e-4)
+            drifts.append(float(statistics.drift.norm() / statistics.gram.norm()))  # type: ignore[union-attr]
+            for m in group:
+                weight, fmt = quantized.get_submodule(m.name).weight.detach(), plan.formats[m.unit]
+                scales = search_scales(weight, torch.ones(weight.shape[1]), fmt, torch.bfloat16, both_signs=True)
+                weight.copy_(dequantize(nearest_codes(weight, scales, fmt), scales))
+    assert drifts[0] == 0 and min(drifts[1:]) > 1e-3

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from hawqtool.evaluation.gates import judge
 from hawqtool.report.card import model_card
 from hawqtool.report.escape import code, escape, fenced
 
@@ -246,14 +247,14 @@ def test_a_card_names_the_short_list_and_the_gates() -> None:
     plans = ("kron", "first and last blocks", "exchange 1", "exchange 2")
     report["evaluation"]["tried"] = dict.fromkeys(plans, report["evaluation"]["mixed"])
     report["evaluation"]["mixed"]["chosen_by"] = "exchange 1"
-    report["gates"] = [{"gate": "target_kl", "bound": 0.3, "value": 0.4, "passed": False}]
+    report["gates"] = [judge("target_kl", 0.3, 0.4)]
     body = split(model_card(report, None))[1]
     assert "chosen per layer under a budget of stored bytes; of" in body
     assert (
         "of the plans `kron`, `first and last blocks` and 2 that exchanges of widths gave, `exchange 1` diverged least"
         in body
     )
-    assert "0.4 at a bound of 0.3, **failed**" in body
+    assert "0.4, at most 0.3 was asked for, **failed**" in body
 
 
 def test_a_card_tells_of_a_search() -> None:

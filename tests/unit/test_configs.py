@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,18 @@ import typer
 import yaml
 
 from hawqtool.cli.app import app
+from hawqtool.cli.config import config
 from hawqtool.cli.quantize import quantize
 from hawqtool.config import RunConfig, load_config
 from hawqtool.errors import UsageError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 DEFAULT = CONFIGS / "default.yaml"
-RECIPES = sorted(path for path in CONFIGS.glob("*.yaml") if path != DEFAULT)
+BATCH_EXAMPLE = CONFIGS / "batch-example.yaml"
+RECIPES = sorted(path for path in CONFIGS.glob("*.yaml") if path not in (DEFAULT, BATCH_EXAMPLE))
 EXAMPLES = {"model", "output", "target_bpw"}
 """Keys of default.yaml that hold a placeholder or an example, not the default."""
-NOT_CONFIG = {"config", "dry_run", "json", "quiet", "debug", "help"}
+NOT_CONFIG = {"config", "dry_run", "junit", "schema", "json", "quiet", "debug", "help"}
 """Parameters of the command that choose how to run and print, not what to do."""
 
 
@@ -36,10 +39,10 @@ def write(tmp_path: Path, text: str) -> Path:
     return path
 
 
-def flags_of_quantize() -> dict[str, list[str]]:
-    """Name of each parameter of the command to the spellings of its flag; of an argument to its bare name."""
+def flags_of(command: str) -> dict[str, list[str]]:
+    """Name of each parameter of a command to the spellings of its flag; of an argument to its bare name."""
     program: Any = typer.main.get_command(app)
-    return {parameter.name: parameter.opts for parameter in program.commands["quantize"].params}
+    return {parameter.name: parameter.opts for parameter in program.commands[command].params}
 
 
 def test_default_yaml_has_every_key_with_its_default() -> None:
@@ -62,16 +65,18 @@ def test_default_yaml_explains_every_key() -> None:
             assert lines[number - 1].startswith("# ") and lines[number - 1].endswith("."), line
 
 
-def test_every_key_is_a_flag_of_the_same_name() -> None:
-    flags = flags_of_quantize()
+@pytest.mark.parametrize("command", ["quantize", "config"])
+def test_every_key_is_a_flag_of_the_same_name(command: str) -> None:
+    flags = flags_of(command)
     assert set(RunConfig.model_fields) == set(flags) - NOT_CONFIG
     for name in set(RunConfig.model_fields) - {"model"}:
         assert f"--{name.replace('_', '-')}" in flags[name], name
 
 
-def test_no_flag_has_a_default_of_its_own() -> None:
+@pytest.mark.parametrize("command", [quantize, config])
+def test_no_flag_has_a_default_of_its_own(command: Callable[..., None]) -> None:
     # A default in the command's signature would win over the YAML file.
-    parameters = inspect.signature(quantize).parameters
+    parameters = inspect.signature(command).parameters
     assert {name for name in RunConfig.model_fields if parameters[name].default is not None} == set()
 
 
@@ -81,7 +86,7 @@ def test_recipes_load(path: Path) -> None:
 
 
 def test_there_are_recipes() -> None:
-    assert {path.stem for path in RECIPES} >= {"portable-4bit", "fast", "balanced"}
+    assert {path.stem for path in RECIPES} == {"portable-4bit", "fast", "balanced", "best", "ci-gate"}
 
 
 def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path: Path) -> None:
@@ -117,6 +122,12 @@ def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
         ("target_bpw", "-1", "greater than 0"),
         ("profile", "everything", "portable"),
         ("eval_samples", "1", "greater than or equal to 2"),
+        ("max_kl", "0", "greater than 0"),
+        ("max_ppl_increase", "5", "a percentage such as 5%"),
+        ("min_same_top", "101%", "less than or equal to 1"),
+        ("max_size", "90 apples", "3.2GiB"),
+        ("max_regression", "-5%", "a percentage such as 5%"),
+        ("max_regression", "5%", "baseline and max_regression are needed together"),
     ],
 )
 def test_wrong_values_say_what_is_expected(key: str, value: str, said: str) -> None:
@@ -146,6 +157,30 @@ def test_asymmetric_grids_need_a_profile_that_takes_them(profile: str) -> None:
     assert "\n" not in message
     assert f"profile {profile} takes symmetric grids only" in message
     assert "transformers 5.23 fails" in message and "--profile vllm accepts" in message
+
+
+def test_shares_are_numbers_or_auto(tmp_path: Path) -> None:
+    config = load_config(None, {"model": "m", "foem_beta": "auto", "target_shift": "0.5"})
+    assert (config.foem_beta, config.target_shift) == ("auto", 0.5)
+    # A bare off is a boolean in YAML.
+    for value in ("off", '"off"', "0"):
+        assert load_config(write(tmp_path, f"model: m\ntarget_shift: {value}\n"), {}).target_shift == 0
+    for value in ("1.5", "best", True, "nan"):
+        with pytest.raises(UsageError, match="foem_beta: expected a number from 0 to 1, or auto"):
+            load_config(None, {"model": "m", "foem_beta": value})
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"rounding": "rtn", "scale_refit": True},
+        {"rounding": "rtn", "target_shift": "auto"},
+        {"rounding": "gptaq", "target_shift": 0.5},
+    ],
+)
+def test_corrections_that_do_not_fit_the_rounding_are_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="drop"):
+        load_config(None, {"model": "m", **values})
 
 
 @pytest.mark.parametrize("targets", [{}, {"target_bpw": 3.5, "target_size": "1GB"}])

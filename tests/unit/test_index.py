@@ -16,6 +16,7 @@ from hawqtool.errors import InputError
 from hawqtool.model.dtypes import DTYPE_BYTES, dtype_name, torch_dtype
 from hawqtool.model.index import CheckpointIndex, fingerprint, read_index
 from hawqtool.model.reader import CHUNK_BYTES, TensorReader
+from hawqtool.model.source import resolve_model
 from tests.tiny import tiny_model
 
 
@@ -81,6 +82,30 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: checkpoint(f, b'{"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},"a":{}}', b""),
         "names a twice",
     ),
+    "a name with escapes": (lambda f: checkpoint(f, {"a\x1b[2J": F32["a"]}, bytes(8)), r"names a tensor a\\x1b\[2J"),
+    "a name that turns the line": (lambda f: checkpoint(f, {"a\u202e": F32["a"]}, bytes(8)), "all of them printable"),
+    "an endless name": (lambda f: checkpoint(f, {"a" * 1001: F32["a"]}, bytes(8)), "at most 1000 characters"),
+    "many dimensions": (lambda f: checkpoint(f, {"a": entry("U8", [1] * 65, 0, 1)}, bytes(1)), "malformed"),
+    "huge extent": (lambda f: checkpoint(f, {"a": entry("U8", [2**63, 0], 0, 0)}, b""), "malformed"),
+    "huge offset": (lambda f: checkpoint(f, {"a": entry("U8", [1], 0, 2**64)}, bytes(1)), "malformed"),
+    "product beyond numbers": (
+        lambda f: checkpoint(f, {"a": entry("U8", [2**62] * 64, 0, 1)}, bytes(1)),
+        "spans 1 bytes; expected",
+    ),
+    "past the end": (lambda f: checkpoint(f, {"a": entry("U8", [9], 0, 9)}, bytes(1)), "is truncated"),
+    "starts late": (lambda f: checkpoint(f, {"a": entry("U8", [1], 8, 9)}, bytes(9)), "leaves a gap"),
+    "deep header": (lambda f: checkpoint(f, b'{"a":' + b"[" * 9999 + b"]" * 9999 + b"}", b""), "inside each other"),
+    "endless number": (lambda f: checkpoint(f, b'{"a":' + b"9" * 9999 + b"}", b""), "4300"),
+    "dtype with escapes": (lambda f: checkpoint(f, {"a": entry("\x1b[2J", [1], 0, 1)}, bytes(1)), r"dtype \\x1b"),
+    "dtype is a list": (lambda f: checkpoint(f, {"a": entry([], [1], 0, 1)}, bytes(1)), r"dtype \[\]"),
+    "index names a key twice": (
+        lambda f: [
+            (f / "config.json").write_text("{}"),
+            (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "x.safetensors", "a": "y"}}'),
+        ],
+        "names a twice",
+    ),
+    "shard is a pickle": (lambda f: sharded(f, {"a": "pytorch_model.bin"}), "name of a safetensors file"),
     "missing shard": (lambda f: sharded(f, {"a": "x.safetensors"}), "x.safetensors, which is missing"),
     "shard outside": (lambda f: sharded(f, {"a": "../x.safetensors"}), "without a path"),
     "shard absolute": (lambda f: sharded(f, {"a": "/x.safetensors"}), "without a path"),
@@ -118,6 +143,39 @@ def test_says_that_pickles_are_never_loaded(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(InputError, match="never loaded"):
         read_index(tmp_path)
+
+
+def linked(folder: Path, outside: Path, name: str) -> Path:
+    """A checkpoint in which one file is a link to where it was moved."""
+    tiny_model("llama", folder)
+    outside.mkdir(parents=True, exist_ok=True)
+    (folder / name).rename(outside / name)
+    (folder / name).symlink_to(outside / name)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_links_that_leave_the_folder_are_refused(name: str, tmp_path: Path) -> None:
+    folder = linked(tmp_path / "model", tmp_path / "elsewhere", name)
+    for read in (read_index, resolve_model):
+        with pytest.raises(InputError, match=f"{name} is a link that leaves the folder") as caught:
+            read(folder)
+        assert "\n" not in str(caught.value)
+
+
+def test_links_of_a_hub_cache_and_within_the_folder_work(tmp_path: Path) -> None:
+    cache = tmp_path / "models--org--tiny"
+    folder = linked(cache / "snapshots/abc", cache / "blobs", "model.safetensors")
+    (folder / "LICENSE").write_text("terms")
+    (folder / "COPYING").symlink_to("LICENSE")
+    (tmp_path / "by link").symlink_to(folder)
+    same_as_library(read_index(folder))
+    assert resolve_model(str(tmp_path / "by link")).folder == tmp_path / "by link"
+    for target in ("../../../outside", "../../refs/main", "circle"):
+        (folder / "circle").unlink(missing_ok=True)
+        (folder / "circle").symlink_to(target)
+        with pytest.raises(InputError, match="circle is a link that leaves"):
+            read_index(folder)
 
 
 def same_as_library(index: CheckpointIndex) -> None:

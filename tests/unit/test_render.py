@@ -30,7 +30,7 @@ def test_all_plans_the_search_and_the_gates_are_listed() -> None:
     assert tried[1] == "tried       exchange 1  3.750 bits, 0.5000, -0.1500 ± 0.0200 to uniform"
     searched = [line for line in lines if line.startswith("searched")]
     assert ["misses" in line for line in searched] == [True, False, False]
-    assert "gate        target_kl at most 0.35: 0.3, passed" in lines
+    assert "gate        target_kl at most 0.35, found 0.3: passed" in lines
     assert "round 5 s" in lines[-1]
 
 

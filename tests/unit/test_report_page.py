@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from hawqtool.errors import InputError, UsageError
+from hawqtool.evaluation.gates import judge
 from hawqtool.formats import QuantFormat
 from hawqtool.pipeline import report_page
 from hawqtool.pipeline.artifacts import SENSITIVITY_SCHEMA
@@ -62,7 +63,7 @@ def a_search() -> dict[str, Any]:
         for bits, selection, report in found
     ]
     search = {"bound": 0.35, "met": True, "attempts": attempts[::-1], "largest_that_misses": attempts[0]}
-    gate = {"gate": "target_kl", "bound": 0.35, "value": 0.3, "passed": True}
+    gate = judge("target_kl", 0.35, 0.3)
     return {"search": search, "gates": [gate]}
 
 
@@ -327,7 +328,7 @@ def test_attempts_of_a_search_stand_in_predicted_against_measured(tmp_path: Path
 
 @pytest.mark.parametrize("passed", [True, False])
 def test_gates_pass_or_fail(tmp_path: Path, passed: bool) -> None:
-    gate = {"gate": "target_kl", "bound": 0.35, "value": 0.3 if passed else 0.4, "passed": passed}
+    gate = judge("target_kl", 0.35, 0.3 if passed else 0.4)
     text = page_of(written(tmp_path / "out", a_report(gates=[gate])))
     assert "Gates" in text and ("FAILED" in text) == (not passed) and ("1 of 1 failed" in text) == (not passed)
 

@@ -1,0 +1,129 @@
+"""Second moments of the inputs of linears, which guide their rounding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hawqtool.errors import InputError
+from hawqtool.model.experts import ExpertLinear
+
+HELD_OUT_EVERY = 4
+"""Every so many rows one is kept for the choice of settings; the final rounding sees all of them."""
+
+_GRAM_TOKENS = 1 << 14
+
+
+@dataclass
+class GroupStatistics:
+    """Second moments of an input group.
+
+    Args:
+        gram: ``[in, in]`` float32, mean of x xᵀ over the tokens.
+        num_tokens: Tokens behind it.
+        num_routed: Those of them that the model really sends here; fewer only in experts (see `counting_experts`).
+        drift: ``[in, in]`` float32, mean of (x0 - x) xᵀ with x0 the original model's input of the same token; None
+            where it is not wanted, or x is x0.
+        held_out: The same of the tokens of the held-out rows, which are among those above; None where there are none.
+    """
+
+    gram: Tensor
+    num_tokens: int
+    num_routed: int
+    drift: Tensor | None = None
+    held_out: GroupStatistics | None = None
+
+    def __iadd__(self, other: GroupStatistics) -> GroupStatistics:
+        total = self.num_tokens + other.num_tokens
+        self.gram.mul_(self.num_tokens / total).add_(other.gram, alpha=other.num_tokens / total)
+        if self.drift is not None and other.drift is not None:
+            self.drift.mul_(self.num_tokens / total).add_(other.drift, alpha=other.num_tokens / total)
+        if self.held_out is None:
+            self.held_out = other.held_out
+        elif other.held_out is not None:
+            self.held_out += other.held_out
+        self.num_tokens, self.num_routed = total, self.num_routed + other.num_routed
+        return self
+
+    @property
+    def fitting(self) -> GroupStatistics | None:
+        """Statistics of the tokens that are not held out; None unless there are tokens of both kinds."""
+        held = self.held_out
+        if held is None or held.num_tokens == self.num_tokens:
+            return None
+        count = self.num_tokens - held.num_tokens
+        share, held_share = self.num_tokens / count, held.num_tokens / count
+        gram = self.gram * share - held.gram * held_share
+        drift = None
+        if self.drift is not None and held.drift is not None:
+            drift = self.drift * share - held.drift * held_share
+        return GroupStatistics(gram, count, min(self.num_routed, count), drift)
+
+
+def seen(x: Tensor, routed: int, held_out: Tensor | None = None, original: Tensor | None = None) -> GroupStatistics:
+    """Statistics of inputs ``[tokens, in]``.
+
+    Args:
+        x: The inputs.
+        routed: How many of them the model really sends there.
+        held_out: ``[tokens]`` bool, those of held-out rows; None where nothing is chosen on them.
+        original: ``[tokens, in]``, the original model's inputs.
+    """
+    drift = None if original is None else _mean_product(original - x, x)
+    found = GroupStatistics(gram(x), x.shape[0], routed, drift)
+    if held_out is not None and bool(held_out.any()):
+        kept = x[held_out]
+        found.held_out = seen(kept, len(kept), None, None if original is None else original[held_out])
+    return found
+
+
+def held_out_tokens(linear: nn.Module, x: Tensor, first_row: int, rows: int, positions: int) -> Tensor:
+    """Which inputs ``[tokens, in]`` of a linear belong to held-out rows: ``[tokens]`` bool.
+
+    Args:
+        linear: The linear; experts know which tokens they were shown.
+        x: Its inputs, in order of the rows.
+        first_row: Number of the slice's first row among all rows.
+        rows: Rows of the slice.
+        positions: Positions of a row.
+
+    Raises:
+        InputError: If the inputs cannot be told apart by rows.
+    """
+    if isinstance(linear, ExpertLinear):
+        row = linear.shown // positions
+    elif len(x) % rows:
+        raise InputError(
+            f"{len(x)} inputs of a linear do not divide among {rows} rows, so that rows cannot be held out; drop the "
+            "settings that are chosen on them (foem_beta auto, target_shift auto, scale_refit)"
+        )
+    else:
+        row = torch.arange(len(x), device=x.device) // (len(x) // rows)
+    return is_held_out(first_row + row)
+
+
+def is_held_out(row: Tensor) -> Tensor:
+    """Whether rows of these numbers are held out."""
+    return row % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+
+
+def gram(inputs: Tensor) -> Tensor:
+    """Mean of x xᵀ over tokens, ``[in, in]`` float32, from ``[tokens, in]``.
+
+    Half-precision inputs on a GPU are multiplied on tensor cores: their products are exact in float32, which
+    is also the dtype of the sums and of the output.
+    """
+    return _mean_product(inputs, inputs)
+
+
+def _mean_product(left: Tensor, right: Tensor) -> Tensor:
+    """Mean of l rᵀ over tokens, ``[in, in]`` float32, from two ``[tokens, in]`` of one dtype."""
+    total = torch.zeros(left.shape[1], right.shape[1], dtype=torch.float32, device=left.device)
+    for first, second in zip(left.split(_GRAM_TOKENS), right.split(_GRAM_TOKENS), strict=True):
+        if first.is_cuda and first.dtype in (torch.bfloat16, torch.float16):
+            total += torch.mm(first.t(), second, out_dtype=torch.float32)
+        else:
+            total.addmm_(first.t().float(), second.float())
+    return total / left.shape[0]

@@ -1,0 +1,1 @@
+"""Fuzzing of hawqtool's parsers: what is fuzzed, with which inputs, under which limits."""
