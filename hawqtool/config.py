@@ -77,6 +77,7 @@ class RunConfig(BaseModel):
     seed: int = Field(0, ge=0, lt=2**63)
     trust_remote_code: bool = False
     overwrite: bool = False
+    resume: bool = False
 
     @field_validator("bits", mode="before", json_schema_input_type=str | int | list[int] | None)
     @classmethod

@@ -65,6 +65,7 @@ def config(
     seed: o.Seed = None,
     trust_remote_code: o.TrustRemoteCode = None,
     overwrite: o.Overwrite = None,
+    resume: o.Resume = None,
     config: o.Config = None,
     schema: Annotated[
         bool, typer.Option("--schema", help="A JSON schema of the YAML file, for editors.", rich_help_panel=o.RUN)

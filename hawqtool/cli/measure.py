@@ -39,6 +39,7 @@ def measure(
     rows_per_slice: o.RowsPerSlice = None,
     seed: o.Seed = None,
     trust_remote_code: o.TrustRemoteCode = None,
+    resume: o.Resume = None,
     config: o.Config = None,
     json: o.Json = False,
     quiet: o.Quiet = False,

@@ -26,6 +26,10 @@ Model = Annotated[
 ]
 Output = Annotated[Optional[str], _option("--output", "-o", help="Folder to create.", panel=OUTPUT, metavar="DIR")]
 Overwrite = Annotated[Optional[bool], _option("--overwrite", help="Replace a folder that hawqtool made.", panel=OUTPUT)]
+Resume = Annotated[
+    Optional[bool],
+    _option("--resume", help="Go on with an unfinished run into the same output, if there is one.", panel=OUTPUT),
+]
 TargetBpw = Annotated[
     Optional[float],
     _option("--target-bpw", help="Stored bits per weight of the quantized linears, scales included.", panel=TARGET),

@@ -67,6 +67,7 @@ def quantize(
     seed: o.Seed = None,
     trust_remote_code: o.TrustRemoteCode = None,
     overwrite: o.Overwrite = None,
+    resume: o.Resume = None,
     config: o.Config = None,
     dry_run: o.DryRun = False,
     junit: o.Junit = None,

@@ -14,7 +14,7 @@ from typing import Any
 
 from hawqtool.cli.terminal import Terminal
 from hawqtool.data.sources import is_hub
-from hawqtool.errors import HawqError, QualityError
+from hawqtool.errors import DISK_ERRORS, HawqError, QualityError, one_line
 from hawqtool.model.source import MAY_FETCH
 from hawqtool.parsing import printable
 
@@ -46,36 +46,56 @@ def session(quiet: bool = False, debug: bool = False, json: bool = False) -> Ite
     os.environ.setdefault("TQDM_DISABLE", "1")
     terminal = Terminal(quiet)
     previous = signal.signal(signal.SIGTERM, _terminate)
-    code, failure, notes = 0, "", tuple[str, ...]()
+    code, failure, failed = 0, "", tuple[str, ...]()
     try:
         yield terminal
     except HawqError as error:
         if debug:
             raise
-        code, failure = error.exit_code, f"error: {printable(str(error))}"
-        notes = error.failed if isinstance(error, QualityError) else notes
-    except KeyboardInterrupt:
-        code, failure = INTERRUPTED, "interrupted: nothing was left behind"
-    except _Terminated:
-        code, failure = TERMINATED, "terminated: nothing was left behind"
-    except MemoryError:
-        code, failure = 5, "error: out of memory; lower --rows-per-slice, --num-samples or --seq-len"
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError" or debug:
+        code, failure = error.exit_code, "; ".join([f"error: {error}", *_notes(error)])
+        failed = error.failed if isinstance(error, QualityError) else failed
+    except KeyboardInterrupt as error:
+        code, failure = INTERRUPTED, f"interrupted: {_left(error)}"
+    except _Terminated as error:
+        code, failure = TERMINATED, f"terminated: {_left(error)}"
+    except (MemoryError, RuntimeError, OSError) as error:
+        reason = None if debug else _resource_reason(error)
+        if reason is None:
             raise
-        code = 5
-        failure = f"error: out of GPU memory; lower --rows-per-slice, --num-samples or --seq-len ({error})"
-        failure = failure.splitlines()[0]
+        code, failure = 5, "; ".join([f"error: {reason}", *_notes(error)])
     finally:
         terminal.close()
         signal.signal(signal.SIGTERM, previous)
     if code:
+        failure = printable(failure)
         print(failure, file=sys.stderr)
         message = failure.removeprefix("error: ")
-        annotate(notes or (message,), code)
+        annotate(failed or (message,), code)
         if json and not terminal.answered:
             print_json({"schema": ERROR_SCHEMA, "error": message, "exit_code": code})
         raise SystemExit(code)
+
+
+def _notes(error: BaseException) -> list[str]:
+    """What the work that was cut short says of what it kept."""
+    return list(getattr(error, "__notes__", ()))
+
+
+def _left(error: BaseException) -> str:
+    return "; ".join(_notes(error)) or "nothing was left behind"
+
+
+def _resource_reason(error: BaseException) -> str | None:
+    """One line for memory or a disk that gave out somewhere; None for all else."""
+    lower = "lower --rows-per-slice, --num-samples or --seq-len"
+    if isinstance(error, OSError):
+        return f"writing failed: {error.strerror}; free some space" if error.errno in DISK_ERRORS else None
+    if type(error).__name__ == "OutOfMemoryError":
+        return f"out of GPU memory; {lower} ({one_line(error)})"
+    # torch has no class of its own for memory that the system refuses.
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        return f"out of memory; {lower}"
+    return None
 
 
 def annotate(messages: Iterable[str], code: int) -> None:
@@ -103,7 +123,7 @@ def decide_hub_access(sources: Iterable[str] = ()) -> None:
 
 def print_json(document: dict[str, Any]) -> None:
     """One strict JSON document on stdout; NaN, which JSON lacks, becomes null."""
-    print(json_text.dumps(_without_nan(document), indent=1, allow_nan=False))
+    print(json_text.dumps(_without_nan(document), indent=1, allow_nan=False), flush=True)
 
 
 def _without_nan(value: Any) -> Any:

@@ -7,8 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from types import TracebackType
@@ -17,11 +16,11 @@ from typing import Any, BinaryIO, Self
 import torch
 from torch import Tensor
 
-from hawqtool.errors import InputError, NumericalError
+from hawqtool.errors import InputError, NumericalError, disk_errors
 from hawqtool.export.layout import Entry, Layout
 from hawqtool.export.packing import pack_codes, pack_zeros
 from hawqtool.model.dtypes import dtype_name
-from hawqtool.model.index import INDEX_FILE, CheckpointIndex
+from hawqtool.model.index import INDEX_FILE, CheckpointIndex, read_header
 from hawqtool.model.reader import CHUNK_BYTES, TensorReader
 from hawqtool.parsing import ParseError, load_json
 from hawqtool.records import RoundedLayer
@@ -61,12 +60,17 @@ class CheckpointWriter:
         layout: What to write, from `plan_layout`.
         folder: Existing folder that receives the files.
 
+        kept: Checksums of tensors that an interrupted writer left in the same files (see `intact`); they are not
+            written again.
+
     Attributes:
         checksums: SHA-256 of the stored bytes of every tensor written so far, by name.
     """
 
-    def __init__(self, index: CheckpointIndex, layout: Layout, folder: Path) -> None:
-        self.checksums: dict[str, str] = {}
+    def __init__(
+        self, index: CheckpointIndex, layout: Layout, folder: Path, kept: Mapping[str, str] | None = None
+    ) -> None:
+        self.checksums: dict[str, str] = dict(kept or {})
         self._reader = TensorReader(index)
         self._layout = layout
         self._folder = folder
@@ -75,12 +79,13 @@ class CheckpointWriter:
 
     def __enter__(self) -> Self:
         try:
-            with _disk_errors(self._folder):
+            with disk_errors(self._folder):
                 for file in self._layout.files:
-                    stream = (self._folder / file.name).open("wb", buffering=0)
+                    stream = (self._folder / file.name).open("r+b" if self.checksums else "wb", buffering=0)
                     self._streams[file.name] = stream
-                    _reserve(stream, file.total_bytes)
-                    _write_all(stream, 0, [file.header])
+                    if not self.checksums:
+                        _reserve(stream, file.total_bytes)
+                        _write_all(stream, 0, [file.header])
         except BaseException:
             self._close_streams()
             raise
@@ -132,7 +137,7 @@ class CheckpointWriter:
                 raise NumericalError(
                     f"{len(missing)} planned tensors were not written, first {missing[0]}; expected all; run again"
                 )
-            with _disk_errors(self._folder):
+            with disk_errors(self._folder):
                 for stream in self._streams.values():
                     os.fsync(stream.fileno())
                 index_json = self._layout.index_json()
@@ -162,11 +167,37 @@ class CheckpointWriter:
             raise NumericalError(f"tensor {name} was written twice; expected once; report this with the command used")
         digest = hashlib.sha256()
         stream = self._streams[self._entries[name][0]]
-        with _disk_errors(self._folder):
+        with disk_errors(self._folder):
             written = _write_all(stream, entry.offset, _hashed(pieces, digest.update))
         if written != entry.num_bytes:
             raise NumericalError(f"tensor {name} has {written} bytes; the layout has {entry.num_bytes}; run again")
         self.checksums[name] = digest.hexdigest()
+
+
+def unfinished_reader(layout: Layout, folder: Path) -> TensorReader | None:
+    """Reads what an interrupted writer of a layout left in a folder; None where the files are not those it begins.
+
+    Every tensor of the layout can be read; which of them were written is for the caller to know (see `intact`).
+    """
+    files = tuple(folder / file.name for file in layout.files)
+    for path, file in zip(files, layout.files, strict=True):
+        try:
+            with path.open("rb") as stream:
+                begun = stream.read(len(file.header)) == file.header and path.stat().st_size == file.total_bytes
+        except OSError:
+            begun = False
+        if not begun:
+            return None
+    tensors = {info.name: info for path in files for info in read_header(path)}
+    return TensorReader(CheckpointIndex(folder, files, tensors))
+
+
+def intact(reader: TensorReader, checksums: Mapping[str, str]) -> bool:
+    """Whether tensors have the stored bytes that belong to checksums by name."""
+    return all(
+        name in reader and hashlib.sha256(reader.raw(name)).hexdigest() == expected
+        for name, expected in checksums.items()
+    )
 
 
 def copy_small_files(source: Path, target: Path) -> tuple[str, ...]:
@@ -181,7 +212,7 @@ def copy_small_files(source: Path, target: Path) -> tuple[str, ...]:
         NumericalError: If a file cannot be copied.
     """
     copied = []
-    with _disk_errors(target):
+    with disk_errors(target):
         for path in sorted(source.iterdir()):
             name = path.name.lower()
             skipped = name.startswith(".") or name in OWN_FILES or any(fnmatch(name, p) for p in WEIGHT_PATTERNS)
@@ -204,21 +235,8 @@ def write_config(source: Path, target: Path, quantization_config: dict[str, Any]
     except ParseError as error:
         raise InputError(f"{path} is not readable JSON ({error}); expected a model configuration; restore it") from None
     config["quantization_config"] = quantization_config
-    with _disk_errors(target):
+    with disk_errors(target):
         _write_json(target / "config.json", config)
-
-
-@contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(folder).free if folder.exists() else 0
-            reason = f"the disk is full ({free} bytes free); free some space or choose another output"
-        else:
-            reason = f"{error.strerror or error}; check that the folder exists and can be written"
-        raise NumericalError(f"writing to {folder} failed: {reason}") from error
 
 
 def _reserve(stream: BinaryIO, size: int) -> None:

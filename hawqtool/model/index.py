@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hawqtool.errors import InputError
+from hawqtool.errors import InputError, InputLostError
 from hawqtool.model.dtypes import DTYPE_BYTES
 from hawqtool.model.links import check_links
 from hawqtool.parsing import MAX_JSON_BYTES, ParseError, load_json, parse_json, printable, short, shown
@@ -147,7 +147,7 @@ def _raw_header(file: Path) -> tuple[bytes, int]:
                 )
             return stream.read(length), size
     except OSError as error:
-        raise InputError(
+        raise InputLostError(
             f"{file} cannot be read ({error.strerror}); check that it exists and its permissions"
         ) from None
 

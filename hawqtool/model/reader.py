@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from hawqtool.errors import InputError, NumericalError
+from hawqtool.errors import InputError, InputLostError, NumericalError
 from hawqtool.model.dtypes import torch_dtype
 from hawqtool.model.index import CheckpointIndex, TensorInfo
 
@@ -73,10 +73,10 @@ class TensorReader:
                 while done < info.num_bytes:
                     count = stream.readinto(view[done : done + (1 << 30)])
                     if not count:
-                        raise InputError(f"{info.file} ended inside tensor {name}; download or save it again")
+                        raise InputLostError(f"{info.file} ended inside tensor {name}; download or save it again")
                     done += count
         except OSError as error:
-            raise InputError(
+            raise InputLostError(
                 f"tensor {name} of {info.file} cannot be read ({error.strerror}); check the disk"
             ) from None
         return torch.frombuffer(buffer, dtype=dtype).reshape(info.shape)
@@ -103,10 +103,10 @@ class TensorReader:
                 while left:
                     piece = stream.read(min(left, CHUNK_BYTES))
                     if not piece:
-                        raise InputError(f"{info.file} ended inside tensor {name}; download or save it again")
+                        raise InputLostError(f"{info.file} ended inside tensor {name}; download or save it again")
                     left -= len(piece)
                     yield piece
         except OSError as error:
-            raise InputError(
+            raise InputLostError(
                 f"tensor {name} of {info.file} cannot be read ({error.strerror}); check the disk"
             ) from None

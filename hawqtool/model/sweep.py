@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from hawqtool.errors import InputError
+from hawqtool.errors import InputError, NumericalError
 from hawqtool.model.experts import ExpertLinear, counting_experts
 from hawqtool.model.layers import Structure
 from hawqtool.model.reader import check_finite
@@ -189,10 +189,30 @@ def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
 
 
 def advance(block: nn.Module, spec: BlockSpec, activations: Activations) -> None:
-    """Replace the hidden states by the block's output, slice by slice."""
+    """Replace the hidden states by the block's output, slice by slice.
+
+    Raises:
+        NumericalError: If a value is NaN or Inf; names the block.
+    """
     with torch.no_grad():
         for position, hidden in enumerate(activations.hidden):
             activations.hidden[position] = run_block(block, hidden, activations.calls[position][spec.index])
+        check_states(activations.hidden, f"the output of block {spec.name}")
+
+
+def check_states(states: Sequence[Tensor], what: str) -> None:
+    """Check that hidden states or gradients are finite.
+
+    Raises:
+        NumericalError: Naming ``what`` holds NaN or Inf.
+    """
+    # Brought to the host together: on a GPU each number fetched alone would wait for all work before it.
+    extremes = torch.stack([torch.stack(torch.aminmax(state.detach())) for state in states if state.numel()])
+    if not bool(extremes.isfinite().all()):
+        raise NumericalError(
+            f"{what} holds NaN or Inf, expected finite values: the checkpoint is damaged, or {states[0].dtype} is too "
+            "narrow for it; check the original model's own output"
+        )
 
 
 class _StageReached(Exception):
@@ -215,14 +235,29 @@ def visit_groups(block: nn.Module, spec: BlockSpec, activations: Activations, vi
         def see(group: Sequence[LinearSpec], x: Tensor, routed: int) -> None:
             visit(group, seen(x, routed, _held_out(block, spec, activations, 0, group, x)))
 
-        with counting_experts(block, 1), group_inputs(block, spec, see):
-            advance(block, spec, activations)
+        with group_inputs(block, spec, see):
+            _pass_on(block, spec, activations, None)
         return
     original = None if activations.original is None else copy.deepcopy(block)
     for stage in stages(spec):
         for group, statistics in group_statistics(block, spec, activations, stage, original):
             visit(group, statistics)
-    advance(block, spec, activations)
+    _pass_on(block, spec, activations, original)
+
+
+def revisit_groups(block: nn.Module, spec: BlockSpec, activations: Activations, replace: Callable[[], None]) -> None:
+    """What `visit_groups` leaves behind, to the bit, where ``replace`` puts all weights in place that it would."""
+    original = None if activations.original is None else copy.deepcopy(block)
+    replace()
+    _pass_on(block, spec, activations, original)
+
+
+def _pass_on(block: nn.Module, spec: BlockSpec, activations: Activations, original: nn.Module | None) -> None:
+    """Replace the hidden states by the block's output, and the original's by that of the block as it was."""
+    # A single pass gives statistics and output at once, so experts are shown further tokens in it.
+    single = len(activations.hidden) == 1 and activations.original is None
+    with counting_experts(block, 1) if single else nullcontext():
+        advance(block, spec, activations)
     if original is not None and activations.original is not None:
         advance(original, spec, Activations(activations.original, activations.calls))
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from hawqtool.errors import InputError, UsageError
-from hawqtool.formats import CHANNEL, GROUP_SIZES, MAX_BITS, MIN_BITS, QuantFormat
+from hawqtool.errors import InputError, ResourceError, UsageError, disk_errors
+from hawqtool.formats import CHANNEL, GROUP_SIZES, MAX_BITS, MIN_BITS, QuantFormat, parse_label
 from hawqtool.parsing import MAX_RECORD_BYTES, MAX_RECORD_VALUES, ParseError, load_json, short, shown
 from hawqtool.pipeline.sensitivity_file import SensitivityFile, first_problem
 from hawqtool.records import BitPlan, LinearSpec, Score, SensitivityTable, Unit
@@ -19,6 +20,8 @@ from hawqtool.records import BitPlan, LinearSpec, Score, SensitivityTable, Unit
 SENSITIVITY_SCHEMA = "hawqtool.sensitivity/1"
 PLAN_SCHEMA = "hawqtool.plan/1"
 REPORT_SCHEMA = "hawqtool.report/1"
+PART = ".part"
+"""Ending of the hidden file beside its place that a text is in until it is complete."""
 
 
 def check_writable(path: Path, flag: str = "--output") -> None:
@@ -26,11 +29,14 @@ def check_writable(path: Path, flag: str = "--output") -> None:
 
     Raises:
         UsageError: If its folder does not exist or it is a folder itself.
+        ResourceError: If its folder cannot be written to.
     """
     if path.is_dir():
         raise UsageError(f"{flag} {path} is a folder, a file was expected; add a file name")
     if not path.absolute().parent.is_dir():
         raise UsageError(f"the parent folder of {path} does not exist; create it first")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise ResourceError(f"{flag} {path} cannot be written: its folder is read-only; choose another place")
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
@@ -39,10 +45,19 @@ def write_json(path: Path, document: dict[str, Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text in UTF-8 by atomic rename."""
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    """Write a text in UTF-8 by atomic rename.
+
+    Raises:
+        ResourceError: If the disk refuses; an earlier file is as it was then.
+    """
+    temporary = path.with_name(f".{path.name}{PART}")
+    with disk_errors(path):
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def read_json(path: Path, schema: str) -> dict[str, Any]:
@@ -232,6 +247,16 @@ def read_plan(path: Path, units: tuple[Unit, ...]) -> BitPlan:
     by_unit = {unit.name: formats[unit.members[0].name] for unit in units}
     stored = sum(unit.stored_bytes(by_unit[unit.name]) for unit in units)
     return BitPlan(by_unit, stored, sum(unit.num_weights for unit in units))
+
+
+def plan_record(plan: BitPlan) -> dict[str, Any]:
+    """A plan with all that is known of it, for `plan_of_record`."""
+    return vars(plan) | {"formats": {unit: fmt.label for unit, fmt in plan.formats.items()}}
+
+
+def plan_of_record(record: dict[str, Any]) -> BitPlan:
+    """Inverse of `plan_record`."""
+    return BitPlan(**record | {"formats": {unit: parse_label(label) for unit, label in record["formats"].items()}})
 
 
 def _entry_format(entry: dict[str, Any]) -> QuantFormat:

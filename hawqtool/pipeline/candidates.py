@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hawqtool.formats import QuantFormat
+from hawqtool.model.saving import NOTHING_SAVED, Saved
 from hawqtool.pipeline.evaluating import Evaluator, as_record
 from hawqtool.pipeline.job import Job
 from hawqtool.pipeline.progress import Reporter
-from hawqtool.pipeline.rounding import round_to_folder
+from hawqtool.pipeline.rounding import ROUNDING, round_to_folder
 from hawqtool.records import BitPlan, Evaluation, Rows
+
+_QUALITY, TIMINGS = "quality", "timings"
+REMOVED = ".removed"
+"""Ending of a folder that is being removed."""
 
 JUDGED = ("selection", "report")
 """Sets of rows on which every plan is evaluated: the first chooses, the second is what is reported."""
@@ -25,7 +33,7 @@ class Candidate:
     Args:
         name: Name under which it was first tried.
         plan: The plan.
-        folder: The written folder, while it is kept.
+        folder: Where it is written, while it is kept; `Workbench.folder` writes it again where it is not.
         rounding: What `round_to_folder` returned.
         quality: Evaluation by set of rows.
     """
@@ -62,42 +70,77 @@ class Workbench:
         work: Folder for the written candidates; the caller removes it.
         reporter: Progress.
         timings: Seconds by stage, added to.
+        saved: Keeps roundings, block by block, and evaluations.
     """
 
     def __init__(
-        self, job: Job, sets: dict[str, Rows], work: Path, reporter: Reporter, timings: dict[str, float]
+        self,
+        job: Job,
+        sets: dict[str, Rows],
+        work: Path,
+        reporter: Reporter,
+        timings: dict[str, float],
+        saved: Saved = NOTHING_SAVED,
     ) -> None:
         self.job, self.sets, self.work, self.reporter, self.timings = job, sets, work, reporter, timings
-        self._tried: dict[tuple[object, ...], Candidate] = {}
+        self.saved = saved
+        self._tried: dict[str, Candidate] = {}
         with Stopwatch(timings, "evaluate"):
-            self.evaluator = Evaluator(job, {role: sets[role] for role in JUDGED}, reporter)
+            self.evaluator = Evaluator(job, {role: sets[role] for role in JUDGED}, reporter, saved)
 
     def original(self) -> Evaluation:
         """The original model on the report rows."""
-        with Stopwatch(self.timings, "evaluate"):
-            return self.evaluator.evaluate(None, "original")["report"]
+        return self._evaluated(None, "original", self.saved.part("original"))["report"]
 
     def attempt(self, name: str, plan: BitPlan) -> Candidate:
         """Round, write and evaluate a plan, or return what that gave before."""
-        key = tuple(plan.formats[unit.name] for unit in self.job.units)
+        key = formats_key(plan.formats)
         if key not in self._tried:
-            folder = self.work / f"{len(self._tried)}"
-            with Stopwatch(self.timings, f"round {name}"):
-                rounding = round_to_folder(self.job, plan, self.sets["calibration"], folder, self.reporter, name)
-            with Stopwatch(self.timings, "evaluate"):
-                quality = self.evaluator.evaluate(folder, name)
+            saved, folder = self.saved.part(key), self.work / key
+            rounding = saved.load(ROUNDING)
+            if rounding is None or not (folder.exists() or saved.load(_QUALITY)):
+                rounding = self._rounded(plan, folder, name)
+            quality = self._evaluated(folder, name, saved)
             self._tried[key] = Candidate(name, plan, folder, rounding, quality)
-        known = self._tried[key]
-        if not known.folder.exists():
-            round_to_folder(self.job, plan, self.sets["calibration"], known.folder, self.reporter, name)
-        return known
+        return self._tried[key]
+
+    def folder(self, candidate: Candidate) -> Path:
+        """The written folder of a candidate; it is written again where `keep_only` removed it."""
+        if not candidate.folder.exists():
+            self._rounded(candidate.plan, candidate.folder, candidate.name)
+        return candidate.folder
+
+    def _rounded(self, plan: BitPlan, folder: Path, name: str) -> dict[str, Any]:
+        saved = self.saved.part(folder.name)
+        with Stopwatch(self.timings, f"round {name}"):
+            rounding = round_to_folder(self.job, plan, self.sets["calibration"], folder, self.reporter, name, saved)
+        self.saved.save(TIMINGS, self.timings)
+        return rounding
+
+    def _evaluated(self, folder: Path | None, name: str, saved: Saved) -> dict[str, Evaluation]:
+        known = saved.load(_QUALITY)
+        if known is not None:
+            return {r: Evaluation(**v | {"row_divergence": tuple(v["row_divergence"])}) for r, v in known.items()}
+        with Stopwatch(self.timings, "evaluate"):
+            quality = self.evaluator.evaluate(folder, name)
+        saved.save(_QUALITY, {role: vars(evaluation) for role, evaluation in quality.items()})
+        self.saved.save(TIMINGS, self.timings)
+        return quality
 
     def keep_only(self, candidates: list[Candidate]) -> None:
         """Remove the folders of all other candidates: each is as large as the result."""
         kept = {candidate.folder for candidate in candidates}
-        for candidate in self._tried.values():
-            if candidate.folder not in kept:
-                shutil.rmtree(candidate.folder, ignore_errors=True)
+        for folder in (c.folder for c in self._tried.values() if c.folder not in kept and c.folder.exists()):
+            # Renamed first, so that a folder under its name is complete at every moment.
+            removed = folder.with_name(f"{folder.name}{REMOVED}")
+            folder.rename(removed)
+            shutil.rmtree(removed, ignore_errors=True)
+
+
+def formats_key(formats: Mapping[str, QuantFormat]) -> str:
+    """A short name for formats by unit, the same for the same formats."""
+    text = "\n".join(f"{unit} {fmt.label}" for unit, fmt in sorted(formats.items()))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class Stopwatch:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from hawqtool.model.saving import NOTHING_SAVED, Saved
 from hawqtool.pipeline.job import Job
 from hawqtool.pipeline.progress import Reporter
 from hawqtool.records import Score
@@ -26,7 +27,11 @@ def input_fisher_fields(measurement: Measurement) -> Fields:
 
 
 def measure_curvature(
-    job: Job, rows: Tensor, error_norms: Mapping[str, Mapping[str, float]], reporter: Reporter
+    job: Job,
+    rows: Tensor,
+    error_norms: Mapping[str, Mapping[str, float]],
+    reporter: Reporter,
+    saved: Saved = NOTHING_SAVED,
 ) -> tuple[dict[str, dict[str, dict[str, Score]]], Fields, dict[str, float | int | str]]:
     """Scores ``hawq`` and curvature by unit where that is wanted, eigenvalues likewise, and the settings of both.
 
@@ -35,6 +40,7 @@ def measure_curvature(
         rows: Scoring rows.
         error_norms: ‖D‖² by linear and format label.
         reporter: Narration.
+        saved: Keeps traces and eigenvalues when they are complete.
     """
     config = job.config
     curvature = Curvature(job.stream(dtype=torch.float32), rows, config.seed)
@@ -42,12 +48,19 @@ def measure_curvature(
     fields: Fields = {unit.name: {} for unit in job.units}
     settings: dict[str, float | int | str] = {"hessian_labels": curvature.labels}
     if "hawq" in config.measured_extras:
-        traces, found = curvature_fields(curvature, job.units, config.probes, config.seed, reporter.progress)
+        known = saved.load("traces")
+        if known is None:
+            known = curvature_fields(curvature, job.units, config.probes, config.seed, reporter.progress)
+            saved.save("traces", known)
+        traces, found = known
         scores["hawq"] = hawq_scores(job.units, traces, error_norms)
         fields = {unit: values | found[unit] for unit, values in fields.items()}
         settings["probes"] = config.probes
     if config.eigenvalues:
-        found = top_eigenvalues(curvature, job.units, config.eigenvalues, config.seed, reporter.progress)
+        found = saved.load("eigenvalues")
+        if found is None:
+            found = top_eigenvalues(curvature, job.units, config.eigenvalues, config.seed, reporter.progress)
+            saved.save("eigenvalues", found)
         fields = {unit: values | found[unit] for unit, values in fields.items()}
         settings |= {"eigenvalue_iterations": config.eigenvalues, "eigenvalue_subsets": min(SUBSETS, len(rows))}
     return scores, fields, settings

@@ -10,7 +10,8 @@ from hawqtool.allocation.frontier import Frontier, frontier
 from hawqtool.allocation.problem import build_problem
 from hawqtool.errors import InputError, UsageError
 from hawqtool.model.index import fingerprint
-from hawqtool.pipeline.artifacts import SENSITIVITY_SCHEMA, parse_sensitivity, read_json
+from hawqtool.model.saving import NOTHING_SAVED, Saved
+from hawqtool.pipeline.artifacts import SENSITIVITY_SCHEMA, parse_sensitivity, plan_of_record, plan_record, read_json
 from hawqtool.pipeline.job import Job
 from hawqtool.pipeline.measuring import Origin, job_menu, measured, unquantized_bytes
 from hawqtool.pipeline.planning import allocate, budget_bytes, predicted_loss, single_choice_plan
@@ -28,12 +29,14 @@ class Allocator:
         table: Scores of every unit in every format of the menu; None where no unit has a choice.
         document: Its JSON form.
         origin: Where it comes from; None where there is no table.
+        saved: Keeps plans: a solver that stops by the clock may find another one the next time.
     """
 
     job: Job
     table: SensitivityTable | None
     document: dict[str, Any] | None
     origin: Origin | None = None
+    saved: Saved = NOTHING_SAVED
 
     @property
     def metric(self) -> str:
@@ -57,7 +60,12 @@ class Allocator:
             assert fixed is not None  # otherwise something was measured
             return fixed
         scores = self._scores(self.metric)
-        return allocate(job.units, menu, scores, job.pins, budget, self.metric, job.config)
+        known = self.saved.load(f"plan-{budget}")
+        if known is not None:
+            return plan_of_record(known)
+        plan = allocate(job.units, menu, scores, job.pins, budget, self.metric, job.config)
+        self.saved.save(f"plan-{budget}", plan_record(plan))
+        return plan
 
     def curve(self) -> Frontier:
         """The whole frontier of predicted loss."""
@@ -82,7 +90,7 @@ class Allocator:
         return dict([(self.metric, own), *others.items()][: job.shortlist])
 
 
-def prepare_allocation(job: Job, sets: dict[str, Rows], reporter: Reporter) -> Allocator:
+def prepare_allocation(job: Job, sets: dict[str, Rows], reporter: Reporter, saved: Saved = NOTHING_SAVED) -> Allocator:
     """Measure, or read what was measured, unless no unit has a choice.
 
     Raises:
@@ -98,15 +106,15 @@ def prepare_allocation(job: Job, sets: dict[str, Rows], reporter: Reporter) -> A
         if job.config.measurements is not None:
             # The widths of any budget, so that runs that differ in it alone share one measurement.
             menu = job_menu(job, None)
-        document, origin = measured(job, menu, sets, reporter)
-        return Allocator(job, parse_sensitivity(document, "the measurement")[0], document, origin)
-    saved = Path(job.config.sensitivity)
-    document = read_json(saved, SENSITIVITY_SCHEMA)
-    table, _, _ = parse_sensitivity(document, str(saved))
+        document, origin = measured(job, menu, sets, reporter, saved)
+        return Allocator(job, parse_sensitivity(document, "the measurement")[0], document, origin, saved)
+    path = Path(job.config.sensitivity)
+    document = read_json(path, SENSITIVITY_SCHEMA)
+    table, _, _ = parse_sensitivity(document, str(path))
     _check_saved(job, table)
     seconds = table.settings.get("seconds")
     origin = Origin("file", None, seconds if isinstance(seconds, float) else None)
-    return Allocator(job, table, document, origin)
+    return Allocator(job, table, document, origin, saved)
 
 
 def _check_saved(job: Job, table: SensitivityTable) -> None:

@@ -13,6 +13,7 @@ from hawqtool.config import RunConfig
 from hawqtool.errors import InputError
 from hawqtool.evaluation.divergence import evaluate_hidden
 from hawqtool.export.packed import PackedReader
+from hawqtool.model.saving import NOTHING_SAVED, Saved
 from hawqtool.model.sweep import ModelStream
 from hawqtool.pipeline.job import Job, prepare
 from hawqtool.pipeline.progress import Reporter
@@ -27,13 +28,19 @@ class Evaluator:
         job: The original model.
         sets: Rows by role; all are run together.
         reporter: Progress.
+        saved: Keeps what the original gave.
     """
 
-    def __init__(self, job: Job, sets: dict[str, Rows], reporter: Reporter) -> None:
+    def __init__(self, job: Job, sets: dict[str, Rows], reporter: Reporter, saved: Saved = NOTHING_SAVED) -> None:
         self.job, self.sets, self.reporter = job, sets, reporter
         self.seconds = 0.0
         self.stream = job.stream()
-        self.reference = self._hidden(self.stream, "original")
+        known = saved.load("original-states")
+        if known is None:
+            self.reference = self._hidden(self.stream, "original")
+            saved.save("original-states", self.reference)
+        else:
+            self.reference = {role: states.to(job.device) for role, states in known.items()}
 
     def _hidden(self, stream: ModelStream, label: str) -> dict[str, Tensor]:
         start = time.perf_counter()

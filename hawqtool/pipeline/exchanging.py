@@ -9,8 +9,10 @@ from torch import Tensor
 from hawqtool.allocation.frontier import solve
 from hawqtool.allocation.problem import build_problem
 from hawqtool.formats import QuantFormat
+from hawqtool.model.saving import NOTHING_SAVED, Saved
 from hawqtool.model.sweep import ModelStream
-from hawqtool.pipeline.candidates import Candidate, Stopwatch, Workbench
+from hawqtool.pipeline.artifacts import plan_of_record, plan_record
+from hawqtool.pipeline.candidates import Candidate, Stopwatch, Workbench, formats_key
 from hawqtool.pipeline.job import Job
 from hawqtool.pipeline.measuring import job_menu
 from hawqtool.pipeline.progress import Reporter
@@ -27,8 +29,15 @@ def exchanged(bench: Workbench, candidate: Candidate, budget: int) -> BitPlan:
     if all(len(formats) == 1 for formats in menu.values()):
         return candidate.plan
     rows = bench.sets["calibration"].tokens, bench.sets["scoring"].tokens
+    saved = bench.saved.part(f"exchange-{formats_key(present)}")
+    known = saved.load("plan")
+    if known is not None:
+        return plan_of_record(known)
     with Stopwatch(bench.timings, "exchange"):
-        return exchange(job, job.packed_stream(candidate.folder), present, menu, *rows, budget, bench.reporter)
+        quantized = job.packed_stream(bench.folder(candidate))
+        plan = exchange(job, quantized, present, menu, *rows, budget, bench.reporter, saved)
+    saved.save("plan", plan_record(plan))
+    return plan
 
 
 def exchange(
@@ -40,6 +49,7 @@ def exchange(
     scoring: Tensor,
     budget: int,
     reporter: Reporter,
+    saved: Saved = NOTHING_SAVED,
 ) -> BitPlan:
     """The plan of least predicted divergence that takes one format of a small menu per unit.
 
@@ -55,6 +65,7 @@ def exchange(
         scoring: Rows to measure on.
         budget: Most stored bytes.
         reporter: Progress.
+        saved: Keeps the scores, block by block.
     """
     others = {unit: tuple(fmt for fmt in formats if fmt != present[unit]) for unit, formats in menu.items()}
     scores = exchange_divergence(
@@ -67,6 +78,7 @@ def exchange(
         job.stored_dtypes,
         job.rows_per_slice,
         reporter.progress,
+        saved,
     )
     for unit, fmt in present.items():
         scores.setdefault(unit, {})[fmt.label] = Score(0.0, 0.0)

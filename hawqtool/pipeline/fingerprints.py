@@ -9,8 +9,8 @@ from pathlib import Path
 
 from hawqtool.config import RunConfig, split_weight
 
-ELSEWHERE = frozenset({"output", "overwrite", "measurements"})
-"""Settings that say where things lie, not what they are."""
+ELSEWHERE = frozenset({"output", "overwrite", "resume", "measurements"})
+"""Settings that say where things lie and how to begin, not what they are."""
 
 _FILES = ("plan", "costs", "sensitivity", "eval_data", "baseline")
 _SAMPLED_PIECES, _PIECE_BYTES = 64, 4096

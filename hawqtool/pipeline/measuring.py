@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from hawqtool.config import RunConfig
 from hawqtool.formats import QuantFormat
 from hawqtool.model.index import fingerprint
+from hawqtool.model.saving import NOTHING_SAVED, Saved
 from hawqtool.pipeline.artifacts import check_writable, sensitivity_document, write_json
 from hawqtool.pipeline.curvature import input_fisher_fields, measure_curvature
+from hawqtool.pipeline.identity import check_unchanged, run_identity, stamps
 from hawqtool.pipeline.job import Job, prepare
 from hawqtool.pipeline.measurements import MeasurementFolder, check_measurements, measurement_fingerprint
 from hawqtool.pipeline.planning import WIDE_MENU, format_menu, score_warnings, stored_bytes, widths
 from hawqtool.pipeline.progress import Reporter
 from hawqtool.pipeline.rows import gather_rows
+from hawqtool.pipeline.run_folder import RunFolder
 from hawqtool.records import Rows, Score, SensitivityTable
 from hawqtool.sensitivity.measure import measure
 from hawqtool.sensitivity.single_unit import single_unit_divergence
@@ -27,6 +30,10 @@ def unquantized_bytes(job: Job, menu: dict[str, tuple[QuantFormat, ...]]) -> int
     """Bytes of the output files beside packed codes and scales; the longest header is assumed."""
     widest = {unit.name: max((*menu[unit.name], *job.pins.values())) for unit in job.units}
     return job.layout(widest).total_bytes - stored_bytes(job.units, widest)
+
+
+_STAGES = "measure"
+"""Part of what is saved that a finished measurement replaces."""
 
 
 @dataclass(frozen=True)
@@ -45,19 +52,36 @@ class Origin:
 
 
 def measured(
-    job: Job, menu: dict[str, tuple[QuantFormat, ...]], sets: dict[str, Rows], reporter: Reporter
+    job: Job,
+    menu: dict[str, tuple[QuantFormat, ...]],
+    sets: dict[str, Rows],
+    reporter: Reporter,
+    saved: Saved = NOTHING_SAVED,
 ) -> tuple[dict[str, Any], Origin]:
-    """The sensitivity document of a menu, taken from the folder of measurements where it is there."""
+    """The sensitivity document of a menu, taken from the folder of measurements or from ``saved`` where it is there."""
+    known = saved.load("table")
+    if known is None:
+        document, origin = _shared(job, menu, sets, reporter, saved)
+        known = {"document": document, "origin": asdict(origin)}
+        saved.save("table", known)
+        saved.part(_STAGES).drop()
+    for text in known["document"]["warnings"]:
+        reporter.warn(text)
+    return known["document"], Origin(**known["origin"])
+
+
+def _shared(
+    job: Job, menu: dict[str, tuple[QuantFormat, ...]], sets: dict[str, Rows], reporter: Reporter, saved: Saved
+) -> tuple[dict[str, Any], Origin]:
+    """The document from the folder of measurements, if there is one; otherwise measured."""
     if job.config.measurements is None:
-        document = measure_job(job, menu, sets, reporter)
+        document = measure_job(job, menu, sets, reporter, saved)
         return document, Origin("run", None, document["settings"]["seconds"])
     key = measurement_fingerprint(job, wanted_formats(job, menu), sets, reporter)
     folder = MeasurementFolder(Path(job.config.measurements), reporter)
-    document, found = folder.take(key, lambda: measure_job(job, menu, sets, reporter))
+    document, found = folder.take(key, lambda: measure_job(job, menu, sets, reporter, saved))
     if found:
         reporter.say(f"measurement {key[:12]} was taken from {folder.path}")
-        for text in document["warnings"]:
-            reporter.warn(text)
         document["model"] = job.source.name  # the same weights may have been measured under another name
     return document, Origin("shared" if found else "run", key, document["settings"]["seconds"])
 
@@ -71,10 +95,15 @@ def wanted_formats(job: Job, menu: dict[str, tuple[QuantFormat, ...]]) -> dict[s
 
 
 def measure_job(
-    job: Job, menu: dict[str, tuple[QuantFormat, ...]], sets: dict[str, Rows], reporter: Reporter
+    job: Job,
+    menu: dict[str, tuple[QuantFormat, ...]],
+    sets: dict[str, Rows],
+    reporter: Reporter,
+    saved: Saved = NOTHING_SAVED,
 ) -> dict[str, Any]:
-    """Measure and return the sensitivity document."""
+    """Measure and return the sensitivity document; ``saved`` keeps finished stages."""
     start = time.perf_counter()
+    stages = saved.part(_STAGES)
     wanted = wanted_formats(job, menu)
     found = measure(
         job.stream(),
@@ -86,18 +115,17 @@ def measure_job(
         job.rows_per_slice,
         job.config.seed,
         reporter.progress,
+        stages,
     )
     curvature = input_fisher_fields(found)
     settings: dict[str, float | int | str] = {}
     if "hawq" in job.config.measured_extras or job.config.eigenvalues:
-        scores, fields, settings = measure_curvature(job, sets["scoring"].tokens, found.error_norms, reporter)
+        scores, fields, settings = measure_curvature(job, sets["scoring"].tokens, found.error_norms, reporter, stages)
         found.scores.update(scores)
         curvature = {unit: values | fields[unit] for unit, values in curvature.items()}
     if "kl" in job.config.measured_extras:
-        found.scores["kl"] = single_unit_scores(job, wanted, sets["calibration"], sets["scoring"], reporter)
-    warnings = score_warnings(found.scores)
-    for text in warnings:
-        reporter.warn(text)
+        rows = sets["calibration"], sets["scoring"]
+        found.scores["kl"] = single_unit_scores(job, wanted, *rows, reporter, stages.part("kl"))
     table = SensitivityTable(
         scores=found.scores,
         rounding=job.config.rounding,
@@ -118,13 +146,18 @@ def measure_job(
         symmetric=job.config.symmetric,
         projections=found.projections,
         curvature=curvature,
-        warnings=warnings,
+        warnings=score_warnings(found.scores),
     )
     return sensitivity_document(table, job.units, unquantized_bytes(job, menu))
 
 
 def single_unit_scores(
-    job: Job, menu: Mapping[str, Sequence[QuantFormat]], calibration: Rows, rows: Rows, reporter: Reporter
+    job: Job,
+    menu: Mapping[str, Sequence[QuantFormat]],
+    calibration: Rows,
+    rows: Rows,
+    reporter: Reporter,
+    saved: Saved = NOTHING_SAVED,
 ) -> dict[str, dict[str, Score]]:
     """Metric ``kl``: the divergence on ``rows`` with one unit quantized, by unit and format label."""
     return single_unit_divergence(
@@ -136,18 +169,29 @@ def single_unit_scores(
         job.stored_dtypes,
         job.rows_per_slice,
         reporter.progress,
+        saved,
     )
 
 
 def run_measure(config: RunConfig, output: Path, reporter: Reporter) -> dict[str, Any]:
-    """``hawqtool measure``: write sensitivity.json for the widths asked for (default 2,3,4,8)."""
+    """``hawqtool measure``: write sensitivity.json for the widths asked for (default 2,3,4,8).
+
+    Raises:
+        HawqError: With a note where finished work is kept (see `RunFolder`).
+    """
     check_writable(output)
     check_measurements(config)
-    job = prepare(config, reporter)
-    menu = format_menu(job.units, config.bits or WIDE_MENU, config.group_size, config.symmetric)
-    sets = gather_rows(job, reporter)
-    document, _ = measured(job, menu, sets, reporter)
-    write_json(output, document)
+    with RunFolder(output.absolute()) as run:
+        job = prepare(config, reporter)
+        before = stamps(job.index)
+        run.begin(run_identity(job), config.resume, reporter)
+        menu = format_menu(job.units, config.bits or WIDE_MENU, config.group_size, config.symmetric)
+        sets = gather_rows(job, reporter, run.saved)
+        run.check_rows({name: rows.fingerprint for name, rows in sets.items()})
+        document, _ = measured(job, menu, sets, reporter, run.saved)
+        check_unchanged(job.index, before)
+        write_json(output, document)
+        run.finish()
     return document
 
 

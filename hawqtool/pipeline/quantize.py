@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from hawqtool.config import RunConfig
-from hawqtool.errors import NumericalError, UsageError
+from hawqtool.errors import InputError, NumericalError, UsageError, disk_errors
 from hawqtool.export.verify import verify_folder
 from hawqtool.export.writer import copy_small_files
-from hawqtool.pipeline.artifacts import REPORT_SCHEMA, write_json
-from hawqtool.pipeline.candidates import Stopwatch, Workbench
+from hawqtool.pipeline.artifacts import PART, REPORT_SCHEMA, read_json, write_json
+from hawqtool.pipeline.candidates import TIMINGS, Stopwatch, Workbench
 from hawqtool.pipeline.contest import choose, compare, hold
 from hawqtool.pipeline.deciding import Allocator, prepare_allocation
 from hawqtool.pipeline.dryrun import describe
 from hawqtool.pipeline.fingerprints import config_fingerprint
 from hawqtool.pipeline.gating import judge_gates, matching_baseline
+from hawqtool.pipeline.identity import check_unchanged, run_identity, stamps
 from hawqtool.pipeline.job import Job, prepare
 from hawqtool.pipeline.measurements import check_measurements
 from hawqtool.pipeline.measuring import job_menu, unquantized_bytes
+from hawqtool.pipeline.memory import halving_slices, resumed_slices
 from hawqtool.pipeline.planning import budget_bytes, given_plan, plan_warnings
 from hawqtool.pipeline.progress import Reporter
 from hawqtool.pipeline.report_page import NEEDS_MATPLOTLIB, matplotlib_installed, write_page
 from hawqtool.pipeline.reporting import build_report, is_our_folder, write_card, write_reproduce
 from hawqtool.pipeline.rows import gather_rows
+from hawqtool.pipeline.run_folder import RunFolder
 from hawqtool.pipeline.targeting import find_smallest
 from hawqtool.records import BitPlan
 
@@ -47,46 +48,73 @@ def run_quantize(
         The report (`hawqtool.report/1`).
 
     Raises:
-        HawqError: Nothing is left behind then.
+        HawqError: With a note where finished work is kept (see `RunFolder`); else nothing is left behind.
     """
     config.require_one_target()
-    output = _check_output(config)
-    check_measurements(config)
-    identity = config_fingerprint(config)  # of the files as the run begins
-    timings: dict[str, float] = {}
-    job = prepare(config, reporter)
-    description = describe(job)
-    announce(description)
-    work = output.with_name(f".{output.name}.hawqtool-{os.getpid()}")
-    try:
-        with Stopwatch(timings, "rows"):
-            sets = gather_rows(job, reporter)
-        baseline = matching_baseline(config, sets["report"])
-        with Stopwatch(timings, "measure"):
-            allocator = None if config.plan else prepare_allocation(job, sets, reporter)
-        bench = Workbench(job, sets, work, reporter, timings)
-        search, plans = _plans(bench, allocator)
-        contest = hold(bench, plans)
-        shipped = choose(job, contest)
-        evaluation = compare(contest, bench.original(), allocator.predicted if allocator else lambda _: {})
-        winner = contest.mixed[contest.best] if shipped == "mixed" else contest.uniform["uniform"]
-        report = build_report(job, sets, winner.plan, winner.rounding, evaluation, shipped, timings, command)
-        report |= {"search": search, "gates": judge_gates(config, winner, report, baseline)}
-        origin = asdict(allocator.origin) if allocator and allocator.origin else None
-        report |= {"config_fingerprint": identity, "measurement": origin}
-        if allocator and allocator.table:
-            report["warnings"] += allocator.table.warnings
-        with Stopwatch(timings, "verify"):
-            _complete(job, winner.folder, allocator.document if allocator else None, report)
-        write_json(winner.folder / "report.json", report)
-        if matplotlib_installed():
-            write_page(winner.folder)
-        else:
-            reporter.say(f"report.html was not drawn: it {NEEDS_MATPLOTLIB}")
-        _put_in_place(winner.folder, output)
-        return report
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    output = _output(config)
+    with RunFolder(output) as run:
+        resuming = config.resume and run.unfinished
+        if not (resuming and run.in_place):
+            _check_free(config, output)
+        check_measurements(config)
+        fingerprint = config_fingerprint(config)  # of the files as the run begins
+        job, warnings = prepare(config, reporter), list[str]()
+        if resuming:
+            job, warnings = resumed_slices(job, run)
+        before = stamps(job.index)
+        announce(describe(job))
+        run.begin(run_identity(job), config.resume, reporter)
+        if run.in_place:
+            run.finish()
+            return read_json(output / "report.json", REPORT_SCHEMA)
+
+        def work(job: Job, warnings: list[str]) -> dict[str, Any]:
+            folder, report = _quantized(job, run, reporter, command, warnings, fingerprint)
+            check_unchanged(job.index, before)
+            run.ship(folder)
+            return report
+
+        try:
+            return halving_slices(job, warnings, run, reporter, work)
+        except (NumericalError, InputError):
+            check_unchanged(job.index, before)  # which would explain it
+            raise
+
+
+def _quantized(
+    job: Job, run: RunFolder, reporter: Reporter, command: str, warnings: list[str], fingerprint: str
+) -> tuple[Path, dict[str, Any]]:
+    """The complete and verified folder inside the run's, and its report."""
+    timings: dict[str, float] = run.saved.load(TIMINGS) or {}
+    with Stopwatch(timings, "rows"):
+        sets = gather_rows(job, reporter, run.saved)
+    baseline = matching_baseline(job.config, sets["report"])
+    run.check_rows({name: rows.fingerprint for name, rows in sets.items()})
+    with Stopwatch(timings, "measure"):
+        allocator = None if job.config.plan else prepare_allocation(job, sets, reporter, run.saved)
+    bench = Workbench(job, sets, run.plans, reporter, timings, run.saved)
+    search, plans = _plans(bench, allocator)
+    contest = hold(bench, plans)
+    shipped = choose(job, contest)
+    evaluation = compare(contest, bench.original(), allocator.predicted if allocator else lambda _: {})
+    winner = contest.mixed[contest.best] if shipped == "mixed" else contest.uniform["uniform"]
+    folder = bench.folder(winner)
+    report = build_report(job, sets, winner.plan, winner.rounding, evaluation, shipped, timings, command)
+    report |= {"search": search, "gates": judge_gates(job.config, winner, report, baseline), "starts": run.starts}
+    origin = asdict(allocator.origin) if allocator and allocator.origin else None
+    report |= {"config_fingerprint": fingerprint, "measurement": origin}
+    report["warnings"] += warnings
+    if allocator and allocator.table:
+        report["warnings"] += allocator.table.warnings
+    with Stopwatch(timings, "verify"), disk_errors(folder):
+        _complete(job, folder, allocator.document if allocator else None, report)
+    write_json(folder / "report.json", report)
+    if matplotlib_installed():
+        with disk_errors(folder):
+            write_page(folder)
+    else:
+        reporter.say(f"report.html was not drawn: it {NEEDS_MATPLOTLIB}")
+    return folder, report
 
 
 def _plans(bench: Workbench, allocator: Allocator | None) -> tuple[dict[str, Any] | None, dict[str, BitPlan]]:
@@ -103,43 +131,39 @@ def _plans(bench: Workbench, allocator: Allocator | None) -> tuple[dict[str, Any
     return None, plans
 
 
-def _check_output(config: RunConfig) -> Path:
+def _output(config: RunConfig) -> Path:
     if config.output is None:
         raise UsageError("--output is needed: the folder to create")
     output = Path(config.output).absolute()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        if not config.overwrite:
-            raise UsageError(f"{config.output} exists and is not empty; choose another folder or give --overwrite")
-        if not is_our_folder(output):
-            raise UsageError(
-                f"{config.output} has no report.json of schema {REPORT_SCHEMA}, so it was not made by hawqtool and "
-                "--overwrite leaves it alone; choose another folder"
-            )
     if not output.parent.is_dir():
         raise UsageError(f"the parent folder of {config.output} does not exist; create it first")
     return output
 
 
+def _check_free(config: RunConfig, output: Path) -> None:
+    """Check that the output does not exist, is empty, or may be replaced.
+
+    Raises:
+        UsageError: Otherwise.
+    """
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not config.overwrite:
+        raise UsageError(f"{config.output} exists and is not empty; choose another folder or give --overwrite")
+    if not is_our_folder(output):
+        raise UsageError(
+            f"{config.output} has no report.json of schema {REPORT_SCHEMA}, so it was not made by hawqtool and "
+            "--overwrite leaves it alone; choose another folder"
+        )
+
+
 def _complete(job: Job, folder: Path, sensitivity: dict[str, Any] | None, report: dict[str, Any]) -> None:
     """Add the small files, the card and the records, then reopen and verify what was written."""
+    for left in folder.rglob(f".*{PART}"):  # by a run that was killed while it wrote them
+        left.unlink()
     copy_small_files(job.index.folder, folder)
     write_card(job.index.folder, folder, report)
     write_reproduce(job, folder, sensitivity)
     problems = verify_folder(folder, job.index.folder).problems
     if problems:
         raise NumericalError(f"the written folder failed verification: {problems[0]} ({len(problems)} problems)")
-
-
-def _put_in_place(folder: Path, output: Path) -> None:
-    """Rename the complete folder to the output; a folder that it replaces comes back if that fails."""
-    if not output.exists():
-        folder.rename(output)
-        return
-    old = output.with_name(f".{output.name}.old-{os.getpid()}")
-    output.rename(old)
-    try:
-        folder.rename(output)
-    except BaseException:
-        old.rename(output)
-        raise
-    shutil.rmtree(old)

@@ -13,9 +13,13 @@ from hawqtool.data.mixing import SourceRows, mix_rows, quotas, require_rows
 from hawqtool.data.sources import open_source
 from hawqtool.data.tokens import overlap, source_rows
 from hawqtool.errors import InputError, UsageError
+from hawqtool.model.saving import NOTHING_SAVED, Saved
 from hawqtool.pipeline.job import Job
 from hawqtool.pipeline.progress import Reporter
 from hawqtool.records import Rows
+
+SAMPLED = "sampled-rows"
+"""Key under which rows that the model wrote are saved."""
 
 ROLES = ("calibration", "scoring", "selection", "report")
 _SMALLEST_SET, _SCORING_SET, _SHORT_ROW, _FEWEST_REPORT_ROWS = 8, 16, 512, 2
@@ -39,8 +43,8 @@ def row_counts(num_samples: int, eval_samples: int, separate_report: bool, lengt
     return counts if separate_report else counts | {"report": eval_samples}
 
 
-def gather_rows(job: Job, reporter: Reporter) -> dict[str, Rows]:
-    """Cut or sample the calibration, scoring, selection and report rows.
+def gather_rows(job: Job, reporter: Reporter, saved: Saved = NOTHING_SAVED) -> dict[str, Rows]:
+    """Cut or sample the calibration, scoring, selection and report rows; sampled ones are saved, and read from there.
 
     Raises:
         UsageError: If a source's weight is so small that it gives no row.
@@ -52,7 +56,7 @@ def gather_rows(job: Job, reporter: Reporter) -> dict[str, Rows]:
     counts = row_counts(job.num_samples, config.eval_samples, config.eval_data is not None, length)
     # Text first: what is wrong with it shows before minutes go into sampling.
     report = {} if config.eval_data is None else {"report": evaluation_rows(job, config.eval_data)}
-    sets = calibration_rows(job, counts, reporter) | report
+    sets = calibration_rows(job, counts, reporter, saved) | report
     shared = overlap(sets)
     if shared:
         raise InputError(
@@ -62,7 +66,9 @@ def gather_rows(job: Job, reporter: Reporter) -> dict[str, Rows]:
     return sets
 
 
-def calibration_rows(job: Job, counts: dict[str, int], reporter: Reporter) -> dict[str, Rows]:
+def calibration_rows(
+    job: Job, counts: dict[str, int], reporter: Reporter, saved: Saved = NOTHING_SAVED
+) -> dict[str, Rows]:
     """Sets of so many rows from the calibration sources.
 
     Raises:
@@ -75,7 +81,7 @@ def calibration_rows(job: Job, counts: dict[str, int], reporter: Reporter) -> di
     sources = {name: _given_source(job, name, quota) for name, quota in shares.items() if name != SELF}
     require_rows(list(sources.values()))
     if SELF in shares:
-        sources[SELF] = _sampled_source(job, shares[SELF], reporter)
+        sources[SELF] = _sampled_source(job, shares[SELF], reporter, saved)
     return mix_rows([sources[name] for name in names])
 
 
@@ -121,13 +127,17 @@ def _rows(job: Job, text: str, count: int, seed: int) -> tuple[str, Tensor]:
     return source.label, _known(job, rows)
 
 
-def _sampled_source(job: Job, quota: dict[str, int], reporter: Reporter) -> SourceRows:
+def _sampled_source(job: Job, quota: dict[str, int], reporter: Reporter, saved: Saved) -> SourceRows:
     count = _needed(SELF, quota)
+    known = saved.load(SAMPLED)
+    if known is not None:
+        return SourceRows(SELF, known, quota)
     reporter.say(f"sampling {count} rows of {job.seq_len} tokens from the model")
     tokens = generate_rows(
         job.index.folder, job.tokenizer(), count, job.seq_len, job.config.seed, job.device, job.dtype,
         lambda done, total: reporter.progress("sampling tokens", done, total), job.source.runs_code,
     )  # fmt: skip
+    saved.save(SAMPLED, tokens)
     return SourceRows(SELF, tokens, quota)
 
 

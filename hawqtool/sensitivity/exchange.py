@@ -9,12 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from hawqtool.formats import QuantFormat
+from hawqtool.model.saving import NOTHING_SAVED, Saved
 from hawqtool.model.sweep import Activations, ModelStream, advance, group_statistics, read_weight
 from hawqtool.records import BlockSpec
 from hawqtool.rounding.layer import RoundingMethod
 from hawqtool.sensitivity.measure import Progress, group_errors
 from hawqtool.sensitivity.scores import mean_score
-from hawqtool.sensitivity.single_unit import Carried, Judge, UnitScores, run_blocks, unit_finals
+from hawqtool.sensitivity.single_unit import (
+    Carried,
+    Judge,
+    UnitScores,
+    load_scores,
+    run_blocks,
+    save_scores,
+    unit_finals,
+)
 
 
 def exchange_divergence(
@@ -27,14 +36,14 @@ def exchange_divergence(
     stored_dtypes: Mapping[str, torch.dtype],
     rows_per_slice: int,
     progress: Progress,
+    saved: Saved = NOTHING_SAVED,
 ) -> UnitScores:
     """Change of the divergence from the original when one unit of a quantized model takes another format.
 
     Scores of single units at the original model leave out how rounding errors add up; these are differences at the
     plan that is to be improved, with everything else rounded as it is. The new weights are the original's, rounded with
-    the Gram matrices of the quantized prefix; later layers keep the weights that they had. One unit costs, per
-    format, a forward pass from its first block to the end, and **both models' blocks are on the device**: all of the
-    quantized model's, and one of the original's. An output head keeps its format.
+    the Gram matrices of the quantized prefix; later layers keep theirs. One unit costs, per format, a forward pass from
+    its first block on. **All of the quantized model's blocks are on the device**. An output head keeps its format.
 
     Args:
         original: The original model.
@@ -46,12 +55,13 @@ def exchange_divergence(
         stored_dtypes: Linear to the dtype of its stored scales.
         rows_per_slice: Rows per forward pass.
         progress: Called with the phase, candidates done and candidates in all.
+        saved: Keeps the scores after every block; what it has of the same arguments is not measured again.
 
     Returns:
-        ``[unit][format label]``: mean of the new divergence less the present one, with the standard error of the
-        paired difference over rows; negative where the exchange helps.
+        ``[unit][format label]``: mean over rows of the new divergence less the present one, with its standard error;
+        negative where the exchange helps.
     """
-    total, scores = sum(map(len, menu.values())), UnitScores()
+    done, scores = load_scores(saved)
     with ExitStack() as resident, torch.no_grad():
         modules = [resident.enter_context(quantized.block(spec.index)) for spec in quantized.structure.blocks]
         known = quantized.embed(calibration, rows_per_slice, method.needs_held_out, method.needs_drift)
@@ -61,14 +71,20 @@ def exchange_divergence(
         present = judge.divergence("the plan", {"": run_blocks(modules, seen.calls, seen.hidden, 0)})[""]
         carried: Carried = {}
         for spec, block in zip(quantized.structure.blocks, modules, strict=True):
-            with original.block(spec.index) as source:
-                errors = _changes(source, block, spec, known, menu, method, stored_dtypes)
-            for unit, finals in unit_finals(quantized, modules, spec, seen, errors, menu, carried):
-                changed = judge.divergence(unit, finals)
-                scores[unit] = {label: mean_score(values - present) for label, values in changed.items()}
-                progress("exchanges", sum(map(len, scores.values())), total)
-            for activations in (known, seen):
-                advance(block, spec, activations)
+            if spec.index >= done:
+                with original.block(spec.index) as source:
+                    errors = _changes(source, block, spec, known, menu, method, stored_dtypes)
+                for unit, finals in unit_finals(quantized, modules, spec, seen, errors, menu, carried):
+                    changed = judge.divergence(unit, finals)
+                    scores[unit] = {label: mean_score(values - present) for label, values in changed.items()}
+                    progress("exchanges", sum(map(len, scores.values())), sum(map(len, menu.values())))
+                if not carried:
+                    save_scores(saved, spec.index + 1, scores)
+            elif known.original is not None:
+                with original.block(spec.index) as source:
+                    advance(source, spec, Activations(known.original, known.calls))
+            advance(block, spec, known)
+            advance(block, spec, seen)
     return scores
 
 

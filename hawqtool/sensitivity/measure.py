@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from hawqtool.errors import NumericalError
 from hawqtool.formats import QuantFormat
 from hawqtool.model.experts import ExpertLinear
+from hawqtool.model.saving import NOTHING_SAVED, Saved
 from hawqtool.model.statistics import GroupStatistics
 from hawqtool.model.sweep import (
     Activations,
     ModelStream,
     advance,
+    check_states,
     group_statistics,
     local_name,
     read_weight,
@@ -30,6 +32,7 @@ from hawqtool.rounding.layer import RoundingMethod, Task, round_group
 from hawqtool.sensitivity.scores import SIGNED, LayerRows, RowValues, add_rows, mean_score, score_rows, to_scores
 
 Progress = Callable[[str, int, int], None]
+_SWEEP = "reverse-sweep"
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ def measure(
     rows_per_slice: int,
     seed: int,
     progress: Progress,
+    saved: Saved = NOTHING_SAVED,
 ) -> Measurement:
     """Scores of the original model.
 
@@ -78,36 +82,59 @@ def measure(
         rows_per_slice: Rows per forward pass.
         seed: Seed of the sampled labels.
         progress: Called with the phase, blocks done and blocks in all.
+        saved: Keeps the reverse sweep, block by block; what an interrupted measurement of the same arguments kept is
+            not measured again, and the result is equal to the bit.
     """
+    begun = saved.load(_SWEEP)
+    count = len(stream.structure.blocks)
+    left = count if begun is None else int(begun["left"])
     known = stream.embed(calibration, rows_per_slice, method.needs_held_out)
     sets = (known, stream.embed(scoring, rows_per_slice))
-    stored: list[tuple[list[Tensor], ...]] = []
-    count = len(stream.structure.blocks)
-    for spec in stream.structure.blocks:
-        stored.append(tuple(list(s.hidden) for s in sets))
-        with stream.block(spec.index) as block:
-            # Only the head needs what the last block gives on the calibration rows.
-            for activations in sets[1:] if spec.index == count - 1 and not stream.structure.head else sets:
-                advance(block, spec, activations)
-        progress("forward sweep", spec.index + 1, count)
-    gradients, outputs = _loss_gradients(stream, scoring.split(rows_per_slice), sets[1].hidden, seed)
-    found = _Found({}, {}, {})
-    if stream.structure.head:
-        statistics = stream.head_statistics(calibration, known)
-        rows = _head_rows(stream, scoring, sets[1].hidden, seed)
-        seen = LayerRows(rows, sets[1].hidden[0].shape[1], outputs)
-        _measure_head(stream, statistics, seen, menu, method, stored_dtypes, found)
-    for spec in reversed(stream.structure.blocks):
+    stored = _forward_sweep(stream, sets, left, progress)
+    if begun is None:
+        gradients, outputs = _loss_gradients(stream, scoring.split(rows_per_slice), sets[1].hidden, seed)
+        found = _Found({}, {}, {})
+        if stream.structure.head:
+            statistics = stream.head_statistics(calibration, known)
+            rows = _head_rows(stream, scoring, sets[1].hidden, seed)
+            seen = LayerRows(rows, sets[1].hidden[0].shape[1], outputs)
+            _measure_head(stream, statistics, seen, menu, method, stored_dtypes, found)
+    else:
+        gradients, outputs = [gradient.to(stream.device) for gradient in begun["gradients"]], begun["outputs"]
+        found = _Found(**begun["found"])
+    for spec in reversed(stream.structure.blocks[:left]):
         for activations, hidden in zip(sets, stored.pop(), strict=True):
             activations.hidden = hidden
         with stream.block(spec.index) as block:
             errors = rounding_errors(block, spec, sets[0], menu, method, stored_dtypes)
             layers, gradients = _backward(block, spec, sets[1], gradients, outputs, found.input_power)
+        check_states(gradients, f"the gradient at the input of block {spec.name}")
         for linear in spec.linears:
             if linear.name in errors:
                 found.add(linear, layers.pop(linear.name), errors.pop(linear.name))
+        saved.save(_SWEEP, {"left": spec.index, "gradients": gradients, "outputs": outputs, "found": vars(found)})
         progress("reverse sweep", count - spec.index, count)
     return found.measurement(stream.structure.units, outputs)
+
+
+def _forward_sweep(
+    stream: ModelStream, sets: Sequence[Activations], left: int, progress: Progress
+) -> list[tuple[list[Tensor], ...]]:
+    """Hidden states of every set before each of the first ``left`` blocks, whose reverse sweep is still to come.
+
+    ``sets`` end after the last block where that is one of them: its output begins the reverse sweep.
+    """
+    stored: list[tuple[list[Tensor], ...]] = []
+    count = len(stream.structure.blocks)
+    for spec in stream.structure.blocks[:left]:
+        stored.append(tuple(list(s.hidden) for s in sets))
+        if spec.index < left - 1 or left == count:
+            with stream.block(spec.index) as block:
+                # Only the head needs what the last block gives on the calibration rows.
+                for activations in sets[1:] if spec.index == count - 1 and not stream.structure.head else sets:
+                    advance(block, spec, activations)
+        progress("forward sweep", spec.index + 1, left)
+    return stored
 
 
 @dataclass

@@ -13,12 +13,14 @@ from hawqtool.errors import NumericalError
 from hawqtool.evaluation.divergence import embedding_error, kl_divergence
 from hawqtool.formats import QuantFormat
 from hawqtool.model.replay import Call
+from hawqtool.model.saving import NOTHING_SAVED, Saved
 from hawqtool.model.sweep import Activations, ModelStream, advance, read_weight, replace_weight, run_block
 from hawqtool.records import BlockSpec, LinearSpec, Score
 from hawqtool.rounding.layer import RoundingMethod
 from hawqtool.sensitivity.measure import Progress, group_errors, rounding_errors
 from hawqtool.sensitivity.scores import mean_score
 
+_SCORES = "scores"
 UnitScores = dict[str, dict[str, Score]]
 Carried = dict[tuple[str, str], list[Tensor]]
 """Unit and format label to hidden states, slice by slice."""
@@ -35,16 +37,14 @@ def single_unit_divergence(
     stored_dtypes: Mapping[str, torch.dtype],
     rows_per_slice: int,
     progress: Progress,
+    saved: Saved = NOTHING_SAVED,
 ) -> UnitScores:
     """Divergence ``[unit][format label]`` from the original, with its standard error over rows.
 
     Nothing is expanded: Q(W) takes the place of W in all members of one unit, and the model is run. Q is the rounding
-    of `hawqtool.sensitivity.measure.measure`, with the original model's Gram matrices of the calibration rows. A unit
-    costs, per format, one forward pass from its first block to the end: what comes before is the original's and is
-    kept. **The whole model is held on the device**, unlike in all other sweeps, for each candidate needs all later
-    blocks.
-
-    Below a floor that the dtype of the activations sets, a divergence is rounding noise, of either sign.
+    of `hawqtool.sensitivity.measure.measure`, with the original's Gram matrices of the calibration rows. A unit costs,
+    per format, a forward pass from its first block on. **The whole model is held on the device**, unlike in all other
+    sweeps. Below a floor that the dtype of the activations sets, a divergence is rounding noise, of either sign.
 
     Args:
         stream: The original model.
@@ -55,6 +55,7 @@ def single_unit_divergence(
         stored_dtypes: Linear to the dtype of its stored scales.
         rows_per_slice: Rows per forward pass.
         progress: Called with the phase, candidates done and candidates in all.
+        saved: Keeps the scores after every block; what it has of the same arguments is not measured again.
 
     Returns:
         Mean KL(original || candidate) in nats per output, or the relative squared error of the embedding.
@@ -62,7 +63,7 @@ def single_unit_divergence(
     Raises:
         NumericalError: If a candidate's outputs are not finite.
     """
-    rounding, scores = (menu, method, stored_dtypes), UnitScores()
+    (done, scores), rounding = load_scores(saved), (menu, method, stored_dtypes)
 
     def keep(unit: str, found: dict[str, Score]) -> None:
         scores[unit] = found
@@ -75,17 +76,49 @@ def single_unit_divergence(
         judge = Judge(stream, stream, scoring, run_blocks(modules, seen.calls, seen.hidden, 0))
         carried: Carried = {}
         for spec, block in zip(stream.structure.blocks, modules, strict=True):
-            errors = rounding_errors(block, spec, known, *rounding)
-            for unit, finals in unit_finals(stream, modules, spec, seen, errors, menu, carried):
-                keep(unit, judge.scores(unit, finals))
-            for activations in (known, seen):
-                advance(block, spec, activations)
+            if spec.index >= done:
+                errors = rounding_errors(block, spec, known, *rounding)
+                for unit, finals in unit_finals(stream, modules, spec, seen, errors, menu, carried):
+                    keep(unit, judge.scores(unit, finals))
+                if not carried:
+                    save_scores(saved, spec.index + 1, scores)
+            advance(block, spec, known)
+            advance(block, spec, seen)
         if stream.structure.head:
-            head, statistics = stream.structure.head, stream.head_statistics(calibration, known)
-            errors = group_errors(stream.model, head, head.linears, statistics, *rounding)
-            for linear in (linear for linear in head.linears if linear.name in errors):
-                keep(linear.unit, judge.head_scores(linear, errors[linear.name]))
+            for unit, found in _head_scores(stream, calibration, known, judge, *rounding):
+                keep(unit, found)
     return {unit.name: scores[unit.name] for unit in stream.structure.units if unit.name in scores}
+
+
+def _head_scores(
+    stream: ModelStream,
+    calibration: Tensor,
+    known: Activations,
+    judge: Judge,
+    menu: Mapping[str, Sequence[QuantFormat]],
+    method: RoundingMethod,
+    stored_dtypes: Mapping[str, torch.dtype],
+) -> Iterator[tuple[str, dict[str, Score]]]:
+    """Scores of the output head's unit, where it has formats to measure."""
+    head, statistics = stream.structure.head, stream.head_statistics(calibration, known)
+    assert head is not None  # the caller saw to it
+    errors = group_errors(stream.model, head, head.linears, statistics, menu, method, stored_dtypes)
+    for linear in (linear for linear in head.linears if linear.name in errors):
+        yield linear.unit, judge.head_scores(linear, errors[linear.name])
+
+
+def load_scores(saved: Saved) -> tuple[int, UnitScores]:
+    """Leading blocks whose units were scored before an interruption, and the scores."""
+    known = saved.load(_SCORES)
+    if known is None:
+        return 0, {}
+    return known["blocks"], {u: {n: Score(*pair) for n, pair in found.items()} for u, found in known["scores"].items()}
+
+
+def save_scores(saved: Saved, blocks: int, scores: UnitScores) -> None:
+    """Keep the scores of the units of leading blocks; to be called when no unit goes on beyond them."""
+    pairs = {u: {n: (score.value, score.stderr) for n, score in found.items()} for u, found in scores.items()}
+    saved.save(_SCORES, {"blocks": blocks, "scores": pairs})
 
 
 def unit_finals(

@@ -1,0 +1,163 @@
+"""Runs that are cut short again and again give the result of an undisturbed run, to the bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hawqtool.config import RunConfig
+from hawqtool.errors import UsageError
+from hawqtool.pipeline.checkpoints import Checkpoints
+from hawqtool.pipeline.measuring import run_measure
+from hawqtool.pipeline.progress import Silent
+from hawqtool.pipeline.quantize import run_quantize
+from hawqtool.pipeline.reporting import file_hash
+from tests.e2e.runs import MIXED_TARGET, read, settings
+from tests.tiny_zoo import kind_named, save_kind
+
+ROOT = Path(__file__).resolve().parents[2]
+INSTALLED = Path(sys.executable).parent / "hawqtool"
+
+
+class Interrupt:
+    """Interrupts once so many contents were saved; the last one is complete then."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.left: int | None = None
+        self.keys: list[str] = []
+        save = Checkpoints.save
+
+        def counted(store: Checkpoints, key: str, content: Any) -> None:
+            save(store, key, content)
+            self.keys.append(store.prefix + key)
+            if self.left is not None:
+                self.left -= 1
+                if self.left == 0:
+                    raise KeyboardInterrupt
+
+        monkeypatch.setattr(Checkpoints, "save", counted)
+
+
+def quantize(config: RunConfig, **changes: Any) -> dict[str, Any]:
+    return run_quantize(config.model_copy(update=changes), "hawqtool quantize", Silent(), lambda _: None)
+
+
+def result(folder: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Hash of the weights, plan and scores; times left out."""
+    plan = read(folder / "reproduce/plan.json") | {"seconds": None}
+    scores = read(folder / "reproduce/sensitivity.json")
+    scores["settings"].pop("seconds")
+    return file_hash(folder / "model.safetensors"), plan, scores
+
+
+CHAINS: dict[str, dict[str, Any]] = {
+    "dense": {"exchanges": 1, "extra_metrics": ("kl",), "calibration": "self"},
+    "drift": {"rounding": "gptaq", "exchanges": 1},
+    "held-out rows": {"rounding": "foem", "foem_beta": "auto", "target_shift": "auto", "rows_per_slice": 4},
+    "experts in slices": {"kind": "qwen3-moe", "rows_per_slice": 4, "exchanges": 1},
+    "experts in one slice": {"kind": "qwen3-moe", "rows_per_slice": 16, "shortlist": 1, "rounding": "foem"},
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_interrupted_again_and_again(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr("hawqtool.pipeline.quantize.matplotlib_installed", lambda: False)  # drawing takes longer
+    options = dict(CHAINS[name])
+    kind = options.pop("kind", None)
+    if kind:
+        options["model"] = save_kind(kind_named(kind), tmp_path / "model")
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    small = {"bits": "2,4,8", "target_bpw": MIXED_TARGET, "num_samples": 8, "seq_len": 16, "eval_samples": 4}
+    config = settings(place, **(small | options), output=folder / "out")
+    quantize(config, output=str(folder / "undisturbed"))
+    interrupt = Interrupt(monkeypatch)
+    for starts in range(1, 200):
+        interrupt.left = (4, 5, 9)[starts % 3]  # the number of starts, and some things more
+        try:
+            report = quantize(config, resume=True)
+        except KeyboardInterrupt as error:
+            assert not (folder / "out").exists()
+            assert any("--resume" in note for note in getattr(error, "__notes__", ())) or starts < 3
+            continue
+        break
+    assert report["starts"] == starts > 4
+    assert result(folder / "out") == result(folder / "undisturbed")
+    assert sorted(path.name for path in folder.iterdir()) == ["out", "undisturbed"]
+    # Nothing was done twice: what is saved once per block or plan was saved once.
+    done = [key for key in interrupt.keys if ".block." in key or key.endswith((".quality", "table"))]
+    assert len(done) == len(set(done))
+
+
+def test_another_run_is_refused(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = settings(place, bits="4", target_bpw=4.5, output=tmp_path / "out", rounding="rtn")
+    interrupt = Interrupt(monkeypatch)
+    interrupt.left = 8
+    with pytest.raises(KeyboardInterrupt):
+        quantize(config)
+    interrupt.left = None
+    other = tmp_path / "other.txt"
+    other.write_text((place / "text.txt").read_text()[100:])
+    moved = tmp_path / "moved/text.txt"
+    moved.parent.mkdir()
+    moved.write_text((place / "text.txt").read_text()[100:])
+    for changes, said in (
+        ({"seed": 5}, "seed was 0, is 5"),
+        ({"target_bpw": 4.625}, "target_bpw was 4.5, is 4.625"),
+        ({"rows_per_slice": 4}, "rows_per_slice was 16, is 4"),
+        ({"calibration": (str(other),)}, "calibration was {'text.txt': 1.0}, is {'other.txt': 1.0}"),
+        ({"calibration": (str(moved),)}, "scoring rows was"),
+    ):
+        with pytest.raises(UsageError) as caught:
+            quantize(config, resume=True, **changes)
+        assert said in str(caught.value)
+    assert quantize(config, resume=True)["starts"] == 2
+
+
+def test_measure_goes_on(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = settings(place, bits="2,4", num_samples=8, seq_len=16)
+    run_measure(config, tmp_path / "undisturbed.json", Silent())
+    interrupt = Interrupt(monkeypatch)
+    interrupt.left = 4
+    with pytest.raises(KeyboardInterrupt):
+        run_measure(config, tmp_path / "s.json", Silent())
+    interrupt.left = None
+    assert interrupt.keys[-1] == "measure.reverse-sweep"
+    run_measure(config.model_copy(update={"resume": True}), tmp_path / "s.json", Silent())
+    found, expected = read(tmp_path / "s.json"), read(tmp_path / "undisturbed.json")
+    assert found | {"settings": None} == expected | {"settings": None}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["s.json", "undisturbed.json"]
+
+
+def test_a_signal_keeps_the_work_and_says_so(place: Path, tmp_path: Path) -> None:
+    text = ("--calibration", place / "other.txt", "--num-samples", "8", "--seq-len", "16", "--eval-samples", "4")
+    target = ("--bits", "4", "--target-bpw", "4.5", "--group-size", "32", "--device", "cpu", "--quiet")
+    command = [*map(str, (INSTALLED, "quantize", place / "model", "-o", tmp_path / "out", *text, *target))]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
+    awaited = tmp_path / ".out.hawqtool/saved/original-states.state"
+    while not awaited.exists() and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 143, error
+    assert error.startswith("terminated: the finished work is kept in ") and len(error.splitlines()) == 1
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert read(tmp_path / "out/report.json")["starts"] == 2
+
+
+def test_the_kill_script(tmp_path: Path) -> None:
+    counts = ["--kills", "2", "--terms", "1", "--layers", "2", "--disks", "1" if os.geteuid() == 0 else "0"]
+    command = [sys.executable, str(ROOT / "scripts/kill_tests.py"), *counts]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "every trial gave the hashes and the plan of the undisturbed run"
