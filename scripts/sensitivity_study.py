@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 from hawqtool.errors import HawqError, UsageError
 from hawqtool.pipeline.report_page import matplotlib_installed

@@ -33,8 +33,6 @@ def session(quiet: bool = False, debug: bool = False) -> Iterator[Terminal]:
     """Run a command; expected failures become one line and their exit code."""
     # Spinning worker threads take the cores of other programs; libraries must stay quiet.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # torch then asks for huge pages: fresh activations otherwise cost more time in page faults than in arithmetic.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
