@@ -76,7 +76,8 @@ def factorize(
     order = torch.argsort(diagonal, descending=True, stable=True)
     if not act_order:
         order = torch.arange(len(order), device=gram.device)
-    work = work[order][:, order].flip(0, 1)
+    backwards = order.flip(0)
+    work = work.index_select(0, backwards).index_select(1, backwards)
     for retries in range(_MAX_RETRIES + 1):  # noqa: B007 (read after the loop)
         damped = work.clone()
         damped.diagonal().add_(fraction * mean)
