@@ -288,15 +288,30 @@ def group_statistics(
     activations: Activations,
     groups: Sequence[Sequence[LinearSpec]],
     original: nn.Module | None = None,
+    whole: bool = False,
 ) -> Iterator[tuple[Sequence[LinearSpec], GroupStatistics]]:
-    """Statistics of some groups over all slices; a pass stops once it has seen the last of them.
+    """Statistics of some groups over all slices.
 
-    ``original`` is the block with the original weights where the drift from its inputs is wanted, which also needs
-    the original's hidden states.
+    Args:
+        block: The loaded block.
+        spec: Its structure.
+        activations: Hidden states before the block.
+        groups: Input groups, in call order.
+        original: The block with the original weights where the drift from its inputs is wanted, which also needs the
+            original's hidden states.
+        whole: Replace the hidden states by the block's output on the way; otherwise a pass stops once it has seen
+            the last of the groups.
+
+    Raises:
+        NumericalError: If a value of the output is NaN or Inf; names the block.
     """
     totals: dict[str, GroupStatistics] = {}
     for position in range(len(activations.hidden)):
-        _add_slice(totals, block, spec, activations, position, groups, original)
+        output = _add_slice(totals, block, spec, activations, position, groups, original, whole)
+        if output is not None:
+            activations.hidden[position] = output
+    if whole:
+        check_states(activations.hidden, f"the output of block {spec.name}")
     for group in groups:
         yield group, totals.pop(group[0].name)
 
@@ -309,8 +324,9 @@ def _add_slice(
     position: int,
     groups: Sequence[Sequence[LinearSpec]],
     original: nn.Module | None,
-) -> None:
-    """Add one slice to the totals of some groups."""
+    whole: bool,
+) -> Tensor | None:
+    """Add one slice to the totals of some groups; gives the block's output where the pass is to be whole."""
     call, slices = activations.calls[position][spec.index], len(activations.hidden)
     others: dict[str, Tensor] = {}
 
@@ -327,7 +343,7 @@ def _add_slice(
 
     if original is not None and activations.original is not None:
         _run_to(groups, original, spec, activations.original[position], call, slices, keep)
-    _run_to(groups, block, spec, activations.hidden[position], call, slices, accumulate)
+    return _run_to(groups, block, spec, activations.hidden[position], call, slices, accumulate, whole)
 
 
 def _run_to(
@@ -338,14 +354,15 @@ def _run_to(
     call: Call,
     slices: int,
     see: Callable[[Sequence[LinearSpec], Tensor, int], None],
-) -> None:
-    """Show the inputs of some groups in one slice; the pass stops behind the last of them."""
+    whole: bool = False,
+) -> Tensor | None:
+    """Show the inputs of some groups in one slice; the pass stops behind the last, or gives the output if whole."""
 
     def see_wanted(group: Sequence[LinearSpec], x: Tensor, routed: int) -> None:
         if group not in groups:
             return
         see(group, x, routed)
-        if group is groups[-1]:
+        if group is groups[-1] and not whole:
             raise _StageReached
 
     with (
@@ -354,7 +371,8 @@ def _run_to(
         torch.no_grad(),
         suppress(_StageReached),
     ):
-        run_block(block, hidden, call)
+        return run_block(block, hidden, call)
+    return None
 
 
 @contextmanager

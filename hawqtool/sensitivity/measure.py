@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from hawqtool.errors import NumericalError
 from hawqtool.formats import QuantFormat
 from hawqtool.model.experts import ExpertLinear
 from hawqtool.model.saving import NOTHING_SAVED, Saved
@@ -29,10 +29,13 @@ from hawqtool.records import BlockSpec, LinearSpec, Score, Unit
 from hawqtool.rounding.factor import factorize
 from hawqtool.rounding.grid import dequantize
 from hawqtool.rounding.layer import RoundingMethod, Task, round_group
+from hawqtool.sensitivity.loss import head_rows, loss_gradients
 from hawqtool.sensitivity.scores import SIGNED, LayerRows, RowValues, add_rows, mean_score, score_rows, to_scores
 
 Progress = Callable[[str, int, int], None]
 _SWEEP = "reverse-sweep"
+_GRAM_SHARE = 2
+"""Gram matrices of a block are kept where they take at most this many times its hidden states on the same rows."""
 
 
 @dataclass(frozen=True)
@@ -90,51 +93,34 @@ def measure(
     left = count if begun is None else int(begun["left"])
     known = stream.embed(calibration, rows_per_slice, method.needs_held_out)
     sets = (known, stream.embed(scoring, rows_per_slice))
-    stored = _forward_sweep(stream, sets, left, progress)
+    stored = _forward_sweep(stream, *sets, left, menu, progress)
     if begun is None:
-        gradients, outputs = _loss_gradients(stream, scoring.split(rows_per_slice), sets[1].hidden, seed)
+        gradients, outputs = loss_gradients(stream, scoring.split(rows_per_slice), sets[1].hidden, seed)
         found = _Found({}, {}, {})
         if stream.structure.head:
-            statistics = stream.head_statistics(calibration, known)
-            rows = _head_rows(stream, scoring, sets[1].hidden, seed)
+            moments = stream.head_statistics(calibration, known)
+            rows = head_rows(stream, scoring, sets[1].hidden, seed)
             seen = LayerRows(rows, sets[1].hidden[0].shape[1], outputs)
-            _measure_head(stream, statistics, seen, menu, method, stored_dtypes, found)
+            _measure_head(stream, moments, seen, menu, method, stored_dtypes, found)
     else:
         gradients, outputs = [gradient.to(stream.device) for gradient in begun["gradients"]], begun["outputs"]
         found = _Found(**begun["found"])
     for spec in reversed(stream.structure.blocks[:left]):
-        for activations, hidden in zip(sets, stored.pop(), strict=True):
-            activations.hidden = hidden
+        kept, sets[0].hidden, sets[1].hidden = stored.pop()
+        groups = _wanted_groups(spec, menu)
+        errors: dict[str, dict[str, Tensor]] = {}
         with stream.block(spec.index) as block:
-            errors = rounding_errors(block, spec, sets[0], menu, method, stored_dtypes)
+            for group, statistics in kept or (group_statistics(block, spec, sets[0], groups) if groups else ()):
+                errors |= group_errors(block, spec, group, statistics, menu, method, stored_dtypes)
+            del kept
             layers, gradients = _backward(block, spec, sets[1], gradients, outputs, found.input_power)
         check_states(gradients, f"the gradient at the input of block {spec.name}")
-        for linear in spec.linears:
-            if linear.name in errors:
-                found.add(linear, layers.pop(linear.name), errors.pop(linear.name))
+        for group in groups:
+            members = [linear for linear in group if linear.name in errors]
+            found.add(members, [layers.pop(m.name) for m in members], [errors.pop(m.name) for m in members])
         saved.save(_SWEEP, {"left": spec.index, "gradients": gradients, "outputs": outputs, "found": vars(found)})
         progress("reverse sweep", count - spec.index, count)
     return found.measurement(stream.structure.units, outputs)
-
-
-def _forward_sweep(
-    stream: ModelStream, sets: Sequence[Activations], left: int, progress: Progress
-) -> list[tuple[list[Tensor], ...]]:
-    """Hidden states of every set before each of the first ``left`` blocks, whose reverse sweep is still to come.
-
-    ``sets`` end after the last block where that is one of them: its output begins the reverse sweep.
-    """
-    stored: list[tuple[list[Tensor], ...]] = []
-    count = len(stream.structure.blocks)
-    for spec in stream.structure.blocks[:left]:
-        stored.append(tuple(list(s.hidden) for s in sets))
-        if spec.index < left - 1 or left == count:
-            with stream.block(spec.index) as block:
-                # Only the head needs what the last block gives on the calibration rows.
-                for activations in sets[1:] if spec.index == count - 1 and not stream.structure.head else sets:
-                    advance(block, spec, activations)
-        progress("forward sweep", spec.index + 1, left)
-    return stored
 
 
 @dataclass
@@ -145,10 +131,14 @@ class _Found:
     input_power: dict[str, Tensor]
     error_norms: dict[str, dict[str, float]]
 
-    def add(self, linear: LinearSpec, layer: LayerRows, errors: Mapping[str, Tensor]) -> None:
-        add_rows(self.unit_rows.setdefault(linear.unit, {}), score_rows(layer, errors))
-        norms = {label: float(error.square().sum(dtype=torch.float64)) for label, error in errors.items()}
-        self.error_norms[linear.name] = norms
+    def add(
+        self, linears: Sequence[LinearSpec], layers: Sequence[LayerRows], errors: Sequence[Mapping[str, Tensor]]
+    ) -> None:
+        """Add linears that share their input."""
+        for linear, values, by_label in zip(linears, score_rows(layers, errors), errors, strict=True):
+            add_rows(self.unit_rows.setdefault(linear.unit, {}), values)
+            norms = {label: float(error.square().sum(dtype=torch.float64)) for label, error in by_label.items()}
+            self.error_norms[linear.name] = norms
 
     def measurement(self, units: Sequence[Unit], outputs: int) -> Measurement:
         scores: dict[str, dict[str, dict[str, Score]]] = {}
@@ -163,36 +153,68 @@ class _Found:
         return Measurement(scores, projections, self.error_norms, power)
 
 
-def _loss_gradients(
-    stream: ModelStream, rows: Sequence[Tensor], hidden: list[Tensor], seed: int
-) -> tuple[list[Tensor], int]:
-    """Gradient of each row's summed loss at the last block's output, and the outputs that a row has."""
-    generator = torch.Generator(stream.device).manual_seed(seed)
-    gradients, count = [], 0
-    for part, states in zip(rows, hidden, strict=True):
-        found = []
-        for row, state in zip(part, states, strict=True):
-            leaf = state[None].detach().requires_grad_()
-            outputs = stream.outputs(row[None], leaf)[0].float()
-            if not bool(torch.isfinite(outputs).all()):
-                raise NumericalError("the original model gives outputs that are NaN or Inf; check its weights")
-            count = len(outputs)
-            loss = (_label_loss if stream.task.logits else _embedding_loss)(outputs, generator)
-            found.append(torch.autograd.grad(loss, leaf)[0])
-        gradients.append(torch.cat(found))
-    return gradients, count
+_Statistics = list[tuple[Sequence[LinearSpec], GroupStatistics]]
 
 
-def _label_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Summed negative log-likelihood of labels drawn from the model at every output ``[outputs, classes]``."""
-    labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-    return nn.functional.cross_entropy(logits, labels, reduction="sum")
+class _Stored(NamedTuple):
+    """What the forward sweep leaves for the reverse one, about one block.
+
+    Args:
+        statistics: Of the input groups on the calibration rows; empty where they are to be found again.
+        calibration: Hidden states before the block, for that; else empty.
+        scoring: Hidden states before the block.
+    """
+
+    statistics: _Statistics
+    calibration: list[Tensor]
+    scoring: list[Tensor]
 
 
-def _embedding_loss(embedding: Tensor, generator: torch.Generator) -> Tensor:
-    """Random projection of an embedding ``[1, width]``; half its mean squared change is ‖Δe‖² / ‖e‖²."""
-    direction = torch.randn(embedding.shape, generator=generator, device=embedding.device)
-    return 2**0.5 * (direction * embedding).sum() / embedding.detach().norm()
+def _forward_sweep(
+    stream: ModelStream,
+    calibration: Activations,
+    scoring: Activations,
+    left: int,
+    menu: Mapping[str, Sequence[QuantFormat]],
+    progress: Progress,
+) -> list[_Stored]:
+    """What the reverse sweep needs of the first ``left`` blocks, where it is still to come.
+
+    Both sets of rows end after the last block where that is one of them: its output begins the reverse sweep.
+    """
+    stored = []
+    count = len(stream.structure.blocks)
+    for spec in stream.structure.blocks[:left]:
+        before = list(calibration.hidden), list(scoring.hidden)
+        groups = _wanted_groups(spec, menu)
+        goes_on = spec.index < left - 1 or left == count
+        # Only the head needs what the last block gives on the calibration rows.
+        onward = goes_on and (spec.index < count - 1 or stream.structure.head is not None)
+        with stream.block(spec.index) as block:
+            if _keeps_statistics(groups, calibration):
+                statistics = list(group_statistics(block, spec, calibration, groups, whole=onward))
+                stored.append(_Stored(statistics, [], before[1]))
+            else:
+                stored.append(_Stored([], *before))
+                if onward:
+                    advance(block, spec, calibration)
+            if goes_on:
+                advance(block, spec, scoring)
+        progress("forward sweep", spec.index + 1, left)
+    return stored
+
+
+def _wanted_groups(spec: BlockSpec, menu: Mapping[str, Sequence[QuantFormat]]) -> list[Sequence[LinearSpec]]:
+    return [group for group in spec.input_groups if any(menu.get(linear.unit) for linear in group)]
+
+
+def _keeps_statistics(groups: Sequence[Sequence[LinearSpec]], calibration: Activations) -> bool:
+    """Whether Gram matrices take so little beside the hidden states that they need not be found twice.
+
+    They are the same both times, so this decides on time and memory alone.
+    """
+    gram_bytes = sum(4 * group[0].in_features ** 2 for group in groups) * (2 if calibration.held_out else 1)
+    return 0 < gram_bytes <= _GRAM_SHARE * sum(states.nbytes for states in calibration.hidden)
 
 
 def rounding_errors(
@@ -262,7 +284,7 @@ def _measure_head(
         if linear.name in errors:
             powers: list[Tensor] = []
             rows = _seeing_input_power(seen.rows, read_weight(stream.model, head, linear), powers)
-            found.add(linear, LayerRows(rows, seen.positions, seen.outputs), errors[linear.name])
+            found.add([linear], [LayerRows(rows, seen.positions, seen.outputs)], [errors[linear.name]])
             found.input_power[linear.unit] = torch.stack(powers).cpu()
 
 
@@ -273,20 +295,6 @@ def _seeing_input_power(
     for x, g in rows:
         powers.append((g.float() @ weight).square().sum(dtype=torch.float64))
         yield x, g
-
-
-def _head_rows(
-    stream: ModelStream, rows: Tensor, hidden: Sequence[Tensor], seed: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs of the head and gradients at the logits, row by row; labels are drawn anew."""
-    generator = torch.Generator(stream.device).manual_seed(seed + 1)
-    states = [state for part in hidden for state in part]
-    for row, state in zip(rows, states, strict=True):
-        with torch.no_grad():
-            x = stream.head_inputs(row[None], state[None])
-            logits = stream.outputs(row[None], state[None])[0].float()
-        leaf = logits.requires_grad_()
-        yield x, torch.autograd.grad(_label_loss(leaf, generator), leaf)[0]
 
 
 def _backward(
@@ -302,56 +310,87 @@ def _backward(
     ``input_power`` gains each unit's squared gradients at its inputs, summed over the tokens of a row, ``[rows]``.
     """
     seen: dict[str, tuple[list[Tensor], list[Tensor]]] = {linear.name: ([], []) for linear in spec.linears}
+    powers: dict[str, list[Tensor]] = {linear.unit: [] for linear in spec.linears}
     before = []
     for position, hidden in enumerate(scoring.hidden):
-        captured: dict[str, tuple[nn.Module, Tensor, Tensor]] = {}
-
-        def capture(
-            module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, name: str, into: Any = captured
-        ) -> None:
-            into[name] = (module, inputs[0].detach(), output)
-
-        hooks = [
-            block.get_submodule(local_name(spec, m)).register_forward_hook(partial(capture, name=m.name))
-            for m in spec.linears
-        ]
+        rows, positions = hidden.shape[:2]
         leaf = hidden.detach().requires_grad_()
-        try:
-            with torch.enable_grad():
-                output = run_block(block, leaf, scoring.calls[position][spec.index])
-                names = list(captured)
-                found = torch.autograd.grad(output, [leaf, *(captured[n][2] for n in names)], gradients[position])
-        finally:
-            for hook in hooks:
-                hook.remove()
-        before.append(found[0])
-        for name, gradient in zip(names, found[1:], strict=True):
-            module, x, _ = captured[name]
-            for into, values in zip(seen[name], (x, gradient), strict=True):
-                into += _by_row(module, values, *hidden.shape[:2])
-        for name in seen.keys() - captured.keys():  # an expert that no token of the slice was routed to
+        with torch.enable_grad(), _captured(block, spec) as captured:
+            output = run_block(block, leaf, scoring.calls[position][spec.index])
+            watched = [leaf, *(c.output for c in captured.calls.values()), *(i.alias for i in captured.inputs)]
+            found = list(torch.autograd.grad(output, watched, gradients[position]))
+        before.append(found.pop(0))
+        for name, call in captured.calls.items():
+            for into, values in zip(seen[name], (call.x.detach(), found.pop(0)), strict=True):
+                into += _by_row(call.module, values, rows, positions)
+        for name in seen.keys() - captured.calls.keys():  # an expert that no token of the slice was routed to
             weight = block.get_parameter(f"{local_name(spec, _linear(spec, name))}.weight")
             for into, width in zip(seen[name], reversed(weight.shape), strict=True):
-                into += [weight.new_zeros(0, width)] * len(hidden)
-    _add_input_power(block, spec, {n: g for n, (_, g) in seen.items()}, input_power)
+                into += [weight.new_zeros(0, width)] * rows
+        totals = {unit: torch.zeros(rows, dtype=torch.float64) for unit in powers}
+        for shared, gradient in zip(captured.inputs, found, strict=True):
+            parts = _by_row(shared.module, gradient, rows, positions)
+            totals[shared.unit] += torch.stack([g.float().square().sum(dtype=torch.float64) for g in parts]).cpu()
+        for unit, total in totals.items():
+            powers[unit].append(total)
+    for unit, parts in powers.items():
+        power = torch.cat(parts)
+        input_power[unit] = input_power[unit] + power if unit in input_power else power
     positions = scoring.hidden[0].shape[1]
     return {n: LayerRows(zip(x, g, strict=True), positions, outputs) for n, (x, g) in seen.items()}, before
 
 
-def _add_input_power(
-    block: nn.Module, spec: BlockSpec, gradients: Mapping[str, Sequence[Tensor]], into: dict[str, Tensor]
-) -> None:
-    """Add ‖∂loss/∂x‖² of every unit and row, x reaching the loss through all the unit's linears that share it."""
-    for group in spec.input_groups:
-        for unit in dict.fromkeys(linear.unit for linear in group):
-            members = [linear for linear in group if linear.unit == unit]
-            weights = [read_weight(block, spec, m) for m in members]
-            powers = []
-            for row in zip(*(gradients[m.name] for m in members), strict=True):
-                at_input = sum(g.float() @ weight for g, weight in zip(row, weights, strict=True))
-                powers.append(torch.as_tensor(at_input).square().sum(dtype=torch.float64))
-            power = torch.stack(powers).cpu()
-            into[unit] = into[unit] + power if unit in into else power
+class _Call(NamedTuple):
+    """A linear's call."""
+
+    module: nn.Module
+    x: Tensor
+    output: Tensor
+
+
+class _SharedInput(NamedTuple):
+    """An input under a name of its own for the linears of one unit, so that it has a gradient through them alone."""
+
+    unit: str
+    module: nn.Module
+    x: Tensor
+    alias: Tensor
+
+
+@dataclass
+class _Captured:
+    """Calls of a block's linears by name, and their inputs in call order."""
+
+    calls: dict[str, _Call]
+    inputs: list[_SharedInput]
+
+
+@contextmanager
+def _captured(block: nn.Module, spec: BlockSpec) -> Iterator[_Captured]:
+    """Note what the block's linears are called with while the context lasts."""
+    captured = _Captured({}, [])
+
+    def share(module: nn.Module, inputs: tuple[Tensor, ...], unit: str) -> tuple[Tensor, ...]:
+        x = inputs[0]
+        known = next((i for i in captured.inputs if i.unit == unit and i.x is x), None)
+        if known is None:
+            known = _SharedInput(unit, module, x, x.view_as(x))
+            captured.inputs.append(known)
+        return known.alias, *inputs[1:]
+
+    def capture(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, name: str) -> None:
+        captured.calls[name] = _Call(module, inputs[0], output)
+
+    hooks = []
+    for linear in spec.linears:
+        module = block.get_submodule(local_name(spec, linear))
+        hooks.append(module.register_forward_pre_hook(partial(share, unit=linear.unit)))
+        hooks.append(module.register_forward_hook(partial(capture, name=linear.name)))
+    try:
+        yield captured
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _linear(spec: BlockSpec, name: str) -> LinearSpec:
