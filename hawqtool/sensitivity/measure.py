@@ -29,6 +29,7 @@ from hawqtool.records import BlockSpec, LinearSpec, Score, Unit
 from hawqtool.rounding.factor import factorize
 from hawqtool.rounding.grid import dequantize
 from hawqtool.rounding.layer import RoundingMethod, Task, round_group
+from hawqtool.sensitivity.growth import GROWTH_LIMIT, GradientGrowth
 from hawqtool.sensitivity.loss import head_rows, loss_gradients
 from hawqtool.sensitivity.scores import SIGNED, LayerRows, RowValues, add_rows, mean_score, score_rows, to_scores
 
@@ -50,12 +51,14 @@ class Measurement:
         input_fisher: Per unit the trace of the Fisher matrix with respect to its input x at all tokens, per output,
             E‖∂loss/∂x‖²: noise of variance σ² on x costs σ²/2 times it. This is HAWQ-V2's sensitivity of activations
             (Dong et al. 2020, section 3.3) with the Gauss-Newton matrix in place of the Hessian.
+        shortened_rows: Scoring rows whose gradients were shortened (see `GradientGrowth`).
     """
 
     scores: dict[str, dict[str, dict[str, Score]]]
     projections: dict[str, dict[str, list[float]]]
     error_norms: dict[str, dict[str, float]]
     input_fisher: dict[str, Score]
+    shortened_rows: int
 
 
 def measure(
@@ -69,6 +72,7 @@ def measure(
     seed: int,
     progress: Progress,
     saved: Saved = NOTHING_SAVED,
+    growth_limit: float = GROWTH_LIMIT,
 ) -> Measurement:
     """Scores of the original model.
 
@@ -87,6 +91,7 @@ def measure(
         progress: Called with the phase, blocks done and blocks in all.
         saved: Keeps the reverse sweep, block by block; what an interrupted measurement of the same arguments kept is
             not measured again, and the result is equal to the bit.
+        growth_limit: See `GradientGrowth`; infinite for gradients as they are.
     """
     begun = saved.load(_SWEEP)
     count = len(stream.structure.blocks)
@@ -96,6 +101,7 @@ def measure(
     stored = _forward_sweep(stream, *sets, left, menu, progress)
     if begun is None:
         gradients, outputs = loss_gradients(stream, scoring.split(rows_per_slice), sets[1].hidden, seed)
+        growth = GradientGrowth.of(gradients, growth_limit)
         found = _Found({}, {}, {})
         if stream.structure.head:
             moments = stream.head_statistics(calibration, known)
@@ -104,7 +110,7 @@ def measure(
             _measure_head(stream, moments, seen, menu, method, stored_dtypes, found)
     else:
         gradients, outputs = [gradient.to(stream.device) for gradient in begun["gradients"]], begun["outputs"]
-        found = _Found(**begun["found"])
+        growth, found = GradientGrowth(**begun["growth"]), _Found(**begun["found"])
     for spec in reversed(stream.structure.blocks[:left]):
         kept, sets[0].hidden, sets[1].hidden = stored.pop()
         groups = _wanted_groups(spec, menu)
@@ -114,13 +120,15 @@ def measure(
                 errors |= group_errors(block, spec, group, statistics, menu, method, stored_dtypes)
             del kept
             layers, gradients = _backward(block, spec, sets[1], gradients, outputs, found.input_power)
+        gradients = growth.limited(gradients)
         check_states(gradients, f"the gradient at the input of block {spec.name}")
         for group in groups:
             members = [linear for linear in group if linear.name in errors]
             found.add(members, [layers.pop(m.name) for m in members], [errors.pop(m.name) for m in members])
-        saved.save(_SWEEP, {"left": spec.index, "gradients": gradients, "outputs": outputs, "found": vars(found)})
+        state = {"left": spec.index, "gradients": gradients, "outputs": outputs}
+        saved.save(_SWEEP, state | {"growth": vars(growth), "found": vars(found)})
         progress("reverse sweep", count - spec.index, count)
-    return found.measurement(stream.structure.units, outputs)
+    return found.measurement(stream.structure.units, outputs, growth.shortened)
 
 
 @dataclass
@@ -140,7 +148,7 @@ class _Found:
             norms = {label: float(error.square().sum(dtype=torch.float64)) for label, error in by_label.items()}
             self.error_norms[linear.name] = norms
 
-    def measurement(self, units: Sequence[Unit], outputs: int) -> Measurement:
+    def measurement(self, units: Sequence[Unit], outputs: int, shortened_rows: int) -> Measurement:
         scores: dict[str, dict[str, dict[str, Score]]] = {}
         projections: dict[str, dict[str, list[float]]] = {}
         for unit in units:
@@ -150,7 +158,7 @@ class _Found:
             if values:
                 projections[unit.name] = {label: rows.tolist() for label, rows in values[SIGNED].items()}
         power = {u.name: mean_score(self.input_power[u.name] / outputs) for u in units if u.name in self.unit_rows}
-        return Measurement(scores, projections, self.error_norms, power)
+        return Measurement(scores, projections, self.error_norms, power, shortened_rows)
 
 
 _Statistics = list[tuple[Sequence[LinearSpec], GroupStatistics]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -275,6 +276,7 @@ def measured(job: Job, method: str, rows_per_slice: int) -> dict[str, dict[str, 
         rows_per_slice,
         SEED,
         lambda *_: None,
+        growth_limit=math.inf,
     ).scores
 
 
@@ -366,6 +368,7 @@ def test_wider_formats_score_lower_and_units_can_be_skipped(job: Job) -> None:
         3,
         SEED,
         lambda *_: None,
+        growth_limit=math.inf,
     ).scores
     for metric in METRICS:
         scores = found[metric][kept]
