@@ -47,7 +47,7 @@ class CostTable:
                 self._add(str(entry["unit"]), str(entry["format"]).strip(), float(entry["cost"]))
             except KeyError as error:
                 raise InputError(f"{path}: entry {place} has no {error}, expected unit, format and cost") from None
-            except (ValueError, TypeError, re.error) as error:
+            except (ValueError, TypeError, OverflowError, RecursionError, re.error) as error:
                 raise InputError(f"{path}: entry {place} is malformed ({short(str(error))})") from None
 
     def _add(self, name: str, kind: str, cost: float) -> None:
