@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -107,7 +108,7 @@ class RunConfig(BaseModel):
     @classmethod
     def _parse_extra_metrics(cls, value: Any) -> Any:
         names = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
-        if not isinstance(names, (list, tuple)) or not set(names) <= set(EXTRA_METRICS):
+        if not isinstance(names, (list, tuple)) or not all(name in EXTRA_METRICS for name in names):
             raise ValueError(f"expected {', '.join(EXTRA_METRICS)}")
         return tuple(dict.fromkeys(names))
 
@@ -138,8 +139,8 @@ class RunConfig(BaseModel):
         names = [split_weight(source)[0] for source in value]
         if not names or not all(names):
             raise ValueError("expected a source, such as self, text.txt or text.txt=2")
-        if any(split_weight(source)[1] <= 0 for source in value):
-            raise ValueError("expected weights above 0")
+        if not all(0 < split_weight(source)[1] < float("inf") for source in value):
+            raise ValueError("expected weights above 0 that are finite")
         if len(set(names)) < len(names):
             raise ValueError("a source is given twice; give it once, with a weight")
         return value
@@ -154,7 +155,7 @@ class RunConfig(BaseModel):
     @field_validator("sensitivity")
     @classmethod
     def _check_sensitivity(cls, value: str) -> str:
-        if value not in ("auto", *SCORE_METRICS) and not Path(value).is_file():
+        if value not in ("auto", *SCORE_METRICS) and not os.path.isfile(value):
             raise ValueError(f"expected auto, {', '.join(SCORE_METRICS)} or an existing sensitivity.json")
         return value
 
@@ -321,8 +322,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         UsageError: If it is missing, no YAML, or holds something else than keys.
     """
-    if not path.is_file():
-        raise UsageError(f"configuration file {path} was not found")
+    if not os.path.isfile(path):
+        raise UsageError(f"configuration file {path} was not found; check the path given to -c")
     try:
         loaded = parse_yaml(read_bounded(path, MAX_YAML_BYTES))
     except ParseError as error:

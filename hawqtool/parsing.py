@@ -59,8 +59,8 @@ def parse_json(content: bytes | str, max_values: int = MAX_VALUES) -> Any:
     """Value of a JSON text. NaN and Infinity, which Python writes, are taken.
 
     Raises:
-        ParseError: If it is no JSON, not UTF-8, has more than ``max_values`` values or more than `MAX_DEPTH`
-            containers inside each other, or an object has a key twice.
+        ParseError: If it is no JSON, not UTF-8, holds half a surrogate pair, has more than ``max_values`` values or
+            more than `MAX_DEPTH` containers inside each other, or an object has a key twice.
     """
     try:
         text = content.decode("utf-8") if isinstance(content, bytes) else content
@@ -75,6 +75,8 @@ def parse_json(content: bytes | str, max_values: int = MAX_VALUES) -> Any:
     except ValueError as error:  # also: text that is not UTF-8, integers of thousands of digits
         raise ParseError(short(str(error))) from None
     _check_depth(value)
+    if "\\ud" in text or "\\uD" in text:
+        _check_text(value)
     return value
 
 
@@ -100,6 +102,7 @@ def parse_yaml(content: bytes) -> Any:
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # numbers and dates that cannot be
         raise ParseError(short(" ".join(str(error).split()))) from None
     _check_depth(value)
+    _check_text(value)
     return value
 
 
@@ -154,6 +157,22 @@ def _check_depth(value: Any) -> None:
         if not level:
             return
     raise ParseError(_TOO_DEEP)
+
+
+def _check_text(value: Any) -> None:
+    """Refuse half surrogate pairs, which escapes can spell but no file can hold; depth was checked."""
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            raise ParseError(f"it holds {shown(value)} with half a surrogate pair") from None
+    elif isinstance(value, dict):
+        for key, child in value.items():
+            _check_text(key)
+            _check_text(child)
+    elif isinstance(value, list):
+        for child in value:
+            _check_text(child)
 
 
 class _PlainLoader(yaml.SafeLoader):

@@ -220,7 +220,7 @@ def _matcher(pattern: str, flag: str) -> Callable[[str], bool]:
         return lambda name: name == pattern
     try:
         expression = re.compile(pattern.removeprefix(REGEX_PREFIX))
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise UsageError(f"{flag} {pattern} is not a valid regular expression ({error}); correct it") from None
     return lambda name: expression.match(name) is not None
 

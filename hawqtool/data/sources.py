@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hawqtool.errors import InputError
-from hawqtool.parsing import ParseError, parse_json
+from hawqtool.parsing import ParseError, parse_json, short
 
 FIELDS = ("text", "messages", "input_ids")
 """What a record may hold; of several the first counts."""
@@ -73,10 +74,10 @@ def parse_dataset(text: str) -> DatasetSpec:
 
 def is_hub(text: str) -> bool:
     """Whether a source names a dataset of the hub, not something on this machine."""
-    if Path(text).exists() or Path(text).suffix.lower() in _FILE_SUFFIXES:
+    if os.path.exists(text) or Path(text).suffix.lower() in _FILE_SUFFIXES:
         return False
     name = text.partition("@")[0].partition(":")[0]
-    return not Path(name).exists() and _HUB_NAME.fullmatch(name) is not None
+    return not os.path.exists(name) and _HUB_NAME.fullmatch(name) is not None
 
 
 def public_name(text: str) -> str:
@@ -92,19 +93,19 @@ def open_source(text: str) -> Source:
             the records raises it too, with the place of the record.
     """
     path = Path(text)
-    if path.is_file():
+    if os.path.isfile(path):
         reader = {**dict.fromkeys(_JSON_SUFFIXES, _json_lines), **dict.fromkeys(_PARQUET_SUFFIXES, _parquet)}
         return Source(path.name, reader.get(path.suffix.lower(), _text_lines)(path))
-    if path.is_dir():
+    if os.path.isdir(path):
         return _local_dataset(DatasetSpec(text))
     if is_hub(text):
         return _hub_dataset(parse_dataset(text))
     name = text.partition("@")[0].partition(":")[0]
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return _local_dataset(parse_dataset(text))
     raise InputError(
-        f"source {text} was not found; give a text, .jsonl or .parquet file, a folder of such files, the name of a "
-        "hub dataset, or (to calibrate) self"
+        f"source {short(text)} was not found; give a text, .jsonl or .parquet file, a folder of such files, the name "
+        "of a hub dataset, or (to calibrate) self"
     )
 
 
@@ -122,7 +123,7 @@ def _json_lines(path: Path) -> Generator[Record, None, None]:
         try:
             value = parse_json(line)
         except ParseError as error:
-            raise InputError(f"{place} is not valid JSON ({error}); expected one object a line") from error
+            raise InputError(f"{place}: not valid JSON ({error}); expected one object a line") from error
         yield Record(place, value)
 
 

@@ -66,7 +66,7 @@ def structure_problems(config: Any) -> list[str]:
     for pattern in patterns:
         try:
             re.compile(pattern.removeprefix("re:"))
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             problems.append(f"target {pattern} is not a valid regex ({error}); fix it")
     return problems
 

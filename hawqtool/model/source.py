@@ -11,7 +11,7 @@ from typing import Any
 
 from hawqtool.errors import InputError, NumericalError, one_line
 from hawqtool.model.links import check_links
-from hawqtool.parsing import ParseError, load_json
+from hawqtool.parsing import ParseError, load_json, short
 
 MAY_FETCH = "HAWQTOOL_MAY_FETCH"
 """Environment variable that says that HF_HUB_OFFLINE is the command line's default, not the user's wish."""
@@ -67,7 +67,7 @@ class ResolvedModel:
 
 def hub_id(spec: str) -> tuple[str, str | None] | None:
     """Repository and revision of ``org/name[@revision]`` where that is not an existing folder; None for all else."""
-    if Path(spec).exists():
+    if os.path.exists(spec):  # unlike Path.exists, false for names that no file can have
         return None
     repository, _, revision = spec.partition("@")
     if repository.count("/") != 1 or ("@" in spec and not revision):
@@ -95,9 +95,9 @@ def locate(spec: str) -> ResolvedModel:
     found = hub_id(spec)
     if found is None:
         folder = Path(spec)
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise InputError(
-                f"{spec} is not a folder; expected one with config.json and safetensors files, or a hub id "
+                f"{short(spec)} is not a folder; expected one with config.json and safetensors files, or a hub id "
                 "org/name[@revision]; check the path"
             )
         check_links(folder)

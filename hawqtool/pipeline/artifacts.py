@@ -66,8 +66,8 @@ def read_json(path: Path, schema: str) -> dict[str, Any]:
     Raises:
         InputError: If the file is missing, no JSON, or of another schema.
     """
-    if not path.is_file():
-        raise InputError(f"{path} was not found")
+    if not os.path.isfile(path):
+        raise InputError(f"{short(str(path))} was not found; check the path")
     try:
         document = load_json(path, MAX_RECORD_BYTES, MAX_RECORD_VALUES)
     except ParseError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from hawqtool.allocation.problem import REGEX_PREFIX
 from hawqtool.config import RunConfig
 from hawqtool.errors import InputError, UsageError
 from hawqtool.formats import MAX_BITS, MIN_BITS, QuantFormat, parse_label
-from hawqtool.parsing import MAX_JSON_BYTES, parse_json, read_bounded
+from hawqtool.parsing import MAX_JSON_BYTES, parse_json, read_bounded, short
 from hawqtool.records import Unit
 
 if TYPE_CHECKING:
@@ -46,8 +47,8 @@ class CostTable:
                 self._add(str(entry["unit"]), str(entry["format"]).strip(), float(entry["cost"]))
             except KeyError as error:
                 raise InputError(f"{path}: entry {place} has no {error}, expected unit, format and cost") from None
-            except (ValueError, TypeError, re.error) as error:
-                raise InputError(f"{path}: entry {place} is malformed ({error})") from None
+            except (ValueError, TypeError, OverflowError, RecursionError, re.error) as error:
+                raise InputError(f"{path}: entry {place} is malformed ({short(str(error))})") from None
 
     def _add(self, name: str, kind: str, cost: float) -> None:
         if kind.isdigit():
@@ -140,8 +141,8 @@ def meets_second_budget(config: RunConfig, units: Sequence[Unit], formats: Mappi
 
 
 def _entries(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        raise InputError(f"{path} was not found")
+    if not os.path.isfile(path):
+        raise InputError(f"{short(str(path))} was not found; check the path")
     try:
         text = read_bounded(path, MAX_JSON_BYTES).decode("utf-8-sig")
         if path.suffix.lower() == ".csv":

@@ -283,6 +283,7 @@ CASES: dict[str, Case] = {
     "pin that matches nothing": Case(2, "matches none", (*TARGET, "--pin", "re:.*nothing=8")),
     "malformed pin": Case(2, "NAME=WIDTH", (*TARGET, "--pin", "re:.*down_proj")),
     "pin with a broken pattern": Case(2, "re:(", (*TARGET, "--pin", "re:(=8")),
+    "pin with an endless pattern": Case(2, "not a valid regular", (*TARGET, "--pin", "re:a{99999999999999}=8")),
     "conflicting pins": Case(2, "qkv_proj", (*MIXED, "--pin", "re:.*q_proj=4", "--pin", "re:.*k_proj=2")),
     "everything ignored": Case(2, "--ignore", (*TARGET, "--ignore", "re:.*")),
     "no CUDA device": Case(2, "no CUDA device", (*TARGET, "--device", "cuda")),

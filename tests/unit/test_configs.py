@@ -195,6 +195,25 @@ def test_files_that_hold_no_keys(tmp_path: Path, text: str) -> None:
         load_config(write(tmp_path, text), {"model": "m"})
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("bits: 3.5", "widths from 2 to 8"),
+        ("bits: {4: 1}", "widths from 2 to 8"),
+        ("sensitivity: " + "x" * 5000, "existing sensitivity.json"),
+        ("target_size: " + "9" * 400 + "GiB", "more than any disk"),
+        ("target_size: '" + "x" * 9999 + "'", "is no size"),
+        ("seed: 0x" + "f" * 5000, "seed"),
+        ("calibration: a=" + "9" * 400, "weights above 0"),
+        ("extra_metrics: [[hawq]]", "expected hawq"),
+    ],
+)
+def test_values_that_make_no_sense_are_one_short_line(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said) as caught:
+        load_config(write(tmp_path, f"model: m\n{text}\n"), {})
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
 def test_missing_file_and_missing_model(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="was not found"):
         load_config(tmp_path / "none.yaml", {})

@@ -28,6 +28,8 @@ JSON_BOMBS = {
     "an integer of many digits": ('{"a":' + "9" * 1_000_000 + "}", "4300"),
     "a key twice": ('{"a":1,"b":2,"a":3}', "names a twice"),
     "a key twice, below": ('[{"x\\u001b":1,"x\\u001b":3}]', r"names x\\x1b twice"),
+    "half a surrogate pair": ('{"a": ["\\ud800"]}', r"'\\ud800' with half"),
+    "half a surrogate pair in a key": ('{"\\uDC00": 1}', "half a surrogate pair"),
     "cut": ('{"a":1', "delimiter"),
     "nothing": ("", "Expecting value"),
     "not UTF-8": (b"\xff{}", "utf-8"),
@@ -50,6 +52,7 @@ YAML_BOMBS = {
     "an integer of many digits": ("a: " + "9" * 100_000, "4300"),
     "a date that cannot be": ("a: 2020-99-99", "month"),
     "a number beyond floats": ("a: " + "59:" * 400 + "0.5", "float"),
+    "half a surrogate pair": ('a: "\\ud800"', "half a surrogate pair"),
     "two documents": ("a: 1\n---\nb: 2\n", "single document"),
     "not UTF-8": (b"a: \xff", "utf-8"),
 }
