@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from hawqtool.formats import QuantFormat
-from hawqtool.model.experts import ExpertLinear
 from hawqtool.model.saving import NOTHING_SAVED, Saved
 from hawqtool.model.statistics import GroupStatistics
 from hawqtool.model.sweep import (
@@ -20,15 +17,14 @@ from hawqtool.model.sweep import (
     ModelStream,
     advance,
     check_states,
-    group_statistics,
-    local_name,
     read_weight,
-    run_block,
 )
+from hawqtool.model.visiting import group_statistics
 from hawqtool.records import BlockSpec, LinearSpec, Score, Unit
 from hawqtool.rounding.factor import factorize
 from hawqtool.rounding.grid import dequantize
 from hawqtool.rounding.layer import RoundingMethod, Task, round_group
+from hawqtool.sensitivity.backward import block_backward
 from hawqtool.sensitivity.growth import GROWTH_LIMIT, GradientGrowth
 from hawqtool.sensitivity.loss import head_rows, loss_gradients
 from hawqtool.sensitivity.scores import SIGNED, LayerRows, RowValues, add_rows, mean_score, score_rows, to_scores
@@ -89,46 +85,42 @@ def measure(
         rows_per_slice: Rows per forward pass.
         seed: Seed of the sampled labels.
         progress: Called with the phase, blocks done and blocks in all.
-        saved: Keeps the reverse sweep, block by block; what an interrupted measurement of the same arguments kept is
-            not measured again, and the result is equal to the bit.
+        saved: Keeps the reverse sweep by block; one of equal arguments that was cut is gone on with, equal to the bit.
         growth_limit: See `GradientGrowth`; infinite for gradients as they are.
     """
     begun = saved.load(_SWEEP)
-    count = len(stream.structure.blocks)
-    left = count if begun is None else int(begun["left"])
+    left = len(stream.structure.blocks) if begun is None else int(begun["left"])
     known = stream.embed(calibration, rows_per_slice, method.needs_held_out)
     sets = (known, stream.embed(scoring, rows_per_slice))
     stored = _forward_sweep(stream, *sets, left, menu, progress)
     if begun is None:
         gradients, outputs = loss_gradients(stream, scoring.split(rows_per_slice), sets[1].hidden, seed)
-        growth = GradientGrowth.of(gradients, growth_limit)
-        found = _Found({}, {}, {})
+        growth, found = GradientGrowth.of(gradients, growth_limit), _Found({}, {}, {})
         if stream.structure.head:
-            moments = stream.head_statistics(calibration, known)
             rows = head_rows(stream, scoring, sets[1].hidden, seed)
             seen = LayerRows(rows, sets[1].hidden[0].shape[1], outputs)
-            _measure_head(stream, moments, seen, menu, method, stored_dtypes, found)
+            _measure_head(stream, calibration, known, seen, menu, method, stored_dtypes, found)
     else:
         gradients, outputs = [gradient.to(stream.device) for gradient in begun["gradients"]], begun["outputs"]
         growth, found = GradientGrowth(**begun["growth"]), _Found(**begun["found"])
     for spec in reversed(stream.structure.blocks[:left]):
         kept, sets[0].hidden, sets[1].hidden = stored.pop()
-        groups = _wanted_groups(spec, menu)
-        errors: dict[str, dict[str, Tensor]] = {}
         with stream.block(spec.index) as block:
-            for group, statistics in kept or (group_statistics(block, spec, sets[0], groups) if groups else ()):
+            errors: dict[str, dict[str, Tensor]] = {}
+            for group, statistics in kept or _statistics(block, spec, sets[0], menu):
                 errors |= group_errors(block, spec, group, statistics, menu, method, stored_dtypes)
             del kept
-            layers, gradients = _backward(block, spec, sets[1], gradients, outputs, found.input_power)
+            layers, gradients = block_backward(block, spec, sets[1], gradients, outputs, found.input_power)
         gradients = growth.limited(gradients)
         check_states(gradients, f"the gradient at the input of block {spec.name}")
-        for group in groups:
-            members = [linear for linear in group if linear.name in errors]
-            found.add(members, [layers.pop(m.name) for m in members], [errors.pop(m.name) for m in members])
-        state = {"left": spec.index, "gradients": gradients, "outputs": outputs}
-        saved.save(_SWEEP, state | {"growth": vars(growth), "found": vars(found)})
-        progress("reverse sweep", count - spec.index, count)
+        found.add_block(spec, layers, errors)
+        saved.save(_SWEEP, _state(spec.index, gradients, outputs, growth, found))
+        progress("reverse sweep", left - spec.index, left)
     return found.measurement(stream.structure.units, outputs, growth.shortened)
+
+
+def _state(left: int, gradients: list[Tensor], outputs: int, growth: GradientGrowth, found: _Found) -> dict[str, Any]:
+    return {"left": left, "gradients": gradients, "outputs": outputs, "growth": vars(growth), "found": vars(found)}
 
 
 @dataclass
@@ -147,6 +139,13 @@ class _Found:
             add_rows(self.unit_rows.setdefault(linear.unit, {}), values)
             norms = {label: float(error.square().sum(dtype=torch.float64)) for label, error in by_label.items()}
             self.error_norms[linear.name] = norms
+
+    def add_block(self, spec: BlockSpec, layers: dict[str, LayerRows], errors: dict[str, dict[str, Tensor]]) -> None:
+        """Add the linears of a block that have errors, and forget what they saw."""
+        for group in spec.input_groups:
+            members = [linear for linear in group if linear.name in errors]
+            if members:
+                self.add(members, [layers.pop(m.name) for m in members], [errors.pop(m.name) for m in members])
 
     def measurement(self, units: Sequence[Unit], outputs: int, shortened_rows: int) -> Measurement:
         scores: dict[str, dict[str, dict[str, Score]]] = {}
@@ -216,6 +215,13 @@ def _wanted_groups(spec: BlockSpec, menu: Mapping[str, Sequence[QuantFormat]]) -
     return [group for group in spec.input_groups if any(menu.get(linear.unit) for linear in group)]
 
 
+def _statistics(
+    block: nn.Module, spec: BlockSpec, calibration: Activations, menu: Mapping[str, Sequence[QuantFormat]]
+) -> Iterable[tuple[Sequence[LinearSpec], GroupStatistics]]:
+    groups = _wanted_groups(spec, menu)
+    return group_statistics(block, spec, calibration, groups) if groups else ()
+
+
 def _keeps_statistics(groups: Sequence[Sequence[LinearSpec]], calibration: Activations) -> bool:
     """Whether Gram matrices take so little beside the hidden states that they need not be found twice.
 
@@ -277,7 +283,8 @@ def group_errors(
 
 def _measure_head(
     stream: ModelStream,
-    statistics: GroupStatistics,
+    calibration: Tensor,
+    known: Activations,
     seen: LayerRows,
     menu: Mapping[str, Sequence[QuantFormat]],
     method: RoundingMethod,
@@ -287,6 +294,7 @@ def _measure_head(
     """Add what there is of the output head's unit, nothing where it has no format to score."""
     head = stream.structure.head
     assert head is not None  # the caller saw to it
+    statistics = stream.head_statistics(calibration, known)
     errors = group_errors(stream.model, head, head.linears, statistics, menu, method, stored_dtypes)
     for linear in head.linears:
         if linear.name in errors:
@@ -303,114 +311,3 @@ def _seeing_input_power(
     for x, g in rows:
         powers.append((g.float() @ weight).square().sum(dtype=torch.float64))
         yield x, g
-
-
-def _backward(
-    block: nn.Module,
-    spec: BlockSpec,
-    scoring: Activations,
-    gradients: list[Tensor],
-    outputs: int,
-    input_power: dict[str, Tensor],
-) -> tuple[dict[str, LayerRows], list[Tensor]]:
-    """What every linear saw with the gradients at its output, and the gradient at the block's input.
-
-    ``input_power`` gains each unit's squared gradients at its inputs, summed over the tokens of a row, ``[rows]``.
-    """
-    seen: dict[str, tuple[list[Tensor], list[Tensor]]] = {linear.name: ([], []) for linear in spec.linears}
-    powers: dict[str, list[Tensor]] = {linear.unit: [] for linear in spec.linears}
-    before = []
-    for position, hidden in enumerate(scoring.hidden):
-        rows, positions = hidden.shape[:2]
-        leaf = hidden.detach().requires_grad_()
-        with torch.enable_grad(), _captured(block, spec) as captured:
-            output = run_block(block, leaf, scoring.calls[position][spec.index])
-            watched = [leaf, *(c.output for c in captured.calls.values()), *(i.alias for i in captured.inputs)]
-            found = list(torch.autograd.grad(output, watched, gradients[position]))
-        before.append(found.pop(0))
-        for name, call in captured.calls.items():
-            for into, values in zip(seen[name], (call.x.detach(), found.pop(0)), strict=True):
-                into += _by_row(call.module, values, rows, positions)
-        for name in seen.keys() - captured.calls.keys():  # an expert that no token of the slice was routed to
-            weight = block.get_parameter(f"{local_name(spec, _linear(spec, name))}.weight")
-            for into, width in zip(seen[name], reversed(weight.shape), strict=True):
-                into += [weight.new_zeros(0, width)] * rows
-        totals = {unit: torch.zeros(rows, dtype=torch.float64) for unit in powers}
-        for shared, gradient in zip(captured.inputs, found, strict=True):
-            parts = _by_row(shared.module, gradient, rows, positions)
-            totals[shared.unit] += torch.stack([g.float().square().sum(dtype=torch.float64) for g in parts]).cpu()
-        for unit, total in totals.items():
-            powers[unit].append(total)
-    for unit, parts in powers.items():
-        power = torch.cat(parts)
-        input_power[unit] = input_power[unit] + power if unit in input_power else power
-    positions = scoring.hidden[0].shape[1]
-    return {n: LayerRows(zip(x, g, strict=True), positions, outputs) for n, (x, g) in seen.items()}, before
-
-
-class _Call(NamedTuple):
-    """A linear's call."""
-
-    module: nn.Module
-    x: Tensor
-    output: Tensor
-
-
-class _SharedInput(NamedTuple):
-    """An input under a name of its own for the linears of one unit, so that it has a gradient through them alone."""
-
-    unit: str
-    module: nn.Module
-    x: Tensor
-    alias: Tensor
-
-
-@dataclass
-class _Captured:
-    """Calls of a block's linears by name, and their inputs in call order."""
-
-    calls: dict[str, _Call]
-    inputs: list[_SharedInput]
-
-
-@contextmanager
-def _captured(block: nn.Module, spec: BlockSpec) -> Iterator[_Captured]:
-    """Note what the block's linears are called with while the context lasts."""
-    captured = _Captured({}, [])
-
-    def share(module: nn.Module, inputs: tuple[Tensor, ...], unit: str) -> tuple[Tensor, ...]:
-        x = inputs[0]
-        known = next((i for i in captured.inputs if i.unit == unit and i.x is x), None)
-        if known is None:
-            known = _SharedInput(unit, module, x, x.view_as(x))
-            captured.inputs.append(known)
-        return known.alias, *inputs[1:]
-
-    def capture(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, name: str) -> None:
-        captured.calls[name] = _Call(module, inputs[0], output)
-
-    hooks = []
-    for linear in spec.linears:
-        module = block.get_submodule(local_name(spec, linear))
-        hooks.append(module.register_forward_pre_hook(partial(share, unit=linear.unit)))
-        hooks.append(module.register_forward_hook(partial(capture, name=linear.name)))
-    try:
-        yield captured
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _linear(spec: BlockSpec, name: str) -> LinearSpec:
-    return next(linear for linear in spec.linears if linear.name == name)
-
-
-def _by_row(module: nn.Module, values: Tensor, rows: int, positions: int) -> list[Tensor]:
-    """Split ``[rows, ..., n]``, its flattened form, or the tokens routed to an expert, by row."""
-    flat = values.flatten(0, -2)
-    if not isinstance(module, ExpertLinear):
-        return list(flat.reshape(rows, -1, flat.shape[-1]))
-    row = module.positions // positions
-    # Tokens come by rank of the choice; sorted by row, those of one row lie together.
-    ordered = flat[row.argsort(stable=True)]
-    return list(ordered.split(torch.bincount(row, minlength=rows).tolist()))

@@ -16,10 +16,11 @@ from hawqtool.errors import UsageError
 from hawqtool.formats import QuantFormat
 from hawqtool.model.experts import ExpertLinear, SplitExperts, counting_experts, split_experts
 from hawqtool.model.statistics import GroupStatistics
-from hawqtool.model.sweep import group_statistics, stages
+from hawqtool.model.visiting import group_statistics, stages
 from hawqtool.pipeline.job import Job, prepare
 from hawqtool.rounding.layer import RoundingMethod
-from hawqtool.sensitivity.measure import _by_row, measure
+from hawqtool.sensitivity.backward import _by_row
+from hawqtool.sensitivity.measure import measure
 from hawqtool.sensitivity.scores import LayerRows, score_rows
 from tests.reference.test_sensitivity import METRICS, slow_scores
 from tests.tiny_zoo import kind_named, save_kind
