@@ -9,11 +9,10 @@ from torch import Tensor, nn
 
 from hawqtool.errors import InputError
 from hawqtool.model.experts import ExpertLinear
+from hawqtool.model.gram import gram, mean_product
 
 HELD_OUT_EVERY = 4
 """Every so many rows one is kept for the choice of settings; the final rounding sees all of them."""
-
-_GRAM_TOKENS = 1 << 14
 
 
 @dataclass
@@ -71,7 +70,7 @@ def seen(x: Tensor, routed: int, held_out: Tensor | None = None, original: Tenso
         held_out: ``[tokens]`` bool, those of held-out rows; None where nothing is chosen on them.
         original: ``[tokens, in]``, the original model's inputs.
     """
-    drift = None if original is None else _mean_product(original - x, x)
+    drift = None if original is None else mean_product(original - x, x)
     found = GroupStatistics(gram(x), x.shape[0], routed, drift)
     if held_out is not None and bool(held_out.any()):
         kept = x[held_out]
@@ -107,23 +106,3 @@ def held_out_tokens(linear: nn.Module, x: Tensor, first_row: int, rows: int, pos
 def is_held_out(row: Tensor) -> Tensor:
     """Whether rows of these numbers are held out."""
     return row % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-
-
-def gram(inputs: Tensor) -> Tensor:
-    """Mean of x xᵀ over tokens, ``[in, in]`` float32, from ``[tokens, in]``.
-
-    Half-precision inputs on a GPU are multiplied on tensor cores: their products are exact in float32, which
-    is also the dtype of the sums and of the output.
-    """
-    return _mean_product(inputs, inputs)
-
-
-def _mean_product(left: Tensor, right: Tensor) -> Tensor:
-    """Mean of l rᵀ over tokens, ``[in, in]`` float32, from two ``[tokens, in]`` of one dtype."""
-    total = torch.zeros(left.shape[1], right.shape[1], dtype=torch.float32, device=left.device)
-    for first, second in zip(left.split(_GRAM_TOKENS), right.split(_GRAM_TOKENS), strict=True):
-        if first.is_cuda and first.dtype in (torch.bfloat16, torch.float16):
-            total += torch.mm(first.t(), second, out_dtype=torch.float32)
-        else:
-            total.addmm_(first.t().float(), second.float())
-    return total / left.shape[0]

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import copy
-import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from hawqtool.errors import InputError, NumericalError
-from hawqtool.model.experts import ExpertLinear, counting_experts
 from hawqtool.model.layers import Structure
 from hawqtool.model.reader import check_finite
 from hawqtool.model.replay import Call, replayed_blocks
 from hawqtool.model.skeleton import find_blocks, to_meta
-from hawqtool.model.statistics import GroupStatistics, held_out_tokens, is_held_out, seen
+from hawqtool.model.statistics import GroupStatistics, is_held_out, seen
 from hawqtool.model.tasks import model_task
 from hawqtool.records import BlockSpec, LinearSpec
 
@@ -213,172 +209,6 @@ def check_states(states: Sequence[Tensor], what: str) -> None:
             f"{what} holds NaN or Inf, expected finite values: the checkpoint is damaged, or {states[0].dtype} is too "
             "narrow for it; check the original model's own output"
         )
-
-
-class _StageReached(Exception):
-    """Stops a block's forward pass once the inputs of a stage have been seen."""
-
-
-GroupVisitor = Callable[[Sequence[LinearSpec], GroupStatistics], None]
-
-
-def visit_groups(block: nn.Module, spec: BlockSpec, activations: Activations, visit: GroupVisitor) -> None:
-    """Show every input group's statistics in call order, each after the groups before it may have changed.
-
-    ``visit`` may replace the weights of the group; later groups, and the block's output that replaces the
-    hidden states, see the new weights (truly sequential rounding). One slice needs one forward pass; several
-    slices need one partial pass per stage and a full one. So does one slice where the original's inputs are wanted
-    too: they come from a copy of the block that keeps its weights, run beside it.
-    """
-    if len(activations.hidden) == 1 and activations.original is None:
-
-        def see(group: Sequence[LinearSpec], x: Tensor, routed: int) -> None:
-            visit(group, seen(x, routed, _held_out(block, spec, activations, 0, group, x)))
-
-        with group_inputs(block, spec, see):
-            _pass_on(block, spec, activations, None)
-        return
-    original = None if activations.original is None else copy.deepcopy(block)
-    for stage in stages(spec):
-        for group, statistics in group_statistics(block, spec, activations, stage, original):
-            visit(group, statistics)
-    _pass_on(block, spec, activations, original)
-
-
-def revisit_groups(block: nn.Module, spec: BlockSpec, activations: Activations, replace: Callable[[], None]) -> None:
-    """What `visit_groups` leaves behind, to the bit, where ``replace`` puts all weights in place that it would."""
-    original = None if activations.original is None else copy.deepcopy(block)
-    replace()
-    _pass_on(block, spec, activations, original)
-
-
-def _pass_on(block: nn.Module, spec: BlockSpec, activations: Activations, original: nn.Module | None) -> None:
-    """Replace the hidden states by the block's output, and the original's by that of the block as it was."""
-    # A single pass gives statistics and output at once, so experts are shown further tokens in it.
-    single = len(activations.hidden) == 1 and activations.original is None
-    with counting_experts(block, 1) if single else nullcontext():
-        advance(block, spec, activations)
-    if original is not None and activations.original is not None:
-        advance(original, spec, Activations(activations.original, activations.calls))
-
-
-def _held_out(
-    block: nn.Module, spec: BlockSpec, activations: Activations, position: int, group: Sequence[LinearSpec], x: Tensor
-) -> Tensor | None:
-    """Which inputs of a group in one slice belong to held-out rows; None where no rows are."""
-    if not activations.held_out:
-        return None
-    first = sum(map(len, activations.hidden[:position]))
-    rows, positions = activations.hidden[position].shape[:2]
-    return held_out_tokens(block.get_submodule(local_name(spec, group[0])), x, first, rows, positions)
-
-
-def stages(spec: BlockSpec) -> list[list[Sequence[LinearSpec]]]:
-    """Input groups in call order; those that do not depend on each other, the same role in all experts, together."""
-    by_role: dict[str, list[Sequence[LinearSpec]]] = {}
-    for group in spec.input_groups:
-        role = re.sub(r"\.experts\.\d+\.", ".experts.*.", group[0].module_name)
-        by_role.setdefault(role, []).append(group)
-    return list(by_role.values())
-
-
-def group_statistics(
-    block: nn.Module,
-    spec: BlockSpec,
-    activations: Activations,
-    groups: Sequence[Sequence[LinearSpec]],
-    original: nn.Module | None = None,
-) -> Iterator[tuple[Sequence[LinearSpec], GroupStatistics]]:
-    """Statistics of some groups over all slices; a pass stops once it has seen the last of them.
-
-    ``original`` is the block with the original weights where the drift from its inputs is wanted, which also needs
-    the original's hidden states.
-    """
-    totals: dict[str, GroupStatistics] = {}
-    for position in range(len(activations.hidden)):
-        _add_slice(totals, block, spec, activations, position, groups, original)
-    for group in groups:
-        yield group, totals.pop(group[0].name)
-
-
-def _add_slice(
-    totals: dict[str, GroupStatistics],
-    block: nn.Module,
-    spec: BlockSpec,
-    activations: Activations,
-    position: int,
-    groups: Sequence[Sequence[LinearSpec]],
-    original: nn.Module | None,
-) -> None:
-    """Add one slice to the totals of some groups."""
-    call, slices = activations.calls[position][spec.index], len(activations.hidden)
-    others: dict[str, Tensor] = {}
-
-    def keep(group: Sequence[LinearSpec], x: Tensor, _routed: int) -> None:
-        others[group[0].name] = x
-
-    def accumulate(group: Sequence[LinearSpec], x: Tensor, routed: int) -> None:
-        name = group[0].name
-        found = seen(x, routed, _held_out(block, spec, activations, position, group, x), others.pop(name, None))
-        if name in totals:
-            totals[name] += found
-        else:
-            totals[name] = found
-
-    if original is not None and activations.original is not None:
-        _run_to(groups, original, spec, activations.original[position], call, slices, keep)
-    _run_to(groups, block, spec, activations.hidden[position], call, slices, accumulate)
-
-
-def _run_to(
-    groups: Sequence[Sequence[LinearSpec]],
-    block: nn.Module,
-    spec: BlockSpec,
-    hidden: Tensor,
-    call: Call,
-    slices: int,
-    see: Callable[[Sequence[LinearSpec], Tensor, int], None],
-) -> None:
-    """Show the inputs of some groups in one slice; the pass stops behind the last of them."""
-
-    def see_wanted(group: Sequence[LinearSpec], x: Tensor, routed: int) -> None:
-        if group not in groups:
-            return
-        see(group, x, routed)
-        if group is groups[-1]:
-            raise _StageReached
-
-    with (
-        counting_experts(block, slices),
-        group_inputs(block, spec, see_wanted),
-        torch.no_grad(),
-        suppress(_StageReached),
-    ):
-        run_block(block, hidden, call)
-
-
-@contextmanager
-def group_inputs(
-    block: nn.Module, spec: BlockSpec, see: Callable[[Sequence[LinearSpec], Tensor, int], None]
-) -> Iterator[None]:
-    """While the context lasts, call ``see(group, inputs [tokens, in], routed)`` before each group's first linear.
-
-    ``routed`` is the number of leading tokens that belong there; the rest only add to an expert's statistics.
-    """
-
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...], group: Sequence[LinearSpec]) -> None:
-        x = inputs[0].flatten(0, -2)
-        see(group, x, len(module.positions) if isinstance(module, ExpertLinear) else len(x))
-
-    hooks = []
-    for group in spec.input_groups:
-        module = block.get_submodule(local_name(spec, group[0]))
-        hooks.append(module.register_forward_pre_hook(partial(hook, group=group)))
-    try:
-        yield
-    finally:
-        for handle in hooks:
-            handle.remove()
 
 
 def local_name(block: BlockSpec, linear: LinearSpec) -> str:

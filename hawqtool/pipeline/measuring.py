@@ -136,6 +136,7 @@ def measure_job(
             "num_samples": job.num_samples,
             "seq_len": job.seq_len,
             "scoring_samples": len(sets["scoring"].tokens),
+            "shortened_rows": found.shortened_rows,
             "rows_per_slice": job.rows_per_slice,
             "seed": job.config.seed,
             "per_row": job.task.per_row,

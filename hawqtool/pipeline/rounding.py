@@ -17,8 +17,9 @@ from hawqtool.formats import QuantFormat
 from hawqtool.model.reader import TensorReader
 from hawqtool.model.saving import NOTHING_SAVED, Saved
 from hawqtool.model.statistics import GroupStatistics
-from hawqtool.model.sweep import read_weight, replace_weight, revisit_groups, visit_groups
+from hawqtool.model.sweep import read_weight, replace_weight
 from hawqtool.model.units import is_expert
+from hawqtool.model.visiting import revisit_groups, visit_groups
 from hawqtool.pipeline.artifacts import PART, plan_document, write_json
 from hawqtool.pipeline.job import Job
 from hawqtool.pipeline.progress import Reporter

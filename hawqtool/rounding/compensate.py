@@ -48,10 +48,8 @@ def round_compensated(
     Returns:
         Codes, ``[rows, in]`` int8, in natural column order.
     """
-    # Columns become contiguous rows: the loop then runs on contiguous memory.
-    target = weight.t()[factor.order].contiguous()
-    steps = step.t()[factor.order].contiguous()
-    zeros = None if zero is None else zero.t()[factor.order].contiguous()
+    target, steps = _visited(weight, factor), _visited(step, factor)
+    zeros = None if zero is None else _visited(zero, factor)
     if kernel_for(weight.device) == "triton":
         fused = triton_kernels("column_kernel")
         size, round_block = block_size or fused.BLOCK_COLUMNS, fused.round_block
@@ -71,6 +69,12 @@ def round_compensated(
     result = torch.empty_like(codes)
     result[factor.order] = codes
     return result.t().contiguous()
+
+
+def _visited(values: Tensor, factor: Factor) -> Tensor:
+    """Columns in visiting order, each a contiguous row, so that the loop runs on contiguous memory."""
+    # Transposed first: picking columns out of rows takes several times as long.
+    return values.t().contiguous().index_select(0, factor.order)
 
 
 def _blocks(columns: int, size: int) -> Iterator[slice]:

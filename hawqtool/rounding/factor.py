@@ -12,6 +12,7 @@ from hawqtool.errors import NumericalError
 SCARCE_TOKENS_PER_COLUMN = 8
 DAMPING, SCARCE_DAMPING = 0.05, 0.2
 _RETRY_FACTOR, _MAX_RETRIES = 4.0, 6
+_DIRECT_INVERSE = 128
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ def factorize(
     order = torch.argsort(diagonal, descending=True, stable=True)
     if not act_order:
         order = torch.arange(len(order), device=gram.device)
-    work = work[order][:, order].flip(0, 1)
+    backwards = order.flip(0)
+    work = work.index_select(0, backwards).index_select(1, backwards)
     for retries in range(_MAX_RETRIES + 1):  # noqa: B007 (read after the loop)
         damped = work.clone()
         damped.diagonal().add_(fraction * mean)
@@ -88,10 +90,8 @@ def factorize(
             f"{name}: Cholesky failed even with damping {fraction / _RETRY_FACTOR:.3g} of the mean diagonal"
         )
     right = lower.flip(0, 1)
-    identity = torch.eye(len(order), dtype=right.dtype, device=right.device)
-    upper = torch.linalg.solve_triangular(right, identity, upper=True)
     return Factor(
-        upper=upper.float(),
+        upper=inverse_upper(right).float(),
         pivots=right.diagonal().float().clone(),
         order=order,
         diagonal=(diagonal + fraction * mean).float(),
@@ -100,3 +100,20 @@ def factorize(
         dead_inputs=int(dead),
         num_tokens=num_tokens,
     )
+
+
+def inverse_upper(matrix: Tensor) -> Tensor:
+    """Inverse of an upper triangular matrix ``[n, n]``.
+
+    Halves are inverted by themselves, so zeros are not multiplied: a third of the work of solving for the identity.
+    """
+    size = len(matrix)
+    if size <= _DIRECT_INVERSE:
+        identity = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
+        return torch.linalg.solve_triangular(matrix, identity, upper=True)
+    half = size // 2
+    inverse = torch.zeros_like(matrix)
+    inverse[:half, :half] = first = inverse_upper(matrix[:half, :half])
+    inverse[half:, half:] = last = inverse_upper(matrix[half:, half:])
+    inverse[:half, half:] = first @ -(matrix[:half, half:] @ last)
+    return inverse

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from hawqtool.formats import QuantFormat
 from hawqtool.model.saving import NOTHING_SAVED, Saved
-from hawqtool.model.sweep import Activations, ModelStream, advance, group_statistics, read_weight
+from hawqtool.model.sweep import Activations, ModelStream, advance, read_weight
+from hawqtool.model.visiting import group_statistics
 from hawqtool.records import BlockSpec
 from hawqtool.rounding.layer import RoundingMethod
 from hawqtool.sensitivity.measure import Progress, group_errors

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from hawqtool.errors import NumericalError
 from hawqtool.formats import QuantFormat
-from hawqtool.model.experts import ExpertLinear
 from hawqtool.model.saving import NOTHING_SAVED, Saved
 from hawqtool.model.statistics import GroupStatistics
 from hawqtool.model.sweep import (
@@ -20,19 +17,22 @@ from hawqtool.model.sweep import (
     ModelStream,
     advance,
     check_states,
-    group_statistics,
-    local_name,
     read_weight,
-    run_block,
 )
+from hawqtool.model.visiting import group_statistics
 from hawqtool.records import BlockSpec, LinearSpec, Score, Unit
 from hawqtool.rounding.factor import factorize
 from hawqtool.rounding.grid import dequantize
 from hawqtool.rounding.layer import RoundingMethod, Task, round_group
+from hawqtool.sensitivity.backward import block_backward
+from hawqtool.sensitivity.growth import GROWTH_LIMIT, GradientGrowth
+from hawqtool.sensitivity.loss import head_rows, loss_gradients
 from hawqtool.sensitivity.scores import SIGNED, LayerRows, RowValues, add_rows, mean_score, score_rows, to_scores
 
 Progress = Callable[[str, int, int], None]
 _SWEEP = "reverse-sweep"
+_GRAM_SHARE = 2
+"""Gram matrices of a block are kept where they take at most this many times its hidden states on the same rows."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,14 @@ class Measurement:
         input_fisher: Per unit the trace of the Fisher matrix with respect to its input x at all tokens, per output,
             E‖∂loss/∂x‖²: noise of variance σ² on x costs σ²/2 times it. This is HAWQ-V2's sensitivity of activations
             (Dong et al. 2020, section 3.3) with the Gauss-Newton matrix in place of the Hessian.
+        shortened_rows: Scoring rows whose gradients were shortened (see `GradientGrowth`).
     """
 
     scores: dict[str, dict[str, dict[str, Score]]]
     projections: dict[str, dict[str, list[float]]]
     error_norms: dict[str, dict[str, float]]
     input_fisher: dict[str, Score]
+    shortened_rows: int
 
 
 def measure(
@@ -66,6 +68,7 @@ def measure(
     seed: int,
     progress: Progress,
     saved: Saved = NOTHING_SAVED,
+    growth_limit: float = GROWTH_LIMIT,
 ) -> Measurement:
     """Scores of the original model.
 
@@ -82,59 +85,42 @@ def measure(
         rows_per_slice: Rows per forward pass.
         seed: Seed of the sampled labels.
         progress: Called with the phase, blocks done and blocks in all.
-        saved: Keeps the reverse sweep, block by block; what an interrupted measurement of the same arguments kept is
-            not measured again, and the result is equal to the bit.
+        saved: Keeps the reverse sweep by block; one of equal arguments that was cut is gone on with, equal to the bit.
+        growth_limit: See `GradientGrowth`; infinite for gradients as they are.
     """
     begun = saved.load(_SWEEP)
-    count = len(stream.structure.blocks)
-    left = count if begun is None else int(begun["left"])
+    left = len(stream.structure.blocks) if begun is None else int(begun["left"])
     known = stream.embed(calibration, rows_per_slice, method.needs_held_out)
     sets = (known, stream.embed(scoring, rows_per_slice))
-    stored = _forward_sweep(stream, sets, left, progress)
+    stored = _forward_sweep(stream, *sets, left, menu, progress)
     if begun is None:
-        gradients, outputs = _loss_gradients(stream, scoring.split(rows_per_slice), sets[1].hidden, seed)
-        found = _Found({}, {}, {})
+        gradients, outputs = loss_gradients(stream, scoring.split(rows_per_slice), sets[1].hidden, seed)
+        growth, found = GradientGrowth.of(gradients, growth_limit), _Found({}, {}, {})
         if stream.structure.head:
-            statistics = stream.head_statistics(calibration, known)
-            rows = _head_rows(stream, scoring, sets[1].hidden, seed)
+            rows = head_rows(stream, scoring, sets[1].hidden, seed)
             seen = LayerRows(rows, sets[1].hidden[0].shape[1], outputs)
-            _measure_head(stream, statistics, seen, menu, method, stored_dtypes, found)
+            _measure_head(stream, calibration, known, seen, menu, method, stored_dtypes, found)
     else:
         gradients, outputs = [gradient.to(stream.device) for gradient in begun["gradients"]], begun["outputs"]
-        found = _Found(**begun["found"])
+        growth, found = GradientGrowth(**begun["growth"]), _Found(**begun["found"])
     for spec in reversed(stream.structure.blocks[:left]):
-        for activations, hidden in zip(sets, stored.pop(), strict=True):
-            activations.hidden = hidden
+        kept, sets[0].hidden, sets[1].hidden = stored.pop()
         with stream.block(spec.index) as block:
-            errors = rounding_errors(block, spec, sets[0], menu, method, stored_dtypes)
-            layers, gradients = _backward(block, spec, sets[1], gradients, outputs, found.input_power)
+            errors: dict[str, dict[str, Tensor]] = {}
+            for group, statistics in kept or _statistics(block, spec, sets[0], menu):
+                errors |= group_errors(block, spec, group, statistics, menu, method, stored_dtypes)
+            del kept
+            layers, gradients = block_backward(block, spec, sets[1], gradients, outputs, found.input_power)
+        gradients = growth.limited(gradients)
         check_states(gradients, f"the gradient at the input of block {spec.name}")
-        for linear in spec.linears:
-            if linear.name in errors:
-                found.add(linear, layers.pop(linear.name), errors.pop(linear.name))
-        saved.save(_SWEEP, {"left": spec.index, "gradients": gradients, "outputs": outputs, "found": vars(found)})
-        progress("reverse sweep", count - spec.index, count)
-    return found.measurement(stream.structure.units, outputs)
+        found.add_block(spec, layers, errors)
+        saved.save(_SWEEP, _state(spec.index, gradients, outputs, growth, found))
+        progress("reverse sweep", left - spec.index, left)
+    return found.measurement(stream.structure.units, outputs, growth.shortened)
 
 
-def _forward_sweep(
-    stream: ModelStream, sets: Sequence[Activations], left: int, progress: Progress
-) -> list[tuple[list[Tensor], ...]]:
-    """Hidden states of every set before each of the first ``left`` blocks, whose reverse sweep is still to come.
-
-    ``sets`` end after the last block where that is one of them: its output begins the reverse sweep.
-    """
-    stored: list[tuple[list[Tensor], ...]] = []
-    count = len(stream.structure.blocks)
-    for spec in stream.structure.blocks[:left]:
-        stored.append(tuple(list(s.hidden) for s in sets))
-        if spec.index < left - 1 or left == count:
-            with stream.block(spec.index) as block:
-                # Only the head needs what the last block gives on the calibration rows.
-                for activations in sets[1:] if spec.index == count - 1 and not stream.structure.head else sets:
-                    advance(block, spec, activations)
-        progress("forward sweep", spec.index + 1, left)
-    return stored
+def _state(left: int, gradients: list[Tensor], outputs: int, growth: GradientGrowth, found: _Found) -> dict[str, Any]:
+    return {"left": left, "gradients": gradients, "outputs": outputs, "growth": vars(growth), "found": vars(found)}
 
 
 @dataclass
@@ -145,12 +131,23 @@ class _Found:
     input_power: dict[str, Tensor]
     error_norms: dict[str, dict[str, float]]
 
-    def add(self, linear: LinearSpec, layer: LayerRows, errors: Mapping[str, Tensor]) -> None:
-        add_rows(self.unit_rows.setdefault(linear.unit, {}), score_rows(layer, errors))
-        norms = {label: float(error.square().sum(dtype=torch.float64)) for label, error in errors.items()}
-        self.error_norms[linear.name] = norms
+    def add(
+        self, linears: Sequence[LinearSpec], layers: Sequence[LayerRows], errors: Sequence[Mapping[str, Tensor]]
+    ) -> None:
+        """Add linears that share their input."""
+        for linear, values, by_label in zip(linears, score_rows(layers, errors), errors, strict=True):
+            add_rows(self.unit_rows.setdefault(linear.unit, {}), values)
+            norms = {label: float(error.square().sum(dtype=torch.float64)) for label, error in by_label.items()}
+            self.error_norms[linear.name] = norms
 
-    def measurement(self, units: Sequence[Unit], outputs: int) -> Measurement:
+    def add_block(self, spec: BlockSpec, layers: dict[str, LayerRows], errors: dict[str, dict[str, Tensor]]) -> None:
+        """Add the linears of a block that have errors, and forget what they saw."""
+        for group in spec.input_groups:
+            members = [linear for linear in group if linear.name in errors]
+            if members:
+                self.add(members, [layers.pop(m.name) for m in members], [errors.pop(m.name) for m in members])
+
+    def measurement(self, units: Sequence[Unit], outputs: int, shortened_rows: int) -> Measurement:
         scores: dict[str, dict[str, dict[str, Score]]] = {}
         projections: dict[str, dict[str, list[float]]] = {}
         for unit in units:
@@ -160,39 +157,78 @@ class _Found:
             if values:
                 projections[unit.name] = {label: rows.tolist() for label, rows in values[SIGNED].items()}
         power = {u.name: mean_score(self.input_power[u.name] / outputs) for u in units if u.name in self.unit_rows}
-        return Measurement(scores, projections, self.error_norms, power)
+        return Measurement(scores, projections, self.error_norms, power, shortened_rows)
 
 
-def _loss_gradients(
-    stream: ModelStream, rows: Sequence[Tensor], hidden: list[Tensor], seed: int
-) -> tuple[list[Tensor], int]:
-    """Gradient of each row's summed loss at the last block's output, and the outputs that a row has."""
-    generator = torch.Generator(stream.device).manual_seed(seed)
-    gradients, count = [], 0
-    for part, states in zip(rows, hidden, strict=True):
-        found = []
-        for row, state in zip(part, states, strict=True):
-            leaf = state[None].detach().requires_grad_()
-            outputs = stream.outputs(row[None], leaf)[0].float()
-            if not bool(torch.isfinite(outputs).all()):
-                raise NumericalError("the original model gives outputs that are NaN or Inf; check its weights")
-            count = len(outputs)
-            loss = (_label_loss if stream.task.logits else _embedding_loss)(outputs, generator)
-            found.append(torch.autograd.grad(loss, leaf)[0])
-        gradients.append(torch.cat(found))
-    return gradients, count
+_Statistics = list[tuple[Sequence[LinearSpec], GroupStatistics]]
 
 
-def _label_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Summed negative log-likelihood of labels drawn from the model at every output ``[outputs, classes]``."""
-    labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-    return nn.functional.cross_entropy(logits, labels, reduction="sum")
+class _Stored(NamedTuple):
+    """What the forward sweep leaves for the reverse one, about one block.
+
+    Args:
+        statistics: Of the input groups on the calibration rows; empty where they are to be found again.
+        calibration: Hidden states before the block, for that; else empty.
+        scoring: Hidden states before the block.
+    """
+
+    statistics: _Statistics
+    calibration: list[Tensor]
+    scoring: list[Tensor]
 
 
-def _embedding_loss(embedding: Tensor, generator: torch.Generator) -> Tensor:
-    """Random projection of an embedding ``[1, width]``; half its mean squared change is ‖Δe‖² / ‖e‖²."""
-    direction = torch.randn(embedding.shape, generator=generator, device=embedding.device)
-    return 2**0.5 * (direction * embedding).sum() / embedding.detach().norm()
+def _forward_sweep(
+    stream: ModelStream,
+    calibration: Activations,
+    scoring: Activations,
+    left: int,
+    menu: Mapping[str, Sequence[QuantFormat]],
+    progress: Progress,
+) -> list[_Stored]:
+    """What the reverse sweep needs of the first ``left`` blocks, where it is still to come.
+
+    Both sets of rows end after the last block where that is one of them: its output begins the reverse sweep.
+    """
+    stored = []
+    count = len(stream.structure.blocks)
+    for spec in stream.structure.blocks[:left]:
+        before = list(calibration.hidden), list(scoring.hidden)
+        groups = _wanted_groups(spec, menu)
+        goes_on = spec.index < left - 1 or left == count
+        # Only the head needs what the last block gives on the calibration rows.
+        onward = goes_on and (spec.index < count - 1 or stream.structure.head is not None)
+        with stream.block(spec.index) as block:
+            if _keeps_statistics(groups, calibration):
+                statistics = list(group_statistics(block, spec, calibration, groups, whole=onward))
+                stored.append(_Stored(statistics, [], before[1]))
+            else:
+                stored.append(_Stored([], *before))
+                if onward:
+                    advance(block, spec, calibration)
+            if goes_on:
+                advance(block, spec, scoring)
+        progress("forward sweep", spec.index + 1, left)
+    return stored
+
+
+def _wanted_groups(spec: BlockSpec, menu: Mapping[str, Sequence[QuantFormat]]) -> list[Sequence[LinearSpec]]:
+    return [group for group in spec.input_groups if any(menu.get(linear.unit) for linear in group)]
+
+
+def _statistics(
+    block: nn.Module, spec: BlockSpec, calibration: Activations, menu: Mapping[str, Sequence[QuantFormat]]
+) -> Iterable[tuple[Sequence[LinearSpec], GroupStatistics]]:
+    groups = _wanted_groups(spec, menu)
+    return group_statistics(block, spec, calibration, groups) if groups else ()
+
+
+def _keeps_statistics(groups: Sequence[Sequence[LinearSpec]], calibration: Activations) -> bool:
+    """Whether Gram matrices take so little beside the hidden states that they need not be found twice.
+
+    They are the same both times, so this decides on time and memory alone.
+    """
+    gram_bytes = sum(4 * group[0].in_features ** 2 for group in groups) * (2 if calibration.held_out else 1)
+    return 0 < gram_bytes <= _GRAM_SHARE * sum(states.nbytes for states in calibration.hidden)
 
 
 def rounding_errors(
@@ -247,7 +283,8 @@ def group_errors(
 
 def _measure_head(
     stream: ModelStream,
-    statistics: GroupStatistics,
+    calibration: Tensor,
+    known: Activations,
     seen: LayerRows,
     menu: Mapping[str, Sequence[QuantFormat]],
     method: RoundingMethod,
@@ -257,12 +294,13 @@ def _measure_head(
     """Add what there is of the output head's unit, nothing where it has no format to score."""
     head = stream.structure.head
     assert head is not None  # the caller saw to it
+    statistics = stream.head_statistics(calibration, known)
     errors = group_errors(stream.model, head, head.linears, statistics, menu, method, stored_dtypes)
     for linear in head.linears:
         if linear.name in errors:
             powers: list[Tensor] = []
             rows = _seeing_input_power(seen.rows, read_weight(stream.model, head, linear), powers)
-            found.add(linear, LayerRows(rows, seen.positions, seen.outputs), errors[linear.name])
+            found.add([linear], [LayerRows(rows, seen.positions, seen.outputs)], [errors[linear.name]])
             found.input_power[linear.unit] = torch.stack(powers).cpu()
 
 
@@ -273,97 +311,3 @@ def _seeing_input_power(
     for x, g in rows:
         powers.append((g.float() @ weight).square().sum(dtype=torch.float64))
         yield x, g
-
-
-def _head_rows(
-    stream: ModelStream, rows: Tensor, hidden: Sequence[Tensor], seed: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs of the head and gradients at the logits, row by row; labels are drawn anew."""
-    generator = torch.Generator(stream.device).manual_seed(seed + 1)
-    states = [state for part in hidden for state in part]
-    for row, state in zip(rows, states, strict=True):
-        with torch.no_grad():
-            x = stream.head_inputs(row[None], state[None])
-            logits = stream.outputs(row[None], state[None])[0].float()
-        leaf = logits.requires_grad_()
-        yield x, torch.autograd.grad(_label_loss(leaf, generator), leaf)[0]
-
-
-def _backward(
-    block: nn.Module,
-    spec: BlockSpec,
-    scoring: Activations,
-    gradients: list[Tensor],
-    outputs: int,
-    input_power: dict[str, Tensor],
-) -> tuple[dict[str, LayerRows], list[Tensor]]:
-    """What every linear saw with the gradients at its output, and the gradient at the block's input.
-
-    ``input_power`` gains each unit's squared gradients at its inputs, summed over the tokens of a row, ``[rows]``.
-    """
-    seen: dict[str, tuple[list[Tensor], list[Tensor]]] = {linear.name: ([], []) for linear in spec.linears}
-    before = []
-    for position, hidden in enumerate(scoring.hidden):
-        captured: dict[str, tuple[nn.Module, Tensor, Tensor]] = {}
-
-        def capture(
-            module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, name: str, into: Any = captured
-        ) -> None:
-            into[name] = (module, inputs[0].detach(), output)
-
-        hooks = [
-            block.get_submodule(local_name(spec, m)).register_forward_hook(partial(capture, name=m.name))
-            for m in spec.linears
-        ]
-        leaf = hidden.detach().requires_grad_()
-        try:
-            with torch.enable_grad():
-                output = run_block(block, leaf, scoring.calls[position][spec.index])
-                names = list(captured)
-                found = torch.autograd.grad(output, [leaf, *(captured[n][2] for n in names)], gradients[position])
-        finally:
-            for hook in hooks:
-                hook.remove()
-        before.append(found[0])
-        for name, gradient in zip(names, found[1:], strict=True):
-            module, x, _ = captured[name]
-            for into, values in zip(seen[name], (x, gradient), strict=True):
-                into += _by_row(module, values, *hidden.shape[:2])
-        for name in seen.keys() - captured.keys():  # an expert that no token of the slice was routed to
-            weight = block.get_parameter(f"{local_name(spec, _linear(spec, name))}.weight")
-            for into, width in zip(seen[name], reversed(weight.shape), strict=True):
-                into += [weight.new_zeros(0, width)] * len(hidden)
-    _add_input_power(block, spec, {n: g for n, (_, g) in seen.items()}, input_power)
-    positions = scoring.hidden[0].shape[1]
-    return {n: LayerRows(zip(x, g, strict=True), positions, outputs) for n, (x, g) in seen.items()}, before
-
-
-def _add_input_power(
-    block: nn.Module, spec: BlockSpec, gradients: Mapping[str, Sequence[Tensor]], into: dict[str, Tensor]
-) -> None:
-    """Add ‖∂loss/∂x‖² of every unit and row, x reaching the loss through all the unit's linears that share it."""
-    for group in spec.input_groups:
-        for unit in dict.fromkeys(linear.unit for linear in group):
-            members = [linear for linear in group if linear.unit == unit]
-            weights = [read_weight(block, spec, m) for m in members]
-            powers = []
-            for row in zip(*(gradients[m.name] for m in members), strict=True):
-                at_input = sum(g.float() @ weight for g, weight in zip(row, weights, strict=True))
-                powers.append(torch.as_tensor(at_input).square().sum(dtype=torch.float64))
-            power = torch.stack(powers).cpu()
-            into[unit] = into[unit] + power if unit in into else power
-
-
-def _linear(spec: BlockSpec, name: str) -> LinearSpec:
-    return next(linear for linear in spec.linears if linear.name == name)
-
-
-def _by_row(module: nn.Module, values: Tensor, rows: int, positions: int) -> list[Tensor]:
-    """Split ``[rows, ..., n]``, its flattened form, or the tokens routed to an expert, by row."""
-    flat = values.flatten(0, -2)
-    if not isinstance(module, ExpertLinear):
-        return list(flat.reshape(rows, -1, flat.shape[-1]))
-    row = module.positions // positions
-    # Tokens come by rank of the choice; sorted by row, those of one row lie together.
-    ordered = flat[row.argsort(stable=True)]
-    return list(ordered.split(torch.bincount(row, minlength=rows).tolist()))

@@ -8,19 +8,24 @@ for embedding models the relative squared error of the embedding.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
 
-from hawqtool.records import SWEEP_METRICS, Score
+from hawqtool.model.gram import GRAM_PANEL, token_product
+from hawqtool.records import Score
 
 RowValues = dict[str, dict[str, Tensor]]
 """``[metric][format label]`` to ``[rows]`` float64; the mean over rows is the score."""
 
 SIGNED = "signed"
 """Beside the metrics, what pair terms between units need: Σ G_n ∘ D / √m of each row, a signed first-order change."""
+
+_CHUNK_ELEMENTS, _GPU_CHUNK_ELEMENTS = 1 << 22, 1 << 26
+"""Elements of the rows' gradients, or of their second moments, that are held together."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +46,8 @@ class LayerRows:
     outputs: int
 
 
-def score_rows(layer: LayerRows, errors: Mapping[str, Tensor]) -> RowValues:
-    """Every metric of one layer for every format, row by row.
+def score_rows(layers: Sequence[LayerRows], errors: Sequence[Mapping[str, Tensor]]) -> list[RowValues]:
+    """Every metric of the layers that share one input, for every format, row by row.
 
     With G_n = Σ_t g_t x_tᵀ the gradient of row n, D the rounding error, n the number of weights, T the positions
     and m the outputs of a row (T = m for a language model):
@@ -62,45 +67,137 @@ def score_rows(layer: LayerRows, errors: Mapping[str, Tensor]) -> RowValues:
     spread is that of the score to first order.
 
     Args:
-        layer: Inputs and gradients on the scoring rows.
-        errors: Format label to D = Q(W) - W, ``[out, in]`` float32.
+        layers: Inputs and gradients on the scoring rows; the inputs are read from the first layer alone.
+        errors: Per layer, format label to D = Q(W) - W, ``[out, in]`` float32.
     """
-    labels = list(errors)
-    squared = torch.stack([errors[label].float().square().flatten() for label in labels])
-    totals = squared.double().sum(1).cpu()
-    fisher, projection, signed, trace, gradient_power, error_power, seen = [], [], [], [], [], [], 0
-    for x, g in layer.rows:
-        x, g = x.float(), g.float()
-        gradient = g.t() @ x
-        projected = torch.stack([(gradient * errors[label]).sum(1).double() for label in labels])
-        projection.append(projected.square().sum(1))
-        signed.append(projected.sum(1))
-        gradient = gradient.square_().flatten()
-        fisher.append((squared @ gradient).double())
-        trace.append(gradient.sum(dtype=torch.float64))
-        gradient_power.append(g.square().sum(0).double() / layer.positions)
-        error_power.append(torch.stack([(x @ errors[label].float().t()).square().sum(0).double() for label in labels]))
-        seen += len(x)
+    # Formats lie between outputs and inputs, so that the products of one output with all formats are one matrix.
+    stacked = [torch.stack([error.float() for error in by_label.values()], 1) for by_label in errors]
+    found = [_gradient_terms(layer, error) for layer, error in zip(layers, stacked, strict=True)]
+    inputs = found[0].inputs
+    powers = [terms.power.mean(0) for terms in found]
+    seen = _input_terms(inputs, stacked, powers)
     # Sums over the tokens seen divided by all positions are p times the mean over those seen; one of the two
     # factors of kron needs to be that mean itself.
-    mean_tokens = max(seen, 1) / len(fisher)
-    left, right = torch.stack(gradient_power), torch.stack(error_power) / mean_tokens
-    scale = 2 * layer.outputs
-    values: RowValues = {name: {} for name in (*SWEEP_METRICS, SIGNED)}
-    for position, label in enumerate(labels):
-        values["fisher"][label] = torch.stack(fisher)[:, position].cpu() / scale
-        values["projection"][label] = torch.stack(projection)[:, position].cpu() / scale
-        values[SIGNED][label] = torch.stack(signed)[:, position].cpu() / layer.outputs**0.5
-        values["hawq-ggn"][label] = torch.stack(trace).cpu() * totals[position] / (scale * squared.shape[1])
-        kron = _linearised_product(left, right[:, position]) * layer.positions / scale
-        values["kron"][label] = kron.cpu()
+    mean_tokens = max(sum(map(len, inputs)), 1) / len(inputs)
+    values = []
+    for layer, labels, error, terms, (own, weighted) in zip(layers, errors, stacked, found, seen, strict=True):
+        product = terms.power @ own + weighted - terms.power.mean(0) @ own
+        norms = error.square().sum(2).double().sum(0)
+        scale = 2 * layer.outputs
+        by_metric = {
+            "fisher": terms.fisher / scale,
+            "projection": terms.projection / scale,
+            SIGNED: terms.signed / layer.outputs**0.5,
+            "hawq-ggn": terms.trace[:, None] * norms / (scale * error[:, 0].numel()),
+            "kron": product * layer.positions / (scale * mean_tokens),
+        }
+        values.append({name: dict(zip(labels, v.t().cpu(), strict=True)) for name, v in by_metric.items()})
     return values
 
 
-def _linearised_product(left: Tensor, right: Tensor) -> Tensor:
-    """Row values of Σ_r mean(left)_r mean(right)_r, both ``[rows, out]`` float64."""
-    mean_left, mean_right = left.mean(0), right.mean(0)
-    return left @ mean_right + right @ mean_left - mean_left @ mean_right
+@dataclass(frozen=True)
+class _GradientTerms:
+    """What the gradients of one layer give, float64.
+
+    Args:
+        inputs: The rows' inputs, ``[tokens, in]`` each.
+        power: ``[rows, out]``, Σ_t g_t² over the positions.
+        fisher: ``[rows, formats]``, Σ (G ∘ D)².
+        projection: ``[rows, formats]``, Σ_r (G_r · D_r)².
+        signed: ``[rows, formats]``, Σ G ∘ D.
+        trace: ``[rows]``, ‖G‖².
+    """
+
+    inputs: list[Tensor]
+    power: Tensor
+    fisher: Tensor
+    projection: Tensor
+    signed: Tensor
+    trace: Tensor
+
+
+def _gradient_terms(layer: LayerRows, errors: Tensor) -> _GradientTerms:
+    """Terms of the rows' gradients with errors ``[out, formats, in]``."""
+    height, formats, width = errors.shape
+    limit = _chunk_elements(errors)
+    squares = errors.square()
+    inputs: list[Tensor] = []
+    powers, sums = [], []
+    for rows in _batches(layer.rows, max(1, limit // (height * width))):
+        inputs += [x for x, _ in rows]
+        powers.append(torch.stack([g.float().square().sum(0).double() / layer.positions for _, g in rows]))
+        total = errors.new_zeros(3 * formats + 1, len(rows), dtype=torch.float64)
+        for part in torch.arange(height).split(max(1, limit // (len(rows) * width))):
+            outputs = slice(int(part[0]), int(part[-1]) + 1)
+            gradients = errors.new_empty(len(rows), len(part), width)
+            for gradient, (x, g) in zip(gradients, rows, strict=True):
+                token_product(g[:, outputs], x, out=gradient)
+            projected = torch.bmm(errors[outputs], gradients.permute(1, 2, 0)).double()
+            gradients.square_()
+            fisher = torch.bmm(squares[outputs], gradients.permute(1, 2, 0)).sum(0)
+            trace = gradients.sum(2).sum(1, keepdim=True).t()
+            total += torch.cat([fisher, projected.square().sum(0), projected.sum(0), trace])
+        sums.append(total)
+    fisher, projection, signed, trace = torch.cat(sums, 1).t().split([formats, formats, formats, 1], 1)
+    return _GradientTerms(inputs, torch.cat(powers), fisher, projection, signed, trace[:, 0])
+
+
+def _input_terms(
+    inputs: Sequence[Tensor], errors: Sequence[Tensor], weights: Sequence[Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """What the errors D make of the inputs, through the second moments H_n = Σ_t x_t x_tᵀ of the rows.
+
+    That is Σ_r w_r (D H_n Dᵀ)_rr = ⟨Dᵀ diag(w) D, H_n⟩: one product of tokens serves all layers and formats.
+    H_n is symmetric, so only its panels on and to the right of the diagonal are computed.
+
+    Args:
+        inputs: ``[tokens, in]`` per row.
+        errors: Per layer ``[out, formats, in]`` float32.
+        weights: Per layer w, ``[out]``.
+
+    Returns:
+        Per layer the mean over rows of (D H_n Dᵀ)_rr, ``[out, formats]``, and Σ_r w_r (D H_n Dᵀ)_rr,
+        ``[rows, formats]``, float64.
+    """
+    width, counts = inputs[0].shape[1], [error.shape[1] for error in errors]
+    own = [error.new_zeros(error.shape[:2], dtype=torch.float64) for error in errors]
+    weighted = errors[0].new_zeros(len(inputs), sum(counts), dtype=torch.float64)
+    for first in range(0, width, GRAM_PANEL):
+        panel = slice(first, min(first + GRAM_PANEL, width))
+        # What lies off the diagonal's panel stands for its mirror image, too.
+        twice = errors[0].new_full((width - first,), 2.0)
+        twice[: panel.stop - first] = 1.0
+        forms = torch.cat([_weighted_squares(e, w, panel) for e, w in zip(errors, weights, strict=True)]) * twice
+        total = torch.zeros_like(forms[0])
+        size = max(1, _chunk_elements(total) // total.numel())
+        for start in range(0, len(inputs), size):
+            rows = inputs[start : start + size]
+            moments = total.new_empty(len(rows), *total.shape)
+            for moment, x in zip(moments, rows, strict=True):
+                token_product(x[:, panel], x[:, first:], out=moment)
+            weighted[start : start + size] += moments.flatten(1) @ forms.flatten(1).t()
+            total += moments.sum(0)
+        total *= twice / len(inputs)
+        for sums, error in zip(own, errors, strict=True):
+            for label in range(error.shape[1]):
+                sums[:, label] += ((error[:, label, panel] @ total) * error[:, label, first:]).sum(1)
+    return list(zip(own, weighted.split(counts, 1), strict=True))
+
+
+def _weighted_squares(error: Tensor, weights: Tensor, panel: slice) -> Tensor:
+    """Dᵀ diag(w) D, its rows of a panel from the diagonal on: ``[formats, panel, columns]``."""
+    left = error[:, :, panel] * weights.to(error.dtype)[:, None, None]
+    return torch.bmm(left.permute(1, 2, 0), error[:, :, panel.start :].transpose(0, 1))
+
+
+def _chunk_elements(like: Tensor) -> int:
+    return _GPU_CHUNK_ELEMENTS if like.is_cuda else _CHUNK_ELEMENTS
+
+
+def _batches(rows: Iterable[tuple[Tensor, Tensor]], size: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    remaining = iter(rows)
+    while batch := list(islice(remaining, size)):
+        yield batch
 
 
 def add_rows(into: RowValues, values: RowValues) -> None:

@@ -17,7 +17,8 @@ from hawqtool.evaluation.divergence import evaluate_hidden, interpolate_log, sta
 from hawqtool.formats import QuantFormat, parse_label
 from hawqtool.model.reader import TensorReader
 from hawqtool.model.statistics import GroupStatistics
-from hawqtool.model.sweep import WeightSource, advance, read_weight, replace_weight, visit_groups
+from hawqtool.model.sweep import WeightSource, advance, read_weight, replace_weight
+from hawqtool.model.visiting import visit_groups
 from hawqtool.pipeline.exchanging import exchange, neighbouring
 from hawqtool.pipeline.job import Job
 from hawqtool.pipeline.planning import allocate, stored_bytes

@@ -69,7 +69,7 @@ def measure_scores(setting: Setting, metrics: Sequence[str], findings: Findings,
         findings.save()
     for metric in (metric for metric in missing if metric in EXTRAS):
         with Meter(setting.job.device) as meter:
-            found = EXTRAS[metric](setting, swept or Measurement({}, {}, {}, {}), reporter)
+            found = EXTRAS[metric](setting, swept or Measurement({}, {}, {}, {}, 0), reporter)
         cost[metric] = meter.record
         scores[metric] = as_json(found)
         findings.save()

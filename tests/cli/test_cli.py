@@ -131,7 +131,8 @@ def test_signals_leave_nothing_behind(place: Path, tmp_path: Path, number: signa
     assert process.returncode == code, stderr
     assert stdout == ""
     assert "Traceback" not in stderr
-    assert list(output.parent.iterdir()) == []
+    kept = list(output.parent.iterdir())  # finished work, on a machine that was slow to look
+    assert kept == [] or (kept == [output.with_name(".out.hawqtool")] and "--resume goes on" in stderr), stderr
 
 
 # In process.

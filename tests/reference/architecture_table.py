@@ -73,7 +73,8 @@ def examine(kind: Kind, place: Path) -> Examined:
     round_to_folder(job, mixed_plan(job), Rows(inputs, "test", "-"), folder, Silent(), "test")
     copy_small_files(source, folder)
     packed = read_packed(folder)
-    expected = replay(kind, source, inputs, {n: p.quant_format for n, p in packed.items()}, STORED)
+    formats, scales = ({n: getattr(p, field) for n, p in packed.items()} for field in ("quant_format", "scales"))
+    expected = replay(kind, source, inputs, formats, STORED, scales)
     shares = {n: float((packed[n].codes == layer.codes).float().mean()) for n, layer in expected.items()}
     excess = excesses(kind, source, inputs, packed)
     return Examined(source, folder, len(job.units), shares, excess, time.perf_counter() - start)

@@ -208,7 +208,12 @@ def scale_errors(weight: Tensor, importance: Tensor, scales: Tensor, quant_forma
 
 
 def replay(
-    kind: Kind, folder: Path, inputs: Tensor, formats: dict[str, QuantFormat], dtype: torch.dtype
+    kind: Kind,
+    folder: Path,
+    inputs: Tensor,
+    formats: dict[str, QuantFormat],
+    dtype: torch.dtype,
+    scales: dict[str, Tensor] | None = None,
 ) -> dict[str, Packed]:
     """Round a saved model weight after weight.
 
@@ -218,13 +223,14 @@ def replay(
         inputs: All calibration rows: token ids, or pixels.
         formats: Format of every weight to round, by its name in the checkpoint.
         dtype: Dtype in which weights are stored.
+        scales: Scales to take where they are as good as those that are found here, by the weight's name.
 
     Returns:
         What a file should hold, by the weight's name in the checkpoint.
     """
     rounded: dict[str, Packed] = {}
     for name, view, rows in _sequence(kind, folder, inputs, formats):
-        problem = pose(view, rows, formats[name], dtype, given=None)
+        problem = pose(view, rows, formats[name], dtype, given=(scales or {}).get(name))
         ordered, _ = oracles.gptq(problem.weight, problem.grid, problem.hessian)
         natural = np.empty_like(ordered)
         natural[:, problem.order] = ordered

@@ -16,10 +16,11 @@ from hawqtool.errors import UsageError
 from hawqtool.formats import QuantFormat
 from hawqtool.model.experts import ExpertLinear, SplitExperts, counting_experts, split_experts
 from hawqtool.model.statistics import GroupStatistics
-from hawqtool.model.sweep import group_statistics, stages
+from hawqtool.model.visiting import group_statistics, stages
 from hawqtool.pipeline.job import Job, prepare
 from hawqtool.rounding.layer import RoundingMethod
-from hawqtool.sensitivity.measure import _by_row, measure
+from hawqtool.sensitivity.backward import _by_row
+from hawqtool.sensitivity.measure import measure
 from hawqtool.sensitivity.scores import LayerRows, score_rows
 from tests.reference.test_sensitivity import METRICS, slow_scores
 from tests.tiny_zoo import kind_named, save_kind
@@ -220,7 +221,7 @@ def test_scores_of_a_share_of_the_tokens_equal_slow_loops() -> None:
     inputs = [torch.randn(count, width, generator=generator) for count in counts]
     grads = [torch.randn(count, height, generator=generator) for count in counts]
     error = torch.randn(height, width, generator=generator)
-    values = score_rows(LayerRows(list(zip(inputs, grads, strict=True)), positions, positions), {"e": error})
+    values = score_rows([LayerRows(list(zip(inputs, grads, strict=True)), positions, positions)], [{"e": error}])[0]
     padded = [torch.zeros(len(counts), positions, size) for size in (width, height)]
     for row, count in enumerate(counts):
         padded[0][row, :count], padded[1][row, :count] = inputs[row], grads[row]
@@ -240,14 +241,14 @@ def test_fewer_outputs_than_positions_scale_the_scores() -> None:
     x, g = torch.randn(4, 6, 10, generator=generator), torch.randn(4, 6, 7, generator=generator)
     error = {"e": torch.randn(7, 10, generator=generator)}
     rows = list(zip(x, g, strict=True))
-    per_token, per_row = (score_rows(LayerRows(rows, 6, outputs), error) for outputs in (6, 1))
+    per_token, per_row = (score_rows([LayerRows(rows, 6, outputs)], [error])[0] for outputs in (6, 1))
     for metric in METRICS:
         torch.testing.assert_close(per_row[metric]["e"], 6 * per_token[metric]["e"])
 
 
 def test_a_layer_without_any_token_scores_zero() -> None:
     empty = LayerRows([(torch.zeros(0, 5), torch.zeros(0, 4))] * 3, 6, 6)
-    values = score_rows(empty, {"e": torch.ones(4, 5)})
+    values = score_rows([empty], [{"e": torch.ones(4, 5)}])[0]
     assert all(float(values[metric]["e"].abs().sum()) == 0 for metric in METRICS)
 
 

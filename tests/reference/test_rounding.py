@@ -16,7 +16,7 @@ from hawqtool.errors import NumericalError
 from hawqtool.formats import CHANNEL, QuantFormat
 from hawqtool.model.statistics import GroupStatistics
 from hawqtool.rounding.compensate import round_compensated
-from hawqtool.rounding.factor import Factor, default_damping, factorize
+from hawqtool.rounding.factor import Factor, default_damping, factorize, inverse_upper
 from hawqtool.rounding.grid import (
     COARSE_STEPS,
     FINE_STEPS,
@@ -178,6 +178,13 @@ def test_natural_order_is_kept_without_act_order() -> None:
     upper = factor.upper.double()
     hessian = torch.from_numpy(oracles.damped(case.gram.double().numpy(), DAMPING))
     torch.testing.assert_close(upper.T @ upper @ hessian, torch.eye(96).double(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("size", [1, 128, 387])
+def test_a_triangle_is_inverted_by_halves(size: int) -> None:
+    noise = torch.randn(size, size, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    upper = torch.linalg.cholesky(noise @ noise.t() / size + torch.eye(size)).t()
+    torch.testing.assert_close(inverse_upper(upper), torch.linalg.inv(upper), rtol=1e-9, atol=1e-12)
 
 
 def test_factor_agrees_with_the_explicit_inverse() -> None:

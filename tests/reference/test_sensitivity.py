@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +13,15 @@ from transformers import AutoModelForCausalLM
 
 from hawqtool.config import RunConfig
 from hawqtool.formats import QuantFormat
+from hawqtool.model.gram import GRAM_PANEL, gram
 from hawqtool.pipeline.job import Job, prepare
 from hawqtool.records import Score
 from hawqtool.rounding.factor import factorize
 from hawqtool.rounding.grid import dequantize
 from hawqtool.rounding.layer import RoundingMethod, Task, round_group
+from hawqtool.sensitivity import measure as sweeps
+from hawqtool.sensitivity import scores
+from hawqtool.sensitivity.loss import draw_labels
 from hawqtool.sensitivity.measure import measure
 from hawqtool.sensitivity.scores import SIGNED, LayerRows, score_rows, to_scores
 from tests.tiny import tiny_model
@@ -118,7 +123,7 @@ def test_scores_of_enumerated_labels_are_the_exact_ones(small: nn.Module, row: T
     exact = exact_scores(probes, error)
     # A mean over n probes whose squares are weighted by n p is the expectation over labels.
     scaled = probes.gradients * (len(probes.weights) * probes.weights).sqrt()[:, None, None]
-    found = to_scores(score_rows(layer_rows(probes.inputs, scaled), {"e": error.float()}))
+    found = to_scores(score_rows([layer_rows(probes.inputs, scaled)], [{"e": error.float()}])[0])
     assert set(found) == set(METRICS)
     for metric in METRICS:
         assert found[metric]["e"].value == pytest.approx(exact[metric], rel=1e-4)
@@ -129,7 +134,7 @@ def test_sampled_labels_give_unbiased_scores(small: nn.Module, row: Tensor, laye
     error = random_error(small, layer, 0.3)
     exact = exact_scores(enumerated(small, layer, row), error)
     probes = sampled(small, layer, row, 1500)
-    found = to_scores(score_rows(layer_rows(probes.inputs, probes.gradients), {"e": error.float()}))
+    found = to_scores(score_rows([layer_rows(probes.inputs, probes.gradients)], [{"e": error.float()}])[0])
     for metric in METRICS:
         score = found[metric]["e"]
         assert 0 < score.stderr < 0.1 * exact[metric]
@@ -144,7 +149,8 @@ def test_standard_errors_cover_the_truth(small: nn.Module, row: Tensor) -> None:
     probes = sampled(small, layer, row, draws * count)
     inputs, gradients = probes.inputs.split(count), probes.gradients.split(count)
     found = [
-        to_scores(score_rows(layer_rows(x, g), {"e": error.float()})) for x, g in zip(inputs, gradients, strict=True)
+        to_scores(score_rows([layer_rows(x, g)], [{"e": error.float()}])[0])
+        for x, g in zip(inputs, gradients, strict=True)
     ]
     for metric in METRICS:
         scores = [scores[metric]["e"] for scores in found]
@@ -195,7 +201,7 @@ def test_score_rows_equals_slow_loops() -> None:
     generator = torch.Generator().manual_seed(3)
     inputs, grads = torch.randn(4, 6, 10, generator=generator), torch.randn(4, 6, 7, generator=generator)
     errors = {"a": torch.randn(7, 10, generator=generator), "b": 0.1 * torch.randn(7, 10, generator=generator)}
-    values = score_rows(layer_rows(inputs, grads), errors)
+    values = score_rows([layer_rows(inputs, grads)], [errors])[0]
     assert all(len(rows) == 4 for by_label in values.values() for rows in by_label.values())
     for label, error in errors.items():
         expected = slow_scores(inputs, grads, error)
@@ -203,6 +209,42 @@ def test_score_rows_equals_slow_loops() -> None:
             assert float(values[metric][label].mean()) == pytest.approx(expected[metric], rel=1e-5)
         signed = torch.stack([(g.t() @ x * error).sum() for x, g in zip(inputs, grads, strict=True)])
         torch.testing.assert_close(values[SIGNED][label].float(), signed / inputs.shape[1] ** 0.5, rtol=1e-5, atol=1e-6)
+
+
+def test_layers_that_share_a_wide_input_equal_slow_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several panels of the second moments, batches of rows and chunks of outputs; two layers at once."""
+    width, heights = GRAM_PANEL + 44, (7, 4)
+    monkeypatch.setattr(scores, "_CHUNK_ELEMENTS", 2 * width)
+    generator = torch.Generator().manual_seed(6)
+    inputs = torch.randn(5, 6, width, generator=generator)
+    grads = [torch.randn(5, 6, height, generator=generator) for height in heights]
+    errors = [{"a": torch.randn(h, width, generator=generator), "b": torch.ones(h, width)} for h in heights]
+    found = score_rows([layer_rows(inputs, g) for g in grads], errors)
+    for values, g, by_label in zip(found, grads, errors, strict=True):
+        for label, error in by_label.items():
+            expected = slow_scores(inputs, g, error)
+            for metric in METRICS:
+                assert float(values[metric][label].mean()) == pytest.approx(expected[metric], rel=1e-5)
+            # What a row adds to the product of two means, to first order.
+            power, seen = g.double().square().mean(1), (inputs.double() @ error.double().t()).square().mean(1)
+            linear = power @ seen.mean(0) + seen @ power.mean(0) - power.mean(0) @ seen.mean(0)
+            torch.testing.assert_close(values["kron"][label], linear / 2, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("width", [5, GRAM_PANEL, 2 * GRAM_PANEL + 3])
+def test_a_gram_matrix_is_the_mean_of_outer_products(width: int) -> None:
+    x = torch.randn(40, width, generator=torch.Generator().manual_seed(1))
+    found = gram(x)
+    torch.testing.assert_close(found.double(), x.double().t() @ x.double() / 40, rtol=1e-5, atol=1e-6)
+
+
+def test_labels_follow_their_probabilities() -> None:
+    probabilities = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
+    count = 20000
+    drawn = draw_labels(probabilities.expand(count, -1), torch.Generator().manual_seed(2))
+    shares = torch.bincount(drawn, minlength=len(probabilities)) / count
+    assert shares[probabilities == 0].sum() == 0
+    assert float((shares - probabilities).abs().max()) < 4 * (0.25 / count) ** 0.5
 
 
 # The streamed measurement against a whole model that is held at once.
@@ -234,6 +276,7 @@ def measured(job: Job, method: str, rows_per_slice: int) -> dict[str, dict[str, 
         rows_per_slice,
         SEED,
         lambda *_: None,
+        growth_limit=math.inf,
     ).scores
 
 
@@ -271,7 +314,7 @@ def whole_model_scores(job: Job, method: str) -> dict[str, dict[str, dict[str, f
     errors = whole_model_errors(job, model, watch, method)
     generator = torch.Generator().manual_seed(SEED)
     logits = model(SCORING).logits
-    labels = torch.stack([torch.multinomial(z.detach().softmax(-1), 1, generator=generator)[:, 0] for z in logits])
+    labels = torch.stack([draw_labels(z.detach().softmax(-1), generator) for z in logits])
     loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
     names = list(job.structure.linears)
     grads = dict(zip(names, torch.autograd.grad(loss, [watch.outputs[n] for n in names]), strict=True))
@@ -306,6 +349,13 @@ def test_scores_do_not_depend_on_slices(job: Job) -> None:
                 assert other.stderr == pytest.approx(score.stderr, rel=1e-3)
 
 
+def test_gram_matrices_are_the_same_kept_or_found_again(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweeps, "_GRAM_SHARE", 1000)
+    kept = measured(job, "gptq", 2)
+    monkeypatch.setattr(sweeps, "_GRAM_SHARE", 0)
+    assert measured(job, "gptq", 2) == kept
+
+
 def test_wider_formats_score_lower_and_units_can_be_skipped(job: Job) -> None:
     kept = job.units[0].name
     found = measure(
@@ -318,6 +368,7 @@ def test_wider_formats_score_lower_and_units_can_be_skipped(job: Job) -> None:
         3,
         SEED,
         lambda *_: None,
+        growth_limit=math.inf,
     ).scores
     for metric in METRICS:
         scores = found[metric][kept]
@@ -342,7 +393,7 @@ def test_only_projection_counts_errors_that_add_up_over_the_tokens_of_a_row() ->
     grads = torch.randn(rows, 1, height, generator=generator).expand(rows, length, height) / length
     error = torch.randn(height, width, generator=generator)
     loss = float((inputs @ error.t()).mean(1).square().sum(1).mean()) / 2
-    found = to_scores(score_rows(LayerRows(zip(inputs, grads, strict=True), length, 1), {"e": error}))
+    found = to_scores(score_rows([LayerRows(zip(inputs, grads, strict=True), length, 1)], [{"e": error}])[0])
     assert found["projection"]["e"].value == pytest.approx(loss, rel=0.05)
     assert found["kron"]["e"].value < loss / 10
 

@@ -13,8 +13,10 @@ from transformers import AutoModelForCausalLM
 from hawqtool.allocation.uniform import uniform_formats
 from hawqtool.config import RunConfig
 from hawqtool.export.packed import PackedReader
-from hawqtool.model.statistics import GroupStatistics, gram
-from hawqtool.model.sweep import read_weight, replace_weight, visit_groups
+from hawqtool.model.gram import gram
+from hawqtool.model.statistics import GroupStatistics
+from hawqtool.model.sweep import read_weight, replace_weight
+from hawqtool.model.visiting import visit_groups
 from hawqtool.pipeline.job import Job, prepare
 from hawqtool.pipeline.planning import stored_bytes
 from hawqtool.pipeline.progress import Silent

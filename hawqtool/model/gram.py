@@ -1,0 +1,85 @@
+"""Second moments of layer inputs: products summed over tokens, in float32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_TOKENS = 1 << 14
+"""Tokens of a product: float32 sums stay short, and so does the second matrix that a product needs."""
+
+_TENSOR_CORES = (8, 0)
+"""Compute capability from which tensor cores multiply bfloat16."""
+
+GRAM_PANEL = 256
+"""Rows of a symmetric product that are computed together on a CPU: a third less work than the whole at 1536 columns."""
+
+_TILED_WIDTH, _TILE = 4096, 2048
+"""Width from which a matrix is computed in panels on a GPU, and the rows of such a panel."""
+
+
+def gram(inputs: Tensor) -> Tensor:
+    """Mean of x xᵀ over tokens, ``[in, in]`` float32, from ``[tokens, in]``.
+
+    Half-precision inputs are multiplied on tensor cores where there are any: their products are exact in float32,
+    which is also the dtype of the sums and of the output. The scaling comes last, since it would round the inputs.
+    """
+    width = inputs.shape[1]
+    half = has_float32_products(inputs.device, inputs.dtype)
+    panel = _panel(inputs, width)
+    total = torch.zeros(width, width, dtype=torch.float32, device=inputs.device)
+    for part in inputs.split(_TOKENS):
+        _add_lower_panels(total, part if half else part.float(), panel, half)
+    _mirror(total, panel)
+    return total.div_(inputs.shape[0])
+
+
+def mean_product(left: Tensor, right: Tensor) -> Tensor:
+    """Mean of l rᵀ over tokens, ``[m, n]`` float32, from ``[tokens, m]`` and ``[tokens, n]`` of one dtype."""
+    total = torch.zeros(left.shape[1], right.shape[1], dtype=torch.float32, device=left.device)
+    for first, second in zip(left.split(_TOKENS), right.split(_TOKENS), strict=True):
+        total += token_product(first, second)
+    return total.div_(left.shape[0])
+
+
+def token_product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    """Sum over tokens of l rᵀ, ``[m, n]`` float32, from ``[tokens, m]`` and ``[tokens, n]``; see `gram`."""
+    if left.dtype == right.dtype and has_float32_products(left.device, left.dtype):
+        return torch.mm(left.t(), right, out_dtype=torch.float32, out=out)
+    return torch.mm(left.t().float(), right.float(), out=out)
+
+
+def has_float32_products(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether half-precision matrices can be multiplied as they are with float32 sums and a float32 result.
+
+    torch has that product for NVIDIA GPUs, from 2.8 on. Elsewhere inputs are made float32 first, which gives the same
+    products at a lower rate.
+    """
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or torch.version.hip is not None:
+        return False
+    return "dtype" in torch.ops.aten.mm.overloads() and torch.cuda.get_device_capability(device) >= _TENSOR_CORES
+
+
+def _panel(inputs: Tensor, width: int) -> int:
+    """Rows of the matrix that are computed together; each panel stops at the diagonal."""
+    if not inputs.is_cuda:
+        return GRAM_PANEL
+    return _TILE if width >= _TILED_WIDTH else max(width, 1)
+
+
+def _add_lower_panels(total: Tensor, part: Tensor, panel: int, half: bool) -> None:
+    """Add the products of ``[tokens, in]`` to what lies on and below the diagonal, panel by panel."""
+    for row in range(0, len(total), panel):
+        # One product per panel: from the first column to the diagonal.
+        left, right = part[:, row : row + panel].t(), part[:, : row + panel]
+        target = total[row : row + panel, : row + panel]
+        if half:
+            target += torch.mm(left, right, out_dtype=torch.float32)
+        else:
+            target.addmm_(left, right)
+
+
+def _mirror(total: Tensor, panel: int) -> None:
+    """Fill what lies above the diagonal's panels from what lies below."""
+    for row in range(panel, len(total), panel):
+        total[:row, row : row + panel] = total[row : row + panel, :row].t()

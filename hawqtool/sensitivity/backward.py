@@ -1,0 +1,128 @@
+"""What the linears of a block see in one reverse step: their inputs and the gradients at their outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hawqtool.model.experts import ExpertLinear
+from hawqtool.model.sweep import Activations, local_name, run_block
+from hawqtool.records import BlockSpec, LinearSpec
+from hawqtool.sensitivity.scores import LayerRows
+
+
+def block_backward(
+    block: nn.Module,
+    spec: BlockSpec,
+    scoring: Activations,
+    gradients: list[Tensor],
+    outputs: int,
+    input_power: dict[str, Tensor],
+) -> tuple[dict[str, LayerRows], list[Tensor]]:
+    """What every linear saw with the gradients at its output, and the gradient at the block's input.
+
+    ``input_power`` gains each unit's squared gradients at its inputs, summed over the tokens of a row, ``[rows]``.
+    """
+    seen: dict[str, tuple[list[Tensor], list[Tensor]]] = {linear.name: ([], []) for linear in spec.linears}
+    powers: dict[str, list[Tensor]] = {linear.unit: [] for linear in spec.linears}
+    before = []
+    for position, hidden in enumerate(scoring.hidden):
+        rows, positions = hidden.shape[:2]
+        leaf = hidden.detach().requires_grad_()
+        with torch.enable_grad(), _captured(block, spec) as captured:
+            output = run_block(block, leaf, scoring.calls[position][spec.index])
+            watched = [leaf, *(c.output for c in captured.calls.values()), *(i.alias for i in captured.inputs)]
+            found = list(torch.autograd.grad(output, watched, gradients[position]))
+        before.append(found.pop(0))
+        for name, call in captured.calls.items():
+            for into, values in zip(seen[name], (call.x.detach(), found.pop(0)), strict=True):
+                into += _by_row(call.module, values, rows, positions)
+        for name in seen.keys() - captured.calls.keys():  # an expert that no token of the slice was routed to
+            weight = block.get_parameter(f"{local_name(spec, _linear(spec, name))}.weight")
+            for into, width in zip(seen[name], reversed(weight.shape), strict=True):
+                into += [weight.new_zeros(0, width)] * rows
+        totals = {unit: torch.zeros(rows, dtype=torch.float64) for unit in powers}
+        for shared, gradient in zip(captured.inputs, found, strict=True):
+            parts = _by_row(shared.module, gradient, rows, positions)
+            totals[shared.unit] += torch.stack([g.float().square().sum(dtype=torch.float64) for g in parts]).cpu()
+        for unit, total in totals.items():
+            powers[unit].append(total)
+    for unit, parts in powers.items():
+        power = torch.cat(parts)
+        input_power[unit] = input_power[unit] + power if unit in input_power else power
+    positions = scoring.hidden[0].shape[1]
+    return {n: LayerRows(zip(x, g, strict=True), positions, outputs) for n, (x, g) in seen.items()}, before
+
+
+class _Call(NamedTuple):
+    """A linear's call."""
+
+    module: nn.Module
+    x: Tensor
+    output: Tensor
+
+
+class _SharedInput(NamedTuple):
+    """An input under a name of its own for the linears of one unit, so that it has a gradient through them alone."""
+
+    unit: str
+    module: nn.Module
+    x: Tensor
+    alias: Tensor
+
+
+@dataclass
+class _Captured:
+    """Calls of a block's linears by name, and their inputs in call order."""
+
+    calls: dict[str, _Call]
+    inputs: list[_SharedInput]
+
+
+@contextmanager
+def _captured(block: nn.Module, spec: BlockSpec) -> Iterator[_Captured]:
+    """Note what the block's linears are called with while the context lasts."""
+    captured = _Captured({}, [])
+
+    def share(module: nn.Module, inputs: tuple[Tensor, ...], unit: str) -> tuple[Tensor, ...]:
+        x = inputs[0]
+        known = next((i for i in captured.inputs if i.unit == unit and i.x is x), None)
+        if known is None:
+            known = _SharedInput(unit, module, x, x.view_as(x))
+            captured.inputs.append(known)
+        return known.alias, *inputs[1:]
+
+    def capture(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, name: str) -> None:
+        captured.calls[name] = _Call(module, inputs[0], output)
+
+    hooks = []
+    for linear in spec.linears:
+        module = block.get_submodule(local_name(spec, linear))
+        hooks.append(module.register_forward_pre_hook(partial(share, unit=linear.unit)))
+        hooks.append(module.register_forward_hook(partial(capture, name=linear.name)))
+    try:
+        yield captured
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _linear(spec: BlockSpec, name: str) -> LinearSpec:
+    return next(linear for linear in spec.linears if linear.name == name)
+
+
+def _by_row(module: nn.Module, values: Tensor, rows: int, positions: int) -> list[Tensor]:
+    """Split ``[rows, ..., n]``, its flattened form, or the tokens routed to an expert, by row."""
+    flat = values.flatten(0, -2)
+    if not isinstance(module, ExpertLinear):
+        return list(flat.reshape(rows, -1, flat.shape[-1]))
+    row = module.positions // positions
+    # Tokens come by rank of the choice; sorted by row, those of one row lie together.
+    ordered = flat[row.argsort(stable=True)]
+    return list(ordered.split(torch.bincount(row, minlength=rows).tolist()))
