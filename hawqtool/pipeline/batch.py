@@ -99,9 +99,12 @@ class _BatchRun:
                 said = f"{job.config.output} holds the result of other settings or inputs; --overwrite replaces it"
                 self._settle(job.name, {"status": "failed", "exit_code": UsageError.exit_code, "error": said}, "")
             else:
-                file = self.logs / f"{job.name}.yaml"
-                write_text(file, job.yaml())
-                command = (sys.executable, "-m", "hawqtool", "quantize", "-c", str(file), "--json")
+                file, settings = self.logs / f"{job.name}.yaml", job.yaml()
+                # A job that was cut short is gone on with; one whose settings changed since then starts anew.
+                begun = file.is_file() and file.read_text(encoding="utf-8") == settings
+                write_text(file, settings)
+                command: tuple[str, ...] = (sys.executable, "-m", "hawqtool", "quantize", "-c", str(file), "--json")
+                command += ("--resume",) if begun else ()
                 kind = repr(budget_free(job.config))
                 programs.append(Program(job.name, command, self.logs / f"{job.name}.log", kind))
         return programs

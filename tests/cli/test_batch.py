@@ -18,7 +18,10 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from hawqtool.cli.app import app
+from hawqtool.pipeline.batch import _BatchRun
+from hawqtool.pipeline.batch_file import read_batch
 from hawqtool.pipeline.batch_summary import batch_code, front
+from hawqtool.pipeline.progress import Silent
 from tests.tiny import tiny_llama
 
 GOOD = ("model-4.0bpw", "model-6.0bpw")
@@ -113,10 +116,21 @@ def test_a_batch_that_is_terminated_ends_its_jobs_and_says_what_was_not_run(plac
     summary = json.loads((tmp_path / "runs/summary.json").read_text())
     assert [row["status"] for row in summary["jobs"]] == ["failed", "not run", "not run"]
     # A measurement that was complete by then is kept, half of one is not; no job has an output.
-    left = {p.name for p in (tmp_path / "runs").iterdir()} - {"measurements"}
+    left = {p.name for p in (tmp_path / "runs").iterdir()} - {"measurements", ".model-4.0bpw.hawqtool"}
     assert left == {"jobs", "summary.csv", "summary.json"}
     assert all(p.suffix == ".json" for p in tmp_path.glob("runs/measurements/*"))
     assert "terminated" in log.read_text()
+
+
+def test_jobs_that_were_begun_are_gone_on_with_unless_their_settings_changed(place: Path, tmp_path: Path) -> None:
+    def commands(**changes: Any) -> list[tuple[str, ...]]:
+        batch = read_batch(write(place, **changes), str(tmp_path / "runs"), None, False)
+        batch.folder.mkdir(exist_ok=True)
+        return [tuple(program.command) for program in _BatchRun(batch, Silent()).prepare()]
+
+    assert not any("--resume" in command for command in commands())
+    assert all(command[-1] == "--resume" for command in commands())
+    assert not any("--resume" in command for command in commands(seed=3))
 
 
 def test_problems_are_told_before_any_work(place: Path, tmp_path: Path) -> None:
