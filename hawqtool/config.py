@@ -56,6 +56,7 @@ class RunConfig(BaseModel):
     rounding: Literal["rtn", "gptq", "foem"] = "gptq"
     foem_beta: float = Field(0.1, ge=0, le=1)
     damping: float | None = Field(None, gt=0, allow_inf_nan=False)
+    refine_steps: int = Field(0, ge=0)
     pin: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
     quantize_lm_head: bool = False

@@ -45,6 +45,7 @@ def quantize(
     rounding: o.Rounding = None,
     foem_beta: o.FoemBeta = None,
     damping: o.Damping = None,
+    refine_steps: o.RefineSteps = None,
     scale_sign: o.ScaleSign = None,
     device: o.Device = None,
     rows_per_slice: o.RowsPerSlice = None,
