@@ -128,7 +128,7 @@ class FlatLayers:
 
     def confine(self) -> None:
         """Keep what moved within its limits."""
-        self.latent.copy_(torch.minimum(torch.maximum(self.latent, self.lowest), self.highest))
+        torch.clamp(self.latent, self.lowest, self.highest, out=self.latent)
         self.log_change.clamp_(-MAX_SCALE_CHANGE, MAX_SCALE_CHANGE)
 
     def rounded(self) -> dict[str, Quantized]:
