@@ -63,10 +63,12 @@ class CheckpointWriter:
 
     Attributes:
         checksums: SHA-256 of the stored bytes of every tensor written so far, by name.
+        changed: Tensors that would have been copies, but were given new values.
     """
 
     def __init__(self, index: CheckpointIndex, layout: Layout, folder: Path) -> None:
         self.checksums: dict[str, str] = {}
+        self.changed: set[str] = set()
         self._reader = TensorReader(index)
         self._layout = layout
         self._folder = folder
@@ -109,15 +111,25 @@ class CheckpointWriter:
         if layer.zeros is not None:
             self._write(f"{layer.name}.weight_zero_point", pack_zeros(layer.zeros, bits))
 
+    def write_changed(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor in the place of the source's of that name.
+
+        Raises:
+            InputError: If the source's is no such tensor.
+            NumericalError: If it was written before, or the disk refuses.
+        """
+        self._write(name, tensor)
+        self.changed.add(name)
+
     def copy_rest(self) -> None:
-        """Stream every tensor that is copied verbatim from the source, in pieces of at most 16 MiB.
+        """Stream every other tensor of the source that is not packed, in pieces of at most 16 MiB.
 
         Raises:
             InputError: If the source cannot be read.
             NumericalError: If a tensor was written before, or the disk refuses.
         """
         for name, (_, entry) in self._entries.items():
-            if entry.source is not None:
+            if entry.source is not None and name not in self.changed:
                 self._write_bytes(name, entry, self._reader.chunks(entry.source))
 
     def close(self) -> None:
