@@ -156,11 +156,14 @@ def test_names_cannot_write_to_the_terminal(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"model_type": "x\x1b[31m[bold]y"}))
-    save_file({"\x1b]0;title\x07[red]a.3.b": torch.zeros(2, 2)}, folder / "model.safetensors")
+    save_file({"[red]a.3.b": torch.zeros(2, 2)}, folder / "model.safetensors")
     shown = invoke(folder)
     assert shown.exit_code == 0, shown.stderr
-    assert "\x1b" not in shown.stdout and "\x07" not in shown.stdout
+    assert "\x1b" not in shown.stdout
     assert "[red]a.*.b" in shown.stdout and "[bold]y" in shown.stdout
+    save_file({"\x1b]0;title\x07a.3.b": torch.zeros(2, 2)}, folder / "model.safetensors")
+    refused = invoke(folder)
+    assert refused.exit_code == 4 and "\x1b" not in refused.stderr and "\x07" not in refused.stderr
 
 
 @pytest.mark.parametrize("case", ["missing", "empty", "no weights", "broken", "not an object"])
@@ -175,7 +178,8 @@ def test_what_is_no_checkpoint_exits_4(tmp_path: Path, model: Path, case: str) -
         (folder / "config.json").write_text("{" if case == "broken" else "[]")
     result = invoke(folder, "--json")
     assert result.exit_code == 4
-    assert result.stdout == "" and result.stderr.startswith("error: ") and len(result.stderr.splitlines()) == 1
+    assert json.loads(result.stdout)["exit_code"] == 4
+    assert result.stderr.startswith("error: ") and len(result.stderr.splitlines()) == 1
 
 
 # Quantized folders.
