@@ -209,6 +209,8 @@ class RunConfig(BaseModel):
                 "refine_steps starts from rtn, gptq or foem with a fixed foem_beta; drop it, or gptaq, target_shift, "
                 "scale_refit and foem_beta auto"
             )
+        if self.refine_steps and self.num_samples == 1:
+            raise ValueError("refine_steps holds calibration rows out and needs at least 2; raise num_samples")
         if self.costs is not None and self.plan is not None:
             raise ValueError("a plan is carried out as it is; drop plan, or costs and max_cost")
         return self
