@@ -70,6 +70,7 @@ class RunConfig(BaseModel):
     target_shift: float | Literal["auto"] = 0.0
     scale_refit: bool = False
     damping: float | None = Field(None, gt=0, allow_inf_nan=False)
+    refine_steps: int = Field(0, ge=0)
     pin: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
     quantize_lm_head: bool = False
@@ -203,6 +204,13 @@ class RunConfig(BaseModel):
             raise ValueError("solver hull knows one budget only; costs and max_cost need solver exact or auto")
         if (self.baseline is None) != (self.max_regression is None):
             raise ValueError("baseline and max_regression are needed together, only one was found; add the other")
+        if self.refine_steps and self._chooses_roundings:
+            raise ValueError(
+                "refine_steps starts from rtn, gptq or foem with a fixed foem_beta; drop it, or gptaq, target_shift, "
+                "scale_refit and foem_beta auto"
+            )
+        if self.refine_steps and self.num_samples == 1:
+            raise ValueError("refine_steps holds calibration rows out and needs at least 2; raise num_samples")
         if self.costs is not None and self.plan is not None:
             raise ValueError("a plan is carried out as it is; drop plan, or costs and max_cost")
         return self
@@ -222,6 +230,12 @@ class RunConfig(BaseModel):
         """Every source of text: calibration (rows of the model itself aside) and evaluation."""
         named = (*self.calibration_weights, self.eval_data)
         return tuple(source for source in named if source not in (None, SELF))
+
+    @property
+    def _chooses_roundings(self) -> bool:
+        """Whether rounding looks at the original's inputs or at held-out rows of its own."""
+        automatic = self.rounding == "foem" and self.foem_beta == "auto"
+        return automatic or self.rounding == "gptaq" or self.target_shift != 0 or self.scale_refit
 
     def require_one_target(self) -> None:
         """Check that exactly one of target_bpw, target_size, target_kl and plan is given.

@@ -58,6 +58,7 @@ def config(
     gptaq_alpha: o.GptaqAlpha = None,
     target_shift: o.TargetShift = None,
     scale_refit: o.ScaleRefit = None,
+    refine_steps: o.RefineSteps = None,
     damping: o.Damping = None,
     scale_sign: o.ScaleSign = None,
     device: o.Device = None,

@@ -300,6 +300,14 @@ Damping = Annotated[
         "--damping", help="Fraction of the mean diagonal [default: 0.05, 0.2 below 8 tokens per column].", panel=METHOD
     ),
 ]
+RefineSteps = Annotated[
+    Optional[int],
+    _option(
+        "--refine-steps",
+        help="Learn rounding, scales and norm gains of every block in so many steps after rounding it [default: 0].",
+        panel=METHOD,
+    ),
+]
 ScaleSign = Annotated[
     Optional[str], _option("--scale-sign", help="both or positive [default: by profile].", panel=METHOD)
 ]

@@ -61,6 +61,7 @@ def quantize(
     target_shift: o.TargetShift = None,
     scale_refit: o.ScaleRefit = None,
     damping: o.Damping = None,
+    refine_steps: o.RefineSteps = None,
     scale_sign: o.ScaleSign = None,
     device: o.Device = None,
     rows_per_slice: o.RowsPerSlice = None,

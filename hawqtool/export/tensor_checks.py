@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -35,8 +36,15 @@ QUIET_GROUP = 0.25
 
 Feedback may fill a quiet group: at 2 bits its error can be several times its energy, and is still harmless."""
 
+_GAIN_NAME = re.compile(r"(^|\.)([^.]*norm[^.]*|ln[^.]*)\.weight$", re.IGNORECASE)
+
 ERROR_TOLERANCE = 1e-4
 """Relative difference allowed between the recorded and the measured weight error (order of summation)."""
+
+
+def is_gain(name: str) -> bool:
+    """Whether a tensor is a norm's gain by its name; what may be learned beside packed weights."""
+    return _GAIN_NAME.search(name) is not None
 
 
 def scale_problems(reader: TensorReader, modules: Sequence[str]) -> list[str]:
@@ -119,8 +127,14 @@ def plan_problems(formats: Mapping[str, QuantFormat], index: CheckpointIndex, pl
     return problems
 
 
-def copy_problems(reader: TensorReader, source: TensorReader) -> list[str]:
-    """Unquantized tensors that are missing, unknown to the source, or not byte-equal to it."""
+def copy_problems(reader: TensorReader, source: TensorReader, changed: Collection[str]) -> list[str]:
+    """Unquantized tensors that are missing, unknown to the source, or not byte-equal to it.
+
+    Args:
+        reader: The packed folder.
+        source: The original.
+        changed: Norm gains that were learned: finite tensors of another value; nothing else may be among them.
+    """
     index, packed = reader.index, set(packed_modules(reader.index))
     problems = []
     for name, info in source.index.tensors.items():
@@ -131,6 +145,8 @@ def copy_problems(reader: TensorReader, source: TensorReader) -> list[str]:
             problems.append(f"tensor {name} of the source is missing; expected a copy; write it again")
         elif _kind(found) != _kind(info):
             problems.append(f"tensor {name} is {_kind(found)}; the source has {_kind(info)}; write it again")
+        elif name in changed:
+            problems += _gain_problems(reader, name)
         elif any(a != b for a, b in zip(reader.chunks(name), source.chunks(name), strict=True)):
             problems.append(f"tensor {name} differs from the source's; expected equal bytes; write it again")
     parts = {f"{module}{suffix}" for module in packed for suffix in (PACKED, SCALE, ZERO_POINT, ".weight_shape")}
@@ -139,6 +155,14 @@ def copy_problems(reader: TensorReader, source: TensorReader) -> list[str]:
     return problems + [
         f"tensor {name} is not in the source; expected no new tensor; write it again" for name in unknown
     ]
+
+
+def _gain_problems(reader: TensorReader, name: str) -> list[str]:
+    if not is_gain(name):
+        return [f"tensor {name} is recorded as changed; expected norm gains alone to be; write it again"]
+    if not bool(torch.isfinite(reader.tensor(name)).all()):
+        return [f"tensor {name} holds NaN or Inf; expected finite gains; write it again"]
+    return []
 
 
 def error_problems(

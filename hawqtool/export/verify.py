@@ -95,7 +95,7 @@ def verify_folder(folder: Path, against: Path | None = None) -> VerifyReport:
     if against is not None:
         source = TensorReader(read_index(Path(against)))
         problems += _model_config_problems(model_config, read_config(Path(against)))
-        problems += copy_problems(reader, source)
+        problems += copy_problems(reader, source, (checksums or {}).get("changed", []))
         transposed = {layer["name"] for layer in layers if layer.get("transposed")}
         recorded = (checksums or {}).get("weight_error", {})
         problems += error_problems(reader, source, formats, recorded, transposed)
@@ -145,5 +145,7 @@ def _is_plan(content: Any) -> bool:
 def _is_checksums(content: Any) -> bool:
     if not isinstance(content, dict) or not isinstance(content.get("tensors"), dict):
         return False
-    errors = content.get("weight_error", {})
+    errors, changed = content.get("weight_error", {}), content.get("changed", [])
+    if not isinstance(changed, list) or not all(isinstance(name, str) for name in changed):
+        return False
     return isinstance(errors, dict) and all(isinstance(value, (int, float)) for value in errors.values())

@@ -65,6 +65,7 @@ class CheckpointWriter:
 
     Attributes:
         checksums: SHA-256 of the stored bytes of every tensor written so far, by name.
+        changed: Tensors that would have been copies, but were given new values.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class CheckpointWriter:
         self._folder = folder
         self._streams: dict[str, BinaryIO] = {}
         self._entries = {entry.name: (file.name, entry) for file in layout.files for entry in file.entries}
+        self.changed = {name for name in self.checksums if self._entries[name][1].source is not None}
 
     def __enter__(self) -> Self:
         try:
@@ -114,15 +116,25 @@ class CheckpointWriter:
         if layer.zeros is not None:
             self._write(f"{layer.name}.weight_zero_point", pack_zeros(layer.zeros, bits))
 
+    def write_changed(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor in the place of the source's of that name.
+
+        Raises:
+            InputError: If the source's is no such tensor.
+            NumericalError: If it was written before, or the disk refuses.
+        """
+        self._write(name, tensor)
+        self.changed.add(name)
+
     def copy_rest(self) -> None:
-        """Stream every tensor that is copied verbatim from the source, in pieces of at most 16 MiB.
+        """Stream every other tensor of the source that is not packed, in pieces of at most 16 MiB.
 
         Raises:
             InputError: If the source cannot be read.
             NumericalError: If a tensor was written before, or the disk refuses.
         """
         for name, (_, entry) in self._entries.items():
-            if entry.source is not None:
+            if entry.source is not None and name not in self.changed:
                 self._write_bytes(name, entry, self._reader.chunks(entry.source))
 
     def close(self) -> None:

@@ -156,7 +156,8 @@ def _is_router(module: nn.Module) -> bool:
     return type(module).__name__.endswith("TopKRouter")
 
 
-def _is_norm(module: nn.Module) -> bool:
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm, whose weight is a gain."""
     return type(module).__name__.endswith("Norm")  # a gain per head and channel has two dimensions
 
 
@@ -219,7 +220,7 @@ def _refuse_shared_weights(model: nn.Module, blocks_name: str) -> None:
 
 
 def _refuse_other_matrices(name: str, block: nn.Module) -> None:
-    known = {f"{n}.weight" for n, m in block.named_modules() if _is_linear(m) or _is_router(m) or _is_norm(m)}
+    known = {f"{n}.weight" for n, m in block.named_modules() if _is_linear(m) or _is_router(m) or is_norm(m)}
     for parameter_name, parameter in block.named_parameters():
         if parameter.ndim >= 2 and parameter_name not in known:
             raise InputError(

@@ -59,7 +59,7 @@ def describe(job: Job) -> dict[str, Any]:
         "best_uniform": uniform.label if uniform else None,
         "device": str(job.device),
         "calibration": f"{job.num_samples} {'images' if job.takes_images else f'rows of {job.seq_len} tokens'}",
-        "rounding": config.rounding,
+        "rounding": config.rounding + (f" and {config.refine_steps} refinement steps" if config.refine_steps else ""),
         "seed": config.seed,
     }
 

@@ -69,6 +69,7 @@ def build_report(
             job.structure.obstacle,
         ),
         "layers": rounding["layers"],
+        "refinement": rounding["refinement"],
         "fallbacks": sum(metrics["fallback"] is not None for metrics in rounding["layers"].values()),
         "experts": routed_tokens(rounding["layers"]),
         "rows": {

@@ -115,7 +115,18 @@ def _method(report: dict[str, Any]) -> str:
     routing = routing_text(report["experts"])
     if routing:
         lines.append(f"routing: {routing}")
+    if report.get("refinement"):
+        lines.append(_refinement(report))
     return "## Method\n\n" + "\n".join(f"- {line}" for line in lines)
+
+
+def _refinement(report: dict[str, Any]) -> str:
+    blocks = report["refinement"].values()
+    before, after = (sum(b[key] for b in blocks) / len(blocks) for key in ("error_before", "error_after"))
+    return (
+        f"refinement: at most {report['config']['refine_steps']} steps per block on rounding, scales and norm gains; "
+        f"the mean relative error of the blocks' outputs on held-out rows fell from {before:.4g} to {after:.4g}"
+    )
 
 
 def _choice(report: dict[str, Any]) -> str:

@@ -312,17 +312,43 @@ def round_layers(
     return layers
 
 
+def quantized(layer: RoundedLayer) -> Quantized:
+    """Codes, scales and zero points of a layer."""
+    return Quantized(layer.codes, layer.scales, layer.zeros)
+
+
+def with_codes(layer: RoundedLayer, result: Quantized, weight: Tensor) -> RoundedLayer:
+    """The layer with other codes and scales; errors on outputs stay those of the rounding that came first.
+
+    Args:
+        layer: A rounded layer.
+        result: What replaces its codes, scales and zero points.
+        weight: ``[out, in]``, the weight that was rounded.
+    """
+    original = weight.float()
+    error = (dequantize(*result).float() - original).square().sum() / original.square().sum().clamp_min(1e-30)
+    clipped = _beyond(original, result, layer.quant_format).float().mean()
+    values = torch.stack([error, clipped]).tolist()
+    metrics = replace(layer.metrics, weight_error=values[0], clip_rate=values[1])
+    return replace(layer, codes=result.codes, scales=result.scales, zeros=result.zeros, metrics=metrics)
+
+
+def _beyond(weight: Tensor, result: Quantized, fmt: QuantFormat) -> Tensor:
+    """Which weights lie more than half a step outside the grid: ``[out, in]`` bool."""
+    codes, scales, zeros = result
+    at_bound = (codes == fmt.min_code) | (codes == fmt.max_code)
+    levels = codes if zeros is None else codes - expand_scales(zeros, weight.shape[1])
+    return at_bound & ((weight / expand_scales(scales, weight.shape[1]) - levels).abs() > 0.5)
+
+
 def _losses(task: Task, result: Quantized, gram: Tensor, factor: Factor) -> Tensor:
     """Output, plain rounding's, predicted and weight error, and clip rate: ``[5]`` float32 on the device."""
     weight, fmt = task.weight, task.quant_format
-    codes, scales, zeros = result
+    _, scales, zeros = result
     error = dequantize(*result).float() - weight
     plain = nearest_codes(weight, scales, fmt, zeros)
     power = quadratic_form(weight, gram).clamp_min(1e-30)
     steps = expand_scales(scales, weight.shape[1])
-    at_bound = (codes == fmt.min_code) | (codes == fmt.max_code)
-    levels = codes if zeros is None else codes - expand_scales(zeros, weight.shape[1])
-    beyond = at_bound & ((weight / steps - levels).abs() > 0.5)
     expected = (factor.pivots.square() * steps[:, factor.order].square()).sum() / 12
     return torch.stack(
         [
@@ -330,7 +356,7 @@ def _losses(task: Task, result: Quantized, gram: Tensor, factor: Factor) -> Tens
             quadratic_form(dequantize(plain, scales, zeros).float() - weight, gram) / power,
             expected / power,
             error.square().sum() / weight.square().sum().clamp_min(1e-30),
-            beyond.float().mean(),
+            _beyond(weight, result, fmt).float().mean(),
         ]
     )
 

@@ -1,1 +1,1 @@
-"""Parts of ``scripts/sensitivity_study.py``."""
+"""Parts of ``scripts/sensitivity_study.py``, some of which ``scripts/ablation.py`` uses too."""

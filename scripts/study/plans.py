@@ -118,20 +118,21 @@ class Judge:
         """The plan that exchanges at ``candidate`` give; its divergence is measured on the scoring rows."""
         job = self.setting.job
         self.evaluate(candidate)
-        quantized = job.stream(_Overlay(TensorReader(job.index), self.weights))
+        quantized = job.stream(Overlay(TensorReader(job.index), self.weights))
         menu = neighbouring(self.setting.menu, candidate.formats, set())
         rows = self.setting.calibration.tokens, self.setting.scoring.tokens
         return exchange(job, quantized, candidate.formats, menu, *rows, budget, self.reporter).formats
 
 
 @dataclass(frozen=True)
-class _Overlay:
-    """A checkpoint in which some weights are others; names are those of linears."""
+class Overlay:
+    """A checkpoint in which some weights are others; names are without ``.weight``."""
 
     below: WeightSource
     weights: Mapping[str, Tensor]
 
     def tensor(self, name: str) -> Tensor:
+        """Tensor of that name, on the CPU."""
         found = self.weights.get(name.removesuffix(".weight"))
         return self.below.tensor(name) if found is None else found
 

@@ -143,6 +143,12 @@ def test_profile_portable_refuses_other_widths_and_signs() -> None:
         load_config(None, {"model": "m", "profile": "portable", "scale_sign": "both"})
 
 
+def test_refinement_needs_a_row_to_hold_out() -> None:
+    load_config(None, {"model": "m", "refine_steps": 5, "num_samples": 2})
+    with pytest.raises(UsageError, match="at least 2; raise num_samples"):
+        load_config(None, {"model": "m", "refine_steps": 5, "num_samples": 1})
+
+
 @pytest.mark.parametrize("profile", ["auto", "portable", "transformers", "vllm"])
 def test_asymmetric_grids_need_a_profile_that_takes_them(profile: str) -> None:
     values = {"model": "m", "profile": profile, "symmetric": False}

@@ -1,0 +1,169 @@
+"""Weights of rounded layers as a function of what refinement may move: rounding offsets and group scales.
+
+All layers with groups of one width share flat tensors, so that a step costs a few operations however many layers a
+block has.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hawqtool.formats import QuantFormat
+from hawqtool.rounding.grid import Quantized, expand_scales
+
+EDGE = 0.499
+"""Largest distance of a latent from the middle of its rounding cell at the start and in the outermost cells."""
+
+MAX_SCALE_CHANGE = math.log(2)
+"""Scales keep their sign and stay within a factor of 2 of the start."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """A rounded layer that refinement starts from.
+
+    Args:
+        name: Its name.
+        weight: ``[out, in]``, the weight before rounding.
+        rounded: Codes, scales and zero points.
+        quant_format: Format.
+    """
+
+    name: str
+    weight: Tensor
+    rounded: Quantized
+    quant_format: QuantFormat
+
+
+def fake_quantize(
+    latent: Tensor, scale: Tensor, zero: Tensor, low: Tensor, high: Tensor, stored_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Weights that codes ``clamp(round(latent), low, high)`` stand for, as loaders compute them.
+
+    Args:
+        latent: ``[groups, width]`` float32, positions on the grid of codes.
+        scale: ``[groups, 1]`` float32; cast to the stored dtype here.
+        zero: ``[groups, 1]`` float32, zero points.
+        low: ``[groups, 1]`` float32, smallest codes.
+        high: ``[groups, 1]`` float32, largest codes.
+        stored_dtype: dtype of the stored scales, and of the weights.
+
+    Returns:
+        Weights in the stored dtype, and levels (codes less zero points) as float32, ``[groups, width]`` each.
+    """
+    levels = latent.round().clamp_(low, high).sub_(zero)
+    return levels.to(stored_dtype) * scale.to(stored_dtype), levels
+
+
+def parameter_gradients(grad: Tensor, levels: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the latents (straight through the rounding) and of the logarithms of the scales.
+
+    The weight is level times scale, so the second is exact where codes stay; the first takes rounding for the
+    identity.
+
+    Args:
+        grad: ``[groups, width]``, gradient of the weights.
+        levels: ``[groups, width]`` float32, from `fake_quantize`.
+        scale: ``[groups, 1]`` float32.
+
+    Returns:
+        ``[groups, width]`` and ``[groups, 1]`` float32.
+    """
+    along = grad.to(scale.dtype) * scale
+    return along, (along * levels).sum(-1, keepdim=True)
+
+
+class FlatLayers:
+    """All layers of a block whose groups have one width and whose scales have one dtype.
+
+    Args:
+        starts: The layers; their codes give the start exactly.
+        reach: How far latents may move, in codes.
+
+    Attributes:
+        latent: ``[groups, width]`` float32.
+        log_change: ``[groups, 1]`` float32, logarithm of scale over starting scale.
+        leaf: ``[groups, width]``, the latest weights, which gradients are taken of.
+    """
+
+    def __init__(self, starts: Sequence[Start], reach: float) -> None:
+        self.starts = starts
+        self.stored_dtype = starts[0].rounded.scales.dtype
+        self.width = starts[0].rounded.codes.shape[1] // starts[0].rounded.scales.shape[1]
+        self.scale_start = torch.cat([s.rounded.scales.float().view(-1, 1) for s in starts])
+        self.zero = torch.cat([_zeros(s.rounded).view(-1, 1) for s in starts])
+        self.low = self._per_group([s.quant_format.min_code for s in starts])
+        self.high = self._per_group([s.quant_format.max_code for s in starts])
+        self.latent = torch.cat([_start_latent(s).view(-1, self.width) for s in starts])
+        self.lowest = torch.maximum(self.latent - reach, self.low - EDGE)
+        self.highest = torch.minimum(self.latent + reach, self.high + EDGE)
+        self.log_change = torch.zeros_like(self.scale_start)
+        self.leaf = self.levels = self.latent
+
+    def _per_group(self, values: Sequence[int]) -> Tensor:
+        parts = [torch.full((s.rounded.scales.numel(), 1), float(v)) for s, v in zip(self.starts, values, strict=True)]
+        return torch.cat(parts).to(self.scale_start.device)
+
+    @property
+    def scale(self) -> Tensor:
+        """``[groups, 1]`` float32."""
+        return self.scale_start * self.log_change.exp()
+
+    def weights(self, dtype: torch.dtype, differentiable: bool) -> dict[str, Tensor]:
+        """Weights ``[out, in]`` of every layer in a dtype; differentiable ones are views of `leaf`."""
+        value, self.levels = fake_quantize(self.latent, self.scale, self.zero, self.low, self.high, self.stored_dtype)
+        self.leaf = value.to(dtype).requires_grad_(differentiable)
+        parts = self.leaf.split([s.rounded.scales.numel() for s in self.starts])
+        return {s.name: part.view(s.rounded.codes.shape) for s, part in zip(self.starts, parts, strict=True)}
+
+    def collect(self) -> None:
+        """Set the gradients of latents and log_change from that of `leaf`, where it has one."""
+        if self.leaf.grad is not None:
+            self.latent.grad, self.log_change.grad = parameter_gradients(self.leaf.grad, self.levels, self.scale)
+
+    def confine(self) -> None:
+        """Keep what moved within its limits."""
+        torch.clamp(self.latent, self.lowest, self.highest, out=self.latent)
+        self.log_change.clamp_(-MAX_SCALE_CHANGE, MAX_SCALE_CHANGE)
+
+    def rounded(self) -> dict[str, Quantized]:
+        """Codes, scales and zero points of every layer as they are now."""
+        counts = [s.rounded.scales.numel() for s in self.starts]
+        codes = self.latent.round().clamp_(self.low, self.high).to(torch.int8).split(counts)
+        scales = self.scale.to(self.stored_dtype).split(counts)
+        return {
+            s.name: Quantized(c.reshape(s.rounded.codes.shape), f.reshape(s.rounded.scales.shape), s.rounded.zeros)
+            for s, c, f in zip(self.starts, codes, scales, strict=True)
+        }
+
+
+def flatten_layers(starts: Sequence[Start], reach: float) -> list[FlatLayers]:
+    """Layers by width of their groups and dtype of their scales."""
+    kinds: dict[tuple[int, torch.dtype], list[Start]] = {}
+    for start in starts:
+        rounded = start.rounded
+        width = rounded.codes.shape[1] // rounded.scales.shape[1]
+        kinds.setdefault((width, rounded.scales.dtype), []).append(start)
+    return [FlatLayers(found, reach) for found in kinds.values()]
+
+
+def _zeros(rounded: Quantized) -> Tensor:
+    return torch.zeros_like(rounded.scales.float()) if rounded.zeros is None else rounded.zeros.float()
+
+
+def _start_latent(start: Start) -> Tensor:
+    """Where each weight lies on the grid, ``[out, in]``: one near the border of its cell is cheap to move across.
+
+    Where compensation or clipping chose another code than the nearest, nothing says how strongly: the middle of its
+    cell. (At the border nearest to the weight, the first steps undo the compensation.)
+    """
+    codes, scales, _ = start.rounded
+    columns = codes.shape[1]
+    place = start.weight.float() / expand_scales(scales, columns) + expand_scales(_zeros(start.rounded), columns)
+    offset = place - codes.float()
+    return codes.float() + torch.where(offset.abs() < EDGE, offset, 0)

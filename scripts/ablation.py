@@ -1,0 +1,312 @@
+"""What each ingredient of rounding is worth: configurations on the same rows, rounded and evaluated in memory.
+
+    python scripts/ablation.py MODEL OUT.json CONFIGURATIONS.yaml --calibration A.txt --eval-data B.txt --bits 3
+
+CONFIGURATIONS.yaml maps names to keys of a run that differ from the command line's, such as
+
+    gptq: {}
+    rtn: {rounding: rtn}
+    refined: {refine_steps: 200}
+    refined, slow scales: {refine_steps: 200, schedule: {scale_rate: 0.001}}
+
+`bits` there gives another uniform width and `plan` a plan.json; `schedule` sets rates of the refinement (see
+`hawqtool.rounding.refine.Schedule`). Every configuration runs once per seed of --seeds, which draws the calibration
+rows; the evaluation rows are always the same. OUT.json is written after each run, and a repeated call does only what
+is missing. The table has KL with its standard error (over rows; over seeds where there are several), the paired
+difference to the first configuration on the same seeds, perplexity, stored bits per weight, seconds of rounding and
+peak memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+import yaml
+from torch import Tensor
+
+from hawqtool.allocation.uniform import uniform_formats
+from hawqtool.config import RunConfig, load_config
+from hawqtool.errors import HawqError, UsageError
+from hawqtool.evaluation.divergence import evaluate_hidden, standard_error
+from hawqtool.formats import QuantFormat
+from hawqtool.model.index import fingerprint
+from hawqtool.model.reader import TensorReader
+from hawqtool.pipeline.artifacts import read_json, write_json
+from hawqtool.pipeline.job import Job, prepare
+from hawqtool.pipeline.planning import given_plan, stored_bytes
+from hawqtool.pipeline.progress import Reporter
+from hawqtool.pipeline.rows import calibration_rows, evaluation_rows
+from hawqtool.pipeline.walking import round_blocks
+from hawqtool.records import Evaluation, RoundedLayer
+from hawqtool.rounding.grid import dequantize
+from hawqtool.rounding.layer import quantized
+from hawqtool.rounding.refine import Schedule
+from sensitivity_study import Narrator
+from study.cost import Meter
+from study.plans import Overlay
+
+SCHEMA = "hawqtool.ablation/1"
+_KEYS = (
+    "model", "calibration", "eval_data", "num_samples", "seq_len", "eval_samples", "group_size", "rows_per_slice",
+    "device",
+)  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what is missing and print the table.
+
+    Args:
+        arguments: Command line without the program name (default: ``sys.argv[1:]``).
+    """
+    options = _parse(arguments)
+    try:
+        print(table(run(options)), end="")
+    except HawqError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("out", type=Path, help="JSON file for the results")
+    parser.add_argument("configurations", type=Path, help="YAML file: name to keys")
+    parser.add_argument("--calibration", required=True, help="source of the calibration rows, or self")
+    parser.add_argument("--eval-data", required=True, help="source of the evaluation rows")
+    parser.add_argument("--bits", type=int, default=3, help="uniform width (default: 3)")
+    parser.add_argument("--group-size", default="64")
+    parser.add_argument("--num-samples", type=int, help="calibration rows (default: 128, on a CPU 16)")
+    parser.add_argument("--seq-len", type=int, help="tokens of a row (default: 2048, on a CPU 256)")
+    parser.add_argument("--eval-samples", type=int, default=32)
+    parser.add_argument("--rows-per-slice", type=int)
+    parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0])
+    parser.add_argument("--device", default="auto")
+    return parser.parse_args(arguments)
+
+
+@dataclass
+class Memory:
+    """Takes what rounding changes and keeps it, dequantized, by the name of the tensor without ``.weight``.
+
+    Args:
+        transposed: Linears that the checkpoint stores as ``[in, out]``.
+    """
+
+    transposed: frozenset[str]
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+    def write_layer(self, layer: RoundedLayer) -> None:
+        """A rounded layer."""
+        weight = dequantize(*quantized(layer)).cpu()
+        self.weights[layer.name] = weight.t() if layer.name in self.transposed else weight
+
+    def write_changed(self, name: str, tensor: Tensor) -> None:
+        """A norm gain."""
+        self.weights[name.removesuffix(".weight")] = tensor.cpu()
+
+
+class Bench:
+    """Rounds and evaluates configurations; the original is run once, rows are drawn once per seed.
+
+    Args:
+        options: Command line.
+        reporter: Progress.
+    """
+
+    def __init__(self, options: argparse.Namespace, reporter: Reporter) -> None:
+        self.options, self.reporter = options, reporter
+        self.base = {key: getattr(options, key) for key in _KEYS if getattr(options, key) is not None}
+        self.job = self.prepare({}, options.seeds[0])
+        self.rows = evaluation_rows(self.job, options.eval_data)
+        self.stream = self.job.stream()
+        progress = self._progress("evaluating original")
+        self.original = self.stream.final_hidden(self.rows.tokens, self.job.rows_per_slice, progress)
+        self._calibration: dict[tuple[Any, ...], Tensor] = {}
+
+    def _progress(self, stage: str) -> Any:
+        count = len(self.job.structure.blocks)
+        return lambda index: self.reporter.progress(stage, index + 1, count)
+
+    def prepare(self, overrides: Mapping[str, Any], seed: int) -> Job:
+        """The model with a configuration.
+
+        Raises:
+            UsageError: If a key is unknown or a value does not fit.
+        """
+        keys = {key: value for key, value in overrides.items() if key not in ("bits", "schedule")}
+        return prepare(load_config(None, self.base | keys | {"seed": seed}), self.reporter)
+
+    def identity(self) -> dict[str, Any]:
+        """What all results depend on; those of other settings may not stand beside them."""
+        return {
+            "model": self.job.source.name,
+            "model_fingerprint": fingerprint(self.job.index),
+            "device": self.job.device.type,
+            "bits": self.options.bits,
+            "group_size": self.job.config.group_size,
+            "calibration": Path(self.options.calibration).name,
+            "rows": [self.job.num_samples, self.job.seq_len],
+            "rows_per_slice": self.job.rows_per_slice,
+            "evaluation_rows": self.rows.fingerprint,
+        }
+
+    def measure(self, name: str, overrides: Mapping[str, Any], seed: int) -> dict[str, Any]:
+        """Round with a configuration and evaluate the result."""
+        job = self.prepare(overrides, seed)
+        formats = self._formats(job, overrides)
+        schedule = Schedule(**{"steps": job.config.refine_steps, "seed": seed} | dict(overrides.get("schedule") or {}))
+        memory = Memory(frozenset(n for n, linear in job.structure.linears.items() if linear.transposed))
+        tokens = self._rows(job)
+        self.reporter.say(f"{name}, seed {seed}")
+        with Meter(job.device) as meter:
+            record = round_blocks(job, formats, tokens, memory, self.reporter, name, schedule)
+        return {
+            "name": name,
+            "seed": seed,
+            "overrides": dict(overrides),
+            "bpw": 8 * stored_bytes(job.units, formats) / sum(unit.num_weights for unit in job.units),
+            **meter.record,
+            **_quality(self._evaluate(job, memory, name)),
+            "refinement": record.refinement,
+        }
+
+    def _formats(self, job: Job, overrides: Mapping[str, Any]) -> dict[str, QuantFormat]:
+        if job.config.plan is not None:
+            return given_plan(job.config, job.units).formats
+        bits = int(overrides.get("bits", self.options.bits))
+        return uniform_formats(job.units, bits, job.config.group_size, job.config.symmetric)
+
+    def _rows(self, job: Job) -> Tensor:
+        key = job.config.calibration, job.num_samples, job.seq_len, job.config.seed
+        if key not in self._calibration:
+            found = calibration_rows(job, {"calibration": job.num_samples}, self.reporter)
+            self._calibration[key] = found["calibration"].tokens
+        return self._calibration[key]
+
+    def _evaluate(self, job: Job, memory: Memory, name: str) -> Evaluation:
+        stream = job.stream(Overlay(TensorReader(job.index), memory.weights))
+        with torch.no_grad():
+            hidden = stream.final_hidden(self.rows.tokens, job.rows_per_slice, self._progress(f"evaluating {name}"))
+            return evaluate_hidden(self.stream, stream, self.rows.tokens, self.original, hidden)
+
+
+def _quality(evaluation: Evaluation) -> dict[str, Any]:
+    return {
+        "measure": evaluation.measure,
+        "divergence": evaluation.divergence,
+        "stderr": evaluation.stderr,
+        "row_divergence": list(evaluation.row_divergence),
+        "perplexity": evaluation.perplexity,
+        "same_top": evaluation.same_top,
+    }
+
+
+def read_configurations(path: Path) -> dict[str, dict[str, Any]]:
+    """Keys by name.
+
+    Raises:
+        UsageError: If the file is not of that form, or sets what is the same for all.
+    """
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(found, dict) or not all(isinstance(keys, dict) for keys in found.values()) or not found:
+        raise UsageError(f"{path} does not map names to keys; expected lines such as 'refined: {{refine_steps: 200}}'")
+    known = set(RunConfig.model_fields) - {"model", "eval_data", "eval_samples", "seed", "device", "output"}
+    rates = {f.name for f in fields(Schedule)} - {"seed"}
+    for name, keys in found.items():
+        unknown = sorted(set(keys) - known - {"schedule"}) + sorted(set(keys.get("schedule") or {}) - rates)
+        if unknown:
+            raise UsageError(f"{path}: {name} sets {unknown[0]}; expected keys of a run that may differ, or schedule")
+    return {str(name): keys for name, keys in found.items()}
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Results of all configurations that the file names, measured where they are missing.
+
+    Raises:
+        HawqError: For settings or inputs that do not fit.
+    """
+    wanted = read_configurations(options.configurations)
+    reporter = Narrator()
+    bench = Bench(options, reporter)
+    for overrides in wanted.values():  # what is wrong with a later one shows before the first is run
+        bench.prepare(overrides, options.seeds[0])
+    document = {"schema": SCHEMA, "settings": json.loads(json.dumps(bench.identity())), "results": []}
+    if options.out.exists():
+        found = read_json(options.out, SCHEMA)
+        other = [key for key, value in document["settings"].items() if found["settings"].get(key) != value]
+        if other:
+            raise UsageError(f"{options.out} holds results of other settings ({', '.join(other)}); name another file")
+        document = found
+    done = {(r["name"], r["seed"]): r["overrides"] for r in document["results"]}
+    for name, overrides in wanted.items():
+        for seed in options.seeds:
+            if (name, seed) not in done:
+                document["results"].append(bench.measure(name, overrides, seed))
+                write_json(options.out, document)
+            elif done[name, seed] != overrides:
+                raise UsageError(f"{options.out} has {name} with other keys: {done[name, seed]}; rename one of the two")
+    return document
+
+
+def table(document: Mapping[str, Any]) -> str:
+    """The results as a Markdown table, in the order in which they were first measured."""
+    by_name: dict[str, list[dict[str, Any]]] = {}
+    for result in document["results"]:
+        by_name.setdefault(result["name"], []).append(result)
+    first = {r["seed"]: r for r in next(iter(by_name.values()))}
+    lines = [
+        "| configuration | bits | KL | ± | minus first | ± | perplexity | seconds | peak GB | block error |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, results in by_name.items():
+        value, error = _mean([r["divergence"] for r in results], results[0]["stderr"])
+        pairs = [
+            torch.tensor(r["row_divergence"], dtype=torch.float64)
+            - torch.tensor(first[r["seed"]]["row_divergence"], dtype=torch.float64)
+            for r in results
+            if r["seed"] in first
+        ]
+        gain = _mean([float(p.mean()) for p in pairs], standard_error(pairs[0])) if pairs else (math.nan, math.nan)
+        words = [r["perplexity"] for r in results if r["perplexity"] is not None]
+        perplexity = f"{sum(words) / len(words):.2f}" if words else ""
+        seconds = sum(r["seconds"] for r in results) / len(results)
+        peak = max(r["peak_bytes"] for r in results) / 1e9
+        cells = [name, f"{results[0]['bpw']:.3f}", f"{value:.4f}", f"{error:.4f}", f"{gain[0]:+.4f}", f"{gain[1]:.4f}"]
+        cells += [perplexity, f"{seconds:.0f}", f"{peak:.1f}", _block_error(results[0]["refinement"])]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _mean(values: Sequence[float], alone: float) -> tuple[float, float]:
+    """Mean over seeds and its standard error; ``alone`` is the standard error where there is one seed."""
+    found = torch.tensor(values, dtype=torch.float64)
+    return float(found.mean()), standard_error(found) if len(values) > 1 else alone
+
+
+def _block_error(refinement: Mapping[str, Any]) -> str:
+    """Mean relative held-out error of the blocks, before and after."""
+    if not refinement:
+        return ""
+    before, after = (
+        sum(b[key] for b in refinement.values()) / len(refinement) for key in ("error_before", "error_after")
+    )
+    return f"{before:.4f} to {after:.4f}"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
