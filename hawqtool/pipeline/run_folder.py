@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -48,11 +49,25 @@ class RunFolder:
         self._shipping: Path | None = None
 
     def __enter__(self) -> Self:
-        with disk_errors(self.path.parent):
-            self._lock = _locked(self.path, self.output)
-            if self._replaced.exists() and not self.output.exists():
-                self._replaced.rename(self.output)  # a run was killed between two renames
+        try:
+            with disk_errors(self.path.parent):
+                self._lock = _locked(self.path, self.output)
+                if self._replaced.exists() and not self.output.exists():
+                    self._replaced.rename(self.output)  # a run was killed between two renames
+        except HawqError:
+            raise
+        except BaseException:
+            self._undo()
+            raise
         return self
+
+    def _undo(self) -> None:
+        """Remove a folder that a signal left half made, unless there is work in it or another run has it."""
+        with suppress(HawqError, OSError):
+            self._lock = _locked(self.path, self.output)
+            if not self.unfinished:
+                self._remove()
+            os.close(self._lock)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -204,22 +219,31 @@ def _locked(folder: Path, output: Path) -> int:
         except FileNotFoundError:  # the run that had the folder has just removed it
             continue
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(descriptor, 20).decode(errors="replace") or "unknown"
+            if _take(descriptor, folder, output):
+                return descriptor
+        except BaseException:
             os.close(descriptor)
-            raise UsageError(
-                f"another run into {output} is under way (process {holder}); wait for it, or choose another --output"
-            ) from None
-        try:
-            current = os.stat(folder / "lock").st_ino == os.fstat(descriptor).st_ino
-        except FileNotFoundError:
-            current = False
-        if current:
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
-            return descriptor
+            raise
         os.close(descriptor)
+
+
+def _take(descriptor: int, folder: Path, output: Path) -> bool:
+    """Lock an open file; whether it is the folder's lock still, which a run that ends removes."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(descriptor, 20).decode(errors="replace") or "unknown"
+        raise UsageError(
+            f"another run into {output} is under way (process {holder}); wait for it, or choose another --output"
+        ) from None
+    try:
+        current = os.stat(folder / "lock").st_ino == os.fstat(descriptor).st_ino
+    except FileNotFoundError:
+        return False
+    if current:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+    return current
 
 
 def weight_hashes(folder: Path) -> dict[str, str]:
