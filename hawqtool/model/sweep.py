@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from hawqtool.errors import InputError
 from hawqtool.model.experts import ExpertLinear, counting_experts
+from hawqtool.model.gram import gram
 from hawqtool.model.layers import Structure
 from hawqtool.model.reader import check_finite
 from hawqtool.model.replay import Call, replayed_blocks
 from hawqtool.model.skeleton import find_blocks, to_meta
 from hawqtool.model.tasks import model_task
+from hawqtool.model.timing import UNRECORDED, Recorder
 from hawqtool.records import BlockSpec, LinearSpec
-
-_GRAM_TOKENS = 1 << 14
 
 
 class WeightSource(Protocol):
@@ -40,10 +40,12 @@ class Activations:
     Args:
         hidden: One ``[rows, positions, width]`` tensor per slice, replaced as the walk goes on.
         calls: Per slice and block, the other arguments of the block's call (masks, rotary tables).
+        recorder: Takes note of forward passes and Gram matrices.
     """
 
     hidden: list[Tensor]
     calls: list[list[Call]]
+    recorder: Recorder = UNRECORDED
 
 
 class ModelStream:
@@ -55,13 +57,20 @@ class ModelStream:
         source: Where the weights come from.
         device: Where to compute.
         dtype: dtype of weights and activations while computing.
+        recorder: Takes note of the stages of walks.
     """
 
     def __init__(
-        self, model: nn.Module, structure: Structure, source: WeightSource, device: torch.device, dtype: torch.dtype
+        self,
+        model: nn.Module,
+        structure: Structure,
+        source: WeightSource,
+        device: torch.device,
+        dtype: torch.dtype,
+        recorder: Recorder = UNRECORDED,
     ) -> None:
         self.model: Any = model
-        self.structure, self.source = structure, source
+        self.structure, self.source, self.recorder = structure, source, recorder
         self.task = model_task(model)
         self.device, self.dtype = device, dtype
         self.blocks_name, self.blocks = find_blocks(model)
@@ -99,7 +108,8 @@ class ModelStream:
     def block(self, index: int) -> Iterator[nn.Module]:
         """The block with its weights loaded; they are dropped when the context ends."""
         module = self.blocks[index]
-        self._load(module, f"{self.blocks_name}.{index}.")
+        with self.recorder.stage("load"):
+            self._load(module, f"{self.blocks_name}.{index}.")
         try:
             yield module
         finally:
@@ -113,7 +123,7 @@ class ModelStream:
                 self.model.base_model(**self._inputs(part))
             hidden.append(recorded[0][0][0])
             calls.append([(args[1:], kwargs) for args, kwargs in recorded])
-        return Activations(hidden, calls)
+        return Activations(hidden, calls, self.recorder)
 
     def outputs(self, rows: Tensor, hidden: Tensor) -> Tensor:
         """What the model is judged by, from the last block's output through the model's own head.
@@ -171,7 +181,7 @@ def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
 
 def advance(block: nn.Module, spec: BlockSpec, activations: Activations) -> None:
     """Replace the hidden states by the block's output, slice by slice."""
-    with torch.no_grad():
+    with torch.no_grad(), activations.recorder.stage("forward"):
         for position, hidden in enumerate(activations.hidden):
             activations.hidden[position] = run_block(block, hidden, activations.calls[position][spec.index])
 
@@ -211,8 +221,12 @@ def visit_groups(block: nn.Module, spec: BlockSpec, activations: Activations, vi
     hidden states, see the new weights (truly sequential rounding). One slice needs one forward pass; several
     slices need one partial pass per stage and a full one.
     """
+    recorder = activations.recorder
     if len(activations.hidden) == 1:
-        with counting_experts(block, 1), group_inputs(block, spec, lambda g, x, routed: visit(g, _seen(x, routed))):
+        with (
+            counting_experts(block, 1),
+            group_inputs(block, spec, lambda g, x, routed: visit(g, _seen(x, routed, recorder))),
+        ):
             advance(block, spec, activations)
         return
     for stage in stages(spec):
@@ -240,10 +254,11 @@ def group_statistics(
         if group not in groups:
             return
         name = group[0].name
+        seen = _seen(x, routed, activations.recorder)
         if name in totals:
-            totals[name] += _seen(x, routed)
+            totals[name] += seen
         else:
-            totals[name] = _seen(x, routed)
+            totals[name] = seen
         if group is groups[-1]:
             raise _StageReached
 
@@ -252,6 +267,7 @@ def group_statistics(
             counting_experts(block, len(activations.hidden)),
             group_inputs(block, spec, accumulate),
             torch.no_grad(),
+            activations.recorder.stage("forward"),
             suppress(_StageReached),
         ):
             run_block(block, hidden, activations.calls[position][spec.index])
@@ -259,8 +275,9 @@ def group_statistics(
         yield group, totals.pop(group[0].name)
 
 
-def _seen(x: Tensor, routed: int) -> GroupStatistics:
-    return GroupStatistics(gram(x), x.shape[0], routed)
+def _seen(x: Tensor, routed: int, recorder: Recorder = UNRECORDED) -> GroupStatistics:
+    with recorder.stage("gram"):
+        return GroupStatistics(gram(x), x.shape[0], routed)
 
 
 @contextmanager
@@ -302,18 +319,3 @@ def replace_weight(block: nn.Module, spec: BlockSpec, linear: LinearSpec, weight
     """Put a weight ``[out, in]`` in the place of the loaded one."""
     with torch.no_grad():
         block.get_parameter(f"{local_name(spec, linear)}.weight").copy_(weight.t() if linear.transposed else weight)
-
-
-def gram(inputs: Tensor) -> Tensor:
-    """Mean of x xᵀ over tokens, ``[in, in]`` float32, from ``[tokens, in]``.
-
-    Half-precision inputs on a GPU are multiplied on tensor cores: their products are exact in float32, which
-    is also the dtype of the sums and of the output.
-    """
-    total = torch.zeros(inputs.shape[1], inputs.shape[1], dtype=torch.float32, device=inputs.device)
-    for part in inputs.split(_GRAM_TOKENS):
-        if part.is_cuda and part.dtype in (torch.bfloat16, torch.float16):
-            total += torch.mm(part.t(), part, out_dtype=torch.float32)
-        else:
-            total.addmm_(part.t().float(), part.float())
-    return total / inputs.shape[0]

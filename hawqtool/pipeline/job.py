@@ -24,6 +24,7 @@ from hawqtool.model.skeleton import build_skeleton, max_positions
 from hawqtool.model.source import ResolvedModel, hub_id, resolve_model
 from hawqtool.model.sweep import ModelStream, WeightSource
 from hawqtool.model.tasks import ModelTask, model_task
+from hawqtool.model.timing import UNRECORDED, Recorder
 from hawqtool.pipeline.progress import Reporter, Silent
 from hawqtool.records import Unit
 from hawqtool.rounding.layer import RoundingMethod
@@ -48,6 +49,7 @@ class Job:
         pins: Unit name to its fixed format.
         device: Where to compute.
         dtype: dtype of weights and activations while computing: float32 on a CPU.
+        recorder: Takes note of the stages of walks; nothing by default.
     """
 
     config: RunConfig
@@ -59,6 +61,7 @@ class Job:
     pins: dict[str, QuantFormat]
     device: torch.device
     dtype: torch.dtype
+    recorder: Recorder = UNRECORDED
 
     @property
     def task(self) -> ModelTask:
@@ -121,7 +124,8 @@ class Job:
     def stream(self, source: WeightSource | None = None, dtype: torch.dtype | None = None) -> ModelStream:
         """The model with weights from the checkpoint, or from another source; computing in ``dtype`` where given."""
         reader = TensorReader(self.index) if source is None else source
-        return ModelStream(copy.deepcopy(self.skeleton), self.structure, reader, self.device, dtype or self.dtype)
+        skeleton = copy.deepcopy(self.skeleton)
+        return ModelStream(skeleton, self.structure, reader, self.device, dtype or self.dtype, self.recorder)
 
     def packed_stream(self, folder: Path) -> ModelStream:
         """The model with the weights of a written folder."""

@@ -81,12 +81,15 @@ class _Walker:
             Task(name, read_weight(self.block, self.spec, linear), self.formats[name], self.dtypes[name])
             for name, linear in planned.items()
         ]
-        damping = self.job.method.damping
-        factor = factorize(statistics.gram, statistics.num_tokens, damping, name=tasks[0].name)
-        for layer in round_layers(tasks, statistics.gram, factor, self.job.method):
-            self.writer.write_layer(layer)
-            weight = dequantize(layer.codes, layer.scales, layer.zeros)
-            replace_weight(self.block, self.spec, planned[layer.name], weight)
+        method, recorder = self.job.method, self.job.recorder
+        with recorder.stage("factor"):
+            factor = factorize(statistics.gram, statistics.num_tokens, method.damping, name=tasks[0].name)
+        for layer in round_layers(tasks, statistics.gram, factor, method, recorder):
+            with recorder.stage("write"):
+                self.writer.write_layer(layer)
+            with recorder.stage("dequantize"):
+                weight = dequantize(layer.codes, layer.scales, layer.zeros)
+                replace_weight(self.block, self.spec, planned[layer.name], weight)
             self.metrics[layer.name] = (
                 asdict(layer.metrics)
                 | {"format": layer.quant_format.label}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hawqtool.errors import NumericalError
 from hawqtool.formats import QuantFormat
+from hawqtool.model.timing import UNRECORDED, Recorder
 from hawqtool.records import LayerMetrics, RoundedLayer
 from hawqtool.rounding.compensate import round_compensated
 from hawqtool.rounding.factor import Factor
@@ -53,13 +54,17 @@ class Task:
     stored_dtype: torch.dtype
 
 
-def round_group(tasks: Sequence[Task], factor: Factor, method: RoundingMethod) -> list[Quantized]:
+def round_group(
+    tasks: Sequence[Task], factor: Factor, method: RoundingMethod, recorder: Recorder = UNRECORDED
+) -> list[Quantized]:
     """Codes, scales and zero points of every task, in order; all share the inputs behind ``factor``.
 
     Grids are searched on the original weights and stay fixed (static groups). Compensated tasks are stacked
     by rows and rounded in one loop.
     """
-    grids = [search_grid(t.weight, factor.diagonal, t.quant_format, t.stored_dtype, method.both_signs) for t in tasks]
+    both = method.both_signs
+    with recorder.stage("scale search"):
+        grids = [search_grid(t.weight, factor.diagonal, t.quant_format, t.stored_dtype, both) for t in tasks]
     if method.name == "rtn":
         return [
             Quantized(nearest_codes(t.weight, scales, t.quant_format, zeros), scales, zeros)
@@ -68,15 +73,16 @@ def round_group(tasks: Sequence[Task], factor: Factor, method: RoundingMethod) -
     heights = [len(t.weight) for t in tasks]
     weight = torch.cat([t.weight for t in tasks])
     step = torch.cat([expand_scales(scales, weight.shape[1]) for scales, _ in grids])
-    codes = round_compensated(
-        weight,
-        step,
-        _per_row([t.quant_format.min_code for t in tasks], heights, weight),
-        _per_row([t.quant_format.max_code for t in tasks], heights, weight),
-        factor,
-        method.feedback_beta,
-        zero=_stacked_zeros(grids, weight.shape[1]),
-    )
+    with recorder.stage("column loop"):
+        codes = round_compensated(
+            weight,
+            step,
+            _per_row([t.quant_format.min_code for t in tasks], heights, weight),
+            _per_row([t.quant_format.max_code for t in tasks], heights, weight),
+            factor,
+            method.feedback_beta,
+            zero=_stacked_zeros(grids, weight.shape[1]),
+        )
     return [Quantized(part, *grid) for part, grid in zip(codes.split(heights), grids, strict=True)]
 
 
@@ -91,7 +97,9 @@ def _per_row(values: Sequence[int], heights: Sequence[int], like: Tensor) -> Ten
     return torch.cat([like.new_full((h,), float(v)) for v, h in zip(values, heights, strict=True)])
 
 
-def round_layers(tasks: Sequence[Task], gram: Tensor, factor: Factor, method: RoundingMethod) -> list[RoundedLayer]:
+def round_layers(
+    tasks: Sequence[Task], gram: Tensor, factor: Factor, method: RoundingMethod, recorder: Recorder = UNRECORDED
+) -> list[RoundedLayer]:
     """Round an input group and measure what was lost.
 
     Args:
@@ -99,17 +107,19 @@ def round_layers(tasks: Sequence[Task], gram: Tensor, factor: Factor, method: Ro
         gram: ``[in, in]`` float32, mean of x xᵀ over the rounding tokens.
         factor: Its factor.
         method: Rounding method.
+        recorder: Takes note of the scale search, the column loop and the losses.
 
     Raises:
         NumericalError: If a result is not finite; names the layer.
     """
     start = time.perf_counter()
-    results = round_group(tasks, factor, method)
+    results = round_group(tasks, factor, method, recorder)
     if gram.is_cuda:
         torch.cuda.synchronize(gram.device)
     seconds = (time.perf_counter() - start) / len(tasks)
     # Brought to the host together: on a GPU each number fetched alone would wait for all work before it.
-    losses = torch.stack([_losses(t, r, gram, factor) for t, r in zip(tasks, results, strict=True)]).tolist()
+    with recorder.stage("losses"):
+        losses = torch.stack([_losses(t, r, gram, factor) for t, r in zip(tasks, results, strict=True)]).tolist()
     kernel = None if method.name == "rtn" else kernel_for(gram.device)
     layers = []
     for task, result, values in zip(tasks, results, losses, strict=True):

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from hawqtool.allocation.uniform import uniform_formats
 from hawqtool.config import RunConfig
 from hawqtool.export.packed import PackedReader
-from hawqtool.model.sweep import gram
+from hawqtool.model.gram import gram
 from hawqtool.pipeline.job import Job, prepare
 from hawqtool.pipeline.planning import stored_bytes
 from hawqtool.pipeline.progress import Silent
