@@ -100,13 +100,8 @@ class CheckpointWriter:
             InputError: If the layer is not as the layout planned it.
             NumericalError: If it was written before, or the disk refuses.
         """
-        rows, columns = layer.codes.shape
-        bits = layer.quant_format.bits
-        self._write(f"{layer.name}.weight_packed", pack_codes(layer.codes, bits))
-        self._write(f"{layer.name}.weight_scale", layer.scales)
-        self._write(f"{layer.name}.weight_shape", torch.tensor([rows, columns], dtype=torch.int64))
-        if layer.zeros is not None:
-            self._write(f"{layer.name}.weight_zero_point", pack_zeros(layer.zeros, bits))
+        for name, tensor in packed_tensors(layer).items():
+            self.write(name, tensor)
 
     def copy_rest(self) -> None:
         """Stream every tensor that is copied verbatim from the source, in pieces of at most 16 MiB.
@@ -115,9 +110,19 @@ class CheckpointWriter:
             InputError: If the source cannot be read.
             NumericalError: If a tensor was written before, or the disk refuses.
         """
-        for name, (_, entry) in self._entries.items():
-            if entry.source is not None:
-                self._write_bytes(name, entry, self._reader.chunks(entry.source))
+        for name in self.copies():
+            self.copy(name)
+
+    def copies(self) -> list[str]:
+        """Tensors that are copied verbatim from the source and not yet written."""
+        found = [name for name, (_, entry) in self._entries.items() if entry.source is not None]
+        return [name for name in found if name not in self.checksums]
+
+    def copy(self, name: str) -> None:
+        """Copy one of them; errors are those of `copy_rest`."""
+        entry = self._entries[name][1]
+        assert entry.source is not None  # copies() names no other
+        self._write_bytes(name, entry, self._reader.chunks(entry.source))
 
     def close(self) -> None:
         """Write the shard index if there are several files, sync everything and check completeness.
@@ -131,6 +136,8 @@ class CheckpointWriter:
                 raise NumericalError(
                     f"{len(missing)} planned tensors were not written, first {missing[0]}; expected all; run again"
                 )
+            # In the order of the layout, whichever was written first.
+            self.checksums = {name: self.checksums[name] for name in self._entries}
             with _disk_errors(self._folder):
                 for stream in self._streams.values():
                     os.fsync(stream.fileno())
@@ -145,7 +152,8 @@ class CheckpointWriter:
             stream.close()
         self._streams.clear()
 
-    def _write(self, name: str, tensor: Tensor) -> None:
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor of the layout; errors are those of `write_layer`."""
         if name not in self._entries:
             raise InputError(f"{name} is not in the planned layout; expected only planned layers; plan it again")
         entry = self._entries[name][1]
@@ -166,6 +174,19 @@ class CheckpointWriter:
         if written != entry.num_bytes:
             raise NumericalError(f"tensor {name} has {written} bytes; the layout has {entry.num_bytes}; run again")
         self.checksums[name] = digest.hexdigest()
+
+
+def packed_tensors(layer: RoundedLayer) -> dict[str, Tensor]:
+    """The stored tensors of a rounded layer by name, on its device but for the shape."""
+    bits = layer.quant_format.bits
+    tensors = {
+        f"{layer.name}.weight_packed": pack_codes(layer.codes, bits),
+        f"{layer.name}.weight_scale": layer.scales,
+        f"{layer.name}.weight_shape": torch.tensor(layer.codes.shape, dtype=torch.int64),
+    }
+    if layer.zeros is not None:
+        tensors[f"{layer.name}.weight_zero_point"] = pack_zeros(layer.zeros, bits)
+    return tensors
 
 
 def copy_small_files(source: Path, target: Path) -> tuple[str, ...]:

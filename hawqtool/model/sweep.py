@@ -16,6 +16,7 @@ from hawqtool.errors import InputError
 from hawqtool.model.experts import ExpertLinear, counting_experts
 from hawqtool.model.gram import gram
 from hawqtool.model.layers import Structure
+from hawqtool.model.prefetch import Prefetcher
 from hawqtool.model.reader import check_finite
 from hawqtool.model.replay import Call, replayed_blocks
 from hawqtool.model.skeleton import find_blocks, to_meta
@@ -73,6 +74,7 @@ class ModelStream:
         self.structure, self.source, self.recorder = structure, source, recorder
         self.task = model_task(model)
         self.device, self.dtype = device, dtype
+        self._last_index: int | None = None
         self.blocks_name, self.blocks = find_blocks(model)
         to_meta(model)
         self._load(model, "", skip=f"{self.blocks_name}.")
@@ -84,7 +86,10 @@ class ModelStream:
             owner, _, leaf = name.rpartition(".")
             model.get_submodule(owner)._buffers[leaf] = buffer.to(device)
 
-    def _load(self, module: nn.Module, prefix: str, skip: str | None = None) -> None:
+    def _places(
+        self, module: nn.Module, prefix: str, skip: str | None = None
+    ) -> Iterator[tuple[str, list[tuple[str, nn.Module, str]]]]:
+        """Stored name of each parameter with the places that share it."""
         aliases: dict[int, list[tuple[str, nn.Module, str]]] = {}
         for path, owner in module.named_modules():
             for leaf, parameter in owner._parameters.items():
@@ -98,7 +103,12 @@ class ModelStream:
                 raise InputError(
                     f"{places[0][0]} is not in the checkpoint; the model that config.json describes needs it"
                 )
-            value = self.source.tensor(stored).to(device=self.device, dtype=self.dtype)
+            yield stored, places
+
+    def _load(self, module: nn.Module, prefix: str, skip: str | None = None) -> None:
+        for stored, places in list(self._places(module, prefix, skip)):
+            # First to the device, then to the dtype: fewer bytes travel.
+            value = self.source.tensor(stored).to(self.device, non_blocking=True).to(self.dtype)
             check_finite(stored, value)
             parameter = nn.Parameter(value, requires_grad=False)
             for _, owner, leaf in places:
@@ -110,10 +120,21 @@ class ModelStream:
         module = self.blocks[index]
         with self.recorder.stage("load"):
             self._load(module, f"{self.blocks_name}.{index}.")
+        self._expect_after(index)
         try:
             yield module
         finally:
             to_meta(module)
+
+    def _expect_after(self, index: int) -> None:
+        """Have the next block's weights read ahead where the source can: the walk goes on the way it came."""
+        step = -1 if self._last_index == index + 1 else 1
+        self._last_index = index
+        if isinstance(self.source, Prefetcher):
+            following = index + step
+            inside = 0 <= following < len(self.blocks)
+            places = self._places(self.blocks[following], f"{self.blocks_name}.{following}.") if inside else ()
+            self.source.expect([stored for stored, _ in places])
 
     def embed(self, rows: Tensor, rows_per_slice: int) -> Activations:
         """Run what comes before the first block on ``rows``: ``[rows, seq_len]`` tokens, or images."""

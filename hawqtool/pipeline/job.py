@@ -19,6 +19,7 @@ from hawqtool.formats import QuantFormat
 from hawqtool.model.dtypes import torch_dtype
 from hawqtool.model.index import CheckpointIndex, read_index
 from hawqtool.model.layers import Structure, check_shapes, discover
+from hawqtool.model.prefetch import Prefetcher
 from hawqtool.model.reader import TensorReader
 from hawqtool.model.skeleton import build_skeleton, max_positions
 from hawqtool.model.source import ResolvedModel, hub_id, resolve_model
@@ -123,14 +124,19 @@ class Job:
 
     def stream(self, source: WeightSource | None = None, dtype: torch.dtype | None = None) -> ModelStream:
         """The model with weights from the checkpoint, or from another source; computing in ``dtype`` where given."""
-        reader = TensorReader(self.index) if source is None else source
+        reader = self._reader() if source is None else source
         skeleton = copy.deepcopy(self.skeleton)
         return ModelStream(skeleton, self.structure, reader, self.device, dtype or self.dtype, self.recorder)
+
+    def _reader(self) -> WeightSource:
+        """Reads the checkpoint; on a GPU ahead, as there the host has time to."""
+        reader = TensorReader(self.index)
+        return Prefetcher(reader, pinned=True) if self.device.type == "cuda" else reader
 
     def packed_stream(self, folder: Path) -> ModelStream:
         """The model with the weights of a written folder."""
         transposed = frozenset(n for n, linear in self.structure.linears.items() if linear.transposed)
-        return self.stream(PackedReader(folder, transposed))
+        return self.stream(PackedReader(folder, transposed, self.device))
 
     def layer_formats(self, formats: dict[str, QuantFormat]) -> dict[str, QuantFormat]:
         """Formats by layer from formats by unit."""

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from hawqtool.export.background import BackgroundWriter
 from hawqtool.export.compressed_tensors import quantization_config
 from hawqtool.export.writer import CheckpointWriter, write_config
 from hawqtool.formats import QuantFormat
@@ -44,8 +45,8 @@ def round_to_folder(
     stream = job.stream()
     activations = stream.embed(rows.tokens, job.rows_per_slice)
     metrics: dict[str, Any] = {}
-    with CheckpointWriter(job.index, layout, folder) as writer:
-        walker = _Walker(job, job.layer_formats(plan.formats), writer, metrics)
+    with CheckpointWriter(job.index, layout, folder) as writer, BackgroundWriter(writer) as background:
+        walker = _Walker(job, job.layer_formats(plan.formats), background, metrics)
         for spec in job.structure.blocks:
             with stream.block(spec.index) as block:
                 walker.block, walker.spec = block, spec
@@ -55,7 +56,6 @@ def round_to_folder(
             walker.block, walker.spec = stream.model, job.structure.head
             statistics = stream.head_statistics(rows.tokens, activations.hidden)
             walker.visit(job.structure.head.input_groups[0], statistics)
-        writer.copy_rest()
     seconds = time.perf_counter() - start
     _write_records(job, plan, folder, writer.checksums, metrics, layout.total_bytes)
     return {"layers": metrics, "seconds": seconds, "total_bytes": layout.total_bytes}
@@ -65,7 +65,7 @@ class _Walker:
     """Rounds each input group of the current block and puts the result in place."""
 
     def __init__(
-        self, job: Job, formats: dict[str, QuantFormat], writer: CheckpointWriter, metrics: dict[str, Any]
+        self, job: Job, formats: dict[str, QuantFormat], writer: BackgroundWriter, metrics: dict[str, Any]
     ) -> None:
         self.job, self.formats, self.writer, self.metrics = job, formats, writer, metrics
         self.dtypes = job.stored_dtypes
