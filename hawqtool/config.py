@@ -61,6 +61,7 @@ class RunConfig(BaseModel):
     quantize_lm_head: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     rows_per_slice: int | None = Field(None, ge=1)
+    max_memory: str = "auto"
     seed: int = Field(0, ge=0)
     trust_remote_code: bool = False
     overwrite: bool = False
@@ -122,6 +123,13 @@ class RunConfig(BaseModel):
     def _check_sensitivity(cls, value: str) -> str:
         if value not in ("auto", *SCORE_METRICS) and not Path(value).is_file():
             raise ValueError(f"expected auto, {', '.join(SCORE_METRICS)} or an existing sensitivity.json")
+        return value
+
+    @field_validator("max_memory")
+    @classmethod
+    def _check_memory(cls, value: str) -> str:
+        if value != "auto":
+            parse_size(value)
         return value
 
     @field_validator("target_size")

@@ -71,6 +71,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--measure-rows", type=int, help="calibration rows of measuring [default: those of rounding]")
     parser.add_argument("--scoring-rows", type=int, default=8, help="rows behind the scores [default: 8]")
     parser.add_argument("--rows-per-slice", type=int, help="as `hawqtool quantize` has it")
+    parser.add_argument("--max-memory", default="auto", help="as `hawqtool quantize` has it")
     parser.add_argument("--bits", help="widths to choose from, as `hawqtool quantize` has it")
     parser.add_argument("--target-bpw", type=float, default=4.25, help="budget of the mixed plan [default: 4.25]")
     parser.add_argument("--group-size", type=int, default=128)
@@ -126,6 +127,9 @@ def _run(options: argparse.Namespace, stages: Sequence[str], work: Path) -> dict
         found = bench.run(stage)
         results.append(asdict(found))
         _print(found)
+    if bench.job.shelf is not None:
+        document["hidden_states"] = bench.job.shelf.peak_bytes
+        print("hidden states:", ", ".join(f"{_size(n)} {where}" for where, n in bench.job.shelf.peak_bytes.items()))
     document |= {"stages": results, "total_seconds": sum(result["seconds"] for result in results)}
     print(f"{'all':14} {document['total_seconds']:9.3f}")
     return document
@@ -153,6 +157,7 @@ def _config(options: argparse.Namespace, folder: Path) -> RunConfig:
         "seq_len": options.seq_len,
         "num_samples": options.measure_rows or options.rows,
         "rows_per_slice": options.rows_per_slice,
+        "max_memory": options.max_memory,
         "device": options.device,
     }
     return load_config(None, values)

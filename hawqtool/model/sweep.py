@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableSequence, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +20,7 @@ from hawqtool.model.prefetch import Prefetcher
 from hawqtool.model.reader import check_finite
 from hawqtool.model.replay import Call, replayed_blocks
 from hawqtool.model.skeleton import find_blocks, to_meta
+from hawqtool.model.spill import Shelf, Slices
 from hawqtool.model.tasks import model_task
 from hawqtool.model.timing import UNRECORDED, Recorder
 from hawqtool.records import BlockSpec, LinearSpec
@@ -44,7 +45,7 @@ class Activations:
         recorder: Takes note of forward passes and Gram matrices.
     """
 
-    hidden: list[Tensor]
+    hidden: MutableSequence[Tensor]
     calls: list[list[Call]]
     recorder: Recorder = UNRECORDED
 
@@ -59,6 +60,7 @@ class ModelStream:
         device: Where to compute.
         dtype: dtype of weights and activations while computing.
         recorder: Takes note of the stages of walks.
+        shelf: Keeps the hidden states between blocks; None keeps all of them on the device.
     """
 
     def __init__(
@@ -69,11 +71,13 @@ class ModelStream:
         device: torch.device,
         dtype: torch.dtype,
         recorder: Recorder = UNRECORDED,
+        shelf: Shelf | None = None,
     ) -> None:
         self.model: Any = model
         self.structure, self.source, self.recorder = structure, source, recorder
         self.task = model_task(model)
         self.device, self.dtype = device, dtype
+        self._shelf = shelf
         self._last_index: int | None = None
         self.blocks_name, self.blocks = find_blocks(model)
         to_meta(model)
@@ -138,7 +142,8 @@ class ModelStream:
 
     def embed(self, rows: Tensor, rows_per_slice: int) -> Activations:
         """Run what comes before the first block on ``rows``: ``[rows, seq_len]`` tokens, or images."""
-        hidden, calls = [], []
+        hidden: MutableSequence[Tensor] = [] if self._shelf is None else Slices(self._shelf)
+        calls = []
         for part in rows.split(rows_per_slice):
             with replayed_blocks(self.blocks, self.structure.extra_outputs) as recorded, torch.no_grad():
                 self.model.base_model(**self._inputs(part))
@@ -191,7 +196,7 @@ class ModelStream:
             with self.block(spec.index) as block:
                 advance(block, spec, activations)
             progress(spec.index)
-        return torch.cat(activations.hidden)
+        return torch.cat(list(activations.hidden))
 
 
 def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,11 @@ from hawqtool.model.prefetch import Prefetcher
 from hawqtool.model.reader import TensorReader
 from hawqtool.model.skeleton import build_skeleton, max_positions
 from hawqtool.model.source import ResolvedModel, hub_id, resolve_model
+from hawqtool.model.spill import Shelf
 from hawqtool.model.sweep import ModelStream, WeightSource
 from hawqtool.model.tasks import ModelTask, model_task
 from hawqtool.model.timing import UNRECORDED, Recorder
+from hawqtool.pipeline.memory import make_shelf
 from hawqtool.pipeline.progress import Reporter, Silent
 from hawqtool.records import Unit
 from hawqtool.rounding.layer import RoundingMethod
@@ -51,6 +53,7 @@ class Job:
         device: Where to compute.
         dtype: dtype of weights and activations while computing: float32 on a CPU.
         recorder: Takes note of the stages of walks; nothing by default.
+        shelf: Keeps hidden states between blocks; None where all stay on the device.
     """
 
     config: RunConfig
@@ -63,6 +66,7 @@ class Job:
     device: torch.device
     dtype: torch.dtype
     recorder: Recorder = UNRECORDED
+    shelf: Shelf | None = None
 
     @property
     def task(self) -> ModelTask:
@@ -126,7 +130,8 @@ class Job:
         """The model with weights from the checkpoint, or from another source; computing in ``dtype`` where given."""
         reader = self._reader() if source is None else source
         skeleton = copy.deepcopy(self.skeleton)
-        return ModelStream(skeleton, self.structure, reader, self.device, dtype or self.dtype, self.recorder)
+        dtype = dtype or self.dtype
+        return ModelStream(skeleton, self.structure, reader, self.device, dtype, self.recorder, self.shelf)
 
     def _reader(self) -> WeightSource:
         """Reads the checkpoint; on a GPU ahead, as there the host has time to."""
@@ -197,7 +202,10 @@ def prepare(config: RunConfig, reporter: Reporter | None = None, writes: bool = 
     if config.seq_len and longest and config.seq_len > longest:
         raise UsageError(f"--seq-len {config.seq_len} exceeds the model's {longest} positions; lower it")
     skeleton = build_skeleton(index.folder, dtype, source.runs_code)
-    return Job(config, source, index, skeleton, structure, units, pins, device, dtype)
+    job = Job(config, source, index, skeleton, structure, units, pins, device, dtype)
+    rows, warn = (job.num_samples, job.rows_per_slice, job.seq_len), (reporter or Silent()).warn
+    shelf = make_shelf(config, index, structure, device, dtype, rows, warn)
+    return replace(job, shelf=shelf)
 
 
 def _source(config: RunConfig, reporter: Reporter) -> ResolvedModel:

@@ -75,7 +75,8 @@ def factorize(
     order = torch.argsort(diagonal, descending=True, stable=True)
     if not act_order:
         order = torch.arange(len(order), device=gram.device)
-    work = work[order][:, order].flip(0, 1)
+    backwards = order.flip(0)
+    work = work[backwards][:, backwards]
     for retries in range(_MAX_RETRIES + 1):  # noqa: B007 (read after the loop)
         damped = work.clone()
         damped.diagonal().add_(fraction * mean)
@@ -87,7 +88,9 @@ def factorize(
         raise NumericalError(
             f"{name}: Cholesky failed even with damping {fraction / _RETRY_FACTOR:.3g} of the mean diagonal"
         )
+    del work, damped  # of wide layers each of these takes gigabytes
     right = lower.flip(0, 1)
+    del lower
     identity = torch.eye(len(order), dtype=right.dtype, device=right.device)
     upper = torch.linalg.solve_triangular(right, identity, upper=True)
     return Factor(

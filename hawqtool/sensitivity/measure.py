@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -80,10 +81,10 @@ def measure(
         progress: Called with the phase, blocks done and blocks in all.
     """
     sets = (stream.embed(calibration, rows_per_slice), stream.embed(scoring, rows_per_slice))
-    stored: list[tuple[list[Tensor], ...]] = []
+    stored: list[tuple[MutableSequence[Tensor], ...]] = []
     count = len(stream.structure.blocks)
     for spec in stream.structure.blocks:
-        stored.append(tuple(list(s.hidden) for s in sets))
+        stored.append(tuple(copy(s.hidden) for s in sets))
         with stream.block(spec.index) as block:
             # Only the head needs what the last block gives on the calibration rows.
             for activations in sets[1:] if spec.index == count - 1 and not stream.structure.head else sets:
@@ -136,7 +137,7 @@ class _Found:
 
 
 def _loss_gradients(
-    stream: ModelStream, rows: Sequence[Tensor], hidden: list[Tensor], seed: int
+    stream: ModelStream, rows: Sequence[Tensor], hidden: Sequence[Tensor], seed: int
 ) -> tuple[list[Tensor], int]:
     """Gradient of each row's summed loss at the last block's output, and the outputs that a row has."""
     generator = torch.Generator(stream.device).manual_seed(seed)
