@@ -13,8 +13,14 @@ from hawqtool.model.index import read_index
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 RATES = {
-    "bfloat16": 1e12, "float32": 1e11, "float64": 1e10, "memory": 1e10, "to_device": 1e10, "disk_read": 1e9, "disk_write": 1e9,
-}  # fmt: skip
+    "bfloat16": 1e12,
+    "float32": 1e11,
+    "float64": 1e10,
+    "memory": 1e10,
+    "to_device": 1e10,
+    "disk_read": 1e9,
+    "disk_write": 1e9,
+}
 
 
 @pytest.fixture
@@ -63,11 +69,10 @@ def test_a_stage_that_lacks_an_earlier_one_says_so(
 
 
 def test_the_floor_of_llama_3_8b(scripts: None, tmp_path: Path) -> None:
-    from speed.floor import block_work
-    from speed.shapes import SHAPES, write_checkpoint
-
     from hawqtool.config import RunConfig
     from hawqtool.pipeline.job import prepare
+    from speed.floor import block_work
+    from speed.shapes import SHAPES, write_checkpoint
 
     folder = write_checkpoint(SHAPES["llama-3-8b"], tmp_path / "m", torch.device("cpu"), sparse=True)
     index = read_index(folder)
