@@ -75,13 +75,14 @@ class PackedReader:
     Args:
         folder: A written checkpoint.
         transposed: Modules whose dense weight is ``[in, out]`` in the original; their packed one is ``[out, in]``.
+        device: Where codes are unpacked, and lie then.
 
     Raises:
         InputError: If the folder is not a checkpoint or its config has no ``quantization_config``.
     """
 
-    def __init__(self, folder: Path, transposed: Collection[str] = ()) -> None:
-        self.transposed = transposed
+    def __init__(self, folder: Path, transposed: Collection[str] = (), device: torch.device | str = "cpu") -> None:
+        self.transposed, self._device = transposed, device
         self.index: CheckpointIndex = read_index(folder)
         self._reader = TensorReader(self.index)
         config = read_config(folder).get("quantization_config")
@@ -93,7 +94,7 @@ class PackedReader:
         return name in self.index.tensors or (isinstance(name, str) and self._packed_module(name) is not None)
 
     def tensor(self, name: str) -> Tensor:
-        """Tensor on the CPU; in the scale's dtype and as the original lies for the weight of a packed module.
+        """Tensor on the CPU; a packed weight on the reader's device, in the scale's dtype, as the original lies.
 
         Raises:
             InputError: If there is no such tensor, or the packed tensors and the config disagree.
@@ -127,7 +128,7 @@ class PackedReader:
         floating = parts[SCALE].dtype.is_floating_point
         if not floating or any(part.dtype != torch.int32 for suffix, part in parts.items() if suffix != SCALE):
             raise InputError(f"{module} is not packed as int32 words and float scales; write it again")
-        return parts
+        return {suffix: part.to(self._device) for suffix, part in parts.items()}
 
     def _shape(self, module: str) -> tuple[int, int]:
         shape = self._reader.tensor(f"{module}.weight_shape").tolist()

@@ -58,7 +58,7 @@ def run_quantize(
             _check_free(config, output)
         check_measurements(config)
         fingerprint = config_fingerprint(config)  # of the files as the run begins
-        job, warnings = prepare(config, reporter), list[str]()
+        job, warnings = prepare(config, reporter, states=run.path), list[str]()
         if resuming:
             job, warnings = resumed_slices(job, run)
         before = stamps(job.index)
