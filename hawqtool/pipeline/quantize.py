@@ -164,6 +164,6 @@ def _complete(job: Job, folder: Path, sensitivity: dict[str, Any] | None, report
     copy_small_files(job.index.folder, folder)
     write_card(job.index.folder, folder, report)
     write_reproduce(job, folder, sensitivity)
-    problems = verify_folder(folder, job.index.folder).problems
+    problems = verify_folder(folder, job.index.folder, job.device).problems
     if problems:
         raise NumericalError(f"the written folder failed verification: {problems[0]} ({len(problems)} problems)")

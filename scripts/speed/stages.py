@@ -200,7 +200,8 @@ class Benchmark:
     def _verify(self) -> Measured:
         if not self._written.is_dir():
             raise UsageError("stage verify needs the folder of stage round; name both")
-        found, report = self._timed("verify", lambda: verify_folder(self._written, self.job.index.folder))
+        source, device = self.job.index.folder, self.job.device
+        found, report = self._timed("verify", lambda: verify_folder(self._written, source, device))
         if report.problems:
             raise NumericalError(f"the written folder failed verification: {report.problems[0]}")
         found.per_block = found.seconds / self.blocks
