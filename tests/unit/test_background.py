@@ -13,7 +13,7 @@ from torch import Tensor
 from hawqtool.errors import NumericalError
 from hawqtool.export.background import BackgroundWriter
 from hawqtool.export.layout import plan_layout
-from hawqtool.export.writer import CheckpointWriter
+from hawqtool.export.writer import CheckpointWriter, intact, unfinished_reader
 from hawqtool.model.index import read_index
 from hawqtool.model.reader import TensorReader
 from hawqtool.records import RoundedLayer
@@ -62,6 +62,37 @@ def test_files_and_records_are_those_of_a_plain_writer(source: Path, pending_byt
     assert len(names) > 2
     for name in names:
         assert (tmp_path / "background" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+
+
+def test_what_is_recorded_after_draining_is_what_was_handed_over_and_lies_in_the_files(
+    source: Path, tmp_path: Path
+) -> None:
+    writer, layers = prepared(source, tmp_path / "out")
+    with writer, BackgroundWriter(writer) as background:
+        background.write_layer(layers[0])
+        background.drain()
+        recorded = dict(background.checksums)
+        reader = unfinished_reader(writer._layout, tmp_path / "out")
+        assert reader is not None and intact(reader, recorded)
+        for layer in layers[1:]:
+            background.write_layer(layer)
+    assert list(recorded) == [f"{layers[0].name}.weight_{part}" for part in ("packed", "scale", "shape")]
+    assert recorded.items() < background.checksums.items() < writer.checksums.items()  # copies are left out
+
+
+def test_a_tensor_that_changes_late_is_not_copied_before(source: Path, tmp_path: Path) -> None:
+    writer, layers = prepared(source, tmp_path / "out")
+    name = "model.norm.weight"
+    gain = 2 * TensorReader(read_index(source)).tensor(name)
+    with writer, BackgroundWriter(writer, copies_ahead=False) as background:
+        for layer in layers:
+            background.write_layer(layer)
+        background.drain()
+        time.sleep(0.05)  # in which copies ahead would begin
+        background.write_changed(name, gain)
+    assert writer.changed == {name} and background.checksums[name] == writer.checksums[name]
+    reader = unfinished_reader(writer._layout, tmp_path / "out")
+    assert reader is not None and reader.tensor(name).equal(gain)
 
 
 def test_handing_over_waits_for_room_and_draining_for_all(source: Path, tmp_path: Path) -> None:

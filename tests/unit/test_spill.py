@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hawqtool.errors import NumericalError
-from hawqtool.model.spill import DEVICE, DISK, HOST, Shelf, Slices
+from hawqtool.errors import NumericalError, ResourceError
+from hawqtool.model.spill import DEVICE, DISK, HOST, Shelf, Slices, total_bytes
 
 CPU = torch.device("cpu")
 SIZE = 4096
@@ -58,8 +58,14 @@ def test_a_copy_keeps_what_the_original_replaces(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_sizes_are_known_without_reading(tmp_path: Path) -> None:
+    kept = Slices(Shelf(CPU, SIZE, 0, tmp_path), [tensor(0), tensor(1)])
+    spilled(tmp_path)[0].unlink()
+    assert total_bytes(kept) == total_bytes([tensor(0), tensor(1)]) == 2 * SIZE
+
+
 def test_a_disk_that_refuses(tmp_path: Path) -> None:
-    with pytest.raises(NumericalError, match=r"missing refuses them.*--max-memory"):
+    with pytest.raises(ResourceError, match=r"missing refuses them.*--max-memory"):
         Slices(Shelf(CPU, 0, 0, tmp_path / "missing"), [tensor(0)])
 
 
