@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -50,10 +51,16 @@ class RunFolder:
         self._shipping: Path | None = None
 
     def __enter__(self) -> Self:
-        with disk_errors(self.path.parent):
-            self._lock = _locked(self.path, self.output)
-            if self._replaced.exists() and not self.output.exists():
-                self._replaced.rename(self.output)  # a run was killed between two renames
+        try:
+            with disk_errors(self.path.parent):
+                self._lock = _locked(self.path, self.output)
+                if self._replaced.exists() and not self.output.exists():
+                    self._replaced.rename(self.output)  # a run was killed between two renames
+        except Exception:
+            raise
+        except BaseException:  # a signal, after which nobody leaves what was not entered
+            _remove_unused(self.path)
+            raise
         return self
 
     def __exit__(
@@ -197,6 +204,16 @@ class RunFolder:
         (self.path / "lock").unlink(missing_ok=True)
         if not any(self.path.iterdir()):
             self.path.rmdir()
+
+
+def _remove_unused(folder: Path) -> None:
+    """Remove a folder that holds nothing but a lock, and that this process alone may hold."""
+    lock = folder / "lock"
+    with suppress(OSError):
+        holder = lock.read_text(encoding="utf-8") if lock.exists() else ""
+        if holder in ("", str(os.getpid())) and all(path == lock for path in folder.iterdir()):
+            lock.unlink(missing_ok=True)
+            folder.rmdir()
 
 
 def _locked(folder: Path, output: Path) -> int:
