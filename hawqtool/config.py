@@ -76,6 +76,7 @@ class RunConfig(BaseModel):
     quantize_lm_head: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     rows_per_slice: int | None = Field(None, ge=1)
+    max_memory: str = "auto"
     seed: int = Field(0, ge=0, lt=2**63)
     trust_remote_code: bool = False
     overwrite: bool = False
@@ -158,6 +159,13 @@ class RunConfig(BaseModel):
     def _check_sensitivity(cls, value: str) -> str:
         if value not in ("auto", *SCORE_METRICS) and not os.path.isfile(value):
             raise ValueError(f"expected auto, {', '.join(SCORE_METRICS)} or an existing sensitivity.json")
+        return value
+
+    @field_validator("max_memory")
+    @classmethod
+    def _check_memory(cls, value: str) -> str:
+        if value != "auto":
+            parse_size(value)
         return value
 
     @field_validator(

@@ -20,6 +20,7 @@ def evaluate(
     seq_len: o.SeqLen = None,
     device: o.Device = None,
     rows_per_slice: o.RowsPerSlice = None,
+    max_memory: o.MaxMemory = None,
     trust_remote_code: o.TrustRemoteCode = None,
     json: o.Json = False,
     quiet: o.Quiet = False,

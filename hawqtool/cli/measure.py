@@ -37,6 +37,7 @@ def measure(
     scale_sign: o.ScaleSign = None,
     device: o.Device = None,
     rows_per_slice: o.RowsPerSlice = None,
+    max_memory: o.MaxMemory = None,
     seed: o.Seed = None,
     trust_remote_code: o.TrustRemoteCode = None,
     resume: o.Resume = None,

@@ -320,6 +320,17 @@ RowsPerSlice = Annotated[
         panel=RUN,
     ),
 ]
+MaxMemory = Annotated[
+    Optional[str],
+    _option(
+        "--max-memory",
+        help="Memory to use, such as 12GiB: hidden states that do not fit beside the work lie in the host's memory "
+        "(beside a GPU), then on the disk, but for refinement, exchanges and kl; changes no result [default: auto, "
+        "90 % of a GPU; on a CPU no limit].",
+        panel=RUN,
+        metavar="SIZE",
+    ),
+]
 Seed = Annotated[Optional[int], _option("--seed", help="Seed of rows and sampled labels [default: 0].", panel=RUN)]
 TrustRemoteCode = Annotated[
     Optional[bool],

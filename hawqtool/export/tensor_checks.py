@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import re
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,7 +20,7 @@ from hawqtool.export.packed import (
     ZERO_POINT,
     dequantize,
     packed_parts,
-    relative_weight_error,
+    packed_weight_error,
     unpack_parts,
 )
 from hawqtool.export.packing import pack_zeros, unpack_zeros
@@ -36,10 +39,21 @@ QUIET_GROUP = 0.25
 
 Feedback may fill a quiet group: at 2 bits its error can be several times its energy, and is still harmless."""
 
+_THREADS = 4
+"""Tensors that are checked at a time. Each worker may hold a weight of the source."""
+
+T = TypeVar("T")
+
 _GAIN_NAME = re.compile(r"(^|\.)([^.]*norm[^.]*|ln[^.]*)\.weight$", re.IGNORECASE)
 
 ERROR_TOLERANCE = 1e-4
 """Relative difference allowed between the recorded and the measured weight error (order of summation)."""
+
+
+def _all_problems(check: Callable[[T], list[str]], items: Iterable[T]) -> list[str]:
+    """Problems of all items in their order; reading, hashing and arithmetic go on beside each other in threads."""
+    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1), "verify") as pool:
+        return [problem for found in pool.map(check, items) for problem in found]
 
 
 def is_gain(name: str) -> bool:
@@ -80,16 +94,18 @@ def zero_point_problems(reader: TensorReader, formats: Mapping[str, QuantFormat]
 
 def checksum_problems(reader: TensorReader, index: CheckpointIndex, expected: Mapping[str, Any]) -> list[str]:
     """Tensors whose SHA-256 differs from the recorded one, or that only one side has."""
-    problems = []
-    for name in index.tensors:
+
+    def check(name: str) -> list[str]:
         if name not in expected:
-            problems.append(f"tensor {name} is not in reproduce/checksums.json; expected every tensor; write it again")
-            continue
+            return [f"tensor {name} is not in reproduce/checksums.json; expected every tensor; write it again"]
         digest = hashlib.sha256()
         for piece in reader.chunks(name):
             digest.update(piece)
-        if digest.hexdigest() != expected[name]:
-            problems.append(f"tensor {name} differs from its SHA-256 in reproduce/checksums.json; it changed on disk")
+        if digest.hexdigest() == expected[name]:
+            return []
+        return [f"tensor {name} differs from its SHA-256 in reproduce/checksums.json; it changed on disk"]
+
+    problems = _all_problems(check, index.tensors)
     missing = [name for name in expected if name not in index.tensors]
     return problems + [f"tensor {name} of reproduce/checksums.json is missing; write it again" for name in missing]
 
@@ -136,19 +152,21 @@ def copy_problems(reader: TensorReader, source: TensorReader, changed: Collectio
         changed: Norm gains that were learned: finite tensors of another value; nothing else may be among them.
     """
     index, packed = reader.index, set(packed_modules(reader.index))
-    problems = []
-    for name, info in source.index.tensors.items():
-        if name.removesuffix(".weight") in packed and name.endswith(".weight"):
-            continue
-        found = index.tensors.get(name)
+
+    def check(name: str) -> list[str]:
+        info, found = source.index.tensors[name], index.tensors.get(name)
         if found is None:
-            problems.append(f"tensor {name} of the source is missing; expected a copy; write it again")
-        elif _kind(found) != _kind(info):
-            problems.append(f"tensor {name} is {_kind(found)}; the source has {_kind(info)}; write it again")
-        elif name in changed:
-            problems += _gain_problems(reader, name)
-        elif any(a != b for a, b in zip(reader.chunks(name), source.chunks(name), strict=True)):
-            problems.append(f"tensor {name} differs from the source's; expected equal bytes; write it again")
+            return [f"tensor {name} of the source is missing; expected a copy; write it again"]
+        if _kind(found) != _kind(info):
+            return [f"tensor {name} is {_kind(found)}; the source has {_kind(info)}; write it again"]
+        if name in changed:
+            return _gain_problems(reader, name)
+        if any(a != b for a, b in zip(reader.chunks(name), source.chunks(name), strict=True)):
+            return [f"tensor {name} differs from the source's; expected equal bytes; write it again"]
+        return []
+
+    copied = (n for n in source.index.tensors if not (n.endswith(".weight") and n.removesuffix(".weight") in packed))
+    problems = _all_problems(check, copied)
     parts = {f"{module}{suffix}" for module in packed for suffix in (PACKED, SCALE, ZERO_POINT, ".weight_shape")}
     known = parts | set(source.index.tensors)
     unknown = [name for name in index.tensors if name not in known]
@@ -171,6 +189,7 @@ def error_problems(
     formats: Mapping[str, QuantFormat],
     recorded: Mapping[str, Any],
     transposed: Collection[str],
+    device: torch.device,
 ) -> list[str]:
     """Packed modules that do not approximate the source's weight as recorded.
 
@@ -180,30 +199,41 @@ def error_problems(
         formats: Formats of the consistent packed modules.
         recorded: Relative squared weight error by module; modules that are absent are judged by groups only.
         transposed: Modules whose weight the source stores as ``[in, out]``.
+        device: Where weights are compared.
     """
-    problems = []
-    for module, quant_format in formats.items():
-        name = f"{module}.weight"
-        rows, columns = (int(value) for value in reader.tensor(f"{module}.weight_shape"))
-        if name not in source:
-            problems.append(f"{module} is packed but {name} is not in the source; expected the same model")
-            continue
-        found = list(source.info(name).shape)
-        if found != ([columns, rows] if module in transposed else [rows, columns]):
-            problems.append(f"{module}.weight_shape is {[rows, columns]}; the source's weight has {found}")
-            continue
-        weight = source.tensor(name).t() if module in transposed else source.tensor(name)
-        restored = dequantize(*unpack_parts(packed_parts(reader, module), quant_format, (rows, columns)))
-        if module not in recorded:
-            problems += _group_problems(module, weight, restored, quant_format.num_groups(columns))
-        else:
-            measured, expected = relative_weight_error(weight, restored), float(recorded[module])
-            if not math.isclose(measured, expected, rel_tol=ERROR_TOLERANCE, abs_tol=1e-12):
-                problems.append(
-                    f"{module}: relative squared weight error is {measured:.6g}; reproduce/checksums.json says "
-                    f"{expected:.6g}; codes or scales of this module changed"
-                )
-    return problems
+    check = partial(_error_problems, reader, source, formats, recorded, transposed, device)
+    return _all_problems(check, formats)
+
+
+def _error_problems(
+    reader: TensorReader,
+    source: TensorReader,
+    formats: Mapping[str, QuantFormat],
+    recorded: Mapping[str, Any],
+    transposed: Collection[str],
+    device: torch.device,
+    module: str,
+) -> list[str]:
+    """Those of one module."""
+    name, quant_format = f"{module}.weight", formats[module]
+    rows, columns = (int(value) for value in reader.tensor(f"{module}.weight_shape"))
+    if name not in source:
+        return [f"{module} is packed but {name} is not in the source; expected the same model"]
+    found = list(source.info(name).shape)
+    if found != ([columns, rows] if module in transposed else [rows, columns]):
+        return [f"{module}.weight_shape is {[rows, columns]}; the source's weight has {found}"]
+    weight = source.tensor(name).t() if module in transposed else source.tensor(name)
+    parts = packed_parts(reader, module)
+    if module not in recorded:
+        restored = dequantize(*unpack_parts(parts, quant_format, (rows, columns)))
+        return _group_problems(module, weight, restored, quant_format.num_groups(columns))
+    measured, expected = packed_weight_error(weight, parts, quant_format, device), float(recorded[module])
+    if math.isclose(measured, expected, rel_tol=ERROR_TOLERANCE, abs_tol=1e-12):
+        return []
+    return [
+        f"{module}: relative squared weight error is {measured:.6g}; reproduce/checksums.json says {expected:.6g}; "
+        "codes or scales of this module changed"
+    ]
 
 
 def _group_problems(module: str, weight: torch.Tensor, restored: torch.Tensor, groups: int) -> list[str]:

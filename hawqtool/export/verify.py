@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hawqtool.export.config_checks import (
     dense_matrices,
     field_problems,
@@ -51,13 +53,14 @@ class VerifyReport:
     total_bytes: int
 
 
-def verify_folder(folder: Path, against: Path | None = None) -> VerifyReport:
+def verify_folder(folder: Path, against: Path | None = None, device: torch.device | str = "cpu") -> VerifyReport:
     """Check a packed checkpoint: config, names, shapes, scales, zeros, checksums, plan, and optionally the source.
 
     Args:
         folder: A written checkpoint.
         against: Folder of the original model; then unquantized tensors must be byte-equal to it and packed
             ones must approximate it as recorded.
+        device: Where that is computed.
 
     Raises:
         InputError: If one of the folders or a file's header cannot be read at all.
@@ -98,7 +101,7 @@ def verify_folder(folder: Path, against: Path | None = None) -> VerifyReport:
         problems += copy_problems(reader, source, (checksums or {}).get("changed", []))
         transposed = {layer["name"] for layer in layers if layer.get("transposed")}
         recorded = (checksums or {}).get("weight_error", {})
-        problems += error_problems(reader, source, formats, recorded, transposed)
+        problems += error_problems(reader, source, formats, recorded, transposed, torch.device(device))
     return VerifyReport(tuple(problems), len(index.tensors), len(packed), index.total_bytes)
 
 

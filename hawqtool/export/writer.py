@@ -108,13 +108,8 @@ class CheckpointWriter:
             InputError: If the layer is not as the layout planned it.
             NumericalError: If it was written before, or the disk refuses.
         """
-        rows, columns = layer.codes.shape
-        bits = layer.quant_format.bits
-        self._write(f"{layer.name}.weight_packed", pack_codes(layer.codes, bits))
-        self._write(f"{layer.name}.weight_scale", layer.scales)
-        self._write(f"{layer.name}.weight_shape", torch.tensor([rows, columns], dtype=torch.int64))
-        if layer.zeros is not None:
-            self._write(f"{layer.name}.weight_zero_point", pack_zeros(layer.zeros, bits))
+        for name, tensor in packed_tensors(layer).items():
+            self.write(name, tensor)
 
     def write_changed(self, name: str, tensor: Tensor) -> None:
         """Write a tensor in the place of the source's of that name.
@@ -123,19 +118,29 @@ class CheckpointWriter:
             InputError: If the source's is no such tensor.
             NumericalError: If it was written before, or the disk refuses.
         """
-        self._write(name, tensor)
+        self.write(name, tensor)
         self.changed.add(name)
 
     def copy_rest(self) -> None:
-        """Stream every other tensor of the source that is not packed, in pieces of at most 16 MiB.
+        """Stream every tensor of the source that is neither packed nor written yet, in pieces of at most 16 MiB.
 
         Raises:
             InputError: If the source cannot be read.
             NumericalError: If a tensor was written before, or the disk refuses.
         """
-        for name, (_, entry) in self._entries.items():
-            if entry.source is not None and name not in self.changed:
-                self._write_bytes(name, entry, self._reader.chunks(entry.source))
+        for name in self.copies():
+            self.copy(name)
+
+    def copies(self) -> list[str]:
+        """Tensors that are copied verbatim from the source and not yet written."""
+        found = [name for name, (_, entry) in self._entries.items() if entry.source is not None]
+        return [name for name in found if name not in self.checksums]
+
+    def copy(self, name: str) -> None:
+        """Copy one of them; errors are those of `copy_rest`."""
+        entry = self._entries[name][1]
+        assert entry.source is not None  # copies() names no other
+        self._write_bytes(name, entry, self._reader.chunks(entry.source))
 
     def close(self) -> None:
         """Write the shard index if there are several files, sync everything and check completeness.
@@ -149,6 +154,8 @@ class CheckpointWriter:
                 raise NumericalError(
                     f"{len(missing)} planned tensors were not written, first {missing[0]}; expected all; run again"
                 )
+            # In the order of the layout, whichever was written first.
+            self.checksums = {name: self.checksums[name] for name in self._entries}
             with disk_errors(self._folder):
                 for stream in self._streams.values():
                     os.fsync(stream.fileno())
@@ -163,7 +170,8 @@ class CheckpointWriter:
             stream.close()
         self._streams.clear()
 
-    def _write(self, name: str, tensor: Tensor) -> None:
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor of the layout; errors are those of `write_layer`."""
         if name not in self._entries:
             raise InputError(f"{name} is not in the planned layout; expected only planned layers; plan it again")
         entry = self._entries[name][1]
@@ -210,6 +218,19 @@ def intact(reader: TensorReader, checksums: Mapping[str, str]) -> bool:
         name in reader and hashlib.sha256(reader.raw(name)).hexdigest() == expected
         for name, expected in checksums.items()
     )
+
+
+def packed_tensors(layer: RoundedLayer) -> dict[str, Tensor]:
+    """The stored tensors of a rounded layer by name, on its device but for the shape."""
+    bits = layer.quant_format.bits
+    tensors = {
+        f"{layer.name}.weight_packed": pack_codes(layer.codes, bits),
+        f"{layer.name}.weight_scale": layer.scales,
+        f"{layer.name}.weight_shape": torch.tensor(layer.codes.shape, dtype=torch.int64),
+    }
+    if layer.zeros is not None:
+        tensors[f"{layer.name}.weight_zero_point"] = pack_zeros(layer.zeros, bits)
+    return tensors
 
 
 def copy_small_files(source: Path, target: Path) -> tuple[str, ...]:

@@ -55,8 +55,8 @@ class TensorReader:
             raise InputError(f"tensor {name} is not in {self.index.folder}; expected it from the model's structure")
         return self.index.tensors[name]
 
-    def tensor(self, name: str) -> Tensor:
-        """Tensor on the CPU in the source dtype, in its own memory.
+    def tensor(self, name: str, pinned: bool = False) -> Tensor:
+        """Tensor on the CPU in the source dtype, in its own memory, page-locked where ``pinned``.
 
         Raises:
             InputError: If there is no such tensor or the file cannot be read.
@@ -65,11 +65,11 @@ class TensorReader:
         dtype = torch_dtype(info.dtype)
         if info.num_bytes == 0:
             return torch.empty(info.shape, dtype=dtype)
-        buffer = bytearray(info.num_bytes)
+        buffer = torch.empty(info.num_bytes, dtype=torch.uint8, pin_memory=pinned)
         try:
             with info.file.open("rb", buffering=0) as stream:
                 stream.seek(info.start)
-                view, done = memoryview(buffer), 0
+                view, done = buffer.numpy().data, 0
                 while done < info.num_bytes:
                     count = stream.readinto(view[done : done + (1 << 30)])
                     if not count:
@@ -79,7 +79,7 @@ class TensorReader:
             raise InputLostError(
                 f"tensor {name} of {info.file} cannot be read ({error.strerror}); check the disk"
             ) from None
-        return torch.frombuffer(buffer, dtype=dtype).reshape(info.shape)
+        return buffer.view(dtype).reshape(info.shape)
 
     def raw(self, name: str) -> bytes:
         """Stored bytes of a tensor.

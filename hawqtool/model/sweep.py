@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableSequence, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any, Protocol
 
 import torch
@@ -12,11 +14,14 @@ from torch import Tensor, nn
 
 from hawqtool.errors import InputError, NumericalError
 from hawqtool.model.layers import Structure
+from hawqtool.model.prefetch import Prefetcher
 from hawqtool.model.reader import check_finite
 from hawqtool.model.replay import Call, replayed_blocks
 from hawqtool.model.skeleton import find_blocks, to_meta
+from hawqtool.model.spill import Shelf, Slices
 from hawqtool.model.statistics import GroupStatistics, is_held_out, seen
 from hawqtool.model.tasks import model_task
+from hawqtool.model.timing import UNRECORDED, Recorder
 from hawqtool.records import BlockSpec, LinearSpec
 
 
@@ -39,12 +44,14 @@ class Activations:
         original: The original model's hidden states of the same rows, beside those of a quantized prefix; None where
             nothing needs them.
         held_out: Whether statistics keep some rows apart too, for settings to be chosen on.
+        recorder: Takes note of forward passes and Gram matrices.
     """
 
-    hidden: list[Tensor]
+    hidden: MutableSequence[Tensor]
     calls: list[list[Call]]
-    original: list[Tensor] | None = None
+    original: MutableSequence[Tensor] | None = None
     held_out: bool = False
+    recorder: Recorder = UNRECORDED
 
 
 class ModelStream:
@@ -56,15 +63,26 @@ class ModelStream:
         source: Where the weights come from.
         device: Where to compute.
         dtype: dtype of weights and activations while computing.
+        recorder: Takes note of the stages of walks.
+        shelf: Keeps the hidden states between blocks; None keeps all of them on the device.
     """
 
     def __init__(
-        self, model: nn.Module, structure: Structure, source: WeightSource, device: torch.device, dtype: torch.dtype
+        self,
+        model: nn.Module,
+        structure: Structure,
+        source: WeightSource,
+        device: torch.device,
+        dtype: torch.dtype,
+        recorder: Recorder = UNRECORDED,
+        shelf: Shelf | None = None,
     ) -> None:
         self.model: Any = model
-        self.structure, self.source = structure, source
+        self.structure, self.source, self.recorder = structure, source, recorder
         self.task = model_task(model)
         self.device, self.dtype = device, dtype
+        self.shelf = shelf
+        self._last_index: int | None = None
         self.blocks_name, self.blocks = find_blocks(model)
         to_meta(model)
         self._load(model, "", skip=f"{self.blocks_name}.")
@@ -76,7 +94,10 @@ class ModelStream:
             owner, _, leaf = name.rpartition(".")
             model.get_submodule(owner)._buffers[leaf] = buffer.to(device)
 
-    def _load(self, module: nn.Module, prefix: str, skip: str | None = None) -> None:
+    def _places(
+        self, module: nn.Module, prefix: str, skip: str | None = None
+    ) -> Iterator[tuple[str, list[tuple[str, nn.Module, str]]]]:
+        """Stored name of each parameter with the places that share it."""
         aliases: dict[int, list[tuple[str, nn.Module, str]]] = {}
         for path, owner in module.named_modules():
             for leaf, parameter in owner._parameters.items():
@@ -90,7 +111,12 @@ class ModelStream:
                 raise InputError(
                     f"{places[0][0]} is not in the checkpoint; the model that config.json describes needs it"
                 )
-            value = self.source.tensor(stored).to(device=self.device, dtype=self.dtype)
+            yield stored, places
+
+    def _load(self, module: nn.Module, prefix: str, skip: str | None = None) -> None:
+        for stored, places in list(self._places(module, prefix, skip)):
+            # First to the device, then to the dtype: fewer bytes travel.
+            value = self.source.tensor(stored).to(self.device, non_blocking=True).to(self.dtype)
             check_finite(stored, value)
             parameter = nn.Parameter(value, requires_grad=False)
             for _, owner, leaf in places:
@@ -100,11 +126,23 @@ class ModelStream:
     def block(self, index: int) -> Iterator[nn.Module]:
         """The block with its weights loaded; they are dropped when the context ends."""
         module = self.blocks[index]
-        self._load(module, f"{self.blocks_name}.{index}.")
+        with self.recorder.stage("load"):
+            self._load(module, f"{self.blocks_name}.{index}.")
+        self._expect_after(index)
         try:
             yield module
         finally:
             to_meta(module)
+
+    def _expect_after(self, index: int) -> None:
+        """Have the next block's weights read ahead where the source can: the walk goes on the way it came."""
+        step = -1 if self._last_index == index + 1 else 1
+        self._last_index = index
+        if isinstance(self.source, Prefetcher):
+            following = index + step
+            inside = 0 <= following < len(self.blocks)
+            places = self._places(self.blocks[following], f"{self.blocks_name}.{following}.") if inside else ()
+            self.source.expect([stored for stored, _ in places])
 
     def embed(
         self, rows: Tensor, rows_per_slice: int, held_out: bool = False, with_original: bool = False
@@ -114,13 +152,14 @@ class ModelStream:
         The others say what else statistics shall hold (see `Activations`); what comes before the blocks is never
         rounded, so that the original's states begin as these do.
         """
-        hidden, calls = [], []
+        hidden: MutableSequence[Tensor] = [] if self.shelf is None else Slices(self.shelf)
+        calls = []
         for part in rows.split(rows_per_slice):
             with replayed_blocks(self.blocks, self.structure.extra_outputs) as recorded, torch.no_grad():
                 self.model.base_model(**self._inputs(part))
             hidden.append(recorded[0][0][0])
             calls.append([(args[1:], kwargs) for args, kwargs in recorded])
-        return Activations(hidden, calls, list(hidden) if with_original else None, held_out)
+        return Activations(hidden, calls, copy(hidden) if with_original else None, held_out, self.recorder)
 
     def outputs(self, rows: Tensor, hidden: Tensor) -> Tensor:
         """What the model is judged by, from the last block's output through the model's own head.
@@ -148,15 +187,16 @@ class ModelStream:
 
     def head_statistics(self, rows: Tensor, activations: Activations) -> GroupStatistics:
         """Second moments of the head's inputs over all slices; rows go one by one, because logits are large."""
-        states = [state for part in activations.hidden for state in part]
-        originals = [None] * len(states) if activations.original is None else torch.cat(activations.original)
+        states = _each_row(activations.hidden)
+        originals = repeat(None, len(rows)) if activations.original is None else _each_row(activations.original)
         total: GroupStatistics | None = None
         with torch.no_grad():
             for number, (row, state, other) in enumerate(zip(rows, states, originals, strict=True)):
                 x = self.head_inputs(row[None], state[None])
                 held = is_held_out(torch.full((len(x),), number)) if activations.held_out else None
                 original = None if other is None else self.head_inputs(row[None], other[None])
-                found = seen(x, len(x), held, original)
+                with self.recorder.stage("gram"):
+                    found = seen(x, len(x), held, original)
                 if total is None:
                     total = found
                 else:
@@ -175,7 +215,12 @@ class ModelStream:
             with self.block(spec.index) as block:
                 advance(block, spec, activations)
             progress(spec.index)
-        return torch.cat(activations.hidden)
+        return torch.cat(list(activations.hidden))
+
+
+def _each_row(slices: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Hidden states row by row, one slice in memory at a time."""
+    return (state for part in slices for state in part)
 
 
 def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
@@ -190,23 +235,39 @@ def advance(block: nn.Module, spec: BlockSpec, activations: Activations) -> None
     Raises:
         NumericalError: If a value is NaN or Inf; names the block.
     """
-    with torch.no_grad():
+    with torch.no_grad(), activations.recorder.stage("forward"):
+        found = []
         for position, hidden in enumerate(activations.hidden):
-            activations.hidden[position] = run_block(block, hidden, activations.calls[position][spec.index])
-        check_states(activations.hidden, f"the output of block {spec.name}")
+            output = run_block(block, hidden, activations.calls[position][spec.index])
+            found.append(extremes(output))
+            activations.hidden[position] = output
+        check_extremes(found, f"the output of block {spec.name}")
 
 
-def check_states(states: Sequence[Tensor], what: str) -> None:
+def extremes(state: Tensor) -> Tensor:
+    """Least and largest value, ``[2]``, on the device: NaN where there is one; zeros where there are no values."""
+    return torch.stack(torch.aminmax(state.detach())) if state.numel() else state.new_zeros(2)
+
+
+def check_states(states: Iterable[Tensor], what: str) -> None:
     """Check that hidden states or gradients are finite.
 
     Raises:
         NumericalError: Naming ``what`` holds NaN or Inf.
     """
+    check_extremes([extremes(state) for state in states], what)
+
+
+def check_extremes(found: Sequence[Tensor], what: str) -> None:
+    """Check that the `extremes` of some tensors are finite; for tensors that are not to be read once more.
+
+    Raises:
+        NumericalError: Naming ``what`` holds NaN or Inf.
+    """
     # Brought to the host together: on a GPU each number fetched alone would wait for all work before it.
-    extremes = torch.stack([torch.stack(torch.aminmax(state.detach())) for state in states if state.numel()])
-    if not bool(extremes.isfinite().all()):
+    if not bool(torch.stack(list(found)).isfinite().all()):
         raise NumericalError(
-            f"{what} holds NaN or Inf, expected finite values: the checkpoint is damaged, or {states[0].dtype} is too "
+            f"{what} holds NaN or Inf, expected finite values: the checkpoint is damaged, or {found[0].dtype} is too "
             "narrow for it; check the original model's own output"
         )
 

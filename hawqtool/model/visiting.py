@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from hawqtool.model.experts import ExpertLinear, counting_experts
 from hawqtool.model.replay import Call
 from hawqtool.model.statistics import GroupStatistics, held_out_tokens, seen
-from hawqtool.model.sweep import Activations, advance, check_states, local_name, run_block
+from hawqtool.model.sweep import Activations, advance, check_extremes, extremes, local_name, run_block
 from hawqtool.records import BlockSpec, LinearSpec
 
 
@@ -34,9 +35,14 @@ def visit_groups(block: nn.Module, spec: BlockSpec, activations: Activations, vi
     too: they come from a copy of the block that keeps its weights, run beside it.
     """
     if len(activations.hidden) == 1 and activations.original is None:
+        hidden = activations.hidden[0]
+        held = _HeldOut(activations.held_out, 0, (hidden.shape[0], hidden.shape[1]))
+        del hidden  # the pass that follows puts another in its place
 
         def see(group: Sequence[LinearSpec], x: Tensor, routed: int) -> None:
-            visit(group, seen(x, routed, _held_out(block, spec, activations, 0, group, x)))
+            with activations.recorder.stage("gram"):
+                found = seen(x, routed, held.inputs(block, spec, group, x))
+            visit(group, found)
 
         with group_inputs(block, spec, see):
             _pass_on(block, spec, activations, None)
@@ -62,18 +68,28 @@ def _pass_on(block: nn.Module, spec: BlockSpec, activations: Activations, origin
     with counting_experts(block, 1) if single else nullcontext():
         advance(block, spec, activations)
     if original is not None and activations.original is not None:
-        advance(original, spec, Activations(activations.original, activations.calls))
+        advance(original, spec, Activations(activations.original, activations.calls, recorder=activations.recorder))
 
 
-def _held_out(
-    block: nn.Module, spec: BlockSpec, activations: Activations, position: int, group: Sequence[LinearSpec], x: Tensor
-) -> Tensor | None:
-    """Which inputs of a group in one slice belong to held-out rows; None where no rows are."""
-    if not activations.held_out:
-        return None
-    first = sum(map(len, activations.hidden[:position]))
-    rows, positions = activations.hidden[position].shape[:2]
-    return held_out_tokens(block.get_submodule(local_name(spec, group[0])), x, first, rows, positions)
+@dataclass(frozen=True)
+class _HeldOut:
+    """Held-out rows of a slice.
+
+    Args:
+        wanted: Whether rows are held out at all.
+        first: Number of its first row among all rows.
+        shape: Its rows and the positions of a row.
+    """
+
+    wanted: bool
+    first: int
+    shape: tuple[int, int]
+
+    def inputs(self, block: nn.Module, spec: BlockSpec, group: Sequence[LinearSpec], x: Tensor) -> Tensor | None:
+        """Which inputs of a group belong to held-out rows; None where no rows are."""
+        if not self.wanted:
+            return None
+        return held_out_tokens(block.get_submodule(local_name(spec, group[0])), x, self.first, *self.shape)
 
 
 def stages(spec: BlockSpec) -> list[list[Sequence[LinearSpec]]]:
@@ -109,12 +125,21 @@ def group_statistics(
         NumericalError: If a value of the output is NaN or Inf; names the block.
     """
     totals: dict[str, GroupStatistics] = {}
-    for position in range(len(activations.hidden)):
-        output = _add_slice(totals, block, spec, activations, position, groups, original, whole)
-        if output is not None:
-            activations.hidden[position] = output
-    if whole:
-        check_states(activations.hidden, f"the output of block {spec.name}")
+
+    def walk() -> None:
+        found, first = [], 0
+        # Each slice is asked for once: it may come from the disk.
+        for position, hidden in enumerate(activations.hidden):
+            held = _HeldOut(activations.held_out, first, (hidden.shape[0], hidden.shape[1]))
+            output = _add_slice(totals, block, spec, activations, position, hidden, held, groups, original, whole)
+            if output is not None:
+                found.append(extremes(output))
+                activations.hidden[position] = output
+            first += len(hidden)
+        if whole:
+            check_extremes(found, f"the output of block {spec.name}")
+
+    walk()  # a function of its own, so that no slice stays in memory while the groups are visited
     for group in groups:
         yield group, totals.pop(group[0].name)
 
@@ -125,6 +150,8 @@ def _add_slice(
     spec: BlockSpec,
     activations: Activations,
     position: int,
+    hidden: Tensor,
+    held: _HeldOut,
     groups: Sequence[Sequence[LinearSpec]],
     original: nn.Module | None,
     whole: bool,
@@ -138,15 +165,17 @@ def _add_slice(
 
     def accumulate(group: Sequence[LinearSpec], x: Tensor, routed: int) -> None:
         name = group[0].name
-        found = seen(x, routed, _held_out(block, spec, activations, position, group, x), others.pop(name, None))
+        with activations.recorder.stage("gram"):
+            found = seen(x, routed, held.inputs(block, spec, group, x), others.pop(name, None))
         if name in totals:
             totals[name] += found
         else:
             totals[name] = found
 
-    if original is not None and activations.original is not None:
-        _run_to(groups, original, spec, activations.original[position], call, slices, keep)
-    return _run_to(groups, block, spec, activations.hidden[position], call, slices, accumulate, whole)
+    with activations.recorder.stage("forward"):
+        if original is not None and activations.original is not None:
+            _run_to(groups, original, spec, activations.original[position], call, slices, keep)
+        return _run_to(groups, block, spec, hidden, call, slices, accumulate, whole)
 
 
 def _run_to(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hawqtool.config import RunConfig, split_weight
 
-ELSEWHERE = frozenset({"output", "overwrite", "resume", "measurements"})
+ELSEWHERE = frozenset({"output", "overwrite", "resume", "measurements", "max_memory"})
 """Settings that say where things lie and how to begin, not what they are."""
 
 _FILES = ("plan", "costs", "sensitivity", "eval_data", "baseline")

@@ -18,7 +18,7 @@ from hawqtool.pipeline.reporting import file_hash
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scipy")
 _ELSEWHERE = {
-    *("model", "output", "overwrite", "resume", "measurements", "trust_remote_code", "device"),
+    *("model", "output", "overwrite", "resume", "measurements", "trust_remote_code", "device", "max_memory"),
     *("max_kl", "max_ppl_increase", "min_same_top", "max_size", "max_fallbacks", "baseline", "max_regression"),
 }
 """Settings that change no weight, and those that stand in the identity in another form."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,17 @@ from hawqtool.formats import QuantFormat
 from hawqtool.model.dtypes import torch_dtype
 from hawqtool.model.index import CheckpointIndex, read_index
 from hawqtool.model.layers import Structure, check_shapes, discover
+from hawqtool.model.prefetch import Prefetcher
 from hawqtool.model.reader import TensorReader
 from hawqtool.model.skeleton import build_skeleton, max_positions
 from hawqtool.model.source import ResolvedModel, hub_id, resolve_model
+from hawqtool.model.spill import Shelf
 from hawqtool.model.statistics import HELD_OUT_EVERY
 from hawqtool.model.sweep import ModelStream, WeightSource
 from hawqtool.model.tasks import ModelTask, model_task
+from hawqtool.model.timing import UNRECORDED, Recorder
 from hawqtool.model.units import is_expert
+from hawqtool.pipeline.placement import make_shelf
 from hawqtool.pipeline.progress import Reporter, Silent
 from hawqtool.records import Unit
 from hawqtool.rounding.layer import RoundingMethod
@@ -50,6 +54,8 @@ class Job:
         pins: Unit name to its fixed format.
         device: Where to compute.
         dtype: dtype of weights and activations while computing: float32 on a CPU.
+        recorder: Takes note of the stages of walks; nothing by default.
+        shelf: Keeps hidden states between blocks; None where all stay on the device.
     """
 
     config: RunConfig
@@ -61,6 +67,8 @@ class Job:
     pins: dict[str, QuantFormat]
     device: torch.device
     dtype: torch.dtype
+    recorder: Recorder = UNRECORDED
+    shelf: Shelf | None = None
 
     @property
     def task(self) -> ModelTask:
@@ -123,13 +131,20 @@ class Job:
 
     def stream(self, source: WeightSource | None = None, dtype: torch.dtype | None = None) -> ModelStream:
         """The model with weights from the checkpoint, or from another source; computing in ``dtype`` where given."""
-        reader = TensorReader(self.index) if source is None else source
-        return ModelStream(copy.deepcopy(self.skeleton), self.structure, reader, self.device, dtype or self.dtype)
+        reader = self._reader() if source is None else source
+        skeleton = copy.deepcopy(self.skeleton)
+        dtype = dtype or self.dtype
+        return ModelStream(skeleton, self.structure, reader, self.device, dtype, self.recorder, self.shelf)
+
+    def _reader(self) -> WeightSource:
+        """Reads the checkpoint; on a GPU ahead, as there the host has time to."""
+        reader = TensorReader(self.index)
+        return Prefetcher(reader, pinned=True) if self.device.type == "cuda" else reader
 
     def packed_stream(self, folder: Path) -> ModelStream:
         """The model with the weights of a written folder."""
         transposed = frozenset(n for n, linear in self.structure.linears.items() if linear.transposed)
-        return self.stream(PackedReader(folder, transposed))
+        return self.stream(PackedReader(folder, transposed, self.device))
 
     def layer_formats(self, formats: dict[str, QuantFormat]) -> dict[str, QuantFormat]:
         """Formats by layer from formats by unit."""
@@ -156,13 +171,16 @@ class Job:
             ) from error
 
 
-def prepare(config: RunConfig, reporter: Reporter | None = None, writes: bool = True) -> Job:
+def prepare(
+    config: RunConfig, reporter: Reporter | None = None, writes: bool = True, states: Path | None = None
+) -> Job:
     """Find or fetch the model, read headers, build the skeleton, discover its layers, resolve pins.
 
     Args:
         config: The run's configuration.
         reporter: Narration.
         writes: Whether a packed folder will come of it; then what its profile's engines do not load is refused.
+        states: Existing folder for hidden states that memory does not hold (default: the system's temporary one).
 
     Raises:
         HawqError: For anything that would fail later and can be known now.
@@ -192,7 +210,8 @@ def prepare(config: RunConfig, reporter: Reporter | None = None, writes: bool = 
     skeleton = build_skeleton(index.folder, dtype, source.runs_code)
     job = Job(config, source, index, skeleton, structure, units, pins, device, dtype)
     _check_method(job)
-    return job
+    dimensions, warn = (job.num_samples, job.rows_per_slice, job.seq_len), (reporter or Silent()).warn
+    return replace(job, shelf=make_shelf(config, index, structure, device, dtype, dimensions, warn, states))
 
 
 def _check_method(job: Job) -> None:

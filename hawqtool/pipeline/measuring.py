@@ -183,7 +183,7 @@ def run_measure(config: RunConfig, output: Path, reporter: Reporter) -> dict[str
     check_writable(output)
     check_measurements(config)
     with RunFolder(output.absolute()) as run:
-        job = prepare(config, reporter)
+        job = prepare(config, reporter, states=run.path)
         before = stamps(job.index)
         run.begin(run_identity(job), config.resume, reporter)
         menu = format_menu(job.units, config.bits or WIDE_MENU, config.group_size, config.symmetric)

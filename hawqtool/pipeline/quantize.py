@@ -58,7 +58,7 @@ def run_quantize(
             _check_free(config, output)
         check_measurements(config)
         fingerprint = config_fingerprint(config)  # of the files as the run begins
-        job, warnings = prepare(config, reporter), list[str]()
+        job, warnings = prepare(config, reporter, states=run.path), list[str]()
         if resuming:
             job, warnings = resumed_slices(job, run)
         before = stamps(job.index)
@@ -164,6 +164,6 @@ def _complete(job: Job, folder: Path, sensitivity: dict[str, Any] | None, report
     copy_small_files(job.index.folder, folder)
     write_card(job.index.folder, folder, report)
     write_reproduce(job, folder, sensitivity)
-    problems = verify_folder(folder, job.index.folder).problems
+    problems = verify_folder(folder, job.index.folder, job.device).problems
     if problems:
         raise NumericalError(f"the written folder failed verification: {problems[0]} ({len(problems)} problems)")

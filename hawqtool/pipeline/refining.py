@@ -82,7 +82,7 @@ class BlockRefiner:
 
     def begin(self, block: nn.Module, spec: BlockSpec) -> None:
         """Take the original's outputs of a block, whose weights are still the original's."""
-        self.inputs = [*torch.cat(self.walked.hidden).split(self.batch_rows), *self.held_out.hidden]
+        self.inputs = [*torch.cat(list(self.walked.hidden)).split(self.batch_rows), *self.held_out.hidden]
         advance(block, spec, self.original)
 
     def finish(
@@ -127,7 +127,7 @@ class BlockRefiner:
         """Outputs of the block as it is now, which later blocks are rounded and refined on."""
         outputs = Activations(self.inputs, self.calls)
         advance(block, spec, outputs)
-        self.walked.hidden = list(torch.cat(outputs.hidden[: self.count]).split(self.job.rows_per_slice))
+        self.walked.hidden = list(torch.cat(list(outputs.hidden[: self.count])).split(self.job.rows_per_slice))
         self.held_out.hidden = outputs.hidden[self.count :]
         self.inputs = []
 

@@ -235,4 +235,6 @@ def _peak_memory(job: Job) -> dict[str, int]:
     peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
     if job.device.type == "cuda":
         peak["device"] = torch.cuda.max_memory_allocated(job.device)
+    if job.shelf is not None:
+        peak |= {f"hidden states ({place})": size for place, size in job.shelf.peak_bytes.items()}
     return peak

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hawqtool.errors import disk_errors
+from hawqtool.export.background import BackgroundWriter
 from hawqtool.export.compressed_tensors import quantization_config
 from hawqtool.export.writer import CheckpointWriter, intact, unfinished_reader, write_config
 from hawqtool.model.reader import TensorReader
@@ -60,21 +61,24 @@ def round_to_folder(
         _make_anew(part)
     earlier = done[-1]["seconds"] if done else 0.0
     known = {name: digest for block in done for name, digest in block["checksums"].items()}
-    with CheckpointWriter(job.index, layout, part, known) as writer:
+    with (
+        CheckpointWriter(job.index, layout, part, known) as writer,
+        # Refinement may change gains of norms until the end; all else that is not rounded can be copied at any time.
+        BackgroundWriter(writer, copies_ahead=not job.config.refine_steps) as sink,
+    ):
 
         def keep(spec: BlockSpec, found: Findings) -> None:
-            checksums = {name: digest for name, digest in writer.checksums.items() if name not in known}
+            sink.drain()  # what is recorded must be in the files
+            checksums = {name: digest for name, digest in sink.checksums.items() if name not in known}
             known.update(checksums)
             seconds = earlier + time.perf_counter() - start
             blocks.save(str(spec.index), vars(found) | {"checksums": checksums, "seconds": seconds})
 
         finished = Finished(reader, [Findings(block["layers"], block["refinement"]) for block in done])
-        found = round_blocks(job, plan.formats, rows.tokens, writer, reporter, label, finished=finished, keep=keep)
-        changed = sorted(writer.changed)
-        writer.copy_rest()
+        found = round_blocks(job, plan.formats, rows.tokens, sink, reporter, label, finished=finished, keep=keep)
     seconds = earlier + time.perf_counter() - start
     with disk_errors(part):
-        _write_records(job, plan, part, writer.checksums, changed, found.layers, layout.total_bytes)
+        _write_records(job, plan, part, writer.checksums, sorted(writer.changed), found.layers, layout.total_bytes)
     result = vars(found) | {"seconds": seconds, "total_bytes": layout.total_bytes}
     saved.save(ROUNDING, result)
     with disk_errors(folder):

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from hawqtool.errors import HawqError, InputLostError, ResourceError, UsageError, disk_errors
+from hawqtool.model.spill import FOLDER_PREFIX
 from hawqtool.pipeline.artifacts import PART
 from hawqtool.pipeline.candidates import REMOVED
 from hawqtool.pipeline.checkpoints import Checkpoints
@@ -28,8 +29,9 @@ class RunFolder:
     """``.OUT.hawqtool`` while a run into ``OUT`` lasts, and afterwards if it did not finish; a context manager.
 
     It holds ``lock``, which the system frees when the process dies, ``saved/`` (finished work), ``plans/`` (written
-    checkpoints) and, while the output is put in place, ``replaced/`` (the output that was there). Leaving the block
-    removes it, unless the run was cut short and something was saved; then the exception gets a note that says so.
+    checkpoints), hidden states that memory does not hold and, while the output is put in place, ``replaced/`` (the
+    output that was there). Leaving the block removes it, unless the run was cut short and something was saved; then
+    the exception gets a note that says so.
 
     Args:
         output: Folder or file that the run makes.
@@ -116,6 +118,8 @@ class RunFolder:
         Raises:
             UsageError: If the unfinished run was another one; names what differs, with both values.
         """
+        for folder in self.path.glob(f"{FOLDER_PREFIX}*"):  # of a run that was killed
+            shutil.rmtree(folder, ignore_errors=True)
         if resume and self.unfinished:
             self._require(self.saved.load(_IDENTITY), identity)
             self.starts = self.saved.load(_STARTS) + 1

@@ -27,7 +27,7 @@ from hawqtool.rounding.refine import Schedule
 
 
 class Sink(Protocol):
-    """Takes what rounding changes: `CheckpointWriter`, or something in memory."""
+    """Takes what rounding changes: `BackgroundWriter`, or something in memory."""
 
     def write_layer(self, layer: RoundedLayer) -> None:
         """A rounded layer."""
@@ -98,7 +98,7 @@ def round_blocks(
     activations = (
         refiner.walked if refiner else stream.embed(rows, job.rows_per_slice, method.needs_held_out, method.needs_drift)
     )
-    walker = _Walker(job, job.layer_formats(formats), refiner)
+    walker = _Walker(job, job.layer_formats(formats), refiner, sink)
     found, blocks, steps = Findings(), job.structure.blocks, max(schedule.steps, 1)
     stage = f"rounding and refining {label}" if refiner else f"rounding {label}"
 
@@ -114,27 +114,28 @@ def round_blocks(
                 found.add(known)
             else:
                 walker.walk(activations, partial(tell, spec.index))
-                found.add(latest := walker.hand_on(sink))
+                found.add(latest := walker.hand_on())
                 keep(spec, latest)
         tell(spec.index, steps)
     if job.structure.head:
         walker.enter(stream.model, job.structure.head)
         statistics = stream.head_statistics(split_rows(rows)[0] if refiner else rows, activations)
         walker.visit(job.structure.head.input_groups[0], statistics)
-        found.add(walker.hand_on(sink))
+        found.add(walker.hand_on())
     return found
 
 
 class _Walker:
     """Rounds each input group of the current block and puts the result in place."""
 
-    def __init__(self, job: Job, formats: dict[str, QuantFormat], refiner: BlockRefiner | None) -> None:
-        self.job, self.formats, self.refiner = job, formats, refiner
+    def __init__(self, job: Job, formats: dict[str, QuantFormat], refiner: BlockRefiner | None, sink: Sink) -> None:
+        self.job, self.formats, self.refiner, self.sink = job, formats, refiner, sink
         self.dtypes = job.stored_dtypes
         self.block: Any = None
         self.spec: Any = None
         self.layers: dict[str, RoundedLayer] = {}
         self.seen: dict[str, dict[str, Any]] = {}
+        self.metrics: dict[str, Any] = {}
         self.starts: list[tuple[LinearSpec, Start]] = []
         self.changed: dict[str, Tensor] = {}
         self.refined: dict[str, Any] = {}
@@ -142,7 +143,8 @@ class _Walker:
     def enter(self, block: nn.Module, spec: BlockSpec) -> None:
         """Go to a block, which still has the original's weights."""
         self.block, self.spec = block, spec
-        self.layers, self.seen, self.starts, self.changed, self.refined = {}, {}, [], {}, {}
+        self.layers, self.seen, self.metrics = {}, {}, {}
+        self.starts, self.changed, self.refined = [], {}, {}
 
     def walk(self, activations: Activations, progress: Callable[[int], None]) -> None:
         """Round and refine the block; the hidden states become its outputs."""
@@ -167,7 +169,10 @@ class _Walker:
         self.refiner.advance(self.block, self.spec)
 
     def visit(self, group: Sequence[LinearSpec], statistics: GroupStatistics) -> None:
-        """Round the planned layers of a group and replace their weights."""
+        """Round the planned layers of a group and replace their weights.
+
+        What nothing refines is final and goes to the sink at once, which may write it while the next group is rounded.
+        """
         planned = {linear.name: linear for linear in group if linear.name in self.formats}
         if not planned:
             return
@@ -175,33 +180,39 @@ class _Walker:
             Task(name, read_weight(self.block, self.spec, linear), self.formats[name], self.dtypes[name])
             for name, linear in planned.items()
         ]
-        damping = self.job.method.damping
-        factor = factorize(statistics.gram, statistics.num_tokens, damping, name=tasks[0].name)
-        for task, layer in zip(tasks, round_layers(tasks, statistics, factor, self.job.method), strict=True):
-            self.layers[layer.name] = layer
-            if self.refiner:
+        method, recorder = self.job.method, self.job.recorder
+        with recorder.stage("factor"):
+            factor = factorize(statistics.gram, statistics.num_tokens, method.damping, name=tasks[0].name)
+        for task, layer in zip(tasks, round_layers(tasks, statistics, factor, method, recorder), strict=True):
+            fallback = _fallback(statistics, method)
+            self.seen[layer.name] = {"num_tokens": statistics.num_routed, "fallback": fallback}
+            if self.refiner and self.spec is not self.job.structure.head:
+                self.layers[layer.name] = layer
                 # A copy: on a CPU the task holds the block's own weight, which is about to be replaced.
                 original = task.weight.to(task.stored_dtype, copy=True)
                 start = Start(layer.name, original, quantized(layer), layer.quant_format)
                 self.starts.append((planned[layer.name], start))
+            else:
+                self._give(layer)
             self._put(planned[layer.name], quantized(layer))
-            fallback = _fallback(statistics, self.job.method)
-            self.seen[layer.name] = {"num_tokens": statistics.num_routed, "fallback": fallback}
 
-    def hand_on(self, sink: Sink) -> Findings:
-        """Give the sink what came of the block."""
+    def hand_on(self) -> Findings:
+        """Give the sink what it has not got yet of what came of the block."""
         for layer in self.layers.values():
-            sink.write_layer(layer)
+            self._give(layer)
         for name, tensor in self.changed.items():
-            sink.write_changed(name, tensor)
-        metrics = {
-            name: asdict(layer.metrics) | {"format": layer.quant_format.label} | self.seen[name]
-            for name, layer in self.layers.items()
-        }
-        return Findings(metrics, self.refined)
+            self.sink.write_changed(name, tensor)
+        return Findings(self.metrics, self.refined)
+
+    def _give(self, layer: RoundedLayer) -> None:
+        with self.job.recorder.stage("write"):
+            self.sink.write_layer(layer)
+        values = asdict(layer.metrics) | {"format": layer.quant_format.label}
+        self.metrics[layer.name] = values | self.seen[layer.name]
 
     def _put(self, linear: LinearSpec, value: Quantized) -> None:
-        replace_weight(self.block, self.spec, linear, dequantize(*value))
+        with self.job.recorder.stage("dequantize"):
+            replace_weight(self.block, self.spec, linear, dequantize(*value))
 
     def _refine(self, refiner: BlockRefiner, progress: Callable[[int], None]) -> None:
         found = refiner.finish(self.block, self.spec, self.starts, progress)

@@ -89,7 +89,9 @@ def factorize(
         raise NumericalError(
             f"{name}: Cholesky failed even with damping {fraction / _RETRY_FACTOR:.3g} of the mean diagonal"
         )
+    del work, damped  # of wide layers each of these takes gigabytes
     right = lower.flip(0, 1)
+    del lower
     return Factor(
         upper=inverse_upper(right).float(),
         pivots=right.diagonal().float().clone(),

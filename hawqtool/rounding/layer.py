@@ -14,6 +14,7 @@ from torch import Tensor
 from hawqtool.errors import NumericalError
 from hawqtool.formats import QuantFormat
 from hawqtool.model.statistics import GroupStatistics
+from hawqtool.model.timing import UNRECORDED, Recorder
 from hawqtool.records import LayerMetrics, RoundedLayer
 from hawqtool.rounding.asymmetric import best_shift, full_shift, gptaq_problem
 from hawqtool.rounding.compensate import round_compensated
@@ -86,7 +87,11 @@ class LayerSettings:
 
 
 def round_group(
-    tasks: Sequence[Task], factor: Factor, method: RoundingMethod, statistics: GroupStatistics | None = None
+    tasks: Sequence[Task],
+    factor: Factor,
+    method: RoundingMethod,
+    statistics: GroupStatistics | None = None,
+    recorder: Recorder = UNRECORDED,
 ) -> list[Quantized]:
     """Codes, scales and zero points of every task, in order; all share the inputs behind ``factor``.
 
@@ -99,12 +104,18 @@ def round_group(
         method: Rounding method.
         statistics: What the factor came from; needed by methods that choose settings or look at the drift. Without a
             drift the inputs are the original's, and there is nothing to correct.
+        recorder: Takes note of the scale search and the column loop.
     """
-    return _round_with(tasks, factor, method, statistics, choose_settings(tasks, factor, method, statistics))
+    settings = choose_settings(tasks, factor, method, statistics, recorder)
+    return _round_with(tasks, factor, method, statistics, settings, recorder)
 
 
 def choose_settings(
-    tasks: Sequence[Task], factor: Factor, method: RoundingMethod, statistics: GroupStatistics | None
+    tasks: Sequence[Task],
+    factor: Factor,
+    method: RoundingMethod,
+    statistics: GroupStatistics | None,
+    recorder: Recorder = UNRECORDED,
 ) -> list[LayerSettings]:
     """Settings of every task: those of the method, or what is best on the held-out rows after rounding by the others.
 
@@ -129,7 +140,7 @@ def choose_settings(
         ]
     if beta != "auto" and not method.refit:
         return settings
-    problem = _prepare(tasks, part, method, fitting.drift, settings)
+    problem = _prepare(tasks, part, method, fitting.drift, settings, recorder)
     betas = BETAS if beta == "auto" else (fixed.beta,)
     trials = [_round_targets(problem, [value] * len(tasks)) for value in betas]
     errors = torch.stack([_held_out_errors(tasks, trial, held_out) for trial in trials])
@@ -166,6 +177,7 @@ class _Problem:
             whose loop is given the rest of the correction as it goes.
         grids: Scales and zero points.
         factor: Factor with the feedback of the loop; its diagonal is that of the damped Gram matrix.
+        recorder: Takes note of the loop.
     """
 
     tasks: Sequence[Task]
@@ -173,6 +185,7 @@ class _Problem:
     aims: list[Tensor]
     grids: list[tuple[Tensor, Tensor | None]]
     factor: Factor
+    recorder: Recorder
 
 
 def _prepare(
@@ -181,6 +194,7 @@ def _prepare(
     method: RoundingMethod,
     drift: Tensor | None,
     settings: Sequence[LayerSettings],
+    recorder: Recorder,
 ) -> _Problem:
     """Targets, grids and feedback; the same tensors as without a correction where there is none."""
     targets, aims, feedback = [t.weight for t in tasks], [t.weight for t in tasks], factor
@@ -194,11 +208,12 @@ def _prepare(
             t.weight + s.shift * full_shift(t.weight, drift, factor) if s.shift else t.weight
             for t, s in zip(tasks, settings, strict=True)
         ]
-    grids = [
-        search_grid(target, factor.diagonal, t.quant_format, t.stored_dtype, method.both_signs)
-        for target, t in zip(targets, tasks, strict=True)
-    ]
-    return _Problem(tasks, targets, aims, grids, feedback)
+    with recorder.stage("scale search"):
+        grids = [
+            search_grid(target, factor.diagonal, t.quant_format, t.stored_dtype, method.both_signs)
+            for target, t in zip(targets, tasks, strict=True)
+        ]
+    return _Problem(tasks, targets, aims, grids, feedback, recorder)
 
 
 def _round_with(
@@ -207,9 +222,10 @@ def _round_with(
     method: RoundingMethod,
     statistics: GroupStatistics | None,
     settings: Sequence[LayerSettings],
+    recorder: Recorder,
 ) -> list[Quantized]:
     """Every task by its settings."""
-    problem = _prepare(tasks, factor, method, None if statistics is None else statistics.drift, settings)
+    problem = _prepare(tasks, factor, method, None if statistics is None else statistics.drift, settings, recorder)
     if method.name == "rtn":
         return [
             Quantized(nearest_codes(t.weight, scales, t.quant_format, zeros), scales, zeros)
@@ -230,15 +246,16 @@ def _round_targets(problem: _Problem, betas: Sequence[float]) -> list[Quantized]
         tasks, grids = [problem.tasks[i] for i in chosen], [problem.grids[i] for i in chosen]
         weight = torch.cat([problem.targets[i] for i in chosen])
         heights = [len(t.weight) for t in tasks]
-        codes = round_compensated(
-            weight,
-            torch.cat([expand_scales(scales, weight.shape[1]) for scales, _ in grids]),
-            _per_row([t.quant_format.min_code for t in tasks], heights, weight),
-            _per_row([t.quant_format.max_code for t in tasks], heights, weight),
-            problem.factor,
-            beta,
-            zero=_stacked_zeros(grids, weight.shape[1]),
-        )
+        with problem.recorder.stage("column loop"):
+            codes = round_compensated(
+                weight,
+                torch.cat([expand_scales(scales, weight.shape[1]) for scales, _ in grids]),
+                _per_row([t.quant_format.min_code for t in tasks], heights, weight),
+                _per_row([t.quant_format.max_code for t in tasks], heights, weight),
+                problem.factor,
+                beta,
+                zero=_stacked_zeros(grids, weight.shape[1]),
+            )
         parts = zip(codes.split(heights), grids, strict=True)
         results |= {index: Quantized(part, *grid) for index, (part, grid) in zip(chosen, parts, strict=True)}
     return [results[index] for index in range(len(betas))]
@@ -263,7 +280,11 @@ def _per_row(values: Sequence[int], heights: Sequence[int], like: Tensor) -> Ten
 
 
 def round_layers(
-    tasks: Sequence[Task], statistics: GroupStatistics, factor: Factor, method: RoundingMethod
+    tasks: Sequence[Task],
+    statistics: GroupStatistics,
+    factor: Factor,
+    method: RoundingMethod,
+    recorder: Recorder = UNRECORDED,
 ) -> list[RoundedLayer]:
     """Round an input group and measure what was lost.
 
@@ -272,18 +293,20 @@ def round_layers(
         statistics: Moments of their inputs over the rounding tokens.
         factor: Factor of the Gram matrix.
         method: Rounding method.
+        recorder: Takes note of the scale search, the column loop and the losses.
 
     Raises:
         NumericalError: If a result is not finite; names the layer.
     """
     start, gram = time.perf_counter(), statistics.gram
-    settings = choose_settings(tasks, factor, method, statistics)
-    results = _round_with(tasks, factor, method, statistics, settings)
+    settings = choose_settings(tasks, factor, method, statistics, recorder)
+    results = _round_with(tasks, factor, method, statistics, settings, recorder)
     if gram.is_cuda:
         torch.cuda.synchronize(gram.device)
     seconds = (time.perf_counter() - start) / len(tasks)
     # Brought to the host together: on a GPU each number fetched alone would wait for all work before it.
-    losses = torch.stack([_losses(t, r, gram, factor) for t, r in zip(tasks, results, strict=True)]).tolist()
+    with recorder.stage("losses"):
+        losses = torch.stack([_losses(t, r, gram, factor) for t, r in zip(tasks, results, strict=True)]).tolist()
     kernel = None if method.name == "rtn" else kernel_for(gram.device)
     layers = []
     for task, result, values, chosen in zip(tasks, results, losses, settings, strict=True):

@@ -102,7 +102,7 @@ def loss_along(
     with torch.no_grad():
         errors = _head_errors(stream, calibration, known, *rounding)
         divergence = _divergence(stream, rows, scales, moved, errors)
-        quadratic = _quadratic(stream, rows, torch.cat(seen.hidden), torch.cat(changes), errors)
+        quadratic = _quadratic(stream, rows, torch.cat(list(seen.hidden)), torch.cat(changes), errors)
     return LossAlong(tuple(scales), divergence, quadratic)
 
 
@@ -173,8 +173,8 @@ def _divergence(
     stream: ModelStream, rows: Tensor, scales: Sequence[float], moved: Sequence[Activations], errors: Errors
 ) -> Tensor:
     """``[scales, rows]`` from the last hidden states, of which the first, at 0, are the original's."""
-    judge = Judge(stream, stream, rows, moved[0].hidden)
-    finals = {str(scale): activations.hidden for scale, activations in zip(scales, moved, strict=True)}
+    judge = Judge(stream, stream, rows, list(moved[0].hidden))
+    finals = {str(scale): list(activations.hidden) for scale, activations in zip(scales, moved, strict=True)}
     head = stream.structure.head
     if head is None:
         found = judge.divergence("the rounding error", finals)

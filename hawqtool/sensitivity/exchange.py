@@ -69,7 +69,7 @@ def exchange_divergence(
         seen = quantized.embed(scoring, rows_per_slice)
         reference = original.final_hidden(scoring, rows_per_slice, lambda _: None)
         judge = Judge(original, quantized, scoring, list(reference.split(rows_per_slice)))
-        present = judge.divergence("the plan", {"": run_blocks(modules, seen.calls, seen.hidden, 0)})[""]
+        present = judge.divergence("the plan", {"": run_blocks(modules, seen.calls, list(seen.hidden), 0)})[""]
         carried: Carried = {}
         for spec, block in zip(quantized.structure.blocks, modules, strict=True):
             if spec.index >= done:

@@ -12,7 +12,7 @@ from hawqtool.model.sweep import ModelStream
 
 
 def loss_gradients(
-    stream: ModelStream, rows: Sequence[Tensor], hidden: list[Tensor], seed: int
+    stream: ModelStream, rows: Sequence[Tensor], hidden: Sequence[Tensor], seed: int
 ) -> tuple[list[Tensor], int]:
     """Gradient of each row's summed loss at the last block's output, and the outputs that a row has.
 
@@ -48,7 +48,7 @@ def head_rows(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Inputs of the head and gradients at the logits, row by row; labels are drawn anew."""
     generator = torch.Generator(stream.device).manual_seed(seed + 1)
-    states = [state for part in hidden for state in part]
+    states = (state for part in hidden for state in part)
     for row, state in zip(rows, states, strict=True):
         with torch.no_grad():
             x = stream.head_inputs(row[None], state[None])

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,27 +12,19 @@ from torch import Tensor, nn
 from hawqtool.formats import QuantFormat
 from hawqtool.model.saving import NOTHING_SAVED, Saved
 from hawqtool.model.statistics import GroupStatistics
-from hawqtool.model.sweep import (
-    Activations,
-    ModelStream,
-    advance,
-    check_states,
-    read_weight,
-)
+from hawqtool.model.sweep import Activations, ModelStream, check_states, read_weight
 from hawqtool.model.visiting import group_statistics
 from hawqtool.records import BlockSpec, LinearSpec, Score, Unit
 from hawqtool.rounding.factor import factorize
 from hawqtool.rounding.grid import dequantize
 from hawqtool.rounding.layer import RoundingMethod, Task, round_group
 from hawqtool.sensitivity.backward import block_backward
+from hawqtool.sensitivity.forward import Progress, forward_sweep, wanted_statistics
 from hawqtool.sensitivity.growth import GROWTH_LIMIT, GradientGrowth
 from hawqtool.sensitivity.loss import head_rows, loss_gradients
 from hawqtool.sensitivity.scores import SIGNED, LayerRows, RowValues, add_rows, mean_score, score_rows, to_scores
 
-Progress = Callable[[str, int, int], None]
 _SWEEP = "reverse-sweep"
-_GRAM_SHARE = 2
-"""Gram matrices of a block are kept where they take at most this many times its hidden states on the same rows."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +84,7 @@ def measure(
     left = len(stream.structure.blocks) if begun is None else int(begun["left"])
     known = stream.embed(calibration, rows_per_slice, method.needs_held_out)
     sets = (known, stream.embed(scoring, rows_per_slice))
-    stored = _forward_sweep(stream, *sets, left, menu, progress)
+    stored = forward_sweep(stream, *sets, left, menu, progress)
     if begun is None:
         gradients, outputs = loss_gradients(stream, scoring.split(rows_per_slice), sets[1].hidden, seed)
         growth, found = GradientGrowth.of(gradients, growth_limit), _Found({}, {}, {})
@@ -104,12 +96,12 @@ def measure(
         gradients, outputs = [gradient.to(stream.device) for gradient in begun["gradients"]], begun["outputs"]
         growth, found = GradientGrowth(**begun["growth"]), _Found(**begun["found"])
     for spec in reversed(stream.structure.blocks[:left]):
-        kept, sets[0].hidden, sets[1].hidden = stored.pop()
+        left_here = stored.pop()
+        sets[0].hidden, sets[1].hidden = left_here.calibration, left_here.scoring
         with stream.block(spec.index) as block:
-            errors: dict[str, dict[str, Tensor]] = {}
-            for group, statistics in kept or _statistics(block, spec, sets[0], menu):
-                errors |= group_errors(block, spec, group, statistics, menu, method, stored_dtypes)
-            del kept
+            groups = left_here.statistics() or wanted_statistics(block, spec, sets[0], menu)
+            errors = _errors(block, spec, groups, menu, method, stored_dtypes)
+            del left_here, groups
             layers, gradients = block_backward(block, spec, sets[1], gradients, outputs, found.input_power)
         gradients = growth.limited(gradients)
         check_states(gradients, f"the gradient at the input of block {spec.name}")
@@ -160,77 +152,6 @@ class _Found:
         return Measurement(scores, projections, self.error_norms, power, shortened_rows)
 
 
-_Statistics = list[tuple[Sequence[LinearSpec], GroupStatistics]]
-
-
-class _Stored(NamedTuple):
-    """What the forward sweep leaves for the reverse one, about one block.
-
-    Args:
-        statistics: Of the input groups on the calibration rows; empty where they are to be found again.
-        calibration: Hidden states before the block, for that; else empty.
-        scoring: Hidden states before the block.
-    """
-
-    statistics: _Statistics
-    calibration: list[Tensor]
-    scoring: list[Tensor]
-
-
-def _forward_sweep(
-    stream: ModelStream,
-    calibration: Activations,
-    scoring: Activations,
-    left: int,
-    menu: Mapping[str, Sequence[QuantFormat]],
-    progress: Progress,
-) -> list[_Stored]:
-    """What the reverse sweep needs of the first ``left`` blocks, where it is still to come.
-
-    Both sets of rows end after the last block where that is one of them: its output begins the reverse sweep.
-    """
-    stored = []
-    count = len(stream.structure.blocks)
-    for spec in stream.structure.blocks[:left]:
-        before = list(calibration.hidden), list(scoring.hidden)
-        groups = _wanted_groups(spec, menu)
-        goes_on = spec.index < left - 1 or left == count
-        # Only the head needs what the last block gives on the calibration rows.
-        onward = goes_on and (spec.index < count - 1 or stream.structure.head is not None)
-        with stream.block(spec.index) as block:
-            if _keeps_statistics(groups, calibration):
-                statistics = list(group_statistics(block, spec, calibration, groups, whole=onward))
-                stored.append(_Stored(statistics, [], before[1]))
-            else:
-                stored.append(_Stored([], *before))
-                if onward:
-                    advance(block, spec, calibration)
-            if goes_on:
-                advance(block, spec, scoring)
-        progress("forward sweep", spec.index + 1, left)
-    return stored
-
-
-def _wanted_groups(spec: BlockSpec, menu: Mapping[str, Sequence[QuantFormat]]) -> list[Sequence[LinearSpec]]:
-    return [group for group in spec.input_groups if any(menu.get(linear.unit) for linear in group)]
-
-
-def _statistics(
-    block: nn.Module, spec: BlockSpec, calibration: Activations, menu: Mapping[str, Sequence[QuantFormat]]
-) -> Iterable[tuple[Sequence[LinearSpec], GroupStatistics]]:
-    groups = _wanted_groups(spec, menu)
-    return group_statistics(block, spec, calibration, groups) if groups else ()
-
-
-def _keeps_statistics(groups: Sequence[Sequence[LinearSpec]], calibration: Activations) -> bool:
-    """Whether Gram matrices take so little beside the hidden states that they need not be found twice.
-
-    They are the same both times, so this decides on time and memory alone.
-    """
-    gram_bytes = sum(4 * group[0].in_features ** 2 for group in groups) * (2 if calibration.held_out else 1)
-    return 0 < gram_bytes <= _GRAM_SHARE * sum(states.nbytes for states in calibration.hidden)
-
-
 def rounding_errors(
     block: nn.Module,
     spec: BlockSpec,
@@ -252,8 +173,21 @@ def rounding_errors(
     Returns:
         ``[linear][format label]``, each ``[out, in]`` float32.
     """
+    groups = group_statistics(block, spec, calibration, spec.input_groups)
+    return _errors(block, spec, groups, menu, method, stored_dtypes)
+
+
+def _errors(
+    block: nn.Module,
+    spec: BlockSpec,
+    groups: Iterable[tuple[Sequence[LinearSpec], GroupStatistics]],
+    menu: Mapping[str, Sequence[QuantFormat]],
+    method: RoundingMethod,
+    stored_dtypes: Mapping[str, torch.dtype],
+) -> dict[str, dict[str, Tensor]]:
+    """D of some input groups: ``[linear][format label]``."""
     errors: dict[str, dict[str, Tensor]] = {}
-    for group, statistics in group_statistics(block, spec, calibration, spec.input_groups):
+    for group, statistics in groups:
         errors |= group_errors(block, spec, group, statistics, menu, method, stored_dtypes)
     return errors
 

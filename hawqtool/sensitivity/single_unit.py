@@ -73,7 +73,7 @@ def single_unit_divergence(
         modules = [resident.enter_context(stream.block(spec.index)) for spec in stream.structure.blocks]
         known = stream.embed(calibration, rows_per_slice, method.needs_held_out)
         seen = stream.embed(scoring, rows_per_slice)
-        judge = Judge(stream, stream, scoring, run_blocks(modules, seen.calls, seen.hidden, 0))
+        judge = Judge(stream, stream, scoring, run_blocks(modules, seen.calls, list(seen.hidden), 0))
         carried: Carried = {}
         for spec, block in zip(stream.structure.blocks, modules, strict=True):
             if spec.index >= done:
@@ -138,7 +138,7 @@ def unit_finals(
         members = [linear for linear in spec.linears if linear.unit == unit]
         finals = {}
         for label in (fmt.label for fmt in menu[unit]):
-            hidden = carried.pop((unit, label), seen.hidden)
+            hidden = carried.pop((unit, label), list(seen.hidden))
             with replaced(modules[spec.index], spec, {linear: errors[linear.name][label] for linear in members}):
                 hidden = run_blocks(modules, seen.calls, hidden, spec.index, spec.index + 1)
             if last > spec.index:

@@ -112,7 +112,7 @@ class Judge:
                 head = job.structure.head
                 statistics = stream.head_statistics(calibration, known)
                 _Rounder(job, formats, stream.model, head, self.weights)(head.input_groups[0], statistics)
-            return evaluate_hidden(self.stream, stream, rows.tokens, self.original, torch.cat(held.hidden))
+            return evaluate_hidden(self.stream, stream, rows.tokens, self.original, torch.cat(list(held.hidden)))
 
     def exchange(self, candidate: Candidate, budget: int) -> Formats:
         """The plan that exchanges at ``candidate`` give; its divergence is measured on the scoring rows."""

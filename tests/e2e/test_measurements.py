@@ -89,6 +89,7 @@ def test_the_fingerprint_holds_what_matters_and_nothing_else(place: Path, tmp_pa
     same: list[dict[str, Any]] = [
         {"target_kl": 0.1},
         {"target_size": "1MB", "solver": "hull", "shortlist": 3, "output": "o", "overwrite": True},
+        {"max_memory": "1KiB"},
         {"measurements": "elsewhere", "sensitivity": "fisher", "eval_data": str(place / "other.txt")},
     ]
     assert {fingerprint(place, **options) for options in same} == {base}

@@ -19,7 +19,7 @@ from hawqtool.records import Score
 from hawqtool.rounding.factor import factorize
 from hawqtool.rounding.grid import dequantize
 from hawqtool.rounding.layer import RoundingMethod, Task, round_group
-from hawqtool.sensitivity import measure as sweeps
+from hawqtool.sensitivity import forward as sweeps
 from hawqtool.sensitivity import scores
 from hawqtool.sensitivity.loss import draw_labels
 from hawqtool.sensitivity.measure import measure

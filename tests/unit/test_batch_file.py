@@ -118,7 +118,7 @@ def test_a_result_is_known_by_settings_and_by_the_content_of_what_they_name(tmp_
         return config_fingerprint(load_config(None, given | values))
 
     base = fingerprint("a", output="x")
-    assert base == fingerprint("b", output="y", overwrite=True, measurements="m")
+    assert base == fingerprint("b", output="y", overwrite=True, measurements="m", max_memory="1GiB")
     assert len({base, fingerprint("a", seed=1), fingerprint("a", target_bpw=4.5)}) == 3
     (tmp_path / "b/text.txt").write_text("texts")
     other = fingerprint("b")

@@ -14,11 +14,14 @@ import torch
 from torch import Tensor
 
 from hawqtool.errors import InputError
+from hawqtool.export import packed as module
+from hawqtool.export.packed import dequantize, packed_parts, packed_weight_error, relative_weight_error, unpack_parts
 from hawqtool.export.tensor_checks import _group_problems
 from hawqtool.export.verify import VerifyReport, verify_folder
 from hawqtool.formats import QuantFormat, parse_label
 from hawqtool.model.dtypes import torch_dtype
 from hawqtool.model.index import read_index
+from hawqtool.model.reader import TensorReader
 from tests.packed_folder import linear_specs, mixed_formats, write_packed
 from tests.tiny import tiny_model
 
@@ -362,3 +365,15 @@ def test_unreadable_input_raises(folder: Path, tmp_path: Path) -> None:
     (folder / "config.json").write_text("{")
     with pytest.raises(InputError, match="not readable JSON"):
         verify_folder(folder)
+
+
+@pytest.mark.parametrize("weights", [1, 500, 1 << 20])
+def test_errors_of_a_few_rows_at_a_time_are_those_of_the_whole(
+    source: Path, clean: Path, weights: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_SLICE_WEIGHTS", {"cpu": weights})
+    reader, original = TensorReader(read_index(clean)), TensorReader(read_index(source))
+    for name, fmt in mixed_formats(linear_specs(read_index(source))).items():
+        weight, parts = original.tensor(f"{name}.weight"), packed_parts(reader, name)
+        restored = dequantize(*unpack_parts(parts, fmt, (len(weight), weight.shape[1])))
+        assert packed_weight_error(weight, parts, fmt, torch.device("cpu")) == relative_weight_error(weight, restored)

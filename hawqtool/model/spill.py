@@ -1,0 +1,178 @@
+"""Hidden states on the device, in the host's memory or on the disk, by size; where they lie changes no value."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+import weakref
+from collections.abc import Iterable, MutableSequence, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hawqtool.errors import NumericalError, ResourceError
+
+DEVICE, HOST, DISK = "device", "host", "disk"
+
+FOLDER_PREFIX = ".hawqtool-states-"
+"""What the names of folders with hidden states begin with; one that is left over belongs to a run that was killed."""
+
+
+class Shelf:
+    """Puts tensors where there is room, first on the device, then in page-locked host memory, then on the disk.
+
+    On a CPU device and host are one, so ``host_bytes`` is 0 there.
+
+    Args:
+        device: Where the tensors are needed.
+        device_bytes: Most bytes to keep there.
+        host_bytes: Most bytes to keep in the host's memory.
+        parent: Folder in which a temporary one is made when the disk is needed; it goes with the shelf.
+
+    Attributes:
+        peak_bytes: Most bytes that lay in each place at a time.
+    """
+
+    def __init__(self, device: torch.device, device_bytes: int, host_bytes: int, parent: Path) -> None:
+        self.device, self._parent = device, parent
+        self._limits = {DEVICE: device_bytes, HOST: host_bytes}
+        self._used = {DEVICE: 0, HOST: 0, DISK: 0}
+        self.peak_bytes = dict(self._used)
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._numbers = itertools.count()
+
+    def put(self, tensor: Tensor) -> Kept:
+        """Keep a tensor; it is let go with the last reference to what is returned.
+
+        Raises:
+            ResourceError: If it must go to the disk, which refuses.
+        """
+        tensor = tensor.detach()
+        # The allocator of page-locked memory rounds up to a power of two.
+        sizes = {DEVICE: tensor.nbytes, HOST: 1 << max(0, tensor.nbytes - 1).bit_length()}
+        place = next((p for p in (DEVICE, HOST) if self._used[p] + sizes[p] <= self._limits[p]), DISK)
+        held: Tensor | Path = tensor
+        if place == HOST:
+            held = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self.device.type == "cuda")
+            held.copy_(tensor, non_blocking=True)
+        elif place == DISK:
+            held = self._write(tensor)
+        size = sizes.get(place, tensor.nbytes)
+        self._used[place] += size
+        self.peak_bytes[place] = max(self.peak_bytes[place], self._used[place])
+        kept = Kept(held, tensor.shape, tensor.dtype, self.device)
+        weakref.finalize(kept, self._let_go, place, size, held if isinstance(held, Path) else None).atexit = False
+        return kept
+
+    def _let_go(self, place: str, size: int, path: Path | None) -> None:
+        self._used[place] -= size
+        if path is not None:
+            path.unlink(missing_ok=True)
+        if self._folder is not None and not self._used[DISK]:
+            self._folder.cleanup()
+            self._folder = None
+
+    def _write(self, tensor: Tensor) -> Path:
+        try:
+            if self._folder is None:
+                self._folder = tempfile.TemporaryDirectory(prefix=FOLDER_PREFIX, dir=self._parent)
+            path = Path(self._folder.name) / str(next(self._numbers))
+            with path.open("wb", buffering=0) as stream:
+                left = _bytes(tensor.cpu().contiguous())
+                while len(left):
+                    left = left[stream.write(left) :]
+        except OSError as error:
+            raise ResourceError(
+                f"hidden states do not fit into memory, and {self._parent} refuses them ({error.strerror or error}); "
+                "free some space there, raise --max-memory, or lower --num-samples"
+            ) from error
+        return path
+
+
+class Kept:
+    """A tensor that a shelf keeps."""
+
+    def __init__(self, held: Tensor | Path, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
+        self._held, self._shape, self._dtype, self._device = held, shape, dtype, device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor, wherever it lies."""
+        return self._shape.numel() * self._dtype.itemsize
+
+    def load(self) -> Tensor:
+        """The tensor, on the shelf's device.
+
+        Raises:
+            NumericalError: If its file cannot be read.
+        """
+        if isinstance(self._held, Tensor):
+            return self._held.to(self._device, non_blocking=True)
+        host = torch.empty(self._shape, dtype=self._dtype, pin_memory=self._device.type == "cuda")
+        try:
+            left = _bytes(host)
+            with self._held.open("rb", buffering=0) as stream:
+                while len(left):
+                    count = stream.readinto(left)
+                    if not count:
+                        raise OSError("the file ended early")
+                    left = left[count:]
+        except OSError as error:
+            raise NumericalError(
+                f"hidden states in {self._held.parent} cannot be read back ({error.strerror or error}); check the disk"
+            ) from error
+        return host.to(self._device, non_blocking=True)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    view: memoryview = tensor.view(-1).view(torch.uint8).numpy().data
+    return view
+
+
+class Slices(MutableSequence[Tensor]):
+    """Tensors on a shelf as a sequence; a copy shares what it holds until entries are replaced.
+
+    Args:
+        shelf: Keeps them.
+        tensors: The first entries.
+    """
+
+    def __init__(self, shelf: Shelf, tensors: Iterable[Tensor] = ()) -> None:
+        self._shelf = shelf
+        self._kept: list[Kept | None] = [shelf.put(tensor) for tensor in tensors]
+
+    def __copy__(self) -> Slices:
+        other = Slices(self._shelf)
+        other._kept = list(self._kept)
+        return other
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all entries; none of them is read for it."""
+        return sum(kept.nbytes for kept in self._kept if kept is not None)
+
+    def __getitem__(self, index: Any) -> Any:
+        kept = self._kept[index]
+        assert isinstance(kept, Kept)  # slices of the sequence itself are not needed anywhere
+        return kept.load()
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self._kept[index] = None  # first makes room, which the new one can take
+        self._kept[index] = self._shelf.put(value)
+
+    def __delitem__(self, index: Any) -> None:
+        del self._kept[index]
+
+    def insert(self, index: int, value: Tensor) -> None:
+        """Insert a tensor before an index."""
+        self._kept.insert(index, self._shelf.put(value))
+
+
+def total_bytes(states: Sequence[Tensor]) -> int:
+    """Bytes of hidden states, which are not read where they lie on a shelf."""
+    return states.nbytes if isinstance(states, Slices) else sum(state.nbytes for state in states)

@@ -1,0 +1,115 @@
+"""The forward sweep of a measurement: what the reverse sweep will need of every block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence, Sequence
+from copy import copy
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from hawqtool.formats import QuantFormat
+from hawqtool.model.spill import Shelf, total_bytes
+from hawqtool.model.statistics import GroupStatistics
+from hawqtool.model.sweep import Activations, ModelStream, advance
+from hawqtool.model.visiting import group_statistics
+from hawqtool.records import BlockSpec, LinearSpec
+
+Progress = Callable[[str, int, int], None]
+_GRAM_SHARE = 2
+"""Gram matrices of a block are kept where they take at most this many times its hidden states on the same rows."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What the forward sweep leaves for the reverse one, about one block.
+
+    Args:
+        grams: Input groups, each with what gives its statistics on the calibration rows; empty where these are to be
+            found again.
+        calibration: Hidden states before the block, for that; else empty.
+        scoring: Hidden states before the block.
+    """
+
+    grams: list[tuple[Sequence[LinearSpec], Callable[[], GroupStatistics]]]
+    calibration: MutableSequence[Tensor]
+    scoring: MutableSequence[Tensor]
+
+    def statistics(self) -> Iterable[tuple[Sequence[LinearSpec], GroupStatistics]]:
+        """Groups with their statistics, one in memory at a time; an empty list where none were kept."""
+        return _each(self.grams) if self.grams else []
+
+
+def _each(
+    grams: Sequence[tuple[Sequence[LinearSpec], Callable[[], GroupStatistics]]],
+) -> Iterator[tuple[Sequence[LinearSpec], GroupStatistics]]:
+    for group, load in grams:
+        yield group, load()
+
+
+def forward_sweep(
+    stream: ModelStream,
+    calibration: Activations,
+    scoring: Activations,
+    left: int,
+    menu: Mapping[str, Sequence[QuantFormat]],
+    progress: Progress,
+) -> list[Stored]:
+    """What the reverse sweep needs of the first ``left`` blocks, where it is still to come.
+
+    Both sets of rows end after the last block where that is one of them: its output begins the reverse sweep.
+    """
+    stored = []
+    count = len(stream.structure.blocks)
+    for spec in stream.structure.blocks[:left]:
+        before = copy(scoring.hidden)
+        groups = _wanted_groups(spec, menu)
+        goes_on = spec.index < left - 1 or left == count
+        # Only the head needs what the last block gives on the calibration rows.
+        onward = goes_on and (spec.index < count - 1 or stream.structure.head is not None)
+        with stream.block(spec.index) as block:
+            if _keeps_statistics(groups, calibration):
+                found = group_statistics(block, spec, calibration, groups, whole=onward)
+                grams = [(group, _put_away(statistics, stream.shelf)) for group, statistics in found]
+                stored.append(Stored(grams, [], before))
+            else:
+                stored.append(Stored([], copy(calibration.hidden), before))
+                if onward:
+                    advance(block, spec, calibration)
+            if goes_on:
+                advance(block, spec, scoring)
+        progress("forward sweep", spec.index + 1, left)
+    return stored
+
+
+def wanted_statistics(
+    block: nn.Module, spec: BlockSpec, calibration: Activations, menu: Mapping[str, Sequence[QuantFormat]]
+) -> Iterable[tuple[Sequence[LinearSpec], GroupStatistics]]:
+    """Statistics of the groups in which a unit has formats to score."""
+    groups = _wanted_groups(spec, menu)
+    return group_statistics(block, spec, calibration, groups) if groups else ()
+
+
+def _wanted_groups(spec: BlockSpec, menu: Mapping[str, Sequence[QuantFormat]]) -> list[Sequence[LinearSpec]]:
+    return [group for group in spec.input_groups if any(menu.get(linear.unit) for linear in group)]
+
+
+def _keeps_statistics(groups: Sequence[Sequence[LinearSpec]], calibration: Activations) -> bool:
+    """Whether Gram matrices take so little beside the hidden states that they need not be found twice.
+
+    They are the same both times, so this decides on time and memory alone.
+    """
+    gram_bytes = sum(4 * group[0].in_features ** 2 for group in groups) * (2 if calibration.held_out else 1)
+    return 0 < gram_bytes <= _GRAM_SHARE * total_bytes(calibration.hidden)
+
+
+def _put_away(statistics: GroupStatistics, shelf: Shelf | None) -> Callable[[], GroupStatistics]:
+    """Keep statistics of the original model, which have no drift, with the hidden states; the result gives them back.
+
+    The matrices of all blocks may take twice as much as the hidden states do.
+    """
+    if shelf is None:
+        return lambda: statistics
+    gram, counts = shelf.put(statistics.gram), (statistics.num_tokens, statistics.num_routed)
+    held_out = None if statistics.held_out is None else _put_away(statistics.held_out, shelf)
+    return lambda: GroupStatistics(gram.load(), *counts, held_out=None if held_out is None else held_out())
