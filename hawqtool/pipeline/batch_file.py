@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from pydantic import ValidationError
 
 from hawqtool.config import RunConfig, describe_problem, load_config, read_yaml
 from hawqtool.errors import UsageError
+from hawqtool.parsing import shown
 
 JOBS, MEASUREMENTS, SUMMARY_JSON, SUMMARY_CSV = "jobs", "measurements", "summary.json", "summary.csv"
 """What lies in the folder of a batch beside the folders of its results."""
@@ -24,7 +26,9 @@ _KEYS = ("output", "measurements", "defaults", "matrix", "jobs")
 _BATCH_WIDE = {"output": "name", "overwrite": "--overwrite", "measurements": "measurements at the top"}
 """Settings that jobs do not have, and what takes their place."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_LONGEST_NAME = 120
+_LONGEST_NAME, _LONGEST_PROBLEM, _MOST_PROBLEMS = 120, 300, 10
+MOST_JOBS = 2000
+"""Jobs of a batch: lists of a matrix multiply, and a wrong one would fill the memory."""
 
 Settings = dict[str, Any]
 
@@ -71,20 +75,25 @@ def read_batch(path: Path, output: str | None, measurements: str | None, overwri
     found = [*listed, *_products(document.get("matrix"), defaults, problems)]
     folder = output or document.get("output")
     if not isinstance(folder, str) or not folder:
-        problems.append(f"output: found {folder!r}, expected the folder of the batch (or give --output)")
+        problems.append(f"output: found {shown(folder)}, expected the folder of the batch (or give --output)")
         folder = "."
     if not found and not problems:
         problems.append("no job was found, expected a list under jobs or lists of settings under matrix")
     shared = measurements or document.get("measurements")
     if shared is not None and (not isinstance(shared, str) or not shared):
-        problems.append(f"measurements: found {shared!r}, expected a folder")
+        problems.append(f"measurements: found {shown(shared)}, expected a folder")
         shared = None
     place = Path(folder)
     fixed = {"overwrite": overwrite, "measurements": str(shared or place / MEASUREMENTS)}
     jobs = _checked(found, defaults, place, fixed, problems)
     if problems:
-        raise UsageError(f"{path}: " + "; ".join(problems))
+        more = [f"and {len(problems) - _MOST_PROBLEMS} more problems"] if len(problems) > _MOST_PROBLEMS else []
+        raise UsageError(f"{path}: " + "; ".join([*map(_short, problems[:_MOST_PROBLEMS]), *more]))
     return Batch(place, jobs)
+
+
+def _short(problem: str) -> str:
+    return problem if len(problem) <= _LONGEST_PROBLEM else f"{problem[:_LONGEST_PROBLEM]}..."
 
 
 def _unknown(key: str) -> str:
@@ -100,7 +109,7 @@ def _settings(value: Any, where: str, problems: list[str]) -> Settings:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        problems.append(f"{where}: found {value!r}, expected keys such as model and target_bpw")
+        problems.append(f"{where}: found {shown(value)}, expected keys such as model and target_bpw")
         return {}
     found = {str(key).replace("-", "_"): content for key, content in value.items()}
     for key in found.keys() & _BATCH_WIDE.keys():
@@ -119,12 +128,12 @@ def _listed(value: Any, problems: list[str]) -> list[tuple[str | None, Settings]
     found = []
     for number, entry in enumerate(value, 1):
         if not isinstance(entry, dict):
-            problems.append(f"job {number}: found {entry!r}, expected keys such as model and target_bpw")
+            problems.append(f"job {number}: found {shown(entry)}, expected keys such as model and target_bpw")
             continue
         settings = _settings(entry, f"job {number}", problems)
         name = settings.pop("name", None)
         if name is not None and not _valid_name(name):
-            problems.append(f"job {number}: name {name!r} is no folder name of letters, digits, dots and dashes")
+            problems.append(f"job {number}: name {shown(name)} is no folder name of letters, digits, dots and dashes")
             name = None
         found.append((name, settings))
     return found
@@ -139,7 +148,7 @@ def _products(value: Any, defaults: Settings, problems: list[str]) -> list[tuple
     if value is None:
         return []
     if not isinstance(value, dict) or not value:
-        problems.append(f"matrix: found {value!r}, expected settings, each with a list of values")
+        problems.append(f"matrix: found {shown(value)}, expected settings, each with a list of values")
         return []
     axes = []
     for key, items in value.items():
@@ -148,10 +157,14 @@ def _products(value: Any, defaults: Settings, problems: list[str]) -> list[tuple
             problems.append(f"matrix: {axis} is a setting of the whole batch; use {_BATCH_WIDE[axis]}")
         elif not isinstance(items, list) or not items or len({isinstance(item, dict) for item in items}) > 1:
             problems.append(
-                f"matrix: {axis} has {items!r}, expected a list, of values of this setting or of sets of settings"
+                f"matrix: {axis} has {shown(items)}, expected a list, of values of this setting or of sets of settings"
             )
         else:
             axes.append([_choice(axis, item, problems) for item in items])
+    count = math.prod(map(len, axes))
+    if count > MOST_JOBS:
+        problems.append(f"matrix: its lists make {count} jobs, expected at most {MOST_JOBS}; split the batch")
+        return []
     # Names begin with the model, also where all jobs have the same one.
     alone = "model" in defaults and not any("model" in settings for axis in axes for _, settings in axis)
     first = [_label("model", defaults["model"])] if alone else []
@@ -169,7 +182,7 @@ def _choice(axis: str, item: Any, problems: list[str]) -> tuple[str, Settings]:
     settings = _settings(item, f"matrix: {axis}", problems)
     name = settings.pop("name", None)
     if name is not None and not _valid_name(name):
-        problems.append(f"matrix: {axis}: name {name!r} is no folder name of letters, digits, dots and dashes")
+        problems.append(f"matrix: {axis}: name {shown(name)} is no folder name of letters, digits, dots and dashes")
     labels = [_label(key, value) for key, value in settings.items()]
     return str(name) if name is not None else "-".join(labels), settings
 

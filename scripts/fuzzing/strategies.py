@@ -168,6 +168,19 @@ def run_files(draw: st.DrawFn) -> bytes:
     return _spoil(draw, (lines + "".join(pieces)).encode("utf-8", "surrogatepass"))
 
 
+@st.composite
+def batch_files(draw: st.DrawFn) -> bytes:
+    """Batches with mutations, and lists that multiply."""
+    document: dict[str, Any] = json.loads(json.dumps(_BATCH))
+    for key in draw(st.lists(st.sampled_from(list(RunConfig.model_fields)), max_size=2)):
+        document["defaults"][key] = draw(STRANGE)
+    axes = draw(st.dictionaries(st.sampled_from(list(RunConfig.model_fields)), st.integers(0, 40), max_size=6))
+    document["matrix"] |= {key: list(range(length)) for key, length in axes.items()}
+    pieces = draw(st.one_of(st.just([]), st.lists(st.sampled_from(_YAML_PIECES), max_size=1)))
+    lines = "".join(f"{line}\n" for line in [_mutated(draw, document)])
+    return _spoil(draw, (lines + "".join(pieces)).encode("utf-8", "surrogatepass"))
+
+
 def _plan() -> dict[str, Any]:
     layers = [
         {"name": m.name, "unit": u.name, "bits": 4, "group_size": 64, "symmetric": True, "bytes": 1}
@@ -188,6 +201,12 @@ def _sensitivity() -> dict[str, Any]:
     }  # fmt: skip
 
 
+_BATCH = {
+    "output": "runs",
+    "defaults": {"calibration": "self", "bits": [2, 4], "group_size": "channel"},
+    "matrix": {"model": ["m", "n"], "target_bpw": [3.5, 4], "way": [{"rounding": "rtn", "name": "plain"}, {"seed": 1}]},
+    "jobs": [{"model": "m", "target_size": "1MB", "name": "other"}],
+}
 _COSTS = [{"unit": "re:.*", "format": 4, "cost": 1.5}, {"unit": "b.0.o", "format": "w8g64", "cost": 2}]
 _INDEX = {"metadata": {"total_size": 1}, "weight_map": {"a": "x.safetensors"}}
 _CONFIG = {"model_type": "llama", "hidden_size": 64, "architectures": ["A"], "rope": {"theta": 1.0}, "auto_map": {}}
@@ -207,6 +226,7 @@ STRATEGIES: dict[str, st.SearchStrategy[bytes]] = {
     "header": headers(),
     "shard_index": documents(_INDEX),
     "run_config": run_files(),
+    "batch": batch_files(),
     "any_yaml": st.one_of(run_files(), st.text().map(lambda text: text.encode("utf-8", "surrogatepass")), st.binary()),
     "model_config": documents(_CONFIG),
     "plan": documents(_plan()),
@@ -223,6 +243,7 @@ def seeds() -> dict[str, bytes]:
         "header": len(text).to_bytes(8, "little") + text + b"\0",
         "shard_index": json.dumps(_INDEX).encode(),
         "run_config": b"model: m\ntarget_bpw: 4\nbits: [2, 4]\ncalibration: [self, a.txt=2]\npin: ['re:.*=4']\n",
+        "batch": json.dumps(_BATCH).encode(),
         "any_yaml": b"a: &x [1, 2.5, 'c']\nb: {c: 2020-01-01}\n",
         "model_config": json.dumps(_CONFIG).encode(),
         "plan": json.dumps(_plan()).encode(),

@@ -13,6 +13,7 @@ from hawqtool.model.index import read_index
 from hawqtool.model.reader import TensorReader
 from hawqtool.parsing import ParseError, parse_yaml, printable
 from hawqtool.pipeline.artifacts import read_plan, read_sensitivity
+from hawqtool.pipeline.batch_file import read_batch
 from hawqtool.pipeline.costs import CostTable
 from hawqtool.records import LinearSpec, Unit
 from hawqtool.report.escape import code, escape, fenced, one_line
@@ -57,6 +58,17 @@ def run_config(content: bytes, folder: Path) -> None:
     settings = load_config(folder / "run.yaml", {})
     settings.require_one_target()
     str(settings.calibration_weights), settings.metric
+
+
+def batch(content: bytes, folder: Path) -> None:
+    """The YAML file of a batch; the file of each job gives the job again."""
+    (folder / "jobs.yaml").write_bytes(content)
+    jobs = read_batch(folder / "jobs.yaml", None, None, overwrite=False).jobs
+    assert len({job.name for job in jobs}) == len(jobs)
+    for job in jobs[:3]:
+        assert Path(job.config.output or "").name == job.name and "/" not in job.name
+        (folder / "job.yaml").write_text(job.yaml(), encoding="utf-8")
+        assert load_config(folder / "job.yaml", {}) == job.config
 
 
 def any_yaml(content: bytes, folder: Path) -> None:
@@ -123,6 +135,7 @@ TARGETS: dict[str, Target] = {
     "header": header,
     "shard_index": shard_index,
     "run_config": run_config,
+    "batch": batch,
     "any_yaml": any_yaml,
     "model_config": model_config,
     "plan": plan,
