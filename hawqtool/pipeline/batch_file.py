@@ -26,7 +26,7 @@ _KEYS = ("output", "measurements", "defaults", "matrix", "jobs")
 _BATCH_WIDE = {"output": "name", "overwrite": "--overwrite", "measurements": "measurements at the top"}
 """Settings that jobs do not have, and what takes their place."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_LONGEST_NAME, _LONGEST_PROBLEM, _MOST_PROBLEMS = 120, 300, 10
+_LONGEST_NAME, _LONGEST_PROBLEM, _MOST_PROBLEMS = 120, 300, 12
 MOST_JOBS = 2000
 """Jobs of a batch: lists of a matrix multiply, and a wrong one would fill the memory."""
 

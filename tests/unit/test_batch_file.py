@@ -98,6 +98,9 @@ def test_all_problems_at_once_each_of_them_once(tmp_path: Path) -> None:
         ({"jobs": [{"target_bpw": 4}]}, "model: field required"),
         ({"jobs": [{"model": "x/m", "target_bpw": 4}, {"model": "y/m", "target_bpw": 4}]}, "2 jobs would write to"),
         ({"jobs": [{"name": "measurements", "model": "m", "target_bpw": 4}]}, "which the batch itself uses"),
+        ({"matrix": {key: list(range(50)) for key in ("seed", "bits")}}, "make 2500 jobs, expected at most 2000"),
+        ({"jobs": [{"model": "m" * 5000, "target_bpw": 4, "name": "x" * 5000}]}, "name .x+… is no folder"),
+        ({f"key {n}": 1 for n in range(20)}, "and 8 more problems"),
         ({"measurements": 3, "jobs": [{"model": "m", "target_bpw": 4}]}, "measurements: found 3"),
     ],
 )

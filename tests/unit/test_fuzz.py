@@ -12,7 +12,8 @@ import pytest
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 TARGETS = (
-    "header", "shard_index", "run_config", "any_yaml", "model_config", "plan", "sensitivity", "costs", "card",
+    "header", "shard_index", "run_config", "batch", "any_yaml", "model_config", "plan", "sensitivity", "costs",
+    "card",
 )  # fmt: skip
 
 
