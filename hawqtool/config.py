@@ -124,7 +124,7 @@ class RunConfig(BaseModel):
             return value
         try:
             share = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             share = math.nan
         if isinstance(value, bool) or not 0 <= share <= 1:
             raise ValueError("expected a number from 0 to 1, or auto")

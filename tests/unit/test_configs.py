@@ -171,7 +171,7 @@ def test_shares_are_numbers_or_auto(tmp_path: Path) -> None:
     # A bare off is a boolean in YAML.
     for value in ("off", '"off"', "0"):
         assert load_config(write(tmp_path, f"model: m\ntarget_shift: {value}\n"), {}).target_shift == 0
-    for value in ("1.5", "best", True, "nan"):
+    for value in ("1.5", "best", True, "nan", 10**400):
         with pytest.raises(UsageError, match="foem_beta: expected a number from 0 to 1, or auto"):
             load_config(None, {"model": "m", "foem_beta": value})
 
