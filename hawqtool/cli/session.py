@@ -5,13 +5,12 @@ from __future__ import annotations
 import json as json_text
 import math
 import os
-import signal
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
+from hawqtool.cli.signals import Terminated, ending_signals
 from hawqtool.cli.terminal import Terminal
 from hawqtool.data.sources import is_hub
 from hawqtool.errors import DISK_ERRORS, HawqError, QualityError, one_line
@@ -20,14 +19,6 @@ from hawqtool.parsing import printable
 
 INTERRUPTED, TERMINATED = 130, 143
 ERROR_SCHEMA = "hawqtool.error/1"
-
-
-class _Terminated(BaseException):
-    """SIGTERM arrived."""
-
-
-def _terminate(_signal: int, _frame: FrameType | None) -> None:
-    raise _Terminated
 
 
 @contextmanager
@@ -45,10 +36,10 @@ def session(quiet: bool = False, debug: bool = False, json: bool = False) -> Ite
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
     terminal = Terminal(quiet)
-    previous = signal.signal(signal.SIGTERM, _terminate)
     code, failure, failed = 0, "", tuple[str, ...]()
     try:
-        yield terminal
+        with ending_signals():
+            yield terminal
     except HawqError as error:
         if debug:
             raise
@@ -56,7 +47,7 @@ def session(quiet: bool = False, debug: bool = False, json: bool = False) -> Ite
         failed = error.failed if isinstance(error, QualityError) else failed
     except KeyboardInterrupt as error:
         code, failure = INTERRUPTED, f"interrupted: {_left(error)}"
-    except _Terminated as error:
+    except Terminated as error:
         code, failure = TERMINATED, f"terminated: {_left(error)}"
     except (MemoryError, RuntimeError, OSError) as error:
         reason = None if debug else _resource_reason(error)
@@ -65,7 +56,6 @@ def session(quiet: bool = False, debug: bool = False, json: bool = False) -> Ite
         code, failure = 5, "; ".join([f"error: {reason}", *_notes(error)])
     finally:
         terminal.close()
-        signal.signal(signal.SIGTERM, previous)
     if code:
         failure = printable(failure)
         print(failure, file=sys.stderr)
