@@ -47,29 +47,29 @@ class RunFolder:
         self.plans, self._replaced = self.path / "plans", self.path / "replaced"
         self.saved = Checkpoints(self.path / "saved")
         self.starts = 1
+        self._lock = _Lock(self.path, output)
         self._ours = self._finished = False
         self._shipping: Path | None = None
 
     def __enter__(self) -> Self:
         try:
             with disk_errors(self.path.parent):
-                self._lock = _locked(self.path, self.output)
+                self._lock.take()
                 if self._replaced.exists() and not self.output.exists():
                     self._replaced.rename(self.output)  # a run was killed between two renames
-        except HawqError:
-            raise
+            return self
         except BaseException:
             self._undo()
             raise
-        return self
 
     def _undo(self) -> None:
         """Remove a folder that a signal left half made, unless there is work in it or another run has it."""
         with suppress(HawqError, OSError):
-            self._lock = _locked(self.path, self.output)
+            self._lock.release()  # it may be half taken, and must be whole for what follows
+            self._lock.take()
             if not self.unfinished:
                 self._remove()
-            os.close(self._lock)
+        self._lock.release()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -89,7 +89,7 @@ class RunFolder:
             else:
                 self._remove()
         finally:
-            os.close(self._lock)
+            self._lock.release()
 
     def _can_go_on(self, error: BaseException) -> bool:
         """Whether something was saved and the error is none that would come again."""
@@ -214,40 +214,57 @@ class RunFolder:
             self.path.rmdir()
 
 
-def _locked(folder: Path, output: Path) -> int:
-    """Make the folder and lock it for this process; the descriptor that holds the lock."""
-    while True:
-        folder.mkdir(exist_ok=True)
-        try:
-            descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-        except FileNotFoundError:  # the run that had the folder has just removed it
-            continue
-        try:
-            if _take(descriptor, folder, output):
-                return descriptor
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
+class _Lock:
+    """``lock`` in a folder, which the system frees when the process dies.
 
+    Args:
+        folder: Is made where it is missing.
+        output: What the lock is for, by which errors name it.
+    """
 
-def _take(descriptor: int, folder: Path, output: Path) -> bool:
-    """Lock an open file; whether it is the folder's lock still, which a run that ends removes."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.read(descriptor, 20).decode(errors="replace") or "unknown"
-        raise UsageError(
-            f"another run into {output} is under way (process {holder}); wait for it, or choose another --output"
-        ) from None
-    try:
-        current = os.stat(folder / "lock").st_ino == os.fstat(descriptor).st_ino
-    except FileNotFoundError:
-        return False
-    if current:
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
-    return current
+    def __init__(self, folder: Path, output: Path) -> None:
+        self.folder, self.output = folder, output
+        # An attribute from the moment the file is open, so that a signal at any moment leaves what `release` needs.
+        self._descriptor: int | None = None
+
+    def take(self) -> None:
+        """Make the folder and lock it for this process.
+
+        Raises:
+            UsageError: If another run has the lock.
+            OSError: If the folder cannot be made or written.
+        """
+        while self._descriptor is None:
+            self.folder.mkdir(exist_ok=True)
+            # The run that had the folder may have just removed it.
+            with suppress(FileNotFoundError):
+                self._descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+                if not self._took(self._descriptor):
+                    self.release()
+
+    def release(self) -> None:
+        """Free the lock, as far as it was taken."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _took(self, descriptor: int) -> bool:
+        """Lock an open file; whether it is the folder's lock still, which a run that ends removes."""
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 20).decode(errors="replace") or "unknown"
+            raise UsageError(
+                f"another run into {self.output} is under way (process {holder}); wait for it, or choose another --output"
+            ) from None
+        try:
+            current = os.stat(self.folder / "lock").st_ino == os.fstat(descriptor).st_ino
+        except FileNotFoundError:
+            return False
+        if current:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        return current
 
 
 def weight_hashes(folder: Path) -> dict[str, str]:

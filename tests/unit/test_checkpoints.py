@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import math
 import os
+import sys
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -113,6 +115,42 @@ def test_a_second_run_into_the_same_output_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     with RunFolder(tmp_path / "out"):
         pass
+
+
+def test_a_signal_at_any_line_of_the_beginning_leaves_no_folder(tmp_path: Path) -> None:
+    class Arrived(BaseException):
+        pass
+
+    def interrupted(at: int) -> bool:
+        """Whether the beginning, which an exception cuts short at its at-th line, had that many."""
+        lines = 0
+
+        def trace(frame: FrameType, event: str, _argument: Any) -> Any:
+            nonlocal lines
+            lines += event == "line"
+            if lines == at:
+                sys.settrace(None)
+                raise Arrived
+            return trace
+
+        previous = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            run.__enter__()
+        except Arrived:
+            return True
+        finally:
+            sys.settrace(previous)
+        return False
+
+    for at in range(1, 10_000):
+        run = RunFolder(tmp_path / "out")
+        if not interrupted(at):
+            break
+        assert list(tmp_path.iterdir()) == [], at
+    assert at > 20
+    run.__exit__(None, None, None)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
