@@ -17,11 +17,13 @@ from hawqtool.model.layers import Structure
 from hawqtool.model.prefetch import Prefetcher
 from hawqtool.model.reader import check_finite
 from hawqtool.model.replay import Call, replayed_blocks
+from hawqtool.model.saving import NOTHING_SAVED, Saved
 from hawqtool.model.skeleton import find_blocks, to_meta
 from hawqtool.model.spill import Shelf, Slices
 from hawqtool.model.statistics import GroupStatistics, is_held_out, seen
 from hawqtool.model.tasks import model_task
 from hawqtool.model.timing import UNRECORDED, Recorder
+from hawqtool.model.waypoints import States, Waypoints
 from hawqtool.records import BlockSpec, LinearSpec
 
 
@@ -52,6 +54,11 @@ class Activations:
     original: MutableSequence[Tensor] | None = None
     held_out: bool = False
     recorder: Recorder = UNRECORDED
+
+    @property
+    def states(self) -> States:
+        """The hidden states by name."""
+        return {"hidden": self.hidden} | ({} if self.original is None else {"original": self.original})
 
 
 class ModelStream:
@@ -208,12 +215,17 @@ class ModelStream:
         moved = rows.to(self.device, self.dtype) if rows.is_floating_point() else rows.to(self.device)
         return {self.model.main_input_name: moved}
 
-    def final_hidden(self, rows: Tensor, rows_per_slice: int, progress: Callable[[int], None]) -> Tensor:
-        """Output of the last block for all rows, ``[rows, positions, width]``."""
+    def final_hidden(
+        self, rows: Tensor, rows_per_slice: int, progress: Callable[[int], None], saved: Saved = NOTHING_SAVED
+    ) -> Tensor:
+        """Output of the last block for all rows, ``[rows, positions, width]``; an interrupted walk is gone on with."""
         activations = self.embed(rows, rows_per_slice)
-        for spec in self.structure.blocks:
+        waypoints = Waypoints(saved, self.device)
+        first = waypoints.restore(activations.states, len(self.blocks))
+        for spec in self.structure.blocks[first:]:
             with self.block(spec.index) as block:
                 advance(block, spec, activations)
+            waypoints.keep(spec.index + 1, activations.states)
             progress(spec.index)
         return torch.cat(list(activations.hidden))
 

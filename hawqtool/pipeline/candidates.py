@@ -12,13 +12,13 @@ from typing import Any
 
 from hawqtool.formats import QuantFormat
 from hawqtool.model.saving import NOTHING_SAVED, Saved
-from hawqtool.pipeline.evaluating import Evaluator, as_record
+from hawqtool.pipeline.evaluating import Evaluator, as_evaluation, as_record
 from hawqtool.pipeline.job import Job
 from hawqtool.pipeline.progress import Reporter
 from hawqtool.pipeline.rounding import ROUNDING, round_to_folder
 from hawqtool.records import BitPlan, Evaluation, Rows
 
-_QUALITY, TIMINGS = "quality", "timings"
+_QUALITY, _EVALUATING, TIMINGS = "quality", "evaluating", "timings"
 REMOVED = ".removed"
 """Ending of a folder that is being removed."""
 
@@ -120,10 +120,11 @@ class Workbench:
     def _evaluated(self, folder: Path | None, name: str, saved: Saved) -> dict[str, Evaluation]:
         known = saved.load(_QUALITY)
         if known is not None:
-            return {r: Evaluation(**v | {"row_divergence": tuple(v["row_divergence"])}) for r, v in known.items()}
+            return {role: as_evaluation(values) for role, values in known.items()}
         with Stopwatch(self.timings, "evaluate"):
-            quality = self.evaluator.evaluate(folder, name)
+            quality = self.evaluator.evaluate(folder, name, saved.part(_EVALUATING))
         saved.save(_QUALITY, {role: vars(evaluation) for role, evaluation in quality.items()})
+        saved.part(_EVALUATING).drop()
         self.saved.save(TIMINGS, self.timings)
         return quality
 

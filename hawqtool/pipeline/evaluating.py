@@ -37,38 +37,55 @@ class Evaluator:
         self.stream = job.stream()
         known = saved.load("original-states")
         if known is None:
-            self.reference = self._hidden(self.stream, "original")
+            walks = saved.part("original-walk")
+            self.reference = {role: self._hidden(self.stream, "original", role, walks.part(role)) for role in sets}
             saved.save("original-states", self.reference)
+            walks.drop()
         else:
             self.reference = {role: states.to(job.device) for role, states in known.items()}
 
-    def _hidden(self, stream: ModelStream, label: str) -> dict[str, Tensor]:
+    def _hidden(self, stream: ModelStream, label: str, role: str, saved: Saved) -> Tensor:
         start = time.perf_counter()
-        count = len(self.job.structure.blocks)
-        states = {}
-        for position, (role, rows) in enumerate(self.sets.items()):
-            first, total = position * count, len(self.sets) * count
-            states[role] = stream.final_hidden(
-                rows.tokens,
-                self.job.rows_per_slice,
-                lambda index, first=first, total=total: self.reporter.progress(  # type: ignore[misc]
-                    f"evaluating {label}", first + index + 1, total
-                ),
-            )
+        count, rows = len(self.job.structure.blocks), self.sets[role].tokens
+        first, total = list(self.sets).index(role) * count, len(self.sets) * count
+
+        def tell(index: int) -> None:
+            self.reporter.progress(f"evaluating {label}", first + index + 1, total)
+
+        states = stream.final_hidden(rows, self.job.rows_per_slice, tell, saved)
         self.seconds += time.perf_counter() - start
         return states
 
-    def evaluate(self, folder: Path | None, label: str) -> dict[str, Evaluation]:
-        """Quality of a written folder (None: the original itself) by role."""
+    def evaluate(self, folder: Path | None, label: str, saved: Saved = NOTHING_SAVED) -> dict[str, Evaluation]:
+        """Quality of a written folder (None: the original itself) by role.
+
+        Args:
+            folder: Packed checkpoint.
+            label: Its name in the progress.
+            saved: Keeps what is known already; of no use once this has returned.
+        """
         stream = self.stream if folder is None else self.job.packed_stream(folder)
-        states = self.reference if folder is None else self._hidden(stream, label)
-        start = time.perf_counter()
-        results = {
-            role: evaluate_hidden(self.stream, stream, rows.tokens, self.reference[role], states[role])
-            for role, rows in self.sets.items()
-        }
-        self.seconds += time.perf_counter() - start
+        results = {}
+        for role, rows in self.sets.items():
+            known = saved.load(role)
+            if known is None:
+                states = self.reference[role]
+                if folder is not None:
+                    states = self._hidden(stream, label, role, saved.part(role))
+                start = time.perf_counter()
+                found = evaluate_hidden(self.stream, stream, rows.tokens, self.reference[role], states)
+                self.seconds += time.perf_counter() - start
+                saved.save(role, vars(found))
+                saved.part(role).drop()
+            else:
+                found = as_evaluation(known)
+            results[role] = found
         return results
+
+
+def as_evaluation(values: dict[str, Any]) -> Evaluation:
+    """An evaluation from its saved fields."""
+    return Evaluation(**values | {"row_divergence": tuple(values["row_divergence"])})
 
 
 def as_record(evaluation: Evaluation) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from hawqtool.model.layers import is_norm
 from hawqtool.model.reader import TensorReader
 from hawqtool.model.replay import Call
 from hawqtool.model.sweep import Activations, ModelStream, advance, local_name
+from hawqtool.model.waypoints import States
 from hawqtool.pipeline.job import Job
 from hawqtool.records import BlockSpec, LinearSpec
 from hawqtool.rounding.fake import Start
@@ -79,6 +80,15 @@ class BlockRefiner:
         self.original = Activations([*batches.hidden, *self.held_out.hidden], self.calls)
         self.count = len(batches.hidden)
         self.inputs: list[Tensor] = []
+
+    @property
+    def states(self) -> States:
+        """All hidden states that are carried from block to block, by name."""
+        return {
+            "walked": self.walked.hidden,
+            "held_out": self.held_out.hidden,
+            "original": self.original.hidden,
+        }
 
     def begin(self, block: nn.Module, spec: BlockSpec) -> None:
         """Take the original's outputs of a block, whose weights are still the original's."""

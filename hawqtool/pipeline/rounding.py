@@ -37,7 +37,7 @@ def round_to_folder(
     """Round every layer by plan on the quantized prefix and write a packed checkpoint with its records.
 
     An interrupted rounding is gone on with: blocks whose layers lie in the unfinished files, as their checksums tell,
-    are walked with the weights read back instead of rounded again.
+    are not rounded again, and those behind which hidden states were kept are not walked either.
 
     Args:
         job: The model.
@@ -74,7 +74,7 @@ def round_to_folder(
             seconds = earlier + time.perf_counter() - start
             blocks.save(str(spec.index), vars(found) | {"checksums": checksums, "seconds": seconds})
 
-        finished = Finished(reader, [Findings(block["layers"], block["refinement"]) for block in done])
+        finished = _finished(reader, done, blocks)
         found = round_blocks(job, plan.formats, rows.tokens, sink, reporter, label, finished=finished, keep=keep)
     seconds = earlier + time.perf_counter() - start
     with disk_errors(part):
@@ -103,6 +103,11 @@ def _intact_blocks(job: Job, reader: TensorReader, blocks: Saved) -> list[dict[s
             break
         done.append(known)
     return done
+
+
+def _finished(reader: TensorReader | None, done: Sequence[dict[str, Any]], blocks: Saved) -> Finished:
+    findings = [Findings(block["layers"], block["refinement"]) for block in done]
+    return Finished(reader, findings, blocks.part("states"))
 
 
 def _write_records(

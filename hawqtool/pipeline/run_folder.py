@@ -255,7 +255,8 @@ class _Lock:
         except BlockingIOError:
             holder = os.read(descriptor, 20).decode(errors="replace") or "unknown"
             raise UsageError(
-                f"another run into {self.output} is under way (process {holder}); wait for it, or choose another --output"
+                f"another run into {self.output} is under way (process {holder}); "
+                "wait for it, or choose another --output"
             ) from None
         try:
             current = os.stat(self.folder / "lock").st_ino == os.fstat(descriptor).st_ino

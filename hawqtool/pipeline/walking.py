@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from hawqtool.export.packed import packed_parts, unpack_parts
 from hawqtool.formats import QuantFormat
 from hawqtool.model.reader import TensorReader
+from hawqtool.model.saving import NOTHING_SAVED, Saved
 from hawqtool.model.statistics import GroupStatistics
 from hawqtool.model.sweep import Activations, read_weight, replace_weight
 from hawqtool.model.visiting import revisit_groups, visit_groups
+from hawqtool.model.waypoints import Waypoints
 from hawqtool.pipeline.job import Job
 from hawqtool.pipeline.progress import Reporter
 from hawqtool.pipeline.refining import BlockRefiner, split_rows
@@ -48,10 +50,11 @@ class Findings:
     layers: dict[str, Any] = field(default_factory=dict)
     refinement: dict[str, Any] = field(default_factory=dict)
 
-    def add(self, other: Findings) -> None:
+    def add(self, *others: Findings) -> None:
         """Add those of further blocks."""
-        self.layers |= other.layers
-        self.refinement |= other.refinement
+        for other in others:
+            self.layers |= other.layers
+            self.refinement |= other.refinement
 
 
 @dataclass(frozen=True)
@@ -61,10 +64,12 @@ class Finished:
     Args:
         reader: Of the files with their tensors; None where there are no such blocks.
         findings: A block each.
+        states: Keeps hidden states of the walk, which spare walking those blocks again.
     """
 
     reader: TensorReader | None = None
     findings: Sequence[Findings] = ()
+    states: Saved = NOTHING_SAVED
 
 
 def round_blocks(
@@ -88,7 +93,7 @@ def round_blocks(
         reporter: Progress.
         label: Name of the plan in the progress.
         schedule: Steps and rates of the refinement (default: steps and seed of the configuration).
-        finished: Blocks that are walked with their weights read back; the rest comes out as if all were rounded here.
+        finished: Blocks that are left out, or walked with their weights read back where no later states were kept.
         keep: Called after each block that was rounded, once the sink has all of it.
     """
     stream = job.stream()
@@ -105,7 +110,10 @@ def round_blocks(
     def tell(index: int, step: int) -> None:
         reporter.progress(stage, index * steps + step, len(blocks) * steps)
 
-    for spec in blocks:
+    carried, waypoints = refiner or activations, Waypoints(finished.states, job.device)
+    first = waypoints.restore(carried.states, len(finished.findings))
+    found.add(*finished.findings[:first])
+    for spec in blocks[first:]:
         with stream.block(spec.index) as block:
             walker.enter(block, spec)
             if spec.index < len(finished.findings):
@@ -116,6 +124,7 @@ def round_blocks(
                 walker.walk(activations, partial(tell, spec.index))
                 found.add(latest := walker.hand_on())
                 keep(spec, latest)
+                waypoints.keep(spec.index + 1, carried.states)
         tell(spec.index, steps)
     if job.structure.head:
         walker.enter(stream.model, job.structure.head)
