@@ -71,6 +71,7 @@ class RunConfig(BaseModel):
     scale_refit: bool = False
     damping: float | None = Field(None, gt=0, allow_inf_nan=False)
     refine_steps: int = Field(0, ge=0)
+    distill_steps: int = Field(0, ge=0)
     pin: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
     quantize_lm_head: bool = False
@@ -217,8 +218,10 @@ class RunConfig(BaseModel):
                 "refine_steps starts from rtn, gptq or foem with a fixed foem_beta; drop it, or gptaq, target_shift, "
                 "scale_refit and foem_beta auto"
             )
-        if self.refine_steps and self.num_samples == 1:
-            raise ValueError("refine_steps holds calibration rows out and needs at least 2; raise num_samples")
+        if (self.refine_steps or self.distill_steps) and self.num_samples == 1:
+            raise ValueError(
+                "refine_steps and distill_steps hold calibration rows out and need at least 2; raise num_samples"
+            )
         if self.costs is not None and self.plan is not None:
             raise ValueError("a plan is carried out as it is; drop plan, or costs and max_cost")
         return self

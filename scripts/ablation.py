@@ -8,13 +8,15 @@ CONFIGURATIONS.yaml maps names to keys of a run that differ from the command lin
     rtn: {rounding: rtn}
     refined: {refine_steps: 200}
     refined, slow scales: {refine_steps: 200, schedule: {scale_rate: 0.001}}
+    distilled, slow: {distill_steps: 64, distill_schedule: {scale_rate: 0.0005}}
 
-`bits` there gives another uniform width and `plan` a plan.json; `schedule` sets rates of the refinement (see
-`hawqtool.rounding.refine.Schedule`). Every configuration runs once per seed of --seeds, which draws the calibration
-rows; the evaluation rows are always the same. OUT.json is written after each run, and a repeated call does only what
-is missing. The table has KL with its standard error (over rows; over seeds where there are several), the paired
-difference to the first configuration on the same seeds, perplexity, stored bits per weight, seconds of rounding and
-peak memory.
+`bits` there gives another uniform width and `plan` a plan.json; `schedule` sets rates of the refinement and
+`distill_schedule` those of the distillation (see `hawqtool.rounding.refine.Schedule` and
+`hawqtool.rounding.distill.DistillSchedule`). Every configuration runs once per seed of --seeds, which draws the
+calibration rows; the evaluation rows are always the same. OUT.json is written after each run, and a repeated call does
+only what is missing. The table has KL with its standard error (over rows; over seeds where there are several), the
+paired difference to the first configuration on the same seeds, perplexity, stored bits per weight, seconds of rounding
+and peak memory.
 """
 
 from __future__ import annotations
@@ -43,13 +45,15 @@ from hawqtool.formats import QuantFormat
 from hawqtool.model.index import fingerprint
 from hawqtool.model.reader import TensorReader
 from hawqtool.pipeline.artifacts import read_json, write_json
+from hawqtool.pipeline.distilling import DistilledModel, distill_model
 from hawqtool.pipeline.job import Job, prepare
 from hawqtool.pipeline.planning import given_plan, stored_bytes
 from hawqtool.pipeline.progress import Reporter
 from hawqtool.pipeline.rows import calibration_rows, evaluation_rows
 from hawqtool.pipeline.walking import round_blocks
 from hawqtool.records import Evaluation, RoundedLayer
-from hawqtool.rounding.grid import dequantize
+from hawqtool.rounding.distill import DistillSchedule
+from hawqtool.rounding.grid import Quantized, dequantize
 from hawqtool.rounding.layer import quantized
 from hawqtool.rounding.refine import Schedule
 from sensitivity_study import Narrator
@@ -61,6 +65,9 @@ _KEYS = (
     "model", "calibration", "eval_data", "num_samples", "seq_len", "eval_samples", "group_size", "rows_per_slice",
     "device",
 )  # fmt: skip
+_SCHEDULES: dict[str, type] = {"schedule": Schedule, "distill_schedule": DistillSchedule}
+_OTHERS = ("bits", *_SCHEDULES)
+"""Keys of a configuration that are none of a run."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -98,23 +105,38 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 @dataclass
 class Memory:
-    """Takes what rounding changes and keeps it, dequantized, by the name of the tensor without ``.weight``.
+    """Takes what rounding changes and keeps it.
 
     Args:
         transposed: Linears that the checkpoint stores as ``[in, out]``.
+        layers: Rounded layers by name, on the CPU.
+        changed: Norm gains by the name of their tensor.
     """
 
     transposed: frozenset[str]
-    weights: dict[str, Tensor] = field(default_factory=dict)
+    layers: dict[str, Quantized] = field(default_factory=dict)
+    changed: dict[str, Tensor] = field(default_factory=dict)
 
     def write_layer(self, layer: RoundedLayer) -> None:
         """A rounded layer."""
-        weight = dequantize(*quantized(layer)).cpu()
-        self.weights[layer.name] = weight.t() if layer.name in self.transposed else weight
+        codes, scales, zeros = quantized(layer)
+        self.layers[layer.name] = Quantized(codes.cpu(), scales.cpu(), None if zeros is None else zeros.cpu())
 
     def write_changed(self, name: str, tensor: Tensor) -> None:
         """A norm gain."""
-        self.weights[name.removesuffix(".weight")] = tensor.cpu()
+        self.changed[name] = tensor.cpu()
+
+    def distilled(self, found: DistilledModel) -> None:
+        """Take scales and gains from distillation."""
+        for name, scales in found.scales.items():
+            self.layers[name] = self.layers[name]._replace(scales=scales.cpu())
+        self.changed |= {name: gain.cpu() for name, gain in found.gains.items()}
+
+    def weights(self) -> dict[str, Tensor]:
+        """Tensors that are not the original's, as the checkpoint has them, by name without ``.weight``."""
+        dense = {name: dequantize(*layer) for name, layer in self.layers.items()}
+        turned = {name: weight.t() if name in self.transposed else weight for name, weight in dense.items()}
+        return turned | {name.removesuffix(".weight"): gain for name, gain in self.changed.items()}
 
 
 class Bench:
@@ -145,7 +167,7 @@ class Bench:
         Raises:
             UsageError: If a key is unknown or a value does not fit.
         """
-        keys = {key: value for key, value in overrides.items() if key not in ("bits", "schedule")}
+        keys = {key: value for key, value in overrides.items() if key not in _OTHERS}
         return prepare(load_config(None, self.base | keys | {"seed": seed}), self.reporter)
 
     def identity(self) -> dict[str, Any]:
@@ -172,6 +194,7 @@ class Bench:
         self.reporter.say(f"{name}, seed {seed}")
         with Meter(job.device) as meter:
             record = round_blocks(job, formats, tokens, memory, self.reporter, name, schedule)
+            distillation = self._distill(job, memory, tokens, name, dict(overrides.get("distill_schedule") or {}))
         return {
             "name": name,
             "seed": seed,
@@ -180,7 +203,17 @@ class Bench:
             **meter.record,
             **_quality(self._evaluate(job, memory, name)),
             "refinement": record.refinement,
+            "distillation": distillation,
         }
+
+    def _distill(self, job: Job, memory: Memory, tokens: Tensor, name: str, rates: dict[str, Any]) -> dict[str, Any]:
+        base: dict[str, Any] = {"steps": job.config.distill_steps, "seed": job.config.seed}
+        schedule = DistillSchedule(**base | rates)
+        if not schedule.steps:
+            return {}
+        found = distill_model(job, memory.layers, memory.changed, tokens, self.reporter, name, schedule)
+        memory.distilled(found)
+        return found.record
 
     def _formats(self, job: Job, overrides: Mapping[str, Any]) -> dict[str, QuantFormat]:
         if job.config.plan is not None:
@@ -196,7 +229,7 @@ class Bench:
         return self._calibration[key]
 
     def _evaluate(self, job: Job, memory: Memory, name: str) -> Evaluation:
-        stream = job.stream(Overlay(TensorReader(job.index), memory.weights))
+        stream = job.stream(Overlay(TensorReader(job.index), memory.weights()))
         with torch.no_grad():
             hidden = stream.final_hidden(self.rows.tokens, job.rows_per_slice, self._progress(f"evaluating {name}"))
             return evaluate_hidden(self.stream, stream, self.rows.tokens, self.original, hidden)
@@ -226,11 +259,13 @@ def read_configurations(path: Path) -> dict[str, dict[str, Any]]:
     if not isinstance(found, dict) or not all(isinstance(keys, dict) for keys in found.values()) or not found:
         raise UsageError(f"{path} does not map names to keys; expected lines such as 'refined: {{refine_steps: 200}}'")
     known = set(RunConfig.model_fields) - {"model", "eval_data", "eval_samples", "seed", "device", "output"}
-    rates = {f.name for f in fields(Schedule)} - {"seed"}
     for name, keys in found.items():
-        unknown = sorted(set(keys) - known - {"schedule"}) + sorted(set(keys.get("schedule") or {}) - rates)
+        unknown = sorted(set(keys) - known - set(_OTHERS))
+        for key, kind in _SCHEDULES.items():
+            unknown += sorted(set(keys.get(key) or {}) - {f.name for f in fields(kind) if f.name != "seed"})
         if unknown:
-            raise UsageError(f"{path}: {name} sets {unknown[0]}; expected keys of a run that may differ, or schedule")
+            others = " or ".join(_SCHEDULES)
+            raise UsageError(f"{path}: {name} sets {unknown[0]}; expected keys of a run that may differ, or {others}")
     return {str(name): keys for name, keys in found.items()}
 
 

@@ -308,6 +308,15 @@ RefineSteps = Annotated[
         panel=METHOD,
     ),
 ]
+DistillSteps = Annotated[
+    Optional[int],
+    _option(
+        "--distill-steps",
+        help="Learn scales and norm gains of the whole rounded model in so many steps, on its divergence from the "
+        "original [default: 0].",
+        panel=METHOD,
+    ),
+]
 ScaleSign = Annotated[
     Optional[str], _option("--scale-sign", help="both or positive [default: by profile].", panel=METHOD)
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hawqtool.allocation.uniform import best_uniform
+from hawqtool.config import RunConfig
 from hawqtool.errors import UsageError
 from hawqtool.formats import QuantFormat
 from hawqtool.pipeline.costs import second_cost
@@ -59,9 +60,14 @@ def describe(job: Job) -> dict[str, Any]:
         "best_uniform": uniform.label if uniform else None,
         "device": str(job.device),
         "calibration": f"{job.num_samples} {'images' if job.takes_images else f'rows of {job.seq_len} tokens'}",
-        "rounding": config.rounding + (f" and {config.refine_steps} refinement steps" if config.refine_steps else ""),
+        "rounding": ", ".join([config.rounding, *_learning(config)]),
         "seed": config.seed,
     }
+
+
+def _learning(config: RunConfig) -> list[str]:
+    kinds = ("refinement", config.refine_steps), ("distillation", config.distill_steps)
+    return [f"{steps} {kind} steps" for kind, steps in kinds if steps]
 
 
 def _check_feasible(job: Job, menu: dict[str, tuple[QuantFormat, ...]], budget: int, weights: int, fixed: int) -> None:

@@ -36,7 +36,10 @@ def split_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
         UsageError: If there are fewer than two.
     """
     if len(rows) < 2:
-        raise UsageError("--refine-steps holds calibration rows out and needs at least 2, found 1; raise --num-samples")
+        raise UsageError(
+            "--refine-steps and --distill-steps hold calibration rows out and need at least 2, found 1; "
+            "raise --num-samples"
+        )
     held = torch.arange(len(rows)) % HELD_OUT_EVERY == min(HELD_OUT_EVERY, len(rows)) - 1
     return rows[~held], rows[held]
 
@@ -51,9 +54,7 @@ class RefinedBlock:
     @property
     def record(self) -> dict[str, Any]:
         """What the report says of it."""
-        found = self.result
-        values = {"error_before": found.before, "error_after": found.after}
-        return values | {"best_step": found.best_step, "steps": found.steps, "seconds": found.seconds}
+        return self.result.course.record | {"seconds": self.result.seconds}
 
 
 class BlockRefiner:
@@ -110,8 +111,8 @@ class BlockRefiner:
             starts: Its rounded layers.
             progress: Called with the number of steps done.
         """
-        gains = _gains(self.job, block, spec)
-        forward = _Forward(block, spec, self.calls, {s.name: linear for linear, s in starts})
+        gains = norm_gains(self.job, block, spec)
+        forward = BlockForward(block, spec, self.calls, {s.name: linear for linear, s in starts})
         targets = self.original.hidden
         result = refine(
             [start for _, start in starts],
@@ -130,7 +131,7 @@ class BlockRefiner:
     def put_gains(self, block: nn.Module, spec: BlockSpec, reader: TensorReader) -> None:
         """Put gains in place that were learned before, from where they were written."""
         with torch.no_grad():
-            for name, (stored, _) in _gains(self.job, block, spec).items():
+            for name, (stored, _) in norm_gains(self.job, block, spec).items():
                 block.get_parameter(name).copy_(reader.tensor(stored))
 
     def advance(self, block: nn.Module, spec: BlockSpec) -> None:
@@ -143,7 +144,7 @@ class BlockRefiner:
 
 
 @dataclass(frozen=True)
-class _Forward:
+class BlockForward:
     """Runs a block with other weights; names are those of linears, or of the block's own parameters."""
 
     block: nn.Module
@@ -152,6 +153,7 @@ class _Forward:
     linears: Mapping[str, LinearSpec]
 
     def __call__(self, weights: Mapping[str, Tensor], hidden: Tensor, batch: int) -> Tensor:
+        """Output for the hidden states of a batch, whose number says which other arguments the call has."""
         values = {}
         for name, weight in weights.items():
             linear = self.linears.get(name)
@@ -164,7 +166,7 @@ class _Forward:
         return output[0] if isinstance(output, tuple) else output
 
 
-def _gains(job: Job, block: nn.Module, spec: BlockSpec) -> dict[str, tuple[str, torch.dtype]]:
+def norm_gains(job: Job, block: nn.Module, spec: BlockSpec) -> dict[str, tuple[str, torch.dtype]]:
     """Norm gains by name inside the block: name and dtype of the stored tensor."""
     found = {}
     for path, module in block.named_modules():

@@ -70,6 +70,7 @@ def build_report(
         ),
         "layers": rounding["layers"],
         "refinement": rounding["refinement"],
+        "distillation": rounding["distillation"],
         "fallbacks": sum(metrics["fallback"] is not None for metrics in rounding["layers"].values()),
         "experts": routed_tokens(rounding["layers"]),
         "rows": {

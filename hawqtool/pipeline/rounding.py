@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from hawqtool.errors import disk_errors
 from hawqtool.export.background import BackgroundWriter
 from hawqtool.export.compressed_tensors import quantization_config
+from hawqtool.export.layout import Layout
 from hawqtool.export.writer import CheckpointWriter, intact, unfinished_reader, write_config
 from hawqtool.model.reader import TensorReader
 from hawqtool.model.saving import NOTHING_SAVED, Saved
 from hawqtool.model.units import is_expert
 from hawqtool.pipeline.artifacts import PART, plan_document, write_json
+from hawqtool.pipeline.distilling import distill_folder
 from hawqtool.pipeline.job import Job
 from hawqtool.pipeline.progress import Reporter
 from hawqtool.pipeline.walking import Findings, Finished, round_blocks
@@ -23,6 +27,8 @@ from hawqtool.records import BitPlan, BlockSpec, Rows
 
 ROUNDING = "rounding"
 """Key under which the result of a rounding is saved."""
+
+_DISTILL = "distill"
 
 
 def round_to_folder(
@@ -50,11 +56,43 @@ def round_to_folder(
         saved: Keeps what is known of finished blocks, and at the end the result.
 
     Returns:
-        ``layers`` (metrics by layer), ``refinement`` (what it changed by block), ``seconds`` and ``total_bytes``.
+        ``layers`` (metrics by layer), ``refinement`` (what it changed by block), ``distillation`` (what it changed in
+        all), ``seconds`` and ``total_bytes``.
     """
     start = time.perf_counter()
     part = folder.with_name(f"{folder.name}{PART}")
     layout, blocks = job.layout(plan.formats), saved.part("block")
+    writer, found, earlier = _write_blocks(job, plan, layout, part, rows.tokens, reporter, label, blocks)
+    distillation: dict[str, Any] = {}
+    if job.config.distill_steps:
+        keep_learned = saved.part(_DISTILL)
+        writer, learned = distill_folder(job, plan, layout, writer, rows.tokens, reporter, label, keep_learned)
+        distillation = learned.record
+        _update(found, learned.weight_errors)
+    with disk_errors(part):
+        _write_records(job, plan, part, writer, found.layers, layout.total_bytes)
+    seconds = earlier + time.perf_counter() - start
+    result = vars(found) | {"distillation": distillation, "seconds": seconds, "total_bytes": layout.total_bytes}
+    saved.save(ROUNDING, result)
+    saved.part(_DISTILL).drop()
+    with disk_errors(folder):
+        part.rename(folder)
+    blocks.drop()
+    return result
+
+
+def _write_blocks(
+    job: Job,
+    plan: BitPlan,
+    layout: Layout,
+    part: Path,
+    rows: Tensor,
+    reporter: Reporter,
+    label: str,
+    blocks: Saved,
+) -> tuple[CheckpointWriter, Findings, float]:
+    """Round the blocks that are not finished, and write; the closed writer, and seconds of interrupted attempts."""
+    start = time.perf_counter()
     reader = unfinished_reader(layout, part)
     done = [] if reader is None else _intact_blocks(job, reader, blocks)
     if not done:
@@ -75,16 +113,13 @@ def round_to_folder(
             blocks.save(str(spec.index), vars(found) | {"checksums": checksums, "seconds": seconds})
 
         finished = _finished(reader, done, blocks)
-        found = round_blocks(job, plan.formats, rows.tokens, sink, reporter, label, finished=finished, keep=keep)
-    seconds = earlier + time.perf_counter() - start
-    with disk_errors(part):
-        _write_records(job, plan, part, writer.checksums, sorted(writer.changed), found.layers, layout.total_bytes)
-    result = vars(found) | {"seconds": seconds, "total_bytes": layout.total_bytes}
-    saved.save(ROUNDING, result)
-    with disk_errors(folder):
-        part.rename(folder)
-    blocks.drop()
-    return result
+        found = round_blocks(job, plan.formats, rows, sink, reporter, label, finished=finished, keep=keep)
+    return writer, found, earlier
+
+
+def _update(found: Findings, weight_errors: Mapping[str, float]) -> None:
+    for name, error in weight_errors.items():
+        found.layers[name]["weight_error"] = error
 
 
 def _make_anew(folder: Path) -> None:
@@ -114,8 +149,7 @@ def _write_records(
     job: Job,
     plan: BitPlan,
     folder: Path,
-    checksums: dict[str, str],
-    changed: Sequence[str],
+    writer: CheckpointWriter,
     metrics: dict[str, Any],
     total_bytes: int,
 ) -> None:
@@ -129,5 +163,5 @@ def _write_records(
     reproduce.mkdir(exist_ok=True)
     write_json(reproduce / "plan.json", plan_document(plan, job.units, others) | written)
     errors = {name: values["weight_error"] for name, values in metrics.items()}
-    record = {"tensors": checksums, "weight_error": errors, "changed": list(changed)}
+    record = {"tensors": writer.checksums, "weight_error": errors, "changed": sorted(writer.changed)}
     write_json(reproduce / "checksums.json", record)

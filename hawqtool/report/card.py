@@ -117,6 +117,8 @@ def _method(report: dict[str, Any]) -> str:
         lines.append(f"routing: {routing}")
     if report.get("refinement"):
         lines.append(_refinement(report))
+    if report.get("distillation"):
+        lines.append(_distillation(report))
     return "## Method\n\n" + "\n".join(f"- {line}" for line in lines)
 
 
@@ -126,6 +128,14 @@ def _refinement(report: dict[str, Any]) -> str:
     return (
         f"refinement: at most {report['config']['refine_steps']} steps per block on rounding, scales and norm gains; "
         f"the mean relative error of the blocks' outputs on held-out rows fell from {before:.4g} to {after:.4g}"
+    )
+
+
+def _distillation(report: dict[str, Any]) -> str:
+    found = report["distillation"]
+    return (
+        f"distillation: {found['steps']} steps on the scales and norm gains of the whole model; its divergence from "
+        f"the original on held-out calibration rows fell from {found['error_before']:.4g} to {found['error_after']:.4g}"
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,18 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hawqtool.errors import NumericalError
 from hawqtool.rounding.fake import FlatLayers, Start, flatten_layers
 from hawqtool.rounding.grid import Quantized
+from hawqtool.rounding.learning import Course, Gain, batch_order, learn
 
 Forward = Callable[[Mapping[str, Tensor], Tensor, int], Tensor]
 """Output ``[rows, positions, width]`` of the block with weights and gains by name, from the input of a batch."""
-
-CHECKS = 10
-"""How often the held-out error is looked at."""
-
-PATIENCE = 6
-"""Checks in a row without a better held-out error that end the refinement."""
 
 
 @dataclass(frozen=True)
@@ -60,19 +53,13 @@ class Refined:
     Args:
         layers: Codes, scales and zero points by layer.
         gains: Norm gains by name, in their stored dtype.
-        before: Relative held-out error at the start.
-        after: The same at the end; never more.
-        best_step: Step that is kept; 0 is the start.
-        steps: Steps that were done.
+        course: How it went; errors are relative (see `output_error`).
         seconds: Time that it took.
     """
 
     layers: dict[str, Quantized]
     gains: dict[str, Tensor]
-    before: float
-    after: float
-    best_step: int
-    steps: int
+    course: Course
     seconds: float
 
 
@@ -87,27 +74,6 @@ def output_error(output: Tensor, target: Tensor) -> Tensor:
     return (error / goal.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)).mean()
 
 
-class _Gain:
-    """A norm gain: start plus its root mean square times what is learned."""
-
-    def __init__(self, start: Tensor, stored_dtype: torch.dtype) -> None:
-        self.start, self.stored_dtype = start.float(), stored_dtype
-        self.size = self.start.square().mean().sqrt().clamp_min(1e-2)
-        self.change = torch.zeros_like(self.start)
-        self.leaf = self.start
-
-    def stored(self) -> Tensor:
-        return (self.start + self.size * self.change).to(self.stored_dtype)
-
-    def weight(self, dtype: torch.dtype, differentiable: bool) -> Tensor:
-        self.leaf = self.stored().to(dtype).requires_grad_(differentiable)
-        return self.leaf
-
-    def collect(self) -> None:
-        if self.leaf.grad is not None:
-            self.change.grad = self.leaf.grad.float() * self.size
-
-
 class _State:
     """Everything that is learned of one block."""
 
@@ -115,7 +81,7 @@ class _State:
         self, starts: Sequence[Start], gains: Mapping[str, tuple[Tensor, torch.dtype]], reach: float, dtype: torch.dtype
     ) -> None:
         self.flats: list[FlatLayers] = flatten_layers(starts, reach)
-        self.gains = {name: _Gain(*found) for name, found in gains.items()}
+        self.gains = {name: Gain(*found) for name, found in gains.items()}
         self.dtype = dtype
 
     @property
@@ -176,40 +142,20 @@ def refine(
     """
     start = time.perf_counter()
     state = _State(starts, gains, schedule.reach, fitting.inputs[0].dtype)
-    before = best = _error(state, forward, held_out, len(fitting.inputs))
-    if not math.isfinite(before):
-        raise NumericalError(
-            f"{starts[0].name}: the rounded block gives outputs that are NaN or Inf; check its weights"
-        )
-    kept, best_step, step, idle = [t.clone() for t in state.learned], 0, 0, 0
     optimizer = state.optimizer(schedule)
-    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 1 - done / max(schedule.steps, 1))
-    interval = max(1, -(-schedule.steps // CHECKS))
-    order = _batch_order(len(fitting.inputs), schedule)
-    while step < schedule.steps and idle < PATIENCE:
-        _learn(state, forward, fitting, order[step], optimizer)
-        decay.step()
-        step += 1
-        if step % interval == 0 or step == schedule.steps:
-            error = _error(state, forward, held_out, len(fitting.inputs))
-            idle += 1
-            if error < best:
-                best, best_step, idle = error, step, 0
-                kept = [t.clone() for t in state.learned]
-            progress(step)
+    course = learn(
+        f"{starts[0].name}: the rounded block",
+        state.learned,
+        optimizer,
+        batch_order(len(fitting.inputs), schedule.steps, schedule.seed),
+        lambda batch: _learn(state, forward, fitting, batch, optimizer),
+        lambda: _error(state, forward, held_out, len(fitting.inputs)),
+        progress,
+    )
     with torch.no_grad():
-        for tensor, value in zip(state.learned, kept, strict=True):
-            tensor.copy_(value)
         layers = {name: found for flat in state.flats for name, found in flat.rounded().items()}
         final = {name: gain.stored() for name, gain in state.gains.items()}
-    return Refined(layers, final, before, best, best_step, step, time.perf_counter() - start)
-
-
-def _batch_order(count: int, schedule: Schedule) -> list[int]:
-    """Batch of every step: all of them, shuffled, before any comes again."""
-    generator = torch.Generator().manual_seed(schedule.seed)
-    epochs = -(-schedule.steps // count)
-    return [int(b) for _ in range(epochs) for b in torch.randperm(count, generator=generator)]
+    return Refined(layers, final, course, time.perf_counter() - start)
 
 
 def _learn(state: _State, forward: Forward, fitting: Batches, batch: int, optimizer: torch.optim.Optimizer) -> None:

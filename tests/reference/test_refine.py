@@ -58,7 +58,7 @@ def run(schedule: Schedule) -> Refined:
 
 
 def heldout_error(layers: Mapping[str, Quantized], gain: Tensor) -> float:
-    """What `Refined.after` says, from the results alone, in float64."""
+    """What `Refined.course.after` says, from the results alone, in float64."""
     weights = {name: dequantize(*found).double() for name, found in layers.items()} | {"norm": gain.double()}
     held = batches(2, 200)
     shares = []
@@ -151,9 +151,9 @@ def _wide(rounded: Quantized) -> Quantized:
 def test_the_kept_result_is_never_worse_and_is_what_was_measured() -> None:
     first = heldout_error({s.name: s.rounded for s in STARTS}, GAIN)
     found = run(Schedule(40))
-    assert found.before == pytest.approx(first, rel=1e-4)
-    assert found.after == pytest.approx(heldout_error(found.layers, found.gains["norm"]), rel=1e-4)
-    assert found.after < 0.8 * found.before
+    assert found.course.before == pytest.approx(first, rel=1e-4)
+    assert found.course.after == pytest.approx(heldout_error(found.layers, found.gains["norm"]), rel=1e-4)
+    assert found.course.after < 0.8 * found.course.before
     for s in STARTS:
         layer = found.layers[s.name]
         assert (layer.codes != s.rounded.codes).any()
@@ -166,7 +166,7 @@ def test_the_kept_result_is_never_worse_and_is_what_was_measured() -> None:
 @pytest.mark.parametrize("schedule", [Schedule(0), Schedule(10, latent_rate=30, scale_rate=3, gain_rate=50)])
 def test_the_start_is_kept_exactly_where_nothing_is_better(schedule: Schedule) -> None:
     found = run(schedule)
-    assert (found.best_step, found.after) == (0, found.before)
+    assert (found.course.best_step, found.course.after) == (0, found.course.before)
     for s in STARTS:
         assert torch.equal(found.layers[s.name].codes, s.rounded.codes)
         assert torch.equal(found.layers[s.name].scales, s.rounded.scales)
@@ -175,7 +175,7 @@ def test_the_start_is_kept_exactly_where_nothing_is_better(schedule: Schedule) -
 
 def test_a_seed_gives_one_result_and_another_seed_another() -> None:
     first, again, other = (run(Schedule(12, seed=seed)) for seed in (0, 0, 1))
-    assert first.after == again.after != other.after
+    assert first.course.after == again.course.after != other.course.after
     for name, layer in first.layers.items():
         assert torch.equal(layer.codes, again.layers[name].codes)
         assert torch.equal(layer.scales, again.layers[name].scales)

@@ -1,0 +1,245 @@
+"""Distil the original model into the scales and norm gains of a rounded one, block outputs last."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hawqtool.evaluation.divergence import embedding_error, kl_divergence
+from hawqtool.export.layout import Layout
+from hawqtool.export.packed import SCALE, packed_parts, relative_weight_error, unpack_parts
+from hawqtool.export.writer import CheckpointWriter, unfinished_reader
+from hawqtool.formats import QuantFormat
+from hawqtool.model.replay import Call
+from hawqtool.model.saving import NOTHING_SAVED, Saved
+from hawqtool.model.sweep import ModelStream, read_weight, replace_weight
+from hawqtool.pipeline.job import Job
+from hawqtool.pipeline.progress import Reporter
+from hawqtool.pipeline.refining import BATCH_ROWS, BlockForward, norm_gains, split_rows
+from hawqtool.records import BitPlan, BlockSpec
+from hawqtool.rounding.distill import DistillSchedule, Piece, distill
+from hawqtool.rounding.grid import Quantized, dequantize
+
+_LEARNED = "distilled"
+
+
+@dataclass(frozen=True)
+class DistilledModel:
+    """What distillation changed.
+
+    Args:
+        scales: ``[out, groups]`` by layer, all of them.
+        gains: Norm gains by the name of their tensor, all of them.
+        weight_errors: Relative squared error of the weights by layer, as it is now.
+        record: What the report says of it.
+    """
+
+    scales: dict[str, Tensor]
+    gains: dict[str, Tensor]
+    weight_errors: dict[str, float]
+    record: dict[str, Any]
+
+
+def distill_folder(
+    job: Job,
+    plan: BitPlan,
+    layout: Layout,
+    writer: CheckpointWriter,
+    rows: Tensor,
+    reporter: Reporter,
+    label: str,
+    saved: Saved = NOTHING_SAVED,
+) -> tuple[CheckpointWriter, DistilledModel]:
+    """Distil into a checkpoint that is written already: its scales and norm gains are replaced in place.
+
+    Args:
+        job: The original model.
+        plan: Formats by unit.
+        layout: Of the checkpoint.
+        writer: Wrote it.
+        rows: Rounding rows.
+        reporter: Progress.
+        label: Name of the plan in the progress.
+        saved: Keeps what was learned until it is written.
+
+    Returns:
+        The closed writer that knows the checkpoint as it is now, and what changed.
+    """
+    known = saved.load(_LEARNED)
+    if known is None:
+        learned = distill_model(job, *_written(job, plan.formats, layout, writer), rows, reporter, label)
+        saved.save(_LEARNED, vars(learned))
+    else:
+        learned = DistilledModel(**known)
+    scales = {f"{name}{SCALE}": tensor for name, tensor in learned.scales.items()}
+    kept = {n: d for n, d in writer.checksums.items() if n not in scales and n not in learned.gains}
+    second = CheckpointWriter(job.index, layout, writer.folder, kept)
+    second.changed = set(writer.changed)
+    with second:
+        for name, tensor in scales.items():
+            second.write(name, tensor)
+        for name, tensor in learned.gains.items():
+            second.write_changed(name, tensor)
+    return second, learned
+
+
+def _written(
+    job: Job, formats: Mapping[str, QuantFormat], layout: Layout, writer: CheckpointWriter
+) -> tuple[dict[str, Quantized], dict[str, Tensor]]:
+    """Layers, and tensors that took the place of others, from the files."""
+    reader = unfinished_reader(layout, writer.folder)
+    assert reader is not None  # they were written just now
+    linears = {linear.name: linear for unit in job.units for linear in unit.members}
+    rounded = {}
+    for name, quant_format in job.layer_formats(dict(formats)).items():
+        shape = linears[name].out_features, linears[name].in_features
+        parts = {suffix: part.to(job.device) for suffix, part in packed_parts(reader, name).items()}
+        rounded[name] = Quantized(*unpack_parts(parts, quant_format, shape))
+    return rounded, {name: reader.tensor(name) for name in sorted(writer.changed)}
+
+
+def distill_model(
+    job: Job,
+    rounded: Mapping[str, Quantized],
+    changed: Mapping[str, Tensor],
+    rows: Tensor,
+    reporter: Reporter,
+    label: str,
+    schedule: DistillSchedule | None = None,
+) -> DistilledModel:
+    """Learn scales and norm gains of all blocks; the whole model, and one block's gradients, are on the device.
+
+    The rows that refinement holds out are held out here too. A rounded output head takes part with its scales fixed.
+
+    Args:
+        job: The original model.
+        rounded: Codes, scales and zero points by layer.
+        changed: Norm gains that are not the original's any more, by the name of their tensor.
+        rows: Rounding rows.
+        reporter: Progress.
+        label: Name of the plan in the progress.
+        schedule: Steps and rates (default: steps and seed of the configuration).
+
+    Raises:
+        UsageError: If there is one row only.
+        NumericalError: If the rounded model's outputs are not finite.
+    """
+    schedule = schedule or DistillSchedule(job.config.distill_steps, job.config.seed)
+    size = BATCH_ROWS[job.device.type]
+    sets = [some.split(size) for some in split_rows(rows)]
+    parts, fitting = [part for some in sets for part in some], len(sets[0])
+    original, stream = job.stream(), job.stream()
+    embedded = [stream.embed(part, size) for part in parts]
+    calls = [found.calls[0] for found in embedded]
+    goals = [original.final_hidden(part, size, lambda _: None) for part in parts]
+    _replace_head(job, stream, rounded)
+    with ExitStack() as resident:
+        blocks = [resident.enter_context(stream.block(spec.index)) for spec in job.structure.blocks]
+        names = [norm_gains(job, block, spec) for block, spec in zip(blocks, job.structure.blocks, strict=True)]
+        pieces = [
+            _piece(block, spec, rounded, found, changed, calls)
+            for block, spec, found in zip(blocks, job.structure.blocks, names, strict=True)
+        ]
+        found = distill(
+            pieces,
+            [states.hidden[0] for states in embedded],
+            fitting,
+            OutputJudge(original, stream, parts, goals),
+            schedule,
+            lambda done: reporter.progress(f"distilling {label}", done, schedule.steps),
+        )
+        errors = _weight_errors(job, blocks, rounded, found.scales)
+    gains = {
+        tensors[name][0]: gain
+        for tensors, learned in zip(names, found.gains, strict=True)
+        for name, gain in learned.items()
+    }
+    return DistilledModel(found.scales, gains, errors, found.course.record | {"seconds": found.seconds})
+
+
+def _weight_errors(
+    job: Job, blocks: Sequence[nn.Module], rounded: Mapping[str, Quantized], scales: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """Of every layer with its new scales, against the block's own weights, which are the original's."""
+    found = {}
+    for block, spec in zip(blocks, job.structure.blocks, strict=True):
+        for linear in (linear for linear in spec.linears if linear.name in scales):
+            layer = _on(job.device, rounded[linear.name])
+            restored = dequantize(layer.codes, scales[linear.name], layer.zeros)
+            found[linear.name] = relative_weight_error(read_weight(block, spec, linear), restored)
+    return found
+
+
+def _piece(
+    block: nn.Module,
+    spec: BlockSpec,
+    rounded: Mapping[str, Quantized],
+    names: Mapping[str, tuple[str, torch.dtype]],
+    changed: Mapping[str, Tensor],
+    calls: Sequence[Sequence[Call]],
+) -> Piece:
+    linears = {linear.name: linear for linear in spec.linears if linear.name in rounded}
+    device = next(block.parameters()).device
+    layers = {name: _on(device, rounded[name]) for name in linears}
+    gains = {
+        name: (changed.get(tensor, block.get_parameter(name).detach()).to(device), dtype)
+        for name, (tensor, dtype) in names.items()
+    }
+    return Piece(layers, gains, BlockForward(block, spec, calls, linears))
+
+
+def _replace_head(job: Job, stream: ModelStream, rounded: Mapping[str, Quantized]) -> None:
+    head = job.structure.head
+    for linear in head.linears if head else ():
+        if head and linear.name in rounded:
+            replace_weight(stream.model, head, linear, dequantize(*_on(job.device, rounded[linear.name])))
+
+
+def _on(device: torch.device, layer: Quantized) -> Quantized:
+    zeros = None if layer.zeros is None else layer.zeros.to(device)
+    return Quantized(layer.codes.to(device), layer.scales.to(device), zeros)
+
+
+@dataclass(frozen=True)
+class OutputJudge:
+    """Compares models by their outputs, one row at a time, because logits are large.
+
+    Args:
+        original: The original model.
+        stream: The rounded one, of which the part behind the blocks is used.
+        rows: Rows by batch.
+        goals: The original's last hidden states by batch.
+    """
+
+    original: ModelStream
+    stream: ModelStream
+    rows: Sequence[Tensor]
+    goals: Sequence[Tensor]
+
+    def divergence(self, hidden: Tensor, batch: int) -> float:
+        """Sum over the rows of their divergence."""
+        with torch.no_grad():
+            return sum(float(self._compare(batch, n, state)) for n, state in enumerate(hidden))
+
+    def gradient(self, hidden: Tensor, batch: int) -> Tensor:
+        """Gradient of the mean over the rows at ``hidden``."""
+        found = []
+        for number, state in enumerate(hidden):
+            leaf = state.detach().requires_grad_()
+            with torch.enable_grad():
+                found.append(torch.autograd.grad(self._compare(batch, number, leaf), leaf)[0])
+        return torch.stack(found) / len(hidden)
+
+    def _compare(self, batch: int, number: int, state: Tensor) -> Tensor:
+        row = self.rows[batch][number : number + 1]
+        with torch.no_grad():
+            expected = self.original.outputs(row, self.goals[batch][number : number + 1])[0].float()
+        outputs = self.stream.outputs(row, state[None])[0].float()
+        if not self.stream.task.logits:
+            return embedding_error(expected, outputs)
+        return kl_divergence(expected.log_softmax(-1), outputs.log_softmax(-1))

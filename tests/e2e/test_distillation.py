@@ -1,0 +1,85 @@
+"""Distilled runs: the folder has the divergence that was measured, and nothing but scales and norm gains changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hawqtool.export.packed import PACKED
+from hawqtool.export.verify import verify_folder
+from hawqtool.pipeline.distilling import OutputJudge
+from hawqtool.pipeline.evaluating import Evaluator
+from hawqtool.pipeline.progress import Silent
+from hawqtool.pipeline.refining import split_rows
+from hawqtool.pipeline.rounding import round_to_folder
+from hawqtool.records import Rows
+from tests.e2e.runs import Run, read
+from tests.e2e.test_refinement import job_of, plan_of
+from tests.tiny_zoo import calibration_inputs, kind_named, save_kind
+
+KINDS = ("qwen3", "gpt2", "mixtral", "bert")
+STEPS = 20
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_folder_has_the_divergence_that_was_reported(name: str, tmp_path: Path) -> None:
+    kind = kind_named(name)
+    job = job_of(save_kind(kind, tmp_path / "source"), refine_steps=0, distill_steps=STEPS)
+    rows = torch.cat([calibration_inputs(kind, seed) for seed in range(4, 10)])
+    found = round_to_folder(job, plan_of(job, 3), Rows(rows, "test", "-"), tmp_path / "out", Silent(), "test")
+    record = found["distillation"]
+    assert record["error_after"] < record["error_before"] and record["best_step"] > 0
+    evaluator = Evaluator(job, {"held": Rows(split_rows(rows)[1], "test", "-")}, Silent())
+    with torch.no_grad():
+        measured = evaluator.evaluate(tmp_path / "out", "out")["held"].divergence
+    assert measured == pytest.approx(record["error_after"], rel=1e-3)
+    assert verify_folder(tmp_path / "out", tmp_path / "source").problems == ()
+    assert sum(f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors")) == found["total_bytes"]
+
+
+@pytest.mark.parametrize("more", [{}, {"symmetric": False}, {"refine_steps": 10}, {"quantize_lm_head": True}], ids=str)
+def test_codes_stay_and_only_scales_and_gains_change(place: Path, tmp_path: Path, more: dict[str, Any]) -> None:
+    rows = Rows(torch.randint(3, 128, (8, 32), generator=torch.Generator().manual_seed(1)), "test", "-")
+    files, found = [], {}
+    for steps in (0, STEPS):
+        job = job_of(place / "model", **{"refine_steps": 0, "distill_steps": steps} | more)
+        folder = tmp_path / str(steps)
+        found = round_to_folder(job, plan_of(job, 3), rows, folder, Silent(), "test")
+        files.append(load_file(folder / "model.safetensors"))
+    plain, distilled = files
+    changed = {name for name, tensor in plain.items() if not torch.equal(tensor, distilled[name])}
+    assert plain.keys() == distilled.keys()
+    assert changed and all(name.endswith(("weight_scale", "norm.weight")) for name in changed)
+    gains = {name for name in changed if name.endswith("norm.weight")}
+    assert gains <= set(read(tmp_path / f"{STEPS}/reproduce/checksums.json")["changed"])
+    assert any(name.endswith(PACKED) for name in plain)
+    assert found["distillation"]["error_after"] < found["distillation"]["error_before"]
+    assert verify_folder(tmp_path / str(STEPS), place / "model").problems == ()
+
+
+def test_gradients_at_the_outputs_are_those_of_the_mean(place: Path) -> None:
+    job = job_of(place / "model")
+    rows = torch.randint(3, 128, (3, 16), generator=torch.Generator().manual_seed(1))
+    stream, other = job.stream(), job.stream()
+    goals = stream.final_hidden(rows, 3, lambda _: None)
+    judge = OutputJudge(stream, other, [rows], [goals])
+    assert judge.divergence(goals, 0) == pytest.approx(0, abs=1e-6)
+    hidden = goals + 0.3 * torch.randn(goals.shape, generator=torch.Generator().manual_seed(2))
+    gradient = judge.gradient(hidden, 0)
+    direction = torch.randn(goals.shape, generator=torch.Generator().manual_seed(3))
+    slope = (judge.divergence(hidden + 1e-2 * direction, 0) - judge.divergence(hidden - 1e-2 * direction, 0)) / 2e-2
+    assert float((gradient * direction).sum()) == pytest.approx(slope / 3, rel=1e-2)
+
+
+def test_a_whole_distilled_run(run: Run) -> None:
+    _, report = run(bits="3", target_bpw=4.0)
+    folder, distilled = run(bits="3", target_bpw=4.0, distill_steps=12)
+    assert distilled["sizes"] == report["sizes"]
+    assert report["distillation"] == {} and distilled["distillation"]["steps"] <= 12
+    assert "distillation: 12 steps" in (folder / "README.md").read_text()
+    again, _ = run(bits="3", target_bpw=4.0, distill_steps=12)
+    assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
