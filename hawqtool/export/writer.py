@@ -73,16 +73,16 @@ class CheckpointWriter:
         self.checksums: dict[str, str] = dict(kept or {})
         self._reader = TensorReader(index)
         self._layout = layout
-        self.folder = folder
+        self._folder = folder
         self._streams: dict[str, BinaryIO] = {}
         self._entries = {entry.name: (file.name, entry) for file in layout.files for entry in file.entries}
         self.changed = {name for name in self.checksums if self._entries[name][1].source is not None}
 
     def __enter__(self) -> Self:
         try:
-            with disk_errors(self.folder):
+            with disk_errors(self._folder):
                 for file in self._layout.files:
-                    stream = (self.folder / file.name).open("r+b" if self.checksums else "wb", buffering=0)
+                    stream = (self._folder / file.name).open("r+b" if self.checksums else "wb", buffering=0)
                     self._streams[file.name] = stream
                     if not self.checksums:
                         _reserve(stream, file.total_bytes)
@@ -155,12 +155,12 @@ class CheckpointWriter:
                 )
             # In the order of the layout, whichever was written first.
             self.checksums = {name: self.checksums[name] for name in self._entries}
-            with disk_errors(self.folder):
+            with disk_errors(self._folder):
                 for stream in self._streams.values():
                     os.fsync(stream.fileno())
                 index_json = self._layout.index_json()
                 if index_json is not None:
-                    _write_json(self.folder / INDEX_FILE, index_json)
+                    _write_json(self._folder / INDEX_FILE, index_json)
         finally:
             self._close_streams()
 
@@ -186,7 +186,7 @@ class CheckpointWriter:
             raise NumericalError(f"tensor {name} was written twice; expected once; report this with the command used")
         digest = hashlib.sha256()
         stream = self._streams[self._entries[name][0]]
-        with disk_errors(self.folder):
+        with disk_errors(self._folder):
             written = _write_all(stream, entry.offset, _hashed(pieces, digest.update))
         if written != entry.num_bytes:
             raise NumericalError(f"tensor {name} has {written} bytes; the layout has {entry.num_bytes}; run again")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from hawqtool.export.layout import Layout
 from hawqtool.export.packed import SCALE, packed_parts, relative_weight_error, unpack_parts
 from hawqtool.export.writer import CheckpointWriter, unfinished_reader
 from hawqtool.formats import QuantFormat
+from hawqtool.model.reader import TensorReader
 from hawqtool.model.replay import Call
 from hawqtool.model.saving import NOTHING_SAVED, Saved
 from hawqtool.model.sweep import ModelStream, read_weight, replace_weight
@@ -45,62 +47,85 @@ class DistilledModel:
     record: dict[str, Any]
 
 
+@dataclass
+class Written:
+    """What is known of a checkpoint that was written.
+
+    Args:
+        checksums: SHA-256 of the stored bytes of every tensor by name.
+        changed: Tensors that are not packed and not the original's either.
+        layers: Metrics by layer.
+        refinement: What refinement changed, by block.
+        seconds: Time that interrupted attempts took.
+    """
+
+    checksums: dict[str, str]
+    changed: list[str]
+    layers: dict[str, Any]
+    refinement: dict[str, Any]
+    seconds: float
+
+
+def learned_names(saved: Saved) -> set[str]:
+    """Tensors that distillation may have replaced, where it had learned everything when it was cut; else none."""
+    known = saved.load(_LEARNED)
+    return set() if known is None else {*(f"{name}{SCALE}" for name in known["scales"]), *known["gains"]}
+
+
 def distill_folder(
     job: Job,
     plan: BitPlan,
     layout: Layout,
-    writer: CheckpointWriter,
+    folder: Path,
+    written: Written,
     rows: Tensor,
     reporter: Reporter,
     label: str,
     saved: Saved = NOTHING_SAVED,
-) -> tuple[CheckpointWriter, DistilledModel]:
+) -> DistilledModel:
     """Distil into a checkpoint that is written already: its scales and norm gains are replaced in place.
 
     Args:
         job: The original model.
         plan: Formats by unit.
         layout: Of the checkpoint.
-        writer: Wrote it.
+        folder: Where it lies.
+        written: What is known of it; brought up to date.
         rows: Rounding rows.
         reporter: Progress.
         label: Name of the plan in the progress.
-        saved: Keeps what was learned until it is written.
-
-    Returns:
-        The closed writer that knows the checkpoint as it is now, and what changed.
+        saved: Keeps where the learning is, and its result until that is written.
     """
     known = saved.load(_LEARNED)
     if known is None:
-        learned = distill_model(job, *_written(job, plan.formats, layout, writer), rows, reporter, label)
+        reader = unfinished_reader(layout, folder)
+        assert reader is not None  # the caller has seen its files
+        rounded = _layers(job, plan.formats, reader)
+        changed = {name: reader.tensor(name) for name in written.changed}
+        learned = distill_model(job, rounded, changed, rows, reporter, label, saved=saved)
         saved.save(_LEARNED, vars(learned))
     else:
         learned = DistilledModel(**known)
     scales = {f"{name}{SCALE}": tensor for name, tensor in learned.scales.items()}
-    kept = {n: d for n, d in writer.checksums.items() if n not in scales and n not in learned.gains}
-    second = CheckpointWriter(job.index, layout, writer.folder, kept)
-    second.changed = set(writer.changed)
-    with second:
-        for name, tensor in scales.items():
-            second.write(name, tensor)
-        for name, tensor in learned.gains.items():
-            second.write_changed(name, tensor)
-    return second, learned
+    kept = {n: d for n, d in written.checksums.items() if n not in scales and n not in learned.gains}
+    with CheckpointWriter(job.index, layout, folder, kept) as writer:
+        for name, tensor in (scales | learned.gains).items():
+            writer.write(name, tensor)
+    written.checksums, written.changed = writer.checksums, sorted({*written.changed, *learned.gains})
+    for name, error in learned.weight_errors.items():
+        written.layers[name]["weight_error"] = error
+    return learned
 
 
-def _written(
-    job: Job, formats: Mapping[str, QuantFormat], layout: Layout, writer: CheckpointWriter
-) -> tuple[dict[str, Quantized], dict[str, Tensor]]:
-    """Layers, and tensors that took the place of others, from the files."""
-    reader = unfinished_reader(layout, writer.folder)
-    assert reader is not None  # they were written just now
+def _layers(job: Job, formats: Mapping[str, QuantFormat], reader: TensorReader) -> dict[str, Quantized]:
+    """All packed layers, from the files."""
     linears = {linear.name: linear for unit in job.units for linear in unit.members}
     rounded = {}
     for name, quant_format in job.layer_formats(dict(formats)).items():
         shape = linears[name].out_features, linears[name].in_features
         parts = {suffix: part.to(job.device) for suffix, part in packed_parts(reader, name).items()}
         rounded[name] = Quantized(*unpack_parts(parts, quant_format, shape))
-    return rounded, {name: reader.tensor(name) for name in sorted(writer.changed)}
+    return rounded
 
 
 def distill_model(
@@ -111,6 +136,7 @@ def distill_model(
     reporter: Reporter,
     label: str,
     schedule: DistillSchedule | None = None,
+    saved: Saved = NOTHING_SAVED,
 ) -> DistilledModel:
     """Learn scales and norm gains of all blocks; the whole model, and one block's gradients, are on the device.
 
@@ -124,6 +150,7 @@ def distill_model(
         reporter: Progress.
         label: Name of the plan in the progress.
         schedule: Steps and rates (default: steps and seed of the configuration).
+        saved: Keeps where the learning is.
 
     Raises:
         UsageError: If there is one row only.
@@ -152,6 +179,7 @@ def distill_model(
             OutputJudge(original, stream, parts, goals),
             schedule,
             lambda done: reporter.progress(f"distilling {label}", done, schedule.steps),
+            saved,
         )
         errors = _weight_errors(job, blocks, rounded, found.scales)
     gains = {

@@ -41,6 +41,7 @@ OTHERWISE_COVERED = frozenset(
 WITHOUT_EFFECT = frozenset(
     (
         *("output", "overwrite", "resume", "measurements", "solver", "shortlist", "exchanges", "max_memory"),
+        *("distill_steps",),
         *("target_bpw", "target_size", "target_kl", "plan", "costs", "max_cost"),
         *("max_kl", "max_ppl_increase", "min_same_top", "max_size", "max_fallbacks", "baseline", "max_regression"),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from hawqtool.model.reader import TensorReader
 from hawqtool.model.saving import NOTHING_SAVED, Saved
 from hawqtool.model.units import is_expert
 from hawqtool.pipeline.artifacts import PART, plan_document, write_json
-from hawqtool.pipeline.distilling import distill_folder
+from hawqtool.pipeline.distilling import Written, distill_folder, learned_names
 from hawqtool.pipeline.job import Job
 from hawqtool.pipeline.progress import Reporter
 from hawqtool.pipeline.walking import Findings, Finished, round_blocks
@@ -28,7 +28,7 @@ from hawqtool.records import BitPlan, BlockSpec, Rows
 ROUNDING = "rounding"
 """Key under which the result of a rounding is saved."""
 
-_DISTILL = "distill"
+_WRITTEN = "written"
 
 
 def round_to_folder(
@@ -61,24 +61,36 @@ def round_to_folder(
     """
     start = time.perf_counter()
     part = folder.with_name(f"{folder.name}{PART}")
-    layout, blocks = job.layout(plan.formats), saved.part("block")
-    writer, found, earlier = _write_blocks(job, plan, layout, part, rows.tokens, reporter, label, blocks)
-    distillation: dict[str, Any] = {}
+    layout, blocks, learning = job.layout(plan.formats), saved.part("block"), saved.part("distill")
+    written, distillation = _known(layout, part, learning), {}
+    if written is None:
+        written = _write_blocks(job, plan, layout, part, rows.tokens, reporter, label, blocks)
     if job.config.distill_steps:
-        keep_learned = saved.part(_DISTILL)
-        writer, learned = distill_folder(job, plan, layout, writer, rows.tokens, reporter, label, keep_learned)
+        learning.save(_WRITTEN, vars(written))
+        learned = distill_folder(job, plan, layout, part, written, rows.tokens, reporter, label, learning)
         distillation = learned.record
-        _update(found, learned.weight_errors)
     with disk_errors(part):
-        _write_records(job, plan, part, writer, found.layers, layout.total_bytes)
-    seconds = earlier + time.perf_counter() - start
-    result = vars(found) | {"distillation": distillation, "seconds": seconds, "total_bytes": layout.total_bytes}
+        _write_records(job, plan, part, written, layout.total_bytes)
+    seconds = written.seconds + time.perf_counter() - start
+    findings = {"layers": written.layers, "refinement": written.refinement, "distillation": distillation}
+    result = findings | {"seconds": seconds, "total_bytes": layout.total_bytes}
     saved.save(ROUNDING, result)
-    saved.part(_DISTILL).drop()
     with disk_errors(folder):
         part.rename(folder)
-    blocks.drop()
+    for finished in (blocks, learning):
+        finished.drop()
     return result
+
+
+def _known(layout: Layout, part: Path, learning: Saved) -> Written | None:
+    """The record of a checkpoint whose distillation was cut, if the files are still those."""
+    known, reader = learning.load(_WRITTEN), unfinished_reader(layout, part)
+    if known is None or reader is None:
+        return None
+    # Scales and gains may have been replaced already, and will be once more.
+    replaced = learned_names(learning)
+    fixed = {name: digest for name, digest in known["checksums"].items() if name not in replaced}
+    return Written(**known) if intact(reader, fixed) else None
 
 
 def _write_blocks(
@@ -90,8 +102,8 @@ def _write_blocks(
     reporter: Reporter,
     label: str,
     blocks: Saved,
-) -> tuple[CheckpointWriter, Findings, float]:
-    """Round the blocks that are not finished, and write; the closed writer, and seconds of interrupted attempts."""
+) -> Written:
+    """Round the blocks that are not finished, and write; the seconds are those of interrupted attempts."""
     start = time.perf_counter()
     reader = unfinished_reader(layout, part)
     done = [] if reader is None else _intact_blocks(job, reader, blocks)
@@ -114,12 +126,7 @@ def _write_blocks(
 
         finished = _finished(reader, done, blocks)
         found = round_blocks(job, plan.formats, rows, sink, reporter, label, finished=finished, keep=keep)
-    return writer, found, earlier
-
-
-def _update(found: Findings, weight_errors: Mapping[str, float]) -> None:
-    for name, error in weight_errors.items():
-        found.layers[name]["weight_error"] = error
+    return Written(writer.checksums, sorted(writer.changed), found.layers, found.refinement, earlier)
 
 
 def _make_anew(folder: Path) -> None:
@@ -149,8 +156,7 @@ def _write_records(
     job: Job,
     plan: BitPlan,
     folder: Path,
-    writer: CheckpointWriter,
-    metrics: dict[str, Any],
+    written: Written,
     total_bytes: int,
 ) -> None:
     others = job.unquantized_linears
@@ -158,10 +164,10 @@ def _write_records(
     aliases = {m.name: m.module for unit in job.units for m in unit.members if m.module and not is_expert(m.name)}
     config = quantization_config(job.layer_formats(plan.formats), units, others, aliases)
     write_config(job.index.folder, folder, config)
-    written = {"total_bytes": total_bytes, "transformers_obstacle": job.structure.obstacle}
+    sizes = {"total_bytes": total_bytes, "transformers_obstacle": job.structure.obstacle}
     reproduce = folder / "reproduce"
     reproduce.mkdir(exist_ok=True)
-    write_json(reproduce / "plan.json", plan_document(plan, job.units, others) | written)
-    errors = {name: values["weight_error"] for name, values in metrics.items()}
-    record = {"tensors": writer.checksums, "weight_error": errors, "changed": sorted(writer.changed)}
+    write_json(reproduce / "plan.json", plan_document(plan, job.units, others) | sizes)
+    errors = {name: values["weight_error"] for name, values in written.layers.items()}
+    record = {"tensors": written.checksums, "weight_error": errors, "changed": written.changed}
     write_json(reproduce / "checksums.json", record)

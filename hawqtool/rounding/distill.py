@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from hawqtool.model.saving import NOTHING_SAVED, Saved
 from hawqtool.rounding.fake import MAX_SCALE_CHANGE
 from hawqtool.rounding.grid import Quantized
 from hawqtool.rounding.learning import Course, Gain, batch_order, learn
@@ -174,6 +175,7 @@ def distill(
     judge: Judge,
     schedule: DistillSchedule,
     progress: Callable[[int], None] = lambda _: None,
+    saved: Saved = NOTHING_SAVED,
 ) -> Distilled:
     """Learn the scales and gains that bring the model's outputs closest to the original's on rows not learned from.
 
@@ -186,6 +188,7 @@ def distill(
         judge: Compares outputs.
         schedule: Steps and rates.
         progress: Called with the number of steps done.
+        saved: Keeps where the learning is; one of equal arguments that was cut is gone on with, equal to the bit.
 
     Returns:
         The start itself where nothing was better.
@@ -212,7 +215,7 @@ def distill(
                 change.clamp_(-MAX_SCALE_CHANGE, MAX_SCALE_CHANGE)
 
     order = batch_order(fitting, schedule.steps, schedule.seed)
-    course = learn("the rounded model", [*flats, *gains], optimizer, order, step, error, progress)
+    course = learn("the rounded model", [*flats, *gains], optimizer, order, step, error, progress, saved)
     with torch.no_grad():
         scales: dict[str, Tensor] = {}
         for flat in (flat for learner in learners for flat in learner.flats):

@@ -11,12 +11,16 @@ import torch
 from torch import Tensor
 
 from hawqtool.errors import NumericalError
+from hawqtool.model.saving import NOTHING_SAVED, Saved
 
 CHECKS = 10
 """How often the held-out error is looked at."""
 
 PATIENCE = 6
 """Checks in a row without a better held-out error that end the learning."""
+
+
+_STANDING = "standing"
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,17 @@ class Course:
         return errors | {"best_step": self.best_step, "steps": self.steps}
 
 
+@dataclass
+class _Standing:
+    """Where the learning is: steps done, checks without a better error, and what was best."""
+
+    before: float
+    best: float
+    best_step: int
+    done: int
+    idle: int
+
+
 def learn(
     what: str,
     learned: Sequence[Tensor],
@@ -50,6 +65,7 @@ def learn(
     step: Callable[[int], None],
     error: Callable[[], float],
     progress: Callable[[int], None],
+    saved: Saved = NOTHING_SAVED,
 ) -> Course:
     """Take steps at rates that fall linearly to zero, and end with the values of the least held-out error.
 
@@ -61,31 +77,57 @@ def learn(
         step: Takes a step on a batch.
         error: Held-out error of the present values.
         progress: Called with the number of steps done, when the error was looked at.
+        saved: Keeps where the learning is whenever the error was looked at; one that was cut is gone on with.
 
     Raises:
         NumericalError: If the error at the start is not finite.
     """
-    before = best = error()
-    if not math.isfinite(before):
-        raise NumericalError(f"{what} gives outputs that are NaN or Inf; check its weights")
-    kept, best_step, done, idle = [tensor.clone() for tensor in learned], 0, 0, 0
-    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda count: 1 - count / max(len(order), 1))
-    interval = max(1, -(-len(order) // CHECKS))
-    while done < len(order) and idle < PATIENCE:
-        step(order[done])
-        decay.step()
-        done += 1
-        if done % interval == 0 or done == len(order):
+    rates, steps = [group["lr"] for group in optimizer.param_groups], len(order)
+    known = saved.load(_STANDING)
+    if known is None:
+        start = error()
+        if not math.isfinite(start):
+            raise NumericalError(f"{what} gives outputs that are NaN or Inf; check its weights")
+        at, kept = _Standing(start, start, 0, 0, 0), [tensor.clone() for tensor in learned]
+    else:
+        at, kept = _restored(known, learned, optimizer)
+    interval = max(1, -(-steps // CHECKS))
+    while at.done < steps and at.idle < PATIENCE:
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * (1 - at.done / steps)
+        step(order[at.done])
+        at.done += 1
+        if at.done % interval == 0 or at.done == steps:
             found = error()
-            idle += 1
-            if found < best:
-                best, best_step, idle = found, done, 0
+            at.idle += 1
+            if found < at.best:
+                at.best, at.best_step, at.idle = found, at.done, 0
                 kept = [tensor.clone() for tensor in learned]
-            progress(done)
+            saved.save(_STANDING, _standing(at, kept, learned, optimizer))
+            progress(at.done)
     with torch.no_grad():
         for tensor, value in zip(learned, kept, strict=True):
             tensor.copy_(value)
-    return Course(before, best, best_step, done)
+    return Course(at.before, at.best, at.best_step, at.done)
+
+
+def _standing(
+    at: _Standing, kept: list[Tensor], learned: Sequence[Tensor], optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    moments = [dict(optimizer.state[tensor]) for tensor in learned]
+    return {"at": vars(at), "kept": kept, "learned": list(learned), "moments": moments}
+
+
+def _restored(
+    known: dict[str, Any], learned: Sequence[Tensor], optimizer: torch.optim.Optimizer
+) -> tuple[_Standing, list[Tensor]]:
+    """Put values and moments back; where the learning was, and the best values."""
+    with torch.no_grad():
+        for tensor, value, moments in zip(learned, known["learned"], known["moments"], strict=True):
+            tensor.copy_(value)
+            optimizer.state[tensor] = {name: moment.to(tensor.device) for name, moment in moments.items()}
+    kept = [value.to(tensor.device) for tensor, value in zip(learned, known["kept"], strict=True)]
+    return _Standing(**known["at"]), kept
 
 
 def batch_order(count: int, steps: int, seed: int) -> list[int]:
