@@ -334,8 +334,8 @@ MaxMemory = Annotated[
     _option(
         "--max-memory",
         help="Memory to use, such as 12GiB: hidden states that do not fit beside the work lie in the host's memory "
-        "(beside a GPU), then on the disk, but for refinement, distillation, exchanges and kl; changes no result [default: auto, "
-        "90 % of a GPU; on a CPU no limit].",
+        "(beside a GPU), then on the disk, but for refinement, distillation, exchanges and kl; changes no result "
+        "[default: auto, 90 % of a GPU; on a CPU no limit].",
         panel=RUN,
         metavar="SIZE",
     ),
