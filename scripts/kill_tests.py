@@ -1,6 +1,6 @@
 """Kill runs at random moments and fill their disks, go on with --resume, and compare with an undisturbed run.
 
-A tiny model is quantized (sampled rows, measurement, short list, one round of exchanges, uniform plans). Every run is
+A tiny model is quantized (sampled rows, measurement, short list, one round of exchanges, distillation, uniform plans). Every run is
 a fork of this process, which has imported everything beforehand, so that moments fall into the work, not into imports.
 After every trial the hashes of the weights and the plan must be those of the undisturbed run, no output may ever be
 half complete, and nothing else may be left beside it. Full disks are small tmpfs mounts, made as root or, where that
@@ -30,12 +30,25 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hawqtool.cli.app import app
+from hawqtool.model import waypoints
 from hawqtool.pipeline.quantize import run_quantize
 from tests.tiny import tiny_llama
 
 OPTIONS = (
     *("--bits", "2,3,4,8", "--target-bpw", "5", "--group-size", "32", "--num-samples", "8", "--seq-len", "16"),
-    *("--eval-samples", "8", "--shortlist", "2", "--exchanges", "1", "--device", "cpu", "--quiet"),
+    *(
+        "--eval-samples",
+        "8",
+        "--shortlist",
+        "2",
+        "--exchanges",
+        "1",
+        "--distill-steps",
+        "4",
+        "--device",
+        "cpu",
+        "--quiet",
+    ),
 )
 WITHOUT_RESUME = 5
 """Every trial of this number is run again without --resume."""
@@ -109,6 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if not options.draw:
         sys.modules["matplotlib"] = None  # type: ignore[assignment]  # as if it were not installed
+    waypoints.LEAST_SECONDS = 0.0  # so that the walks of a tiny model keep their states too
     with tempfile.TemporaryDirectory() as place:
         bench = Bench(Path(place), options.layers, random.Random(options.seed))
         print(
