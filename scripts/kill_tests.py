@@ -1,7 +1,8 @@
 """Kill runs at random moments and fill their disks, go on with --resume, and compare with an undisturbed run.
 
-A tiny model is quantized (sampled rows, measurement, short list, one round of exchanges, distillation, uniform plans). Every run is
-a fork of this process, which has imported everything beforehand, so that moments fall into the work, not into imports.
+A tiny model is quantized (sampled rows, measurement, short list, one round of exchanges, distillation, uniform plans).
+Every run is a fork of this process, which has imported everything beforehand, so that moments fall into the work, not
+into imports.
 After every trial the hashes of the weights and the plan must be those of the undisturbed run, no output may ever be
 half complete, and nothing else may be left beside it. Full disks are small tmpfs mounts, made as root or, where that
 is not allowed, in a user namespace of the script's own.
