@@ -71,6 +71,7 @@ class RunConfig(BaseModel):
     scale_refit: bool = False
     damping: float | None = Field(None, gt=0, allow_inf_nan=False)
     refine_steps: int = Field(0, ge=0)
+    sensitivity_steps: int = Field(0, ge=0)
     distill_steps: int = Field(0, ge=0)
     pin: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
@@ -213,14 +214,15 @@ class RunConfig(BaseModel):
             raise ValueError("solver hull knows one budget only; costs and max_cost need solver exact or auto")
         if (self.baseline is None) != (self.max_regression is None):
             raise ValueError("baseline and max_regression are needed together, only one was found; add the other")
-        if self.refine_steps and self._chooses_roundings:
+        if (self.refine_steps or self.sensitivity_steps) and self._chooses_roundings:
             raise ValueError(
-                "refine_steps starts from rtn, gptq or foem with a fixed foem_beta; drop it, or gptaq, target_shift, "
-                "scale_refit and foem_beta auto"
+                "refine_steps and sensitivity_steps start from rtn, gptq or foem with a fixed foem_beta; drop them, or "
+                "gptaq, target_shift, scale_refit and foem_beta auto"
             )
-        if (self.refine_steps or self.distill_steps) and self.num_samples == 1:
+        if (self.refine_steps or self.sensitivity_steps or self.distill_steps) and self.num_samples == 1:
             raise ValueError(
-                "refine_steps and distill_steps hold calibration rows out and need at least 2; raise num_samples"
+                "refine_steps, sensitivity_steps and distill_steps hold calibration rows out and need at least 2; "
+                "raise num_samples"
             )
         if self.costs is not None and self.plan is not None:
             raise ValueError("a plan is carried out as it is; drop plan, or costs and max_cost")

@@ -59,6 +59,7 @@ def config(
     target_shift: o.TargetShift = None,
     scale_refit: o.ScaleRefit = None,
     refine_steps: o.RefineSteps = None,
+    sensitivity_steps: o.SensitivitySteps = None,
     distill_steps: o.DistillSteps = None,
     damping: o.Damping = None,
     scale_sign: o.ScaleSign = None,

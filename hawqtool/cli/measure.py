@@ -30,6 +30,7 @@ def measure(
     gptaq_alpha: o.GptaqAlpha = None,
     target_shift: o.TargetShift = None,
     scale_refit: o.ScaleRefit = None,
+    sensitivity_steps: o.SensitivitySteps = None,
     extra_metrics: o.ExtraMetrics = None,
     probes: o.Probes = None,
     eigenvalues: o.Eigenvalues = None,

@@ -308,6 +308,15 @@ RefineSteps = Annotated[
         panel=METHOD,
     ),
 ]
+SensitivitySteps = Annotated[
+    Optional[int],
+    _option(
+        "--sensitivity-steps",
+        help="Learn the rounding of every block and width in so many steps before scoring it, for plans that are "
+        "carried out with --refine-steps [default: 0].",
+        panel=METHOD,
+    ),
+]
 DistillSteps = Annotated[
     Optional[int],
     _option(

@@ -62,6 +62,7 @@ def quantize(
     scale_refit: o.ScaleRefit = None,
     damping: o.Damping = None,
     refine_steps: o.RefineSteps = None,
+    sensitivity_steps: o.SensitivitySteps = None,
     distill_steps: o.DistillSteps = None,
     scale_sign: o.ScaleSign = None,
     device: o.Device = None,

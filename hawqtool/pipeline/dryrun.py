@@ -20,11 +20,15 @@ def describe(job: Job) -> dict[str, Any]:
     """Model, menu, achievable range, budget and expected size; reads nothing but headers.
 
     Raises:
-        UsageError: If the budget is infeasible.
+        UsageError: If the budget is infeasible, or settings contradict each other.
     """
     check_calibration(job)
     check_gates(job)
     config = job.config
+    if config.sensitivity_steps and not config.refine_steps:
+        raise UsageError(
+            "--sensitivity-steps scores roundings as --refine-steps leaves them, which is 0; give both, or drop it"
+        )
     weights = sum(unit.num_weights for unit in job.units)
     menu = job_menu(job, None)
     fixed = unquantized_bytes(job, menu)

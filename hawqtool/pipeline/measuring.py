@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from hawqtool.config import RunConfig
 from hawqtool.formats import QuantFormat
 from hawqtool.model.index import fingerprint
@@ -19,9 +21,11 @@ from hawqtool.pipeline.job import Job, prepare
 from hawqtool.pipeline.measurements import MeasurementFolder, check_measurements, measurement_fingerprint
 from hawqtool.pipeline.planning import WIDE_MENU, format_menu, score_warnings, stored_bytes, widths
 from hawqtool.pipeline.progress import Reporter
+from hawqtool.pipeline.refining import FormatRefiner
 from hawqtool.pipeline.rows import gather_rows
 from hawqtool.pipeline.run_folder import RunFolder
 from hawqtool.records import Rows, Score, SensitivityTable
+from hawqtool.rounding.refine import Schedule
 from hawqtool.sensitivity.measure import measure
 from hawqtool.sensitivity.single_unit import single_unit_divergence
 
@@ -116,6 +120,7 @@ def measure_job(
         job.config.seed,
         reporter.progress,
         stages,
+        refiner=_refiner(job, sets["calibration"].tokens),
     )
     curvature = input_fisher_fields(found)
     settings: dict[str, float | int | str] = {}
@@ -141,6 +146,7 @@ def measure_job(
             "seed": job.config.seed,
             "per_row": job.task.per_row,
             "foem_beta": job.method.feedback_beta,
+            "sensitivity_steps": job.config.sensitivity_steps,
             "seconds": time.perf_counter() - start,
             **settings,
         },
@@ -171,7 +177,14 @@ def single_unit_scores(
         job.rows_per_slice,
         reporter.progress,
         saved,
+        _refiner(job, calibration.tokens),
     )
+
+
+def _refiner(job: Job, rows: Tensor) -> FormatRefiner | None:
+    """What improves roundings before they are scored; None where that was not asked for."""
+    schedule = Schedule(job.config.sensitivity_steps, job.config.seed)
+    return FormatRefiner(job, job.stream(), rows, schedule) if schedule.steps else None
 
 
 def run_measure(config: RunConfig, output: Path, reporter: Reporter) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from hawqtool.pipeline.job import Job
 from hawqtool.records import BlockSpec, LinearSpec
 from hawqtool.rounding.fake import Start
 from hawqtool.rounding.refine import Batches, Refined, Schedule, refine
+from hawqtool.sensitivity.measure import Starts
 
 BATCH_ROWS = {"cpu": 4, "cuda": 8}
 """Rows of one step; fixed per kind of device, because they change what is learned."""
@@ -37,10 +38,10 @@ def split_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     """
     if len(rows) < 2:
         raise UsageError(
-            "--refine-steps and --distill-steps hold calibration rows out and need at least 2, found 1; "
-            "raise --num-samples"
+            "--refine-steps, --sensitivity-steps and --distill-steps hold calibration rows out and need at least 2, "
+            "found 1; raise --num-samples"
         )
-    held = torch.arange(len(rows)) % HELD_OUT_EVERY == min(HELD_OUT_EVERY, len(rows)) - 1
+    held = torch.arange(len(rows), device=rows.device) % HELD_OUT_EVERY == min(HELD_OUT_EVERY, len(rows)) - 1
     return rows[~held], rows[held]
 
 
@@ -141,6 +142,41 @@ class BlockRefiner:
         self.walked.hidden = list(torch.cat(list(outputs.hidden[: self.count])).split(self.job.rows_per_slice))
         self.held_out.hidden = outputs.hidden[self.count :]
         self.inputs = []
+
+
+class FormatRefiner:
+    """Refines the roundings of an original block, all layers of one format together, for scores that presume it.
+
+    Norm gains stay, and the block's inputs are the original's.
+
+    Args:
+        job: The model.
+        stream: Its stream.
+        rows: Calibration rows.
+        schedule: Steps and rates.
+    """
+
+    def __init__(self, job: Job, stream: ModelStream, rows: Tensor, schedule: Schedule) -> None:
+        self.schedule, self.batch_rows = schedule, BATCH_ROWS[job.device.type]
+        sets = [stream.embed(part, self.batch_rows) for part in split_rows(rows)]
+        self.calls, self.count = [call for part in sets for call in part.calls], len(sets[0].hidden)
+
+    def __call__(self, block: nn.Module, spec: BlockSpec, hidden: Sequence[Tensor], starts: Starts) -> Starts:
+        """Refined roundings; see `hawqtool.sensitivity.measure.Refiner`."""
+        inputs = [batch for part in split_rows(torch.cat(list(hidden))) for batch in part.split(self.batch_rows)]
+        outputs = Activations(list(inputs), self.calls)
+        advance(block, spec, outputs)
+        fitting = Batches(inputs[: self.count], outputs.hidden[: self.count])
+        held_out = Batches(inputs[self.count :], outputs.hidden[self.count :])
+        linears = {linear.name: linear for linear in spec.linears}
+        refined: Starts = {name: dict(by_label) for name, by_label in starts.items()}
+        for label in sorted({label for by_label in starts.values() for label in by_label}):
+            some = [by_label[label] for by_label in starts.values() if label in by_label]
+            forward = BlockForward(block, spec, self.calls, {start.name: linears[start.name] for start in some})
+            found = refine(some, {}, forward, fitting, held_out, self.schedule)
+            for start in some:
+                refined[start.name][label] = replace(start, rounded=found.layers[start.name])
+        return refined
 
 
 @dataclass(frozen=True)

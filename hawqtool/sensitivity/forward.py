@@ -27,7 +27,7 @@ class Stored:
     Args:
         grams: Input groups, each with what gives its statistics on the calibration rows; empty where these are to be
             found again.
-        calibration: Hidden states before the block, for that; else empty.
+        calibration: Hidden states before the block, for that; else empty, unless they were asked for.
         scoring: Hidden states before the block.
     """
 
@@ -54,15 +54,17 @@ def forward_sweep(
     left: int,
     menu: Mapping[str, Sequence[QuantFormat]],
     progress: Progress,
+    keeps_states: bool = False,
 ) -> list[Stored]:
     """What the reverse sweep needs of the first ``left`` blocks, where it is still to come.
 
-    Both sets of rows end after the last block where that is one of them: its output begins the reverse sweep.
+    Both sets of rows end after the last block where that is one of them: its output begins the reverse sweep. With
+    ``keeps_states`` the calibration rows' states before each block are kept in any case.
     """
     stored = []
     count = len(stream.structure.blocks)
     for spec in stream.structure.blocks[:left]:
-        before = copy(scoring.hidden)
+        before, known = copy(scoring.hidden), copy(calibration.hidden) if keeps_states else []
         groups = _wanted_groups(spec, menu)
         goes_on = spec.index < left - 1 or left == count
         # Only the head needs what the last block gives on the calibration rows.
@@ -71,7 +73,7 @@ def forward_sweep(
             if _keeps_statistics(groups, calibration):
                 found = group_statistics(block, spec, calibration, groups, whole=onward)
                 grams = [(group, _put_away(statistics, stream.shelf)) for group, statistics in found]
-                stored.append(Stored(grams, [], before))
+                stored.append(Stored(grams, known, before))
             else:
                 stored.append(Stored([], copy(calibration.hidden), before))
                 if onward:

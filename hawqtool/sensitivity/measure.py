@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from hawqtool.model.sweep import Activations, ModelStream, check_states, read_we
 from hawqtool.model.visiting import group_statistics
 from hawqtool.records import BlockSpec, LinearSpec, Score, Unit
 from hawqtool.rounding.factor import factorize
+from hawqtool.rounding.fake import Start
 from hawqtool.rounding.grid import dequantize
 from hawqtool.rounding.layer import RoundingMethod, Task, round_group
 from hawqtool.sensitivity.backward import block_backward
@@ -25,6 +26,23 @@ from hawqtool.sensitivity.loss import head_rows, loss_gradients
 from hawqtool.sensitivity.scores import SIGNED, LayerRows, RowValues, add_rows, mean_score, score_rows, to_scores
 
 _SWEEP = "reverse-sweep"
+
+Starts = dict[str, dict[str, Start]]
+"""Rounded layers by linear and format label."""
+
+
+class Refiner(Protocol):
+    """Improves the roundings of a block, each format by itself, as refinement will."""
+
+    def __call__(self, block: nn.Module, spec: BlockSpec, hidden: Sequence[Tensor], starts: Starts) -> Starts:
+        """Roundings that take the place of ``starts``.
+
+        Args:
+            block: The loaded block of the original model; it stays as it is.
+            spec: Its structure.
+            hidden: The original's hidden states before the block on all calibration rows, by slice.
+            starts: What rounding gave.
+        """
 
 
 @dataclass(frozen=True)
@@ -61,6 +79,7 @@ def measure(
     progress: Progress,
     saved: Saved = NOTHING_SAVED,
     growth_limit: float = GROWTH_LIMIT,
+    refiner: Refiner | None = None,
 ) -> Measurement:
     """Scores of the original model.
 
@@ -79,19 +98,18 @@ def measure(
         progress: Called with the phase, blocks done and blocks in all.
         saved: Keeps the reverse sweep by block; one of equal arguments that was cut is gone on with, equal to the bit.
         growth_limit: See `GradientGrowth`; infinite for gradients as they are.
+        refiner: Improves the roundings of every block before they are scored; an output head's stay as they are.
     """
     begun = saved.load(_SWEEP)
     left = len(stream.structure.blocks) if begun is None else int(begun["left"])
     known = stream.embed(calibration, rows_per_slice, method.needs_held_out)
     sets = (known, stream.embed(scoring, rows_per_slice))
-    stored = forward_sweep(stream, *sets, left, menu, progress)
+    stored = forward_sweep(stream, *sets, left, menu, progress, keeps_states=refiner is not None)
     if begun is None:
         gradients, outputs = loss_gradients(stream, scoring.split(rows_per_slice), sets[1].hidden, seed)
         growth, found = GradientGrowth.of(gradients, growth_limit), _Found({}, {}, {})
-        if stream.structure.head:
-            rows = head_rows(stream, scoring, sets[1].hidden, seed)
-            seen = LayerRows(rows, sets[1].hidden[0].shape[1], outputs)
-            _measure_head(stream, calibration, known, seen, menu, method, stored_dtypes, found)
+        seen = LayerRows(head_rows(stream, scoring, sets[1].hidden, seed), sets[1].hidden[0].shape[1], outputs)
+        _measure_head(stream, calibration, known, seen, menu, method, stored_dtypes, found)
     else:
         gradients, outputs = [gradient.to(stream.device) for gradient in begun["gradients"]], begun["outputs"]
         growth, found = GradientGrowth(**begun["growth"]), _Found(**begun["found"])
@@ -100,7 +118,7 @@ def measure(
         sets[0].hidden, sets[1].hidden = left_here.calibration, left_here.scoring
         with stream.block(spec.index) as block:
             groups = left_here.statistics() or wanted_statistics(block, spec, sets[0], menu)
-            errors = _errors(block, spec, groups, menu, method, stored_dtypes)
+            errors = _errors(block, spec, groups, menu, method, stored_dtypes, refiner, sets[0].hidden)
             del left_here, groups
             layers, gradients = block_backward(block, spec, sets[1], gradients, outputs, found.input_power)
         gradients = growth.limited(gradients)
@@ -159,6 +177,7 @@ def rounding_errors(
     menu: Mapping[str, Sequence[QuantFormat]],
     method: RoundingMethod,
     stored_dtypes: Mapping[str, torch.dtype],
+    refiner: Refiner | None = None,
 ) -> dict[str, dict[str, Tensor]]:
     """D = Q(W) - W per linear and format label, rounded with the original model's Gram matrices.
 
@@ -169,12 +188,13 @@ def rounding_errors(
         menu: Unit to the formats to round to; units that are missing are skipped.
         method: Rounding that will be applied.
         stored_dtypes: Linear to the dtype of its stored scales.
+        refiner: Improves the roundings.
 
     Returns:
         ``[linear][format label]``, each ``[out, in]`` float32.
     """
     groups = group_statistics(block, spec, calibration, spec.input_groups)
-    return _errors(block, spec, groups, menu, method, stored_dtypes)
+    return _errors(block, spec, groups, menu, method, stored_dtypes, refiner, calibration.hidden)
 
 
 def _errors(
@@ -184,11 +204,23 @@ def _errors(
     menu: Mapping[str, Sequence[QuantFormat]],
     method: RoundingMethod,
     stored_dtypes: Mapping[str, torch.dtype],
+    refiner: Refiner | None,
+    hidden: Sequence[Tensor],
 ) -> dict[str, dict[str, Tensor]]:
-    """D of some input groups: ``[linear][format label]``."""
-    errors: dict[str, dict[str, Tensor]] = {}
+    """D of some input groups ``[linear][format label]``; a refiner needs the hidden states before the block."""
+    starts: Starts = {}
     for group, statistics in groups:
-        errors |= group_errors(block, spec, group, statistics, menu, method, stored_dtypes)
+        starts |= _group_starts(block, spec, group, statistics, menu, method, stored_dtypes)
+    return _as_errors(starts if refiner is None else refiner(block, spec, hidden, starts))
+
+
+def _as_errors(starts: Starts) -> dict[str, dict[str, Tensor]]:
+    """D ``[linear][format label]``, each ``[out, in]`` float32; every rounding is let go when it has been used."""
+    errors: dict[str, dict[str, Tensor]] = {}
+    for name, by_label in starts.items():
+        for label in list(by_label):
+            start = by_label.pop(label)
+            errors.setdefault(name, {})[label] = dequantize(*start.rounded).float() - start.weight
     return errors
 
 
@@ -202,17 +234,30 @@ def group_errors(
     stored_dtypes: Mapping[str, torch.dtype],
 ) -> dict[str, dict[str, Tensor]]:
     """D of one input group ``[linear][format label]``, each ``[out, in]`` float32; unlisted linears are left out."""
-    errors: dict[str, dict[str, Tensor]] = {}
+    return _as_errors(_group_starts(block, spec, group, statistics, menu, method, stored_dtypes))
+
+
+def _group_starts(
+    block: nn.Module,
+    spec: BlockSpec,
+    group: Sequence[LinearSpec],
+    statistics: GroupStatistics,
+    menu: Mapping[str, Sequence[QuantFormat]],
+    method: RoundingMethod,
+    stored_dtypes: Mapping[str, torch.dtype],
+) -> Starts:
+    """Roundings of one input group; unlisted linears are left out."""
+    starts: Starts = {}
     wanted = [(linear, fmt) for linear in group for fmt in menu.get(linear.unit, ())]
     if not wanted:
-        return errors
+        return starts
     factor = factorize(statistics.gram, statistics.num_tokens, method.damping, name=group[0].name)
     weights = {linear.name: read_weight(block, spec, linear) for linear in group}
     tasks = [Task(linear.name, weights[linear.name], fmt, stored_dtypes[linear.name]) for linear, fmt in wanted]
     for task, rounded in zip(tasks, round_group(tasks, factor, method, statistics), strict=True):
-        difference = dequantize(*rounded).float() - task.weight
-        errors.setdefault(task.name, {})[task.quant_format.label] = difference
-    return errors
+        start = Start(task.name, task.weight, rounded, task.quant_format)
+        starts.setdefault(task.name, {})[task.quant_format.label] = start
+    return starts
 
 
 def _measure_head(
@@ -225,9 +270,10 @@ def _measure_head(
     stored_dtypes: Mapping[str, torch.dtype],
     found: _Found,
 ) -> None:
-    """Add what there is of the output head's unit, nothing where it has no format to score."""
+    """Add what there is of the output head's unit, nothing where it has no format to score, or is no linear."""
     head = stream.structure.head
-    assert head is not None  # the caller saw to it
+    if head is None:
+        return
     statistics = stream.head_statistics(calibration, known)
     errors = group_errors(stream.model, head, head.linears, statistics, menu, method, stored_dtypes)
     for linear in head.linears:

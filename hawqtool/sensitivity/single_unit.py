@@ -17,7 +17,7 @@ from hawqtool.model.saving import NOTHING_SAVED, Saved
 from hawqtool.model.sweep import Activations, ModelStream, advance, read_weight, replace_weight, run_block
 from hawqtool.records import BlockSpec, LinearSpec, Score
 from hawqtool.rounding.layer import RoundingMethod
-from hawqtool.sensitivity.measure import Progress, group_errors, rounding_errors
+from hawqtool.sensitivity.measure import Progress, Refiner, group_errors, rounding_errors
 from hawqtool.sensitivity.scores import mean_score
 
 _SCORES = "scores"
@@ -38,13 +38,13 @@ def single_unit_divergence(
     rows_per_slice: int,
     progress: Progress,
     saved: Saved = NOTHING_SAVED,
+    refiner: Refiner | None = None,
 ) -> UnitScores:
     """Divergence ``[unit][format label]`` from the original, with its standard error over rows.
 
     Nothing is expanded: Q(W) takes the place of W in all members of one unit, and the model is run. Q is the rounding
-    of `hawqtool.sensitivity.measure.measure`, with the original's Gram matrices of the calibration rows. A unit costs,
-    per format, a forward pass from its first block on. **The whole model is held on the device**, unlike in all other
-    sweeps. Below a floor that the dtype of the activations sets, a divergence is rounding noise, of either sign.
+    of `hawqtool.sensitivity.measure.measure`. A unit costs, per format, a forward pass from its first block on. **The
+    whole model is on the device.** Below a floor that the dtype sets, a divergence is rounding noise, of either sign.
 
     Args:
         stream: The original model.
@@ -56,6 +56,7 @@ def single_unit_divergence(
         rows_per_slice: Rows per forward pass.
         progress: Called with the phase, candidates done and candidates in all.
         saved: Keeps the scores after every block; what it has of the same arguments is not measured again.
+        refiner: Improves the roundings of every block; an output head's stay as they are.
 
     Returns:
         Mean KL(original || candidate) in nats per output, or the relative squared error of the embedding.
@@ -77,16 +78,15 @@ def single_unit_divergence(
         carried: Carried = {}
         for spec, block in zip(stream.structure.blocks, modules, strict=True):
             if spec.index >= done:
-                errors = rounding_errors(block, spec, known, *rounding)
+                errors = rounding_errors(block, spec, known, *rounding, refiner)
                 for unit, finals in unit_finals(stream, modules, spec, seen, errors, menu, carried):
                     keep(unit, judge.scores(unit, finals))
                 if not carried:
                     save_scores(saved, spec.index + 1, scores)
             advance(block, spec, known)
             advance(block, spec, seen)
-        if stream.structure.head:
-            for unit, found in _head_scores(stream, calibration, known, judge, *rounding):
-                keep(unit, found)
+        for unit, found in _head_scores(stream, calibration, known, judge, *rounding):
+            keep(unit, found)
     return {unit.name: scores[unit.name] for unit in stream.structure.units if unit.name in scores}
 
 
@@ -99,9 +99,11 @@ def _head_scores(
     method: RoundingMethod,
     stored_dtypes: Mapping[str, torch.dtype],
 ) -> Iterator[tuple[str, dict[str, Score]]]:
-    """Scores of the output head's unit, where it has formats to measure."""
-    head, statistics = stream.structure.head, stream.head_statistics(calibration, known)
-    assert head is not None  # the caller saw to it
+    """Scores of the output head's unit, where there is one that has formats to measure."""
+    head = stream.structure.head
+    if head is None:
+        return
+    statistics = stream.head_statistics(calibration, known)
     errors = group_errors(stream.model, head, head.linears, statistics, menu, method, stored_dtypes)
     for linear in (linear for linear in head.linears if linear.name in errors):
         yield linear.unit, judge.head_scores(linear, errors[linear.name])

@@ -44,9 +44,9 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Grows by an entry whenever something is really measured."""
     calls, real = [], measuring.measure
 
-    def counted(*arguments: Any) -> Any:
+    def counted(*arguments: Any, **keywords: Any) -> Any:
         calls.append("measured")
-        return real(*arguments)
+        return real(*arguments, **keywords)
 
     monkeypatch.setattr(measuring, "measure", counted)
     return calls

@@ -1,0 +1,105 @@
+"""Scores of roundings as refinement leaves them: the errors are those of a refined block, and scores fall."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from hawqtool.formats import QuantFormat
+from hawqtool.model.sweep import advance, read_weight, replace_weight, run_block
+from hawqtool.pipeline.job import Job
+from hawqtool.pipeline.refining import FormatRefiner, split_rows
+from hawqtool.rounding.refine import Schedule, output_error
+from hawqtool.sensitivity.measure import measure, rounding_errors
+from hawqtool.sensitivity.single_unit import single_unit_divergence
+from tests.e2e.runs import Run, read
+from tests.e2e.test_refinement import job_of
+from tests.tiny_zoo import calibration_inputs, kind_named, save_kind
+
+STEPS = 20
+
+
+def rows_of(count: int, seed: int = 1) -> Tensor:
+    return torch.randint(3, 128, (count, 32), generator=torch.Generator().manual_seed(seed))
+
+
+def menu_of(job: Job, *widths: int) -> dict[str, tuple[QuantFormat, ...]]:
+    return {unit.name: tuple(QuantFormat(bits, 32, job.config.symmetric) for bits in widths) for unit in job.units}
+
+
+def refiner_of(job: Job, rows: Tensor, steps: int = STEPS) -> FormatRefiner:
+    return FormatRefiner(job, job.stream(), rows, Schedule(steps))
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gpt2", "mixtral"])
+def test_errors_are_those_of_a_block_with_a_smaller_output_error(name: str, tmp_path: Path) -> None:
+    kind = kind_named(name)
+    job = job_of(save_kind(kind, tmp_path / "source"), refine_steps=0)
+    rows = torch.cat([calibration_inputs(kind, seed) for seed in range(4, 10)])
+    menu, stream, held = menu_of(job, 2, 3), job.stream(), split_rows(rows)[1]
+    known, seen = stream.embed(rows, 16), stream.embed(held, len(held))
+    spec = job.structure.blocks[0]
+    with stream.block(0) as block, torch.no_grad():
+        originals = {linear: read_weight(block, spec, linear).clone() for linear in spec.linears}
+        arguments = block, spec, known, menu, job.method, job.stored_dtypes
+        target = run_block(block, seen.hidden[0], seen.calls[0][0])
+        for label in ("w2g32", "w3g32"):
+            found = []
+            for refiner in (None, refiner_of(job, rows)):
+                errors = rounding_errors(*arguments, refiner)
+                assert all(torch.equal(read_weight(block, spec, linear), w) for linear, w in originals.items())
+                for linear, weight in originals.items():
+                    replace_weight(block, spec, linear, weight + errors[linear.name][label])
+                found.append(float(output_error(run_block(block, seen.hidden[0], seen.calls[0][0]), target)))
+                for linear, weight in originals.items():
+                    replace_weight(block, spec, linear, weight)
+            assert found[1] < found[0]
+
+
+def test_no_steps_change_nothing(place: Path) -> None:
+    job = job_of(place / "model", refine_steps=0)
+    rows, stream, spec = rows_of(8), job.stream(), job.structure.blocks[1]
+    known = stream.embed(rows, 4)
+    with stream.block(1) as block:
+        arguments = block, spec, known, menu_of(job, 3), job.method, job.stored_dtypes
+        plain, same = rounding_errors(*arguments), rounding_errors(*arguments, refiner_of(job, rows, 0))
+    assert all(torch.equal(plain[name]["w3g32"], same[name]["w3g32"]) for name in plain)
+
+
+@pytest.mark.parametrize("rows_per_slice", [4, 16])
+def test_what_is_scored_are_those_errors(place: Path, rows_per_slice: int) -> None:
+    """In the sweeps, with Gram matrices kept or found again, and one unit at a time."""
+    job = job_of(place / "model", refine_steps=0)
+    calibration, scoring, menu = rows_of(16), rows_of(4, 2), menu_of(job, 2)
+    rounding = job.method, job.stored_dtypes, rows_per_slice
+    stream = job.stream()
+    known, norms = stream.embed(calibration, rows_per_slice), dict[str, float]()
+    with torch.no_grad():
+        for spec in job.structure.blocks:
+            with stream.block(spec.index) as block:
+                refiner = refiner_of(job, calibration)
+                errors = rounding_errors(block, spec, known, menu, job.method, job.stored_dtypes, refiner)
+                norms |= {name: float(by_label["w2g32"].square().sum()) for name, by_label in errors.items()}
+                advance(block, spec, known)
+    found = [
+        measure(job.stream(), calibration, scoring, menu, *rounding, 0, lambda *_: None, refiner=some)
+        for some in (refiner_of(job, calibration), None)
+    ]
+    for name, expected in norms.items():
+        assert found[0].error_norms[name]["w2g32"] == pytest.approx(expected, rel=1e-5)
+    single = [
+        single_unit_divergence(job.stream(), calibration, scoring, menu, *rounding, lambda *_: None, refiner=some)
+        for some in (refiner_of(job, calibration), None)
+    ]
+    # Where no step is better, a block keeps its rounding; not so in every block of this model.
+    assert any(found[1].error_norms[name]["w2g32"] != pytest.approx(norms[name], rel=1e-3) for name in norms)
+    assert any(single[0][unit]["w2g32"].value != single[1][unit]["w2g32"].value for unit in menu)
+
+
+def test_a_whole_run(run: Run, place: Path) -> None:
+    folder, report = run(bits="2,4", target_bpw=4.0, refine_steps=8, sensitivity_steps=4)
+    assert read(folder / "reproduce/sensitivity.json")["settings"]["sensitivity_steps"] == 4
+    assert report["evaluation"]["mixed"]["kl"] > 0
