@@ -12,7 +12,6 @@ from xml.etree import ElementTree
 
 from hawqtool.cli.terminal import Terminal
 from hawqtool.errors import NumericalError, QualityError
-from hawqtool.pipeline.artifacts import check_writable, write_text
 from hawqtool.report.escape import one_line
 from hawqtool.report.quality import gate_found
 
@@ -44,6 +43,8 @@ def recorded_run(path: Path | None, terminal: Terminal) -> Iterator[RunRecord]:
     if path is None:
         yield record
         return
+    from hawqtool.pipeline.artifacts import check_writable, write_text
+
     check_writable(path, "--junit")
     try:
         yield record
