@@ -207,7 +207,7 @@ def prepare(
     longest = max_positions(probe)
     if config.seq_len and longest and config.seq_len > longest:
         raise UsageError(f"--seq-len {config.seq_len} exceeds the model's {longest} positions; lower it")
-    skeleton = probe if dtype is torch.float32 else build_skeleton(index.folder, dtype, source.runs_code)
+    skeleton = build_skeleton(index.folder, dtype, source.runs_code)
     job = Job(config, source, index, skeleton, structure, units, pins, device, dtype)
     _check_method(job)
     dimensions, warn = (job.num_samples, job.rows_per_slice, job.seq_len), (reporter or Silent()).warn
