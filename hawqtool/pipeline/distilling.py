@@ -1,4 +1,4 @@
-"""Distil the original model into the scales and norm gains of a rounded one, block outputs last."""
+"""Distil the original model into the scales and norm gains of a rounded one, in memory or in a written folder."""
 
 from __future__ import annotations
 
