@@ -73,6 +73,7 @@ class RunConfig(BaseModel):
     refine_steps: int = Field(0, ge=0)
     sensitivity_steps: int = Field(0, ge=0)
     distill_steps: int = Field(0, ge=0)
+    distill_codes: bool = False
     pin: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
     quantize_lm_head: bool = False
@@ -224,6 +225,8 @@ class RunConfig(BaseModel):
                 "refine_steps, sensitivity_steps and distill_steps hold calibration rows out and need at least 2; "
                 "raise num_samples"
             )
+        if self.distill_codes and not self.distill_steps:
+            raise ValueError("distill_codes says what distill_steps learn, found none of them; add distill_steps")
         if self.costs is not None and self.plan is not None:
             raise ValueError("a plan is carried out as it is; drop plan, or costs and max_cost")
         return self

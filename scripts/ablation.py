@@ -9,6 +9,7 @@ CONFIGURATIONS.yaml maps names to keys of a run that differ from the command lin
     refined: {refine_steps: 200}
     refined, slow scales: {refine_steps: 200, schedule: {scale_rate: 0.001}}
     distilled, slow: {distill_steps: 64, distill_schedule: {scale_rate: 0.0005}}
+    codes: {distill_steps: 64, distill_codes: true}
 
 `bits` there gives another uniform width and `plan` a plan.json; `schedule` sets rates of the refinement and
 `distill_schedule` those of the distillation (see `hawqtool.rounding.refine.Schedule` and
@@ -27,7 +28,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ from hawqtool.formats import QuantFormat
 from hawqtool.model.index import fingerprint
 from hawqtool.model.reader import TensorReader
 from hawqtool.pipeline.artifacts import read_json, write_json
-from hawqtool.pipeline.distilling import DistilledModel, distill_model
+from hawqtool.pipeline.distilling import DistilledModel, distill_model, schedule_of
 from hawqtool.pipeline.job import Job, prepare
 from hawqtool.pipeline.planning import given_plan, stored_bytes
 from hawqtool.pipeline.progress import Reporter
@@ -127,9 +128,9 @@ class Memory:
         self.changed[name] = tensor.cpu()
 
     def distilled(self, found: DistilledModel) -> None:
-        """Take scales and gains from distillation."""
-        for name, scales in found.scales.items():
-            self.layers[name] = self.layers[name]._replace(scales=scales.cpu())
+        """Take layers and gains from distillation."""
+        for name, (codes, scales, _) in found.layers.items():
+            self.layers[name] = self.layers[name]._replace(codes=codes.cpu(), scales=scales.cpu())
         self.changed |= {name: gain.cpu() for name, gain in found.gains.items()}
 
     def weights(self) -> dict[str, Tensor]:
@@ -194,7 +195,8 @@ class Bench:
         self.reporter.say(f"{name}, seed {seed}")
         with Meter(job.device) as meter:
             record = round_blocks(job, formats, tokens, memory, self.reporter, name, schedule)
-            distillation = self._distill(job, memory, tokens, name, dict(overrides.get("distill_schedule") or {}))
+            rates = dict(overrides.get("distill_schedule") or {})
+            distillation = self._distill(job, formats, memory, tokens, name, rates)
         return {
             "name": name,
             "seed": seed,
@@ -206,12 +208,19 @@ class Bench:
             "distillation": distillation,
         }
 
-    def _distill(self, job: Job, memory: Memory, tokens: Tensor, name: str, rates: dict[str, Any]) -> dict[str, Any]:
-        base: dict[str, Any] = {"steps": job.config.distill_steps, "seed": job.config.seed}
-        schedule = DistillSchedule(**base | rates)
+    def _distill(
+        self,
+        job: Job,
+        formats: Mapping[str, QuantFormat],
+        memory: Memory,
+        tokens: Tensor,
+        name: str,
+        rates: dict[str, Any],
+    ) -> dict[str, Any]:
+        schedule = replace(schedule_of(job.config), **rates)
         if not schedule.steps:
             return {}
-        found = distill_model(job, memory.layers, memory.changed, tokens, self.reporter, name, schedule)
+        found = distill_model(job, formats, memory.layers, memory.changed, tokens, self.reporter, name, schedule)
         memory.distilled(found)
         return found.record
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import shutil
@@ -33,6 +34,7 @@ from typing import Any, NoReturn
 from hawqtool.cli.app import app
 from hawqtool.model import waypoints
 from hawqtool.pipeline.quantize import run_quantize
+from hawqtool.rounding import learning
 from tests.tiny import tiny_llama
 
 OPTIONS = (
@@ -124,6 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.draw:
         sys.modules["matplotlib"] = None  # type: ignore[assignment]  # as if it were not installed
     waypoints.LEAST_SECONDS = 0.0  # so that the walks of a tiny model keep their states too
+    learning.BYTES_PER_SECOND = math.inf
     with tempfile.TemporaryDirectory() as place:
         bench = Bench(Path(place), options.layers, random.Random(options.seed))
         print(

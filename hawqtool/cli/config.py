@@ -61,6 +61,7 @@ def config(
     refine_steps: o.RefineSteps = None,
     sensitivity_steps: o.SensitivitySteps = None,
     distill_steps: o.DistillSteps = None,
+    distill_codes: o.DistillCodes = None,
     damping: o.Damping = None,
     scale_sign: o.ScaleSign = None,
     device: o.Device = None,

@@ -326,6 +326,14 @@ DistillSteps = Annotated[
         panel=METHOD,
     ),
 ]
+DistillCodes = Annotated[
+    Optional[bool],
+    _option(
+        "--distill-codes",
+        help="Let distillation move codes too, by two at most; takes 28 bytes of the device's memory per weight.",
+        panel=METHOD,
+    ),
+]
 ScaleSign = Annotated[
     Optional[str], _option("--scale-sign", help="both or positive [default: by profile].", panel=METHOD)
 ]

@@ -64,6 +64,7 @@ def quantize(
     refine_steps: o.RefineSteps = None,
     sensitivity_steps: o.SensitivitySteps = None,
     distill_steps: o.DistillSteps = None,
+    distill_codes: o.DistillCodes = None,
     scale_sign: o.ScaleSign = None,
     device: o.Device = None,
     rows_per_slice: o.RowsPerSlice = None,

@@ -11,21 +11,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hawqtool.config import RunConfig
 from hawqtool.evaluation.divergence import embedding_error, kl_divergence
 from hawqtool.export.layout import Layout
-from hawqtool.export.packed import SCALE, packed_parts, relative_weight_error, unpack_parts
+from hawqtool.export.packed import PACKED, SCALE, packed_parts, relative_weight_error, unpack_parts
+from hawqtool.export.packing import pack_codes
 from hawqtool.export.writer import CheckpointWriter, unfinished_reader
 from hawqtool.formats import QuantFormat
 from hawqtool.model.reader import TensorReader
 from hawqtool.model.replay import Call
 from hawqtool.model.saving import NOTHING_SAVED, Saved
-from hawqtool.model.sweep import ModelStream, read_weight, replace_weight
+from hawqtool.model.sweep import ModelStream, local_name, read_weight, replace_weight
 from hawqtool.pipeline.job import Job
 from hawqtool.pipeline.progress import Reporter
 from hawqtool.pipeline.refining import BATCH_ROWS, BlockForward, norm_gains, split_rows
-from hawqtool.records import BitPlan, BlockSpec
+from hawqtool.records import BitPlan, BlockSpec, LinearSpec
 from hawqtool.rounding.distill import DistillSchedule, Piece, distill
+from hawqtool.rounding.fake import Start
 from hawqtool.rounding.grid import Quantized, dequantize
+
+CODE_RATE = 6e-3
+"""First step of the rounding offsets, in codes; three times less gained less in as many steps."""
 
 _LEARNED = "distilled"
 
@@ -35,13 +41,13 @@ class DistilledModel:
     """What distillation changed.
 
     Args:
-        scales: ``[out, groups]`` by layer, all of them.
+        layers: Codes, scales and zero points by layer of the blocks.
         gains: Norm gains by the name of their tensor, all of them.
         weight_errors: Relative squared error of the weights by layer, as it is now.
         record: What the report says of it.
     """
 
-    scales: dict[str, Tensor]
+    layers: dict[str, Quantized]
     gains: dict[str, Tensor]
     weight_errors: dict[str, float]
     record: dict[str, Any]
@@ -66,10 +72,18 @@ class Written:
     seconds: float
 
 
+def schedule_of(config: RunConfig) -> DistillSchedule:
+    """Steps and rates that a configuration asks for."""
+    rate = CODE_RATE if config.distill_codes else 0.0
+    return DistillSchedule(config.distill_steps, config.seed, latent_rate=rate)
+
+
 def learned_names(saved: Saved) -> set[str]:
     """Tensors that distillation may have replaced, where it had learned everything when it was cut; else none."""
     known = saved.load(_LEARNED)
-    return set() if known is None else {*(f"{name}{SCALE}" for name in known["scales"]), *known["gains"]}
+    if known is None:
+        return set()
+    return {*(f"{name}{suffix}" for name in known["layers"] for suffix in (PACKED, SCALE)), *known["gains"]}
 
 
 def distill_folder(
@@ -102,14 +116,18 @@ def distill_folder(
         assert reader is not None  # the caller has seen its files
         rounded = _layers(job, plan.formats, reader)
         changed = {name: reader.tensor(name) for name in written.changed}
-        learned = distill_model(job, rounded, changed, rows, reporter, label, saved=saved)
+        learned = distill_model(job, plan.formats, rounded, changed, rows, reporter, label, saved=saved)
         saved.save(_LEARNED, vars(learned))
     else:
-        learned = DistilledModel(**known)
-    scales = {f"{name}{SCALE}": tensor for name, tensor in learned.scales.items()}
-    kept = {n: d for n, d in written.checksums.items() if n not in scales and n not in learned.gains}
+        restored = {name: Quantized(*parts) for name, parts in known["layers"].items()}
+        learned = DistilledModel(**known | {"layers": restored})
+    tensors, formats = dict(learned.gains), job.layer_formats(plan.formats)
+    for name, layer in learned.layers.items():
+        tensors[name + PACKED] = pack_codes(layer.codes, formats[name].bits)
+        tensors[name + SCALE] = layer.scales
+    kept = {name: digest for name, digest in written.checksums.items() if name not in tensors}
     with CheckpointWriter(job.index, layout, folder, kept) as writer:
-        for name, tensor in (scales | learned.gains).items():
+        for name, tensor in tensors.items():
             writer.write(name, tensor)
     written.checksums, written.changed = writer.checksums, sorted({*written.changed, *learned.gains})
     for name, error in learned.weight_errors.items():
@@ -130,6 +148,7 @@ def _layers(job: Job, formats: Mapping[str, QuantFormat], reader: TensorReader) 
 
 def distill_model(
     job: Job,
+    formats: Mapping[str, QuantFormat],
     rounded: Mapping[str, Quantized],
     changed: Mapping[str, Tensor],
     rows: Tensor,
@@ -138,25 +157,26 @@ def distill_model(
     schedule: DistillSchedule | None = None,
     saved: Saved = NOTHING_SAVED,
 ) -> DistilledModel:
-    """Learn scales and norm gains of all blocks; the whole model, and one block's gradients, are on the device.
+    """Learn scales, norm gains and, if wanted, codes of all blocks; the whole model is on the device.
 
-    The rows that refinement holds out are held out here too. A rounded output head takes part with its scales fixed.
+    The rows that refinement holds out are held out here too. A rounded output head takes part and stays as it is.
 
     Args:
         job: The original model.
+        formats: Formats by unit.
         rounded: Codes, scales and zero points by layer.
         changed: Norm gains that are not the original's any more, by the name of their tensor.
         rows: Rounding rows.
         reporter: Progress.
         label: Name of the plan in the progress.
-        schedule: Steps and rates (default: steps and seed of the configuration).
+        schedule: Steps and rates (default: those of the configuration).
         saved: Keeps where the learning is.
 
     Raises:
         UsageError: If there is one row only.
         NumericalError: If the rounded model's outputs are not finite.
     """
-    schedule = schedule or DistillSchedule(job.config.distill_steps, job.config.seed)
+    schedule = schedule or schedule_of(job.config)
     size = BATCH_ROWS[job.device.type]
     sets = [some.split(size) for some in split_rows(rows)]
     parts, fitting = [part for some in sets for part in some], len(sets[0])
@@ -168,8 +188,9 @@ def distill_model(
     with ExitStack() as resident:
         blocks = [resident.enter_context(stream.block(spec.index)) for spec in job.structure.blocks]
         names = [norm_gains(job, block, spec) for block, spec in zip(blocks, job.structure.blocks, strict=True)]
+        linears = job.layer_formats(dict(formats))
         pieces = [
-            _piece(block, spec, rounded, found, changed, calls)
+            _piece(block, spec, _starts(job, block, spec, rounded, linears), found, changed, calls)
             for block, spec, found in zip(blocks, job.structure.blocks, names, strict=True)
         ]
         found = distill(
@@ -181,44 +202,54 @@ def distill_model(
             lambda done: reporter.progress(f"distilling {label}", done, schedule.steps),
             saved,
         )
-        errors = _weight_errors(job, blocks, rounded, found.scales)
-    gains = {
-        tensors[name][0]: gain
-        for tensors, learned in zip(names, found.gains, strict=True)
-        for name, gain in learned.items()
+        errors = _weight_errors(job, blocks, found.layers)
+    by_block = zip(names, found.gains, strict=True)
+    gains = {tensors[name][0]: gain for tensors, learned in by_block for name, gain in learned.items()}
+    return DistilledModel(found.layers, gains, errors, found.course.record | {"seconds": found.seconds})
+
+
+def _weight_errors(job: Job, blocks: Sequence[nn.Module], layers: Mapping[str, Quantized]) -> dict[str, float]:
+    """Of every layer as it is now, against the block's own weights, which are the original's."""
+    return {
+        linear.name: relative_weight_error(read_weight(block, spec, linear), dequantize(*layers[linear.name]))
+        for block, spec in zip(blocks, job.structure.blocks, strict=True)
+        for linear in spec.linears
+        if linear.name in layers
     }
-    return DistilledModel(found.scales, gains, errors, found.course.record | {"seconds": found.seconds})
 
 
-def _weight_errors(
-    job: Job, blocks: Sequence[nn.Module], rounded: Mapping[str, Quantized], scales: Mapping[str, Tensor]
-) -> dict[str, float]:
-    """Of every layer with its new scales, against the block's own weights, which are the original's."""
-    found = {}
-    for block, spec in zip(blocks, job.structure.blocks, strict=True):
-        for linear in (linear for linear in spec.linears if linear.name in scales):
-            layer = _on(job.device, rounded[linear.name])
-            restored = dequantize(layer.codes, scales[linear.name], layer.zeros)
-            found[linear.name] = relative_weight_error(read_weight(block, spec, linear), restored)
+def _starts(
+    job: Job,
+    block: nn.Module,
+    spec: BlockSpec,
+    rounded: Mapping[str, Quantized],
+    formats: Mapping[str, QuantFormat],
+) -> list[tuple[LinearSpec, Start]]:
+    """Rounded layers of a block, with the original's weights as the block holds them."""
+    found = []
+    for linear in (linear for linear in spec.linears if linear.name in rounded):
+        weight = block.get_parameter(f"{local_name(spec, linear)}.weight").detach()
+        weight = weight.t() if linear.transposed else weight
+        layer = _on(job.device, rounded[linear.name])
+        found.append((linear, Start(linear.name, weight, layer, formats[linear.name])))
     return found
 
 
 def _piece(
     block: nn.Module,
     spec: BlockSpec,
-    rounded: Mapping[str, Quantized],
+    starts: Sequence[tuple[LinearSpec, Start]],
     names: Mapping[str, tuple[str, torch.dtype]],
     changed: Mapping[str, Tensor],
     calls: Sequence[Sequence[Call]],
 ) -> Piece:
-    linears = {linear.name: linear for linear in spec.linears if linear.name in rounded}
     device = next(block.parameters()).device
-    layers = {name: _on(device, rounded[name]) for name in linears}
     gains = {
         name: (changed.get(tensor, block.get_parameter(name).detach()).to(device), dtype)
         for name, (tensor, dtype) in names.items()
     }
-    return Piece(layers, gains, BlockForward(block, spec, calls, linears))
+    linears = {linear.name: linear for linear, _ in starts}
+    return Piece([start for _, start in starts], gains, BlockForward(block, spec, calls, linears))
 
 
 def _replace_head(job: Job, stream: ModelStream, rounded: Mapping[str, Quantized]) -> None:

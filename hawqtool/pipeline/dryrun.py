@@ -70,8 +70,9 @@ def describe(job: Job) -> dict[str, Any]:
 
 
 def _learning(config: RunConfig) -> list[str]:
-    kinds = ("refinement", config.refine_steps), ("distillation", config.distill_steps)
-    return [f"{steps} {kind} steps" for kind, steps in kinds if steps]
+    distillation = "distillation steps on codes too" if config.distill_codes else "distillation steps"
+    kinds = ("refinement steps", config.refine_steps), (distillation, config.distill_steps)
+    return [f"{steps} {kind}" for kind, steps in kinds if steps]
 
 
 def _check_feasible(job: Job, menu: dict[str, tuple[QuantFormat, ...]], budget: int, weights: int, fixed: int) -> None:

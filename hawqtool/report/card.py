@@ -133,8 +133,9 @@ def _refinement(report: dict[str, Any]) -> str:
 
 def _distillation(report: dict[str, Any]) -> str:
     found = report["distillation"]
+    what = "codes, scales and norm gains" if report["config"].get("distill_codes") else "scales and norm gains"
     return (
-        f"distillation: {found['steps']} steps on the scales and norm gains of the whole model; its divergence from "
+        f"distillation: {found['steps']} steps on the {what} of the whole model; its divergence from "
         f"the original on held-out calibration rows fell from {found['error_before']:.4g} to {found['error_after']:.4g}"
     )
 

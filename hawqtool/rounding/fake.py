@@ -1,4 +1,4 @@
-"""Weights of rounded layers as a function of what refinement may move: rounding offsets and group scales.
+"""Weights of rounded layers as a function of what learning may move: rounding offsets and group scales.
 
 All layers with groups of one width share flat tensors, so that a step costs a few operations however many layers a
 block has.
@@ -7,7 +7,7 @@ block has.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +25,7 @@ MAX_SCALE_CHANGE = math.log(2)
 
 @dataclass(frozen=True)
 class Start:
-    """A rounded layer that refinement starts from.
+    """A rounded layer that learning starts from.
 
     Args:
         name: Its name.
@@ -88,13 +88,13 @@ class FlatLayers:
     Attributes:
         latent: ``[groups, width]`` float32.
         log_change: ``[groups, 1]`` float32, logarithm of scale over starting scale.
-        leaf: ``[groups, width]``, the latest weights, which gradients are taken of.
+        leaf: ``[groups, width]``, the latest differentiable weights, which gradients are taken of.
     """
 
     def __init__(self, starts: Sequence[Start], reach: float) -> None:
         self.starts = starts
         self.stored_dtype = starts[0].rounded.scales.dtype
-        self.width = starts[0].rounded.codes.shape[1] // starts[0].rounded.scales.shape[1]
+        self.width = _width(starts[0].rounded)
         self.scale_start = torch.cat([s.rounded.scales.float().view(-1, 1) for s in starts])
         self.zero = torch.cat([_zeros(s.rounded).view(-1, 1) for s in starts])
         self.low = self._per_group([s.quant_format.min_code for s in starts])
@@ -104,6 +104,11 @@ class FlatLayers:
         self.highest = torch.minimum(self.latent + reach, self.high + EDGE)
         self.log_change = torch.zeros_like(self.scale_start)
         self.leaf = self.levels = self.latent
+
+    @property
+    def latents(self) -> list[Tensor]:
+        """Rounding offsets that are learned."""
+        return [self.latent]
 
     def _per_group(self, values: Sequence[int]) -> Tensor:
         parts = [torch.full((s.rounded.scales.numel(), 1), float(v)) for s, v in zip(self.starts, values, strict=True)]
@@ -116,15 +121,17 @@ class FlatLayers:
 
     def weights(self, dtype: torch.dtype, differentiable: bool) -> dict[str, Tensor]:
         """Weights ``[out, in]`` of every layer in a dtype; differentiable ones are views of `leaf`."""
-        value, self.levels = fake_quantize(self.latent, self.scale, self.zero, self.low, self.high, self.stored_dtype)
-        self.leaf = value.to(dtype).requires_grad_(differentiable)
-        parts = self.leaf.split([s.rounded.scales.numel() for s in self.starts])
-        return {s.name: part.view(s.rounded.codes.shape) for s, part in zip(self.starts, parts, strict=True)}
+        value, levels = fake_quantize(self.latent, self.scale, self.zero, self.low, self.high, self.stored_dtype)
+        value = value.to(dtype).requires_grad_(differentiable)
+        if differentiable:  # otherwise those of a whole model would stay in memory
+            self.leaf, self.levels = value, levels
+        return _by_layer(self.starts, value)
 
     def collect(self) -> None:
-        """Set the gradients of latents and log_change from that of `leaf`, where it has one."""
+        """Set the gradients of latents and log_change from that of `leaf`, where it has one, and let both go."""
         if self.leaf.grad is not None:
             self.latent.grad, self.log_change.grad = parameter_gradients(self.leaf.grad, self.levels, self.scale)
+        self.leaf = self.levels = self.latent
 
     def confine(self) -> None:
         """Keep what moved within its limits."""
@@ -142,14 +149,84 @@ class FlatLayers:
         }
 
 
-def flatten_layers(starts: Sequence[Start], reach: float) -> list[FlatLayers]:
+class FlatScales:
+    """Layers as those of `FlatLayers`, whose codes are fixed.
+
+    Args:
+        starts: The layers; their weights before rounding do not matter.
+
+    Attributes:
+        log_change: ``[groups, 1]`` float32, logarithm of scale over starting scale.
+    """
+
+    latents: Sequence[Tensor] = ()
+
+    def __init__(self, starts: Sequence[Start]) -> None:
+        self.starts = starts
+        self.stored_dtype = starts[0].rounded.scales.dtype
+        self.scale_start = torch.cat([s.rounded.scales.float().view(-1, 1) for s in starts])
+        self.levels = torch.cat([_levels(s.rounded) for s in starts])
+        self.log_change = torch.zeros_like(self.scale_start)
+        self._leaf = self.scale_start
+
+    @property
+    def scale(self) -> Tensor:
+        """``[groups, 1]`` float32."""
+        return self.scale_start * self.log_change.exp()
+
+    def weights(self, dtype: torch.dtype, differentiable: bool) -> dict[str, Tensor]:
+        """Weights ``[out, in]`` of every layer in a dtype, as loaders compute them."""
+        value = self.levels.to(self.stored_dtype) * self.scale.to(self.stored_dtype)
+        value = value.to(dtype).requires_grad_(differentiable)
+        if differentiable:
+            self._leaf = value
+        return _by_layer(self.starts, value)
+
+    def collect(self) -> None:
+        """Set the gradient of `log_change` from that of the latest weights, and let both go.
+
+        The weight is level times scale, so ∂L/∂log s = s Σ level · ∂L/∂w, exact but for the rounding of s as it is
+        stored, which is taken for the identity.
+        """
+        if self._leaf.grad is not None:
+            self.log_change.grad = (self._leaf.grad.float() * self.levels).sum(-1, keepdim=True) * self.scale
+        self._leaf = self.scale_start
+
+    def confine(self) -> None:
+        """Keep what moved within its limits."""
+        self.log_change.clamp_(-MAX_SCALE_CHANGE, MAX_SCALE_CHANGE)
+
+    def rounded(self) -> dict[str, Quantized]:
+        """Codes, scales and zero points of every layer as they are now."""
+        parts = self.scale.to(self.stored_dtype).split([s.rounded.scales.numel() for s in self.starts])
+        return {
+            s.name: s.rounded._replace(scales=part.reshape(s.rounded.scales.shape))
+            for s, part in zip(self.starts, parts, strict=True)
+        }
+
+
+def by_kind(starts: Iterable[Start]) -> list[list[Start]]:
     """Layers by width of their groups and dtype of their scales."""
     kinds: dict[tuple[int, torch.dtype], list[Start]] = {}
     for start in starts:
-        rounded = start.rounded
-        width = rounded.codes.shape[1] // rounded.scales.shape[1]
-        kinds.setdefault((width, rounded.scales.dtype), []).append(start)
-    return [FlatLayers(found, reach) for found in kinds.values()]
+        kinds.setdefault((_width(start.rounded), start.rounded.scales.dtype), []).append(start)
+    return list(kinds.values())
+
+
+def _by_layer(starts: Sequence[Start], flat: Tensor) -> dict[str, Tensor]:
+    """Views ``[out, in]`` of flat weights by layer."""
+    parts = flat.split([s.rounded.scales.numel() for s in starts])
+    return {s.name: part.view(s.rounded.codes.shape) for s, part in zip(starts, parts, strict=True)}
+
+
+def _width(rounded: Quantized) -> int:
+    return rounded.codes.shape[1] // rounded.scales.shape[1]
+
+
+def _levels(rounded: Quantized) -> Tensor:
+    """Codes less zero points, ``[groups, width]`` in the smallest integers that hold them."""
+    codes = rounded.codes.reshape(-1, _width(rounded))
+    return codes if rounded.zeros is None else codes.short() - rounded.zeros.short().view(-1, 1)
 
 
 def _zeros(rounded: Quantized) -> Tensor:

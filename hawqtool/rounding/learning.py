@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +16,10 @@ from torch import Tensor
 
 from hawqtool.errors import NumericalError
 from hawqtool.model.saving import NOTHING_SAVED, Saved
+from hawqtool.model.waypoints import BYTES_PER_SECOND
+
+# cuBLAS has a fixed order with workspaces of its own only, and reads this when it is first used.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 CHECKS = 10
 """How often the held-out error is looked at."""
@@ -32,18 +40,65 @@ class Course:
         after: The same at the end; never more.
         best_step: Step that is kept; 0 is the start.
         steps: Steps that were done.
+        reproducible: Whether the same seed gives the same on the same device, see `FixedOrder`.
     """
 
     before: float
     after: float
     best_step: int
     steps: int
+    reproducible: bool
 
     @property
     def record(self) -> dict[str, Any]:
         """What reports say of it."""
         errors = {"error_before": self.before, "error_after": self.after}
-        return errors | {"best_step": self.best_step, "steps": self.steps}
+        return errors | {"best_step": self.best_step, "steps": self.steps, "reproducible": self.reproducible}
+
+
+class FixedOrder:
+    """Does work with sums of gradients in a fixed order, which attention on a GPU takes only when told so.
+
+    Learning goes through thousands of roundings: differences of the last bit end as another model. Where an operation
+    knows no fixed order, that work and all after it are done without.
+
+    Args:
+        device: Where the work is done; a CPU has a fixed order anyway.
+
+    Attributes:
+        kept: Whether all work so far had a fixed order.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._switched, self.kept = device.type == "cuda", True
+
+    def run(self, work: Callable[[], None]) -> None:
+        """Do work, which may be begun twice."""
+        if self._switched and self.kept:
+            try:
+                with _fixed_order():
+                    work()
+            except RuntimeError as error:
+                if "deterministic" not in str(error):
+                    raise
+                self.kept = False
+            else:
+                return
+        work()
+
+
+@contextmanager
+def _fixed_order() -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    memory: Any = torch.utils.deterministic
+    filling = memory.fill_uninitialized_memory
+    memory.fill_uninitialized_memory = False  # it is slow, and nothing here reads what was not written
+    torch.use_deterministic_algorithms(True)  # attention takes no notice where this is to warn only
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        memory.fill_uninitialized_memory = filling
 
 
 @dataclass
@@ -74,10 +129,11 @@ def learn(
         learned: What the steps change.
         optimizer: Its parameters are those tensors.
         order: Batch of every step.
-        step: Takes a step on a batch.
+        step: Takes a step on a batch; one that failed before it changed anything is taken again.
         error: Held-out error of the present values.
         progress: Called with the number of steps done, when the error was looked at.
-        saved: Keeps where the learning is whenever the error was looked at; one that was cut is gone on with.
+        saved: Keeps where the learning is when the error was looked at, if it did so long enough ago for the size; one
+            that was cut is gone on with.
 
     Raises:
         NumericalError: If the error at the start is not finite.
@@ -91,11 +147,13 @@ def learn(
         at, kept = _Standing(start, start, 0, 0, 0), [tensor.clone() for tensor in learned]
     else:
         at, kept = _restored(known, learned, optimizer)
-    interval = max(1, -(-steps // CHECKS))
+    fixed = FixedOrder(learned[0].device)
+    interval, since = max(1, -(-steps // CHECKS)), time.monotonic()
+    size = 4 * sum(tensor.nbytes for tensor in learned)  # values, best values and two moments
     while at.done < steps and at.idle < PATIENCE:
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * (1 - at.done / steps)
-        step(order[at.done])
+        fixed.run(partial(step, order[at.done]))
         at.done += 1
         if at.done % interval == 0 or at.done == steps:
             found = error()
@@ -103,12 +161,14 @@ def learn(
             if found < at.best:
                 at.best, at.best_step, at.idle = found, at.done, 0
                 kept = [tensor.clone() for tensor in learned]
-            saved.save(_STANDING, _standing(at, kept, learned, optimizer))
+            if time.monotonic() - since >= size / BYTES_PER_SECOND:
+                saved.save(_STANDING, _standing(at, kept, learned, optimizer))
+                since = time.monotonic()
             progress(at.done)
     with torch.no_grad():
         for tensor, value in zip(learned, kept, strict=True):
             tensor.copy_(value)
-    return Course(at.before, at.best, at.best_step, at.done)
+    return Course(at.before, at.best, at.best_step, at.done, fixed.kept)
 
 
 def _standing(

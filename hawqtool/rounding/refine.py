@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hawqtool.rounding.fake import FlatLayers, Start, flatten_layers
+from hawqtool.rounding.fake import FlatLayers, Start, by_kind
 from hawqtool.rounding.grid import Quantized
 from hawqtool.rounding.learning import Course, Gain, batch_order, learn
 
@@ -80,7 +80,7 @@ class _State:
     def __init__(
         self, starts: Sequence[Start], gains: Mapping[str, tuple[Tensor, torch.dtype]], reach: float, dtype: torch.dtype
     ) -> None:
-        self.flats: list[FlatLayers] = flatten_layers(starts, reach)
+        self.flats = [FlatLayers(some, reach) for some in by_kind(starts)]
         self.gains = {name: Gain(*found) for name, found in gains.items()}
         self.dtype = dtype
 

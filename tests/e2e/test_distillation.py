@@ -25,10 +25,11 @@ KINDS = ("qwen3", "gpt2", "mixtral", "bert")
 STEPS = 20
 
 
+@pytest.mark.parametrize("codes", [False, True], ids=["scales", "codes"])
 @pytest.mark.parametrize("name", KINDS)
-def test_the_folder_has_the_divergence_that_was_reported(name: str, tmp_path: Path) -> None:
+def test_the_folder_has_the_divergence_that_was_reported(name: str, codes: bool, tmp_path: Path) -> None:
     kind = kind_named(name)
-    job = job_of(save_kind(kind, tmp_path / "source"), refine_steps=0, distill_steps=STEPS)
+    job = job_of(save_kind(kind, tmp_path / "source"), refine_steps=0, distill_steps=STEPS, distill_codes=codes)
     rows = torch.cat([calibration_inputs(kind, seed) for seed in range(4, 10)])
     found = round_to_folder(job, plan_of(job, 3), Rows(rows, "test", "-"), tmp_path / "out", Silent(), "test")
     record = found["distillation"]
@@ -59,6 +60,22 @@ def test_codes_stay_and_only_scales_and_gains_change(place: Path, tmp_path: Path
     assert any(name.endswith(PACKED) for name in plain)
     assert found["distillation"]["error_after"] < found["distillation"]["error_before"]
     assert verify_folder(tmp_path / str(STEPS), place / "model").problems == ()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_codes_are_learned_where_that_is_asked_for(symmetric: bool, place: Path, tmp_path: Path) -> None:
+    rows = Rows(torch.randint(3, 128, (8, 32), generator=torch.Generator().manual_seed(1)), "test", "-")
+    found, files = {}, {}
+    for codes in (False, True):
+        job = job_of(place / "model", refine_steps=0, distill_steps=STEPS, distill_codes=codes, symmetric=symmetric)
+        folder = tmp_path / str(codes)
+        found[codes] = round_to_folder(job, plan_of(job, 2), rows, folder, Silent(), "test")["distillation"]
+        files[codes] = load_file(folder / "model.safetensors")
+        assert verify_folder(folder, place / "model").problems == ()
+    changed = {name for name, tensor in files[False].items() if not torch.equal(tensor, files[True][name])}
+    assert any(name.endswith(PACKED) for name in changed)
+    assert all(name.endswith((PACKED, "weight_scale", "norm.weight")) for name in changed)
+    assert found[True]["error_after"] < found[True]["error_before"] == found[False]["error_before"]
 
 
 def test_gradients_at_the_outputs_are_those_of_the_mean(place: Path) -> None:

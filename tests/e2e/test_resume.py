@@ -22,6 +22,7 @@ from hawqtool.pipeline.measuring import run_measure
 from hawqtool.pipeline.progress import Silent
 from hawqtool.pipeline.quantize import run_quantize
 from hawqtool.pipeline.reporting import file_hash
+from hawqtool.rounding import learning
 from tests.e2e.runs import MIXED_TARGET, read, settings
 from tests.tiny_zoo import kind_named, save_kind
 
@@ -65,6 +66,7 @@ CHAINS: dict[str, dict[str, Any]] = {
     "drift": {"rounding": "gptaq", "exchanges": 1},
     "refined": {"refine_steps": 4, "sensitivity_steps": 2, "shortlist": 1},
     "distilled": {"distill_steps": 4, "refine_steps": 2, "shortlist": 1},
+    "distilled codes": {"distill_steps": 4, "distill_codes": True, "shortlist": 1},
     "held-out rows": {"rounding": "foem", "foem_beta": "auto", "target_shift": "auto", "rows_per_slice": 4},
     "experts in slices": {"kind": "qwen3-moe", "rows_per_slice": 4, "exchanges": 1},
     "experts in one slice": {"kind": "qwen3-moe", "rows_per_slice": 16, "shortlist": 1, "rounding": "foem"},
@@ -84,6 +86,7 @@ def test_interrupted_again_and_again(place: Path, tmp_path: Path, monkeypatch: p
     config = settings(place, **(small | options), output=folder / "out")
     quantize(config, output=str(folder / "undisturbed"))
     interrupt = Interrupt(monkeypatch)
+    monkeypatch.setattr(learning, "BYTES_PER_SECOND", math.inf)
     for starts in range(1, 200):
         interrupt.left = (4, 5, 9)[starts % 3]  # the number of starts, and some things more
         # Nor does it matter whether a walk has states to go on from.

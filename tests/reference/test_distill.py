@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor
 
 from hawqtool.errors import NumericalError
 from hawqtool.formats import QuantFormat
-from hawqtool.rounding.distill import Distilled, DistillSchedule, FlatScales, Piece, distill
+from hawqtool.rounding.distill import Distilled, DistillSchedule, Piece, distill
+from hawqtool.rounding.fake import FlatLayers, FlatScales, Start
 from hawqtool.rounding.grid import Quantized, dequantize, nearest_codes, search_grid
-from hawqtool.rounding.learning import batch_order
+from hawqtool.rounding.learning import FixedOrder, batch_order
 from hawqtool.rounding.refine import Forward
 
 WIDTH, ROWS, POSITIONS, CLASSES = 64, 4, 8, 11
@@ -33,6 +35,11 @@ def rounded(block: int, name: str, dtype: torch.dtype) -> Quantized:
     return Quantized(nearest_codes(original, scales, fmt, zeros), scales, zeros)
 
 
+def start(block: int, name: str, dtype: torch.dtype) -> Start:
+    """Named by its block too, as results hold the layers of all pieces."""
+    return Start(f"{block}.{name}", weight(block, name).float(), rounded(block, name, dtype), FORMATS[name])
+
+
 def gain(block: int) -> Tensor:
     return 1 + 0.1 * random(WIDTH, seed=100 + block)
 
@@ -47,12 +54,11 @@ def forward(weights: Mapping[str, Tensor], x: Tensor, _batch: int) -> Tensor:
 
 def pieces(dtype: torch.dtype) -> list[Piece]:
     def run(block: int) -> Forward:
-        """Layers are named by their block too, as results hold those of all pieces."""
         return lambda found, x, batch: forward({n.removeprefix(f"{block}."): w for n, w in found.items()}, x, batch)
 
     return [
         Piece(
-            {f"{block}.{name}": rounded(block, name, dtype) for name in FORMATS},
+            [start(block, name, dtype) for name in FORMATS],
             {"norm": (gain(block).float(), dtype)},
             run(block),
         )
@@ -99,18 +105,24 @@ def run(schedule: DistillSchedule, dtype: torch.dtype = torch.bfloat16) -> Disti
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_weights_are_those_that_loaders_compute(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("kind", [FlatScales, lambda starts: FlatLayers(starts, 1.0)], ids=["scales", "codes"])
+def test_weights_are_those_that_loaders_compute(kind: Callable[..., Any], dtype: torch.dtype) -> None:
     for name in FORMATS:
         layer = rounded(0, name, dtype)
-        flat = FlatScales({name: layer})
-        assert torch.equal(flat.weights(dtype, False)[name], dequantize(*layer))
-        flat.log_change.uniform_(-0.5, 0.5, generator=torch.Generator().manual_seed(0))
-        moved = layer._replace(scales=flat.stored()[name])
+        flat = kind([start(0, name, dtype)])
+        assert torch.equal(flat.weights(dtype, False)[f"0.{name}"], dequantize(*layer))
+        generator = torch.Generator().manual_seed(0)
+        flat.log_change.uniform_(-0.5, 0.5, generator=generator)
+        for latent in flat.latents:
+            latent += torch.empty_like(latent).uniform_(-0.5, 0.5, generator=generator)
+        moved = flat.rounded()[f"0.{name}"]
         assert not torch.equal(moved.scales, layer.scales)
-        assert torch.equal(flat.weights(dtype, False)[name], dequantize(*moved))
+        assert torch.equal(moved.codes, layer.codes) == (not flat.latents)
+        assert torch.equal(flat.weights(dtype, False)[f"0.{name}"], dequantize(*moved))
 
 
-def test_gradients_are_those_of_the_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("latent_rate", [0.0, 1e-3])
+def test_gradients_are_those_of_the_whole_model(latent_rate: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """One step's gradients, by capturing what the optimizer gets, against autograd through slow float64 formulas."""
     seen: list[Tensor] = []
     step = torch.optim.Adam.step
@@ -121,8 +133,8 @@ def test_gradients_are_those_of_the_whole_model(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(torch.optim.Adam, "step", capture)
     batches = inputs(2)
-    distill(pieces(torch.float32), batches, 1, Judge(batches), DistillSchedule(1))
-    logs, gains, order = [], [], []
+    distill(pieces(torch.float32), batches, 1, Judge(batches), DistillSchedule(1, latent_rate=latent_rate))
+    latents, logs, gains = [], [], []
     hidden = batches[0].double()
     for block in range(2):
         weights = {}
@@ -131,20 +143,28 @@ def test_gradients_are_those_of_the_whole_model(monkeypatch: pytest.MonkeyPatch)
             log = torch.zeros_like(scales, dtype=torch.float64).requires_grad_()
             levels = codes.double().view(WIDTH, scales.shape[1], -1)
             levels = levels if zeros is None else levels - zeros.double().unsqueeze(-1)
-            weights[name] = (levels * (scales.double() * log.exp()).unsqueeze(-1)).view(WIDTH, WIDTH)
+            moved = torch.zeros_like(levels).requires_grad_()  # straight through the rounding
+            weights[name] = ((levels + moved) * (scales.double() * log.exp()).unsqueeze(-1)).view(WIDTH, WIDTH)
+            latents.append(moved)
             logs.append(log)
-            order.append((block, name))
         change = torch.zeros(WIDTH, dtype=torch.float64, requires_grad=True)
-        start = gain(block).float().double()
-        weights["norm"] = start + start.square().mean().sqrt() * change
+        begin = gain(block).float().double()
+        weights["norm"] = begin + begin.square().mean().sqrt() * change
         gains.append(change)
         hidden = forward(weights, hidden, 0)
     divergences(hidden, batches[0]).mean().backward()
-    # Layers of one width, dtype and kind of grid are flat tensors together; here each is alone.
-    for found, expected in zip(seen, [log.grad for log in logs] + [change.grad for change in gains], strict=True):
-        assert expected is not None
-        error = (found.double().flatten() - expected.flatten()).norm() / expected.norm()
+    # The first two layers of a block have groups of one width, hence flat tensors together.
+    expected = [*(_flat(latents) if latent_rate else []), *_flat(logs), *(change.grad for change in gains)]
+    for found, exact in zip(seen, expected, strict=True):
+        assert exact is not None
+        error = (found.double().flatten() - exact.flatten()).norm() / exact.norm()
         assert float(error) < 1e-5
+
+
+def _flat(leaves: list[Tensor]) -> list[Tensor]:
+    """Gradients of the layers of each block, those of one width of groups together."""
+    found = [leaf.grad.flatten() for leaf in leaves if leaf.grad is not None]
+    return [part for n in range(0, len(found), 3) for part in (torch.cat(found[n : n + 2]), found[n + 2])]
 
 
 def heldout_divergence(layers: Mapping[str, Quantized], gains: list[Tensor]) -> float:
@@ -164,11 +184,25 @@ def test_held_out_divergence_falls_and_is_what_the_result_gives() -> None:
     starts = {f"{block}.{name}": rounded(block, name, torch.bfloat16) for block in range(2) for name in FORMATS}
     gains = [gain(block).float().bfloat16() for block in range(2)]
     assert found.course.before == pytest.approx(heldout_divergence(starts, gains), rel=1e-3)
-    ends = {name: layer._replace(scales=found.scales[name]) for name, layer in starts.items()}
-    after = heldout_divergence(ends, [learned["norm"] for learned in found.gains])
+    assert all(torch.equal(found.layers[name].codes, layer.codes) for name, layer in starts.items())
+    after = heldout_divergence(found.layers, [learned["norm"] for learned in found.gains])
     assert found.course.after == pytest.approx(after, rel=1e-3)
     assert found.course.after < 0.9 * found.course.before
     assert found.course.best_step > 0
+
+
+def test_codes_are_learned_within_their_limits() -> None:
+    rates = {"scale_rate": 5e-3, "gain_rate": 5e-3}
+    fixed, found = run(DistillSchedule(60, **rates)), run(DistillSchedule(60, latent_rate=5e-3, **rates))
+    after = heldout_divergence(found.layers, [learned["norm"] for learned in found.gains])
+    assert found.course.after == pytest.approx(after, rel=1e-3)
+    assert found.course.after < 0.9 * fixed.course.after
+    for block in range(2):
+        for name, fmt in FORMATS.items():
+            begin, end = rounded(block, name, torch.bfloat16).codes, found.layers[f"{block}.{name}"].codes
+            moved = end.short() - begin.short()
+            assert 0 < int(moved.abs().max()) <= 2  # an offset may start near the border and go one code further
+            assert fmt.min_code <= int(end.min()) and int(end.max()) <= fmt.max_code
 
 
 def test_what_makes_nothing_better_changes_nothing() -> None:
@@ -180,8 +214,32 @@ def test_what_makes_nothing_better_changes_nothing() -> None:
 
 def test_the_same_seed_gives_the_same() -> None:
     first, again, other = (run(DistillSchedule(7, seed)) for seed in (0, 0, 1))
-    assert all(torch.equal(first.scales[name], again.scales[name]) for name in first.scales)
+    assert all(torch.equal(first.layers[name].scales, again.layers[name].scales) for name in first.layers)
     assert first.course.after == again.course.after != other.course.after
+
+
+@pytest.mark.parametrize("message", ["op does not have a deterministic implementation", "something else"])
+def test_a_fixed_order_is_given_up_where_there_is_none(message: str) -> None:
+    seen: list[bool] = []
+
+    def work() -> None:
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        if seen[-1]:
+            raise RuntimeError(message)
+
+    order = FixedOrder(torch.device("cuda"))
+    if "deterministic" in message:
+        order.run(work)
+        order.run(work)
+        assert seen == [True, False, False] and not order.kept
+    else:
+        with pytest.raises(RuntimeError, match=message):
+            order.run(work)
+        assert seen == [True]
+    assert not torch.are_deterministic_algorithms_enabled()
+    order, seen[:] = FixedOrder(torch.device("cpu")), []
+    order.run(work)
+    assert seen == [False] and order.kept
 
 
 def test_every_batch_comes_before_any_comes_again() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hawqtool.errors import NumericalError
 from hawqtool.formats import QuantFormat
-from hawqtool.rounding.fake import FlatLayers, Start, fake_quantize, flatten_layers, parameter_gradients
+from hawqtool.rounding.fake import FlatLayers, Start, by_kind, fake_quantize, parameter_gradients
 from hawqtool.rounding.grid import Quantized, dequantize, nearest_codes, search_grid
 from hawqtool.rounding.refine import Batches, Refined, Schedule, output_error, refine
 
@@ -80,13 +80,13 @@ def slow_weights(latent: Tensor, scale: Tensor, zero: Tensor, low: Tensor, high:
 
 
 def test_fake_weights_are_those_of_the_file() -> None:
-    for flat in flatten_layers(STARTS, reach=1):
+    for flat in [FlatLayers(some, reach=1) for some in by_kind(STARTS)]:
         found, kept = flat.weights(torch.bfloat16, False), flat.rounded()
         for s in flat.starts:
             assert torch.equal(found[s.name], dequantize(*s.rounded))
             assert torch.equal(kept[s.name].codes, s.rounded.codes)
             assert torch.equal(kept[s.name].scales, s.rounded.scales)
-    assert {flat.width for flat in flatten_layers(STARTS, reach=1)} == {32, 64}
+    assert {flat.width for flat in [FlatLayers(some, reach=1) for some in by_kind(STARTS)]} == {32, 64}
 
 
 def test_fake_quantization_and_its_gradients_against_a_slow_reference() -> None:
