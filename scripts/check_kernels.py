@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from hawqtool.formats import QuantFormat
+from hawqtool.model.gram import quadratic_form
 from hawqtool.rounding.compensate import round_compensated
 from hawqtool.rounding.factor import Factor, factorize
 from hawqtool.rounding.grid import dequantize, expand_scales, nearest_codes, search_grid
 from hawqtool.rounding.kernels import VARIABLE
-from hawqtool.rounding.layer import quadratic_form
 
 SHAPES = "576x576,1536x576,576x1536,4096x4096,14336x4096,4096x14336"
 LOSS_BOUND = 1e-3

@@ -51,6 +51,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--num-samples", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--eval-samples", type=int, default=40)
+    parser.add_argument("--peer-dtype", default="auto", help="dtype that the peer loads the model in")
     parser.add_argument("--worker", metavar="OUT", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -106,7 +107,7 @@ def _worker(arguments: argparse.Namespace) -> int:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     rows = token_rows(arguments.model, arguments.calibration, arguments.num_samples, arguments.seq_len)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.peer_dtype)
     data = Dataset.from_dict({"input_ids": rows.tolist(), "attention_mask": rows.new_ones(rows.shape).tolist()})
     weights = {
         "num_bits": arguments.bits, "type": "int", "symmetric": True, "strategy": "group",

@@ -34,6 +34,27 @@ def gram(inputs: Tensor) -> Tensor:
     return total.div_(inputs.shape[0])
 
 
+def quadratic_form(error: Tensor, gram: Tensor) -> Tensor:
+    """Trace of D H Dᵀ, the mean squared output of ``error`` on the tokens behind ``gram``.
+
+    H is symmetric: on a CPU only its upper panels are multiplied, a third less work at 576 columns.
+
+    Args:
+        error: ``[out, in]`` float32.
+        gram: ``[in, in]`` float32.
+    """
+    width = len(gram)
+    panel = max(width, 1) if gram.is_cuda else GRAM_PANEL
+    total = gram.new_zeros(())
+    for first in range(0, width, panel):
+        columns = slice(first, first + panel)
+        product = error[:, columns] @ gram[columns, columns]
+        if first:
+            product.addmm_(error[:, :first], gram[:first, columns], alpha=2.0)
+        total += product.mul_(error[:, columns]).sum()
+    return total
+
+
 def mean_product(left: Tensor, right: Tensor) -> Tensor:
     """Mean of l rᵀ over tokens, ``[m, n]`` float32, from ``[tokens, m]`` and ``[tokens, n]`` of one dtype."""
     total = torch.zeros(left.shape[1], right.shape[1], dtype=torch.float32, device=left.device)

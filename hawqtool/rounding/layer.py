@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hawqtool.errors import NumericalError
 from hawqtool.formats import QuantFormat
+from hawqtool.model.gram import quadratic_form
 from hawqtool.model.statistics import GroupStatistics
 from hawqtool.model.timing import UNRECORDED, Recorder
 from hawqtool.records import LayerMetrics, RoundedLayer
@@ -382,8 +383,3 @@ def _losses(task: Task, result: Quantized, gram: Tensor, factor: Factor) -> Tens
             _beyond(weight, result, fmt).float().mean(),
         ]
     )
-
-
-def quadratic_form(error: Tensor, gram: Tensor) -> Tensor:
-    """Trace of D H Dᵀ, the mean squared output of ``error`` on the tokens behind ``gram``."""
-    return ((error @ gram) * error).sum()

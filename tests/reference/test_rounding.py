@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hawqtool.errors import NumericalError
 from hawqtool.formats import CHANNEL, QuantFormat
+from hawqtool.model.gram import quadratic_form
 from hawqtool.model.statistics import GroupStatistics
 from hawqtool.rounding.compensate import round_compensated
 from hawqtool.rounding.factor import Factor, default_damping, factorize, inverse_upper
@@ -25,7 +26,7 @@ from hawqtool.rounding.grid import (
     nearest_codes,
     search_scales,
 )
-from hawqtool.rounding.layer import RoundingMethod, Task, quadratic_form, round_group, round_layers
+from hawqtool.rounding.layer import RoundingMethod, Task, round_group, round_layers
 
 # The references lie beside the tests, which are no package.
 sys.path.insert(0, str(Path(__file__).parent))
@@ -435,3 +436,22 @@ def test_large_weights_are_searched_in_chunks_without_change() -> None:
     whole = search_scales(weight, ones, fmt, torch.bfloat16, both_signs=True)
     parts = [search_scales(weight[i : i + 100], ones, fmt, torch.bfloat16, both_signs=True) for i in range(0, 700, 100)]
     assert torch.equal(whole, torch.cat(parts))
+
+
+@pytest.mark.parametrize(("rows", "width"), [(5, 3), (7, 256), (4, 600)])
+def test_quadratic_form_of_any_width(rows: int, width: int) -> None:
+    generator = torch.Generator().manual_seed(width)
+    x, error = (torch.randn(n, width, generator=generator, dtype=torch.float64) for n in (2 * width, rows))
+    expected = float((error @ x.t()).square().sum())
+    found = float(quadratic_form(error.float(), (x.t() @ x).float()))
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_column_loop_leaves_the_threads_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    gram = torch.eye(32)
+    ones = torch.ones(4, 32)
+    round_compensated(ones, ones, -4 * ones[:, 0], 3 * ones[:, 0], factorize(gram, 64))
+    assert threads == [1, 2]
