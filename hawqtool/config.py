@@ -69,6 +69,7 @@ class RunConfig(BaseModel):
     gptaq_alpha: float = Field(0.25, ge=0, le=1)
     target_shift: float | Literal["auto"] = 0.0
     scale_refit: bool = False
+    token_weights: Literal["auto", "gradient", "none"] = "auto"
     damping: float | None = Field(None, gt=0, allow_inf_nan=False)
     refine_steps: int = Field(0, ge=0)
     sensitivity_steps: int = Field(0, ge=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -93,6 +94,11 @@ class Unit:
         return sum(m.stored_bytes(quant_format) for m in self.members)
 
 
+TokenWeights = Mapping[str, "Tensor"]
+"""How much each token counts in the Gram matrix of an input group, by the name of the group's first linear:
+``[rows, positions]`` float32 with a mean of 1. In groups that are not named all tokens count alike."""
+
+
 @dataclass(frozen=True)
 class Rows:
     """Token rows with their origin.
@@ -101,11 +107,13 @@ class Rows:
         tokens: ``[num_rows, seq_len]`` int64, or ``[num_rows, channels, height, width]`` float32.
         source: Where they come from, for the report.
         fingerprint: SHA-256 of the tokens.
+        weights: How much each token counts where layers are rounded on these rows; None where all count alike.
     """
 
     tokens: Tensor
     source: str
     fingerprint: str
+    weights: TokenWeights | None = None
 
 
 @dataclass(frozen=True)

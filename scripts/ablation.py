@@ -52,7 +52,8 @@ from hawqtool.pipeline.planning import given_plan, stored_bytes
 from hawqtool.pipeline.progress import Reporter
 from hawqtool.pipeline.rows import calibration_rows, evaluation_rows
 from hawqtool.pipeline.walking import round_blocks
-from hawqtool.records import Evaluation, RoundedLayer
+from hawqtool.pipeline.weighing import weighed
+from hawqtool.records import Evaluation, RoundedLayer, Rows
 from hawqtool.rounding.distill import DistillSchedule
 from hawqtool.rounding.grid import Quantized, dequantize
 from hawqtool.rounding.layer import quantized
@@ -156,7 +157,7 @@ class Bench:
         self.stream = self.job.stream()
         progress = self._progress("evaluating original")
         self.original = self.stream.final_hidden(self.rows.tokens, self.job.rows_per_slice, progress)
-        self._calibration: dict[tuple[Any, ...], Tensor] = {}
+        self._calibration: dict[tuple[Any, ...], Rows] = {}
 
     def _progress(self, stage: str) -> Any:
         count = len(self.job.structure.blocks)
@@ -191,12 +192,12 @@ class Bench:
         formats = self._formats(job, overrides)
         schedule = Schedule(**{"steps": job.config.refine_steps, "seed": seed} | dict(overrides.get("schedule") or {}))
         memory = Memory(frozenset(n for n, linear in job.structure.linears.items() if linear.transposed))
-        tokens = self._rows(job)
+        rows = weighed(job, self._rows(job), self.reporter)
         self.reporter.say(f"{name}, seed {seed}")
         with Meter(job.device) as meter:
-            record = round_blocks(job, formats, tokens, memory, self.reporter, name, schedule)
+            record = round_blocks(job, formats, rows, memory, self.reporter, name, schedule)
             rates = dict(overrides.get("distill_schedule") or {})
-            distillation = self._distill(job, formats, memory, tokens, name, rates)
+            distillation = self._distill(job, formats, memory, rows.tokens, name, rates)
         return {
             "name": name,
             "seed": seed,
@@ -230,11 +231,11 @@ class Bench:
         bits = int(overrides.get("bits", self.options.bits))
         return uniform_formats(job.units, bits, job.config.group_size, job.config.symmetric)
 
-    def _rows(self, job: Job) -> Tensor:
+    def _rows(self, job: Job) -> Rows:
         key = job.config.calibration, job.num_samples, job.seq_len, job.config.seed
         if key not in self._calibration:
             found = calibration_rows(job, {"calibration": job.num_samples}, self.reporter)
-            self._calibration[key] = found["calibration"].tokens
+            self._calibration[key] = found["calibration"]
         return self._calibration[key]
 
     def _evaluate(self, job: Job, memory: Memory, name: str) -> Evaluation:

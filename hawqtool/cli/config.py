@@ -62,6 +62,7 @@ def config(
     sensitivity_steps: o.SensitivitySteps = None,
     distill_steps: o.DistillSteps = None,
     distill_codes: o.DistillCodes = None,
+    token_weights: o.TokenWeights = None,
     damping: o.Damping = None,
     scale_sign: o.ScaleSign = None,
     device: o.Device = None,

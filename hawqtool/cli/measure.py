@@ -34,6 +34,7 @@ def measure(
     extra_metrics: o.ExtraMetrics = None,
     probes: o.Probes = None,
     eigenvalues: o.Eigenvalues = None,
+    token_weights: o.TokenWeights = None,
     damping: o.Damping = None,
     scale_sign: o.ScaleSign = None,
     device: o.Device = None,

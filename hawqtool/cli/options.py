@@ -294,6 +294,15 @@ ScaleRefit = Annotated[
     Optional[bool],
     _option("--scale-refit", help="Refit scales after rounding where held-out rows gain by it.", panel=METHOD),
 ]
+TokenWeights = Annotated[
+    Optional[str],
+    _option(
+        "--token-weights",
+        help="gradient: tokens count in rounding by the loss's gradient; none: all alike [default: gradient; none for "
+        "rtn].",
+        panel=METHOD,
+    ),
+]
 Damping = Annotated[
     Optional[float],
     _option(

@@ -60,6 +60,7 @@ def quantize(
     gptaq_alpha: o.GptaqAlpha = None,
     target_shift: o.TargetShift = None,
     scale_refit: o.ScaleRefit = None,
+    token_weights: o.TokenWeights = None,
     damping: o.Damping = None,
     refine_steps: o.RefineSteps = None,
     sensitivity_steps: o.SensitivitySteps = None,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -18,17 +20,22 @@ _TILED_WIDTH, _TILE = 4096, 2048
 """Width from which a matrix is computed in panels on a GPU, and the rows of such a panel."""
 
 
-def gram(inputs: Tensor) -> Tensor:
+def gram(inputs: Tensor, roots: Tensor | None = None) -> Tensor:
     """Mean of x xᵀ over tokens, ``[in, in]`` float32, from ``[tokens, in]``.
 
     Half-precision inputs are multiplied on tensor cores where there are any: their products are exact in float32,
     which is also the dtype of the sums and of the output. The scaling comes last, since it would round the inputs.
+
+    Args:
+        inputs: ``[tokens, in]``.
+        roots: ``[tokens]`` float32, roots of the tokens' weights: then it is the mean of w x xᵀ. In half precision
+            these round the inputs once more, far below the damping of the matrix.
     """
     width = inputs.shape[1]
     half = has_float32_products(inputs.device, inputs.dtype)
     panel = _panel(inputs, width)
     total = torch.zeros(width, width, dtype=torch.float32, device=inputs.device)
-    for part in inputs.split(_TOKENS):
+    for part in _scaled_parts(inputs, roots):
         _add_lower_panels(total, part if half else part.float(), panel, half)
     _mirror(total, panel)
     return total.div_(inputs.shape[0])
@@ -55,12 +62,24 @@ def quadratic_form(error: Tensor, gram: Tensor) -> Tensor:
     return total
 
 
-def mean_product(left: Tensor, right: Tensor) -> Tensor:
-    """Mean of l rᵀ over tokens, ``[m, n]`` float32, from ``[tokens, m]`` and ``[tokens, n]`` of one dtype."""
+def mean_product(left: Tensor, right: Tensor, roots: Tensor | None = None) -> Tensor:
+    """Mean of l rᵀ over tokens, ``[m, n]`` float32, from ``[tokens, m]`` and ``[tokens, n]`` of one dtype.
+
+    With the roots ``[tokens]`` of the tokens' weights it is the mean of w l rᵀ.
+    """
     total = torch.zeros(left.shape[1], right.shape[1], dtype=torch.float32, device=left.device)
-    for first, second in zip(left.split(_TOKENS), right.split(_TOKENS), strict=True):
+    for first, second in zip(_scaled_parts(left, roots), _scaled_parts(right, roots), strict=True):
         total += token_product(first, second)
     return total.div_(left.shape[0])
+
+
+def _scaled_parts(inputs: Tensor, roots: Tensor | None) -> Iterator[Tensor]:
+    """Some tokens ``[tokens, in]`` at a time, times the roots of their weights."""
+    if roots is None:
+        yield from inputs.split(_TOKENS)
+        return
+    for part, root in zip(inputs.split(_TOKENS), roots.split(_TOKENS), strict=True):
+        yield part * root.to(part.dtype)[:, None]
 
 
 def token_product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:

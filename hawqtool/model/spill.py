@@ -43,6 +43,11 @@ class Shelf:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._numbers = itertools.count()
 
+    @property
+    def memory_bytes(self) -> int:
+        """Most bytes that are kept without the disk."""
+        return sum(self._limits.values())
+
     def put(self, tensor: Tensor) -> Kept:
         """Keep a tensor; it is let go with the last reference to what is returned.
 

@@ -20,7 +20,7 @@ class GroupStatistics:
     """Second moments of an input group.
 
     Args:
-        gram: ``[in, in]`` float32, mean of x xᵀ over the tokens.
+        gram: ``[in, in]`` float32, mean of x xᵀ over the tokens, by their weights where they have any.
         num_tokens: Tokens behind it.
         num_routed: Those of them that the model really sends here; fewer only in experts (see `counting_experts`).
         drift: ``[in, in]`` float32, mean of (x0 - x) xᵀ with x0 the original model's input of the same token; None
@@ -61,7 +61,13 @@ class GroupStatistics:
         return GroupStatistics(gram, count, min(self.num_routed, count), drift)
 
 
-def seen(x: Tensor, routed: int, held_out: Tensor | None = None, original: Tensor | None = None) -> GroupStatistics:
+def seen(
+    x: Tensor,
+    routed: int,
+    held_out: Tensor | None = None,
+    original: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> GroupStatistics:
     """Statistics of inputs ``[tokens, in]``.
 
     Args:
@@ -69,12 +75,14 @@ def seen(x: Tensor, routed: int, held_out: Tensor | None = None, original: Tenso
         routed: How many of them the model really sends there.
         held_out: ``[tokens]`` bool, those of held-out rows; None where nothing is chosen on them.
         original: ``[tokens, in]``, the original model's inputs.
+        weights: ``[tokens]`` float32, how much each counts; None where all count alike.
     """
-    drift = None if original is None else mean_product(original - x, x)
-    found = GroupStatistics(gram(x), x.shape[0], routed, drift)
+    roots = None if weights is None else weights.sqrt()
+    drift = None if original is None else mean_product(original - x, x, roots)
+    found = GroupStatistics(gram(x, roots), x.shape[0], routed, drift)
     if held_out is not None and bool(held_out.any()):
-        kept = x[held_out]
-        found.held_out = seen(kept, len(kept), None, None if original is None else original[held_out])
+        kept, others = x[held_out], None if original is None else original[held_out]
+        found.held_out = seen(kept, len(kept), None, others, None if weights is None else weights[held_out])
     return found
 
 
@@ -101,6 +109,25 @@ def held_out_tokens(linear: nn.Module, x: Tensor, first_row: int, rows: int, pos
     else:
         row = torch.arange(len(x), device=x.device) // (len(x) // rows)
     return is_held_out(first_row + row)
+
+
+def slice_weights(weights: Tensor, x: Tensor) -> Tensor:
+    """Weights of the inputs of a linear, ``[tokens]`` float32.
+
+    Args:
+        weights: ``[rows, positions]`` float32 of the slice.
+        x: The inputs ``[tokens, in]``, in order of the rows.
+
+    Raises:
+        InputError: If the inputs are not those that were weighed.
+    """
+    flat = weights.to(x.device).flatten()
+    if len(flat) != len(x):
+        raise InputError(
+            f"{len(x)} inputs of a linear, expected the {len(flat)} whose gradients were taken: this model gives its "
+            "layers other tokens than before; use --token-weights none"
+        )
+    return flat
 
 
 def is_held_out(row: Tensor) -> Tensor:

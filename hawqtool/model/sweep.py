@@ -24,7 +24,7 @@ from hawqtool.model.statistics import GroupStatistics, is_held_out, seen
 from hawqtool.model.tasks import model_task
 from hawqtool.model.timing import UNRECORDED, Recorder
 from hawqtool.model.waypoints import States, Waypoints
-from hawqtool.records import BlockSpec, LinearSpec
+from hawqtool.records import BlockSpec, LinearSpec, TokenWeights
 
 
 class WeightSource(Protocol):
@@ -47,6 +47,7 @@ class Activations:
             nothing needs them.
         held_out: Whether statistics keep some rows apart too, for settings to be chosen on.
         recorder: Takes note of forward passes and Gram matrices.
+        weights: How much each token counts in statistics; None where all count alike.
     """
 
     hidden: MutableSequence[Tensor]
@@ -54,6 +55,7 @@ class Activations:
     original: MutableSequence[Tensor] | None = None
     held_out: bool = False
     recorder: Recorder = UNRECORDED
+    weights: TokenWeights | None = None
 
     @property
     def states(self) -> States:
@@ -152,7 +154,12 @@ class ModelStream:
             self.source.expect([stored for stored, _ in places])
 
     def embed(
-        self, rows: Tensor, rows_per_slice: int, held_out: bool = False, with_original: bool = False
+        self,
+        rows: Tensor,
+        rows_per_slice: int,
+        held_out: bool = False,
+        with_original: bool = False,
+        weights: TokenWeights | None = None,
     ) -> Activations:
         """Run what comes before the first block on ``rows``: ``[rows, seq_len]`` tokens, or images.
 
@@ -166,7 +173,8 @@ class ModelStream:
                 self.model.base_model(**self._inputs(part))
             hidden.append(recorded[0][0][0])
             calls.append([(args[1:], kwargs) for args, kwargs in recorded])
-        return Activations(hidden, calls, copy(hidden) if with_original else None, held_out, self.recorder)
+        original = copy(hidden) if with_original else None
+        return Activations(hidden, calls, original, held_out, self.recorder, weights)
 
     def outputs(self, rows: Tensor, hidden: Tensor) -> Tensor:
         """What the model is judged by, from the last block's output through the model's own head.

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from hawqtool.model.experts import ExpertLinear, counting_experts
 from hawqtool.model.replay import Call
-from hawqtool.model.statistics import GroupStatistics, held_out_tokens, seen
+from hawqtool.model.statistics import GroupStatistics, held_out_tokens, seen, slice_weights
 from hawqtool.model.sweep import Activations, advance, check_extremes, extremes, local_name, run_block
-from hawqtool.records import BlockSpec, LinearSpec
+from hawqtool.records import BlockSpec, LinearSpec, TokenWeights
 
 
 class _StageReached(Exception):
@@ -35,13 +35,11 @@ def visit_groups(block: nn.Module, spec: BlockSpec, activations: Activations, vi
     too: they come from a copy of the block that keeps its weights, run beside it.
     """
     if len(activations.hidden) == 1 and activations.original is None:
-        hidden = activations.hidden[0]
-        held = _HeldOut(activations.held_out, 0, (hidden.shape[0], hidden.shape[1]))
-        del hidden  # the pass that follows puts another in its place
+        part = _Slice.of(activations, 0, activations.hidden[0])
 
         def see(group: Sequence[LinearSpec], x: Tensor, routed: int) -> None:
             with activations.recorder.stage("gram"):
-                found = seen(x, routed, held.inputs(block, spec, group, x))
+                found = part.statistics(block, spec, group, x, routed)
             visit(group, found)
 
         with group_inputs(block, spec, see):
@@ -72,24 +70,42 @@ def _pass_on(block: nn.Module, spec: BlockSpec, activations: Activations, origin
 
 
 @dataclass(frozen=True)
-class _HeldOut:
-    """Held-out rows of a slice.
+class _Slice:
+    """What statistics need to know of the rows of a slice.
 
     Args:
-        wanted: Whether rows are held out at all.
         first: Number of its first row among all rows.
         shape: Its rows and the positions of a row.
+        holds_out: Whether some rows are kept apart.
+        weights: How much each token of all rows counts.
     """
 
-    wanted: bool
     first: int
     shape: tuple[int, int]
+    holds_out: bool
+    weights: TokenWeights | None
 
-    def inputs(self, block: nn.Module, spec: BlockSpec, group: Sequence[LinearSpec], x: Tensor) -> Tensor | None:
-        """Which inputs of a group belong to held-out rows; None where no rows are."""
-        if not self.wanted:
-            return None
-        return held_out_tokens(block.get_submodule(local_name(spec, group[0])), x, self.first, *self.shape)
+    @classmethod
+    def of(cls, activations: Activations, first: int, hidden: Tensor) -> _Slice:
+        """The slice with these hidden states ``[rows, positions, width]``."""
+        return cls(first, (hidden.shape[0], hidden.shape[1]), activations.held_out, activations.weights)
+
+    def statistics(
+        self,
+        block: nn.Module,
+        spec: BlockSpec,
+        group: Sequence[LinearSpec],
+        x: Tensor,
+        routed: int,
+        original: Tensor | None = None,
+    ) -> GroupStatistics:
+        """Statistics of the inputs ``[tokens, in]`` of a group; the others are arguments of `seen`."""
+        linear = block.get_submodule(local_name(spec, group[0]))
+        held_out = held_out_tokens(linear, x, self.first, *self.shape) if self.holds_out else None
+        weights = None if self.weights is None else self.weights.get(group[0].name)
+        if weights is not None:
+            weights = slice_weights(weights[self.first : self.first + self.shape[0]], x)
+        return seen(x, routed, held_out, original, weights)
 
 
 def stages(spec: BlockSpec) -> list[list[Sequence[LinearSpec]]]:
@@ -130,8 +146,8 @@ def group_statistics(
         found, first = [], 0
         # Each slice is asked for once: it may come from the disk.
         for position, hidden in enumerate(activations.hidden):
-            held = _HeldOut(activations.held_out, first, (hidden.shape[0], hidden.shape[1]))
-            output = _add_slice(totals, block, spec, activations, position, hidden, held, groups, original, whole)
+            part = _Slice.of(activations, first, hidden)
+            output = _add_slice(totals, block, spec, activations, position, hidden, part, groups, original, whole)
             if output is not None:
                 found.append(extremes(output))
                 activations.hidden[position] = output
@@ -151,7 +167,7 @@ def _add_slice(
     activations: Activations,
     position: int,
     hidden: Tensor,
-    held: _HeldOut,
+    part: _Slice,
     groups: Sequence[Sequence[LinearSpec]],
     original: nn.Module | None,
     whole: bool,
@@ -166,7 +182,7 @@ def _add_slice(
     def accumulate(group: Sequence[LinearSpec], x: Tensor, routed: int) -> None:
         name = group[0].name
         with activations.recorder.stage("gram"):
-            found = seen(x, routed, held.inputs(block, spec, group, x), others.pop(name, None))
+            found = part.statistics(block, spec, group, x, routed, others.pop(name, None))
         if name in totals:
             totals[name] += found
         else:

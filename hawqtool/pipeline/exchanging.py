@@ -16,7 +16,7 @@ from hawqtool.pipeline.candidates import Candidate, Stopwatch, Workbench, format
 from hawqtool.pipeline.job import Job
 from hawqtool.pipeline.measuring import job_menu
 from hawqtool.pipeline.progress import Reporter
-from hawqtool.records import BitPlan, Score
+from hawqtool.records import BitPlan, Rows, Score
 from hawqtool.sensitivity.exchange import exchange_divergence
 
 Menu = dict[str, tuple[QuantFormat, ...]]
@@ -28,7 +28,7 @@ def exchanged(bench: Workbench, candidate: Candidate, budget: int) -> BitPlan:
     menu = neighbouring(job_menu(job, budget), present, set(job.pins))
     if all(len(formats) == 1 for formats in menu.values()):
         return candidate.plan
-    rows = bench.sets["calibration"].tokens, bench.sets["scoring"].tokens
+    rows = bench.sets["calibration"], bench.sets["scoring"].tokens
     saved = bench.saved.part(f"exchange-{formats_key(present)}")
     known = saved.load("plan")
     if known is not None:
@@ -45,7 +45,7 @@ def exchange(
     quantized: ModelStream,
     present: Mapping[str, QuantFormat],
     menu: Menu,
-    calibration: Tensor,
+    calibration: Rows,
     scoring: Tensor,
     budget: int,
     reporter: Reporter,

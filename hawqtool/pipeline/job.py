@@ -118,6 +118,12 @@ class Job:
         return RoundingMethod(c.rounding, c.foem_beta, c.both_signs, c.damping, *corrections)
 
     @property
+    def weighs_tokens(self) -> bool:
+        """Whether tokens count by their gradients; ``auto`` is so where rounding compensates errors."""
+        wanted = self.config.token_weights
+        return wanted == "gradient" or (wanted == "auto" and self.config.rounding != "rtn")
+
+    @property
     def stored_dtypes(self) -> dict[str, torch.dtype]:
         """Dtype in which each linear's scales are stored: that of its source weight."""
         return {n: torch_dtype(self.index.tensors[f"{n}.weight"].dtype) for n in self.structure.linears}

@@ -24,6 +24,7 @@ from hawqtool.pipeline.progress import Reporter
 from hawqtool.pipeline.refining import FormatRefiner
 from hawqtool.pipeline.rows import gather_rows
 from hawqtool.pipeline.run_folder import RunFolder
+from hawqtool.pipeline.weighing import weighed
 from hawqtool.records import Rows, Score, SensitivityTable
 from hawqtool.rounding.refine import Schedule
 from hawqtool.sensitivity.measure import measure
@@ -108,10 +109,10 @@ def measure_job(
     """Measure and return the sensitivity document; ``saved`` keeps finished stages."""
     start = time.perf_counter()
     stages = saved.part(_STAGES)
-    wanted = wanted_formats(job, menu)
+    wanted, calibration = wanted_formats(job, menu), weighed(job, sets["calibration"], reporter, saved)
     found = measure(
         job.stream(),
-        sets["calibration"].tokens,
+        calibration,
         sets["scoring"].tokens,
         wanted,
         job.method,
@@ -120,7 +121,7 @@ def measure_job(
         job.config.seed,
         reporter.progress,
         stages,
-        refiner=_refiner(job, sets["calibration"].tokens),
+        refiner=_refiner(job, calibration.tokens),
     )
     curvature = input_fisher_fields(found)
     settings: dict[str, float | int | str] = {}
@@ -129,7 +130,7 @@ def measure_job(
         found.scores.update(scores)
         curvature = {unit: values | fields[unit] for unit, values in curvature.items()}
     if "kl" in job.config.measured_extras:
-        rows = sets["calibration"], sets["scoring"]
+        rows = calibration, sets["scoring"]
         found.scores["kl"] = single_unit_scores(job, wanted, *rows, reporter, stages.part("kl"))
     table = SensitivityTable(
         scores=found.scores,
@@ -146,6 +147,7 @@ def measure_job(
             "seed": job.config.seed,
             "per_row": job.task.per_row,
             "foem_beta": job.method.feedback_beta,
+            "token_weights": "gradient" if job.weighs_tokens else "none",
             "sensitivity_steps": job.config.sensitivity_steps,
             "seconds": time.perf_counter() - start,
             **settings,
@@ -169,7 +171,7 @@ def single_unit_scores(
     """Metric ``kl``: the divergence on ``rows`` with one unit quantized, by unit and format label."""
     return single_unit_divergence(
         job.stream(),
-        calibration.tokens,
+        calibration,
         rows.tokens,
         menu,
         job.method,

@@ -30,6 +30,7 @@ from hawqtool.pipeline.reporting import build_report, is_our_folder, write_card,
 from hawqtool.pipeline.rows import gather_rows
 from hawqtool.pipeline.run_folder import RunFolder
 from hawqtool.pipeline.targeting import find_smallest
+from hawqtool.pipeline.weighing import weighed
 from hawqtool.records import BitPlan
 
 
@@ -90,6 +91,9 @@ def _quantized(
         sets = gather_rows(job, reporter, run.saved)
     baseline = matching_baseline(job.config, sets["report"])
     run.check_rows({name: rows.fingerprint for name, rows in sets.items()})
+    if job.weighs_tokens:
+        with Stopwatch(timings, "weigh"):
+            sets["calibration"] = weighed(job, sets["calibration"], reporter, run.saved)
     with Stopwatch(timings, "measure"):
         allocator = None if job.config.plan else prepare_allocation(job, sets, reporter, run.saved)
     bench = Workbench(job, sets, run.plans, reporter, timings, run.saved)

@@ -18,7 +18,7 @@ from hawqtool.model.replay import Call
 from hawqtool.model.sweep import Activations, ModelStream, advance, local_name
 from hawqtool.model.waypoints import States
 from hawqtool.pipeline.job import Job
-from hawqtool.records import BlockSpec, LinearSpec
+from hawqtool.records import BlockSpec, LinearSpec, Rows, TokenWeights
 from hawqtool.rounding.fake import Start
 from hawqtool.rounding.refine import Batches, Refined, Schedule, refine
 from hawqtool.sensitivity.measure import Starts
@@ -41,8 +41,19 @@ def split_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
             "--refine-steps, --sensitivity-steps and --distill-steps hold calibration rows out and need at least 2, "
             "found 1; raise --num-samples"
         )
-    held = torch.arange(len(rows), device=rows.device) % HELD_OUT_EVERY == min(HELD_OUT_EVERY, len(rows)) - 1
+    held = _is_held_out(len(rows)).to(rows.device)
     return rows[~held], rows[held]
+
+
+def _is_held_out(count: int) -> Tensor:
+    """Which of so many rows are held out, ``[rows]`` bool."""
+    return torch.arange(count) % HELD_OUT_EVERY == min(HELD_OUT_EVERY, count) - 1
+
+
+def _fitting_weights(rows: Rows) -> TokenWeights | None:
+    """Weights of the tokens of the rows that are not held out."""
+    fitting = ~_is_held_out(len(rows.tokens))
+    return None if rows.weights is None else {name: weights[fitting] for name, weights in rows.weights.items()}
 
 
 @dataclass(frozen=True)
@@ -71,11 +82,11 @@ class BlockRefiner:
         walked: Hidden states of the rows that are rounded on; the caller walks them.
     """
 
-    def __init__(self, job: Job, stream: ModelStream, rows: Tensor, schedule: Schedule) -> None:
+    def __init__(self, job: Job, stream: ModelStream, rows: Rows, schedule: Schedule) -> None:
         self.schedule = schedule
         self.job, self.batch_rows = job, BATCH_ROWS[job.device.type]
-        fitting, held_out = split_rows(rows)
-        self.walked = stream.embed(fitting, job.rows_per_slice)
+        fitting, held_out = split_rows(rows.tokens)
+        self.walked = stream.embed(fitting, job.rows_per_slice, weights=_fitting_weights(rows))
         self.held_out = stream.embed(held_out, self.batch_rows)
         batches = stream.embed(fitting, self.batch_rows)
         self.calls = [*batches.calls, *self.held_out.calls]

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from hawqtool.errors import disk_errors
 from hawqtool.export.background import BackgroundWriter
 from hawqtool.export.compressed_tensors import quantization_config
@@ -64,7 +62,7 @@ def round_to_folder(
     layout, blocks, learning = job.layout(plan.formats), saved.part("block"), saved.part("distill")
     written, distillation = _known(layout, part, learning), {}
     if written is None:
-        written = _write_blocks(job, plan, layout, part, rows.tokens, reporter, label, blocks)
+        written = _write_blocks(job, plan, layout, part, rows, reporter, label, blocks)
     if job.config.distill_steps:
         learning.save(_WRITTEN, vars(written))
         learned = distill_folder(job, plan, layout, part, written, rows.tokens, reporter, label, learning)
@@ -98,7 +96,7 @@ def _write_blocks(
     plan: BitPlan,
     layout: Layout,
     part: Path,
-    rows: Tensor,
+    rows: Rows,
     reporter: Reporter,
     label: str,
     blocks: Saved,

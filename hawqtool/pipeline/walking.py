@@ -14,13 +14,13 @@ from hawqtool.formats import QuantFormat
 from hawqtool.model.reader import TensorReader
 from hawqtool.model.saving import NOTHING_SAVED, Saved
 from hawqtool.model.statistics import GroupStatistics
-from hawqtool.model.sweep import Activations, read_weight, replace_weight
+from hawqtool.model.sweep import Activations, ModelStream, read_weight, replace_weight
 from hawqtool.model.visiting import revisit_groups, visit_groups
 from hawqtool.model.waypoints import Waypoints
 from hawqtool.pipeline.job import Job
 from hawqtool.pipeline.progress import Reporter
 from hawqtool.pipeline.refining import BlockRefiner, split_rows
-from hawqtool.records import BlockSpec, LinearSpec, RoundedLayer
+from hawqtool.records import BlockSpec, LinearSpec, RoundedLayer, Rows
 from hawqtool.rounding.factor import factorize
 from hawqtool.rounding.fake import Start
 from hawqtool.rounding.grid import Quantized, dequantize
@@ -75,7 +75,7 @@ class Finished:
 def round_blocks(
     job: Job,
     formats: dict[str, QuantFormat],
-    rows: Tensor,
+    rows: Rows,
     sink: Sink,
     reporter: Reporter,
     label: str,
@@ -99,10 +99,8 @@ def round_blocks(
     stream = job.stream()
     schedule = schedule or Schedule(job.config.refine_steps, job.config.seed)
     refiner = BlockRefiner(job, stream, rows, schedule) if schedule.steps else None
-    method, finished = job.method, finished or Finished()
-    activations = (
-        refiner.walked if refiner else stream.embed(rows, job.rows_per_slice, method.needs_held_out, method.needs_drift)
-    )
+    finished = finished or Finished()
+    activations = refiner.walked if refiner else _walked(job, stream, rows)
     walker = _Walker(job, job.layer_formats(formats), refiner, sink)
     found, blocks, steps = Findings(), job.structure.blocks, max(schedule.steps, 1)
     stage = f"rounding and refining {label}" if refiner else f"rounding {label}"
@@ -128,10 +126,16 @@ def round_blocks(
         tell(spec.index, steps)
     if job.structure.head:
         walker.enter(stream.model, job.structure.head)
-        statistics = stream.head_statistics(split_rows(rows)[0] if refiner else rows, activations)
+        statistics = stream.head_statistics(split_rows(rows.tokens)[0] if refiner else rows.tokens, activations)
         walker.visit(job.structure.head.input_groups[0], statistics)
         found.add(walker.hand_on())
     return found
+
+
+def _walked(job: Job, stream: ModelStream, rows: Rows) -> Activations:
+    """Hidden states of all rows before the first block, with what the method wants to know of them."""
+    needs = job.method.needs_held_out, job.method.needs_drift
+    return stream.embed(rows.tokens, job.rows_per_slice, *needs, rows.weights)
 
 
 class _Walker:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from hawqtool.model.waypoints import BYTES_PER_SECOND
 
 # cuBLAS has a fixed order with workspaces of its own only, and reads this when it is first used.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+Result = TypeVar("Result")
 
 CHECKS = 10
 """How often the held-out error is looked at."""
@@ -72,19 +74,17 @@ class FixedOrder:
     def __init__(self, device: torch.device) -> None:
         self._switched, self.kept = device.type == "cuda", True
 
-    def run(self, work: Callable[[], None]) -> None:
-        """Do work, which may be begun twice."""
+    def run(self, work: Callable[[], Result]) -> Result:
+        """Do work, which may be begun twice; gives its result."""
         if self._switched and self.kept:
             try:
                 with _fixed_order():
-                    work()
+                    return work()
             except RuntimeError as error:
                 if "deterministic" not in str(error):
                     raise
                 self.kept = False
-            else:
-                return
-        work()
+        return work()
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -58,6 +58,43 @@ def block_backward(
         input_power[unit] = input_power[unit] + power if unit in input_power else power
     positions = scoring.hidden[0].shape[1]
     return {n: LayerRows(zip(x, g, strict=True), positions, outputs) for n, (x, g) in seen.items()}, before
+
+
+def token_powers(
+    block: nn.Module, spec: BlockSpec, seen: Activations, gradients: Sequence[Tensor]
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """‖g‖² of every token at the outputs of a block's input groups, and the gradient at the block's input.
+
+    Args:
+        block: The loaded block.
+        spec: Its structure.
+        seen: Hidden states before the block.
+        gradients: Gradient at the block's output, per slice.
+
+    Returns:
+        ``[rows, positions]`` float32 by the name of a group's first linear, over its linears. Experts are left out.
+    """
+    powers: dict[str, list[Tensor]] = {}
+    before = []
+    for position, hidden in enumerate(seen.hidden):
+        rows, leaf = len(hidden), hidden.detach().requires_grad_()
+        with torch.enable_grad(), _captured(block, spec) as captured:
+            output = run_block(block, leaf, seen.calls[position][spec.index])
+            calls = {n: call for n, call in captured.calls.items() if not isinstance(call.module, ExpertLinear)}
+            watched = [leaf, *(call.output for call in calls.values())]
+            found = list(torch.autograd.grad(output, watched, gradients[position]))
+        before.append(found.pop(0))
+        by_linear = {name: _token_power(gradient, rows) for name, gradient in zip(calls, found, strict=True)}
+        for group in spec.input_groups:
+            members = [by_linear[linear.name] for linear in group if linear.name in by_linear]
+            if members:
+                powers.setdefault(group[0].name, []).append(torch.stack(members).sum(0))
+    return {name: torch.cat(parts) for name, parts in powers.items()}, before
+
+
+def _token_power(gradient: Tensor, rows: int) -> Tensor:
+    """Squared norm of each token's gradient, ``[rows, positions]`` float32."""
+    return gradient.float().square().sum(-1).reshape(rows, -1)
 
 
 class _Call(NamedTuple):

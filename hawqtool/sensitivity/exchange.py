@@ -12,7 +12,7 @@ from hawqtool.formats import QuantFormat
 from hawqtool.model.saving import NOTHING_SAVED, Saved
 from hawqtool.model.sweep import Activations, ModelStream, advance, read_weight
 from hawqtool.model.visiting import group_statistics
-from hawqtool.records import BlockSpec
+from hawqtool.records import BlockSpec, Rows
 from hawqtool.rounding.layer import RoundingMethod
 from hawqtool.sensitivity.measure import Progress, group_errors
 from hawqtool.sensitivity.scores import mean_score
@@ -30,7 +30,7 @@ from hawqtool.sensitivity.single_unit import (
 def exchange_divergence(
     original: ModelStream,
     quantized: ModelStream,
-    calibration: Tensor,
+    calibration: Rows,
     scoring: Tensor,
     menu: Mapping[str, Sequence[QuantFormat]],
     method: RoundingMethod,
@@ -42,15 +42,15 @@ def exchange_divergence(
     """Change of the divergence from the original when one unit of a quantized model takes another format.
 
     Scores of single units at the original model leave out how rounding errors add up; these are differences at the
-    plan that is to be improved, with everything else rounded as it is. The new weights are the original's, rounded with
-    the Gram matrices of the quantized prefix; later layers keep theirs. One unit costs, per format, a forward pass from
-    its first block on. **All of the quantized model's blocks are on the device**. An output head keeps its format.
+    plan, with everything else rounded as it is. The new weights are the original's, rounded with the Gram matrices of
+    the quantized prefix. One unit costs, per format, a forward pass from its first block on. **All of the quantized
+    model's blocks are on the device**. An output head keeps its format.
 
     Args:
         original: The original model.
         quantized: The model whose units are exchanged.
-        calibration: Rows behind the rounding: ``[rows, seq_len]`` tokens, or images.
-        scoring: Rows to measure on, of the same kind.
+        calibration: Rows behind the rounding.
+        scoring: Rows to measure on: ``[rows, seq_len]`` tokens, or images.
         menu: Unit to the formats to try, without its present one.
         method: Rounding that will be applied.
         stored_dtypes: Linear to the dtype of its stored scales.
@@ -59,13 +59,13 @@ def exchange_divergence(
         saved: Keeps the scores after every block; what it has of the same arguments is not measured again.
 
     Returns:
-        ``[unit][format label]``: mean over rows of the new divergence less the present one, with its standard error;
-        negative where the exchange helps.
+        ``[unit][format label]``: the new divergence less the present one, with its standard error; negative if better.
     """
     done, scores = load_scores(saved)
     with ExitStack() as resident, torch.no_grad():
         modules = [resident.enter_context(quantized.block(spec.index)) for spec in quantized.structure.blocks]
-        known = quantized.embed(calibration, rows_per_slice, method.needs_held_out, method.needs_drift)
+        needs = method.needs_held_out, method.needs_drift
+        known = quantized.embed(calibration.tokens, rows_per_slice, *needs, weights=calibration.weights)
         seen = quantized.embed(scoring, rows_per_slice)
         reference = original.final_hidden(scoring, rows_per_slice, lambda _: None)
         judge = Judge(original, quantized, scoring, list(reference.split(rows_per_slice)))

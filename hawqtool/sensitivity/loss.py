@@ -12,7 +12,7 @@ from hawqtool.model.sweep import ModelStream
 
 
 def loss_gradients(
-    stream: ModelStream, rows: Sequence[Tensor], hidden: Sequence[Tensor], seed: int
+    stream: ModelStream, rows: Sequence[Tensor], hidden: Sequence[Tensor], generator: torch.Generator
 ) -> tuple[list[Tensor], int]:
     """Gradient of each row's summed loss at the last block's output, and the outputs that a row has.
 
@@ -22,12 +22,11 @@ def loss_gradients(
         stream: The original model.
         rows: Slices of ``[rows, seq_len]`` tokens, or images.
         hidden: The last block's output per slice.
-        seed: Seed of the labels.
+        generator: Draws the labels.
 
     Raises:
         NumericalError: If the model's outputs are not finite.
     """
-    generator = torch.Generator(stream.device).manual_seed(seed)
     gradients, count = [], 0
     for part, states in zip(rows, hidden, strict=True):
         found = []

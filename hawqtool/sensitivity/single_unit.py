@@ -15,7 +15,7 @@ from hawqtool.formats import QuantFormat
 from hawqtool.model.replay import Call
 from hawqtool.model.saving import NOTHING_SAVED, Saved
 from hawqtool.model.sweep import Activations, ModelStream, advance, read_weight, replace_weight, run_block
-from hawqtool.records import BlockSpec, LinearSpec, Score
+from hawqtool.records import BlockSpec, LinearSpec, Rows, Score
 from hawqtool.rounding.layer import RoundingMethod
 from hawqtool.sensitivity.measure import Progress, Refiner, group_errors, rounding_errors
 from hawqtool.sensitivity.scores import mean_score
@@ -30,7 +30,7 @@ Swap = Callable[[str], AbstractContextManager[None]]
 
 def single_unit_divergence(
     stream: ModelStream,
-    calibration: Tensor,
+    calibration: Rows,
     scoring: Tensor,
     menu: Mapping[str, Sequence[QuantFormat]],
     method: RoundingMethod,
@@ -48,8 +48,8 @@ def single_unit_divergence(
 
     Args:
         stream: The original model.
-        calibration: Rows behind the rounding: ``[rows, seq_len]`` tokens, or images.
-        scoring: Rows to measure on, of the same kind.
+        calibration: Rows behind the rounding.
+        scoring: Rows to measure on: ``[rows, seq_len]`` tokens, or images.
         menu: Unit to the formats to measure; units that are missing are skipped.
         method: Rounding that will be applied.
         stored_dtypes: Linear to the dtype of its stored scales.
@@ -72,7 +72,7 @@ def single_unit_divergence(
 
     with ExitStack() as resident, torch.no_grad():
         modules = [resident.enter_context(stream.block(spec.index)) for spec in stream.structure.blocks]
-        known = stream.embed(calibration, rows_per_slice, method.needs_held_out)
+        known = stream.embed(calibration.tokens, rows_per_slice, method.needs_held_out, weights=calibration.weights)
         seen = stream.embed(scoring, rows_per_slice)
         judge = Judge(stream, stream, scoring, run_blocks(modules, seen.calls, list(seen.hidden), 0))
         carried: Carried = {}
@@ -85,7 +85,7 @@ def single_unit_divergence(
                     save_scores(saved, spec.index + 1, scores)
             advance(block, spec, known)
             advance(block, spec, seen)
-        for unit, found in _head_scores(stream, calibration, known, judge, *rounding):
+        for unit, found in _head_scores(stream, calibration.tokens, known, judge, *rounding):
             keep(unit, found)
     return {unit.name: scores[unit.name] for unit in stream.structure.units if unit.name in scores}
 

@@ -62,6 +62,11 @@ def block_work(job: Job, rows: int, seq_len: int) -> Work:
     )
 
 
+def weighing_floor(job: Job, rates: Rates, rows: int, seq_len: int) -> float:
+    """Seconds per block: two forward passes, and as much again for the gradients at the layers' outputs."""
+    return 3 * block_work(job, rows, seq_len).forward / rates.of(job.dtype)
+
+
 def rounding_floor(job: Job, rates: Rates, rows: int, seq_len: int, stored_bytes: float) -> dict[str, float]:
     """Seconds per block by stage of the recorder; ``stored_bytes`` are a block's packed ones.
 

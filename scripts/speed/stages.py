@@ -26,12 +26,13 @@ from hawqtool.pipeline.measuring import job_menu, measure_job, unquantized_bytes
 from hawqtool.pipeline.planning import budget_bytes, stored_bytes
 from hawqtool.pipeline.progress import Silent
 from hawqtool.pipeline.rounding import round_to_folder
+from hawqtool.pipeline.weighing import weighed
 from hawqtool.records import BitPlan, LayerMetrics, RoundedLayer, Rows
-from speed.floor import block_floor, measuring_floor, rounding_floor
+from speed.floor import block_floor, measuring_floor, rounding_floor, weighing_floor
 from speed.memory import PeakMemory
 from speed.rates import Rates, evict
 
-STAGES = ("read", "measure", "allocate", "round", "write", "verify")
+STAGES = ("read", "weigh", "measure", "allocate", "round", "write", "verify")
 T = TypeVar("T")
 
 
@@ -128,6 +129,17 @@ class Benchmark:
         found.per_block = found.seconds / self.blocks
         weights = sum(linear.num_weights for linear in self.job.structure.blocks[0].linears)
         found.floor = 2 * weights / min(self.rates.disk_read, self.rates.to_device)
+        return found
+
+    def _weigh(self) -> Measured:
+        """Weights of the tokens; those of the rows behind the scores are made beside the clock."""
+        clock = BlockClock()
+        found, self.rows["calibration"] = self._timed(
+            "weigh", lambda: weighed(self.job, self.rows["calibration"], clock)
+        )
+        self.rows["measuring"] = weighed(self.job, self.rows["measuring"], Silent())
+        found.per_block = found.seconds / self.blocks
+        found.floor = weighing_floor(self.job, self.rates, len(self.rows["calibration"].tokens), self._seq_len)
         return found
 
     def _measure(self) -> Measured:

@@ -98,8 +98,8 @@ class Judge:
         self.weights: dict[str, Tensor] = {}
         progress = self._progress(f"judging {candidate.name}")
         stream = job.stream()
-        calibration, method = self.setting.calibration.tokens, job.method
-        known = stream.embed(calibration, job.rows_per_slice, method.needs_held_out, method.needs_drift)
+        calibration, needs = self.setting.calibration, (job.method.needs_held_out, job.method.needs_drift)
+        known = stream.embed(calibration.tokens, job.rows_per_slice, *needs, calibration.weights)
         held = stream.embed(rows.tokens, job.rows_per_slice)
         formats = job.layer_formats(candidate.formats)
         with torch.no_grad():
@@ -110,7 +110,7 @@ class Judge:
                 progress(spec.index)
             if job.structure.head:
                 head = job.structure.head
-                statistics = stream.head_statistics(calibration, known)
+                statistics = stream.head_statistics(calibration.tokens, known)
                 _Rounder(job, formats, stream.model, head, self.weights)(head.input_groups[0], statistics)
             return evaluate_hidden(self.stream, stream, rows.tokens, self.original, torch.cat(list(held.hidden)))
 
@@ -120,7 +120,7 @@ class Judge:
         self.evaluate(candidate)
         quantized = job.stream(Overlay(TensorReader(job.index), self.weights))
         menu = neighbouring(self.setting.menu, candidate.formats, set())
-        rows = self.setting.calibration.tokens, self.setting.scoring.tokens
+        rows = self.setting.calibration, self.setting.scoring.tokens
         return exchange(job, quantized, candidate.formats, menu, *rows, budget, self.reporter).formats
 
 

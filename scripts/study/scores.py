@@ -30,7 +30,7 @@ def _sweeps(setting: Setting, reporter: Reporter) -> Measurement:
     job = setting.job
     return measure(
         job.stream(),
-        setting.calibration.tokens,
+        setting.calibration,
         setting.scoring.tokens,
         setting.menu,
         job.method,

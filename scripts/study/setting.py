@@ -21,6 +21,7 @@ from hawqtool.pipeline.job import Job, prepare
 from hawqtool.pipeline.planning import format_menu
 from hawqtool.pipeline.progress import Reporter
 from hawqtool.pipeline.rows import gather_rows
+from hawqtool.pipeline.weighing import weighed
 from hawqtool.records import Rows, Score
 
 SCHEMA = "hawqtool.study/1"
@@ -103,7 +104,7 @@ def prepare_setting(
     rest = torch.cat([tokens[wanted:], sets["scoring"].tokens, sets["selection"].tokens])
     parts = tokens[:wanted], rest.reshape(-1, scoring_len)[:scoring]
     calibration, judged = (Rows(part.clone(), source, rows_fingerprint(part)) for part in parts)
-    return Setting(job, calibration, judged, sets["report"], bits)
+    return Setting(job, weighed(job, calibration, reporter), judged, sets["report"], bits)
 
 
 class Findings:

@@ -12,6 +12,7 @@ from hawqtool.formats import QuantFormat
 from hawqtool.model.sweep import advance, read_weight, replace_weight, run_block
 from hawqtool.pipeline.job import Job
 from hawqtool.pipeline.refining import FormatRefiner, split_rows
+from hawqtool.records import Rows
 from hawqtool.rounding.refine import Schedule, output_error
 from hawqtool.sensitivity.measure import measure, rounding_errors
 from hawqtool.sensitivity.single_unit import single_unit_divergence
@@ -74,7 +75,7 @@ def test_what_is_scored_are_those_errors(place: Path, rows_per_slice: int) -> No
     """In the sweeps, with Gram matrices kept or found again, and one unit at a time."""
     job = job_of(place / "model", refine_steps=0)
     calibration, scoring, menu = rows_of(16), rows_of(4, 2), menu_of(job, 2)
-    rounding = job.method, job.stored_dtypes, rows_per_slice
+    rounding, known_rows = (job.method, job.stored_dtypes, rows_per_slice), Rows(calibration, "test", "-")
     stream = job.stream()
     known, norms = stream.embed(calibration, rows_per_slice), dict[str, float]()
     with torch.no_grad():
@@ -85,13 +86,13 @@ def test_what_is_scored_are_those_errors(place: Path, rows_per_slice: int) -> No
                 norms |= {name: float(by_label["w2g32"].square().sum()) for name, by_label in errors.items()}
                 advance(block, spec, known)
     found = [
-        measure(job.stream(), calibration, scoring, menu, *rounding, 0, lambda *_: None, refiner=some)
+        measure(job.stream(), known_rows, scoring, menu, *rounding, 0, lambda *_: None, refiner=some)
         for some in (refiner_of(job, calibration), None)
     ]
     for name, expected in norms.items():
         assert found[0].error_norms[name]["w2g32"] == pytest.approx(expected, rel=1e-5)
     single = [
-        single_unit_divergence(job.stream(), calibration, scoring, menu, *rounding, lambda *_: None, refiner=some)
+        single_unit_divergence(job.stream(), known_rows, scoring, menu, *rounding, lambda *_: None, refiner=some)
         for some in (refiner_of(job, calibration), None)
     ]
     # Where no step is better, a block keeps its rounding; not so in every block of this model.

@@ -68,7 +68,7 @@ def test_an_exchange_is_a_whole_model_with_one_unit_changed(job: Job, tmp_path: 
     menu = {unit.name: (QuantFormat(2, 32), QuantFormat(4, 32)) for unit in job.units}
     tokens = {role: sets[role].tokens for role in ("calibration", "scoring")}
     found = exchange_divergence(
-        job.stream(), job.packed_stream(folder), tokens["calibration"], tokens["scoring"], menu, job.method,
+        job.stream(), job.packed_stream(folder), sets["calibration"], tokens["scoring"], menu, job.method,
         job.stored_dtypes, 3, lambda *_: None,
     )  # fmt: skip
     assert set(found) == {unit.name for unit in job.units}
@@ -114,7 +114,7 @@ def test_an_exchange_for_the_present_format_changes_nothing(job: Job, values: di
     changes = []
     for method in (corrected.method, job.method):
         found = exchange_divergence(
-            job.stream(), job.packed_stream(folder), sets["calibration"].tokens, sets["scoring"].tokens, menu, method,
+            job.stream(), job.packed_stream(folder), sets["calibration"], sets["scoring"].tokens, menu, method,
             job.stored_dtypes, job.rows_per_slice, lambda *_: None,
         )  # fmt: skip
         changes.append(sum(abs(scores["w3g32"].value) for scores in found.values()))

@@ -18,6 +18,7 @@ from hawqtool.model.experts import ExpertLinear, SplitExperts, counting_experts,
 from hawqtool.model.statistics import GroupStatistics
 from hawqtool.model.visiting import group_statistics, stages
 from hawqtool.pipeline.job import Job, prepare
+from hawqtool.records import Rows
 from hawqtool.rounding.layer import RoundingMethod
 from hawqtool.sensitivity.backward import _by_row
 from hawqtool.sensitivity.measure import measure
@@ -200,9 +201,9 @@ def test_scores_do_not_depend_on_slices_with_experts(job: Job) -> None:
 
     def measured(rows_per_slice: int) -> Any:
         menu = {unit.name: formats for unit in job.units}
-        method = RoundingMethod("rtn")
+        method, known = RoundingMethod("rtn"), Rows(rows(4, 24), "test", "-")
         return measure(
-            job.stream(), rows(4, 24), rows(7, 24), menu, method, job.stored_dtypes, rows_per_slice, 7, lambda *_: None
+            job.stream(), known, rows(7, 24), menu, method, job.stored_dtypes, rows_per_slice, 7, lambda *_: None
         ).scores
 
     whole, sliced = measured(24), measured(8)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from hawqtool.config import RunConfig
 from hawqtool.formats import QuantFormat
 from hawqtool.pipeline.job import Job, prepare
-from hawqtool.records import Unit
+from hawqtool.records import Rows, Unit
 from hawqtool.rounding.layer import RoundingMethod
 from hawqtool.sensitivity.measure import Measurement, measure
 from tests.tiny import tiny_model
@@ -37,8 +37,8 @@ def row() -> Tensor:
 
 def measured(job: Job, rows: Tensor, rows_per_slice: int) -> Measurement:
     menu = {unit.name: (QuantFormat(4, 32),) for unit in job.units}
-    method = RoundingMethod("rtn")
-    return measure(job.stream(), rows[:4], rows, menu, method, job.stored_dtypes, rows_per_slice, 3, lambda *_: None)
+    method, known = RoundingMethod("rtn"), Rows(rows[:4], "test", "-")
+    return measure(job.stream(), known, rows, menu, method, job.stored_dtypes, rows_per_slice, 3, lambda *_: None)
 
 
 def exact_trace(model: nn.Module, row: Tensor, unit: Unit) -> float:

@@ -15,7 +15,7 @@ from hawqtool.config import RunConfig
 from hawqtool.formats import QuantFormat
 from hawqtool.model.gram import GRAM_PANEL, gram
 from hawqtool.pipeline.job import Job, prepare
-from hawqtool.records import Score
+from hawqtool.records import Rows, Score
 from hawqtool.rounding.factor import factorize
 from hawqtool.rounding.grid import dequantize
 from hawqtool.rounding.layer import RoundingMethod, Task, round_group
@@ -268,7 +268,7 @@ def measured(job: Job, method: str, rows_per_slice: int) -> dict[str, dict[str, 
     menu = {unit.name: FORMATS for unit in job.units}
     return measure(
         job.stream(),
-        CALIBRATION,
+        Rows(CALIBRATION, "test", "-"),
         SCORING,
         menu,
         RoundingMethod(method),
@@ -360,7 +360,7 @@ def test_wider_formats_score_lower_and_units_can_be_skipped(job: Job) -> None:
     kept = job.units[0].name
     found = measure(
         job.stream(),
-        CALIBRATION,
+        Rows(CALIBRATION, "test", "-"),
         SCORING,
         {kept: FORMATS},
         RoundingMethod("gptq"),

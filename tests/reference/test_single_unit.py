@@ -18,7 +18,7 @@ from hawqtool.formats import QuantFormat
 from hawqtool.model.reader import TensorReader
 from hawqtool.model.sweep import advance
 from hawqtool.pipeline.job import Job, prepare
-from hawqtool.records import Score
+from hawqtool.records import Rows, Score
 from hawqtool.rounding.layer import RoundingMethod
 from hawqtool.sensitivity.measure import group_errors, rounding_errors
 from hawqtool.sensitivity.single_unit import single_unit_divergence
@@ -41,7 +41,14 @@ def measured(
     menu = {unit.name: formats for unit in job.units}
     into = [] if seen is None else seen
     return single_unit_divergence(
-        job.stream(), calibration, rows, menu, GPTQ, job.stored_dtypes, slices, lambda *step: into.append(step)
+        job.stream(),
+        Rows(calibration, "test", "-"),
+        rows,
+        menu,
+        GPTQ,
+        job.stored_dtypes,
+        slices,
+        lambda *step: into.append(step),
     )
 
 
@@ -90,8 +97,9 @@ def test_neither_order_nor_slices_nor_other_units_matter(job: Job, found: dict[s
     for unit, by_label in measured(other, CALIBRATION, SCORING, (WIDE, NARROW), slices=2).items():
         assert by_label["w2g32"].value == pytest.approx(found[unit]["w2g32"].value, rel=1e-4)
     last = job.units[-1].name
+    known = Rows(CALIBRATION, "test", "-")
     alone = single_unit_divergence(
-        job.stream(), CALIBRATION, SCORING, {last: [NARROW]}, GPTQ, job.stored_dtypes, 4, lambda *_: None
+        job.stream(), known, SCORING, {last: [NARROW]}, GPTQ, job.stored_dtypes, 4, lambda *_: None
     )
     # To the bit: weights that were not restored exactly would show.
     assert alone == {last: {"w2g32": found[last]["w2g32"]}}
