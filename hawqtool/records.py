@@ -95,8 +95,8 @@ class Unit:
 
 
 TokenWeights = Mapping[str, "Tensor"]
-"""How much each token counts in the Gram matrix of an input group, by the name of the group's first linear:
-``[rows, positions]`` float32 with a mean of 1. In groups that are not named all tokens count alike."""
+"""How much each token counts in the Gram matrix of a linear, by its name: ``[rows, positions]`` float32, mean 1.
+All linears of an input group are named, or none, whose tokens all count alike."""
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ GroupVisitor = Callable[[Sequence[LinearSpec], GroupStatistics], None]
 def visit_groups(block: nn.Module, spec: BlockSpec, activations: Activations, visit: GroupVisitor) -> None:
     """Show every input group's statistics in call order, each after the groups before it may have changed.
 
+    Linears of one input whose tokens have weights of their own are shown one by one.
+
     ``visit`` may replace the weights of the group; later groups, and the block's output that replaces the
     hidden states, see the new weights (truly sequential rounding). One slice needs one forward pass; several
     slices need one partial pass per stage and a full one. So does one slice where the original's inputs are wanted
@@ -38,9 +40,10 @@ def visit_groups(block: nn.Module, spec: BlockSpec, activations: Activations, vi
         part = _Slice.of(activations, 0, activations.hidden[0])
 
         def see(group: Sequence[LinearSpec], x: Tensor, routed: int) -> None:
-            with activations.recorder.stage("gram"):
-                found = part.statistics(block, spec, group, x, routed)
-            visit(group, found)
+            for alike in weighed_alike(group, activations.weights):
+                with activations.recorder.stage("gram"):
+                    found = part.statistics(block, spec, alike, x, routed)
+                visit(alike, found)
 
         with group_inputs(block, spec, see):
             _pass_on(block, spec, activations, None)
@@ -108,6 +111,13 @@ class _Slice:
         return seen(x, routed, held_out, original, weights)
 
 
+def weighed_alike(group: Sequence[LinearSpec], weights: TokenWeights | None) -> list[Sequence[LinearSpec]]:
+    """Parts of an input group that share a Gram matrix: the whole of it, or linears with weights of their own."""
+    if weights is None or group[0].name not in weights:
+        return [group]
+    return [(linear,) for linear in group]
+
+
 def stages(spec: BlockSpec) -> list[list[Sequence[LinearSpec]]]:
     """Input groups in call order; those that do not depend on each other, the same role in all experts, together."""
     by_role: dict[str, list[Sequence[LinearSpec]]] = {}
@@ -125,7 +135,7 @@ def group_statistics(
     original: nn.Module | None = None,
     whole: bool = False,
 ) -> Iterator[tuple[Sequence[LinearSpec], GroupStatistics]]:
-    """Statistics of some groups over all slices.
+    """Statistics of some groups over all slices, of linears one by one where each has weights of its own.
 
     Args:
         block: The loaded block.
@@ -157,7 +167,8 @@ def group_statistics(
 
     walk()  # a function of its own, so that no slice stays in memory while the groups are visited
     for group in groups:
-        yield group, totals.pop(group[0].name)
+        for alike in weighed_alike(group, activations.weights):
+            yield alike, totals.pop(alike[0].name)
 
 
 def _add_slice(
@@ -180,13 +191,15 @@ def _add_slice(
         others[group[0].name] = x
 
     def accumulate(group: Sequence[LinearSpec], x: Tensor, routed: int) -> None:
-        name = group[0].name
-        with activations.recorder.stage("gram"):
-            found = part.statistics(block, spec, group, x, routed, others.pop(name, None))
-        if name in totals:
-            totals[name] += found
-        else:
-            totals[name] = found
+        original_x = others.pop(group[0].name, None)
+        for alike in weighed_alike(group, activations.weights):
+            name = alike[0].name
+            with activations.recorder.stage("gram"):
+                found = part.statistics(block, spec, alike, x, routed, original_x)
+            if name in totals:
+                totals[name] += found
+            else:
+                totals[name] = found
 
     with activations.recorder.stage("forward"):
         if original is not None and activations.original is not None:

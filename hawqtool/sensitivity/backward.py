@@ -63,7 +63,7 @@ def block_backward(
 def token_powers(
     block: nn.Module, spec: BlockSpec, seen: Activations, gradients: Sequence[Tensor]
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """‖g‖² of every token at the outputs of a block's input groups, and the gradient at the block's input.
+    """‖g‖² of every token at the outputs of a block's linears, and the gradient at the block's input.
 
     Args:
         block: The loaded block.
@@ -72,7 +72,7 @@ def token_powers(
         gradients: Gradient at the block's output, per slice.
 
     Returns:
-        ``[rows, positions]`` float32 by the name of a group's first linear, over its linears. Experts are left out.
+        ``[rows, positions]`` float32 by the name of the linear. Experts are left out.
     """
     powers: dict[str, list[Tensor]] = {}
     before = []
@@ -84,17 +84,9 @@ def token_powers(
             watched = [leaf, *(call.output for call in calls.values())]
             found = list(torch.autograd.grad(output, watched, gradients[position]))
         before.append(found.pop(0))
-        by_linear = {name: _token_power(gradient, rows) for name, gradient in zip(calls, found, strict=True)}
-        for group in spec.input_groups:
-            members = [by_linear[linear.name] for linear in group if linear.name in by_linear]
-            if members:
-                powers.setdefault(group[0].name, []).append(torch.stack(members).sum(0))
+        for name, gradient in zip(calls, found, strict=True):
+            powers.setdefault(name, []).append(gradient.float().square().sum(-1).reshape(rows, -1))
     return {name: torch.cat(parts) for name, parts in powers.items()}, before
-
-
-def _token_power(gradient: Tensor, rows: int) -> Tensor:
-    """Squared norm of each token's gradient, ``[rows, positions]`` float32."""
-    return gradient.float().square().sum(-1).reshape(rows, -1)
 
 
 class _Call(NamedTuple):

@@ -12,7 +12,7 @@ from hawqtool.formats import QuantFormat
 from hawqtool.model.spill import Shelf, total_bytes
 from hawqtool.model.statistics import GroupStatistics
 from hawqtool.model.sweep import Activations, ModelStream, advance
-from hawqtool.model.visiting import group_statistics
+from hawqtool.model.visiting import group_statistics, weighed_alike
 from hawqtool.records import BlockSpec, LinearSpec
 
 Progress = Callable[[str, int, int], None]
@@ -101,7 +101,10 @@ def _keeps_statistics(groups: Sequence[Sequence[LinearSpec]], calibration: Activ
 
     They are the same both times, so this decides on time and memory alone.
     """
-    gram_bytes = sum(4 * group[0].in_features ** 2 for group in groups) * (2 if calibration.held_out else 1)
+    matrices = [
+        parts[0][0].in_features ** 2 * len(parts) for parts in (weighed_alike(g, calibration.weights) for g in groups)
+    ]
+    gram_bytes = 4 * sum(matrices) * (2 if calibration.held_out else 1)
     return 0 < gram_bytes <= _GRAM_SHARE * total_bytes(calibration.hidden)
 
 

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from hawqtool.allocation.uniform import uniform_formats
 from hawqtool.config import RunConfig
 from hawqtool.errors import InputError
 from hawqtool.export.packed import PackedReader
+from hawqtool.formats import QuantFormat
 from hawqtool.model.statistics import HELD_OUT_EVERY, GroupStatistics
 from hawqtool.model.visiting import group_statistics, visit_groups
 from hawqtool.pipeline.job import Job, prepare
@@ -22,6 +24,7 @@ from hawqtool.pipeline.rounding import round_to_folder
 from hawqtool.pipeline.weighing import weighed
 from hawqtool.records import BitPlan, Rows, TokenWeights
 from hawqtool.rounding.factor import factorize
+from hawqtool.rounding.grid import dequantize
 from hawqtool.rounding.layer import Task, round_group
 from hawqtool.sensitivity.loss import draw_labels
 from hawqtool.sensitivity.token_weights import token_weights
@@ -64,10 +67,10 @@ def slow_weights(job: Job, exponent: float) -> dict[str, Tensor]:
         labels = draw_labels(logits.detach().float().softmax(-1), generator)
         nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
         for spec in job.structure.blocks:
-            for group in spec.input_groups:
-                gradients = [outputs[linear.module_name].grad for linear in group]
-                power = sum(g.square().sum(-1)[0] for g in gradients if g is not None)
-                powers.setdefault(group[0].name, []).append(torch.as_tensor(power))
+            for linear in spec.linears:
+                gradient = outputs[linear.module_name].grad
+                assert gradient is not None
+                powers.setdefault(linear.name, []).append(gradient.square().sum(-1)[0])
     found = {name: torch.stack(parts) ** exponent for name, parts in powers.items()}
     return {name: weights / weights.mean() for name, weights in found.items()}
 
@@ -75,7 +78,7 @@ def slow_weights(job: Job, exponent: float) -> dict[str, Tensor]:
 @pytest.mark.parametrize("exponent", [0.5, 1.0])
 def test_they_are_the_gradients_of_the_whole_model(job: Job, exponent: float) -> None:
     found, expected = weights_of(job, exponent=exponent), slow_weights(job, exponent)
-    assert set(found) == {group[0].name for spec in job.structure.blocks for group in spec.input_groups}
+    assert set(found) == set(job.structure.linears)
     for name, weights in expected.items():
         assert found[name].shape == (ROWS, LENGTH) and found[name].dtype == torch.float32
         error = (found[name] - weights).norm() / weights.norm()
@@ -108,13 +111,12 @@ def statistics_of(job: Job, per_slice: int, weights: TokenWeights | None, held_o
 
 
 def block_inputs(job: Job) -> dict[str, Tensor]:
-    """Inputs of the first block's groups, ``[rows, positions, in]`` float64."""
+    """Inputs of the first block's linears, ``[rows, positions, in]`` float64."""
     model = AutoModelForCausalLM.from_pretrained(job.index.folder, dtype=torch.float64).eval()
     seen: dict[str, Tensor] = {}
-    for group in job.structure.blocks[0].input_groups:
-        name = group[0].name
-        model.get_submodule(group[0].module_name).register_forward_pre_hook(
-            lambda _m, inputs, name=name: seen.update({name: inputs[0].detach()})
+    for linear in job.structure.blocks[0].linears:
+        model.get_submodule(linear.module_name).register_forward_pre_hook(
+            lambda _m, inputs, name=linear.name: seen.update({name: inputs[0].detach()})
         )
     with torch.no_grad():
         model(TOKENS, use_cache=False)
@@ -136,33 +138,26 @@ def test_gram_matrices_are_weighted_means(job: Job, per_slice: int) -> None:
 def test_equal_weights_change_nothing(job: Job) -> None:
     ones = {name: torch.ones_like(weights) for name, weights in weights_of(job).items()}
     plain, weighted = (statistics_of(job, ROWS, weights, False) for weights in (None, ones))
-    assert all(torch.equal(plain[name].gram, weighted[name].gram) for name in plain)
+    for group in job.structure.blocks[0].input_groups:
+        assert all(torch.equal(plain[group[0].name].gram, weighted[linear.name].gram) for linear in group)
 
 
 def test_the_weighted_error_of_a_layer_gets_smaller(job: Job) -> None:
     weights, x = weights_of(job), block_inputs(job)
     plain, weighted = (statistics_of(job, ROWS, some, False) for some in (None, weights))
     spec, reader = job.structure.blocks[0], job.stream().source
-    errors = []
-    for statistics in (plain, weighted):
-        total = 0.0
-        for group in spec.input_groups:
-            name = group[0].name
-            factor = factorize(statistics[name].gram, statistics[name].num_tokens)
-            for linear in group:
-                weight = reader.tensor(f"{linear.name}.weight").float()
-                task = Task(linear.name, weight, menu_of(job, 3)[linear.unit], torch.float32)
-                rounded = round_group([task], factor, job.method)[0]
-                codes = rounded.codes.float() * rounded.scales.repeat_interleave(32, 1)
-                moved = x[name] @ (codes - weight).double().t()
-                total += float((moved.square().sum(-1) * weights[name]).sum())
-        errors.append(total)
-    assert errors[1] < errors[0]
+    errors = {False: 0.0, True: 0.0}
+    for first, linear in ((group[0].name, linear) for group in spec.input_groups for linear in group):
+        for is_weighted, statistics in ((False, plain[first]), (True, weighted[linear.name])):
+            weight = reader.tensor(f"{linear.name}.weight").float()
+            task = Task(linear.name, weight, menu_of(job, 3)[linear.unit], torch.float32)
+            rounded = round_group([task], factorize(statistics.gram, statistics.num_tokens), job.method)[0]
+            moved = x[linear.name] @ (dequantize(*rounded) - weight).double().t()
+            errors[is_weighted] += float((moved.square().sum(-1) * weights[linear.name]).sum())
+    assert errors[True] < errors[False]
 
 
-def menu_of(job: Job, bits: int) -> dict[str, object]:
-    from hawqtool.allocation.uniform import uniform_formats
-
+def menu_of(job: Job, bits: int) -> dict[str, QuantFormat]:
     return uniform_formats(job.units, bits, 32)
 
 
@@ -211,8 +206,7 @@ def test_other_kinds_of_models(name: str, tmp_path: Path) -> None:
     rows = calibration_inputs(kind)
     found = weighed(job, Rows(rows, "test", "-"), Silent()).weights
     assert found is not None
-    groups = {g[0].name for spec in job.structure.blocks for g in spec.input_groups}
-    assert set(found) == {group for group in groups if ".experts." not in group}
+    assert set(found) == {name for name in job.structure.linears if ".experts." not in name}
     assert all(float(w.mean()) == pytest.approx(1, rel=1e-5) and len(w) == len(rows) for w in found.values())
     stream, spec = job.stream(), job.structure.blocks[0]
     known = stream.embed(rows, 4, weights=found)
