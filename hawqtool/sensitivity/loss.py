@@ -10,6 +10,9 @@ from torch import Tensor
 from hawqtool.errors import NumericalError
 from hawqtool.model.sweep import ModelStream
 
+_OUTPUTS = 512
+"""Outputs whose labels are drawn together: their cumulative probabilities are as large as all logits."""
+
 
 def loss_gradients(
     stream: ModelStream, rows: Sequence[Tensor], hidden: Sequence[Tensor], generator: torch.Generator
@@ -61,11 +64,18 @@ def draw_labels(probabilities: Tensor, generator: torch.Generator) -> Tensor:
     One uniform number per output finds its label in the cumulative probabilities. `torch.multinomial` draws a random
     number for every class: half a second a row at 49,152 classes, more than the product with the head.
     """
-    cumulative = probabilities.cumsum(-1)
+    uniform = torch.rand(len(probabilities), 1, generator=generator, device=probabilities.device)
+    parts = zip(probabilities.split(_OUTPUTS), uniform.split(_OUTPUTS), strict=True)
+    return torch.cat([_labels_at(part, places) for part, places in parts])
+
+
+def _labels_at(probabilities: Tensor, places: Tensor) -> Tensor:
+    """Labels ``[outputs]`` at ``[outputs, 1]`` places from 0 to 1 of the cumulative probabilities."""
+    # A GPU sums in no fixed order: in float64 that decides on a label once in some billion.
+    cumulative = (probabilities.double() if probabilities.is_cuda else probabilities).cumsum(-1)
     total = cumulative[:, -1:]
-    uniform = torch.rand(total.shape, generator=generator, device=total.device)
     # Below the total, which a product may be rounded to; a label of probability zero is never hit from the right.
-    found = torch.minimum(uniform * total, total.nextafter(torch.zeros_like(total)))
+    found = torch.minimum(places * total, total.nextafter(torch.zeros_like(total)))
     return torch.searchsorted(cumulative, found, right=True)[:, 0]
 
 

@@ -15,7 +15,8 @@ from hawqtool.pipeline.planning import stored_bytes
 from hawqtool.pipeline.progress import Silent
 from hawqtool.pipeline.rounding import round_to_folder
 from hawqtool.pipeline.rows import evaluation_rows, gather_rows
-from hawqtool.records import BitPlan, Rows
+from hawqtool.pipeline.weighing import weighed
+from hawqtool.records import BitPlan
 from tests.e2e.runs import settings
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
@@ -52,7 +53,7 @@ def test_an_ablation_measures_what_folders_give_and_does_only_what_is_missing(
     formats = ablation.uniform_formats(job.units, 3, 32, True)
     plan = BitPlan(formats, stored_bytes(job.units, formats), sum(unit.num_weights for unit in job.units))
     bench = ablation.Bench(ablation._parse(arguments(place, tmp_path, CONFIGURATIONS)), Silent())
-    rows = Rows(bench._rows(bench.job), "test", "-")
+    rows = weighed(job, bench._rows(bench.job), Silent())
     assert len(gather_rows(job, Silent())["calibration"].tokens) == len(rows.tokens)
     with torch.no_grad():
         round_to_folder(job, plan, rows, tmp_path / "plan", Silent(), "plan")

@@ -138,7 +138,7 @@ def test_measure_goes_on(place: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     config = settings(place, bits="2,4", num_samples=8, seq_len=16)
     run_measure(config, tmp_path / "undisturbed.json", Silent())
     interrupt = Interrupt(monkeypatch)
-    interrupt.left = 4
+    interrupt.left = 5
     with pytest.raises(KeyboardInterrupt):
         run_measure(config, tmp_path / "s.json", Silent())
     interrupt.left = None
