@@ -192,7 +192,7 @@ class Bench:
         formats = self._formats(job, overrides)
         schedule = Schedule(**{"steps": job.config.refine_steps, "seed": seed} | dict(overrides.get("schedule") or {}))
         memory = Memory(frozenset(n for n, linear in job.structure.linears.items() if linear.transposed))
-        rows = weighed(job, self._rows(job), self.reporter)
+        rows = self._rows(job)
         self.reporter.say(f"{name}, seed {seed}")
         with Meter(job.device) as meter:
             record = round_blocks(job, formats, rows, memory, self.reporter, name, schedule)
@@ -232,10 +232,10 @@ class Bench:
         return uniform_formats(job.units, bits, job.config.group_size, job.config.symmetric)
 
     def _rows(self, job: Job) -> Rows:
-        key = job.config.calibration, job.num_samples, job.seq_len, job.config.seed
+        key = job.config.calibration, job.num_samples, job.seq_len, job.config.seed, job.weighs_tokens
         if key not in self._calibration:
             found = calibration_rows(job, {"calibration": job.num_samples}, self.reporter)
-            self._calibration[key] = found["calibration"]
+            self._calibration[key] = weighed(job, found["calibration"], self.reporter)
         return self._calibration[key]
 
     def _evaluate(self, job: Job, memory: Memory, name: str) -> Evaluation:

@@ -85,7 +85,8 @@ def token_powers(
             found = list(torch.autograd.grad(output, watched, gradients[position]))
         before.append(found.pop(0))
         for name, gradient in zip(calls, found, strict=True):
-            powers.setdefault(name, []).append(gradient.float().square().sum(-1).reshape(rows, -1))
+            norms = torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.promote_types(gradient.dtype, torch.float32))
+            powers.setdefault(name, []).append(norms.square().reshape(rows, -1))
     return {name: torch.cat(parts) for name, parts in powers.items()}, before
 
 

@@ -15,7 +15,6 @@ from hawqtool.pipeline.planning import stored_bytes
 from hawqtool.pipeline.progress import Silent
 from hawqtool.pipeline.rounding import round_to_folder
 from hawqtool.pipeline.rows import evaluation_rows, gather_rows
-from hawqtool.pipeline.weighing import weighed
 from hawqtool.records import BitPlan
 from tests.e2e.runs import settings
 
@@ -53,7 +52,7 @@ def test_an_ablation_measures_what_folders_give_and_does_only_what_is_missing(
     formats = ablation.uniform_formats(job.units, 3, 32, True)
     plan = BitPlan(formats, stored_bytes(job.units, formats), sum(unit.num_weights for unit in job.units))
     bench = ablation.Bench(ablation._parse(arguments(place, tmp_path, CONFIGURATIONS)), Silent())
-    rows = weighed(job, bench._rows(bench.job), Silent())
+    rows = bench._rows(bench.job)
     assert len(gather_rows(job, Silent())["calibration"].tokens) == len(rows.tokens)
     with torch.no_grad():
         round_to_folder(job, plan, rows, tmp_path / "plan", Silent(), "plan")
