@@ -19,13 +19,14 @@ from hawqtool.model.visiting import group_statistics, visit_groups
 from hawqtool.pipeline.job import Job, prepare
 from hawqtool.pipeline.planning import stored_bytes
 from hawqtool.pipeline.progress import Silent
-from hawqtool.pipeline.refining import split_rows
+from hawqtool.pipeline.refining import BlockRefiner, split_rows
 from hawqtool.pipeline.rounding import round_to_folder
 from hawqtool.pipeline.weighing import weighed
 from hawqtool.records import BitPlan, Rows, TokenWeights
 from hawqtool.rounding.factor import factorize
 from hawqtool.rounding.grid import dequantize
 from hawqtool.rounding.layer import Task, round_group
+from hawqtool.rounding.refine import Schedule
 from hawqtool.sensitivity.loss import draw_labels
 from hawqtool.sensitivity.token_weights import token_weights
 from tests.tiny import CONFIGS, tiny_model
@@ -179,7 +180,7 @@ def rounded(job: Job, rows: Rows, folder: Path) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("steps", [0, 2])
 def test_all_roundings_use_them(tmp_path: Path, steps: int) -> None:
-    """Also where refinement holds rows out: then the weights are those of the rows that it rounds on."""
+    """Also where refinement holds rows out."""
     source = tiny_model("llama", tmp_path / "m")
     codes = {}
     for kind in ("none", "gradient"):
@@ -188,7 +189,15 @@ def test_all_roundings_use_them(tmp_path: Path, steps: int) -> None:
         assert (rows.weights is None) == (kind == "none")
         codes[kind] = rounded(job, rows, tmp_path / kind)
     assert any(not torch.equal(codes["none"][name], codes["gradient"][name]) for name in codes["none"])
-    assert len(split_rows(TOKENS)[0]) < ROWS
+
+
+def test_refinement_rounds_with_the_weights_of_its_own_rows(job: Job) -> None:
+    weights = weights_of(job)
+    walked = BlockRefiner(job, job.stream(), Rows(TOKENS, "test", "-", weights), Schedule(2)).walked
+    fitting = split_rows(TOKENS)[0]
+    kept = [next(i for i, row in enumerate(TOKENS) if torch.equal(row, some)) for some in fitting]
+    assert len(kept) < ROWS and walked.weights is not None
+    assert all(torch.equal(walked.weights[name], values[kept]) for name, values in weights.items())
 
 
 def test_auto_leaves_plain_rounding_alone(tmp_path: Path) -> None:
