@@ -73,6 +73,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows-per-slice", type=int, help="as `hawqtool quantize` has it")
     parser.add_argument("--max-memory", default="auto", help="as `hawqtool quantize` has it")
     parser.add_argument("--bits", help="widths to choose from, as `hawqtool quantize` has it")
+    parser.add_argument("--token-weights", default="auto", help="as `hawqtool quantize` has it")
     parser.add_argument("--target-bpw", type=float, default=4.25, help="budget of the mixed plan [default: 4.25]")
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -158,6 +159,7 @@ def _config(options: argparse.Namespace, folder: Path) -> RunConfig:
         "num_samples": options.measure_rows or options.rows,
         "rows_per_slice": options.rows_per_slice,
         "max_memory": options.max_memory,
+        "token_weights": options.token_weights,
         "device": options.device,
     }
     return load_config(None, values)
@@ -201,6 +203,7 @@ def _head(options: argparse.Namespace, shape: Shape, job: Job, rates: Rates) -> 
         "rows": options.rows,
         "seq_len": options.seq_len,
         "rows_per_slice": job.rows_per_slice,
+        "token_weights": job.weighs_tokens,
         "gram_products": products,
         "rates": rates.record(),
     }

@@ -74,6 +74,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--group-size", default="64")
     parser.add_argument("--rounding", default="gptq")
+    parser.add_argument("--target-shift", default="off", help="as `hawqtool quantize` has it")
+    parser.add_argument("--token-weights", default="auto", help="as `hawqtool quantize` has it")
     parser.add_argument("--profile", default="auto")
     parser.add_argument("--ignore", action="append", default=[], help="layers to leave as they are; repeatable")
     parser.add_argument("--probes", type=int, default=4, help="probes per row of hawq")
@@ -128,7 +130,7 @@ def run(options: argparse.Namespace) -> None:
         key: getattr(options, key)
         for key in (
             "model", "calibration", "eval_data", "num_samples", "seq_len", "eval_samples", "group_size", "rounding",
-            "profile", "ignore", "probes", "rows_per_slice", "seed", "device",
+            "target_shift", "token_weights", "profile", "ignore", "probes", "rows_per_slice", "seed", "device",
         )
     }  # fmt: skip
     narrator = Narrator()

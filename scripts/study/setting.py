@@ -65,6 +65,8 @@ class Setting:
             "bits": list(self.bits),
             "group_size": config.group_size,
             "rounding": config.rounding,
+            "target_shift": config.target_shift,
+            "token_weights": self.job.weighs_tokens,
             "profile": config.profile,
             "ignore": list(config.ignore),
             "seed": config.seed,
