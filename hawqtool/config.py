@@ -218,8 +218,8 @@ class RunConfig(BaseModel):
             raise ValueError("baseline and max_regression are needed together, only one was found; add the other")
         if (self.refine_steps or self.sensitivity_steps) and self._chooses_roundings:
             raise ValueError(
-                "refine_steps and sensitivity_steps start from rtn, gptq or foem with a fixed foem_beta; drop them, or "
-                "gptaq, target_shift, scale_refit and foem_beta auto"
+                "refine_steps and sensitivity_steps start from rtn, gptq or foem with a fixed foem_beta and "
+                "target_shift; drop them, or gptaq, scale_refit and what is auto"
             )
         if (self.refine_steps or self.sensitivity_steps or self.distill_steps) and self.num_samples == 1:
             raise ValueError(
@@ -250,9 +250,9 @@ class RunConfig(BaseModel):
 
     @property
     def _chooses_roundings(self) -> bool:
-        """Whether rounding looks at the original's inputs or at held-out rows of its own."""
-        automatic = self.rounding == "foem" and self.foem_beta == "auto"
-        return automatic or self.rounding == "gptaq" or self.target_shift != 0 or self.scale_refit
+        """Whether rounding has held-out rows of its own, or is GPTAQ's."""
+        automatic = self.target_shift == "auto" or (self.rounding == "foem" and self.foem_beta == "auto")
+        return automatic or self.rounding == "gptaq" or self.scale_refit
 
     def require_one_target(self) -> None:
         """Check that exactly one of target_bpw, target_size, target_kl and plan is given.

@@ -27,7 +27,8 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -207,6 +208,7 @@ class Bench:
             **_quality(self._evaluate(job, memory, name)),
             "refinement": record.refinement,
             "distillation": distillation,
+            "betas": _betas(record.layers.values()) if job.method.feedback_beta == "auto" else {},
         }
 
     def _distill(
@@ -243,6 +245,11 @@ class Bench:
         with torch.no_grad():
             hidden = stream.final_hidden(self.rows.tokens, job.rows_per_slice, self._progress(f"evaluating {name}"))
             return evaluate_hidden(self.stream, stream, self.rows.tokens, self.original, hidden)
+
+
+def _betas(layers: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """How many layers chose each of FOEM's β."""
+    return {str(beta): count for beta, count in sorted(Counter(layer["beta"] for layer in layers).items())}
 
 
 def _quality(evaluation: Evaluation) -> dict[str, Any]:

@@ -74,6 +74,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-memory", default="auto", help="as `hawqtool quantize` has it")
     parser.add_argument("--bits", help="widths to choose from, as `hawqtool quantize` has it")
     parser.add_argument("--token-weights", default="auto", help="as `hawqtool quantize` has it")
+    parser.add_argument("--target-shift", default="off", help="as `hawqtool quantize` has it")
     parser.add_argument("--target-bpw", type=float, default=4.25, help="budget of the mixed plan [default: 4.25]")
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -160,6 +161,7 @@ def _config(options: argparse.Namespace, folder: Path) -> RunConfig:
         "rows_per_slice": options.rows_per_slice,
         "max_memory": options.max_memory,
         "token_weights": options.token_weights,
+        "target_shift": options.target_shift,
         "device": options.device,
     }
     return load_config(None, values)
@@ -204,6 +206,7 @@ def _head(options: argparse.Namespace, shape: Shape, job: Job, rates: Rates) -> 
         "seq_len": options.seq_len,
         "rows_per_slice": job.rows_per_slice,
         "token_weights": job.weighs_tokens,
+        "target_shift": job.config.target_shift,
         "gram_products": products,
         "rates": rates.record(),
     }

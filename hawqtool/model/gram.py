@@ -41,7 +41,7 @@ def gram(inputs: Tensor, roots: Tensor | None = None) -> Tensor:
     return total.div_(inputs.shape[0])
 
 
-def quadratic_form(error: Tensor, gram: Tensor) -> Tensor:
+def quadratic_form(error: Tensor, gram: Tensor, coarse: bool = False) -> Tensor:
     """Trace of D H Dᵀ, the mean squared output of ``error`` on the tokens behind ``gram``.
 
     H is symmetric: on a CPU only its upper panels are multiplied, a third less work at 576 columns.
@@ -49,7 +49,17 @@ def quadratic_form(error: Tensor, gram: Tensor) -> Tensor:
     Args:
         error: ``[out, in]`` float32.
         gram: ``[in, in]`` float32.
+        coarse: Let tensor cores multiply in TF32, whose roundings (2⁻¹¹) average out: for what is only told.
     """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if coarse and gram.is_cuda else before)
+    try:
+        return _quadratic_form(error, gram)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _quadratic_form(error: Tensor, gram: Tensor) -> Tensor:
     width = len(gram)
     panel = max(width, 1) if gram.is_cuda else GRAM_PANEL
     total = gram.new_zeros(())

@@ -33,43 +33,63 @@ def visit_groups(block: nn.Module, spec: BlockSpec, activations: Activations, vi
 
     ``visit`` may replace the weights of the group; later groups, and the block's output that replaces the
     hidden states, see the new weights (truly sequential rounding). One slice needs one forward pass; several
-    slices need one partial pass per stage and a full one. So does one slice where the original's inputs are wanted
-    too: they come from a copy of the block that keeps its weights, run beside it.
+    slices need one partial pass per stage and a full one. Where the original's inputs are wanted too, one slice needs
+    a pass of its own for all of them beforehand, and several slices come from a copy of the block that keeps its
+    weights, run beside it.
     """
-    if len(activations.hidden) == 1 and activations.original is None:
-        part = _Slice.of(activations, 0, activations.hidden[0])
+    if len(activations.hidden) == 1:
+        part, others = _Slice.of(activations, 0, activations.hidden[0]), _original_inputs(block, spec, activations)
 
         def see(group: Sequence[LinearSpec], x: Tensor, routed: int) -> None:
+            original_x = others.pop(group[0].name, None)
             for alike in weighed_alike(group, activations.weights):
                 with activations.recorder.stage("gram"):
-                    found = part.statistics(block, spec, alike, x, routed)
+                    found = part.statistics(block, spec, alike, x, routed, original_x)
                 visit(alike, found)
 
         with group_inputs(block, spec, see):
-            _pass_on(block, spec, activations, None)
+            _advance_counted(block, spec, activations)
         return
     original = None if activations.original is None else copy.deepcopy(block)
     for stage in stages(spec):
         for group, statistics in group_statistics(block, spec, activations, stage, original):
             visit(group, statistics)
-    _pass_on(block, spec, activations, original)
+    advance(block, spec, activations)
+    _advance_original(original, spec, activations)
 
 
 def revisit_groups(block: nn.Module, spec: BlockSpec, activations: Activations, replace: Callable[[], None]) -> None:
     """What `visit_groups` leaves behind, to the bit, where ``replace`` puts all weights in place that it would."""
-    original = None if activations.original is None else copy.deepcopy(block)
+    _advance_original(block, spec, activations)
     replace()
-    _pass_on(block, spec, activations, original)
+    _advance_counted(block, spec, activations)
 
 
-def _pass_on(block: nn.Module, spec: BlockSpec, activations: Activations, original: nn.Module | None) -> None:
-    """Replace the hidden states by the block's output, and the original's by that of the block as it was."""
-    # A single pass gives statistics and output at once, so experts are shown further tokens in it.
-    single = len(activations.hidden) == 1 and activations.original is None
-    with counting_experts(block, 1) if single else nullcontext():
+def _original_inputs(block: nn.Module, spec: BlockSpec, activations: Activations) -> dict[str, Tensor]:
+    """The original's inputs ``[tokens, in]`` of one slice by their group's first linear, where they are wanted.
+
+    The block still has the original's weights. The original's hidden states become its output.
+    """
+    found: dict[str, Tensor] = {}
+    if activations.original is not None:
+        with group_inputs(block, spec, lambda group, x, _: found.update({group[0].name: x})):
+            _advance_original(block, spec, activations)
+    return found
+
+
+def _advance_original(block: nn.Module | None, spec: BlockSpec, activations: Activations) -> None:
+    """Replace the original's hidden states, where there are any, by the output of the block with its own weights."""
+    if block is not None and activations.original is not None:
+        advance(block, spec, Activations(activations.original, activations.calls, recorder=activations.recorder))
+
+
+def _advance_counted(block: nn.Module, spec: BlockSpec, activations: Activations) -> None:
+    """Replace the hidden states by the block's output.
+
+    Experts are shown further tokens in a single pass, as it gives statistics and output at once.
+    """
+    with counting_experts(block, 1) if len(activations.hidden) == 1 else nullcontext():
         advance(block, spec, activations)
-    if original is not None and activations.original is not None:
-        advance(original, spec, Activations(activations.original, activations.calls, recorder=activations.recorder))
 
 
 @dataclass(frozen=True)

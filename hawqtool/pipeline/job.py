@@ -32,7 +32,7 @@ from hawqtool.model.units import is_expert
 from hawqtool.pipeline.placement import make_shelf
 from hawqtool.pipeline.progress import Reporter, Silent
 from hawqtool.records import Unit
-from hawqtool.rounding.layer import RoundingMethod
+from hawqtool.rounding.method import RoundingMethod
 
 CPU_ROWS_PER_SLICE, CUDA_ROWS_PER_SLICE = 16, 32
 _SHORTLIST = {"cpu": 2, "cuda": 4}

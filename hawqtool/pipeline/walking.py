@@ -24,7 +24,8 @@ from hawqtool.records import BlockSpec, LinearSpec, RoundedLayer, Rows
 from hawqtool.rounding.factor import factorize
 from hawqtool.rounding.fake import Start
 from hawqtool.rounding.grid import Quantized, dequantize
-from hawqtool.rounding.layer import RoundingMethod, Task, quantized, round_layers, with_codes
+from hawqtool.rounding.layer import quantized, round_layers, with_codes
+from hawqtool.rounding.method import RoundingMethod, Task
 from hawqtool.rounding.refine import Schedule
 
 

@@ -77,6 +77,41 @@ def round_compensated(
     return result.t().contiguous()
 
 
+def spread_errors(weight: Tensor, rounded: Tensor, factor: Factor, beta: float = 0.0) -> Tensor:
+    """What the column loop spread: e_j of every column, ``[rows, in]`` float32 in visiting order.
+
+    The loop makes W - Q = E [diag(U) + (1-β)² triu(U, 1)], so its errors follow from what it gave. With β = 0 the
+    sum of their squares in a row is the damped loss D (H + λI) Dᵀ of that row.
+
+    Args:
+        weight: ``[rows, in]`` float32, what the loop was given.
+        rounded: ``[rows, in]`` float32, the values of the grid that it took.
+        factor: Its factor.
+        beta: Its β, less than 1.
+    """
+    feedback = factor.upper
+    if beta:
+        feedback = (1 - beta) ** 2 * feedback
+        feedback.diagonal().copy_(factor.upper.diagonal())
+    difference = (weight - rounded).index_select(1, factor.order)
+    return torch.linalg.solve_triangular(feedback, difference, upper=True, left=False)
+
+
+def met_targets(weight: Tensor, rounded: Tensor, errors: Tensor, factor: Factor, beta: float = 0.0) -> Tensor:
+    """What the column loop rounded when it came to each column, w0_j + (1-β) c_j: ``[rows, in]`` float32.
+
+    Args:
+        weight: ``[rows, in]`` float32, what the loop was given.
+        rounded: ``[rows, in]`` float32, the values of the grid that it took.
+        errors: ``[rows, in]`` float32, what it spread (see `spread_errors`).
+        factor: Its factor.
+        beta: Its β, less than 1.
+    """
+    own = torch.empty_like(errors)
+    own[:, factor.order] = errors * factor.upper.diagonal()
+    return weight - (weight - rounded - own) / (1 - beta)
+
+
 @contextmanager
 def _threads_for(target: Tensor) -> Iterator[None]:
     """One CPU thread where a column is so short that waking a second one takes longer than its arithmetic."""

@@ -23,7 +23,7 @@ class Factor:
         upper: ``[in, in]`` float32, U with (PᵀHP + λI)⁻¹ = UᵀU in visiting order.
         pivots: ``[in]`` float32, R_jj = 1 / U_jj of the same order.
         order: ``[in]`` int64, columns in the order in which they are visited.
-        diagonal: ``[in]`` float32, damped diagonal in natural order, the weights of the scale search.
+        diagonal: ``[in]`` float32, damped diagonal in natural order.
         damping: λ as a fraction of the mean diagonal.
         retries: How often λ had to be raised before the Cholesky factorisation held.
         dead_inputs: Columns whose input was always zero; they are rounded plainly.
@@ -38,6 +38,17 @@ class Factor:
     retries: int
     dead_inputs: int
     num_tokens: int
+
+    @property
+    def conditional(self) -> Tensor:
+        """R_jj², ``[in]`` float32 in natural order: what an error in column j costs that later columns make up for.
+
+        It is the least of tr(D (H + λI) Dᵀ) over what the columns still to come may do about one squared error in
+        column j; compensated rounding loses Σ_j R_jj² e_j² in all (GPTQ's own e_j² / [H⁻¹]_jj).
+        """
+        values = torch.empty_like(self.pivots)
+        values[self.order] = self.pivots.square()
+        return values
 
 
 def default_damping(num_tokens: int, in_features: int) -> float:

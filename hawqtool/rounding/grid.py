@@ -72,7 +72,7 @@ def search_scales(
 
     Args:
         weight: ``[out, in]`` float32.
-        column_weights: ``[in]`` float32, the damped diagonal of the Gram matrix (ones: unweighted).
+        column_weights: ``[in]`` float32, what a squared error costs in each column (see `Factor.conditional`).
         quant_format: Width and group size.
         stored_dtype: dtype in which the scales are stored.
         both_signs: Allow negative scales.

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,74 +16,12 @@ from hawqtool.model.gram import quadratic_form
 from hawqtool.model.statistics import GroupStatistics
 from hawqtool.model.timing import UNRECORDED, Recorder
 from hawqtool.records import LayerMetrics, RoundedLayer
-from hawqtool.rounding.asymmetric import best_shift, full_shift, gptaq_problem
-from hawqtool.rounding.compensate import round_compensated
+from hawqtool.rounding.asymmetric import best_shift, full_shift
 from hawqtool.rounding.factor import Factor, factorize
-from hawqtool.rounding.grid import Quantized, dequantize, expand_scales, nearest_codes, search_grid
+from hawqtool.rounding.grid import Quantized, dequantize, expand_scales, nearest_codes
 from hawqtool.rounding.kernels import kernel_for
-from hawqtool.rounding.refit import refit_scales
-
-ROUNDINGS = ("rtn", "gptq", "foem", "gptaq")
-BETAS = (0.0, 0.05, 0.1, 0.2, 0.4)
-"""What ``auto`` chooses FOEM's β from."""
-
-
-@dataclass(frozen=True)
-class RoundingMethod:
-    """How weights are rounded.
-
-    Args:
-        name: ``rtn``, ``gptq``, ``foem`` or ``gptaq``.
-        beta: FOEM's β, or ``auto``: the one of `BETAS` with the least error on held-out rows, layer by layer; ignored
-            by the others.
-        both_signs: Allow negative scales on symmetric grids (see `search_scales`).
-        damping: Fraction of the mean diagonal; None chooses by tokens per column.
-        alpha: GPTAQ's α; ignored by the others.
-        shift: Share of the target shift (see `full_shift`), 0 for none, or ``auto``: by held-out rows, layer by layer.
-        refit: Refit the scales of each layer whose error on held-out rows that lowers.
-    """
-
-    name: str = "gptq"
-    beta: float | Literal["auto"] = 0.1
-    both_signs: bool = True
-    damping: float | None = None
-    alpha: float = 0.25
-    shift: float | Literal["auto"] = 0.0
-    refit: bool = False
-
-    @property
-    def feedback_beta(self) -> float | Literal["auto"]:
-        """β of the column loop."""
-        return self.beta if self.name == "foem" else 0.0
-
-    @property
-    def needs_drift(self) -> bool:
-        """Whether it looks at the original model's inputs too."""
-        return self.shift != 0 or (self.name == "gptaq" and self.alpha != 0)
-
-    @property
-    def needs_held_out(self) -> bool:
-        """Whether it chooses settings on held-out rows."""
-        return self.feedback_beta == "auto" or self.shift == "auto" or self.refit
-
-
-@dataclass(frozen=True)
-class Task:
-    """One weight to round in one format: ``weight`` is ``[out, in]`` float32."""
-
-    name: str
-    weight: Tensor
-    quant_format: QuantFormat
-    stored_dtype: torch.dtype
-
-
-@dataclass(frozen=True)
-class LayerSettings:
-    """What a layer is rounded with: β of the loop, share of the target shift, whether its scales are refitted."""
-
-    beta: float = 0.0
-    shift: float = 0.0
-    refit: bool = False
+from hawqtool.rounding.method import BETAS, LayerSettings, RoundingMethod, Task
+from hawqtool.rounding.passes import prepare, refit, round_targets
 
 
 def round_group(
@@ -141,16 +78,16 @@ def choose_settings(
         ]
     if beta != "auto" and not method.refit:
         return settings
-    problem = _prepare(tasks, part, method, fitting.drift, settings, recorder)
+    problem = prepare(tasks, part, method, fitting.drift, settings, recorder)
     betas = BETAS if beta == "auto" else (fixed.beta,)
-    trials = [_round_targets(problem, [value] * len(tasks)) for value in betas]
+    trials = [round_targets(problem, [value] * len(tasks)) for value in betas]
     errors = torch.stack([_held_out_errors(tasks, trial, held_out) for trial in trials])
     chosen = errors.argmin(0).tolist()
     settings = [replace(s, beta=betas[choice]) for s, choice in zip(settings, chosen, strict=True)]
     if not method.refit:
         return settings
     best = [trials[choice][index] for index, choice in enumerate(chosen)]
-    refitted = _held_out_errors(tasks, _refit(problem, best, fitting.gram), held_out)
+    refitted = _held_out_errors(tasks, refit(problem, best, fitting.gram), held_out)
     better = (refitted < errors.amin(0)).tolist()
     return [replace(s, refit=refit) for s, refit in zip(settings, better, strict=True)]
 
@@ -167,56 +104,6 @@ def _held_out_errors(tasks: Sequence[Task], results: Sequence[Quantized], statis
     return torch.stack(errors)
 
 
-@dataclass(frozen=True)
-class _Problem:
-    """What the column loop gets.
-
-    Args:
-        tasks: The layers.
-        targets: What is rounded, ``[out, in]`` each.
-        aims: What the rounded weights shall be close to on the inputs, ``[out, in]`` each: the same but for GPTAQ,
-            whose loop is given the rest of the correction as it goes.
-        grids: Scales and zero points.
-        factor: Factor with the feedback of the loop; its diagonal is that of the damped Gram matrix.
-        recorder: Takes note of the loop.
-    """
-
-    tasks: Sequence[Task]
-    targets: list[Tensor]
-    aims: list[Tensor]
-    grids: list[tuple[Tensor, Tensor | None]]
-    factor: Factor
-    recorder: Recorder
-
-
-def _prepare(
-    tasks: Sequence[Task],
-    factor: Factor,
-    method: RoundingMethod,
-    drift: Tensor | None,
-    settings: Sequence[LayerSettings],
-    recorder: Recorder,
-) -> _Problem:
-    """Targets, grids and feedback; the same tensors as without a correction where there is none."""
-    targets, aims, feedback = [t.weight for t in tasks], [t.weight for t in tasks], factor
-    if drift is not None and method.name == "gptaq" and method.alpha:
-        solved = [gptaq_problem(t.weight, drift, factor, method.alpha) for t in tasks]
-        targets, feedback = [target for target, _ in solved], solved[0][1]
-        if method.refit:
-            aims = [t.weight + method.alpha * full_shift(t.weight, drift, factor) for t in tasks]
-    elif drift is not None:
-        targets = aims = [
-            t.weight + s.shift * full_shift(t.weight, drift, factor) if s.shift else t.weight
-            for t, s in zip(tasks, settings, strict=True)
-        ]
-    with recorder.stage("scale search"):
-        grids = [
-            search_grid(target, factor.diagonal, t.quant_format, t.stored_dtype, method.both_signs)
-            for target, t in zip(targets, tasks, strict=True)
-        ]
-    return _Problem(tasks, targets, aims, grids, feedback, recorder)
-
-
 def _round_with(
     tasks: Sequence[Task],
     factor: Factor,
@@ -226,58 +113,17 @@ def _round_with(
     recorder: Recorder,
 ) -> list[Quantized]:
     """Every task by its settings."""
-    problem = _prepare(tasks, factor, method, None if statistics is None else statistics.drift, settings, recorder)
+    problem = prepare(tasks, factor, method, None if statistics is None else statistics.drift, settings, recorder)
     if method.name == "rtn":
         return [
             Quantized(nearest_codes(t.weight, scales, t.quant_format, zeros), scales, zeros)
             for t, (scales, zeros) in zip(tasks, problem.grids, strict=True)
         ]
-    results = _round_targets(problem, [s.beta for s in settings])
+    results = round_targets(problem, [s.beta for s in settings])
     if not any(s.refit for s in settings) or statistics is None:
         return results
-    refitted = _refit(problem, results, statistics.gram)
+    refitted = refit(problem, results, statistics.gram)
     return [new if s.refit else old for s, new, old in zip(settings, refitted, results, strict=True)]
-
-
-def _round_targets(problem: _Problem, betas: Sequence[float]) -> list[Quantized]:
-    """The column loop, once for each β that occurs."""
-    results: dict[int, Quantized] = {}
-    for beta in dict.fromkeys(betas):
-        chosen = [index for index, value in enumerate(betas) if value == beta]
-        tasks, grids = [problem.tasks[i] for i in chosen], [problem.grids[i] for i in chosen]
-        weight = torch.cat([problem.targets[i] for i in chosen])
-        heights = [len(t.weight) for t in tasks]
-        with problem.recorder.stage("column loop"):
-            codes = round_compensated(
-                weight,
-                torch.cat([expand_scales(scales, weight.shape[1]) for scales, _ in grids]),
-                _per_row([t.quant_format.min_code for t in tasks], heights, weight),
-                _per_row([t.quant_format.max_code for t in tasks], heights, weight),
-                problem.factor,
-                beta,
-                zero=_stacked_zeros(grids, weight.shape[1]),
-            )
-        parts = zip(codes.split(heights), grids, strict=True)
-        results |= {index: Quantized(part, *grid) for index, (part, grid) in zip(chosen, parts, strict=True)}
-    return [results[index] for index in range(len(betas))]
-
-
-def _refit(problem: _Problem, results: Sequence[Quantized], gram: Tensor) -> list[Quantized]:
-    """Results with refitted scales."""
-    damped = gram.clone()
-    damped.diagonal().copy_(problem.factor.diagonal)
-    return [refit_scales(result, aim, damped) for result, aim in zip(results, problem.aims, strict=True)]
-
-
-def _stacked_zeros(grids: Sequence[tuple[Tensor, Tensor | None]], columns: int) -> Tensor | None:
-    """Zero point of every weight of stacked tasks, ``[rows, in]`` float32; None where all are symmetric."""
-    if all(zeros is None for _, zeros in grids):
-        return None
-    return torch.cat([expand_scales(torch.zeros_like(s) if z is None else z, columns) for s, z in grids])
-
-
-def _per_row(values: Sequence[int], heights: Sequence[int], like: Tensor) -> Tensor:
-    return torch.cat([like.new_full((h,), float(v)) for v, h in zip(values, heights, strict=True)])
 
 
 def round_layers(
@@ -371,13 +217,13 @@ def _losses(task: Task, result: Quantized, gram: Tensor, factor: Factor) -> Tens
     _, scales, zeros = result
     error = dequantize(*result).float() - weight
     plain = nearest_codes(weight, scales, fmt, zeros)
-    power = quadratic_form(weight, gram).clamp_min(1e-30)
+    power = quadratic_form(weight, gram, coarse=True).clamp_min(1e-30)
     steps = expand_scales(scales, weight.shape[1])
     expected = (factor.pivots.square() * steps[:, factor.order].square()).sum() / 12
     return torch.stack(
         [
-            quadratic_form(error, gram) / power,
-            quadratic_form(dequantize(plain, scales, zeros).float() - weight, gram) / power,
+            quadratic_form(error, gram, coarse=True) / power,
+            quadratic_form(dequantize(plain, scales, zeros).float() - weight, gram, coarse=True) / power,
             expected / power,
             error.square().sum() / weight.square().sum().clamp_min(1e-30),
             _beyond(weight, result, fmt).float().mean(),

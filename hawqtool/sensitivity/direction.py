@@ -15,7 +15,7 @@ from hawqtool.formats import QuantFormat
 from hawqtool.model.statistics import GroupStatistics
 from hawqtool.model.sweep import Activations, ModelStream, advance
 from hawqtool.records import BlockSpec, LinearSpec
-from hawqtool.rounding.layer import RoundingMethod
+from hawqtool.rounding.method import RoundingMethod
 from hawqtool.sensitivity.measure import Progress, group_errors, rounding_errors
 from hawqtool.sensitivity.products import Stage, Tail, Weights
 from hawqtool.sensitivity.single_unit import Judge, replaced

@@ -13,7 +13,7 @@ from hawqtool.model.saving import NOTHING_SAVED, Saved
 from hawqtool.model.sweep import Activations, ModelStream, advance, read_weight
 from hawqtool.model.visiting import group_statistics
 from hawqtool.records import BlockSpec, Rows
-from hawqtool.rounding.layer import RoundingMethod
+from hawqtool.rounding.method import RoundingMethod
 from hawqtool.sensitivity.measure import Progress, group_errors
 from hawqtool.sensitivity.scores import mean_score
 from hawqtool.sensitivity.single_unit import (

@@ -16,7 +16,7 @@ from hawqtool.model.replay import Call
 from hawqtool.model.saving import NOTHING_SAVED, Saved
 from hawqtool.model.sweep import Activations, ModelStream, advance, read_weight, replace_weight, run_block
 from hawqtool.records import BlockSpec, LinearSpec, Rows, Score
-from hawqtool.rounding.layer import RoundingMethod
+from hawqtool.rounding.method import RoundingMethod
 from hawqtool.sensitivity.measure import Progress, Refiner, group_errors, rounding_errors
 from hawqtool.sensitivity.scores import mean_score
 

@@ -25,9 +25,9 @@ class Work:
     Args:
         forward: One forward pass over the calibration rows, attention to earlier tokens only.
         gram: The lower triangles of all Gram matrices.
-        factor: One Cholesky factorisation and the inverse of its triangular factor, per input group.
-        search: Scale search.
-        columns: Updates of the columns to come.
+        factor: One Cholesky factorisation and the inverse of its triangular factor, per Gram matrix.
+        search: Scale searches.
+        columns: Updates of the columns to come in every pass, and as much again to look back at it.
         losses: Three quadratic forms per layer.
         weights: Weights of the linears.
     """
@@ -48,15 +48,17 @@ def block_work(job: Job, rows: int, seq_len: int) -> Work:
     weights = sum(linear.num_weights for linear in spec.linears)
     config = job.skeleton.config
     attention_width = config.num_attention_heads * (config.head_dim or config.hidden_size // config.num_attention_heads)
-    widths = [group[0].in_features for group in spec.input_groups]
+    alike = [[linear] for linear in spec.linears] if job.weighs_tokens else spec.input_groups
+    widths = [group[0].in_features for group in alike]
+    passes = job.method.passes
     updates = float(sum(linear.out_features * linear.in_features**2 for linear in spec.linears))
     candidates = (2 if job.method.both_signs else 1) * COARSE_STEPS + 2 * FINE_STEPS
     return Work(
         forward=2.0 * weights * tokens + 2.0 * tokens * seq_len * attention_width,
         gram=float(tokens * sum(width * (width + 1) for width in widths)),
         factor=2 / 3 * sum(width**3 for width in widths),
-        search=float(weights * candidates * _OPERATIONS_PER_CANDIDATE),
-        columns=updates,
+        search=float(passes * weights * candidates * _OPERATIONS_PER_CANDIDATE),
+        columns=updates * (2 * passes if passes > 1 else 1),
         losses=6 * updates,
         weights=weights,
     )
@@ -108,5 +110,7 @@ def measuring_floor(
     forward = (2 * calibration.forward + 4 * scoring.forward) / rates.of(job.dtype)
     linears: Sequence[LinearSpec] = job.structure.blocks[0].linears
     formats = sum(linear.num_weights * len(menu[linear.unit]) for linear in linears if linear.unit in menu)
-    per_format = by_stage["scale search"] + by_stage["column loop"]
+    # Measuring goes through the columns once.
+    per_format = calibration.search / job.method.passes / rates.float32
+    per_format += sum(linear.out_features * linear.in_features**2 for linear in linears) / rates.float32
     return forward + by_stage["gram"] + by_stage["factor"] + per_format * formats / calibration.weights

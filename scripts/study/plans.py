@@ -26,7 +26,8 @@ from hawqtool.pipeline.progress import Reporter
 from hawqtool.records import BlockSpec, Evaluation, LinearSpec
 from hawqtool.rounding.factor import factorize
 from hawqtool.rounding.grid import dequantize
-from hawqtool.rounding.layer import Task, round_group
+from hawqtool.rounding.layer import round_group
+from hawqtool.rounding.method import Task
 from study.scores import predicted_sums
 from study.setting import Findings, Scores, Setting, as_scores
 

@@ -16,7 +16,7 @@ from hawqtool.export.verify import verify_folder
 from hawqtool.pipeline.dryrun import describe
 from hawqtool.pipeline.job import prepare
 from hawqtool.pipeline.reporting import file_hash
-from hawqtool.rounding.layer import BETAS
+from hawqtool.rounding.method import BETAS
 from tests.e2e.runs import (
     BLOCK_LINEARS,
     MIXED_TARGET,

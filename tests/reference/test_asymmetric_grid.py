@@ -20,7 +20,8 @@ from hawqtool.rounding.grid import (
     search_scales,
     search_zeros,
 )
-from hawqtool.rounding.layer import RoundingMethod, Task, round_group, round_layers
+from hawqtool.rounding.layer import round_group, round_layers
+from hawqtool.rounding.method import RoundingMethod, Task
 from tests.reference import oracles
 from tests.reference.test_rounding import DAMPING, Case, assert_matches, make_case, reference_of, run
 

@@ -16,7 +16,8 @@ from hawqtool.rounding.asymmetric import best_shift, full_shift, gptaq_problem
 from hawqtool.rounding.compensate import round_compensated
 from hawqtool.rounding.factor import Factor, factorize
 from hawqtool.rounding.grid import Quantized, dequantize, expand_scales, search_grid, search_scales
-from hawqtool.rounding.layer import BETAS, RoundingMethod, Task, choose_settings, round_group
+from hawqtool.rounding.layer import choose_settings, round_group
+from hawqtool.rounding.method import BETAS, RoundingMethod, Task
 from hawqtool.rounding.refit import refit_scales
 from tests.reference import oracles
 from tests.reference.test_rounding import DAMPING, Case, assert_matches, make_case, reference_of, run, scales_of

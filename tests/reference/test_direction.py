@@ -15,7 +15,7 @@ from hawqtool.evaluation.divergence import evaluate_hidden
 from hawqtool.formats import QuantFormat
 from hawqtool.model.reader import TensorReader
 from hawqtool.pipeline.job import Job, prepare
-from hawqtool.rounding.layer import RoundingMethod
+from hawqtool.rounding.method import RoundingMethod
 from hawqtool.sensitivity import direction
 from hawqtool.sensitivity.direction import SCALES, LossAlong, loss_along
 from hawqtool.sensitivity.single_unit import replaced

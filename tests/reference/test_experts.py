@@ -19,7 +19,7 @@ from hawqtool.model.statistics import GroupStatistics
 from hawqtool.model.visiting import group_statistics, stages
 from hawqtool.pipeline.job import Job, prepare
 from hawqtool.records import Rows
-from hawqtool.rounding.layer import RoundingMethod
+from hawqtool.rounding.method import RoundingMethod
 from hawqtool.sensitivity.backward import _by_row
 from hawqtool.sensitivity.measure import measure
 from hawqtool.sensitivity.scores import LayerRows, score_rows

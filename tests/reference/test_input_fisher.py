@@ -11,7 +11,7 @@ from hawqtool.config import RunConfig
 from hawqtool.formats import QuantFormat
 from hawqtool.pipeline.job import Job, prepare
 from hawqtool.records import Rows, Unit
-from hawqtool.rounding.layer import RoundingMethod
+from hawqtool.rounding.method import RoundingMethod
 from hawqtool.sensitivity.measure import Measurement, measure
 from tests.tiny import tiny_model
 

@@ -16,7 +16,7 @@ from hawqtool.errors import NumericalError
 from hawqtool.formats import CHANNEL, QuantFormat
 from hawqtool.model.gram import quadratic_form
 from hawqtool.model.statistics import GroupStatistics
-from hawqtool.rounding.compensate import round_compensated
+from hawqtool.rounding.compensate import met_targets, round_compensated, spread_errors
 from hawqtool.rounding.factor import Factor, default_damping, factorize, inverse_upper
 from hawqtool.rounding.grid import (
     COARSE_STEPS,
@@ -26,7 +26,8 @@ from hawqtool.rounding.grid import (
     nearest_codes,
     search_scales,
 )
-from hawqtool.rounding.layer import RoundingMethod, Task, round_group, round_layers
+from hawqtool.rounding.layer import round_group, round_layers
+from hawqtool.rounding.method import RoundingMethod, Task
 
 # The references lie beside the tests, which are no package.
 sys.path.insert(0, str(Path(__file__).parent))
@@ -158,6 +159,52 @@ def test_full_pull_is_plain_rounding(bits: int) -> None:
     assert torch.equal(run(case, fmt, scales, beta=1.0), nearest_codes(case.weight, scales, fmt))
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.4])
+def test_the_errors_and_targets_of_the_loop_follow_from_its_codes(beta: float) -> None:
+    case, fmt = make_case(24, 192), QuantFormat(3, 32)
+    scales = scales_of(case, fmt)
+    reference = reference_of(case, fmt, scales)
+    codes, targets = oracles.foem(reference.weight, reference.grid, reference.hessian, beta)
+    rounded = torch.empty_like(case.weight)
+    rounded[:, reference.order] = torch.from_numpy(codes * reference.grid.step).float()
+    errors = spread_errors(case.weight, rounded, case.factor, beta)
+    met = met_targets(case.weight, rounded, errors, case.factor, beta).numpy()[:, reference.order]
+    # `targets` are in steps.
+    expected = targets * reference.grid.step
+    assert np.linalg.norm(met - expected) <= 1e-5 * np.linalg.norm(expected)
+    plain = spread_errors(case.weight, rounded, case.factor).double().square().sum(1).numpy()
+    difference = codes * reference.grid.step - reference.weight
+    losses = np.einsum("ri,ij,rj->r", difference, reference.hessian, difference)
+    np.testing.assert_allclose(plain, losses, rtol=1e-4)
+
+
+def test_what_an_error_costs_is_what_later_columns_leave_of_it() -> None:
+    case = make_case(4, 48)
+    gram = case.gram.double().numpy()
+    order = oracles.visiting_order(gram)
+    hessian = oracles.damped(gram, DAMPING)[np.ix_(order, order)]
+    left = []
+    for j in range(48):  # the Schur complement: H_jj less what the best answer of all later columns takes off
+        later = hessian[j + 1 :, j]
+        left.append(hessian[j, j] - later @ np.linalg.solve(hessian[j + 1 :, j + 1 :], later))
+    np.testing.assert_allclose(case.factor.conditional.numpy()[order], left, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_second_pass_makes_no_row_worse_and_the_whole_better(bits: int, symmetric: bool) -> None:
+    case, fmt = make_case(64, 192), QuantFormat(bits, 32, symmetric=symmetric)
+    tasks = [Task("layer", case.weight, fmt, torch.bfloat16)]
+    hessian = oracles.damped(case.gram.double().numpy(), DAMPING)
+    losses = []
+    for passes in (1, 2, 3):
+        ((result),) = round_group(tasks, case.factor, RoundingMethod("gptq", passes=passes))
+        error = dequantize(*result).double().numpy() - case.weight.double().numpy()
+        losses.append(np.einsum("ri,ij,rj->r", error, hessian, error))
+    assert (losses[1] <= losses[0] * (1 + 1e-5)).all() and (losses[2] <= losses[1] * (1 + 1e-5)).all()
+    assert losses[1].sum() < 0.99 * losses[0].sum()
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.1, 1.0])
 def test_block_size_does_not_matter(beta: float) -> None:
     # In float64, so that the order of summation cannot decide a tie.
@@ -222,7 +269,7 @@ def test_compensation_beats_plain_rounding(bits: int, seed: int) -> None:
     layer = round_layers([task(case, bits, 64)], case.statistics, case.factor, RoundingMethod("gptq"))[0]
     assert layer.metrics.output_error < 0.9 * layer.metrics.rtn_error
     # Clipping adds to the prediction, which knows only rounding; at 2 bits a lot is clipped.
-    assert 0.7 < layer.metrics.output_error / layer.metrics.predicted_error < (2.5 if bits == 2 else 1.6)
+    assert 0.6 < layer.metrics.output_error / layer.metrics.predicted_error < (2.5 if bits == 2 else 1.6)
 
 
 def test_metrics_are_what_they_say() -> None:
@@ -386,9 +433,9 @@ def test_zero_rows_and_vanishing_weights_give_zero_codes(method: str, dtype: tor
     )
     assert bool(torch.isfinite(scales).all()) and bool((scales != 0).all())
     assert not codes[[3, 7]].any()
-    assert (scales[3] > 0).all() and scales[5, 1] > 0
-    if method == "rtn":
-        assert not codes[5, 32:64].any()
+    assert (scales[3] > 0).all()
+    if method == "rtn":  # otherwise the errors of other columns are made up for there
+        assert scales[5, 1] > 0 and not codes[5, 32:64].any()
 
 
 def test_small_float16_scales_are_searched_too() -> None:

@@ -18,7 +18,8 @@ from hawqtool.pipeline.job import Job, prepare
 from hawqtool.records import Rows, Score
 from hawqtool.rounding.factor import factorize
 from hawqtool.rounding.grid import dequantize
-from hawqtool.rounding.layer import RoundingMethod, Task, round_group
+from hawqtool.rounding.layer import round_group
+from hawqtool.rounding.method import RoundingMethod, Task
 from hawqtool.sensitivity import forward as sweeps
 from hawqtool.sensitivity import scores
 from hawqtool.sensitivity.loss import draw_labels
@@ -293,7 +294,9 @@ class Watch:
         self.inputs[name], self.outputs[name] = inputs.detach(), output
 
 
-def whole_model_errors(job: Job, model: nn.Module, watch: Watch, method: str) -> dict[str, dict[str, Tensor]]:
+def whole_model_errors(
+    job: Job, model: nn.Module, watch: Watch, method: RoundingMethod
+) -> dict[str, dict[str, Tensor]]:
     with torch.no_grad():
         model(CALIBRATION)
     errors = {}
@@ -302,7 +305,7 @@ def whole_model_errors(job: Job, model: nn.Module, watch: Watch, method: str) ->
         factor = factorize(x.t() @ x / len(x), len(x))
         weight = model.get_submodule(name).weight.detach()
         tasks = [Task(name, weight, fmt, torch.float32) for fmt in FORMATS]
-        rounded = round_group(tasks, factor, RoundingMethod(method))
+        rounded = round_group(tasks, factor, method)
         errors[name] = {f.label: dequantize(*r) - weight for f, r in zip(FORMATS, rounded, strict=True)}
     return errors
 
@@ -311,7 +314,7 @@ def whole_model_scores(job: Job, method: str) -> dict[str, dict[str, dict[str, f
     """Whole model in memory, one backward over all rows, labels of the same generator."""
     model = AutoModelForCausalLM.from_pretrained(job.index.folder, dtype=torch.float32).eval().requires_grad_(True)
     watch = Watch(model, job)
-    errors = whole_model_errors(job, model, watch, method)
+    errors = whole_model_errors(job, model, watch, RoundingMethod(method, passes=1))
     generator = torch.Generator().manual_seed(SEED)
     logits = model(SCORING).logits
     labels = torch.stack([draw_labels(z.detach().softmax(-1), generator) for z in logits])

@@ -19,7 +19,7 @@ from hawqtool.model.reader import TensorReader
 from hawqtool.model.sweep import advance
 from hawqtool.pipeline.job import Job, prepare
 from hawqtool.records import Rows, Score
-from hawqtool.rounding.layer import RoundingMethod
+from hawqtool.rounding.method import RoundingMethod
 from hawqtool.sensitivity.measure import group_errors, rounding_errors
 from hawqtool.sensitivity.single_unit import single_unit_divergence
 from tests.reference.test_sensitivity import CALIBRATION, FORMATS, SCORING, Watch, whole_model_errors
@@ -66,7 +66,7 @@ def found(job: Job) -> dict[str, dict[str, Score]]:
 
 def test_it_equals_whole_model_passes_with_one_unit_replaced(job: Job, found: dict[str, dict[str, Score]]) -> None:
     model = AutoModelForCausalLM.from_pretrained(job.index.folder, dtype=torch.float32).eval()
-    errors = whole_model_errors(job, model, Watch(model, job), "gptq")
+    errors = whole_model_errors(job, model, Watch(model, job), GPTQ)
     model = AutoModelForCausalLM.from_pretrained(job.index.folder, dtype=torch.float64).eval()
     with torch.no_grad():
         log_p = model(SCORING).logits.log_softmax(-1)

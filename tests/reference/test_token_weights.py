@@ -25,7 +25,8 @@ from hawqtool.pipeline.weighing import weighed
 from hawqtool.records import BitPlan, Rows, TokenWeights
 from hawqtool.rounding.factor import factorize
 from hawqtool.rounding.grid import dequantize
-from hawqtool.rounding.layer import Task, round_group
+from hawqtool.rounding.layer import round_group
+from hawqtool.rounding.method import Task
 from hawqtool.rounding.refine import Schedule
 from hawqtool.sensitivity.loss import draw_labels
 from hawqtool.sensitivity.token_weights import token_weights

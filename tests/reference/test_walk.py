@@ -24,7 +24,8 @@ from hawqtool.pipeline.rounding import round_to_folder
 from hawqtool.records import BitPlan, BlockSpec, LinearSpec, Rows
 from hawqtool.rounding.factor import factorize
 from hawqtool.rounding.grid import dequantize, nearest_codes, search_scales
-from hawqtool.rounding.layer import Task, round_layers
+from hawqtool.rounding.layer import round_layers
+from hawqtool.rounding.method import Task
 from tests.tiny import CONFIGS, tiny_model
 
 TOKENS = torch.randint(3, 128, (6, 32), generator=torch.Generator().manual_seed(4))
