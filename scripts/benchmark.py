@@ -37,7 +37,7 @@ from hawqtool.model.gram import has_float32_products
 from hawqtool.pipeline.job import Job, prepare
 from hawqtool.records import Rows
 from speed.rates import Rates, measure_rates
-from speed.shapes import SHAPES, Shape, named_shape, write_checkpoint
+from speed.shapes import SHAPES, TOKENIZER_SIZE, Shape, named_shape, write_checkpoint
 from speed.stages import STAGES, Benchmark, Measured, random_rows
 
 SCHEMA = "hawqtool.benchmark/1"
@@ -186,7 +186,8 @@ def _bench(options: argparse.Namespace, shape: Shape, rates: Rates, work: Path, 
 
 def _write_rows(options: argparse.Namespace, shape: Shape) -> None:
     """Rows for `hawqtool quantize`, twice as many as are asked for: it draws further sets from the same file."""
-    tokens = random_rows(2 * options.rows + 64, options.seq_len, shape.vocabulary, seed=17).tokens
+    known = min(shape.vocabulary, TOKENIZER_SIZE)
+    tokens = random_rows(2 * options.rows + 64, options.seq_len, known, seed=17).tokens
     with options.rows_file.open("w", encoding="utf-8") as stream:
         for row in tokens.tolist():
             stream.write(json.dumps({"input_ids": row}) + "\n")

@@ -108,7 +108,7 @@ ZOO: tuple[Kind, ...] = (
     Kind("qwen2", "Qwen2Config", "Qwen2ForCausalLM", settings=_GROUPED),
     Kind("qwen3", "Qwen3Config", "Qwen3ForCausalLM", settings=_GROUPED | {"head_dim": 16}),
     Kind("mistral", "MistralConfig", "MistralForCausalLM", settings=_GROUPED),
-    Kind("gemma2", "Gemma2Config", "Gemma2ForCausalLM", seed=1, settings=_GEMMA | {"query_pre_attn_scalar": 16}),
+    Kind("gemma2", "Gemma2Config", "Gemma2ForCausalLM", settings=_GEMMA | {"query_pre_attn_scalar": 16}),
     Kind(
         "gemma3",
         "Gemma3TextConfig",

@@ -26,6 +26,7 @@ class GroupStatistics:
         drift: ``[in, in]`` float32, mean of (x0 - x) xᵀ with x0 the original model's input of the same token; None
             where it is not wanted, or x is x0.
         held_out: The same of the tokens of the held-out rows, which are among those above; None where there are none.
+        weighted: Whether tokens have weights.
     """
 
     gram: Tensor
@@ -33,6 +34,7 @@ class GroupStatistics:
     num_routed: int
     drift: Tensor | None = None
     held_out: GroupStatistics | None = None
+    weighted: bool = False
 
     def __iadd__(self, other: GroupStatistics) -> GroupStatistics:
         total = self.num_tokens + other.num_tokens
@@ -58,7 +60,7 @@ class GroupStatistics:
         drift = None
         if self.drift is not None and held.drift is not None:
             drift = self.drift * share - held.drift * held_share
-        return GroupStatistics(gram, count, min(self.num_routed, count), drift)
+        return GroupStatistics(gram, count, min(self.num_routed, count), drift, weighted=self.weighted)
 
 
 def seen(
@@ -79,7 +81,7 @@ def seen(
     """
     roots = None if weights is None else weights.sqrt()
     drift = None if original is None else mean_product(original - x, x, roots)
-    found = GroupStatistics(gram(x, roots), x.shape[0], routed, drift)
+    found = GroupStatistics(gram(x, roots), x.shape[0], routed, drift, weighted=weights is not None)
     if held_out is not None and bool(held_out.any()):
         kept, others = x[held_out], None if original is None else original[held_out]
         found.held_out = seen(kept, len(kept), None, others, None if weights is None else weights[held_out])

@@ -34,7 +34,8 @@ def round_group(
     """Codes, scales and zero points of every task, in order; all share the inputs behind ``factor``.
 
     Grids are searched on what is rounded, the original weights or their shifted targets, and stay fixed (static
-    groups). Compensated tasks of one β are stacked by rows and rounded in one loop.
+    groups); where tokens have weights, they are searched again on what the columns had become. Compensated tasks of one
+    β are stacked by rows and rounded in one loop.
 
     Args:
         tasks: The layers, each in its format; a layer may occur in several.
@@ -78,7 +79,7 @@ def choose_settings(
         ]
     if beta != "auto" and not method.refit:
         return settings
-    problem = prepare(tasks, part, method, fitting.drift, settings, recorder)
+    problem = prepare(tasks, part, method, fitting, settings, recorder)
     betas = BETAS if beta == "auto" else (fixed.beta,)
     trials = [round_targets(problem, [value] * len(tasks)) for value in betas]
     errors = torch.stack([_held_out_errors(tasks, trial, held_out) for trial in trials])
@@ -113,7 +114,7 @@ def _round_with(
     recorder: Recorder,
 ) -> list[Quantized]:
     """Every task by its settings."""
-    problem = prepare(tasks, factor, method, None if statistics is None else statistics.drift, settings, recorder)
+    problem = prepare(tasks, factor, method, statistics, settings, recorder)
     if method.name == "rtn":
         return [
             Quantized(nearest_codes(t.weight, scales, t.quant_format, zeros), scales, zeros)

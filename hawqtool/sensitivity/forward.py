@@ -117,4 +117,7 @@ def _put_away(statistics: GroupStatistics, shelf: Shelf | None) -> Callable[[], 
         return lambda: statistics
     gram, counts = shelf.put(statistics.gram), (statistics.num_tokens, statistics.num_routed)
     held_out = None if statistics.held_out is None else _put_away(statistics.held_out, shelf)
-    return lambda: GroupStatistics(gram.load(), *counts, held_out=None if held_out is None else held_out())
+    weighted = statistics.weighted
+    return lambda: GroupStatistics(
+        gram.load(), *counts, held_out=None if held_out is None else held_out(), weighted=weighted
+    )

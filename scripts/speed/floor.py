@@ -26,8 +26,9 @@ class Work:
         forward: One forward pass over the calibration rows, attention to earlier tokens only.
         gram: The lower triangles of all Gram matrices.
         factor: One Cholesky factorisation and the inverse of its triangular factor, per Gram matrix.
-        search: Scale searches.
-        columns: Updates of the columns to come in every pass, and as much again to look back at it.
+        search: One scale search.
+        columns: Updates of the columns to come, once.
+        passes: How often scales are searched and columns gone through; of several, each is looked back at.
         losses: Three quadratic forms per layer.
         weights: Weights of the linears.
     """
@@ -37,6 +38,7 @@ class Work:
     factor: float
     search: float
     columns: float
+    passes: int
     losses: float
     weights: int
 
@@ -50,15 +52,15 @@ def block_work(job: Job, rows: int, seq_len: int) -> Work:
     attention_width = config.num_attention_heads * (config.head_dim or config.hidden_size // config.num_attention_heads)
     alike = [[linear] for linear in spec.linears] if job.weighs_tokens else spec.input_groups
     widths = [group[0].in_features for group in alike]
-    passes = job.method.passes
     updates = float(sum(linear.out_features * linear.in_features**2 for linear in spec.linears))
     candidates = (2 if job.method.both_signs else 1) * COARSE_STEPS + 2 * FINE_STEPS
     return Work(
         forward=2.0 * weights * tokens + 2.0 * tokens * seq_len * attention_width,
         gram=float(tokens * sum(width * (width + 1) for width in widths)),
         factor=2 / 3 * sum(width**3 for width in widths),
-        search=float(passes * weights * candidates * _OPERATIONS_PER_CANDIDATE),
-        columns=updates * (2 * passes if passes > 1 else 1),
+        search=float(weights * candidates * _OPERATIONS_PER_CANDIDATE),
+        columns=updates,
+        passes=job.method.passes if job.weighs_tokens else 1,
         losses=6 * updates,
         weights=weights,
     )
@@ -82,8 +84,8 @@ def rounding_floor(job: Job, rates: Rates, rows: int, seq_len: int, stored_bytes
         "forward": work.forward / rates.of(job.dtype),
         "gram": work.gram / rates.of(gram_dtype),
         "factor": work.factor / rates.float64,
-        "scale search": max(work.search / rates.float32, 4 * work.weights / rates.memory),
-        "column loop": work.columns / rates.float32,
+        "scale search": work.passes * max(work.search / rates.float32, 4 * work.weights / rates.memory),
+        "column loop": (2 * work.passes if work.passes > 1 else 1) * work.columns / rates.float32,
         "losses": work.losses / rates.float32,
         "write": stored_bytes / rates.disk_write,
         "dequantize": 3 * work.weights / rates.memory,
@@ -110,7 +112,5 @@ def measuring_floor(
     forward = (2 * calibration.forward + 4 * scoring.forward) / rates.of(job.dtype)
     linears: Sequence[LinearSpec] = job.structure.blocks[0].linears
     formats = sum(linear.num_weights * len(menu[linear.unit]) for linear in linears if linear.unit in menu)
-    # Measuring goes through the columns once.
-    per_format = calibration.search / job.method.passes / rates.float32
-    per_format += sum(linear.out_features * linear.in_features**2 for linear in linears) / rates.float32
+    per_format = (calibration.search + calibration.columns) / rates.float32
     return forward + by_stage["gram"] + by_stage["factor"] + per_format * formats / calibration.weights

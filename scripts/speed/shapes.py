@@ -20,6 +20,8 @@ from hawqtool.errors import UsageError
 from hawqtool.model.index import INDEX_FILE
 
 SPECIAL_TOKENS = ("<s>", "</s>")
+TOKENIZER_SIZE = len(SPECIAL_TOKENS) + 256
+"""Tokens that the written tokenizer knows: bytes and special ones. Embeddings may have more rows."""
 STANDARD_DEVIATION = 0.02
 _BF16_BYTES = 2
 

@@ -165,8 +165,8 @@ def input_rows(kind: Kind, model: nn.Module, inputs: Tensor, view: Tensor) -> Te
     return torch.cat(seen)
 
 
-WORSE = 1.01
-"""Most that scales of a file may lose, over those that the first search finds; a tie makes rows differ either way."""
+SAME_ERROR = 1e-5
+"""Relative difference of two scales' errors, in float32 sums, up to which either may be chosen."""
 
 
 @dataclass(frozen=True)
@@ -183,37 +183,28 @@ class Problem:
 def pose(weight: Tensor, rows: Tensor, quant_format: QuantFormat, dtype: torch.dtype, given: Tensor | None) -> Problem:
     """The problem that a weight ``[out, in]`` and its input rows ``[tokens, in]`` in float64 make.
 
-    Its scales are those that `search_scales` finds on the weight, or the given ones where these do no worse: they may
-    come of a second search, on what the first loop met.
+    Its scales are those that `search_scales` finds, or the given ones where these are as good.
     """
     gram = (rows.T @ rows / len(rows)).numpy()
     # The rule of `default_damping`, spelled out.
     hessian = oracles.damped(gram, 0.05 if len(rows) >= 8 * rows.shape[1] else 0.2)
-    order = oracles.visiting_order(gram)
-    hessian = hessian[np.ix_(order, order)]
-    importance = np.empty(len(order))
-    importance[order] = np.diag(oracles.right_factor(hessian)) ** 2
-    costs = torch.from_numpy(importance).float()
-    scales = search_scales(weight.float().contiguous(), costs, quant_format, dtype, both_signs=True)
-    found = _problem(weight, scales, quant_format, hessian, order)
-    if given is None:
-        return found
-    other = _problem(weight, given, quant_format, hessian, order)
-    return other if _loss(other) <= WORSE * _loss(found) else found
-
-
-def _problem(
-    weight: Tensor, scales: Tensor, quant_format: QuantFormat, hessian: oracles.Matrix, order: NDArray[np.int64]
-) -> Problem:
+    importance = torch.from_numpy(np.diag(hessian).copy())
+    scales = search_scales(weight.float().contiguous(), importance.float(), quant_format, dtype, both_signs=True)
+    if given is not None:
+        error, least = (scale_errors(weight, importance, item, quant_format) for item in (given, scales))
+        scales = torch.where(error <= least * (1 + SAME_ERROR), given, scales)
     step = expand_scales(scales, weight.shape[1]).double().numpy()
-    grid = oracles.Grid(step[:, order], np.zeros_like(step), quant_format.min_code, quant_format.max_code)
-    return Problem(weight.numpy()[:, order], grid, hessian, scales, order)
+    order = oracles.visiting_order(gram)
+    zero = np.zeros_like(step)
+    grid = oracles.Grid(step[:, order], zero, quant_format.min_code, quant_format.max_code)
+    return Problem(weight.numpy()[:, order], grid, hessian[np.ix_(order, order)], scales, order)
 
 
-def _loss(problem: Problem) -> float:
-    """Damped loss after the column loop."""
-    codes, _ = oracles.gptq(problem.weight, problem.grid, problem.hessian)
-    return oracles.objective(codes * problem.grid.step - problem.weight, problem.hessian)
+def scale_errors(weight: Tensor, importance: Tensor, scales: Tensor, quant_format: QuantFormat) -> Tensor:
+    """Weighted squared error of plain rounding in each group, ``[out, groups]`` float64."""
+    step = expand_scales(scales, weight.shape[1]).double()
+    codes = (weight / step).round().clamp(quant_format.min_code, quant_format.max_code)
+    return (importance * (weight - codes * step) ** 2).unflatten(1, (scales.shape[1], -1)).sum(-1)
 
 
 def replay(
@@ -232,7 +223,7 @@ def replay(
         inputs: All calibration rows: token ids, or pixels.
         formats: Format of every weight to round, by its name in the checkpoint.
         dtype: Dtype in which weights are stored.
-        scales: Scales to take where they do no worse than those that are found here, by the weight's name.
+        scales: Scales to take where they are as good as those that are found here, by the weight's name.
 
     Returns:
         What a file should hold, by the weight's name in the checkpoint.
@@ -256,7 +247,7 @@ def excesses(kind: Kind, folder: Path, inputs: Tensor, packed: dict[str, Packed]
 
     Returns:
         By weight the largest distance, in steps, of a code from its target beyond one half: not above zero for right
-        codes, up to rounding errors. Infinite where the scales do worse than those that the first search finds.
+        codes, up to rounding errors. Infinite where a scale is worse than the one that the search finds.
     """
     worst = {}
     for name, view, rows in _sequence(kind, folder, inputs, packed):

@@ -94,8 +94,7 @@ def test_an_exchange_is_a_whole_model_with_one_unit_changed(job: Job, tmp_path: 
                 changed[member.name] = dequantize(*round_group([task], factor, job.method)[0]).float()
             values = divergence(changed) - start
             score = found[unit.name][fmt.label]
-            # Sums of another order change a code on a tie, and that what the second pass searches on.
-            assert score.value == pytest.approx(float(values.mean()), rel=0.1, abs=2e-6), (unit.name, fmt.label)
+            assert score.value == pytest.approx(float(values.mean()), rel=0.02, abs=2e-6), (unit.name, fmt.label)
     # On the whole, fewer bits hurt and more help.
     assert sum(s["w2g32"].value for s in found.values()) > 0 > sum(s["w4g32"].value for s in found.values())
 

@@ -198,7 +198,8 @@ def test_a_second_pass_makes_no_row_worse_and_the_whole_better(bits: int, symmet
     hessian = oracles.damped(case.gram.double().numpy(), DAMPING)
     losses = []
     for passes in (1, 2, 3):
-        ((result),) = round_group(tasks, case.factor, RoundingMethod("gptq", passes=passes))
+        weighted = replace(case.statistics, weighted=True)
+        (result,) = round_group(tasks, case.factor, RoundingMethod("gptq", passes=passes), weighted)
         error = dequantize(*result).double().numpy() - case.weight.double().numpy()
         losses.append(np.einsum("ri,ij,rj->r", error, hessian, error))
     assert (losses[1] <= losses[0] * (1 + 1e-5)).all() and (losses[2] <= losses[1] * (1 + 1e-5)).all()
@@ -269,7 +270,7 @@ def test_compensation_beats_plain_rounding(bits: int, seed: int) -> None:
     layer = round_layers([task(case, bits, 64)], case.statistics, case.factor, RoundingMethod("gptq"))[0]
     assert layer.metrics.output_error < 0.9 * layer.metrics.rtn_error
     # Clipping adds to the prediction, which knows only rounding; at 2 bits a lot is clipped.
-    assert 0.6 < layer.metrics.output_error / layer.metrics.predicted_error < (2.5 if bits == 2 else 1.6)
+    assert 0.7 < layer.metrics.output_error / layer.metrics.predicted_error < (2.5 if bits == 2 else 1.6)
 
 
 def test_metrics_are_what_they_say() -> None:
@@ -433,9 +434,9 @@ def test_zero_rows_and_vanishing_weights_give_zero_codes(method: str, dtype: tor
     )
     assert bool(torch.isfinite(scales).all()) and bool((scales != 0).all())
     assert not codes[[3, 7]].any()
-    assert (scales[3] > 0).all()
-    if method == "rtn":  # otherwise the errors of other columns are made up for there
-        assert scales[5, 1] > 0 and not codes[5, 32:64].any()
+    assert (scales[3] > 0).all() and scales[5, 1] > 0
+    if method == "rtn":
+        assert not codes[5, 32:64].any()
 
 
 def test_small_float16_scales_are_searched_too() -> None:

@@ -294,9 +294,7 @@ class Watch:
         self.inputs[name], self.outputs[name] = inputs.detach(), output
 
 
-def whole_model_errors(
-    job: Job, model: nn.Module, watch: Watch, method: RoundingMethod
-) -> dict[str, dict[str, Tensor]]:
+def whole_model_errors(job: Job, model: nn.Module, watch: Watch, method: str) -> dict[str, dict[str, Tensor]]:
     with torch.no_grad():
         model(CALIBRATION)
     errors = {}
@@ -305,7 +303,7 @@ def whole_model_errors(
         factor = factorize(x.t() @ x / len(x), len(x))
         weight = model.get_submodule(name).weight.detach()
         tasks = [Task(name, weight, fmt, torch.float32) for fmt in FORMATS]
-        rounded = round_group(tasks, factor, method)
+        rounded = round_group(tasks, factor, RoundingMethod(method))
         errors[name] = {f.label: dequantize(*r) - weight for f, r in zip(FORMATS, rounded, strict=True)}
     return errors
 
@@ -314,7 +312,7 @@ def whole_model_scores(job: Job, method: str) -> dict[str, dict[str, dict[str, f
     """Whole model in memory, one backward over all rows, labels of the same generator."""
     model = AutoModelForCausalLM.from_pretrained(job.index.folder, dtype=torch.float32).eval().requires_grad_(True)
     watch = Watch(model, job)
-    errors = whole_model_errors(job, model, watch, RoundingMethod(method, passes=1))
+    errors = whole_model_errors(job, model, watch, method)
     generator = torch.Generator().manual_seed(SEED)
     logits = model(SCORING).logits
     labels = torch.stack([draw_labels(z.detach().softmax(-1), generator) for z in logits])

@@ -66,7 +66,7 @@ def found(job: Job) -> dict[str, dict[str, Score]]:
 
 def test_it_equals_whole_model_passes_with_one_unit_replaced(job: Job, found: dict[str, dict[str, Score]]) -> None:
     model = AutoModelForCausalLM.from_pretrained(job.index.folder, dtype=torch.float32).eval()
-    errors = whole_model_errors(job, model, Watch(model, job), GPTQ)
+    errors = whole_model_errors(job, model, Watch(model, job), "gptq")
     model = AutoModelForCausalLM.from_pretrained(job.index.folder, dtype=torch.float64).eval()
     with torch.no_grad():
         log_p = model(SCORING).logits.log_softmax(-1)
