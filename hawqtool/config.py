@@ -249,6 +249,11 @@ class RunConfig(BaseModel):
         return tuple(source for source in named if source not in (None, SELF))
 
     @property
+    def looks_at_original(self) -> bool:
+        """Whether rounding sees the original's inputs beside those that the rounded layers give."""
+        return self.target_shift != 0 or (self.rounding == "gptaq" and self.gptaq_alpha != 0)
+
+    @property
     def _chooses_roundings(self) -> bool:
         """Whether rounding has held-out rows of its own, or is GPTAQ's."""
         automatic = self.target_shift == "auto" or (self.rounding == "foem" and self.foem_beta == "auto")

@@ -215,7 +215,7 @@ def _head(options: argparse.Namespace, shape: Shape, job: Job, rates: Rates) -> 
     print(f"{shape.name}: {shape.blocks} blocks of width {shape.hidden}, {shape.vocabulary} tokens")
     print(f"{options.rows} x {options.seq_len} tokens, {job.rows_per_slice} rows per slice")
     for rate, value in rates.record().items():
-        product = rate in ("bfloat16", "float32", "float64")
+        product = rate in ("bfloat16", "float32", "coarse", "float64")
         print(f"  {rate:12} {value / 1e12:9.3f} TFLOP/s" if product else f"  {rate:12} {value / 1e9:9.2f} GB/s")
     return facts
 

@@ -51,8 +51,10 @@ def quadratic_form(error: Tensor, gram: Tensor, coarse: bool = False) -> Tensor:
         gram: ``[in, in]`` float32.
         coarse: Let tensor cores multiply in TF32, whose roundings (2⁻¹¹) average out: for what is only told.
     """
+    if not (coarse and gram.is_cuda):
+        return _quadratic_form(error, gram)
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if coarse and gram.is_cuda else before)
+    torch.set_float32_matmul_precision("high")
     try:
         return _quadratic_form(error, gram)
     finally:

@@ -34,8 +34,8 @@ def visit_groups(block: nn.Module, spec: BlockSpec, activations: Activations, vi
     ``visit`` may replace the weights of the group; later groups, and the block's output that replaces the
     hidden states, see the new weights (truly sequential rounding). One slice needs one forward pass; several
     slices need one partial pass per stage and a full one. Where the original's inputs are wanted too, one slice needs
-    a pass of its own for all of them beforehand, and several slices come from a copy of the block that keeps its
-    weights, run beside it.
+    a pass of its own for all of them beforehand; with several slices they come from a copy of the block that keeps
+    its weights, run beside it.
     """
     if len(activations.hidden) == 1:
         part, others = _Slice.of(activations, 0, activations.hidden[0]), _original_inputs(block, spec, activations)

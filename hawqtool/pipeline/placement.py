@@ -75,6 +75,8 @@ def make_shelf(
     scoring = max(_MOST_SCORING_ROWS, samples // _MOST_SCORING_ROWS)
     tokens = [min(per_slice, count) * seq_len for count in (samples, scoring)]
     workspace = workspace_bytes(index, structure, dtype, tokens[0], tokens[1], len(config.bits or _FOUR_WIDTHS))
+    if config.looks_at_original:
+        workspace += drift_bytes(structure, dtype, tokens[0] if per_slice >= samples else 0)
     if workspace > limit:
         warn(
             f"one block's work may take {workspace / _GIB:.1f} GiB, more than the {limit / _GIB:.1f} GiB of "
@@ -106,6 +108,22 @@ def workspace_bytes(
     return _outside_weights(index, structure) * size + max(
         _block_bytes(spec, size, slice_tokens, scoring_tokens, formats) for spec in structure.blocks
     )
+
+
+def drift_bytes(structure: Structure, dtype: torch.dtype, single_tokens: int) -> int:
+    """What rounding holds besides to see the original's inputs.
+
+    Args:
+        structure: Of the model.
+        dtype: dtype of weights and activations.
+        single_tokens: Tokens of all rows where they are one slice, whose inputs are kept through a block; 0 where there
+            are several, which need a copy of the block.
+    """
+    size = torch.finfo(dtype).bits // 8
+    if single_tokens:
+        widths = [sum(group[0].in_features for group in spec.input_groups) for spec in structure.blocks]
+        return single_tokens * max(widths) * size
+    return max(sum(linear.num_weights for linear in spec.linears) for spec in structure.blocks) * size
 
 
 def _outside_weights(index: CheckpointIndex, structure: Structure) -> int:

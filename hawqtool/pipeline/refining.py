@@ -106,7 +106,7 @@ class BlockRefiner:
     def begin(self, block: nn.Module, spec: BlockSpec) -> None:
         """Take the original's outputs of a block, whose weights are still the original's."""
         self.inputs = [*torch.cat(list(self.walked.hidden)).split(self.batch_rows), *self.held_out.hidden]
-        self._share_original()
+        self.share_original()
         advance(block, spec, self.original)
 
     def finish(
@@ -154,9 +154,8 @@ class BlockRefiner:
         self.walked.hidden = list(torch.cat(list(outputs.hidden[: self.count])).split(self.job.rows_per_slice))
         self.held_out.hidden = outputs.hidden[self.count :]
         self.inputs = []
-        self._share_original()
 
-    def _share_original(self) -> None:
+    def share_original(self) -> None:
         """Show rounding the original's hidden states, where it wants to see them."""
         if self.job.method.needs_drift:
             fitting = torch.cat(list(self.original.hidden[: self.count]))

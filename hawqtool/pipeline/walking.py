@@ -127,6 +127,8 @@ def round_blocks(
         tell(spec.index, steps)
     if job.structure.head:
         walker.enter(stream.model, job.structure.head)
+        if refiner:
+            refiner.share_original()
         statistics = stream.head_statistics(split_rows(rows.tokens)[0] if refiner else rows.tokens, activations)
         walker.visit(job.structure.head.input_groups[0], statistics)
         found.add(walker.hand_on())

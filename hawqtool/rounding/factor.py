@@ -41,10 +41,10 @@ class Factor:
 
     @property
     def conditional(self) -> Tensor:
-        """R_jj², ``[in]`` float32 in natural order: what an error in column j costs that later columns make up for.
+        """R_jj², ``[in]`` float32 in natural order: what an error costs after later columns did what they can.
 
-        It is the least of tr(D (H + λI) Dᵀ) over what the columns still to come may do about one squared error in
-        column j; compensated rounding loses Σ_j R_jj² e_j² in all (GPTQ's own e_j² / [H⁻¹]_jj).
+        It is the least of tr(D (H + λI) Dᵀ) over what the columns still to come may do about a unit error in column j;
+        with d_j the error of column j when it is rounded, compensated rounding loses Σ_j R_jj² d_j² in all.
         """
         values = torch.empty_like(self.pivots)
         values[self.order] = self.pivots.square()

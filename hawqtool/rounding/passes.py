@@ -1,4 +1,4 @@
-"""Grids and the column loop of stacked layers, searched and gone through again while that makes errors smaller."""
+"""Grids and the column loop of stacked layers, gone through a set number of times; each row keeps its best."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def prepare(
     # What an error costs: all of it in plain rounding, else what later columns leave of it. But that is the loss of
     # the Gram matrix only, and where all tokens count alike a few huge ones rule it: fitted so closely to them, the
     # model got worse (SmolLM2, 48 x 512 tokens: KL from 0.490 to 0.562).
-    fits = statistics is not None and statistics.weighted and method.name != "rtn"
+    fits = statistics is not None and statistics.weighted and method.compensates
     costs = factor.conditional if fits else factor.diagonal
 
     def search(task: Task, target: Tensor) -> Grid:
@@ -76,7 +76,7 @@ def prepare(
             return search_grid(target, costs, task.quant_format, task.stored_dtype, method.both_signs)
 
     grids = [search(task, target) for task, target in zip(tasks, targets, strict=True)]
-    passes = method.passes if fits and feedback is factor else 1  # GPTAQ's loop has another loss than its factor says
+    passes = method.passes if fits and method.name != "gptaq" else 1  # its loss is not what the factor says
     return Problem(tasks, targets, aims, grids, search, passes, feedback, recorder)
 
 
@@ -99,7 +99,7 @@ def _searched_again(
 ) -> list[Quantized]:
     """Each row's best of further passes, whose grids are searched on what the pass before rounded."""
     heights = [len(task.weight) for task in tasks]
-    latest, best = first, first
+    best = first
     met, least = _looked_back(problem, targets, first, beta)
     for _ in range(problem.passes - 1):
         grids = [problem.search(task, target) for task, target in zip(tasks, met.split(heights), strict=True)]
@@ -130,7 +130,10 @@ def _looped(
 
 
 def _looked_back(problem: Problem, targets: Tensor, results: Sequence[Quantized], beta: float) -> tuple[Tensor, Tensor]:
-    """What the loop rounded at each column's turn, ``[rows, in]``, and the damped loss of every row, ``[rows]``."""
+    """What the loop rounded at each column's turn, ``[rows, in]``, and the damped loss of every row, ``[rows]``.
+
+    Both are of the values that are stored, whose last bits the loop did not see: at 3 bits a hundredth of a step.
+    """
     with problem.recorder.stage("column loop"):
         rounded = torch.cat([dequantize(*result).float() for result in results])
         errors = spread_errors(targets, rounded, problem.factor, beta)

@@ -60,7 +60,7 @@ def block_work(job: Job, rows: int, seq_len: int) -> Work:
         factor=2 / 3 * sum(width**3 for width in widths),
         search=float(weights * candidates * _OPERATIONS_PER_CANDIDATE),
         columns=updates,
-        passes=job.method.passes if job.weighs_tokens else 1,
+        passes=job.method.passes if job.weighs_tokens and job.method.name in ("gptq", "foem") else 1,
         losses=6 * updates,
         weights=weights,
     )
@@ -74,7 +74,8 @@ def weighing_floor(job: Job, rates: Rates, rows: int, seq_len: int) -> float:
 def rounding_floor(job: Job, rates: Rates, rows: int, seq_len: int, stored_bytes: float) -> dict[str, float]:
     """Seconds per block by stage of the recorder; ``stored_bytes`` are a block's packed ones.
 
-    ``load`` and ``write`` run beside the rest where they overlap, so `block_floor` does not add them.
+    A target shift is left out. ``load`` and ``write`` run beside the rest where they overlap, so `block_floor` does not
+    add them.
     """
     work = block_work(job, rows, seq_len)
     gram_dtype = job.dtype if has_float32_products(job.device, job.dtype) else torch.float32
@@ -86,7 +87,7 @@ def rounding_floor(job: Job, rates: Rates, rows: int, seq_len: int, stored_bytes
         "factor": work.factor / rates.float64,
         "scale search": work.passes * max(work.search / rates.float32, 4 * work.weights / rates.memory),
         "column loop": (2 * work.passes if work.passes > 1 else 1) * work.columns / rates.float32,
-        "losses": work.losses / rates.float32,
+        "losses": work.losses / rates.coarse,
         "write": stored_bytes / rates.disk_write,
         "dequantize": 3 * work.weights / rates.memory,
     }

@@ -27,6 +27,7 @@ class Rates:
     Args:
         bfloat16: Floating-point operations of a matrix product.
         float32: The same.
+        coarse: The same for float32 matrices where TF32 will do; float32's on a CPU.
         float64: The same.
         memory: Bytes read and written by a copy in the device's memory.
         to_device: Bytes copied from pinned host memory; a copy in memory on a CPU.
@@ -36,6 +37,7 @@ class Rates:
 
     bfloat16: float
     float32: float
+    coarse: float
     float64: float
     memory: float
     to_device: float
@@ -55,7 +57,13 @@ def measure_rates(device: torch.device, folder: Path) -> Rates:
     """Rates of a device, and of the disk behind a folder."""
     bfloat16, float32, float64 = (_product_rate(device, *probe) for probe in _SIZES[device.type].items())
     write, read = _disk_rates(folder, _DISK_BYTES[device.type])
-    return Rates(bfloat16, float32, float64, _copy_rate(device), _transfer_rate(device), read, write)
+    coarse = float32
+    if device.type == "cuda":
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+        coarse = _product_rate(device, torch.float32, _SIZES["cuda"][torch.float32])
+        torch.set_float32_matmul_precision(before)
+    return Rates(bfloat16, float32, coarse, float64, _copy_rate(device), _transfer_rate(device), read, write)
 
 
 def _best_seconds(device: torch.device, work: Callable[[], object]) -> float:

@@ -125,7 +125,7 @@ def named_shape(name: str, blocks: int | None, vocabulary: int | None, width: fl
         blocks=shape.blocks if blocks is None else blocks,
         vocabulary=shape.vocabulary if vocabulary is None else vocabulary,
     )
-    least = len(SPECIAL_TOKENS) + 256
+    least = TOKENIZER_SIZE
     if shape.blocks < 1 or shape.vocabulary < least:
         raise UsageError(
             f"{shape.blocks} blocks and {shape.vocabulary} tokens; expected at least 1 block and {least} tokens"

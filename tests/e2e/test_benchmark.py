@@ -15,6 +15,7 @@ SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 RATES = {
     "bfloat16": 1e12,
     "float32": 1e11,
+    "coarse": 1e11,
     "float64": 1e10,
     "memory": 1e10,
     "to_device": 1e10,

@@ -66,6 +66,13 @@ CHAINS: dict[str, dict[str, Any]] = {
     "drift": {"rounding": "gptaq", "exchanges": 1},
     "refined": {"refine_steps": 4, "sensitivity_steps": 2, "shortlist": 1},
     "distilled": {"distill_steps": 4, "refine_steps": 2, "target_shift": 0.5, "shortlist": 1},
+    "refined, and the head": {
+        "kind": "llama",
+        "refine_steps": 2,
+        "target_shift": 0.5,
+        "quantize_lm_head": True,
+        "shortlist": 1,
+    },
     "distilled codes": {"distill_steps": 4, "distill_codes": True, "shortlist": 1},
     "held-out rows": {"rounding": "foem", "foem_beta": "auto", "target_shift": "auto", "rows_per_slice": 4},
     "experts in slices": {"kind": "qwen3-moe", "rows_per_slice": 4, "exchanges": 1},
