@@ -38,7 +38,7 @@ class RoundingMethod:
         alpha: GPTAQ's α; ignored by the others.
         shift: Share of the target shift (see `full_shift`), 0 for none, or ``auto``: by held-out rows, layer by layer.
         refit: Refit the scales of each layer whose error on held-out rows that lowers.
-        passes: How often `gptq` and `foem` search scales and round where tokens have weights: after the first time on
+        passes: How often compensated rounding searches scales where tokens have weights: after the first time on
             what the columns had become when they were rounded, keeping each row's best.
     """
 

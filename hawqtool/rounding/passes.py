@@ -76,8 +76,7 @@ def prepare(
             return search_grid(target, costs, task.quant_format, task.stored_dtype, method.both_signs)
 
     grids = [search(task, target) for task, target in zip(tasks, targets, strict=True)]
-    passes = method.passes if fits and method.name != "gptaq" else 1  # its loss is not what the factor says
-    return Problem(tasks, targets, aims, grids, search, passes, feedback, recorder)
+    return Problem(tasks, targets, aims, grids, search, method.passes if fits else 1, feedback, recorder)
 
 
 def round_targets(problem: Problem, betas: Sequence[float]) -> list[Quantized]:
@@ -132,7 +131,8 @@ def _looped(
 def _looked_back(problem: Problem, targets: Tensor, results: Sequence[Quantized], beta: float) -> tuple[Tensor, Tensor]:
     """What the loop rounded at each column's turn, ``[rows, in]``, and the damped loss of every row, ``[rows]``.
 
-    Both are of the values that are stored, whose last bits the loop did not see: at 3 bits a hundredth of a step.
+    GPTAQ's loss is that of the columns at their turn, as its loop has another feedback. Both are of the values that are
+    stored, whose last bits the loop did not see: at 3 bits a hundredth of a step.
     """
     with problem.recorder.stage("column loop"):
         rounded = torch.cat([dequantize(*result).float() for result in results])

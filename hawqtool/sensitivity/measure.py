@@ -84,8 +84,7 @@ def measure(
 ) -> Measurement:
     """Scores of the original model.
 
-    Layers are rounded on the calibration rows and scored on others: errors are 1.4 to 2 times larger there. Scales are
-    searched once; further passes take long with many formats, and make the errors of all of them smaller alike.
+    Layers are rounded on the calibration rows and scored on others: errors are 1.4 to 2 times larger there.
 
     Args:
         stream: The original model.
@@ -101,7 +100,7 @@ def measure(
         growth_limit: See `GradientGrowth`; infinite for gradients as they are.
         refiner: Improves the roundings of every block before they are scored; an output head's stay as they are.
     """
-    begun, method = saved.load(_SWEEP), replace(method, passes=1)
+    begun, method = saved.load(_SWEEP), replace(method, passes=1)  # more make all errors smaller alike
     left = len(stream.structure.blocks) if begun is None else int(begun["left"])
     known = stream.embed(calibration.tokens, rows_per_slice, method.needs_held_out, weights=calibration.weights)
     sets = (known, stream.embed(scoring, rows_per_slice))

@@ -43,9 +43,8 @@ def single_unit_divergence(
     """Divergence ``[unit][format label]`` from the original, with its standard error over rows.
 
     Nothing is expanded: Q(W) takes the place of W in all members of one unit, and the model is run. Q is the rounding
-    that will be applied, scales searched as often as there. A unit costs, per format, a forward pass from its first
-    block on. **The whole model is on the device.** Below a floor that the dtype sets, a divergence is rounding noise,
-    of either sign.
+    that will be applied. A unit costs, per format, a forward pass from its first block on. **The whole model is on the
+    device.** Below a floor that the dtype sets, a divergence is rounding noise, of either sign.
 
     Args:
         stream: The original model.

@@ -60,7 +60,7 @@ def block_work(job: Job, rows: int, seq_len: int) -> Work:
         factor=2 / 3 * sum(width**3 for width in widths),
         search=float(weights * candidates * _OPERATIONS_PER_CANDIDATE),
         columns=updates,
-        passes=job.method.passes if job.weighs_tokens and job.method.name in ("gptq", "foem") else 1,
+        passes=job.method.passes if job.weighs_tokens and job.method.compensates else 1,
         losses=6 * updates,
         weights=weights,
     )

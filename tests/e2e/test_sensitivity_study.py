@@ -77,7 +77,7 @@ def test_a_study_writes_its_findings_and_goes_on_where_it_was_cut(
     assert second["plans"]["4.0"] == first["plans"]["4.0"] and "5.0" in second["plans"]
     capsys.readouterr()
     assert study.main(arguments(place, "--rounding", "rtn")) == 2
-    assert "other settings (rounding)" in capsys.readouterr().err
+    assert "other settings (rounding, token_weights)" in capsys.readouterr().err
 
 
 def test_plans_are_judged_as_their_written_folders_are(study: Any, place: Path, tmp_path: Path) -> None:
