@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 import weakref
-from collections.abc import Iterable, MutableSequence, Sequence
+from collections.abc import Iterable, Iterator, MutableSequence, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,13 @@ from torch import Tensor
 from hawqtool.errors import NumericalError, ResourceError
 
 DEVICE, HOST, DISK = "device", "host", "disk"
+
+CHUNK_BYTES = 32 << 20
+"""Size of every piece of page-locked memory.
+
+Its allocator never gives any back and reuses a piece only for one as large: pieces of the slices' own sizes, which differ
+from stage to stage, once took 15 GiB where at most 6 held something.
+"""
 
 FOLDER_PREFIX = ".hawqtool-states-"
 """What the names of folders with hidden states begin with; one that is left over belongs to a run that was killed."""
@@ -55,13 +62,13 @@ class Shelf:
             ResourceError: If it must go to the disk, which refuses.
         """
         tensor = tensor.detach()
-        # The allocator of page-locked memory rounds up to a power of two.
-        sizes = {DEVICE: tensor.nbytes, HOST: 1 << max(0, tensor.nbytes - 1).bit_length()}
+        sizes = {DEVICE: tensor.nbytes, HOST: -(-tensor.nbytes // CHUNK_BYTES) * CHUNK_BYTES}
         place = next((p for p in (DEVICE, HOST) if self._used[p] + sizes[p] <= self._limits[p]), DISK)
-        held: Tensor | Path = tensor
+        held: Tensor | list[Tensor] | Path = tensor
         if place == HOST:
-            held = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self.device.type == "cuda")
-            held.copy_(tensor, non_blocking=True)
+            held = [_chunk(self.device) for _ in range(sizes[HOST] // CHUNK_BYTES)]
+            for chunk, piece in zip(held, _pieces(tensor.contiguous()), strict=True):
+                chunk[: len(piece)].copy_(piece, non_blocking=True)
         elif place == DISK:
             held = self._write(tensor)
         size = sizes.get(place, tensor.nbytes)
@@ -85,9 +92,10 @@ class Shelf:
                 self._folder = tempfile.TemporaryDirectory(prefix=FOLDER_PREFIX, dir=self._parent)
             path = Path(self._folder.name) / str(next(self._numbers))
             with path.open("wb", buffering=0) as stream:
-                left = _bytes(tensor.cpu().contiguous())
-                while len(left):
-                    left = left[stream.write(left) :]
+                for piece in _pieces(tensor.cpu().contiguous()):
+                    left = piece.numpy().data
+                    while len(left):
+                        left = left[stream.write(left) :]
         except OSError as error:
             raise ResourceError(
                 f"hidden states do not fit into memory, and {self._parent} refuses them ({error.strerror or error}); "
@@ -99,7 +107,7 @@ class Shelf:
 class Kept:
     """A tensor that a shelf keeps."""
 
-    def __init__(self, held: Tensor | Path, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, held: Tensor | list[Tensor] | Path, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
         self._held, self._shape, self._dtype, self._device = held, shape, dtype, device
 
     @property
@@ -114,26 +122,39 @@ class Kept:
             NumericalError: If its file cannot be read.
         """
         if isinstance(self._held, Tensor):
-            return self._held.to(self._device, non_blocking=True)
-        host = torch.empty(self._shape, dtype=self._dtype, pin_memory=self._device.type == "cuda")
+            return self._held
+        found = torch.empty(self._shape, dtype=self._dtype, device=self._device)
+        chunks = self._read(self._held) if isinstance(self._held, Path) else self._held
+        for piece, chunk in zip(_pieces(found), chunks, strict=True):
+            piece.copy_(chunk[: len(piece)], non_blocking=True)
+        return found
+
+    def _read(self, path: Path) -> Iterator[Tensor]:
+        """The content of a file in chunks, the last of which may be filled in part."""
         try:
-            left = _bytes(host)
-            with self._held.open("rb", buffering=0) as stream:
-                while len(left):
-                    count = stream.readinto(left)
-                    if not count:
-                        raise OSError("the file ended early")
-                    left = left[count:]
+            with path.open("rb", buffering=0) as stream:
+                for start in range(0, self.nbytes, CHUNK_BYTES):
+                    chunk = _chunk(self._device)
+                    left = chunk.numpy().data[: self.nbytes - start]
+                    while len(left):
+                        count = stream.readinto(left)
+                        if not count:
+                            raise OSError("the file ended early")
+                        left = left[count:]
+                    yield chunk
         except OSError as error:
             raise NumericalError(
-                f"hidden states in {self._held.parent} cannot be read back ({error.strerror or error}); check the disk"
+                f"hidden states in {path.parent} cannot be read back ({error.strerror or error}); check the disk"
             ) from error
-        return host.to(self._device, non_blocking=True)
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    view: memoryview = tensor.view(-1).view(torch.uint8).numpy().data
-    return view
+def _chunk(device: torch.device) -> Tensor:
+    return torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
+
+
+def _pieces(tensor: Tensor) -> Sequence[Tensor]:
+    """The bytes of a contiguous tensor, piece by piece; none of an empty one."""
+    return tensor.view(-1).view(torch.uint8).split(CHUNK_BYTES) if tensor.nbytes else ()
 
 
 class Slices(MutableSequence[Tensor]):

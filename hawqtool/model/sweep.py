@@ -144,8 +144,10 @@ class ModelStream:
             to_meta(module)
 
     def _expect_after(self, index: int) -> None:
-        """Have the next block's weights read ahead where the source can: the walk goes on the way it came."""
-        step = -1 if self._last_index == index + 1 else 1
+        """Have the next block's weights read ahead where the source can: the walk goes on the way it came.
+
+        A block that is walked twice in a row is one where it turned."""
+        step = -1 if self._last_index in (index, index + 1) else 1
         self._last_index = index
         if isinstance(self.source, Prefetcher):
             following = index + step

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hawqtool.errors import NumericalError, ResourceError
+from hawqtool.model import spill
 from hawqtool.model.spill import DEVICE, DISK, HOST, Shelf, Slices, total_bytes
 
 CPU = torch.device("cpu")
@@ -26,6 +27,11 @@ def spilled(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spill, "CHUNK_BYTES", SIZE // 4)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_device_then_host_then_disk(dtype: torch.dtype, tmp_path: Path) -> None:
     shelf = Shelf(CPU, 2 * SIZE, SIZE, tmp_path)
@@ -35,6 +41,15 @@ def test_device_then_host_then_disk(dtype: torch.dtype, tmp_path: Path) -> None:
     assert len(spilled(tmp_path)) == 2
     for found, expected in zip(kept, values, strict=True):
         assert found.dtype == dtype and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("place", [HOST, DISK])
+def test_the_last_chunk_may_be_filled_in_part(place: str, tmp_path: Path) -> None:
+    shelf = Shelf(CPU, 0, 2 * SIZE if place == HOST else 0, tmp_path)
+    value = torch.randn(3, 700, generator=torch.Generator().manual_seed(0))[:, :437]  # a view with gaps
+    kept = Slices(shelf, [value, value[:0]])
+    assert torch.equal(kept[0], value) and kept[1].shape == (0, 437)
+    assert shelf.peak_bytes[place] == {HOST: 6 * SIZE // 4, DISK: value.nbytes}[place]
 
 
 def test_a_replaced_entry_makes_room_for_the_next(tmp_path: Path) -> None:
