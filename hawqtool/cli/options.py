@@ -351,7 +351,8 @@ RowsPerSlice = Annotated[
     Optional[int],
     _option(
         "--rows-per-slice",
-        help="Rows per forward pass; lower it when memory is short [default: 32, on a CPU 16].",
+        help="Rows per forward pass; lower it when memory is short [default: the most of 128, 64 and 32 that fit into "
+        "--max-memory, on a CPU 16].",
         panel=RUN,
     ),
 ]
@@ -361,7 +362,7 @@ MaxMemory = Annotated[
         "--max-memory",
         help="Memory to use, such as 12GiB: hidden states that do not fit beside the work lie in the host's memory "
         "(beside a GPU), then on the disk, but for refinement, distillation, exchanges and kl; changes no result "
-        "[default: auto, 90 % of a GPU; on a CPU no limit].",
+        "but through the default of --rows-per-slice [default: auto, 90 % of a GPU; on a CPU no limit].",
         panel=RUN,
         metavar="SIZE",
     ),

@@ -19,12 +19,16 @@ DEVICE, HOST, DISK = "device", "host", "disk"
 CHUNK_BYTES = 32 << 20
 """Size of every piece of page-locked memory.
 
-Its allocator never gives any back and reuses a piece only for one as large: pieces of the slices' own sizes, which differ
+Its allocator gives none back and reuses a piece only for one as large: pieces of the slices' own sizes, which differ
 from stage to stage, once took 15 GiB where at most 6 held something.
 """
 
 FOLDER_PREFIX = ".hawqtool-states-"
 """What the names of folders with hidden states begin with; one that is left over belongs to a run that was killed."""
+
+
+_Held = Tensor | list[Tensor] | Path
+"""On the device; in page-locked chunks, the last of which may be filled in part; in a file."""
 
 
 class Shelf:
@@ -64,7 +68,7 @@ class Shelf:
         tensor = tensor.detach()
         sizes = {DEVICE: tensor.nbytes, HOST: -(-tensor.nbytes // CHUNK_BYTES) * CHUNK_BYTES}
         place = next((p for p in (DEVICE, HOST) if self._used[p] + sizes[p] <= self._limits[p]), DISK)
-        held: Tensor | list[Tensor] | Path = tensor
+        held: _Held = tensor
         if place == HOST:
             held = [_chunk(self.device) for _ in range(sizes[HOST] // CHUNK_BYTES)]
             for chunk, piece in zip(held, _pieces(tensor.contiguous()), strict=True):
@@ -107,7 +111,9 @@ class Shelf:
 class Kept:
     """A tensor that a shelf keeps."""
 
-    def __init__(self, held: Tensor | list[Tensor] | Path, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, held: Tensor | list[Tensor] | Path, shape: torch.Size, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self._held, self._shape, self._dtype, self._device = held, shape, dtype, device
 
     @property

@@ -146,7 +146,8 @@ class ModelStream:
     def _expect_after(self, index: int) -> None:
         """Have the next block's weights read ahead where the source can: the walk goes on the way it came.
 
-        A block that is walked twice in a row is one where it turned."""
+        A block that is walked twice in a row is one where it turned.
+        """
         step = -1 if self._last_index in (index, index + 1) else 1
         self._last_index = index
         if isinstance(self.source, Prefetcher):

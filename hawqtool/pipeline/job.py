@@ -29,12 +29,11 @@ from hawqtool.model.sweep import ModelStream, WeightSource
 from hawqtool.model.tasks import ModelTask, model_task
 from hawqtool.model.timing import UNRECORDED, Recorder
 from hawqtool.model.units import is_expert
-from hawqtool.pipeline.placement import make_shelf
+from hawqtool.pipeline.placement import Work, choose_rows_per_slice, make_shelf
 from hawqtool.pipeline.progress import Reporter, Silent
 from hawqtool.records import Unit
 from hawqtool.rounding.method import RoundingMethod
 
-CPU_ROWS_PER_SLICE, CUDA_ROWS_PER_SLICE = 16, 32
 _SHORTLIST = {"cpu": 2, "cuda": 4}
 _EXCHANGES = {"cpu": 0, "cuda": 2}
 _DEFAULT_ROWS = {"cpu": (16, 256), "cuda": (128, 2048)}
@@ -54,6 +53,7 @@ class Job:
         pins: Unit name to its fixed format.
         device: Where to compute.
         dtype: dtype of weights and activations while computing: float32 on a CPU.
+        rows_per_slice: Rows per forward pass.
         recorder: Takes note of the stages of walks; nothing by default.
         shelf: Keeps hidden states between blocks; None where all stay on the device.
     """
@@ -67,6 +67,7 @@ class Job:
     pins: dict[str, QuantFormat]
     device: torch.device
     dtype: torch.dtype
+    rows_per_slice: int = 0
     recorder: Recorder = UNRECORDED
     shelf: Shelf | None = None
 
@@ -90,11 +91,6 @@ class Job:
         """Tokens per row."""
         default = _DEFAULT_ROWS[self.device.type][1]
         return self.config.seq_len or min(default, max_positions(self.skeleton) or default)
-
-    @property
-    def rows_per_slice(self) -> int:
-        """Rows per forward pass; fixed per kind of device, never by free memory, because it changes sums."""
-        return self.config.rows_per_slice or (CUDA_ROWS_PER_SLICE if self.device.type == "cuda" else CPU_ROWS_PER_SLICE)
 
     @property
     def shortlist(self) -> int:
@@ -216,8 +212,9 @@ def prepare(
     skeleton = build_skeleton(index.folder, dtype, source.runs_code)
     job = Job(config, source, index, skeleton, structure, units, pins, device, dtype)
     _check_method(job)
-    dimensions, warn = (job.num_samples, job.rows_per_slice, job.seq_len), (reporter or Silent()).warn
-    return replace(job, shelf=make_shelf(config, index, structure, device, dtype, dimensions, warn, states))
+    work = Work(config, index, structure, device, dtype, job.num_samples, job.seq_len)
+    job = replace(job, rows_per_slice=config.rows_per_slice or choose_rows_per_slice(work))
+    return replace(job, shelf=make_shelf(work, job.rows_per_slice, (reporter or Silent()).warn, states))
 
 
 def _check_method(job: Job) -> None:

@@ -19,7 +19,7 @@ from hawqtool.pipeline.run_folder import RunFolder
 MOST_HALVINGS = 2
 """What does not fit in a quarter of the rows per pass is no matter of activations."""
 
-_SLICES = "smaller-slices"
+_SLICES = "slices"
 
 
 Work = Callable[[Job, list[str]], dict[str, Any]]
@@ -56,22 +56,23 @@ def halving_slices(job: Job, warnings: list[str], run: RunFolder, reporter: Repo
         text = f"out of GPU memory with {rows} rows per slice: everything was done again with {rows // 2}"
         reporter.warn(text)
         warnings = [*warnings, text]
-        job = _with_rows_per_slice(job, rows // 2)
+        job = replace(job, rows_per_slice=rows // 2)
         run.begin_anew(run_identity(job), keep=(SAMPLED,))
-        run.saved.save(_SLICES, {"rows_per_slice": rows // 2, "warnings": warnings})
+        remember_slices(job, warnings, run)
     raise ResourceError(
         f"out of GPU memory with {rows} rows per slice ({gist}); lower --rows-per-slice, --num-samples or --seq-len, "
         "or give --exchanges 0, which needs no more than one block on the device"
     )
 
 
+def remember_slices(job: Job, warnings: list[str], run: RunFolder) -> None:
+    """Keep the rows per slice for a run that resumes, perhaps with another limit of memory."""
+    run.saved.save(_SLICES, {"rows_per_slice": job.rows_per_slice, "warnings": warnings})
+
+
 def resumed_slices(job: Job, run: RunFolder) -> tuple[Job, list[str]]:
-    """The job with the rows per slice to which the unfinished run had fallen, and the warnings of that."""
+    """The job with the rows per slice of the unfinished run, and the warnings where it had fallen to them."""
     known = run.saved.load(_SLICES)
     if known is None or job.config.rows_per_slice is not None:
         return job, []
-    return _with_rows_per_slice(job, known["rows_per_slice"]), known["warnings"]
-
-
-def _with_rows_per_slice(job: Job, rows: int) -> Job:
-    return replace(job, config=job.config.model_copy(update={"rows_per_slice": rows}))
+    return replace(job, rows_per_slice=known["rows_per_slice"]), known["warnings"]

@@ -1,10 +1,11 @@
-"""How much memory a job may give to hidden states: what the limit leaves beside the work itself."""
+"""How many rows a forward pass takes, and how much memory the limit leaves to hidden states beside it."""
 
 from __future__ import annotations
 
 import math
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,6 +19,9 @@ from hawqtool.records import BlockSpec, LinearSpec
 AUTO = "auto"
 AUTO_SHARE = 0.9
 """Share of a GPU's memory that is used by default."""
+
+CPU_ROWS_PER_SLICE, CUDA_ROWS_PER_SLICE = 16, (128, 64, 32)
+"""Rows per forward pass by default: on a GPU the first that fits, or the last."""
 
 HOST_BYTES = 6 << 30
 """Most host memory for hidden states beside a GPU; with all else a run then stays below 12 GiB there."""
@@ -46,17 +50,9 @@ def memory_limit(config: RunConfig, device: torch.device) -> int | None:
     return int(AUTO_SHARE * torch.cuda.get_device_properties(device).total_memory)
 
 
-def make_shelf(
-    config: RunConfig,
-    index: CheckpointIndex,
-    structure: Structure,
-    device: torch.device,
-    dtype: torch.dtype,
-    rows: tuple[int, int, int],
-    warn: Callable[[str], None],
-    folder: Path | None,
-) -> Shelf | None:
-    """Where hidden states are kept; None where all of them stay on the device.
+@dataclass(frozen=True)
+class Work:
+    """What the memory beside the hidden states depends on.
 
     Args:
         config: The run's configuration.
@@ -64,26 +60,63 @@ def make_shelf(
         structure: Its structure.
         device: Where the run computes.
         dtype: dtype of weights and activations.
-        rows: Calibration rows, rows of a slice, tokens of a row.
+        num_samples: Calibration rows.
+        seq_len: Tokens of a row.
+    """
+
+    config: RunConfig
+    index: CheckpointIndex
+    structure: Structure
+    device: torch.device
+    dtype: torch.dtype
+    num_samples: int
+    seq_len: int
+
+    def needed_bytes(self, rows_per_slice: int) -> int:
+        """Estimate of the memory that measuring and rounding take besides."""
+        scoring = max(_MOST_SCORING_ROWS, self.num_samples // _MOST_SCORING_ROWS)
+        tokens = [min(rows_per_slice, count) * self.seq_len for count in (self.num_samples, scoring)]
+        formats = len(self.config.bits or _FOUR_WIDTHS)
+        needed = workspace_bytes(self.index, self.structure, self.dtype, tokens[0], tokens[1], formats)
+        if self.config.looks_at_original:
+            single = tokens[0] if rows_per_slice >= self.num_samples else 0
+            needed += drift_bytes(self.structure, self.dtype, single)
+        return needed
+
+
+def choose_rows_per_slice(work: Work) -> int:
+    """Rows per forward pass where the configuration names none.
+
+    One slice needs one forward pass per block, several need more than two. So a GPU takes as many as fit beside its
+    block into its whole memory or --max-memory: what is free at the moment decides nothing, because the number of
+    slices changes sums.
+    """
+    limit = memory_limit(work.config, work.device)
+    if work.device.type != "cuda" or limit is None:
+        return CPU_ROWS_PER_SLICE
+    return next((rows for rows in CUDA_ROWS_PER_SLICE if work.needed_bytes(rows) <= limit), CUDA_ROWS_PER_SLICE[-1])
+
+
+def make_shelf(work: Work, rows_per_slice: int, warn: Callable[[str], None], folder: Path | None) -> Shelf | None:
+    """Where hidden states are kept; None where all of them stay on the device.
+
+    Args:
+        work: What has to be done.
+        rows_per_slice: Rows of a slice.
         warn: Takes a warning when the work alone may exceed the limit.
         folder: Existing folder for what memory does not hold; None for the system's temporary one.
     """
-    limit = memory_limit(config, device)
+    limit = memory_limit(work.config, work.device)
     if limit is None:
         return None
-    samples, per_slice, seq_len = rows
-    scoring = max(_MOST_SCORING_ROWS, samples // _MOST_SCORING_ROWS)
-    tokens = [min(per_slice, count) * seq_len for count in (samples, scoring)]
-    workspace = workspace_bytes(index, structure, dtype, tokens[0], tokens[1], len(config.bits or _FOUR_WIDTHS))
-    if config.looks_at_original:
-        workspace += drift_bytes(structure, dtype, tokens[0] if per_slice >= samples else 0)
+    workspace = work.needed_bytes(rows_per_slice)
     if workspace > limit:
         warn(
             f"one block's work may take {workspace / _GIB:.1f} GiB, more than the {limit / _GIB:.1f} GiB of "
             "--max-memory; lower --rows-per-slice or --seq-len to stay below it"
         )
-    host = min(HOST_BYTES, limit // 2) if device.type == "cuda" else 0
-    return Shelf(device, max(0, limit - workspace), host, folder or Path(tempfile.gettempdir()))
+    host = min(HOST_BYTES, limit // 2) if work.device.type == "cuda" else 0
+    return Shelf(work.device, max(0, limit - workspace), host, folder or Path(tempfile.gettempdir()))
 
 
 def workspace_bytes(

@@ -22,7 +22,7 @@ from hawqtool.pipeline.identity import check_unchanged, run_identity, stamps
 from hawqtool.pipeline.job import Job, prepare
 from hawqtool.pipeline.measurements import check_measurements
 from hawqtool.pipeline.measuring import job_menu, unquantized_bytes
-from hawqtool.pipeline.memory import halving_slices, resumed_slices
+from hawqtool.pipeline.memory import halving_slices, remember_slices, resumed_slices
 from hawqtool.pipeline.planning import budget_bytes, given_plan, plan_warnings
 from hawqtool.pipeline.progress import Reporter
 from hawqtool.pipeline.report_page import NEEDS_MATPLOTLIB, matplotlib_installed, write_page
@@ -65,6 +65,7 @@ def run_quantize(
         before = stamps(job.index)
         announce(describe(job))
         run.begin(run_identity(job), config.resume, reporter)
+        remember_slices(job, warnings, run)
         if run.in_place:
             run.finish()
             return read_json(output / "report.json", REPORT_SCHEMA)
