@@ -15,6 +15,7 @@ from hawqtool.model.tasks import TASKS, class_task, model_task
 from hawqtool.parsing import shown
 
 _LARGE = 1 << 14
+_FILLS = {"normal_", "trunc_normal_", "uniform_", "zero_", "zeros_", "ones_", "fill_", "constant_"}
 _MAX_MODULES = 10_000
 """Most blocks, or experts of a block: modules take memory and time even without weights."""
 
@@ -22,13 +23,18 @@ _MAX_MODULES = 10_000
 class _LargeTensorsOnMeta(TorchFunctionMode):
     """Large uninitialised tensors, the weights, go to the meta device; buffers such as rotary tables stay real.
 
-    Building all on meta would lose the buffers that are computed in constructors and stored nowhere.
+    Building all on meta would lose the buffers that are computed in constructors and stored nowhere. What fills tensors
+    is left out on meta, where it changes nothing and takes longer than on real ones.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.empty and _num_elements(args, kwargs) >= _LARGE:
             kwargs = {**kwargs, "device": "meta"}
+        if getattr(func, "__name__", "") in _FILLS:
+            filled = args[0] if args else kwargs.get("tensor")
+            if isinstance(filled, torch.Tensor) and filled.is_meta:
+                return filled
         return func(*args, **kwargs)
 
 
