@@ -231,10 +231,10 @@ class LayerMetrics:
 
     Errors are relative: squared output error over squared output, on the rounding rows (from the Gram
     matrix); ``rtn_error`` is plain rounding on the same scales. ``predicted_error`` is
-    sum of R_jj² s² / 12, what compensation leaves when nothing clips. ``kernel`` ran the column loop: ``eager`` or
-    ``triton``, None for plain rounding. ``beta``, ``target_shift`` and ``scales_refitted`` are the settings that the
-    layer was rounded with, some of them chosen on held-out rows; with a shift, the errors include what it changes on
-    purpose.
+    sum of R_jj² s² / 12, what compensation leaves when nothing clips. ``kernel`` ran the column loop: ``eager``,
+    ``numba`` or ``triton``, None for plain rounding. ``beta``, ``target_shift`` and ``scales_refitted`` are the
+    settings that the layer was rounded with, some of them chosen on held-out rows; with a shift, the errors include
+    what it changes on purpose.
     """
 
     output_error: float

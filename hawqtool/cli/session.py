@@ -35,6 +35,9 @@ def session(quiet: bool = False, debug: bool = False, json: bool = False) -> Ite
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
+    if "PYTORCH_ALLOC_CONF" not in os.environ:
+        # Blocks of a fixed size leave gaps that no large tensor fits: an 8B model ran out of memory with 20 % free.
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     terminal = Terminal(quiet)
     code, failure, failed = 0, "", tuple[str, ...]()
     try:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hawqtool.rounding.factor import Factor
-from hawqtool.rounding.kernels import kernel_for, triton_kernels
+from hawqtool.rounding.kernels import column_loop
 
 BLOCK_SIZE = 32
 """Columns per lazy update: 32 was up to twice as fast as the customary 128 on a CPU; the codes do not depend on it."""
@@ -40,14 +40,14 @@ def round_compensated(
     Rows are independent: layers that share inputs, and several formats of one layer, may be stacked.
 
     Args:
-        weight: ``[rows, in]`` float32.
+        weight: ``[rows, in]`` float32; compiled kernels take no other dtype, the eager loop float64 too.
         step: ``[rows, in]`` float32, the scale of each weight (may be negative).
         lowest: ``[rows]`` float32, smallest code of each row.
         highest: ``[rows]`` float32, largest code of each row.
         factor: Factor of the Gram matrix of the inputs.
         beta: FOEM's pull towards the original weights, 0 to 1.
-        block_size: Columns whose updates to later columns are applied together; None: `BLOCK_SIZE`, or the 128
-            of the Triton kernel, which takes no more.
+        block_size: Columns whose updates to later columns are applied together; None: `BLOCK_SIZE`, or what the
+            kernel likes best; Triton's takes at most 128.
         zero: ``[rows, in]`` float32, the zero point of each weight, an integer; None for symmetric grids.
 
     Returns:
@@ -55,11 +55,9 @@ def round_compensated(
     """
     target, steps = _visited(weight, factor), _visited(step, factor)
     zeros = None if zero is None else _visited(zero, factor)
-    if kernel_for(weight.device) == "triton":
-        fused = triton_kernels("column_kernel")
-        size, round_block = block_size or fused.BLOCK_COLUMNS, fused.round_block
-    else:
-        size, round_block = block_size or BLOCK_SIZE, _round_block
+    fused = column_loop(weight.device) if weight.dtype == torch.float32 else None
+    size, round_block = (BLOCK_SIZE, _round_block) if fused is None else (fused.BLOCK_COLUMNS, fused.round_block)
+    size = block_size or size
     drift = torch.zeros_like(target)
     codes = torch.empty_like(target, dtype=torch.int8)
     all_errors = torch.empty_like(target[:size])
@@ -68,8 +66,7 @@ def round_compensated(
         block_zeros = None if zeros is None else zeros[block]
         upper, later = factor.upper[block, block], factor.upper[block, block.stop :]
         parts = (target[block], drift[block], steps[block], block_zeros, upper)
-        with _threads_for(target):
-            round_block(*parts, lowest, highest, codes[block], errors, beta)
+        round_block(*parts, lowest, highest, codes[block], errors, beta)
         if later.shape[1]:
             drift[block.stop :].addmm_(later.t(), errors, alpha=-1.0)
     result = torch.empty_like(codes)
@@ -155,9 +152,10 @@ def _round_block(
     limits = repeat((lowest, highest)) if zeros is None else zip(lowest - zeros, highest - zeros, strict=True)
     # Views of all columns at once: taking them one by one costs as much as the arithmetic.
     columns = zip(target, drift, steps, levels, errors, limits, upper.diagonal().tolist(), strict=False)
-    for j, (weight, moved, step, level, error, (low, high), pivot) in enumerate(columns, 1):
-        # Codes less their zeros: a zero is an integer, so it moves the range and nothing else.
-        torch.add(weight, moved, alpha=keep, out=level).div_(step).round_().clamp_(low, high)
-        torch.add(weight, moved, alpha=keep_squared, out=error).addcmul_(level, step, value=-1.0).div_(pivot)
-        drift[j:].addr_(upper[j - 1, j:], error, alpha=-1.0)
+    with _threads_for(target):
+        for j, (weight, moved, step, level, error, (low, high), pivot) in enumerate(columns, 1):
+            # Codes less their zeros: a zero is an integer, so it moves the range and nothing else.
+            torch.add(weight, moved, alpha=keep, out=level).div_(step).round_().clamp_(low, high)
+            torch.add(weight, moved, alpha=keep_squared, out=error).addcmul_(level, step, value=-1.0).div_(pivot)
+            drift[j:].addr_(upper[j - 1, j:], error, alpha=-1.0)
     codes.copy_(levels if zeros is None else levels.add_(zeros))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hawqtool.formats import QuantFormat
-from hawqtool.rounding.kernels import kernel_for, triton_kernels
+from hawqtool.rounding.kernels import scale_search
 
 COARSE_STEPS = 20
 FINE_STEPS = 4
@@ -230,10 +230,10 @@ class _Search:
         """
         steps = scales.to(self.weight.dtype)
         low, high = self.fmt.min_code, self.fmt.max_code
-        if kernel_for(self.weight.device) == "triton":
-            zeros = torch.zeros_like(steps[:1]) if zeros is None else zeros
-            fused = triton_kernels("search_kernel").candidate_errors
-            found = fused(self.weight, self.importance, steps, zeros, low, high)
+        fused = scale_search(self.weight.device)
+        if fused is not None:
+            shifts = torch.zeros_like(steps[:1]) if zeros is None else zeros
+            found = fused.candidate_errors(self.weight, self.importance, steps, shifts, low, high)
         else:
             # Codes less their zero: its only effect is to move their range. So does the sign, once w / s is negated.
             ranges: list[tuple[Any, Any]] = [(low, high), (-high, -low)] if mirrored else [(low, high)]

@@ -1,6 +1,6 @@
-"""Which kernels run: Triton's on a GPU, eager torch elsewhere.
+"""Which code runs the column loop and the scale search: Triton's on a GPU, Numba's on a CPU, else torch's operations.
 
-``HAWQTOOL_KERNEL=eager`` or ``triton`` overrides the choice, to compare the two.
+``HAWQTOOL_KERNEL=eager``, ``numba`` or ``triton`` overrides the choice, to compare them.
 """
 
 from __future__ import annotations
@@ -14,24 +14,41 @@ import torch
 
 from hawqtool.errors import UsageError
 
-KERNELS = ("eager", "triton")
+EAGER = "eager"
+KERNELS = (EAGER, "numba", "triton")
 VARIABLE = "HAWQTOOL_KERNEL"
+_BY_DEVICE = {"cpu": "numba", "cuda": "triton"}
+_COLUMN_LOOPS = {"numba": "cpu_kernel", "triton": "column_kernel"}
+_SEARCHES = {"numba": "cpu_kernel", "triton": "search_kernel"}
 
 
 def kernel_for(device: torch.device) -> str:
-    """``triton`` on a GPU where Triton is installed, else ``eager``.
+    """What the device's kernels are written in, where that is installed, else ``eager``.
 
     Raises:
-        UsageError: If the environment variable names no kernel.
+        UsageError: If the environment variable names no kernel, or one that the device does not run.
     """
     forced = os.environ.get(VARIABLE)
     if forced:
         if forced not in KERNELS:
             raise UsageError(f"{VARIABLE}={forced}: must be one of {', '.join(KERNELS)}")
+        if forced == "numba" and device.type != "cpu":
+            raise UsageError(f"{VARIABLE}=numba: runs on a CPU only, found --device {device.type}; unset it")
         return forced
-    return "triton" if device.type == "cuda" and importlib.util.find_spec("triton") else "eager"
+    kernel = _BY_DEVICE.get(device.type, EAGER)
+    return kernel if importlib.util.find_spec(kernel) else EAGER
 
 
-def triton_kernels(name: str) -> ModuleType:
-    """A module of Triton kernels, imported at first use: Triton is absent on many machines, and slow to import."""
-    return importlib.import_module(f"hawqtool.rounding.{name}")
+def column_loop(device: torch.device) -> ModuleType | None:
+    """The module whose ``round_block`` rounds ``BLOCK_COLUMNS`` columns; None for the eager loop."""
+    return _imported(_COLUMN_LOOPS.get(kernel_for(device)))
+
+
+def scale_search(device: torch.device) -> ModuleType | None:
+    """The module whose ``candidate_errors`` tries scales; None for the eager search."""
+    return _imported(_SEARCHES.get(kernel_for(device)))
+
+
+def _imported(name: str | None) -> ModuleType | None:
+    """Imported at first use: compilers are absent on many machines, and slow to import."""
+    return None if name is None else importlib.import_module(f"hawqtool.rounding.{name}")

@@ -26,6 +26,7 @@ from hawqtool.rounding.grid import (
     nearest_codes,
     search_scales,
 )
+from hawqtool.rounding.kernels import EAGER, VARIABLE
 from hawqtool.rounding.layer import round_group, round_layers
 from hawqtool.rounding.method import RoundingMethod, Task
 
@@ -495,8 +496,9 @@ def test_quadratic_form_of_any_width(rows: int, width: int) -> None:
     assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_column_loop_leaves_the_threads_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_eager_column_loop_leaves_the_threads_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
     threads: list[int] = []
+    monkeypatch.setenv(VARIABLE, EAGER)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     gram = torch.eye(32)

@@ -1,4 +1,4 @@
-"""The Triton kernels against the eager code, in Triton's interpreter, which needs no GPU."""
+"""The compiled kernels against the eager code: Numba's, and Triton's in its interpreter, which needs no GPU."""
 
 from __future__ import annotations
 
@@ -13,24 +13,23 @@ from hawqtool.formats import QuantFormat
 from hawqtool.rounding.compensate import round_compensated
 from hawqtool.rounding.factor import Factor, factorize
 from hawqtool.rounding.grid import dequantize, nearest_codes, search_grid
-from hawqtool.rounding.kernels import VARIABLE, kernel_for
-
-interpreted = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None or torch.cuda.is_available(),
-    reason="needs Triton and no GPU; on a GPU scripts/check_kernels.py compares the compiled kernels",
-)
+from hawqtool.rounding.kernels import EAGER, VARIABLE, column_loop, kernel_for, scale_search
 
 
-@pytest.fixture
-def both_kernels(monkeypatch: pytest.MonkeyPatch):
-    """Calls a function with the eager and with the Triton code."""
+@pytest.fixture(params=["numba", "triton"])
+def both_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    """Calls a function with the eager and with the compiled code."""
+    kernel = request.param
+    pytest.importorskip(kernel)
+    if kernel == "triton" and torch.cuda.is_available():
+        pytest.skip("Triton's interpreter needs a machine without a GPU; scripts/check_kernels.py compares there")
     # Read when a module of kernels is imported, which happens at its first use.
     monkeypatch.setenv("TRITON_INTERPRET", "1")
 
     def call(function):
         results = []
-        for kernel in ("eager", "triton"):
-            monkeypatch.setenv(VARIABLE, kernel)
+        for name in (EAGER, kernel):
+            monkeypatch.setenv(VARIABLE, name)
             results.append(function())
         return results
 
@@ -50,10 +49,11 @@ def case(rows: int, columns: int, bits: int, asymmetric: bool) -> tuple[Factor, 
     return factor, {"weight": weight, "step": step, "zero": zero, "lowest": lowest, "highest": highest}
 
 
-@interpreted
 @pytest.mark.parametrize("asymmetric", [False, True])
 @pytest.mark.parametrize("beta", [0.0, 0.1])
-@pytest.mark.parametrize(("rows", "columns", "bits"), [(13, 150, 2), (8, 128, 3), (21, 40, 4), (5, 300, 8)])
+@pytest.mark.parametrize(
+    ("rows", "columns", "bits"), [(13, 150, 2), (8, 128, 3), (21, 40, 4), (5, 300, 8), (150, 70, 3)]
+)
 def test_same_codes(both_kernels, rows: int, columns: int, bits: int, beta: float, asymmetric: bool) -> None:
     factor, arguments = case(rows, columns, bits, asymmetric)
     eager, fused = both_kernels(lambda: round_compensated(**arguments, factor=factor, beta=beta, block_size=128))
@@ -62,7 +62,6 @@ def test_same_codes(both_kernels, rows: int, columns: int, bits: int, beta: floa
     assert fused.dtype == torch.int8 and fused.shape == arguments["weight"].shape
 
 
-@interpreted
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize(("columns", "group_size"), [(96, 32), (192, 64), (300, 0), (40, 0)])
 def test_same_scales(both_kernels, columns: int, group_size: int, symmetric: bool) -> None:
@@ -83,7 +82,29 @@ def test_same_scales(both_kernels, columns: int, group_size: int, symmetric: boo
 
 def test_choice_of_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
-    assert kernel_for(torch.device("cpu")) == "eager"
+    cpu = torch.device("cpu")
+    assert kernel_for(cpu) == ("numba" if importlib.util.find_spec("numba") else EAGER)
+    monkeypatch.setenv(VARIABLE, EAGER)
+    assert kernel_for(cpu) == EAGER and column_loop(cpu) is None and scale_search(cpu) is None
     monkeypatch.setenv(VARIABLE, "fast")
-    with pytest.raises(UsageError, match="eager, triton"):
-        kernel_for(torch.device("cpu"))
+    with pytest.raises(UsageError, match="eager, numba, triton"):
+        kernel_for(cpu)
+    monkeypatch.setenv(VARIABLE, "numba")
+    with pytest.raises(UsageError, match="on a CPU only"):
+        kernel_for(torch.device("cuda"))
+
+
+def test_threads_share_the_rows_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("numba")
+    monkeypatch.setenv(VARIABLE, "numba")
+    factor, arguments = case(333, 90, 3, True)
+    fmt, threads = QuantFormat(3, 30, False), torch.get_num_threads()
+    found = []
+    try:
+        for number in (1, 3):
+            torch.set_num_threads(number)
+            codes = round_compensated(**arguments, factor=factor)
+            found.append((codes, *search_grid(arguments["weight"], factor.diagonal, fmt, torch.bfloat16, False)))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
