@@ -36,7 +36,7 @@ def session(quiet: bool = False, debug: bool = False, json: bool = False) -> Ite
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
     if "PYTORCH_ALLOC_CONF" not in os.environ:
-        # Blocks of a fixed size leave gaps that no large tensor fits: an 8B model ran out of memory with 20 % free.
+        # Blocks of fixed sizes leave gaps that no large tensor fits: an 8B model ran out of 80 GB where 63 suffice.
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     terminal = Terminal(quiet)
     code, failure, failed = 0, "", tuple[str, ...]()
