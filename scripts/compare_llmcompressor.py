@@ -1,4 +1,4 @@
-"""Compare hawqtool with llm-compressor's GPTQ: same rows, same run, rounding seconds and KL side by side.
+"""Compare hawqtool with llm-compressor's GPTQ: same rows, same run, seconds of rounding, memory and KL side by side.
 
     python scripts/compare_llmcompressor.py MODEL --peer-python ENV/bin/python --calibration A.txt --eval-data B.txt
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -25,10 +26,11 @@ def main() -> int:
         return _worker(arguments)
     with tempfile.TemporaryDirectory() as scratch:
         peer = Path(scratch) / "peer"
-        output = _run([arguments.peer_python, __file__, *sys.argv[1:], "--worker", str(peer)])
+        output, peer_memory = _run([arguments.peer_python, __file__, *sys.argv[1:], "--worker", str(peer)])
         peer_seconds = json.loads(output.strip().splitlines()[-1])["seconds"]
-        report = json.loads(_run(_hawqtool_command(arguments, Path(scratch) / "ours")))
+        answer, memory = _run(_hawqtool_command(arguments, Path(scratch) / "ours"))
         peer_kl = divergence(arguments, peer)
+    report = json.loads(answer)
     ours = report["evaluation"]["uniform"]
     weighing = report["timings"].get("weigh", 0.0)
     seconds = ours["rounding_seconds"] + weighing
@@ -36,8 +38,9 @@ def main() -> int:
         f"{arguments.model.name}, {arguments.bits} bit, group {arguments.group_size}, "
         f"{arguments.num_samples} x {arguments.seq_len} tokens"
     )
-    print(f"llm-compressor  rounding {peer_seconds:6.1f} s   KL {peer_kl:.4f}")
-    print(f"hawqtool        rounding {seconds:6.1f} s   KL {ours['kl']:.4f} ± {ours['kl_stderr']:.4f}")
+    print(f"llm-compressor  rounding {peer_seconds:6.1f} s   peak {peer_memory:.2f} GB   KL {peer_kl:.4f}")
+    kl = f"{ours['kl']:.4f} ± {ours['kl_stderr']:.4f}"
+    print(f"hawqtool        rounding {seconds:6.1f} s   peak {memory:.2f} GB   KL {kl}")
     print(f"  of this the weights of tokens {weighing:6.1f} s")
     print(f"ratios          seconds {seconds / peer_seconds:.2f}   KL {ours['kl'] / peer_kl:.2f}")
     return 0
@@ -59,11 +62,18 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{Path(command[0]).name} failed with code {done.returncode}:\n{done.stderr[-2000:]}")
-    return done.stdout
+def _run(command: list[str]) -> tuple[str, float]:
+    """What a command prints, and the most memory that its process held at a time, in GB (Linux)."""
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(command, stdout=out, stderr=errors)
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        out.seek(0)
+        errors.seek(0)
+        if process.returncode:
+            said = errors.read().decode(errors="replace")[-2000:]
+            raise SystemExit(f"{Path(command[0]).name} failed with code {process.returncode}:\n{said}")
+        return out.read().decode(), used.ru_maxrss * 1024 / 1e9
 
 
 def _hawqtool_command(arguments: argparse.Namespace, output: Path) -> list[str]:
