@@ -10,9 +10,11 @@ CONFIGURATIONS.yaml maps names to keys of a run that differ from the command lin
     refined, slow scales: {refine_steps: 200, schedule: {scale_rate: 0.001}}
     distilled, slow: {distill_steps: 64, distill_schedule: {scale_rate: 0.0005}}
     codes: {distill_steps: 64, distill_codes: true}
+    peer: {tool: "python run_peer.py {model} {rows} {out} --bits 3"}
 
-`bits` there gives another uniform width and `plan` a plan.json; `schedule` sets rates of the refinement and
-`distill_schedule` those of the distillation (see `hawqtool.rounding.refine.Schedule` and
+`bits` there gives another uniform width, `plan` a plan.json, and `tool` the command of another tool (see
+`study.tools.run_tool`), which is to quantize as --bits and --group-size say; `schedule` sets rates of the refinement
+and `distill_schedule` those of the distillation (see `hawqtool.rounding.refine.Schedule` and
 `hawqtool.rounding.distill.DistillSchedule`). Every configuration runs once per seed of --seeds, which draws the
 calibration rows; the evaluation rows are always the same. OUT.json is written after each run, and a repeated call does
 only what is missing. The table has KL with its standard error (over rows; over seeds where there are several), the
@@ -27,6 +29,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -46,6 +49,7 @@ from hawqtool.evaluation.divergence import evaluate_hidden, standard_error
 from hawqtool.formats import QuantFormat
 from hawqtool.model.index import fingerprint
 from hawqtool.model.reader import TensorReader
+from hawqtool.model.sweep import ModelStream
 from hawqtool.pipeline.artifacts import read_json, write_json
 from hawqtool.pipeline.distilling import DistilledModel, distill_model, schedule_of
 from hawqtool.pipeline.job import Job, prepare
@@ -62,6 +66,7 @@ from hawqtool.rounding.refine import Schedule
 from sensitivity_study import Narrator
 from study.cost import Meter
 from study.plans import Overlay
+from study.tools import run_tool
 
 SCHEMA = "hawqtool.ablation/1"
 _KEYS = (
@@ -69,7 +74,7 @@ _KEYS = (
     "device",
 )  # fmt: skip
 _SCHEDULES: dict[str, type] = {"schedule": Schedule, "distill_schedule": DistillSchedule}
-_OTHERS = ("bits", *_SCHEDULES)
+_OTHERS = ("bits", "tool", *_SCHEDULES)
 """Keys of a configuration that are none of a run."""
 
 
@@ -191,6 +196,8 @@ class Bench:
         """Round with a configuration and evaluate the result."""
         job = self.prepare(overrides, seed)
         formats = self._formats(job, overrides)
+        if "tool" in overrides:
+            return self._measure_tool(job, formats, name, overrides, seed)
         schedule = Schedule(**{"steps": job.config.refine_steps, "seed": seed} | dict(overrides.get("schedule") or {}))
         memory = Memory(frozenset(n for n, linear in job.structure.linears.items() if linear.transposed))
         rows = self._rows(job)
@@ -210,6 +217,18 @@ class Bench:
             "distillation": distillation,
             "betas": _betas(record.layers.values()) if job.method.feedback_beta == "auto" else {},
         }
+
+    def _measure_tool(
+        self, job: Job, formats: Mapping[str, QuantFormat], name: str, overrides: Mapping[str, Any], seed: int
+    ) -> dict[str, Any]:
+        """The same of what another tool makes of the same rows; its memory is not known."""
+        self.reporter.say(f"{name}, seed {seed}")
+        with tempfile.TemporaryDirectory() as scratch:
+            source, seconds = run_tool(overrides["tool"], job.index.folder, self._rows(job).tokens, Path(scratch))
+            quality = _quality(self._judge(job.stream(source), name))
+        bpw = 8 * stored_bytes(job.units, formats) / sum(unit.num_weights for unit in job.units)
+        found = {"name": name, "seed": seed, "overrides": dict(overrides), "bpw": bpw, "seconds": seconds}
+        return found | {"peak_bytes": None, **quality, "refinement": {}, "distillation": {}, "betas": {}}
 
     def _distill(
         self,
@@ -241,7 +260,10 @@ class Bench:
         return self._calibration[key]
 
     def _evaluate(self, job: Job, memory: Memory, name: str) -> Evaluation:
-        stream = job.stream(Overlay(TensorReader(job.index), memory.weights()))
+        return self._judge(job.stream(Overlay(TensorReader(job.index), memory.weights())), name)
+
+    def _judge(self, stream: ModelStream, name: str) -> Evaluation:
+        job = self.job
         with torch.no_grad():
             hidden = stream.final_hidden(self.rows.tokens, job.rows_per_slice, self._progress(f"evaluating {name}"))
             return evaluate_hidden(self.stream, stream, self.rows.tokens, self.original, hidden)
@@ -337,9 +359,14 @@ def table(document: Mapping[str, Any]) -> str:
         words = [r["perplexity"] for r in results if r["perplexity"] is not None]
         perplexity = f"{sum(words) / len(words):.2f}" if words else ""
         seconds = sum(r["seconds"] for r in results) / len(results)
-        peak = max(r["peak_bytes"] for r in results) / 1e9
+        peaks = [r["peak_bytes"] / 1e9 for r in results if r["peak_bytes"] is not None]
         cells = [name, f"{results[0]['bpw']:.3f}", f"{value:.4f}", f"{error:.4f}", f"{gain[0]:+.4f}", f"{gain[1]:.4f}"]
-        cells += [perplexity, f"{seconds:.0f}", f"{peak:.1f}", _block_error(results[0]["refinement"])]
+        cells += [
+            perplexity,
+            f"{seconds:.0f}",
+            f"{max(peaks):.1f}" if peaks else "",
+            _block_error(results[0]["refinement"]),
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

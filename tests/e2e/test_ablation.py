@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -92,3 +93,54 @@ def test_configurations_that_cannot_be(
 ) -> None:
     assert ablation.main(arguments(place, tmp_path, text)) == 2
     assert said in capsys.readouterr().err
+
+
+TOOL = """
+import sys
+from pathlib import Path
+import torch
+from safetensors.torch import load_file, save_file
+model, rows, out = map(Path, sys.argv[1:4])
+assert torch.load(rows).shape == (16, 32)
+state = load_file(model / "model.safetensors")
+state |= {name: tensor * 1.05 for name, tensor in state.items() if name.endswith("down_proj.weight")}
+if "state" in sys.argv:
+    torch.save(state, f"{out}.pt")
+else:
+    out.mkdir()
+    (out / "config.json").write_text((model / "config.json").read_text())
+    save_file(state, out / "model.safetensors", {"format": "pt"})
+print("done" if "state" in sys.argv else '{"seconds": 7.5}')
+"""
+
+
+def test_another_tool_is_judged_on_the_same_rows(
+    ablation: Any, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tool.py").write_text(TOOL)
+    call = f"{sys.executable} {tmp_path / 'tool.py'} {{model}} {{rows}} {{out}}"
+    text = f'plain: {{}}\nfolder: {{tool: "{call}"}}\nstate: {{tool: "{call} state"}}\n'
+    assert ablation.main(arguments(place, tmp_path, text)) == 0
+    table = capsys.readouterr().out
+    found = {r["name"]: r for r in json.loads((tmp_path / "out.json").read_text())["results"]}
+    assert found["folder"]["seconds"] == 7.5 and found["state"]["seconds"] > 0
+    assert found["folder"]["row_divergence"] == found["state"]["row_divergence"]
+    assert 0 < found["folder"]["divergence"] != found["plain"]["divergence"]
+    assert "| folder | 3.500 | " in table
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("tool {model}", "has no {out}"),
+        ("no-such-tool {out}", "no-such-tool cannot be run"),
+        (f"{sys.executable} -c \"raise SystemExit('broken')\" {{out}}", "failed with code 1: broken"),
+        (f"{sys.executable} -c pass {{out}}", "nothing was written"),
+    ],
+)
+def test_what_is_wrong_with_a_tool_is_said(
+    ablation: Any, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, message: str
+) -> None:
+    text = f"peer:\n  tool: {json.dumps(command)}\n"
+    assert ablation.main(arguments(place, tmp_path, text)) != 0
+    assert message in capsys.readouterr().err
