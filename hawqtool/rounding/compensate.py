@@ -41,20 +41,21 @@ def round_compensated(
 
     Args:
         weight: ``[rows, in]`` float32; compiled kernels take no other dtype, the eager loop float64 too.
-        step: ``[rows, in]`` float32, the scale of each weight (may be negative).
+        step: ``[rows, groups]`` float32, the scale of each group of columns (may be negative).
         lowest: ``[rows]`` float32, smallest code of each row.
         highest: ``[rows]`` float32, largest code of each row.
         factor: Factor of the Gram matrix of the inputs.
         beta: FOEM's pull towards the original weights, 0 to 1.
         block_size: Columns whose updates to later columns are applied together; None: `BLOCK_SIZE`, or what the
             kernel likes best; Triton's takes at most 128.
-        zero: ``[rows, in]`` float32, the zero point of each weight, an integer; None for symmetric grids.
+        zero: ``[rows, groups]`` float32, the zero point of each group, an integer; None for symmetric grids.
 
     Returns:
         Codes, ``[rows, in]`` int8, in natural column order.
     """
-    target, steps = _visited(weight, factor), _visited(step, factor)
-    zeros = None if zero is None else _visited(zero, factor)
+    # Transposed first: picking columns out of rows takes several times as long.
+    target = weight.t().contiguous().index_select(0, factor.order)
+    steps, zeros = _visited(step, factor), None if zero is None else _visited(zero, factor)
     fused = column_loop(weight.device) if weight.dtype == torch.float32 else None
     size, round_block = (BLOCK_SIZE, _round_block) if fused is None else (fused.BLOCK_COLUMNS, fused.round_block)
     size = block_size or size
@@ -104,9 +105,8 @@ def met_targets(weight: Tensor, rounded: Tensor, errors: Tensor, factor: Factor,
         factor: Its factor.
         beta: Its β, less than 1.
     """
-    own = torch.empty_like(errors)
-    own[:, factor.order] = errors * factor.upper.diagonal()
-    return weight - (weight - rounded - own) / (1 - beta)
+    own = (errors * factor.upper.diagonal()).index_select(1, factor.order.argsort())
+    return weight - (weight - rounded).sub_(own).div_(1 - beta)
 
 
 @contextmanager
@@ -124,9 +124,9 @@ def _threads_for(target: Tensor) -> Iterator[None]:
 
 
 def _visited(values: Tensor, factor: Factor) -> Tensor:
-    """Columns in visiting order, each a contiguous row, so that the loop runs on contiguous memory."""
-    # Transposed first: picking columns out of rows takes several times as long.
-    return values.t().contiguous().index_select(0, factor.order)
+    """Values of groups ``[rows, groups]`` by column in visiting order, ``[in, rows]``, each a contiguous row."""
+    width = len(factor.order) // values.shape[1]
+    return values.t().contiguous().index_select(0, factor.order // width)
 
 
 def _blocks(columns: int, size: int) -> Iterator[slice]:

@@ -61,7 +61,10 @@ def _by_rows(count: int, work: Callable[[int, int], None]) -> None:
         return
     tiles = -(-count // _TILE_ROWS)
     bounds = [min(count, tiles * number // threads * _TILE_ROWS) for number in range(threads + 1)]
-    list(_pool(threads).map(work, bounds[:-1], bounds[1:]))
+    others = [_pool(threads).submit(work, *part) for part in zip(bounds[1:-1], bounds[2:], strict=True)]
+    work(bounds[0], bounds[1])
+    for other in others:
+        other.result()
 
 
 @cache
@@ -76,6 +79,32 @@ def _compiled(function: Callable[..., None]) -> Any:
         return numba.njit(cache=True, **settings)(function)
     except RuntimeError:  # no such folder
         return numba.njit(**settings)(function)
+
+
+@_compiled
+def _add_squares(total, values, inverse, costs, zero, lowest, highest, rows):  # type: ignore[no-untyped-def]
+    """Add c (w / s - q + z)² of all columns to the total of every row, four columns at a time."""
+    i, width = 0, len(values)
+    while i + 4 <= width:
+        e, f, g, h = costs[i], costs[i + 1], costs[i + 2], costs[i + 3]
+        u, v, w, x = values[i], values[i + 1], values[i + 2], values[i + 3]
+        for r in range(rows):
+            low, high, scale = lowest - zero[r], highest - zero[r], inverse[r]
+            part = total[r] + e * _squared(u[r] * scale, low, high) + f * _squared(v[r] * scale, low, high)
+            total[r] = part + g * _squared(w[r] * scale, low, high) + h * _squared(x[r] * scale, low, high)
+        i += 4
+    while i < width:
+        cost, value = costs[i], values[i]
+        for r in range(rows):
+            total[r] += cost * _squared(value[r] * inverse[r], lowest - zero[r], highest - zero[r])
+        i += 1
+
+
+@_compiled
+def _squared(scaled, low, high):  # type: ignore[no-untyped-def]
+    """Squared distance of a value to the nearest code, both in steps."""
+    difference = (min(max(scaled, low), high) + _ROUND) - _ROUND - scaled
+    return difference * difference
 
 
 @_compiled
@@ -128,12 +157,6 @@ def _try_candidates(  # type: ignore[no-untyped-def]
                     zero = zeros[index, group, first : first + rows]
                     out = errors[candidate * len(zeros) + index, group, first : first + rows]
                     total[:] = np.float32(0)
-                    for i in range(width):
-                        cost, value = importance[group, i], values[i]
-                        for r in range(rows):
-                            scaled = value[r] * inverse[r]
-                            level = min(max(scaled, lowest - zero[r]), highest - zero[r])
-                            difference = (level + _ROUND) - _ROUND - scaled
-                            total[r] += cost * difference * difference
+                    _add_squares(total, values, inverse, importance[group], zero, lowest, highest, rows)
                     for r in range(rows):
                         out[r] = total[r] * step[r] * step[r]

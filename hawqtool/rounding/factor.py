@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -74,13 +75,10 @@ def factorize(
     Raises:
         NumericalError: If the matrix is not finite, or no damping makes it positive definite.
     """
-    work = gram.double()
-    diagonal = work.diagonal().clone()
-    # Fetched together: each number fetched alone would stall a GPU.
-    finite, dead, mean = torch.stack(
-        [torch.isfinite(work).all().double(), (diagonal == 0).sum().double(), diagonal.mean()]
-    ).tolist()
-    if not finite:
+    diagonal = gram.diagonal().double()
+    # A sum is not finite where one of its terms is not. Fetched together: each alone would stall a GPU.
+    total, dead, mean = torch.stack([gram.sum(dtype=torch.float64), (diagonal == 0).sum(), diagonal.mean()]).tolist()
+    if not math.isfinite(total):
         raise NumericalError(f"the Gram matrix holds NaN or Inf: the inputs of {name} overflow")
     mean = mean or 1.0
     fraction = default_damping(num_tokens, gram.shape[0]) if damping is None else damping
@@ -88,11 +86,11 @@ def factorize(
     if not act_order:
         order = torch.arange(len(order), device=gram.device)
     backwards = order.flip(0)
-    work = work.index_select(0, backwards).index_select(1, backwards)
+    work = gram.index_select(0, backwards).index_select(1, backwards).double()
+    sorted_diagonal = work.diagonal().clone()
     for retries in range(_MAX_RETRIES + 1):  # noqa: B007 (read after the loop)
-        damped = work.clone()
-        damped.diagonal().add_(fraction * mean)
-        lower, info = torch.linalg.cholesky_ex(damped)
+        work.diagonal().copy_(sorted_diagonal + fraction * mean)
+        lower, info = torch.linalg.cholesky_ex(work)
         if int(info) == 0:
             break
         fraction = max(fraction, 1e-4) * _RETRY_FACTOR
@@ -100,7 +98,7 @@ def factorize(
         raise NumericalError(
             f"{name}: Cholesky failed even with damping {fraction / _RETRY_FACTOR:.3g} of the mean diagonal"
         )
-    del work, damped  # of wide layers each of these takes gigabytes
+    del work  # of wide layers each of these takes gigabytes
     right = lower.flip(0, 1)
     del lower
     return Factor(
@@ -120,13 +118,20 @@ def inverse_upper(matrix: Tensor) -> Tensor:
 
     Halves are inverted by themselves, so zeros are not multiplied: a third of the work of solving for the identity.
     """
+    inverse = torch.zeros_like(matrix)
+    _invert_into(matrix, inverse)
+    return inverse
+
+
+def _invert_into(matrix: Tensor, inverse: Tensor) -> None:
+    """Write the inverse of an upper triangular matrix on and above the diagonal of another."""
     size = len(matrix)
     if size <= _DIRECT_INVERSE:
         identity = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
-        return torch.linalg.solve_triangular(matrix, identity, upper=True)
+        inverse.copy_(torch.linalg.solve_triangular(matrix, identity, upper=True))
+        return
     half = size // 2
-    inverse = torch.zeros_like(matrix)
-    inverse[:half, :half] = first = inverse_upper(matrix[:half, :half])
-    inverse[half:, half:] = last = inverse_upper(matrix[half:, half:])
-    inverse[:half, half:] = first @ -(matrix[:half, half:] @ last)
-    return inverse
+    _invert_into(matrix[:half, :half], inverse[:half, :half])
+    _invert_into(matrix[half:, half:], inverse[half:, half:])
+    corner = matrix[:half, half:] @ inverse[half:, half:]
+    torch.mm(inverse[:half, :half], corner.neg_(), out=inverse[:half, half:])

@@ -121,7 +121,8 @@ def _search_chunk(
     weight: Tensor, importance: Tensor, quant_format: QuantFormat, stored_dtype: torch.dtype, both_signs: bool
 ) -> Tensor:
     """Scales ``[rows, groups]`` of a chunk laid out by group, ``[groups, rows, width]``."""
-    peak = weight.abs().amax(-1)
+    lowest, highest = torch.aminmax(weight, dim=-1)
+    peak = torch.maximum(highest, -lowest)
     # An all-zero group keeps a positive scale, so that its codes are zero and nothing divides by zero.
     peak = torch.where(peak > 0, peak, torch.ones_like(peak))
     low = LOWEST_RATIO * peak / (quant_format.max_code + 0.5)
@@ -195,15 +196,17 @@ class _Best(NamedTuple):
 
     def improved(self, errors: Tensor, scale: Tensor, place: Tensor, zero: Tensor | None = None) -> _Best:
         """The first of the smallest errors, the present one before all; candidates are ``[candidates, ...]``."""
-        # NaN never wins.
-        errors = torch.where(errors < float("inf"), errors, float("inf"))
-        error, index = torch.cat([self.error.unsqueeze(0), errors]).min(0, keepdim=True)
+        errors.nan_to_num_(nan=float("inf"), posinf=float("inf"))  # NaN never wins
+        error, index = errors.min(0, keepdim=True)
+        better = error[0] < self.error
 
         def pick(present: Tensor, candidates: Tensor) -> Tensor:
-            return torch.cat([present.unsqueeze(0), candidates]).gather(0, index).squeeze(0)
+            return torch.where(better, candidates.gather(0, index)[0], present)
 
         chosen = self.zero if zero is None else pick(self.zero, zero)
-        return _Best(error.squeeze(0), pick(self.scale, scale), pick(self.place, place), chosen)
+        return _Best(
+            torch.where(better, error[0], self.error), pick(self.scale, scale), pick(self.place, place), chosen
+        )
 
 
 class _Search:
@@ -241,8 +244,8 @@ class _Search:
                 ranges = [((low - zero).unsqueeze(-1), (high - zero).unsqueeze(-1)) for zero in zeros]
             different = steps[::2] if mirrored else steps
             found = torch.stack([error for step in different for error in self.eager_errors(step, ranges)])
-        usable = (steps.abs() >= self.tiny).repeat_interleave(1 if zeros is None else len(zeros), 0)
-        return torch.where(usable, found, float("inf"))
+        unusable = steps.abs() < self.tiny
+        return found.masked_fill_(unusable.repeat_interleave(1 if zeros is None else len(zeros), 0), float("inf"))
 
     def eager_errors(self, step: Tensor, ranges: Sequence[tuple[Any, Any]]) -> Iterator[Tensor]:
         """Error of one scale with each range of codes: ``[groups, rows]``."""

@@ -99,11 +99,13 @@ def _searched_again(
     """Each row's best of further passes, whose grids are searched on what the pass before rounded."""
     heights = [len(task.weight) for task in tasks]
     best = first
-    met, least = _looked_back(problem, targets, first, beta)
+    rounded, errors, least = _looked_back(problem, targets, first, beta)
     for _ in range(problem.passes - 1):
+        with problem.recorder.stage("column loop"):
+            met = met_targets(targets, rounded, errors, problem.factor, beta)
         grids = [problem.search(task, target) for task, target in zip(tasks, met.split(heights), strict=True)]
         latest = _looped(problem, tasks, targets, grids, beta)
-        met, losses = _looked_back(problem, targets, latest, beta)
+        rounded, errors, losses = _looked_back(problem, targets, latest, beta)
         better = (losses < least).split(heights)
         best = [_merged(rows, new, old) for rows, new, old in zip(better, latest, best, strict=True)]
         least = torch.minimum(losses, least)
@@ -114,22 +116,24 @@ def _looped(
     problem: Problem, tasks: Sequence[Task], targets: Tensor, grids: Sequence[Grid], beta: float
 ) -> list[Quantized]:
     """The column loop over stacked tasks."""
-    heights, width = [len(task.weight) for task in tasks], targets.shape[1]
+    heights, groups = [len(task.weight) for task in tasks], max(scales.shape[1] for scales, _ in grids)
     with problem.recorder.stage("column loop"):
         codes = round_compensated(
             targets,
-            torch.cat([expand_scales(scales, width) for scales, _ in grids]),
+            torch.cat([expand_scales(scales, groups) for scales, _ in grids]),
             _per_row([t.quant_format.min_code for t in tasks], heights, targets),
             _per_row([t.quant_format.max_code for t in tasks], heights, targets),
             problem.factor,
             beta,
-            zero=_stacked_zeros(grids, width),
+            zero=_stacked_zeros(grids, groups),
         )
     return [Quantized(part, *grid) for part, grid in zip(codes.split(heights), grids, strict=True)]
 
 
-def _looked_back(problem: Problem, targets: Tensor, results: Sequence[Quantized], beta: float) -> tuple[Tensor, Tensor]:
-    """What the loop rounded at each column's turn, ``[rows, in]``, and the damped loss of every row, ``[rows]``.
+def _looked_back(
+    problem: Problem, targets: Tensor, results: Sequence[Quantized], beta: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Values that the loop took, errors that it spread, ``[rows, in]`` each, and every row's damped loss, ``[rows]``.
 
     GPTAQ's loss is that of the columns at their turn, as its loop has another feedback. Both are of the values that are
     stored, whose last bits the loop did not see: at 3 bits a hundredth of a step.
@@ -137,9 +141,8 @@ def _looked_back(problem: Problem, targets: Tensor, results: Sequence[Quantized]
     with problem.recorder.stage("column loop"):
         rounded = torch.cat([dequantize(*result).float() for result in results])
         errors = spread_errors(targets, rounded, problem.factor, beta)
-        met = met_targets(targets, rounded, errors, problem.factor, beta)
         plain = errors if beta == 0 else spread_errors(targets, rounded, problem.factor)
-        return met, plain.square().sum(1)
+        return rounded, errors, plain.square().sum(1)
 
 
 def _merged(rows: Tensor, new: Quantized, old: Quantized) -> Quantized:
@@ -156,11 +159,11 @@ def refit(problem: Problem, results: Sequence[Quantized], gram: Tensor) -> list[
     return [refit_scales(result, aim, damped) for result, aim in zip(results, problem.aims, strict=True)]
 
 
-def _stacked_zeros(grids: Sequence[Grid], columns: int) -> Tensor | None:
-    """Zero point of every weight of stacked tasks, ``[rows, in]`` float32; None where all are symmetric."""
+def _stacked_zeros(grids: Sequence[Grid], groups: int) -> Tensor | None:
+    """Zero points of stacked tasks, ``[rows, groups]`` float32; None where all are symmetric."""
     if all(zeros is None for _, zeros in grids):
         return None
-    return torch.cat([expand_scales(torch.zeros_like(s) if z is None else z, columns) for s, z in grids])
+    return torch.cat([expand_scales(torch.zeros_like(s) if z is None else z, groups) for s, z in grids])
 
 
 def _per_row(values: Sequence[int], heights: Sequence[int], like: Tensor) -> Tensor:
