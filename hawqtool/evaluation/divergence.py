@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ def evaluate_hidden(
     """Compare two models by the outputs of their last blocks, each through its own norm and head.
 
     KL is E[KL(p_original || p_candidate)] over all outputs of a row; rows give its standard error. Logits exist
-    for one row at a time.
+    for one row at a time at most.
 
     Args:
         reference: Stream of the original model.
@@ -30,16 +31,10 @@ def evaluate_hidden(
     Raises:
         NumericalError: If the candidate's outputs are not finite.
     """
-    results: list[dict[str, float]] = []
-    compare = _compare_logits if reference.task.logits else _compare_embeddings
+    results = []
     with torch.no_grad():
         for row, expected, state in zip(rows, original, hidden, strict=True):
-            outputs = [s.outputs(row[None], h[None])[0].float() for s, h in ((reference, expected), (candidate, state))]
-            values = compare(*outputs)
-            if reference.task.generates:
-                log_q = outputs[1][:-1].log_softmax(-1)
-                values["next_token"] = float(nn.functional.nll_loss(log_q, row[1:].to(log_q.device)))
-            results.append(values)
+            results.append(_compare_row(reference, candidate, row, expected, state))
     divergence = torch.tensor([values["divergence"] for values in results], dtype=torch.float64)
     if not bool(torch.isfinite(divergence).all()):
         raise NumericalError("the model to evaluate gives outputs that are NaN or Inf")
@@ -54,6 +49,25 @@ def evaluate_hidden(
         same_top=means.get("same_top"),
         cosine=means.get("cosine"),
     )
+
+
+def _compare_row(
+    reference: ModelStream, candidate: ModelStream, row: Tensor, original: Tensor, hidden: Tensor
+) -> dict[str, float]:
+    """Means over the outputs of a row; arguments as for `evaluate_hidden`."""
+    compare, generates = _compare_logits if reference.task.logits else _compare_embeddings, reference.task.generates
+    sums: dict[str, float] = defaultdict(float)
+    for positions in reference.output_parts(len(original)):
+        rows = row[None, positions] if generates else row[None]
+        p, q = (s.outputs(rows, h[None, positions])[0].float() for s, h in ((reference, original), (candidate, hidden)))
+        share = (positions.stop - positions.start) / len(original)
+        for name, value in compare(p, q).items():
+            sums[name] += share * value
+        if generates:
+            following = row[positions.start + 1 : positions.stop + 1].to(q.device)
+            losses = nn.functional.cross_entropy(q[: len(following)], following, reduction="sum")
+            sums["next_token"] += float(losses) / (len(row) - 1)
+    return dict(sums)
 
 
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:

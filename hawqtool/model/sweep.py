@@ -26,6 +26,9 @@ from hawqtool.model.timing import UNRECORDED, Recorder
 from hawqtool.model.waypoints import States, Waypoints
 from hawqtool.records import BlockSpec, LinearSpec, TokenWeights
 
+_POSITIONS = 128
+"""Positions of a row whose logits a CPU holds at a time: of 49,152 classes, 25 MB a copy."""
+
 
 class WeightSource(Protocol):
     """Where weights come from: a checkpoint, or a packed folder read back."""
@@ -191,6 +194,11 @@ class ModelStream:
         if not self.task.logits:
             return result.last_hidden_state.mean(1, keepdim=True)
         return result.logits[:, None] if self.task.per_row else result.logits
+
+    def output_parts(self, positions: int) -> list[slice]:
+        """Positions of a row whose outputs are computed together: on a CPU some, because logits outweigh all else."""
+        together = _POSITIONS if self.task.generates and self.device.type == "cpu" else positions
+        return [slice(first, min(first + together, positions)) for first in range(0, positions, together)]
 
     def head_inputs(self, rows: Tensor, hidden: Tensor) -> Tensor:
         """Inputs ``[tokens, width]`` of the output head, from the last block's output."""

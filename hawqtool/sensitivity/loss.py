@@ -31,16 +31,19 @@ def loss_gradients(
         NumericalError: If the model's outputs are not finite.
     """
     gradients, count = [], 0
+    at_outputs = _label_gradient if stream.task.logits else _embedding_gradient
     for part, states in zip(rows, hidden, strict=True):
         found = []
         for row, state in zip(part, states, strict=True):
-            leaf = state[None].detach().requires_grad_()
-            outputs = stream.outputs(row[None], leaf)[0].float()
-            if not bool(torch.stack(outputs.detach().aminmax()).isfinite().all()):
-                raise NumericalError("the original model gives outputs that are NaN or Inf; check its weights")
-            count = len(outputs)
-            at_outputs = (_label_gradient if stream.task.logits else _embedding_gradient)(outputs.detach(), generator)
-            found.append(torch.autograd.grad(outputs, leaf, at_outputs)[0])
+            pieces, count = [], 0
+            for positions in stream.output_parts(len(state)):
+                leaf = state[None, positions].detach().requires_grad_()
+                outputs = stream.outputs(row[None, positions] if stream.task.generates else row[None], leaf)[0].float()
+                if not bool(torch.stack(outputs.detach().aminmax()).isfinite().all()):
+                    raise NumericalError("the original model gives outputs that are NaN or Inf; check its weights")
+                count += len(outputs)
+                pieces.append(torch.autograd.grad(outputs, leaf, at_outputs(outputs.detach(), generator))[0])
+            found.append(torch.cat(pieces, 1))
         gradients.append(torch.cat(found))
     return gradients, count
 

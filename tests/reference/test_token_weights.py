@@ -12,8 +12,10 @@ from transformers import AutoModelForCausalLM
 from hawqtool.allocation.uniform import uniform_formats
 from hawqtool.config import RunConfig
 from hawqtool.errors import InputError
+from hawqtool.evaluation.divergence import evaluate_hidden
 from hawqtool.export.packed import PackedReader
 from hawqtool.formats import QuantFormat
+from hawqtool.model import sweep
 from hawqtool.model.statistics import HELD_OUT_EVERY, GroupStatistics
 from hawqtool.model.visiting import group_statistics, visit_groups
 from hawqtool.pipeline.job import Job, prepare
@@ -93,6 +95,20 @@ def test_neither_room_nor_slices_matter(job: Job) -> None:
     for room, per_slice, tolerance in ((0, 2, 0.0), (ROOM, 5, 1e-4)):
         for name, weights in weights_of(job, per_slice, room).items():
             torch.testing.assert_close(weights, whole[name], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("positions", [1, 7, 20])
+def test_how_many_logits_are_held_does_not_matter(job: Job, positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, states = weights_of(job), job.stream().final_hidden(TOKENS, 2, lambda _: None)
+    noisy = states + 0.1 * torch.randn(states.shape, generator=torch.Generator().manual_seed(1))
+    expected = evaluate_hidden(job.stream(), job.stream(), TOKENS, states, noisy)
+    monkeypatch.setattr(sweep, "_POSITIONS", positions)
+    for name, weights in weights_of(job).items():
+        torch.testing.assert_close(weights, whole[name], rtol=1e-4, atol=1e-4)
+    found = evaluate_hidden(job.stream(), job.stream(), TOKENS, states, noisy)
+    assert found.row_divergence == pytest.approx(expected.row_divergence, rel=1e-5)
+    assert found.perplexity == pytest.approx(expected.perplexity, rel=1e-6)
+    assert found.same_top == pytest.approx(expected.same_top)
 
 
 def test_exponent_zero_weighs_all_alike(job: Job) -> None:
