@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from hawqtool.cli.allocators import prepare_allocators
 from hawqtool.cli.signals import Terminated, ending_signals
 from hawqtool.cli.terminal import Terminal
 from hawqtool.data.sources import is_hub
@@ -35,9 +36,7 @@ def session(quiet: bool = False, debug: bool = False, json: bool = False) -> Ite
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
-    if "PYTORCH_ALLOC_CONF" not in os.environ:
-        # Blocks of fixed sizes leave gaps that no large tensor fits: an 8B model ran out of 80 GB where 63 suffice.
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    prepare_allocators()
     terminal = Terminal(quiet)
     code, failure, failed = 0, "", tuple[str, ...]()
     try:
