@@ -53,7 +53,7 @@ def round_compensated(
     Returns:
         Codes, ``[rows, in]`` int8, in natural column order.
     """
-    # Transposed first: picking columns out of rows takes several times as long.
+    # Columns in visiting order, each a contiguous row: the loop goes through them one by one.
     target = weight.t().contiguous().index_select(0, factor.order)
     steps, zeros = _visited(step, factor), None if zero is None else _visited(zero, factor)
     fused = column_loop(weight.device) if weight.dtype == torch.float32 else None
