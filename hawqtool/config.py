@@ -9,21 +9,27 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 from hawqtool.errors import UsageError
-from hawqtool.formats import CHANNEL, GROUP_SIZES, MAX_BITS, MIN_BITS
+from hawqtool.formats import MAX_BITS, MIN_BITS
 from hawqtool.parsing import MAX_YAML_BYTES, ParseError, parse_yaml, read_bounded, shown
 from hawqtool.records import EXTRA_METRICS, SCORE_METRICS
+from hawqtool.values import parse_group_size, parse_share, parse_size, split_weight
 
 SELF = "self"
 """Calibration source: rows sampled from the model."""
 
 ASYMMETRIC_PROFILES = ("vllm", "transformers")
 """Profiles that take grids with zero points; transformers only in versions that README names."""
-
-MAX_BYTES = 1 << 62
-_SIZE_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 class RunConfig(BaseModel):
@@ -48,6 +54,7 @@ class RunConfig(BaseModel):
     max_regression: float | None = Field(None, ge=0, allow_inf_nan=False)
     bits: tuple[int, ...] | None = None
     group_size: int = 128
+    extra_group_sizes: tuple[int, ...] = ()
     symmetric: bool = True
     profile: Literal["auto", "portable", "vllm", "transformers"] = "auto"
     scale_sign: Literal["auto", "both", "positive"] = "auto"
@@ -104,11 +111,17 @@ class RunConfig(BaseModel):
     @field_validator("group_size", mode="before", json_schema_input_type=Literal[128, 64, 32, "channel"])
     @classmethod
     def _parse_group_size(cls, value: Any) -> int:
-        if str(value) == "channel":
-            return CHANNEL
-        if str(value) in {str(size) for size in GROUP_SIZES}:
-            return int(value)
-        raise ValueError("expected 32, 64, 128 or channel")
+        return parse_group_size(value)
+
+    @field_validator("extra_group_sizes", mode="before", json_schema_input_type=str | int | list[int | str])
+    @classmethod
+    def _parse_extra_group_sizes(cls, value: Any) -> tuple[int, ...]:
+        parts = [part.strip() for part in str(value).split(",")] if isinstance(value, (str, int)) else value
+        return tuple(dict.fromkeys(parse_group_size(part) for part in parts or ()))
+
+    @field_serializer("group_size", "extra_group_sizes", when_used="json")
+    def _name_channel(self, value: int | tuple[int, ...]) -> Any:
+        return [size or "channel" for size in value] if isinstance(value, tuple) else value or "channel"
 
     @field_validator("extra_metrics", mode="before", json_schema_input_type=str | list[str])
     @classmethod
@@ -300,39 +313,6 @@ def asymmetric_refusal(profile: str) -> str:
         f"profile {profile} takes symmetric grids only: transformers 5.23 fails to load the zero points of asymmetric "
         "ones, and SGLang takes them at 4 bits only; --profile vllm accepts them (and --profile transformers, for 5.17)"
     )
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as ``3.2GiB``, ``900MB`` or ``123456``.
-
-    Raises:
-        ValueError: If it is no size.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    if not match or match[2].lower() not in _SIZE_UNITS:
-        raise ValueError(f"{shown(text)} is no size; expected for example 3.2GiB, 900MB or a number of bytes")
-    size = float(match[1]) * _SIZE_UNITS[match[2].lower()]
-    if size > MAX_BYTES:
-        raise ValueError(f"{shown(text)} is more than any disk holds; expected for example 3.2GiB")
-    return int(size)
-
-
-def parse_share(value: Any) -> float:
-    """A share such as ``5%`` or ``0.05``.
-
-    Raises:
-        ValueError: If it is none, or a bare number above 1, which could be meant either way.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:e[+-]?\d+)?|\.\d+)\s*(%?)\s*", str(value).lower())
-    if not match or isinstance(value, bool) or (not match[2] and float(match[1]) > 1):
-        raise ValueError("expected a percentage such as 5%, or a fraction from 0 to 1 such as 0.05")
-    return float(match[1]) / (100 if match[2] else 1)
-
-
-def split_weight(text: str) -> tuple[str, float]:
-    """``SOURCE=WEIGHT`` as a pair; the weight is 1 where none is given."""
-    match = re.fullmatch(r"(.*)=([+-]?\d+(?:\.\d*)?|[+-]?\.\d+)", text)
-    return (match[1], float(match[2])) if match else (text, 1.0)
 
 
 def load_config(path: Path | None, flags: dict[str, Any]) -> RunConfig:

@@ -73,6 +73,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--eval-samples", type=int, default=64, help="held-out rows (default: 64)")
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--group-size", default="64")
+    parser.add_argument("--extra-group-sizes", default=(), help="as `hawqtool quantize` has it")
     parser.add_argument("--rounding", default="gptq")
     parser.add_argument("--target-shift", default="off", help="as `hawqtool quantize` has it")
     parser.add_argument("--token-weights", default="auto", help="as `hawqtool quantize` has it")
@@ -129,8 +130,9 @@ def run(options: argparse.Namespace) -> None:
     values = {
         key: getattr(options, key)
         for key in (
-            "model", "calibration", "eval_data", "num_samples", "seq_len", "eval_samples", "group_size", "rounding",
-            "target_shift", "token_weights", "profile", "ignore", "probes", "rows_per_slice", "seed", "device",
+            "model", "calibration", "eval_data", "num_samples", "seq_len", "eval_samples", "group_size",
+            "extra_group_sizes", "rounding", "target_shift", "token_weights", "profile", "ignore", "probes",
+            "rows_per_slice", "seed", "device",
         )
     }  # fmt: skip
     narrator = Narrator()

@@ -21,6 +21,7 @@ def allocate(
     max_cost: o.MaxCost = None,
     bits: o.Bits = None,
     group_size: o.GroupSize = None,
+    extra_group_sizes: o.ExtraGroupSizes = None,
     pin: o.Pin = None,
     ignore: o.Ignore = None,
     sensitivity: Annotated[

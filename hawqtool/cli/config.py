@@ -35,6 +35,7 @@ def config(
     max_regression: o.MaxRegression = None,
     bits: o.Bits = None,
     group_size: o.GroupSize = None,
+    extra_group_sizes: o.ExtraGroupSizes = None,
     symmetric: o.Symmetric = None,
     profile: o.Profile = None,
     pin: o.Pin = None,
@@ -114,7 +115,6 @@ def resolved(path: Path | None, flags: Mapping[str, Any]) -> dict[str, Any]:
     from_file = {} if path is None else read_yaml(path)
     missing = {"model": MISSING} if "model" not in given.keys() | from_file.keys() else {}
     values = load_config(path, given | missing).model_dump(mode="json")
-    values["group_size"] = values["group_size"] or "channel"
     values |= dict.fromkeys(missing)
     origin = dict.fromkeys(values, DEFAULT) | dict.fromkeys(from_file, FILE) | dict.fromkeys(given, FLAG) | missing
     return {"schema": CONFIG_SCHEMA, "file": None if path is None else str(path), "config": values, "origin": origin}

@@ -16,6 +16,7 @@ def measure(
     output: Annotated[str, typer.Option("--output", "-o", help="File to write.")] = "sensitivity.json",
     bits: o.Bits = None,
     group_size: o.GroupSize = None,
+    extra_group_sizes: o.ExtraGroupSizes = None,
     symmetric: o.Symmetric = None,
     profile: o.Profile = None,
     pin: o.Pin = None,

@@ -46,9 +46,7 @@ TargetKl = Annotated[
         panel=TARGET,
     ),
 ]
-Plan = Annotated[
-    Optional[str], _option("--plan", help="A plan.json to carry out as it is.", panel=TARGET, metavar="FILE")
-]
+Plan = Annotated[Optional[str], _option("--plan", help="A plan.json to carry out.", panel=TARGET, metavar="FILE")]
 Costs = Annotated[
     Optional[str],
     _option(
@@ -131,6 +129,10 @@ GroupSize = Annotated[
         panel=TARGET,
     ),
 ]
+ExtraGroupSizes = Annotated[
+    Optional[str],
+    _option("--extra-group-sizes", help="Further ones that a plan may give to units: 32,channel.", panel=TARGET),
+]
 Symmetric = Annotated[
     Optional[bool],
     _option(
@@ -143,7 +145,7 @@ Profile = Annotated[
     Optional[str],
     _option(
         "--profile",
-        help="auto, portable (4 and 8 bit, positive scales), vllm, transformers [default: auto].",
+        help="auto, portable (4 and 8 bit, positive scales), vllm, transformers (q, k, v apart) [default: auto].",
         panel=TARGET,
     ),
 ]

@@ -38,6 +38,7 @@ def quantize(
     max_regression: o.MaxRegression = None,
     bits: o.Bits = None,
     group_size: o.GroupSize = None,
+    extra_group_sizes: o.ExtraGroupSizes = None,
     symmetric: o.Symmetric = None,
     profile: o.Profile = None,
     pin: o.Pin = None,
@@ -171,7 +172,7 @@ def _short(argument: str, previous: str) -> str:
     if "/" not in argument or argument.startswith("re:"):
         return argument
     if previous in _DATA_FLAGS:
-        from hawqtool.config import split_weight
+        from hawqtool.values import split_weight
 
         name = split_weight(argument)[0]
         return public_name(name) + argument.removeprefix(name)

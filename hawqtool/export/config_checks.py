@@ -166,12 +166,19 @@ def ignore_problems(config: Mapping[str, Any], index: CheckpointIndex, other_lin
     return problems
 
 
-def fused_problems(formats: Mapping[str, QuantFormat], index: CheckpointIndex) -> list[str]:
-    """Fused sets whose members differ in format, or that are packed in part."""
+def fused_problems(formats: Mapping[str, QuantFormat], index: CheckpointIndex, units: Mapping[str, str]) -> list[str]:
+    """Fused sets whose members differ in format, or that are packed in part.
+
+    Args:
+        formats: Format of each packed module.
+        index: Headers of the checkpoint.
+        units: Units of the plan by module; those that it does not name are in the sets that engines fuse.
+    """
     sets: dict[str, list[str]] = defaultdict(list)
     for module in (*packed_modules(index), *dense_matrices(index)):
-        if unit_name(module) != module:
-            sets[unit_name(module)].append(module)
+        unit = units.get(module, unit_name(module))
+        if unit != module:
+            sets[unit].append(module)
     packed = set(packed_modules(index))
     problems = []
     for unit, members in sets.items():

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hawqtool.formats import CHANNEL, QuantFormat
+from hawqtool.model.units import unit_name
 
 TRANSFORMERS, VLLM, VLLM_CPU, SGLANG = (
     "transformers with compressed-tensors",
@@ -80,7 +81,7 @@ def _transformers(formats: Mapping[str, QuantFormat], shapes: Mapping[str, tuple
 
 
 def _vllm(formats: Mapping[str, QuantFormat], shapes: Mapping[str, tuple[int, int]]) -> Verdict:
-    problem = _mixed_experts(formats)
+    problem = _mixed_experts(formats) or _split_set(formats)
     if problem:
         return False, f"{problem} ({_SOURCE_ONLY})"
     odd = {name: fmt for name, fmt in formats.items() if fmt.bits not in _MARLIN_BITS}
@@ -104,6 +105,9 @@ def _vllm(formats: Mapping[str, QuantFormat], shapes: Mapping[str, tuple[int, in
 
 
 def _vllm_cpu(formats: Mapping[str, QuantFormat], shapes: Mapping[str, tuple[int, int]]) -> Verdict:
+    problem = _split_set(formats)
+    if problem:
+        return False, f"{problem} ({_SOURCE_ONLY})"
     others = _other_widths(formats, (4,))
     if others:
         return False, f"its CPU kernels take 4 bits only, {others} ({_SOURCE_ONLY})"
@@ -114,6 +118,9 @@ def _vllm_cpu(formats: Mapping[str, QuantFormat], shapes: Mapping[str, tuple[int
 
 
 def _sglang(formats: Mapping[str, QuantFormat], shapes: Mapping[str, tuple[int, int]]) -> Verdict:
+    problem = _split_set(formats)
+    if problem:
+        return False, f"{problem} ({_SOURCE_ONLY})"
     others = _other_widths(formats, _MARLIN_BITS)
     if others:
         return False, f"it takes 4 and 8 bits only, {others} ({_SOURCE_ONLY})"
@@ -145,3 +152,13 @@ def _mixed_experts(formats: Mapping[str, QuantFormat]) -> str | None:
             labels[match["experts"]].add(fmt.label)
     mixed = next((name for name, found in labels.items() if len(found) > 1), None)
     return None if mixed is None else f"{mixed} has formats {', '.join(sorted(labels[mixed]))}; it needs one"
+
+
+def _split_set(formats: Mapping[str, QuantFormat]) -> str | None:
+    """A set of linears that serving engines fuse, whose members differ in format."""
+    labels: dict[str, set[str]] = defaultdict(set)
+    for name, fmt in formats.items():
+        if not _EXPERT.match(name):
+            labels[unit_name(name)].add(fmt.label)
+    split = next((name for name, found in labels.items() if len(found) > 1), None)
+    return None if split is None else f"it fuses {split}, which has formats {', '.join(sorted(labels[split]))}"

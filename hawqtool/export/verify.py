@@ -88,7 +88,7 @@ def verify_folder(folder: Path, against: Path | None = None, device: torch.devic
         formats, found = module_problems(config, index, reader)
         problems += found
         problems += ignore_problems(config, index, plan["other_linears"] if plan else ())
-    problems += fused_problems(formats, index)
+    problems += fused_problems(formats, index, {layer["name"]: layer["unit"] for layer in layers if "unit" in layer})
     problems += scale_problems(reader, tuple(formats))
     problems += zero_point_problems(reader, formats)
     if checksums:
@@ -137,6 +137,7 @@ def _is_plan(content: Any) -> bool:
     return all(
         isinstance(layer, dict)
         and isinstance(layer.get("name"), str)
+        and isinstance(layer.get("unit", ""), str)
         and isinstance(layer.get("bits"), int)
         and (isinstance(layer.get("group_size"), int) or layer.get("group_size") == "channel")
         and isinstance(layer.get("symmetric"), bool)

@@ -92,7 +92,11 @@ class _WeightUses(TorchFunctionMode):
 
 
 def discover(
-    model: Any, index: CheckpointIndex, experts_per_block: bool = False, quantize_head: bool = False
+    model: Any,
+    index: CheckpointIndex,
+    experts_per_block: bool = False,
+    quantize_head: bool = False,
+    fuses: bool = True,
 ) -> Structure:
     """Run one row of meta tensors through every block and keep what it proves.
 
@@ -105,6 +109,7 @@ def discover(
         index: The checkpoint.
         experts_per_block: As in `unit_name`.
         quantize_head: Whether the output head is quantized too.
+        fuses: As in `unit_name`.
 
     Raises:
         InputError: Naming the first layer that fails, with the reason.
@@ -120,8 +125,8 @@ def discover(
         _discover_block(position, f"{name}.{position}", block, _on_meta(calls[position]), stored, index)
         for position, block in enumerate(blocks)
     ]
-    if not experts_per_block:
-        specs = [_with_model_wide_experts(spec) for spec in specs]
+    units = {n: unit_name(n, experts_per_block, fuses) for spec in specs for n in (m.name for m in spec.linears)}
+    specs = [_with_units(spec, units) for spec in specs]
     obstacle = next((text for m in blocks.modules() for kind, text in _OBSTACLES.items() if kind in _classes(m)), None)
     head = _head(model, len(blocks), stored, index) if quantize_head else None
     walked = (*specs, head) if head else specs
@@ -292,11 +297,9 @@ def _linear_spec(
     )
 
 
-def _with_model_wide_experts(spec: BlockSpec) -> BlockSpec:
-    groups = tuple(
-        tuple(replace(linear, unit=unit_name(linear.name, experts_per_block=False)) for linear in group)
-        for group in spec.input_groups
-    )
+def _with_units(spec: BlockSpec, units: dict[str, str]) -> BlockSpec:
+    """The block with its linears in other allocation units, by the name of the linear."""
+    groups = tuple(tuple(replace(linear, unit=units[linear.name]) for linear in group) for group in spec.input_groups)
     return replace(spec, input_groups=groups)
 
 

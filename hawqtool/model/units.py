@@ -26,7 +26,7 @@ def expert_of(stored_name: str) -> tuple[str, int] | None:
     return (expert["experts"], int(expert["number"])) if expert else None
 
 
-def unit_name(stored_name: str, experts_per_block: bool = True) -> str:
+def unit_name(stored_name: str, experts_per_block: bool = True, fuses: bool = True) -> str:
     """Name of the allocation unit of a linear: its fused set's name under the same parent, else its own name.
 
     ``model.layers.0.self_attn.q_proj`` gives ``model.layers.0.self_attn.qkv_proj``. All routed experts of a block
@@ -36,10 +36,13 @@ def unit_name(stored_name: str, experts_per_block: bool = True) -> str:
         stored_name: Name in the checkpoint.
         experts_per_block: Whether blocks may differ in the format of their experts. transformers reads all experts
             of a model in one format; then their unit has ``*`` in place of the block's number.
+        fuses: Whether the engine fuses sets of linears; otherwise each that is no expert is a unit of its own.
     """
     expert = _EXPERT.match(stored_name)
     if expert:
         experts = expert["experts"]
         return experts if experts_per_block else re.sub(r"\.\d+\.", ".*.", experts, count=1)
+    if not fuses:
+        return stored_name
     parent, dot, leaf = stored_name.rpartition(".")
     return f"{parent}{dot}{_FUSED_NAME.get(leaf, leaf)}"

@@ -141,7 +141,7 @@ def _load(config: RunConfig, sensitivity: Path) -> _Saved:
 
 
 def _menu(saved: _Saved, bits: tuple[int, ...]) -> dict[str, tuple[QuantFormat, ...]]:
-    return format_menu(saved.units, bits, saved.config.group_size, saved.config.symmetric)
+    return format_menu(saved.units, bits, saved.config)
 
 
 def _measured_widths(saved: _Saved) -> tuple[int, ...]:

@@ -237,7 +237,8 @@ def read_plan(path: Path, units: tuple[Unit, ...]) -> BitPlan:
         found = {formats[m.name].label for m in unit.members}
         if len(found) > 1:
             raise UsageError(
-                f"{path}: {unit.name} is fused by engines but has formats {', '.join(sorted(found))}; use one"
+                f"{path}: {unit.name} is fused by engines but has formats {', '.join(sorted(found))}; use one, or "
+                "--profile transformers"
             )
     for name, fmt in formats.items():
         if not fmt.divides(members[name].in_features):

@@ -43,8 +43,6 @@ class BatchJob:
     def yaml(self) -> str:
         """A file for ``hawqtool quantize -c`` that gives this configuration."""
         values = self.config.model_dump(mode="json", exclude_defaults=True)
-        if "group_size" in values:
-            values["group_size"] = values["group_size"] or "channel"
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 

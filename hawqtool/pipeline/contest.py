@@ -122,7 +122,7 @@ def obeys(job: Job, plan: BitPlan) -> bool:
     for unit, fmt in plan.formats.items():
         if fixed_widths and fmt.bits not in {f.bits for f in menu[unit]}:
             return False
-        if "group_size" in config.model_fields_set and fmt.group_size != menu[unit][0].group_size:
+        if "group_size" in config.model_fields_set and fmt.group_size not in {f.group_size for f in menu[unit]}:
             return False
     return True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -93,10 +94,11 @@ def exchange(
 def neighbouring(
     menu: Mapping[str, tuple[QuantFormat, ...]], present: Mapping[str, QuantFormat], pinned: set[str]
 ) -> Menu:
-    """The present format of each unit and its neighbours in the menu by width; pinned units keep theirs."""
+    """The present format of each unit and its neighbours in the menu by size; pinned units keep theirs."""
     found: Menu = {}
     for unit, formats in menu.items():
-        ordered = sorted(formats)
+        # Larger groups are smaller formats, whole rows the smallest: group sizes cost less than a bit.
+        ordered = sorted(formats, key=lambda fmt: (fmt.bits, -(fmt.group_size or math.inf)))
         if unit in pinned or present[unit] not in ordered:
             found[unit] = (present[unit],)
             continue

@@ -7,7 +7,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from hawqtool.config import RunConfig, split_weight
+from hawqtool.config import RunConfig
+from hawqtool.values import split_weight
 
 ELSEWHERE = frozenset({"output", "overwrite", "resume", "measurements", "max_memory"})
 """Settings that say where things lie and how to begin, not what they are."""

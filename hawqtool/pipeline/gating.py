@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hawqtool.config import RunConfig, parse_size
+from hawqtool.config import RunConfig
 from hawqtool.errors import InputError, UsageError
 from hawqtool.evaluation.gates import AT_LEAST, judge, judge_change
 from hawqtool.pipeline.artifacts import REPORT_SCHEMA, read_json
@@ -15,6 +15,7 @@ from hawqtool.pipeline.candidates import Candidate
 from hawqtool.pipeline.contest import worst_divergence
 from hawqtool.pipeline.job import Job
 from hawqtool.records import Rows
+from hawqtool.values import parse_size
 
 
 @dataclass(frozen=True)

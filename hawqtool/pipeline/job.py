@@ -191,7 +191,8 @@ def prepare(
     source = _source(config, reporter or Silent())
     index = read_index(source.folder)
     probe = build_skeleton(index.folder, torch.float32, source.runs_code)
-    structure = discover(probe, index, config.profile == "vllm", config.quantize_lm_head)
+    alone = config.profile == "transformers"
+    structure = discover(probe, index, config.profile == "vllm", config.quantize_lm_head, fuses=not alone)
     if writes and structure.obstacle and config.profile != "vllm":
         raise InputError(
             f"{config.model}: transformers cannot load this model when it is packed: {structure.obstacle}; "

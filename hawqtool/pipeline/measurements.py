@@ -32,7 +32,8 @@ OTHERWISE_COVERED = frozenset(
     (
         *("model", "trust_remote_code", "device", "rows_per_slice"),
         *("calibration", "num_samples", "seq_len", "eval_data", "eval_samples"),
-        *("bits", "group_size", "symmetric", "pin", "ignore", "quantize_lm_head", "profile", "scale_sign"),
+        *("bits", "group_size", "extra_group_sizes", "symmetric", "profile", "scale_sign"),
+        *("pin", "ignore", "quantize_lm_head"),
         *("sensitivity", "extra_metrics"),
     )
 )

@@ -201,7 +201,7 @@ def run_measure(config: RunConfig, output: Path, reporter: Reporter) -> dict[str
         job = prepare(config, reporter, states=run.path)
         before = stamps(job.index)
         run.begin(run_identity(job), config.resume, reporter)
-        menu = format_menu(job.units, config.bits or WIDE_MENU, config.group_size, config.symmetric)
+        menu = format_menu(job.units, config.bits or WIDE_MENU, config)
         sets = gather_rows(job, reporter, run.saved)
         run.check_rows({name: rows.fingerprint for name, rows in sets.items()})
         document, _ = measured(job, menu, sets, reporter, run.saved)
@@ -214,4 +214,4 @@ def run_measure(config: RunConfig, output: Path, reporter: Reporter) -> dict[str
 def job_menu(job: Job, budget: int | None) -> dict[str, tuple[QuantFormat, ...]]:
     """Formats of each unit under the configuration's widths and budget."""
     config = job.config
-    return format_menu(job.units, widths(config, job.units, budget), config.group_size, config.symmetric)
+    return format_menu(job.units, widths(config, job.units, budget), config)

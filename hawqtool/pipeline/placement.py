@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 
-from hawqtool.config import RunConfig, parse_size
+from hawqtool.config import RunConfig
 from hawqtool.model.index import CheckpointIndex
 from hawqtool.model.layers import Structure
 from hawqtool.model.spill import Shelf
 from hawqtool.records import BlockSpec, LinearSpec
+from hawqtool.values import parse_size
 
 AUTO = "auto"
 AUTO_SHARE = 0.9
@@ -76,7 +77,7 @@ class Work:
         """Estimate of the memory that measuring and rounding take besides."""
         scoring = max(_MOST_SCORING_ROWS, self.num_samples // _MOST_SCORING_ROWS)
         tokens = [min(rows_per_slice, count) * self.seq_len for count in (self.num_samples, scoring)]
-        formats = len(self.config.bits or _FOUR_WIDTHS)
+        formats = len(self.config.bits or _FOUR_WIDTHS) * (1 + len(self.config.extra_group_sizes))
         needed = workspace_bytes(self.index, self.structure, self.dtype, tokens[0], tokens[1], formats)
         if self.config.looks_at_original:
             single = tokens[0] if rows_per_slice >= self.num_samples else 0

@@ -10,12 +10,13 @@ from pathlib import Path
 from hawqtool.allocation.frontier import solve
 from hawqtool.allocation.problem import AllocationProblem, build_problem
 from hawqtool.allocation.uniform import uniform_formats
-from hawqtool.config import ASYMMETRIC_PROFILES, RunConfig, asymmetric_refusal, parse_size
+from hawqtool.config import ASYMMETRIC_PROFILES, RunConfig, asymmetric_refusal
 from hawqtool.errors import UsageError
 from hawqtool.formats import QuantFormat
 from hawqtool.pipeline.artifacts import read_plan
 from hawqtool.pipeline.costs import second_cost
 from hawqtool.records import BitPlan, Score, Unit
+from hawqtool.values import parse_size
 
 EXACT_UNITS = 500
 """Units up to which ``auto`` solves exactly: fractions of a second; from some 800 on it may take 20 s and more."""
@@ -71,12 +72,14 @@ def widths(config: RunConfig, units: Sequence[Unit], budget: int | None) -> tupl
     return WIDE_MENU
 
 
-def format_menu(
-    units: Sequence[Unit], bits: Sequence[int], group_size: int, symmetric: bool
-) -> dict[str, tuple[QuantFormat, ...]]:
-    """Formats that each unit may take, group sizes falling where they do not divide."""
-    by_width = [uniform_formats(units, width, group_size, symmetric) for width in bits]
-    return {unit.name: tuple(formats[unit.name] for formats in by_width) for unit in units}
+def format_menu(units: Sequence[Unit], bits: Sequence[int], config: RunConfig) -> dict[str, tuple[QuantFormat, ...]]:
+    """Formats that each unit may take, by rising width, the configuration's own group size first at each.
+
+    Group sizes fall where they do not divide; of formats made equal by that one is kept.
+    """
+    sizes = (config.group_size, *config.extra_group_sizes)
+    plans = [uniform_formats(units, width, size, config.symmetric) for width in bits for size in sizes]
+    return {unit.name: tuple(dict.fromkeys(formats[unit.name] for formats in plans)) for unit in units}
 
 
 def given_plan(config: RunConfig, units: tuple[Unit, ...]) -> BitPlan:

@@ -182,7 +182,6 @@ def write_reproduce(job: Job, folder: Path, sensitivity: dict[str, Any] | None) 
     # The baseline is no part of the output, and without it a regression cannot be judged.
     left_out = {"baseline", "max_regression"}
     config = {k: v for k, v in public_config(job).items() if v is not None and k not in left_out}
-    config["group_size"] = config["group_size"] or "channel"
     (target / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     if job.config.costs is not None:
         shutil.copyfile(job.config.costs, target / _costs_name(job.config.costs))

@@ -50,8 +50,7 @@ class Setting:
     @cached_property
     def menu(self) -> dict[str, tuple[QuantFormat, ...]]:
         """Formats by unit, by rising width."""
-        config = self.job.config
-        return format_menu(self.job.units, self.bits, config.group_size, config.symmetric)
+        return format_menu(self.job.units, self.bits, self.job.config)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -64,6 +63,7 @@ class Setting:
             "dtype": str(self.job.dtype).removeprefix("torch."),
             "bits": list(self.bits),
             "group_size": config.group_size,
+            "extra_group_sizes": list(config.extra_group_sizes),
             "rounding": config.rounding,
             "target_shift": config.target_shift,
             "token_weights": self.job.weighs_tokens,

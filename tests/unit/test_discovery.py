@@ -47,6 +47,14 @@ def test_groups_units_and_other_linears(kind: str, tie: bool, tmp_path: Path) ->
     assert structure.other_linears == ("lm_head",)
 
 
+def test_each_linear_is_a_unit_where_nothing_fuses_them(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path / "m")
+    structure = discover(build_skeleton(folder, torch.float32), read_index(folder), fuses=False)
+    assert [unit.name for unit in structure.units] == list(structure.linears)
+    # What shares an input still does.
+    assert [len(group) for group in structure.blocks[0].input_groups] == [3, 1, 2, 1]
+
+
 @pytest.mark.parametrize(("dtype", "scale_bytes"), [(torch.bfloat16, 2), (torch.float16, 2), (torch.float32, 4)])
 def test_specs_carry_shapes_blocks_and_scale_bytes(dtype: torch.dtype, scale_bytes: int, tmp_path: Path) -> None:
     linears = structure_of(tiny_llama(tmp_path / "m", dtype=dtype)).linears

@@ -42,6 +42,12 @@ def test_mixed_widths_name_what_is_in_the_way() -> None:
     assert loads({"a.0.q_proj": "w4g64", "a.0.o_proj": "w8g64"})[SGLANG]
 
 
+def test_fused_sets_that_differ_load_in_transformers_alone() -> None:
+    found = judged({"a.0.q_proj": "w4g64", "a.0.k_proj": "w4g32", "a.0.v_proj": "w4g64", "a.0.o_proj": "w4g64"})
+    assert [found[e]["loads"] for e in (TRANSFORMERS, VLLM, VLLM_CPU, SGLANG)] == [True, False, False, False]
+    assert "it fuses a.0.qkv_proj, which has formats w4g32, w4g64" in found[VLLM]["reason"]
+
+
 @pytest.mark.parametrize(
     ("label", "shape", "vllm", "cpu", "sglang"),
     [
