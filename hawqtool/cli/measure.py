@@ -27,6 +27,7 @@ def measure(
     seq_len: o.SeqLen = None,
     rounding: o.Rounding = None,
     foem_beta: o.FoemBeta = None,
+    sensitivity: o.MeasuredMetric = None,
     measurements: o.Measurements = None,
     gptaq_alpha: o.GptaqAlpha = None,
     target_shift: o.TargetShift = None,

@@ -49,12 +49,7 @@ TargetKl = Annotated[
 Plan = Annotated[Optional[str], _option("--plan", help="A plan.json to carry out.", panel=TARGET, metavar="FILE")]
 Costs = Annotated[
     Optional[str],
-    _option(
-        "--costs",
-        help="A second cost of every unit and format, such as microseconds: CSV or JSON; needs --max-cost.",
-        panel=TARGET,
-        metavar="FILE",
-    ),
+    _option("--costs", help="CSV or JSON of a second cost, such as microseconds.", panel=TARGET, metavar="FILE"),
 ]
 MaxCost = Annotated[
     Optional[float], _option("--max-cost", help="Most that the second costs may add up to.", panel=TARGET)
@@ -204,6 +199,10 @@ Sensitivity = Annotated[
         "hawq-ggn, hawq, kl, or a saved sensitivity.json [default: auto].",
         panel=METHOD,
     ),
+]
+MeasuredMetric = Annotated[
+    Optional[str],
+    _option("--sensitivity", help="fisher, kron, projection or hawq-ggn alone [default: all four].", panel=METHOD),
 ]
 Measurements = Annotated[
     Optional[str],

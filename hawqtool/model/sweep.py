@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, MutableSequence, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, MutableSequence, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -77,6 +77,8 @@ class ModelStream:
         dtype: dtype of weights and activations while computing.
         recorder: Takes note of the stages of walks.
         shelf: Keeps the hidden states between blocks; None keeps all of them on the device.
+        matrices: Loaded matrices outside the blocks by stored name, which streams of one source and dtype share while
+            one of them lives: an embedding may be larger than a block. Nothing may change them.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class ModelStream:
         dtype: torch.dtype,
         recorder: Recorder = UNRECORDED,
         shelf: Shelf | None = None,
+        matrices: MutableMapping[str, nn.Parameter] | None = None,
     ) -> None:
         self.model: Any = model
         self.structure, self.source, self.recorder = structure, source, recorder
@@ -97,7 +100,7 @@ class ModelStream:
         self._last_index: int | None = None
         self.blocks_name, self.blocks = find_blocks(model)
         to_meta(model)
-        self._load(model, "", skip=f"{self.blocks_name}.")
+        self._load(model, "", skip=f"{self.blocks_name}.", shared=matrices)
         for name, buffer in model.named_buffers():
             if buffer.device.type == "meta":
                 raise InputError(
@@ -125,12 +128,22 @@ class ModelStream:
                 )
             yield stored, places
 
-    def _load(self, module: nn.Module, prefix: str, skip: str | None = None) -> None:
+    def _load(
+        self,
+        module: nn.Module,
+        prefix: str,
+        skip: str | None = None,
+        shared: MutableMapping[str, nn.Parameter] | None = None,
+    ) -> None:
         for stored, places in list(self._places(module, prefix, skip)):
-            # First to the device, then to the dtype: fewer bytes travel.
-            value = self.source.tensor(stored).to(self.device, non_blocking=True).to(self.dtype)
-            check_finite(stored, value)
-            parameter = nn.Parameter(value, requires_grad=False)
+            parameter = None if shared is None else shared.get(stored)
+            if parameter is None:
+                # First to the device, then to the dtype: fewer bytes travel.
+                value = self.source.tensor(stored).to(self.device, non_blocking=True).to(self.dtype)
+                check_finite(stored, value)
+                parameter = nn.Parameter(value, requires_grad=False)
+                if shared is not None and value.ndim > 1:
+                    shared[stored] = parameter
             for _, owner, leaf in places:
                 owner._parameters[leaf] = parameter
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hawqtool.formats import QuantFormat
+from hawqtool.model.heap import release_freed_pages
 from hawqtool.model.saving import NOTHING_SAVED, Saved
 from hawqtool.pipeline.evaluating import Evaluator, as_evaluation, as_record
 from hawqtool.pipeline.job import Job
@@ -154,4 +155,5 @@ class Stopwatch:
         self.start = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
+        release_freed_pages()  # the next stage needs other sizes
         self.timings[self.stage] = self.timings.get(self.stage, 0.0) + time.perf_counter() - self.start

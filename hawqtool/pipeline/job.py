@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -56,6 +57,7 @@ class Job:
         rows_per_slice: Rows per forward pass.
         recorder: Takes note of the stages of walks; nothing by default.
         shelf: Keeps hidden states between blocks; None where all stay on the device.
+        matrices: Embeddings and heads that streams of the original have loaded, while they live.
     """
 
     config: RunConfig
@@ -70,6 +72,7 @@ class Job:
     rows_per_slice: int = 0
     recorder: Recorder = UNRECORDED
     shelf: Shelf | None = None
+    matrices: WeakValueDictionary[str, Any] = field(default_factory=WeakValueDictionary, compare=False)
 
     @property
     def task(self) -> ModelTask:
@@ -135,8 +138,18 @@ class Job:
         """The model with weights from the checkpoint, or from another source; computing in ``dtype`` where given."""
         reader = self._reader() if source is None else source
         skeleton = copy.deepcopy(self.skeleton)
-        dtype = dtype or self.dtype
-        return ModelStream(skeleton, self.structure, reader, self.device, dtype, self.recorder, self.shelf)
+        # A head that is quantized is replaced in place.
+        shares = source is None and dtype in (None, self.dtype) and self.structure.head is None
+        return ModelStream(
+            skeleton,
+            self.structure,
+            reader,
+            self.device,
+            dtype or self.dtype,
+            self.recorder,
+            self.shelf,
+            self.matrices if shares else None,
+        )
 
     def _reader(self) -> WeightSource:
         """Reads the checkpoint; on a GPU ahead, as there the host has time to."""

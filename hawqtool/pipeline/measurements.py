@@ -23,7 +23,7 @@ from hawqtool.model.index import fingerprint
 from hawqtool.pipeline.artifacts import SENSITIVITY_SCHEMA, parse_sensitivity, read_json
 from hawqtool.pipeline.job import Job
 from hawqtool.pipeline.progress import Reporter
-from hawqtool.records import Rows
+from hawqtool.records import SWEEP_METRICS, Rows
 from hawqtool.rounding.kernels import kernel_for
 
 Document = dict[str, Any]
@@ -53,7 +53,11 @@ _PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
 
 
 def measurement_fingerprint(
-    job: Job, formats: Mapping[str, Sequence[QuantFormat]], sets: Mapping[str, Rows], reporter: Reporter
+    job: Job,
+    formats: Mapping[str, Sequence[QuantFormat]],
+    sets: Mapping[str, Rows],
+    reporter: Reporter,
+    metrics: Sequence[str] = SWEEP_METRICS,
 ) -> str:
     """SHA-256 of all that a measurement depends on: weights (every byte), rows, formats, settings, machine, versions.
 
@@ -62,6 +66,7 @@ def measurement_fingerprint(
         formats: Unit name to the formats to score.
         sets: Rows by role; calibration and scoring rows count.
         reporter: Progress, since reading all weights takes a while.
+        metrics: Those of the common sweeps.
     """
     cuda = job.device.type == "cuda"
     parts = {
@@ -80,7 +85,7 @@ def measurement_fingerprint(
             for unit in job.units
         ],
         "method": asdict(job.method),
-        "metrics": job.config.measured_extras,
+        "metrics": [*metrics, *job.config.measured_extras],
         "settings": job.config.model_dump(mode="json", exclude=set(OTHERWISE_COVERED | WITHOUT_EFFECT)),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

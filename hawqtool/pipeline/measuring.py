@@ -25,9 +25,9 @@ from hawqtool.pipeline.refining import FormatRefiner
 from hawqtool.pipeline.rows import gather_rows
 from hawqtool.pipeline.run_folder import RunFolder
 from hawqtool.pipeline.weighing import weighed
-from hawqtool.records import Rows, Score, SensitivityTable
+from hawqtool.records import SWEEP_METRICS, Rows, Score, SensitivityTable
 from hawqtool.rounding.refine import Schedule
-from hawqtool.sensitivity.measure import measure
+from hawqtool.sensitivity.measure import Measurement, measure
 from hawqtool.sensitivity.single_unit import single_unit_divergence
 
 
@@ -62,11 +62,15 @@ def measured(
     sets: dict[str, Rows],
     reporter: Reporter,
     saved: Saved = NOTHING_SAVED,
+    metrics: Sequence[str] = SWEEP_METRICS,
 ) -> tuple[dict[str, Any], Origin]:
-    """The sensitivity document of a menu, taken from the folder of measurements or from ``saved`` where it is there."""
+    """The sensitivity document of a menu, taken from the folder of measurements or from ``saved`` where it is there.
+
+    It has the extra metrics of the configuration, and those of ``metrics``, which come from one pair of sweeps.
+    """
     known = saved.load("table")
     if known is None:
-        document, origin = _shared(job, menu, sets, reporter, saved)
+        document, origin = _shared(job, menu, sets, reporter, saved, metrics)
         known = {"document": document, "origin": asdict(origin)}
         saved.save("table", known)
         saved.part(_STAGES).drop()
@@ -76,15 +80,20 @@ def measured(
 
 
 def _shared(
-    job: Job, menu: dict[str, tuple[QuantFormat, ...]], sets: dict[str, Rows], reporter: Reporter, saved: Saved
+    job: Job,
+    menu: dict[str, tuple[QuantFormat, ...]],
+    sets: dict[str, Rows],
+    reporter: Reporter,
+    saved: Saved,
+    metrics: Sequence[str],
 ) -> tuple[dict[str, Any], Origin]:
     """The document from the folder of measurements, if there is one; otherwise measured."""
     if job.config.measurements is None:
-        document = measure_job(job, menu, sets, reporter, saved)
+        document = measure_job(job, menu, sets, reporter, saved, metrics)
         return document, Origin("run", None, document["settings"]["seconds"])
-    key = measurement_fingerprint(job, wanted_formats(job, menu), sets, reporter)
+    key = measurement_fingerprint(job, wanted_formats(job, menu), sets, reporter, metrics)
     folder = MeasurementFolder(Path(job.config.measurements), reporter)
-    document, found = folder.take(key, lambda: measure_job(job, menu, sets, reporter, saved))
+    document, found = folder.take(key, lambda: measure_job(job, menu, sets, reporter, saved, metrics))
     if found:
         reporter.say(f"measurement {key[:12]} was taken from {folder.path}")
         document["model"] = job.source.name  # the same weights may have been measured under another name
@@ -105,6 +114,7 @@ def measure_job(
     sets: dict[str, Rows],
     reporter: Reporter,
     saved: Saved = NOTHING_SAVED,
+    metrics: Sequence[str] = SWEEP_METRICS,
 ) -> dict[str, Any]:
     """Measure and return the sensitivity document; ``saved`` keeps finished stages."""
     start = time.perf_counter()
@@ -122,6 +132,7 @@ def measure_job(
         reporter.progress,
         stages,
         refiner=_refiner(job, calibration.tokens),
+        metrics=metrics,
     )
     curvature = input_fisher_fields(found)
     settings: dict[str, float | int | str] = {}
@@ -138,26 +149,29 @@ def measure_job(
         model=job.source.name,
         model_fingerprint=fingerprint(job.index),
         rows={name: sets[name].fingerprint for name in ("calibration", "scoring")},
-        settings={
-            "num_samples": job.num_samples,
-            "seq_len": job.seq_len,
-            "scoring_samples": len(sets["scoring"].tokens),
-            "shortened_rows": found.shortened_rows,
-            "rows_per_slice": job.rows_per_slice,
-            "seed": job.config.seed,
-            "per_row": job.task.per_row,
-            "foem_beta": job.method.feedback_beta,
-            "token_weights": "gradient" if job.weighs_tokens else "none",
-            "sensitivity_steps": job.config.sensitivity_steps,
-            "seconds": time.perf_counter() - start,
-            **settings,
-        },
+        settings=_settings(job, sets, found) | {"seconds": time.perf_counter() - start} | settings,
         symmetric=job.config.symmetric,
         projections=found.projections,
         curvature=curvature,
         warnings=score_warnings(found.scores),
     )
     return sensitivity_document(table, job.units, unquantized_bytes(job, menu))
+
+
+def _settings(job: Job, sets: dict[str, Rows], found: Measurement) -> dict[str, float | int | str]:
+    """What the scores depend on beside rows, formats and rounding, for the record."""
+    return {
+        "num_samples": job.num_samples,
+        "seq_len": job.seq_len,
+        "scoring_samples": len(sets["scoring"].tokens),
+        "shortened_rows": found.shortened_rows,
+        "rows_per_slice": job.rows_per_slice,
+        "seed": job.config.seed,
+        "per_row": job.task.per_row,
+        "foem_beta": job.method.feedback_beta,
+        "token_weights": "gradient" if job.weighs_tokens else "none",
+        "sensitivity_steps": job.config.sensitivity_steps,
+    }
 
 
 def single_unit_scores(
@@ -192,6 +206,8 @@ def _refiner(job: Job, rows: Tensor) -> FormatRefiner | None:
 def run_measure(config: RunConfig, output: Path, reporter: Reporter) -> dict[str, Any]:
     """``hawqtool measure``: write sensitivity.json for the widths asked for (default 2,3,4,8).
 
+    A metric of the common sweeps that the configuration names is measured alone.
+
     Raises:
         HawqError: With a note where finished work is kept (see `RunFolder`).
     """
@@ -204,7 +220,8 @@ def run_measure(config: RunConfig, output: Path, reporter: Reporter) -> dict[str
         menu = format_menu(job.units, config.bits or WIDE_MENU, config)
         sets = gather_rows(job, reporter, run.saved)
         run.check_rows({name: rows.fingerprint for name, rows in sets.items()})
-        document, _ = measured(job, menu, sets, reporter, run.saved)
+        alone = config.sensitivity in SWEEP_METRICS
+        document, _ = measured(job, menu, sets, reporter, run.saved, (config.sensitivity,) if alone else SWEEP_METRICS)
         check_unchanged(job.index, before)
         write_json(output, document)
         run.finish()

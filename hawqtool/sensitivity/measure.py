@@ -14,7 +14,7 @@ from hawqtool.model.saving import NOTHING_SAVED, Saved
 from hawqtool.model.statistics import GroupStatistics
 from hawqtool.model.sweep import Activations, ModelStream, check_states, read_weight
 from hawqtool.model.visiting import group_statistics
-from hawqtool.records import BlockSpec, LinearSpec, Rows, Score, Unit
+from hawqtool.records import SWEEP_METRICS, BlockSpec, LinearSpec, Rows, Score, Unit
 from hawqtool.rounding.factor import factorize
 from hawqtool.rounding.fake import Start
 from hawqtool.rounding.grid import dequantize
@@ -52,8 +52,9 @@ class Measurement:
 
     Args:
         scores: ``[metric][unit][format label]``.
-        projections: ``[unit][format label]``, a value per scoring row: see `hawqtool.sensitivity.scores.SIGNED`. The
-            output head's labels are drawn apart, so its pair terms with the blocks have mean zero.
+        projections: ``[unit][format label]``, a value per scoring row: see `hawqtool.sensitivity.scores.SIGNED`; empty
+            where no metric but ``kron`` was wanted. The output head's labels are drawn apart, so its pair terms with
+            the blocks have mean zero.
         error_norms: ‖D‖² by linear and format label, for scores that need no more of the rounding.
         input_fisher: Per unit the trace of the Fisher matrix with respect to its input x at all tokens, per output,
             E‖∂loss/∂x‖²: noise of variance σ² on x costs σ²/2 times it. This is HAWQ-V2's sensitivity of activations
@@ -81,10 +82,9 @@ def measure(
     saved: Saved = NOTHING_SAVED,
     growth_limit: float = GROWTH_LIMIT,
     refiner: Refiner | None = None,
+    metrics: Sequence[str] = SWEEP_METRICS,
 ) -> Measurement:
-    """Scores of the original model.
-
-    Layers are rounded on the calibration rows and scored on others: errors are 1.4 to 2 times larger there.
+    """Scores of the original model, on other rows than it is rounded on: errors are 1.4 to 2 times larger there.
 
     Args:
         stream: The original model.
@@ -99,6 +99,7 @@ def measure(
         saved: Keeps the reverse sweep by block; one of equal arguments that was cut is gone on with, equal to the bit.
         growth_limit: See `GradientGrowth`; infinite for gradients as they are.
         refiner: Improves the roundings of every block before they are scored; an output head's stay as they are.
+        metrics: Of those that one pair of sweeps gives, the ones wanted.
     """
     begun, method = saved.load(_SWEEP), replace(method, passes=1)  # more make all errors smaller alike
     left = len(stream.structure.blocks) if begun is None else int(begun["left"])
@@ -108,7 +109,7 @@ def measure(
     if begun is None:
         generator = torch.Generator(stream.device).manual_seed(seed)
         gradients, outputs = loss_gradients(stream, scoring.split(rows_per_slice), sets[1].hidden, generator)
-        growth, found = GradientGrowth.of(gradients, growth_limit), _Found({}, {}, {})
+        growth, found = GradientGrowth.of(gradients, growth_limit), _Found(list(metrics), {}, {}, {})
         seen = LayerRows(head_rows(stream, scoring, sets[1].hidden, seed), sets[1].hidden[0].shape[1], outputs)
         _measure_head(stream, calibration.tokens, known, seen, menu, method, stored_dtypes, found)
     else:
@@ -136,8 +137,9 @@ def _state(left: int, gradients: list[Tensor], outputs: int, growth: GradientGro
 
 @dataclass
 class _Found:
-    """What the reverse sweep has found: row values and ‖∂loss/∂x‖² of a row by unit, ‖D‖² by linear."""
+    """What the reverse sweep has found of the metrics: row values and ‖∂loss/∂x‖² of a row by unit, ‖D‖² by linear."""
 
+    metrics: list[str]
     unit_rows: dict[str, RowValues]
     input_power: dict[str, Tensor]
     error_norms: dict[str, dict[str, float]]
@@ -146,7 +148,7 @@ class _Found:
         self, linears: Sequence[LinearSpec], layers: Sequence[LayerRows], errors: Sequence[Mapping[str, Tensor]]
     ) -> None:
         """Add linears that share their input."""
-        for linear, values, by_label in zip(linears, score_rows(layers, errors), errors, strict=True):
+        for linear, values, by_label in zip(linears, score_rows(layers, errors, self.metrics), errors, strict=True):
             add_rows(self.unit_rows.setdefault(linear.unit, {}), values)
             norms = {label: float(error.square().sum(dtype=torch.float64)) for label, error in by_label.items()}
             self.error_norms[linear.name] = norms
@@ -165,7 +167,7 @@ class _Found:
             values = self.unit_rows.get(unit.name, {})
             for metric, by_label in to_scores(values).items():
                 scores.setdefault(metric, {})[unit.name] = by_label
-            if values:
+            if SIGNED in values:
                 projections[unit.name] = {label: rows.tolist() for label, rows in values[SIGNED].items()}
         power = {u.name: mean_score(self.input_power[u.name] / outputs) for u in units if u.name in self.unit_rows}
         return Measurement(scores, projections, self.error_norms, power, shortened_rows)

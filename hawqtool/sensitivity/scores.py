@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hawqtool.model.gram import GRAM_PANEL, token_product
-from hawqtool.records import Score
+from hawqtool.records import SWEEP_METRICS, Score
 
 RowValues = dict[str, dict[str, Tensor]]
 """``[metric][format label]`` to ``[rows]`` float64; the mean over rows is the score."""
@@ -46,8 +46,10 @@ class LayerRows:
     outputs: int
 
 
-def score_rows(layers: Sequence[LayerRows], errors: Sequence[Mapping[str, Tensor]]) -> list[RowValues]:
-    """Every metric of the layers that share one input, for every format, row by row.
+def score_rows(
+    layers: Sequence[LayerRows], errors: Sequence[Mapping[str, Tensor]], metrics: Sequence[str] = SWEEP_METRICS
+) -> list[RowValues]:
+    """The metrics of the layers that share one input, for every format, row by row.
 
     With G_n = Σ_t g_t x_tᵀ the gradient of row n, D the rounding error, n the number of weights, T the positions
     and m the outputs of a row (T = m for a language model):
@@ -69,13 +71,17 @@ def score_rows(layers: Sequence[LayerRows], errors: Sequence[Mapping[str, Tensor
     Args:
         layers: Inputs and gradients on the scoring rows; the inputs are read from the first layer alone.
         errors: Per layer, format label to D = Q(W) - W, ``[out, in]`` float32.
+        metrics: Those wanted. ``kron`` needs the second moments of the inputs, all others the gradients of the rows.
     """
+    projects = any(metric != "kron" for metric in metrics)
     # Formats lie between outputs and inputs, so that the products of one output with all formats are one matrix.
     stacked = [torch.stack([error.float() for error in by_label.values()], 1) for by_label in errors]
-    found = [_gradient_terms(layer, error) for layer, error in zip(layers, stacked, strict=True)]
+    found = [_gradient_terms(layer, error, projects) for layer, error in zip(layers, stacked, strict=True)]
     inputs = found[0].inputs
-    powers = [terms.power.mean(0) for terms in found]
-    seen = _input_terms(inputs, stacked, powers)
+    if "kron" in metrics:
+        seen = _input_terms(inputs, stacked, [terms.power.mean(0) for terms in found])
+    else:
+        seen = [(error.new_zeros(error.shape[:2]).double(), error.new_zeros(()).double()) for error in stacked]
     # Sums over the tokens seen divided by all positions are p times the mean over those seen; one of the two
     # factors of kron needs to be that mean itself.
     mean_tokens = max(sum(map(len, inputs)), 1) / len(inputs)
@@ -91,7 +97,8 @@ def score_rows(layers: Sequence[LayerRows], errors: Sequence[Mapping[str, Tensor
             "hawq-ggn": terms.trace[:, None] * norms / (scale * error[:, 0].numel()),
             "kron": product * layer.positions / (scale * mean_tokens),
         }
-        values.append({name: dict(zip(labels, v.t().cpu(), strict=True)) for name, v in by_metric.items()})
+        wanted = {name: v for name, v in by_metric.items() if name in metrics or (name == SIGNED and projects)}
+        values.append({name: dict(zip(labels, v.t().cpu(), strict=True)) for name, v in wanted.items()})
     return values
 
 
@@ -116,8 +123,8 @@ class _GradientTerms:
     trace: Tensor
 
 
-def _gradient_terms(layer: LayerRows, errors: Tensor) -> _GradientTerms:
-    """Terms of the rows' gradients with errors ``[out, formats, in]``."""
+def _gradient_terms(layer: LayerRows, errors: Tensor, projects: bool) -> _GradientTerms:
+    """Terms of the rows' gradients with errors ``[out, formats, in]``; all but the power are 0 without ``projects``."""
     height, formats, width = errors.shape
     limit = _chunk_elements(errors)
     squares = errors.square()
@@ -127,7 +134,7 @@ def _gradient_terms(layer: LayerRows, errors: Tensor) -> _GradientTerms:
         inputs += [x for x, _ in rows]
         powers.append(torch.stack([g.float().square().sum(0).double() / layer.positions for _, g in rows]))
         total = errors.new_zeros(3 * formats + 1, len(rows), dtype=torch.float64)
-        for part in torch.arange(height).split(max(1, limit // (len(rows) * width))):
+        for part in torch.arange(height).split(max(1, limit // (len(rows) * width))) if projects else ():
             outputs = slice(int(part[0]), int(part[-1]) + 1)
             gradients = errors.new_empty(len(rows), len(part), width)
             for gradient, (x, g) in zip(gradients, rows, strict=True):

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from hawqtool.model.heap import outside_heap
 from hawqtool.model.spill import total_bytes
 from hawqtool.model.sweep import ModelStream, advance, check_states
 from hawqtool.records import TokenWeights
@@ -64,7 +65,9 @@ def token_weights(
     for part in parts:
         seen, stored = stream.embed(part, rows_per_slice), []
         for spec in blocks:
-            stored.append(copy(seen.hidden))
+            # Kept until the way back, which a heap of short-lived tensors would grow around.
+            kept = copy(seen.hidden) if stream.shelf else [outside_heap(hidden) for hidden in seen.hidden]
+            stored.append(kept)
             with stream.block(spec.index) as block:
                 advance(block, spec, seen)
             progress(done := done + 1, total)

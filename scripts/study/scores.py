@@ -19,14 +19,12 @@ from hawqtool.sensitivity.measure import Measurement, measure
 from study.cost import Meter
 from study.setting import Findings, Scores, Setting, as_json, as_scores
 
-SWEEPS = "sweeps"
-"""Under this name stands the cost of the metrics that come together."""
 RESAMPLES = 1000
 _INTERVAL = (2.5, 97.5)
 _QUARTILES = (25, 50, 75)
 
 
-def _sweeps(setting: Setting, reporter: Reporter) -> Measurement:
+def _sweeps(setting: Setting, metrics: Sequence[str], reporter: Reporter) -> Measurement:
     job = setting.job
     return measure(
         job.stream(),
@@ -38,6 +36,7 @@ def _sweeps(setting: Setting, reporter: Reporter) -> Measurement:
         job.rows_per_slice,
         job.config.seed,
         reporter.progress,
+        metrics=metrics,
     )
 
 
@@ -60,11 +59,11 @@ def measure_scores(setting: Setting, metrics: Sequence[str], findings: Findings,
     missing = [metric for metric in metrics if metric not in scores]
     if not missing:
         return
-    swept = None
-    if "hawq" in missing or any(metric in SWEEP_METRICS for metric in missing):
+    swept, common = None, [metric for metric in missing if metric in SWEEP_METRICS]
+    if "hawq" in missing or common:
         with Meter(setting.job.device) as meter:
-            swept = _sweeps(setting, reporter)
-        cost[SWEEPS] = meter.record
+            swept = _sweeps(setting, common, reporter)
+        cost[" + ".join(common) or "errors"] = meter.record
         scores |= {metric: as_json(found) for metric, found in swept.scores.items()}
         findings.save()
     for metric in (metric for metric in missing if metric in EXTRAS):

@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hawqtool.formats import parse_label
-from hawqtool.records import SWEEP_METRICS
 from study.plans import plan_rows
-from study.scores import SWEEPS
 
 PLAIN = "forward + backward"
 Findings = Mapping[str, Any]
@@ -143,7 +141,6 @@ def _cost(cost: Mapping[str, Mapping[str, Any]]) -> list[str]:
     header = ["", "seconds", "peak memory, GB", f"times one {PLAIN}"]
     rows = []
     for name, found in cost.items():
-        label = ", ".join(SWEEP_METRICS) + " together" if name == SWEEPS else name
         multiple = f"{found['seconds'] / plain['seconds']:.1f}" if plain else "-"
-        rows.append([label, f"{found['seconds']:.1f}", f"{found['peak_bytes'] / 1e9:.2f}", multiple])
+        rows.append([name, f"{found['seconds']:.1f}", f"{found['peak_bytes'] / 1e9:.2f}", multiple])
     return ["## Cost", "", *_table(header, rows)]

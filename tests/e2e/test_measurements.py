@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from hawqtool.config import load_config
-from hawqtool.errors import UsageError
+from hawqtool.config import RunConfig, load_config
+from hawqtool.errors import InputError, UsageError
 from hawqtool.pipeline import measurements, measuring
+from hawqtool.pipeline.allocating import run_allocate
 from hawqtool.pipeline.job import prepare
 from hawqtool.pipeline.measurements import MeasurementFolder, measurement_fingerprint
-from hawqtool.pipeline.measuring import job_menu, wanted_formats
+from hawqtool.pipeline.measuring import job_menu, run_measure, wanted_formats
 from hawqtool.pipeline.progress import Silent
 from hawqtool.pipeline.report_page import write_page
 from hawqtool.pipeline.rows import gather_rows
@@ -191,3 +192,18 @@ def test_a_folder_that_cannot_be_one_is_known_before_the_work(place: Path, run: 
             run(target_bpw=4.0, measurements=tmp_path / name)
     with pytest.raises(UsageError, match="measurements are shared where something is measured"):
         load_config(None, {"model": "m", "measurements": "d", "plan": "p.json"})
+
+
+def test_a_metric_measured_alone(place: Path, tmp_path: Path) -> None:
+    documents = {}
+    for metric in ("auto", "kron"):
+        output = tmp_path / f"{metric}.json"
+        documents[metric] = run_measure(settings(place, bits="2,4", sensitivity=metric), output, Silent())
+    assert set(documents["kron"]["scores"]) == {"kron"} and documents["kron"]["projections"] == {}
+    assert documents["kron"]["scores"]["kron"] == documents["auto"]["scores"]["kron"]
+    config = RunConfig(model="m", bits="2,4", group_size=32, target_bpw=3.5)
+    with pytest.raises(InputError, match=r"no scores of projection \(it has kron\)"):
+        run_allocate(config, tmp_path / "kron.json", tmp_path / "plan.json", Silent())
+    assert run_allocate(
+        config.model_copy(update={"sensitivity": "kron"}), tmp_path / "kron.json", tmp_path / "plan.json", Silent()
+    )["layers"]

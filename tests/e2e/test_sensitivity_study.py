@@ -54,7 +54,7 @@ def test_a_study_writes_its_findings_and_goes_on_where_it_was_cut(
     assert study.main(arguments(place, "--budgets", "4", "--exchanges", "1")) == 0
     first = json.loads((out / "study.json").read_text())
     assert set(first["scores"]) == METRICS and set(first["agreement"]) == METRICS
-    assert set(first["cost"]) == {"sweeps", "kl", "forward + backward"}
+    assert set(first["cost"]) == {"fisher + kron + projection + hawq-ggn", "kl", "forward + backward"}
     for found in first["agreement"].values():
         assert set(found) == {"2", "4", "8"}
         low, high = found["2"]["interval"]

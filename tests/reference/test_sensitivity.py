@@ -15,7 +15,7 @@ from hawqtool.config import RunConfig
 from hawqtool.formats import QuantFormat
 from hawqtool.model.gram import GRAM_PANEL, gram
 from hawqtool.pipeline.job import Job, prepare
-from hawqtool.records import Rows, Score
+from hawqtool.records import SWEEP_METRICS, Rows, Score
 from hawqtool.rounding.factor import factorize
 from hawqtool.rounding.grid import dequantize
 from hawqtool.rounding.layer import round_group
@@ -403,3 +403,14 @@ def test_what_auto_takes() -> None:
     assert RunConfig(model="m").metric == "projection"
     assert RunConfig(model="m", rounding="rtn").metric == "fisher"
     assert RunConfig(model="m", sensitivity="kron").metric == "kron"
+
+
+@pytest.mark.parametrize("metric", SWEEP_METRICS)
+def test_a_metric_alone_is_the_one_among_all(metric: str) -> None:
+    errors = [{"w3g32": torch.randn(8, 32), "w4g32": torch.randn(8, 32)} for _ in range(2)]
+    rows = [[(torch.randn(6, 32), torch.randn(6, 8)) for _ in range(3)] for _ in range(2)]
+    layers = [LayerRows(found, 6, 6) for found in rows]
+    for every, alone in zip(score_rows(layers, errors), score_rows(layers, errors, (metric,)), strict=True):
+        assert set(alone) == ({metric} if metric == "kron" else {metric, SIGNED})
+        for label, values in alone[metric].items():
+            assert torch.equal(values, every[metric][label])
