@@ -9,7 +9,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hawqtool.model.heap import outside_heap
 from hawqtool.model.spill import total_bytes
 from hawqtool.model.sweep import ModelStream, advance, check_states
 from hawqtool.records import TokenWeights
@@ -65,9 +64,7 @@ def token_weights(
     for part in parts:
         seen, stored = stream.embed(part, rows_per_slice), []
         for spec in blocks:
-            # Kept until the way back, which a heap of short-lived tensors would grow around.
-            kept = copy(seen.hidden) if stream.shelf else [outside_heap(hidden) for hidden in seen.hidden]
-            stored.append(kept)
+            stored.append(copy(seen.hidden))
             with stream.block(spec.index) as block:
                 advance(block, spec, seen)
             progress(done := done + 1, total)

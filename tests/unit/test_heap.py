@@ -1,4 +1,4 @@
-"""Memory beside the heap, and matrices that streams share."""
+"""What the heap gives back, and matrices that streams share."""
 
 from __future__ import annotations
 
@@ -12,16 +12,6 @@ from hawqtool.config import load_config
 from hawqtool.model import heap
 from hawqtool.pipeline.job import prepare
 from tests.tiny import tiny_llama
-
-
-@pytest.mark.parametrize("shape", [(3, 5), (0, 4), ()])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
-def test_a_copy_outside_the_heap(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    tensor = torch.arange(15)[: torch.Size(shape).numel()].view(shape).to(dtype)
-    copied = heap.outside_heap(tensor)
-    assert torch.equal(copied, tensor) and copied.dtype == dtype
-    if tensor.nbytes:
-        assert copied.data_ptr() != tensor.data_ptr()
 
 
 def test_another_c_library_has_nothing_to_release(monkeypatch: pytest.MonkeyPatch) -> None:
