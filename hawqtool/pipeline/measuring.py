@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from hawqtool.config import RunConfig
+from hawqtool.errors import UsageError
 from hawqtool.formats import QuantFormat
 from hawqtool.model.index import fingerprint
 from hawqtool.model.saving import NOTHING_SAVED, Saved
@@ -25,7 +26,7 @@ from hawqtool.pipeline.refining import FormatRefiner
 from hawqtool.pipeline.rows import gather_rows
 from hawqtool.pipeline.run_folder import RunFolder
 from hawqtool.pipeline.weighing import weighed
-from hawqtool.records import SWEEP_METRICS, Rows, Score, SensitivityTable
+from hawqtool.records import SCORE_METRICS, SWEEP_METRICS, Rows, Score, SensitivityTable
 from hawqtool.rounding.refine import Schedule
 from hawqtool.sensitivity.measure import Measurement, measure
 from hawqtool.sensitivity.single_unit import single_unit_divergence
@@ -209,8 +210,11 @@ def run_measure(config: RunConfig, output: Path, reporter: Reporter) -> dict[str
     A metric of the common sweeps that the configuration names is measured alone.
 
     Raises:
+        UsageError: If it names a saved file instead of a metric.
         HawqError: With a note where finished work is kept (see `RunFolder`).
     """
+    if config.sensitivity not in ("auto", *SCORE_METRICS):
+        raise UsageError(f"measure makes scores anew; --sensitivity names a metric there, found {config.sensitivity}")
     check_writable(output)
     check_measurements(config)
     with RunFolder(output.absolute()) as run:

@@ -201,6 +201,8 @@ def test_a_metric_measured_alone(place: Path, tmp_path: Path) -> None:
         documents[metric] = run_measure(settings(place, bits="2,4", sensitivity=metric), output, Silent())
     assert set(documents["kron"]["scores"]) == {"kron"} and documents["kron"]["projections"] == {}
     assert documents["kron"]["scores"]["kron"] == documents["auto"]["scores"]["kron"]
+    with pytest.raises(UsageError, match=r"--sensitivity names a metric there, found .*kron\.json"):
+        run_measure(settings(place, sensitivity=tmp_path / "kron.json"), tmp_path / "again.json", Silent())
     config = RunConfig(model="m", bits="2,4", group_size=32, target_bpw=3.5)
     with pytest.raises(InputError, match=r"no scores of projection \(it has kron\)"):
         run_allocate(config, tmp_path / "kron.json", tmp_path / "plan.json", Silent())
