@@ -228,7 +228,8 @@ Exchanges = Annotated[
     _option(
         "--exchanges",
         help="Rounds that improve the best mixed plan: the divergence of moving every unit one width up or down is "
-        "measured at the plan, and the best moves are taken while that helps; holds the whole model on the device "
+        "measured at the plan, and the best moves are taken, each round from the last one's plan and measurements; the "
+        "best of all is kept; holds the whole model on the device "
         "[default: 2, on a CPU 0].",
         panel=METHOD,
         metavar="ROUNDS",

@@ -71,13 +71,13 @@ def _compare_row(
 
 
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) of log-probabilities ``[outputs, classes]``, mean over outputs in nats; float64 scalar."""
-    return (log_p.exp() * (log_p - log_q)).sum(-1).double().mean()
+    """KL(p || q) of log-probabilities ``[..., outputs, classes]``, mean over outputs in nats; ``[...]`` float64."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1).double().mean(-1)
 
 
 def embedding_error(original: Tensor, candidate: Tensor) -> Tensor:
-    """Squared error of an embedding over its square; float64 scalar."""
-    return (candidate - original).double().square().sum() / original.double().square().sum()
+    """Squared error of embeddings ``[..., 1, width]`` over their squares; ``[...]`` float64."""
+    return (candidate - original).double().square().sum((-2, -1)) / original.double().square().sum((-2, -1))
 
 
 def _compare_logits(original: Tensor, candidate: Tensor) -> dict[str, float]:

@@ -29,6 +29,9 @@ from hawqtool.records import BlockSpec, LinearSpec, TokenWeights
 _POSITIONS = 128
 """Positions of a row whose logits a CPU holds at a time: of 49,152 classes, 25 MB a copy."""
 
+_POSITIONS_OF_ROWS = 2048
+"""Positions whose logits a GPU holds at a time where rows are short: for each call alone the host would be late."""
+
 
 class WeightSource(Protocol):
     """Where weights come from: a checkpoint, or a packed folder read back."""
@@ -212,6 +215,10 @@ class ModelStream:
         """Positions of a row whose outputs are computed together: on a CPU some, because logits outweigh all else."""
         together = _POSITIONS if self.task.generates and self.device.type == "cpu" else positions
         return [slice(first, min(first + together, positions)) for first in range(0, positions, together)]
+
+    def rows_together(self, positions: int) -> int:
+        """Rows of so many positions whose outputs are computed together where each row's are wanted whole."""
+        return max(1, _POSITIONS_OF_ROWS // positions) if self.device.type == "cuda" else 1
 
     def head_inputs(self, rows: Tensor, hidden: Tensor) -> Tensor:
         """Inputs ``[tokens, width]`` of the output head, from the last block's output."""

@@ -16,6 +16,7 @@ from hawqtool.pipeline.job import Job
 from hawqtool.pipeline.measuring import job_menu
 from hawqtool.pipeline.planning import stored_bytes
 from hawqtool.records import BitPlan, Evaluation
+from hawqtool.sensitivity.single_unit import UnitScores
 
 DECISIVE = 2.0
 """Paired standard errors by which a mixed plan must be better than uniform to be shipped in its place."""
@@ -37,13 +38,19 @@ class Contest:
     best: str
 
 
-def hold(bench: Workbench, plans: dict[str, BitPlan]) -> Contest:
-    """Try a short list, the best uniform plan that fits, and the uniform neighbours to interpolate with."""
+def hold(bench: Workbench, plans: dict[str, BitPlan], scores: UnitScores) -> Contest:
+    """Try a short list, the best uniform plan that fits, and the uniform neighbours to interpolate with.
+
+    Args:
+        bench: Rounds and evaluates.
+        plans: The short list.
+        scores: Those behind its first plan, by unit and format; exchanges begin with them.
+    """
     mixed: dict[str, Candidate] = {}
     for name, plan in plans.items():
         mixed[name] = bench.attempt(name, plan)
         bench.keep_only([_best(mixed)])
-    _exchange(bench, mixed)
+    _exchange(bench, mixed, scores)
     best = _best(mixed)
     job, plan = bench.job, best.plan
     below, above = neighbours(job.units, plan.stored_bytes, plan.symmetric)
@@ -59,20 +66,21 @@ def hold(bench: Workbench, plans: dict[str, BitPlan]) -> Contest:
     return Contest(mixed, uniform, next(name for name, candidate in mixed.items() if candidate is best))
 
 
-def _exchange(bench: Workbench, mixed: dict[str, Candidate]) -> None:
-    """Add plans that exchanges at the best one give, while they get better and rounds are left."""
-    budget = _best(mixed).plan.budget_bytes
+def _exchange(bench: Workbench, mixed: dict[str, Candidate], scores: UnitScores) -> None:
+    """Add plans that rounds of exchanges give: the first at the best one so far, each other at what the last gave.
+
+    A round that makes a plan worse is no reason to stop: the next one knows what it measured.
+    """
+    latest = _best(mixed)
+    budget = latest.plan.budget_bytes
     if bench.job.config.plan is not None or budget is None:
         return
     for number in range(1, bench.job.exchanges + 1):
-        before = _best(mixed)
-        plan = exchanged(bench, before, budget)
+        plan, scores = exchanged(bench, latest, budget, scores)
         if any(plan.formats == candidate.plan.formats for candidate in mixed.values()):
             break
-        mixed[f"exchange {number}"] = bench.attempt(f"exchange {number}", plan)
-        bench.keep_only([_best(mixed)])
-        if _best(mixed) is before:
-            break
+        latest = mixed[f"exchange {number}"] = bench.attempt(f"exchange {number}", plan)
+        bench.keep_only([_best(mixed), latest])
 
 
 def _best(mixed: dict[str, Candidate]) -> Candidate:

@@ -43,6 +43,11 @@ class Allocator:
         """Metric of the configuration."""
         return self.job.config.metric
 
+    @property
+    def scores(self) -> dict[str, dict[str, Score]]:
+        """Scores of that metric by unit and format; none where no unit has a choice."""
+        return self._scores(self.metric) if self.table else {}
+
     def _scores(self, metric: str) -> dict[str, dict[str, Score]]:
         assert self.table is not None  # the caller saw that there is a choice
         if metric not in self.table.scores:
@@ -59,20 +64,18 @@ class Allocator:
             fixed = single_choice_plan(job.units, menu, job.pins, budget, job.config)
             assert fixed is not None  # otherwise something was measured
             return fixed
-        scores = self._scores(self.metric)
         known = self.saved.load(f"plan-{budget}")
         if known is not None:
             return plan_of_record(known)
-        plan = allocate(job.units, menu, scores, job.pins, budget, self.metric, job.config)
+        plan = allocate(job.units, menu, self.scores, job.pins, budget, self.metric, job.config)
         self.saved.save(f"plan-{budget}", plan_record(plan))
         return plan
 
     def curve(self) -> Frontier:
         """The whole frontier of predicted loss."""
         menu = job_menu(self.job, None)
-        scores = self._scores(self.metric) if self.table else {}
         pins = self.job.pins if self.table else {unit: formats[0] for unit, formats in menu.items()} | self.job.pins
-        return frontier(build_problem(self.job.units, menu, scores, pins))
+        return frontier(build_problem(self.job.units, menu, self.scores, pins))
 
     def predicted(self, plan: BitPlan) -> dict[str, float]:
         """Predicted loss of a plan by metric, for the metrics that have all scores that it needs."""

@@ -19,26 +19,29 @@ from hawqtool.pipeline.measuring import job_menu
 from hawqtool.pipeline.progress import Reporter
 from hawqtool.records import BitPlan, Rows, Score
 from hawqtool.sensitivity.exchange import exchange_divergence
+from hawqtool.sensitivity.shrinkage import updated
+from hawqtool.sensitivity.single_unit import UnitScores, pairs_of_scores, scores_of_pairs
 
+_FOUND = "found"
 Menu = dict[str, tuple[QuantFormat, ...]]
 
 
-def exchanged(bench: Workbench, candidate: Candidate, budget: int) -> BitPlan:
-    """The plan that exchanges at a candidate give, measured on the scoring rows; its own where there is no choice."""
+def exchanged(bench: Workbench, candidate: Candidate, budget: int, expected: UnitScores) -> tuple[BitPlan, UnitScores]:
+    """What `exchange` gives at a candidate, measured on the scoring rows; its own plan where there is no choice."""
     job, present = bench.job, candidate.plan.formats
     menu = neighbouring(job_menu(job, budget), present, set(job.pins))
     if all(len(formats) == 1 for formats in menu.values()):
-        return candidate.plan
+        return candidate.plan, expected
     rows = bench.sets["calibration"], bench.sets["scoring"].tokens
     saved = bench.saved.part(f"exchange-{formats_key(present)}")
-    known = saved.load("plan")
+    known = saved.load(_FOUND)
     if known is not None:
-        return plan_of_record(known)
+        return plan_of_record(known["plan"]), scores_of_pairs(known["scores"])
     with Stopwatch(bench.timings, "exchange"):
         quantized = job.packed_stream(bench.folder(candidate))
-        plan = exchange(job, quantized, present, menu, *rows, budget, bench.reporter, saved)
-    saved.save("plan", plan_record(plan))
-    return plan
+        plan, scores = exchange(job, quantized, present, menu, *rows, budget, expected, bench.reporter, saved)
+    saved.save(_FOUND, {"plan": plan_record(plan), "scores": pairs_of_scores(scores)})
+    return plan, scores
 
 
 def exchange(
@@ -49,13 +52,15 @@ def exchange(
     calibration: Rows,
     scoring: Tensor,
     budget: int,
+    expected: UnitScores,
     reporter: Reporter,
     saved: Saved = NOTHING_SAVED,
-) -> BitPlan:
+) -> tuple[BitPlan, UnitScores]:
     """The plan of least predicted divergence that takes one format of a small menu per unit.
 
-    Scores are measured differences at the present plan (`hawqtool.sensitivity.exchange`). That several exchanges at
-    once add up is an assumption, which rounding and evaluating the new plan then tests.
+    Scores are measured differences at the present plan (`hawqtool.sensitivity.exchange`), as far as they are certain
+    (`hawqtool.sensitivity.shrinkage`). That several exchanges at once add up is an assumption, which rounding and
+    evaluating the new plan then tests.
 
     Args:
         job: The original model.
@@ -65,11 +70,15 @@ def exchange(
         calibration: Rows behind the rounding.
         scoring: Rows to measure on.
         budget: Most stored bytes.
+        expected: Scores by unit and format that are known so far.
         reporter: Progress.
         saved: Keeps the scores, block by block.
+
+    Returns:
+        The plan, and the scores that led to it, to be expected by the next exchange.
     """
     others = {unit: tuple(fmt for fmt in formats if fmt != present[unit]) for unit, formats in menu.items()}
-    scores = exchange_divergence(
+    measured = exchange_divergence(
         job.stream(),
         quantized,
         calibration,
@@ -81,14 +90,27 @@ def exchange(
         reporter.progress,
         saved,
     )
-    for unit, fmt in present.items():
-        scores.setdefault(unit, {})[fmt.label] = Score(0.0, 0.0)
+    labels = {unit: fmt.label for unit, fmt in present.items()}
+    scores, trust = updated(expected, measured, labels)
+    reporter.say(
+        f"measured changes are {trust.scale:.2f} times what was expected, give or take {trust.share:.0%} of the scores"
+    )
+    changes = _changes(scores, measured, labels)
     # What was not measured (an output head) keeps its format.
-    measured = {
-        unit: tuple(fmt for fmt in formats if fmt.label in scores[unit]) or (present[unit],)
+    choice = {
+        unit: tuple(fmt for fmt in formats if fmt.label in changes[unit]) or (present[unit],)
         for unit, formats in menu.items()
     }
-    return solve(build_problem(job.units, measured, scores, job.pins), budget, "exchange")
+    return solve(build_problem(job.units, choice, changes, job.pins), budget, "exchange"), scores
+
+
+def _changes(scores: UnitScores, measured: UnitScores, present: Mapping[str, str]) -> UnitScores:
+    """Scores of what was measured less those of the present formats, and these with 0."""
+    changes = {unit: {label: Score(0.0, 0.0)} for unit, label in present.items()}
+    for unit, found in measured.items():
+        base = scores[unit][present[unit]].value
+        changes[unit] |= {label: Score(scores[unit][label].value - base, scores[unit][label].stderr) for label in found}
+    return changes
 
 
 def neighbouring(

@@ -99,7 +99,7 @@ def _quantized(
         allocator = None if job.config.plan else prepare_allocation(job, sets, reporter, run.saved)
     bench = Workbench(job, sets, run.plans, reporter, timings, run.saved)
     search, plans = _plans(bench, allocator)
-    contest = hold(bench, plans)
+    contest = hold(bench, plans, allocator.scores if allocator else {})
     shipped = choose(job, contest)
     evaluation = compare(contest, bench.original(), allocator.predicted if allocator else lambda _: {})
     winner = contest.mixed[contest.best] if shipped == "mixed" else contest.uniform["uniform"]

@@ -114,13 +114,22 @@ def load_scores(saved: Saved) -> tuple[int, UnitScores]:
     known = saved.load(_SCORES)
     if known is None:
         return 0, {}
-    return known["blocks"], {u: {n: Score(*pair) for n, pair in found.items()} for u, found in known["scores"].items()}
+    return known["blocks"], scores_of_pairs(known["scores"])
 
 
 def save_scores(saved: Saved, blocks: int, scores: UnitScores) -> None:
     """Keep the scores of the units of leading blocks; to be called when no unit goes on beyond them."""
-    pairs = {u: {n: (score.value, score.stderr) for n, score in found.items()} for u, found in scores.items()}
-    saved.save(_SCORES, {"blocks": blocks, "scores": pairs})
+    saved.save(_SCORES, {"blocks": blocks, "scores": pairs_of_scores(scores)})
+
+
+def pairs_of_scores(scores: UnitScores) -> dict[str, dict[str, tuple[float, float]]]:
+    """Scores as JSON holds them: ``[unit][label]``, each a value with its standard error."""
+    return {u: {n: (score.value, score.stderr) for n, score in found.items()} for u, found in scores.items()}
+
+
+def scores_of_pairs(pairs: Mapping[str, Mapping[str, Sequence[float]]]) -> UnitScores:
+    """Inverse of `pairs_of_scores`."""
+    return {u: {n: Score(*pair) for n, pair in found.items()} for u, found in pairs.items()}
 
 
 def unit_finals(
@@ -217,7 +226,7 @@ class Judge:
     def divergence(
         self, unit: str, finals: Mapping[str, list[Tensor]], swap: Swap = lambda _: nullcontext()
     ) -> dict[str, Tensor]:
-        """Divergence of every row ``[rows]`` by format; logits exist for one row at a time.
+        """Divergence of every row ``[rows]`` by format; logits exist for a few rows at a time.
 
         Raises:
             NumericalError: If a candidate's outputs are not finite.
@@ -225,18 +234,21 @@ class Judge:
         values: dict[str, list[Tensor]] = {label: [] for label in finals}
         states = {label: torch.cat(hidden) for label, hidden in finals.items()}
         compare = kl_divergence if self.stream.task.logits else embedding_error
-        for number, (row, state) in enumerate(zip(self.rows, torch.cat(self.original), strict=True)):
-            expected = self._outputs(self.source, row, state)
+        original = torch.cat(self.original)
+        together = self.stream.rows_together(original.shape[1])
+        for first in range(0, len(original), together):
+            part = slice(first, first + together)
+            expected = self._outputs(self.source, self.rows[part], original[part])
             for label, hidden in states.items():
                 with swap(label):
-                    values[label].append(compare(expected, self._outputs(self.stream, row, hidden[number])))
-        stacked = {label: torch.stack(found).cpu() for label, found in values.items()}
+                    values[label].append(compare(expected, self._outputs(self.stream, self.rows[part], hidden[part])))
+        stacked = {label: torch.cat(found).cpu() for label, found in values.items()}
         for label, found in stacked.items():
             if not bool(torch.isfinite(found).all()):
                 raise NumericalError(f"{unit} at {label}: the model gives outputs that are NaN or Inf")
         return stacked
 
-    def _outputs(self, stream: ModelStream, row: Tensor, state: Tensor) -> Tensor:
-        """Log-probabilities ``[outputs, classes]`` or the embedding ``[1, width]`` of one row, float32."""
-        outputs = stream.outputs(row[None], state[None])[0].float()
+    def _outputs(self, stream: ModelStream, rows: Tensor, states: Tensor) -> Tensor:
+        """Log-probabilities ``[rows, outputs, classes]`` or embeddings ``[rows, 1, width]``, float32."""
+        outputs = stream.outputs(rows, states).float()
         return outputs.log_softmax(-1) if stream.task.logits else outputs

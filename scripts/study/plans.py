@@ -28,8 +28,9 @@ from hawqtool.rounding.factor import factorize
 from hawqtool.rounding.grid import dequantize
 from hawqtool.rounding.layer import round_group
 from hawqtool.rounding.method import Task
+from hawqtool.sensitivity.single_unit import pairs_of_scores, scores_of_pairs
 from study.scores import predicted_sums
-from study.setting import Findings, Scores, Setting, as_scores
+from study.setting import Findings, Scores, Setting
 
 KINDS = ("metric", "exchange", "uniform", "random", "reversed", "edges")
 Formats = dict[str, QuantFormat]
@@ -115,14 +116,15 @@ class Judge:
                 _Rounder(job, formats, stream.model, head, self.weights)(head.input_groups[0], statistics)
             return evaluate_hidden(self.stream, stream, rows.tokens, self.original, torch.cat(list(held.hidden)))
 
-    def exchange(self, candidate: Candidate, budget: int) -> Formats:
-        """The plan that exchanges at ``candidate`` give; its divergence is measured on the scoring rows."""
+    def exchange(self, candidate: Candidate, budget: int, expected: Scores) -> tuple[Formats, Scores]:
+        """The plan that exchanges at ``candidate`` give, measured on the scoring rows, and the scores behind it."""
         job = self.setting.job
         self.evaluate(candidate)
         quantized = job.stream(Overlay(TensorReader(job.index), self.weights))
         menu = neighbouring(self.setting.menu, candidate.formats, set())
         rows = self.setting.calibration, self.setting.scoring.tokens
-        return exchange(job, quantized, candidate.formats, menu, *rows, budget, self.reporter).formats
+        plan, scores = exchange(job, quantized, candidate.formats, menu, *rows, budget, expected, self.reporter)
+        return plan.formats, scores
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,7 @@ def study_plans(
 
     Exchanges start from the plan of the reference metric; each round starts from what the one before gave.
     """
-    scores = {metric: as_scores(found) for metric, found in findings.data["scores"].items()}
+    scores = {metric: scores_of_pairs(found) for metric, found in findings.data["scores"].items()}
     units = setting.job.units
     weights = sum(unit.num_weights for unit in units)
     judge: Judge | None = None
@@ -189,6 +191,7 @@ def study_plans(
         known = {entry["name"] for entry in listed}
         wanted = list(candidates(setting, scores, reference, budget, seeds))
         latest = next(candidate for candidate in wanted if candidate.name == reference)
+        expected = scores[reference]
         for step in (*wanted, *range(1, exchanges + 1)):
             if isinstance(step, int):
                 name = f"exchange {step}"
@@ -196,8 +199,10 @@ def study_plans(
                 if name in known:
                     labels = next(entry for entry in listed if entry["name"] == name)["evaluation"].split(",")
                     formats = {u.name: parse_label(label) for u, label in zip(units, labels, strict=True)}
+                    expected = scores_of_pairs(findings.data["exchanged"][f"{target} {step}"])
                 else:
-                    formats = judge.exchange(latest, budget)
+                    formats, expected = judge.exchange(latest, budget, expected)
+                    findings.data["exchanged"][f"{target} {step}"] = pairs_of_scores(expected)
                 candidate = latest = Candidate(name, "exchange", formats)
             else:
                 candidate = step

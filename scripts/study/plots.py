@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from hawqtool.sensitivity.single_unit import scores_of_pairs
 from study.plans import KINDS, plan_rows
 from study.scores import by_width
-from study.setting import as_scores
 
 _DPI, _PANEL = 130, 2.6
 _WIDEST_METRICS = 6
@@ -32,8 +32,8 @@ def write_plots(folder: Path, findings: Findings) -> None:
 
 def scatter(findings: Findings) -> Figure:
     """Predicted against measured divergence of single units: a row per metric, a column per width."""
-    truth = as_scores(findings["truth"])
-    panels = {metric: by_width(as_scores(scores), truth) for metric, scores in findings["scores"].items()}
+    truth = scores_of_pairs(findings["truth"])
+    panels = {metric: by_width(scores_of_pairs(scores), truth) for metric, scores in findings["scores"].items()}
     widths = list(next(iter(panels.values())))
     figure = Figure((_PANEL * len(widths), _PANEL * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels), len(widths), squeeze=False)

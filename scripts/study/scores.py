@@ -16,8 +16,9 @@ from hawqtool.pipeline.measuring import single_unit_scores
 from hawqtool.pipeline.progress import Reporter
 from hawqtool.records import SWEEP_METRICS
 from hawqtool.sensitivity.measure import Measurement, measure
+from hawqtool.sensitivity.single_unit import pairs_of_scores, scores_of_pairs
 from study.cost import Meter
-from study.setting import Findings, Scores, Setting, as_json, as_scores
+from study.setting import Findings, Scores, Setting
 
 RESAMPLES = 1000
 _INTERVAL = (2.5, 97.5)
@@ -64,13 +65,13 @@ def measure_scores(setting: Setting, metrics: Sequence[str], findings: Findings,
         with Meter(setting.job.device) as meter:
             swept = _sweeps(setting, common, reporter)
         cost[" + ".join(common) or "errors"] = meter.record
-        scores |= {metric: as_json(found) for metric, found in swept.scores.items()}
+        scores |= {metric: pairs_of_scores(found) for metric, found in swept.scores.items()}
         findings.save()
     for metric in (metric for metric in missing if metric in EXTRAS):
         with Meter(setting.job.device) as meter:
             found = EXTRAS[metric](setting, swept or Measurement({}, {}, {}, {}, 0), reporter)
         cost[metric] = meter.record
-        scores[metric] = as_json(found)
+        scores[metric] = pairs_of_scores(found)
         findings.save()
 
 
@@ -78,16 +79,16 @@ def measure_truth(setting: Setting, findings: Findings, reporter: Reporter) -> N
     """Divergence with one unit quantized, on the held-out rows."""
     if findings.data["truth"] is None:
         found = single_unit_scores(setting.job, setting.menu, setting.calibration, setting.heldout, reporter)
-        findings.data["truth"] = as_json(found)
+        findings.data["truth"] = pairs_of_scores(found)
         findings.save()
 
 
 def compare(findings: Findings, seed: int) -> None:
     """Agreement of every metric with the truth by width: rank correlation and calibration."""
-    truth = as_scores(findings.data["truth"])
+    truth = scores_of_pairs(findings.data["truth"])
     agreement: dict[str, dict[str, Any]] = {}
     for metric, document in findings.data["scores"].items():
-        for bits, (predicted, measured) in by_width(as_scores(document), truth).items():
+        for bits, (predicted, measured) in by_width(scores_of_pairs(document), truth).items():
             agreement.setdefault(metric, {})[str(bits)] = {
                 "units": len(predicted),
                 **rank_agreement(predicted, measured, seed),

@@ -24,7 +24,7 @@ from hawqtool.pipeline.rows import gather_rows
 from hawqtool.pipeline.weighing import weighed
 from hawqtool.records import Rows, Score
 
-SCHEMA = "hawqtool.study/1"
+SCHEMA = "hawqtool.study/2"
 Scores = dict[str, dict[str, Score]]
 """``[unit][format label]``."""
 
@@ -132,6 +132,7 @@ class Findings:
             "cost": {},
             "plans": {},
             "evaluations": {},
+            "exchanged": {},
         }
         if not path.exists():
             return
@@ -147,13 +148,3 @@ class Findings:
     def save(self) -> None:
         """Write the file."""
         write_json(self.path, self.data)
-
-
-def as_json(scores: Mapping[str, Mapping[str, Score]]) -> dict[str, dict[str, list[float]]]:
-    """JSON form of scores."""
-    return {unit: {label: [s.value, s.stderr] for label, s in found.items()} for unit, found in scores.items()}
-
-
-def as_scores(document: Mapping[str, Mapping[str, list[float]]]) -> Scores:
-    """Scores from their JSON form."""
-    return {unit: {label: Score(*pair) for label, pair in found.items()} for unit, found in document.items()}

@@ -75,6 +75,11 @@ def test_a_study_writes_its_findings_and_goes_on_where_it_was_cut(
     assert study.main(arguments(place, "--budgets", "4,5", "--parts", "scores,plans", "--exchanges", "1")) == 0
     second = json.loads((out / "study.json").read_text())
     assert second["plans"]["4.0"] == first["plans"]["4.0"] and "5.0" in second["plans"]
+    assert study.main(arguments(place, "--budgets", "4", "--parts", "plans", "--exchanges", "2")) == 0
+    third = json.loads((out / "study.json").read_text())
+    assert third["plans"]["4.0"][:-1] == first["plans"]["4.0"] and third["plans"]["4.0"][-1]["name"] == "exchange 2"
+    assert third["exchanged"].keys() == {"4.0 1", "4.0 2", "5.0 1"}
+    assert third["exchanged"]["4.0 1"] == first["exchanged"]["4.0 1"]
     capsys.readouterr()
     assert study.main(arguments(place, "--rounding", "rtn")) == 2
     assert "other settings (rounding, token_weights)" in capsys.readouterr().err

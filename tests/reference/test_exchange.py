@@ -12,6 +12,7 @@ import torch
 from hawqtool.config import RunConfig
 from hawqtool.evaluation.divergence import kl_divergence
 from hawqtool.formats import QuantFormat
+from hawqtool.model.sweep import ModelStream
 from hawqtool.pipeline.candidates import Workbench
 from hawqtool.pipeline.job import Job, prepare
 from hawqtool.pipeline.planning import stored_bytes
@@ -60,7 +61,11 @@ def grams(job: Job, weights: dict[str, torch.Tensor], tokens: torch.Tensor, name
     return x.t() @ x / len(x)
 
 
-def test_an_exchange_is_a_whole_model_with_one_unit_changed(job: Job, tmp_path: Path) -> None:
+@pytest.mark.parametrize("together", [1, 3])
+def test_an_exchange_is_a_whole_model_with_one_unit_changed(
+    job: Job, tmp_path: Path, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ModelStream, "rows_together", lambda *_: together)
     sets = gather_rows(job, Silent())
     formats = {unit.name: QuantFormat(3, 32) for unit in job.units}
     plan = BitPlan(formats, stored_bytes(job.units, formats), sum(u.num_weights for u in job.units))
