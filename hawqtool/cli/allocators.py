@@ -9,7 +9,7 @@ import sys
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Numbers of glibc's settings (malloc.h)."""
 
-_KEPT_BYTES, _HEAP_BYTES = 512 << 20, 64 << 20
+_KEPT_BYTES, _HEAP_BYTES = 64 << 20, 64 << 20
 """Freed memory that the process keeps, and the size from which a tensor is mapped apart from the heap."""
 
 

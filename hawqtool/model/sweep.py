@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hawqtool.errors import InputError, NumericalError
+from hawqtool.model.heap import release_freed_pages
 from hawqtool.model.layers import Structure
 from hawqtool.model.prefetch import Prefetcher
 from hawqtool.model.reader import check_finite
@@ -26,11 +27,18 @@ from hawqtool.model.timing import UNRECORDED, Recorder
 from hawqtool.model.waypoints import States, Waypoints
 from hawqtool.records import BlockSpec, LinearSpec, TokenWeights
 
-_POSITIONS = 128
+_POSITIONS = 64
 """Positions of a row whose logits a CPU holds at a time: of 49,152 classes, 25 MB a copy."""
 
 _POSITIONS_OF_ROWS = 2048
 """Positions whose logits a GPU holds at a time where rows are short: for each call alone the host would be late."""
+
+
+_BLOCKS_BETWEEN_TRIMS = 6
+"""Blocks of a walk on a CPU after which the heap is trimmed: done at each, it would take a tenth of the time."""
+
+_ROWS_COMPARED = 4096
+"""Rows of a matrix that are compared at a time."""
 
 
 class WeightSource(Protocol):
@@ -80,8 +88,9 @@ class ModelStream:
         dtype: dtype of weights and activations while computing.
         recorder: Takes note of the stages of walks.
         shelf: Keeps the hidden states between blocks; None keeps all of them on the device.
-        matrices: Loaded matrices outside the blocks by stored name, which streams of one source and dtype share while
-            one of them lives: an embedding may be larger than a block. Nothing may change them.
+        matrices: Loaded matrices outside the blocks by stored name, which streams of one dtype share while one of them
+            lives: an embedding may be larger than a block. Nothing may change them.
+        owns: Whether those are of this stream's source; else each is compared before it is taken.
     """
 
     def __init__(
@@ -94,16 +103,18 @@ class ModelStream:
         recorder: Recorder = UNRECORDED,
         shelf: Shelf | None = None,
         matrices: MutableMapping[str, nn.Parameter] | None = None,
+        owns: bool = True,
     ) -> None:
         self.model: Any = model
         self.structure, self.source, self.recorder = structure, source, recorder
         self.task = model_task(model)
         self.device, self.dtype = device, dtype
         self.shelf = shelf
+        self._matrices, self._owns = matrices, owns
         self._last_index: int | None = None
         self.blocks_name, self.blocks = find_blocks(model)
         to_meta(model)
-        self._load(model, "", skip=f"{self.blocks_name}.", shared=matrices)
+        self._load_ends()
         for name, buffer in model.named_buffers():
             if buffer.device.type == "meta":
                 raise InputError(
@@ -131,6 +142,25 @@ class ModelStream:
                 )
             yield stored, places
 
+    def _load_ends(self) -> None:
+        """Load what lies outside the blocks: embedding, last norm, head."""
+        self._load(self.model, "", skip=f"{self.blocks_name}.", shared=self._matrices)
+        self._has_ends = True
+
+    def _need_ends(self) -> None:
+        if not self._has_ends:
+            self._load_ends()
+
+    def release_ends(self) -> None:
+        """Let a CPU's memory have what lies outside the blocks until it is needed again: a walk does without it.
+
+        On a GPU it stays, where reading it again would take longer than its room is worth; so does a head that is
+        quantized, which is replaced in place.
+        """
+        if self.device.type == "cpu" and self.structure.head is None:
+            to_meta(self.model)
+            self._has_ends = False
+
     def _load(
         self,
         module: nn.Module,
@@ -139,16 +169,28 @@ class ModelStream:
         shared: MutableMapping[str, nn.Parameter] | None = None,
     ) -> None:
         for stored, places in list(self._places(module, prefix, skip)):
-            parameter = None if shared is None else shared.get(stored)
+            parameter = None if shared is None else self._known(stored, shared)
             if parameter is None:
                 # First to the device, then to the dtype: fewer bytes travel.
                 value = self.source.tensor(stored).to(self.device, non_blocking=True).to(self.dtype)
                 check_finite(stored, value)
                 parameter = nn.Parameter(value, requires_grad=False)
-                if shared is not None and value.ndim > 1:
+                if shared is not None and self._owns and value.ndim > 1:
                     shared[stored] = parameter
             for _, owner, leaf in places:
                 owner._parameters[leaf] = parameter
+
+    def _known(self, stored: str, shared: MutableMapping[str, nn.Parameter]) -> nn.Parameter | None:
+        """The shared matrix of that name, if the source of this stream has the same."""
+        parameter = shared.get(stored)
+        if parameter is None or self._owns:
+            return parameter
+        value = self.source.tensor(stored)
+        if value.shape != parameter.shape:
+            return None
+        # A part at a time: a copy of the whole is what sharing is to save.
+        parts = zip(parameter.split(_ROWS_COMPARED), value.split(_ROWS_COMPARED), strict=True)
+        return parameter if all(torch.equal(known, part.to(known)) for known, part in parts) else None
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
@@ -161,6 +203,8 @@ class ModelStream:
             yield module
         finally:
             to_meta(module)
+            if self.device.type == "cpu" and index % _BLOCKS_BETWEEN_TRIMS == 0:
+                release_freed_pages()
 
     def _expect_after(self, index: int) -> None:
         """Have the next block's weights read ahead where the source can: the walk goes on the way it came.
@@ -188,6 +232,7 @@ class ModelStream:
         The others say what else statistics shall hold (see `Activations`); what comes before the blocks is never
         rounded, so that the original's states begin as these do.
         """
+        self._need_ends()
         hidden: MutableSequence[Tensor] = [] if self.shelf is None else Slices(self.shelf)
         calls = []
         for part in rows.split(rows_per_slice):
@@ -205,6 +250,7 @@ class ModelStream:
             Logits ``[rows, positions, classes]``, with one position where a row has one output, or embeddings
             ``[rows, 1, width]``: the mean of the last hidden state over positions.
         """
+        self._need_ends()
         with replayed_blocks(self.blocks, self.structure.extra_outputs, output=hidden):
             result = self.model(**self._inputs(rows))
         if not self.task.logits:
@@ -259,6 +305,7 @@ class ModelStream:
     ) -> Tensor:
         """Output of the last block for all rows, ``[rows, positions, width]``; an interrupted walk is gone on with."""
         activations = self.embed(rows, rows_per_slice)
+        self.release_ends()
         waypoints = Waypoints(saved, self.device)
         first = waypoints.restore(activations.states, len(self.blocks))
         for spec in self.structure.blocks[first:]:

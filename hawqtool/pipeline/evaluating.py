@@ -13,12 +13,16 @@ from hawqtool.config import RunConfig
 from hawqtool.errors import InputError
 from hawqtool.evaluation.divergence import evaluate_hidden
 from hawqtool.export.packed import PackedReader
+from hawqtool.model.heap import release_freed_pages
 from hawqtool.model.saving import NOTHING_SAVED, Saved
 from hawqtool.model.sweep import ModelStream
 from hawqtool.pipeline.job import Job, prepare
 from hawqtool.pipeline.progress import Reporter
 from hawqtool.pipeline.rows import evaluation_rows
 from hawqtool.records import Evaluation, Rows
+
+_CPU_ROWS = 4
+"""Most rows of a pass on a CPU: more are no faster and take more memory."""
 
 
 class Evaluator:
@@ -52,7 +56,10 @@ class Evaluator:
         def tell(index: int) -> None:
             self.reporter.progress(f"evaluating {label}", first + index + 1, total)
 
-        states = stream.final_hidden(rows, self.job.rows_per_slice, tell, saved)
+        together = self.job.rows_per_slice
+        if self.job.device.type == "cpu":
+            together = min(together, _CPU_ROWS)
+        states = stream.final_hidden(rows, together, tell, saved)
         self.seconds += time.perf_counter() - start
         return states
 
@@ -72,6 +79,7 @@ class Evaluator:
                 states = self.reference[role]
                 if folder is not None:
                     states = self._hidden(stream, label, role, saved.part(role))
+                release_freed_pages()  # logits need other sizes than blocks do
                 start = time.perf_counter()
                 found = evaluate_hidden(self.stream, stream, rows.tokens, self.reference[role], states)
                 self.seconds += time.perf_counter() - start
@@ -80,6 +88,7 @@ class Evaluator:
             else:
                 found = as_evaluation(known)
             results[role] = found
+        self.stream.release_ends()
         return results
 
 

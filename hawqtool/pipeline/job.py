@@ -139,7 +139,7 @@ class Job:
         reader = self._reader() if source is None else source
         skeleton = copy.deepcopy(self.skeleton)
         # A head that is quantized is replaced in place.
-        shares = source is None and dtype in (None, self.dtype) and self.structure.head is None
+        shares = dtype in (None, self.dtype) and self.structure.head is None
         return ModelStream(
             skeleton,
             self.structure,
@@ -149,6 +149,7 @@ class Job:
             self.recorder,
             self.shelf,
             self.matrices if shares else None,
+            owns=source is None,
         )
 
     def _reader(self) -> WeightSource:

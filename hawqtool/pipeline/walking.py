@@ -138,7 +138,9 @@ def round_blocks(
 def _walked(job: Job, stream: ModelStream, rows: Rows) -> Activations:
     """Hidden states of all rows before the first block, with what the method wants to know of them."""
     needs = job.method.needs_held_out, job.method.needs_drift
-    return stream.embed(rows.tokens, job.rows_per_slice, *needs, rows.weights)
+    activations = stream.embed(rows.tokens, job.rows_per_slice, *needs, rows.weights)
+    stream.release_ends()
+    return activations
 
 
 class _Walker:

@@ -11,7 +11,7 @@ from hawqtool.records import Rows
 from hawqtool.sensitivity.token_weights import token_weights
 
 _KEY = "token-weights"
-_ROWS_PER_SLICE = {"cpu": 4, "cuda": 8}
+_ROWS_PER_SLICE = {"cpu": 2, "cuda": 8}
 """Rows of a pass with gradients, whose memory they set; fixed per kind of device, because they change sums."""
 
 _CPU_BYTES = 2 << 30

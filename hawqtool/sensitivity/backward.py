@@ -68,7 +68,7 @@ def token_powers(
     Args:
         block: The loaded block.
         spec: Its structure.
-        seen: Hidden states before the block.
+        seen: Hidden states before the block, in any dtype.
         gradients: Gradient at the block's output, per slice.
 
     Returns:
@@ -77,7 +77,7 @@ def token_powers(
     powers: dict[str, list[Tensor]] = {}
     before = []
     for position, hidden in enumerate(seen.hidden):
-        rows, leaf = len(hidden), hidden.detach().requires_grad_()
+        rows, leaf = len(hidden), hidden.detach().to(gradients[position].dtype).requires_grad_()
         with torch.enable_grad(), _captured(block, spec) as captured:
             output = run_block(block, leaf, seen.calls[position][spec.index])
             calls = {n: call for n, call in captured.calls.items() if not isinstance(call.module, ExpertLinear)}
