@@ -14,7 +14,7 @@ _KEPT_BYTES, _HEAP_BYTES = 64 << 20, 64 << 20
 
 
 def prepare_allocators() -> None:
-    """Set what nobody has set: growing segments on a GPU, a heap that keeps what was freed on a CPU."""
+    """Set what nobody has set: growing segments on a GPU, a heap that keeps some of what was freed on a CPU."""
     if "PYTORCH_ALLOC_CONF" not in os.environ:
         # Blocks of fixed sizes leave gaps that no large tensor fits: an 8B model ran out of 80 GB where 63 suffice.
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")

@@ -28,7 +28,7 @@ from hawqtool.model.waypoints import States, Waypoints
 from hawqtool.records import BlockSpec, LinearSpec, TokenWeights
 
 _POSITIONS = 64
-"""Positions of a row whose logits a CPU holds at a time: of 49,152 classes, 25 MB a copy."""
+"""Positions of a row whose logits a CPU holds at a time: of 49,152 classes, 13 MB a copy."""
 
 _POSITIONS_OF_ROWS = 2048
 """Positions whose logits a GPU holds at a time where rows are short: for each call alone the host would be late."""
