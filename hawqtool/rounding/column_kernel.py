@@ -85,7 +85,7 @@ def round_block(
 
     Args:
         target: ``[width, rows]`` float32, original weights, a column of the layer in each row; width ≤ 128.
-        drift: ``[width, rows]`` float32, what earlier blocks left; not changed.
+        drift: ``[width, rows]`` float32, what earlier blocks left; other kernels change it.
         steps: ``[width, rows]`` float32.
         zeros: ``[width, rows]`` float32 integers, or None.
         upper: ``[width, width]`` float32, the block of U on its diagonal; any strides.

@@ -28,6 +28,7 @@ def round_compensated(
     beta: float = 0.0,
     block_size: int | None = None,
     zero: Tensor | None = None,
+    spread: Tensor | None = None,
 ) -> Tensor:
     """Round column by column, spreading each error over the columns still to come.
 
@@ -49,6 +50,8 @@ def round_compensated(
         block_size: Columns whose updates to later columns are applied together; None: `BLOCK_SIZE`, or what the
             kernel likes best; Triton's takes at most 128.
         zero: ``[rows, groups]`` float32, the zero point of each group, an integer; None for symmetric grids.
+        spread: ``[in, rows]`` like the weight, written: e_j of every column in visiting order; None where nobody wants
+            to know. With β = 0 the sum of their squares in a row is the damped loss D (H + λI) Dᵀ of that row.
 
     Returns:
         Codes, ``[rows, in]`` int8, in natural column order.
@@ -61,9 +64,9 @@ def round_compensated(
     size = block_size or size
     drift = torch.zeros_like(target)
     codes = torch.empty_like(target, dtype=torch.int8)
-    all_errors = torch.empty_like(target[:size])
+    scratch = torch.empty_like(target[:size]) if spread is None else spread
     for block in _blocks(len(target), size):
-        errors = all_errors[: block.stop - block.start]
+        errors = scratch[: block.stop - block.start] if spread is None else spread[block]
         block_zeros = None if zeros is None else zeros[block]
         upper, later = factor.upper[block, block], factor.upper[block, block.stop :]
         parts = (target[block], drift[block], steps[block], block_zeros, upper)
@@ -75,38 +78,30 @@ def round_compensated(
     return result.t().contiguous()
 
 
-def spread_errors(weight: Tensor, rounded: Tensor, factor: Factor, beta: float = 0.0) -> Tensor:
-    """What the column loop spread: e_j of every column, ``[rows, in]`` float32 in visiting order.
-
-    The loop makes W - Q = E [diag(U) + (1-β)² triu(U, 1)], so its errors follow from what it gave. With β = 0 the
-    sum of their squares in a row is the damped loss D (H + λI) Dᵀ of that row.
+def row_losses(weight: Tensor, rounded: Tensor, factor: Factor) -> Tensor:
+    """Damped loss D (H + λI) Dᵀ of every row, ``[rows]`` float32.
 
     Args:
-        weight: ``[rows, in]`` float32, what the loop was given.
-        rounded: ``[rows, in]`` float32, the values of the grid that it took.
-        factor: Its factor.
-        beta: Its β, less than 1.
+        weight: ``[rows, in]`` float32.
+        rounded: ``[rows, in]`` float32, what it became.
+        factor: Factor of the damped Gram matrix.
     """
-    feedback = factor.upper
-    if beta:
-        feedback = (1 - beta) ** 2 * feedback
-        feedback.diagonal().copy_(factor.upper.diagonal())
     difference = (weight - rounded).index_select(1, factor.order)
-    return torch.linalg.solve_triangular(feedback, difference, upper=True, left=False)
+    return torch.linalg.solve_triangular(factor.upper, difference, upper=True, left=False).square().sum(1)
 
 
-def met_targets(weight: Tensor, rounded: Tensor, errors: Tensor, factor: Factor, beta: float = 0.0) -> Tensor:
+def met_targets(weight: Tensor, rounded: Tensor, spread: Tensor, factor: Factor, beta: float = 0.0) -> Tensor:
     """What the column loop rounded when it came to each column, w0_j + (1-β) c_j: ``[rows, in]`` float32.
 
     Args:
         weight: ``[rows, in]`` float32, what the loop was given.
         rounded: ``[rows, in]`` float32, the values of the grid that it took.
-        errors: ``[rows, in]`` float32, what it spread (see `spread_errors`).
+        spread: ``[in, rows]`` float32, its errors (see `round_compensated`).
         factor: Its factor.
         beta: Its β, less than 1.
     """
-    own = (errors * factor.upper.diagonal()).index_select(1, factor.order.argsort())
-    return weight - (weight - rounded).sub_(own).div_(1 - beta)
+    own = (spread * factor.upper.diagonal()[:, None]).index_select(0, factor.order.argsort()).t()
+    return rounded + own if beta == 0 else weight + (rounded - weight + own) / (1 - beta)
 
 
 @contextmanager

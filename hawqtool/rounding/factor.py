@@ -13,7 +13,11 @@ from hawqtool.errors import NumericalError
 SCARCE_TOKENS_PER_COLUMN = 8
 DAMPING, SCARCE_DAMPING = 0.05, 0.2
 _RETRY_FACTOR, _MAX_RETRIES = 4.0, 6
-_DIRECT_INVERSE = 128
+_CONDITION = 1 << 16
+"""Bound of the condition up to which float32 serves: its roundings, 2^-24 each, then stay below 1 %."""
+
+_DIRECT = {"cpu": 288, "cuda": 1024}
+"""Columns that are factored at once."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +66,9 @@ def factorize(
 ) -> Factor:
     """Factor H + λI, columns in order of descending H_jj (act-order with static groups).
 
-    One Cholesky factorisation of the matrix with both axes flipped gives R upper with H̃ = R Rᵀ, and
-    U = R⁻¹ (GPTQ, Frantar et al. 2023, uses the same U from three factorisations). The arithmetic is float64.
+    The matrix with both axes flipped has the Cholesky factor L; U is L⁻¹, flipped back (GPTQ, Frantar et al. 2023, uses
+    the same U from three factorisations). The arithmetic is float64, or float32 on a CPU, where that takes half the
+    time, if the damping bounds the condition so far that its roundings stay below those of the Gram matrix's sums.
 
     Args:
         gram: ``[in, in]`` float32 or float64, mean of x xᵀ over tokens.
@@ -86,12 +91,11 @@ def factorize(
     if not act_order:
         order = torch.arange(len(order), device=gram.device)
     backwards = order.flip(0)
-    work = gram.index_select(0, backwards).index_select(1, backwards).double()
-    sorted_diagonal = work.diagonal().clone()
     for retries in range(_MAX_RETRIES + 1):  # noqa: B007 (read after the loop)
-        work.diagonal().copy_(sorted_diagonal + fraction * mean)
-        lower, info = torch.linalg.cholesky_ex(work)
-        if int(info) == 0:
+        work = gram.index_select(0, backwards).index_select(1, backwards).to(_working_dtype(gram, fraction))
+        work.diagonal().copy_(diagonal[backwards] + fraction * mean)
+        inverse, failed = inverse_cholesky(work)
+        if not bool(failed):
             break
         fraction = max(fraction, 1e-4) * _RETRY_FACTOR
     else:
@@ -99,11 +103,10 @@ def factorize(
             f"{name}: Cholesky failed even with damping {fraction / _RETRY_FACTOR:.3g} of the mean diagonal"
         )
     del work  # of wide layers each of these takes gigabytes
-    right = lower.flip(0, 1)
-    del lower
+    upper = inverse.float().flip(0, 1)
     return Factor(
-        upper=inverse_upper(right).float(),
-        pivots=right.diagonal().float().clone(),
+        upper=upper,
+        pivots=upper.diagonal().reciprocal(),
         order=order,
         diagonal=(diagonal + fraction * mean).float(),
         damping=fraction,
@@ -113,25 +116,38 @@ def factorize(
     )
 
 
-def inverse_upper(matrix: Tensor) -> Tensor:
-    """Inverse of an upper triangular matrix ``[n, n]``.
+def _working_dtype(gram: Tensor, fraction: float) -> torch.dtype:
+    """float32 on a CPU where no eigenvalue can be so small that its roundings matter, else float64."""
+    if gram.device.type == "cpu" and len(gram) <= _CONDITION * fraction:
+        return torch.float32  # no eigenvalue exceeds the trace, none is below the damping
+    return torch.float64
 
-    Halves are inverted by themselves, so zeros are not multiplied: a third of the work of solving for the identity.
+
+def inverse_cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverse of the Cholesky factor L of a matrix, ``[n, n]``, and whether there is none, a bool ``[]``.
+
+    Only the lower triangle is read, and overwritten. Halves are factored by themselves, so that nearly all the work is
+    products of matrices: on two cores it took half the time of LAPACK's factor and inverse.
     """
     inverse = torch.zeros_like(matrix)
-    _invert_into(matrix, inverse)
-    return inverse
+    failures: list[Tensor] = []
+    _factor_into(matrix, inverse, failures)
+    return inverse, torch.stack(failures).any()
 
 
-def _invert_into(matrix: Tensor, inverse: Tensor) -> None:
-    """Write the inverse of an upper triangular matrix on and above the diagonal of another."""
+def _factor_into(matrix: Tensor, inverse: Tensor, failures: list[Tensor]) -> None:
+    """Write L⁻¹ on and below the diagonal of a matrix of zeros."""
     size = len(matrix)
-    if size <= _DIRECT_INVERSE:
+    if size <= _DIRECT[matrix.device.type]:
+        lower, info = torch.linalg.cholesky_ex(matrix)
         identity = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
-        inverse.copy_(torch.linalg.solve_triangular(matrix, identity, upper=True))
+        inverse.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
+        failures.append(info != 0)
         return
     half = size // 2
-    _invert_into(matrix[:half, :half], inverse[:half, :half])
-    _invert_into(matrix[half:, half:], inverse[half:, half:])
-    corner = matrix[:half, half:] @ inverse[half:, half:]
-    torch.mm(inverse[:half, :half], corner.neg_(), out=inverse[:half, half:])
+    first, last = inverse[:half, :half], inverse[half:, half:]
+    _factor_into(matrix[:half, :half], first, failures)
+    corner = matrix[half:, :half] @ first.t()
+    rest = matrix[half:, half:].addmm_(corner, corner.t(), alpha=-1)
+    _factor_into(rest, last, failures)
+    torch.mm(torch.mm(last, corner.neg_()), first, out=inverse[half:, :half])

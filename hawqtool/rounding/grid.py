@@ -7,7 +7,7 @@ the scales that won (casting afterwards costs 1 to 2 % at 8 bits).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -127,19 +127,12 @@ def _search_chunk(
     peak = torch.where(peak > 0, peak, torch.ones_like(peak))
     low = LOWEST_RATIO * peak / (quant_format.max_code + 0.5)
     high = peak / max(quant_format.max_code, 0.5)
-    search = _Search(weight, importance, quant_format)
-    # Stays where no candidate can be stored: weights that small are as good as zero, and get code zero.
-    best = _Best.start(peak, stored_dtype)
-    signs = (1.0, -1.0) if both_signs else (1.0,)
-
-    def attempt(best: _Best, place: Tensor, sign: Tensor, mirrored: bool) -> _Best:
-        scale = ((low + (high - low) * place) * sign).to(stored_dtype)
-        return best.improved(search.errors(scale, mirrored=mirrored), scale, place)
-
-    place = _coarse_places(peak).repeat_interleave(len(signs), 0)
-    best = attempt(best, place, peak.new_tensor(signs).repeat(COARSE_STEPS).view(-1, 1, 1), both_signs)
-    sign = torch.sign(best.scale.to(peak.dtype))
-    return attempt(best, _fine_places(best.place), sign, False).scale.t()
+    # A negative scale gives the grid that a zero point of -1 gives: the range of the codes from the other end.
+    zeros = peak.new_tensor((0.0, -1.0) if both_signs else (0.0,)).view(-1, 1, 1).expand(-1, *peak.shape)
+    search = _Search(weight, importance, quant_format, stored_dtype, low, high - low)
+    best = search.attempt(search.start(zeros[0]), _coarse_places(peak), zeros)
+    best = search.attempt(best, _fine_places(best.place), best.zero[None])
+    return (best.scale * (1 + 2 * best.zero).to(stored_dtype)).t()
 
 
 def _search_zeros_chunk(
@@ -154,15 +147,10 @@ def _search_zeros_chunk(
     start = quant_format.min_code - torch.round(lowest / span * steps)
     offsets = start.new_tensor(ZERO_OFFSETS).view(-1, 1, 1)
     zeros = (start + offsets).clamp(quant_format.min_code, quant_format.max_code)
-    search = _Search(weight, importance, quant_format)
-
-    def attempt(best: _Best, place: Tensor) -> _Best:
-        scale = (span / steps * (LOWEST_RATIO + (1 - LOWEST_RATIO) * place)).to(stored_dtype)
-        scales, places = (t.repeat_interleave(len(zeros), 0) for t in (scale, place))
-        return best.improved(search.errors(scale, zeros), scales, places, zeros.repeat(len(place), 1, 1))
-
-    best = attempt(_Best.start(span, stored_dtype, zeros[0]), _coarse_places(span))
-    best = attempt(best, _fine_places(best.place))
+    low, high = LOWEST_RATIO * span / steps, span / steps
+    search = _Search(weight, importance, quant_format, stored_dtype, low, high - low)
+    best = search.attempt(search.start(zeros[0]), _coarse_places(span), zeros)
+    best = search.attempt(best, _fine_places(best.place), zeros)
     return best.scale.t(), best.zero.t().to(torch.int8)
 
 
@@ -187,75 +175,84 @@ class _Best(NamedTuple):
     place: Tensor
     zero: Tensor
 
-    @classmethod
-    def start(cls, like: Tensor, stored_dtype: torch.dtype, zero: Tensor | None = None) -> _Best:
-        """Any finite error improves on it."""
-        nothing = torch.zeros_like(like)
-        scale = torch.ones_like(like, dtype=stored_dtype)
-        return cls(torch.full_like(like, float("inf")), scale, nothing, nothing if zero is None else zero)
-
-    def improved(self, errors: Tensor, scale: Tensor, place: Tensor, zero: Tensor | None = None) -> _Best:
-        """The first of the smallest errors, the present one before all; candidates are ``[candidates, ...]``."""
-        errors.nan_to_num_(nan=float("inf"), posinf=float("inf"))  # NaN never wins
-        error, index = errors.min(0, keepdim=True)
-        better = error[0] < self.error
-
-        def pick(present: Tensor, candidates: Tensor) -> Tensor:
-            return torch.where(better, candidates.gather(0, index)[0], present)
-
-        chosen = self.zero if zero is None else pick(self.zero, zero)
-        return _Best(
-            torch.where(better, error[0], self.error), pick(self.scale, scale), pick(self.place, place), chosen
-        )
-
 
 class _Search:
-    """Weighted squared error of one chunk for candidates."""
+    """Weighted squared error of one chunk, ``[groups, rows, width]``, for candidates.
 
-    def __init__(self, weight: Tensor, importance: Tensor, fmt: QuantFormat) -> None:
+    Args:
+        weight: The chunk, float32.
+        importance: ``[groups, width]`` float32.
+        fmt: Range of the codes.
+        stored_dtype: dtype of the scales.
+        low: ``[groups, rows]``, the scale of place 0.
+        span: ``[groups, rows]``, what place 1 adds to it.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        importance: Tensor,
+        fmt: QuantFormat,
+        stored_dtype: torch.dtype,
+        low: Tensor,
+        span: Tensor,
+    ) -> None:
         self.weight, self.importance, self.fmt = weight, importance, fmt
-        # Only zero, and scales whose float32 reciprocal overflows, are unusable: subnormal fp16 scales are coarse,
-        # but their error is measured as they are stored.
-        self.tiny = torch.finfo(torch.float32).tiny
-        # Buffers of the eager loop.
-        self.scaled, self.rounded, self.codes = (torch.empty_like(weight) for _ in range(3))
+        self.stored_dtype, self.low, self.span = stored_dtype, low, span
 
-    def errors(self, scales: Tensor, zeros: Tensor | None = None, mirrored: bool = False) -> Tensor:
-        """Sum over each group of c (w - s (q - z))² for each scale with each z; scales are ``[candidates, ...]``.
+    def start(self, zero: Tensor) -> _Best:
+        """Any finite error improves on it; it stays where no candidate can be stored.
 
-        Args:
-            scales: Candidates, in the stored dtype.
-            zeros: ``[zeros, groups, rows]``; None where all are zero.
-            mirrored: Every second scale is the one before it with the other sign, and there are no zeros.
-
-        Returns:
-            ``[candidates * zeros, groups, rows]`` float32; inf where a scale cannot be used.
+        Weights that small are as good as zero, and get code zero.
         """
-        steps = scales.to(self.weight.dtype)
+        scale = torch.ones_like(self.low, dtype=self.stored_dtype)
+        return _Best(torch.full_like(self.low, float("inf")), scale, torch.zeros_like(self.low), zero)
+
+    def attempt(self, best: _Best, place: Tensor, zeros: Tensor) -> _Best:
+        """The first of the smallest errors of scales at ``[places, groups, rows]``, each with every zero point.
+
+        The present best comes before all.
+        """
+        scale = torch.addcmul(self.low, self.span, place).to(self.stored_dtype)
+        steps = scale.to(self.weight.dtype)
+        # Only zero, and scales whose float32 reciprocal overflows, are unusable: subnormal fp16 scales are coarse,
+        # but their error is measured as they are stored. NaN never wins.
+        steps = steps.masked_fill_(steps < torch.finfo(torch.float32).tiny, float("nan"))
+        error, number = self._least(steps, zeros)
+        better = error < best.error
+
+        def pick(present: Tensor, candidates: Tensor, index: Tensor) -> Tensor:
+            return torch.where(better, candidates.gather(0, index[None])[0], present)
+
+        scale_number = number.div(len(zeros), rounding_mode="floor")
+        return _Best(
+            torch.where(better, error, best.error),
+            pick(best.scale, scale, scale_number),
+            pick(best.place, place, scale_number),
+            pick(best.zero, zeros, number - scale_number * len(zeros)),
+        )
+
+    def _least(self, steps: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor]:
+        """Least of the sums over a group of c (w - s (q - z))², and the number of the candidate that has it."""
         low, high = self.fmt.min_code, self.fmt.max_code
         fused = scale_search(self.weight.device)
         if fused is not None:
-            shifts = torch.zeros_like(steps[:1]) if zeros is None else zeros
-            found = fused.candidate_errors(self.weight, self.importance, steps, shifts, low, high)
-        else:
-            # Codes less their zero: its only effect is to move their range. So does the sign, once w / s is negated.
-            ranges: list[tuple[Any, Any]] = [(low, high), (-high, -low)] if mirrored else [(low, high)]
-            if zeros is not None:
-                ranges = [((low - zero).unsqueeze(-1), (high - zero).unsqueeze(-1)) for zero in zeros]
-            different = steps[::2] if mirrored else steps
-            found = torch.stack([error for step in different for error in self.eager_errors(step, ranges)])
-        unusable = steps.abs() < self.tiny
-        return found.masked_fill_(unusable.repeat_interleave(1 if zeros is None else len(zeros), 0), float("inf"))
+            return cast(
+                tuple[Tensor, Tensor], fused.least_errors(self.weight, self.importance, steps, zeros, low, high)
+            )
+        # Codes less their zero: its only effect is to move their range.
+        ranges = [((low - zero).unsqueeze(-1), (high - zero).unsqueeze(-1)) for zero in zeros]
+        errors = torch.stack([error for step in steps for error in self._eager_errors(step, ranges)])
+        return errors.nan_to_num_(nan=float("inf"), posinf=float("inf")).min(0)
 
-    def eager_errors(self, step: Tensor, ranges: Sequence[tuple[Any, Any]]) -> Iterator[Tensor]:
+    def _eager_errors(self, step: Tensor, ranges: Sequence[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
         """Error of one scale with each range of codes: ``[groups, rows]``."""
-        torch.mul(self.weight, step.reciprocal().unsqueeze(-1), out=self.scaled)
-        torch.round(self.scaled, out=self.rounded)
+        scaled = self.weight * step.reciprocal().unsqueeze(-1)
+        rounded = scaled.round()
         for lowest, highest in ranges:
-            torch.clamp(self.rounded, lowest, highest, out=self.codes)
-            self.codes.sub_(self.scaled).square_()
+            difference = torch.clamp(rounded, lowest, highest).sub_(scaled).square_()
             # A row times a matrix: the matrix times a column took five times as long in MKL.
-            sums = torch.bmm(self.importance.unsqueeze(1), self.codes.transpose(1, 2))
+            sums = torch.bmm(self.importance.unsqueeze(1), difference.transpose(1, 2))
             yield sums.squeeze(1) * step.square()
 
 
@@ -280,3 +277,8 @@ def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Te
         # Exact even in bf16: 8-bit differences lie within ±255.
         grouped = grouped - zeros.to(scales.dtype).unsqueeze(-1)
     return (grouped * scales.unsqueeze(-1)).view(rows, columns)
+
+
+def taken(codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
+    """Values of the grid in float32, ``[out, in]``, as the column loop sees them: less rounded than `dequantize`'s."""
+    return dequantize(codes, scales.float(), zeros)

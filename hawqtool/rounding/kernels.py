@@ -45,7 +45,7 @@ def column_loop(device: torch.device) -> ModuleType | None:
 
 
 def scale_search(device: torch.device) -> ModuleType | None:
-    """The module whose ``candidate_errors`` tries scales; None for the eager search."""
+    """The module whose ``least_errors`` tries scales; None for the eager search."""
     return _imported(_SEARCHES.get(kernel_for(device)))
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from hawqtool.model.statistics import GroupStatistics
 from hawqtool.model.timing import Recorder
 from hawqtool.rounding.asymmetric import full_shift, gptaq_problem
-from hawqtool.rounding.compensate import met_targets, round_compensated, spread_errors
+from hawqtool.rounding.compensate import met_targets, round_compensated, row_losses
 from hawqtool.rounding.factor import Factor
-from hawqtool.rounding.grid import Quantized, dequantize, expand_scales, search_grid
+from hawqtool.rounding.grid import Quantized, expand_scales, search_grid, taken
 from hawqtool.rounding.method import Grid, LayerSettings, RoundingMethod, Task
 from hawqtool.rounding.refit import refit_scales
 
@@ -86,26 +86,32 @@ def round_targets(problem: Problem, betas: Sequence[float]) -> list[Quantized]:
         chosen = [index for index, value in enumerate(betas) if value == beta]
         tasks = [problem.tasks[i] for i in chosen]
         targets = torch.cat([problem.targets[i] for i in chosen])
-        best = _looped(problem, tasks, targets, [problem.grids[i] for i in chosen], beta)
-        if problem.passes > 1 and beta < 1:
-            best = _searched_again(problem, tasks, targets, best, beta)
+        grids, again = [problem.grids[i] for i in chosen], problem.passes > 1 and beta < 1
+        spread = torch.empty_like(targets.t(), memory_format=torch.contiguous_format) if again else None
+        best = _looped(problem, tasks, targets, grids, beta, spread)
+        if spread is not None:
+            best = _searched_again(problem, tasks, targets, best, beta, spread)
         results |= dict(zip(chosen, best, strict=True))
     return [results[index] for index in range(len(betas))]
 
 
 def _searched_again(
-    problem: Problem, tasks: Sequence[Task], targets: Tensor, first: list[Quantized], beta: float
+    problem: Problem, tasks: Sequence[Task], targets: Tensor, first: list[Quantized], beta: float, spread: Tensor
 ) -> list[Quantized]:
-    """Each row's best of further passes, whose grids are searched on what the pass before rounded."""
+    """Each row's best of further passes, whose grids are searched on what the pass before rounded.
+
+    ``spread`` holds the errors of the first pass.
+    """
     heights = [len(task.weight) for task in tasks]
-    best = first
-    rounded, errors, least = _looked_back(problem, targets, first, beta)
+    best = latest = first
+    least = _row_losses(problem, targets, first, beta, spread)
     for _ in range(problem.passes - 1):
         with problem.recorder.stage("column loop"):
-            met = met_targets(targets, rounded, errors, problem.factor, beta)
+            rounded = torch.cat([taken(*result) for result in latest])
+            met = met_targets(targets, rounded, spread, problem.factor, beta)
         grids = [problem.search(task, target) for task, target in zip(tasks, met.split(heights), strict=True)]
-        latest = _looped(problem, tasks, targets, grids, beta)
-        rounded, errors, losses = _looked_back(problem, targets, latest, beta)
+        latest = _looped(problem, tasks, targets, grids, beta, spread)
+        losses = _row_losses(problem, targets, latest, beta, spread)
         better = (losses < least).split(heights)
         best = [_merged(rows, new, old) for rows, new, old in zip(better, latest, best, strict=True)]
         least = torch.minimum(losses, least)
@@ -113,9 +119,14 @@ def _searched_again(
 
 
 def _looped(
-    problem: Problem, tasks: Sequence[Task], targets: Tensor, grids: Sequence[Grid], beta: float
+    problem: Problem,
+    tasks: Sequence[Task],
+    targets: Tensor,
+    grids: Sequence[Grid],
+    beta: float,
+    spread: Tensor | None,
 ) -> list[Quantized]:
-    """The column loop over stacked tasks."""
+    """The column loop over stacked tasks; writes the errors that it spread where there is room for them."""
     heights, groups = [len(task.weight) for task in tasks], max(scales.shape[1] for scales, _ in grids)
     with problem.recorder.stage("column loop"):
         codes = round_compensated(
@@ -126,23 +137,17 @@ def _looped(
             problem.factor,
             beta,
             zero=_stacked_zeros(grids, groups),
+            spread=spread,
         )
     return [Quantized(part, *grid) for part, grid in zip(codes.split(heights), grids, strict=True)]
 
 
-def _looked_back(
-    problem: Problem, targets: Tensor, results: Sequence[Quantized], beta: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Values that the loop took, errors that it spread, ``[rows, in]`` each, and every row's damped loss, ``[rows]``.
-
-    GPTAQ's loss is that of the columns at their turn, as its loop has another feedback. Both are of the values that are
-    stored, whose last bits the loop did not see: at 3 bits a hundredth of a step.
-    """
+def _row_losses(problem: Problem, targets: Tensor, results: Sequence[Quantized], beta: float, spread: Tensor) -> Tensor:
+    """Every row's damped loss, ``[rows]``; GPTAQ's is that of the columns at their turn, for its other feedback."""
     with problem.recorder.stage("column loop"):
-        rounded = torch.cat([dequantize(*result).float() for result in results])
-        errors = spread_errors(targets, rounded, problem.factor, beta)
-        plain = errors if beta == 0 else spread_errors(targets, rounded, problem.factor)
-        return rounded, errors, plain.square().sum(1)
+        if beta == 0:
+            return spread.square().sum(0)
+        return row_losses(targets, torch.cat([taken(*result) for result in results]), problem.factor)
 
 
 def _merged(rows: Tensor, new: Quantized, old: Quantized) -> Quantized:

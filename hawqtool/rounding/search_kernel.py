@@ -54,22 +54,31 @@ def _candidate_errors_kernel(  # type: ignore[no-untyped-def]
             tl.store(out + (candidate * ZEROS + index) * plane, error, mask=is_row)
 
 
-def candidate_errors(
+def least_errors(
     weight: Tensor, importance: Tensor, steps: Tensor, zeros: Tensor, lowest: float, highest: float
-) -> Tensor:
-    """Sum over each group of c (w - s (q - z))² for every candidate scale with every zero point.
+) -> tuple[Tensor, Tensor]:
+    """Least sum over a group of c (w - s (q - z))² among all candidate scales with all zero points.
 
     Args:
         weight: ``[groups, rows, width]`` float32, contiguous.
         importance: ``[groups, width]`` float32, contiguous.
-        steps: ``[candidates, groups, rows]`` float32.
+        steps: ``[candidates, groups, rows]`` float32; NaN for one that cannot be used.
         zeros: ``[zeros, groups, rows]`` float32 integers.
         lowest: Smallest code.
         highest: Largest code.
 
     Returns:
-        ``[candidates * zeros, groups, rows]`` float32, the zero points of a scale next to each other.
+        The error, ``[groups, rows]`` float32, inf where no candidate can be used, and the number of the first that has
+        it, int64: candidate * zeros + zero.
     """
+    errors = _candidate_errors(weight, importance, steps, zeros, lowest, highest)
+    return errors.nan_to_num_(nan=float("inf"), posinf=float("inf")).min(0)
+
+
+def _candidate_errors(
+    weight: Tensor, importance: Tensor, steps: Tensor, zeros: Tensor, lowest: float, highest: float
+) -> Tensor:
+    """The error of every candidate with every zero point: ``[candidates * zeros, groups, rows]`` float32."""
     groups, rows, width = weight.shape
     tile = min(triton.next_power_of_2(width), _MAX_TILE_WIDTH)
     parts = triton.cdiv(width, tile)
