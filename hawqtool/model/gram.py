@@ -7,14 +7,17 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_TOKENS = 1 << 14
-"""Tokens of a product: float32 sums stay short, and so does the second matrix that a product needs."""
+_TOKENS = {"cpu": 1 << 11, "cuda": 1 << 14}
+"""Tokens of a product: float32 sums stay short, and so does the second matrix that a product needs.
+
+A CPU multiplies 32,768 tokens of 576 columns in a fifth less time so than 16,384 together.
+"""
 
 _TENSOR_CORES = (8, 0)
 """Compute capability from which tensor cores multiply bfloat16."""
 
-GRAM_PANEL = 256
-"""Rows of a symmetric product that are computed together on a CPU: a third less work than the whole at 1536 columns."""
+GRAM_PANEL = 192
+"""Rows of a symmetric product that are computed together on a CPU: a third less work than the whole at 576 columns."""
 
 _TILED_WIDTH, _TILE = 4096, 2048
 """Width from which a matrix is computed in panels on a GPU, and the rows of such a panel."""
@@ -87,10 +90,11 @@ def mean_product(left: Tensor, right: Tensor, roots: Tensor | None = None) -> Te
 
 def _scaled_parts(inputs: Tensor, roots: Tensor | None) -> Iterator[Tensor]:
     """Some tokens ``[tokens, in]`` at a time, times the roots of their weights."""
+    tokens = _TOKENS[inputs.device.type]
     if roots is None:
-        yield from inputs.split(_TOKENS)
+        yield from inputs.split(tokens)
         return
-    for part, root in zip(inputs.split(_TOKENS), roots.split(_TOKENS), strict=True):
+    for part, root in zip(inputs.split(tokens), roots.split(tokens), strict=True):
         yield part * root.to(part.dtype)[:, None]
 
 

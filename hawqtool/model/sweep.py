@@ -257,9 +257,9 @@ class ModelStream:
             return result.last_hidden_state.mean(1, keepdim=True)
         return result.logits[:, None] if self.task.per_row else result.logits
 
-    def output_parts(self, positions: int) -> list[slice]:
+    def output_parts(self, positions: int, most: int = _POSITIONS) -> list[slice]:
         """Positions of a row whose outputs are computed together: on a CPU some, because logits outweigh all else."""
-        together = _POSITIONS if self.task.generates and self.device.type == "cpu" else positions
+        together = most if self.task.generates and self.device.type == "cpu" else positions
         return [slice(first, min(first + together, positions)) for first in range(0, positions, together)]
 
     def rows_together(self, positions: int) -> int:

@@ -21,7 +21,7 @@ from hawqtool.pipeline.progress import Reporter
 from hawqtool.pipeline.rows import evaluation_rows
 from hawqtool.records import Evaluation, Rows
 
-_CPU_ROWS = 4
+_CPU_ROWS = 2
 """Most rows of a pass on a CPU: more are no faster and take more memory."""
 
 

@@ -263,10 +263,14 @@ def expand_scales(scales: Tensor, columns: int) -> Tensor:
 
 def nearest_codes(weight: Tensor, scales: Tensor, quant_format: QuantFormat, zeros: Tensor | None = None) -> Tensor:
     """Plain rounding: ``clamp(round(w / s) + z)`` as ``[out, in]`` int8 (half to even)."""
-    codes = torch.round(weight / expand_scales(scales, weight.shape[1]))
+    return clamped_codes(torch.round(weight / expand_scales(scales, weight.shape[1])), quant_format, zeros)
+
+
+def clamped_codes(levels: Tensor, quant_format: QuantFormat, zeros: Tensor | None = None) -> Tensor:
+    """``clamp(levels + z)`` as ``[out, in]`` int8; the levels, integers in float32, are used up."""
     if zeros is not None:
-        codes += expand_scales(zeros, weight.shape[1])
-    return codes.clamp_(quant_format.min_code, quant_format.max_code).to(torch.int8)
+        levels += expand_scales(zeros, levels.shape[1])
+    return levels.clamp_(quant_format.min_code, quant_format.max_code).to(torch.int8)
 
 
 def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:

@@ -18,7 +18,7 @@ from hawqtool.model.timing import UNRECORDED, Recorder
 from hawqtool.records import LayerMetrics, RoundedLayer
 from hawqtool.rounding.asymmetric import best_shift, full_shift
 from hawqtool.rounding.factor import Factor, factorize
-from hawqtool.rounding.grid import Quantized, dequantize, expand_scales, nearest_codes
+from hawqtool.rounding.grid import Quantized, clamped_codes, dequantize, expand_scales, nearest_codes
 from hawqtool.rounding.kernels import kernel_for
 from hawqtool.rounding.method import BETAS, LayerSettings, RoundingMethod, Task
 from hawqtool.rounding.passes import prepare, refit, round_targets
@@ -198,21 +198,21 @@ def with_codes(layer: RoundedLayer, result: Quantized, weight: Tensor) -> Rounde
     """
     original = weight.float()
     error = (dequantize(*result).float() - original).square().sum() / original.square().sum().clamp_min(1e-30)
-    clipped = _beyond(original, result, layer.quant_format)
+    in_steps = original / expand_scales(result.scales, original.shape[1])
+    clipped = _beyond(in_steps, result, layer.quant_format)
     values = torch.stack([error, clipped]).tolist()
     metrics = replace(layer.metrics, weight_error=values[0], clip_rate=values[1])
     return replace(layer, codes=result.codes, scales=result.scales, zeros=result.zeros, metrics=metrics)
 
 
-def _beyond(weight: Tensor, result: Quantized, fmt: QuantFormat) -> Tensor:
-    """Share of the weights that lie more than half a step outside the grid: ``[]`` float32."""
-    codes, scales, zeros = result
-    levels = codes.float()  # comparing int8 takes four times as long on a CPU
+def _beyond(in_steps: Tensor, result: Quantized, fmt: QuantFormat) -> Tensor:
+    """Share of the weights, given in steps of their grid, that lie more than half a step outside: ``[]`` float32."""
+    levels = result.codes.float()  # comparing int8 takes four times as long on a CPU
     at_bound = (levels == fmt.min_code) | (levels == fmt.max_code)
-    if zeros is not None:
-        levels -= expand_scales(zeros, weight.shape[1])
-    beyond = (weight / expand_scales(scales, weight.shape[1])).sub_(levels).abs_() > 0.5
-    return torch.count_nonzero(at_bound & beyond) / weight.numel()
+    if result.zeros is not None:
+        levels -= expand_scales(result.zeros, in_steps.shape[1])
+    beyond = levels.sub_(in_steps).abs_() > 0.5
+    return torch.count_nonzero(at_bound.logical_and_(beyond)) / in_steps.numel()
 
 
 def _losses(task: Task, result: Quantized, gram: Tensor, factor: Factor) -> Tensor:
@@ -220,7 +220,9 @@ def _losses(task: Task, result: Quantized, gram: Tensor, factor: Factor) -> Tens
     weight, fmt = task.weight, task.quant_format
     _, scales, zeros = result
     error = dequantize(*result).float().sub_(weight)
-    plain = dequantize(nearest_codes(weight, scales, fmt, zeros), scales, zeros).float().sub_(weight)
+    in_steps = weight / expand_scales(scales, weight.shape[1])
+    clipped = _beyond(in_steps, result, fmt)
+    plain = dequantize(clamped_codes(in_steps.round_(), fmt, zeros), scales, zeros).float().sub_(weight)
     power = quadratic_form(weight, gram, coarse=True).clamp_min(1e-30)
     steps = expand_scales(scales.float().square().sum(0, keepdim=True), weight.shape[1])[0]
     expected = (factor.pivots.square() * steps[factor.order]).sum() / 12
@@ -230,6 +232,6 @@ def _losses(task: Task, result: Quantized, gram: Tensor, factor: Factor) -> Tens
             quadratic_form(plain, gram, coarse=True) / power,
             expected / power,
             error.square().sum() / weight.square().sum().clamp_min(1e-30),
-            _beyond(weight, result, fmt),
+            clipped,
         ]
     )

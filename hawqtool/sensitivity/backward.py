@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from hawqtool.model.experts import ExpertLinear
+from hawqtool.model.replay import Call
 from hawqtool.model.sweep import Activations, local_name, run_block
 from hawqtool.records import BlockSpec, LinearSpec
+from hawqtool.sensitivity.ending import adds_up, last_linear, without_product
 from hawqtool.sensitivity.scores import LayerRows
 
 
@@ -31,14 +33,10 @@ def block_backward(
     """
     seen: dict[str, tuple[list[Tensor], list[Tensor]]] = {linear.name: ([], []) for linear in spec.linears}
     powers: dict[str, list[Tensor]] = {linear.unit: [] for linear in spec.linears}
-    before = []
+    before, reverse = [], _Reverse(block, spec)
     for position, hidden in enumerate(scoring.hidden):
         rows, positions = hidden.shape[:2]
-        leaf = hidden.detach().requires_grad_()
-        with torch.enable_grad(), _captured(block, spec) as captured:
-            output = run_block(block, leaf, scoring.calls[position][spec.index])
-            watched = [leaf, *(c.output for c in captured.calls.values()), *(i.alias for i in captured.inputs)]
-            found = list(torch.autograd.grad(output, watched, gradients[position]))
+        captured, found = reverse.run(hidden, scoring.calls[position][spec.index], gradients[position], _all_watched)
         before.append(found.pop(0))
         for name, call in captured.calls.items():
             for into, values in zip(seen[name], (call.x.detach(), found.pop(0)), strict=True):
@@ -75,16 +73,12 @@ def token_powers(
         ``[rows, positions]`` float32 by the name of the linear. Experts are left out.
     """
     powers: dict[str, list[Tensor]] = {}
-    before = []
+    before, reverse = [], _Reverse(block, spec)
     for position, hidden in enumerate(seen.hidden):
-        rows, leaf = len(hidden), hidden.detach().to(gradients[position].dtype).requires_grad_()
-        with torch.enable_grad(), _captured(block, spec) as captured:
-            output = run_block(block, leaf, seen.calls[position][spec.index])
-            calls = {n: call for n, call in captured.calls.items() if not isinstance(call.module, ExpertLinear)}
-            watched = [leaf, *(call.output for call in calls.values())]
-            found = list(torch.autograd.grad(output, watched, gradients[position]))
+        rows, states = len(hidden), hidden.to(gradients[position].dtype)
+        captured, found = reverse.run(states, seen.calls[position][spec.index], gradients[position], _dense_outputs)
         before.append(found.pop(0))
-        for name, gradient in zip(calls, found, strict=True):
+        for name, gradient in zip(_dense(captured), found, strict=True):
             norms = torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.promote_types(gradient.dtype, torch.float32))
             powers.setdefault(name, []).append(norms.square().reshape(rows, -1))
     return {name: torch.cat(parts) for name, parts in powers.items()}, before
@@ -113,6 +107,55 @@ class _Captured:
 
     calls: dict[str, _Call]
     inputs: list[_SharedInput]
+
+
+def _dense(captured: _Captured) -> dict[str, _Call]:
+    return {name: call for name, call in captured.calls.items() if not isinstance(call.module, ExpertLinear)}
+
+
+def _dense_outputs(captured: _Captured) -> list[Tensor]:
+    return [call.output for call in _dense(captured).values()]
+
+
+def _all_watched(captured: _Captured) -> list[Tensor]:
+    return [*(call.output for call in captured.calls.values()), *(shared.alias for shared in captured.inputs)]
+
+
+class _Reverse:
+    """Differentiates a block, slice by slice, without the product of its last linear where the block only adds it."""
+
+    def __init__(self, block: nn.Module, spec: BlockSpec) -> None:
+        self.block, self.spec = block, spec
+        self.last = last_linear(block, spec)
+
+    def run(
+        self, hidden: Tensor, call: Call, gradient: Tensor, watch: Callable[[_Captured], list[Tensor]]
+    ) -> tuple[_Captured, list[Tensor]]:
+        """The calls of a slice, and the gradients at its hidden states and at what is watched.
+
+        Args:
+            hidden: Hidden states before the block.
+            call: Its other arguments.
+            gradient: Gradient at its output.
+            watch: Tensors of the calls whose gradients are wanted; the output of the last linear among them.
+        """
+        if self.last is not None:
+            with without_product(self.last):
+                captured, found = self._run(hidden, call, gradient, watch)
+            ours = {id(call.output) for call in captured.calls.values() if call.module is self.last}
+            watched = zip(watch(captured), found[1:], strict=True)
+            if all(adds_up(gradient, at_linear) for tensor, at_linear in watched if id(tensor) in ours):
+                return captured, found
+            self.last = None
+        return self._run(hidden, call, gradient, watch)
+
+    def _run(
+        self, hidden: Tensor, call: Call, gradient: Tensor, watch: Callable[[_Captured], list[Tensor]]
+    ) -> tuple[_Captured, list[Tensor]]:
+        leaf = hidden.detach().requires_grad_()
+        with torch.enable_grad(), _captured(self.block, self.spec) as captured:
+            output = run_block(self.block, leaf, call)
+            return captured, list(torch.autograd.grad(output, [leaf, *watch(captured)], gradient))
 
 
 @contextmanager

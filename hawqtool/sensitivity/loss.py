@@ -13,6 +13,9 @@ from hawqtool.model.sweep import ModelStream
 _OUTPUTS = 512
 """Outputs whose labels are drawn together: their cumulative probabilities are as large as all logits."""
 
+_POSITIONS = 128
+"""Positions whose logits a CPU holds at a time here, where no second model's are needed: a fifth faster than 64."""
+
 
 def loss_gradients(
     stream: ModelStream, rows: Sequence[Tensor], hidden: Sequence[Tensor], generator: torch.Generator
@@ -36,7 +39,7 @@ def loss_gradients(
         found = []
         for row, state in zip(part, states, strict=True):
             pieces, count = [], 0
-            for positions in stream.output_parts(len(state)):
+            for positions in stream.output_parts(len(state), _POSITIONS):
                 leaf = state[None, positions].detach().requires_grad_()
                 outputs = stream.outputs(row[None, positions] if stream.task.generates else row[None], leaf)[0].float()
                 if not bool(torch.stack(outputs.detach().aminmax()).isfinite().all()):

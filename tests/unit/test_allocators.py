@@ -32,7 +32,7 @@ class Heap:
 def test_freed_memory_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     heap = Heap(monkeypatch)
     allocators.prepare_allocators()
-    assert heap.set == [(-3, 64 << 20), (-1, 64 << 20)]
+    assert heap.set == [(-3, 8 << 20), (-1, 64 << 20)]
     assert os.environ[VARIABLE] == "expandable_segments:True"
 
 
