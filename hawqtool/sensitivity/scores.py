@@ -88,7 +88,7 @@ def score_rows(
     values = []
     for layer, labels, error, terms, (own, weighted) in zip(layers, errors, stacked, found, seen, strict=True):
         product = terms.power @ own + weighted - terms.power.mean(0) @ own
-        norms = error.square().sum(2).double().sum(0)
+        norms = torch.stack([by_format.norm().double().square() for by_format in error.unbind(1)])
         scale = 2 * layer.outputs
         by_metric = {
             "fisher": terms.fisher / scale,
@@ -127,7 +127,7 @@ def _gradient_terms(layer: LayerRows, errors: Tensor, projects: bool) -> _Gradie
     """Terms of the rows' gradients with errors ``[out, formats, in]``; all but the power are 0 without ``projects``."""
     height, formats, width = errors.shape
     limit = _chunk_elements(errors)
-    squares = errors.square()
+    squares = errors.square() if projects else errors
     inputs: list[Tensor] = []
     powers, sums = [], []
     for rows in _batches(layer.rows, max(1, limit // (height * width))):

@@ -30,6 +30,9 @@ exponent 1, 0.414 with ½, 0.419 with 0.35, each for all linears of an input tog
 _STORED = torch.bfloat16
 """dtype of hidden states between the forward and the reverse sweep, where the model's own is larger."""
 
+_POSITIONS = 128
+"""Positions whose logits a CPU holds at a time: few, because little else is in memory here."""
+
 
 def token_weights(
     stream: ModelStream,
@@ -75,7 +78,7 @@ def token_weights(
             progress(done := done + 1, total)
         # Logits need memory in other sizes than blocks do.
         release_freed_pages()
-        gradients, _ = loss_gradients(stream, part.split(rows_per_slice), seen.hidden, generator)
+        gradients, _ = loss_gradients(stream, part.split(rows_per_slice), seen.hidden, generator, _POSITIONS)
         stream.release_ends()
         release_freed_pages()
         for spec in reversed(blocks):
