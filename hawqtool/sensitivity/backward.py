@@ -48,7 +48,8 @@ def block_backward(
         totals = {unit: torch.zeros(rows, dtype=torch.float64) for unit in powers}
         for shared, gradient in zip(captured.inputs, found, strict=True):
             parts = _by_row(shared.module, gradient, rows, positions)
-            totals[shared.unit] += torch.stack([g.float().square().sum(dtype=torch.float64) for g in parts]).cpu()
+            norms = [torch.linalg.vector_norm(g, dim=-1, dtype=_at_least_float32(g)) for g in parts]
+            totals[shared.unit] += torch.stack([n.double().square().sum() for n in norms]).cpu()
         for unit, total in totals.items():
             powers[unit].append(total)
     for unit, parts in powers.items():
@@ -79,7 +80,7 @@ def token_powers(
         captured, found = reverse.run(states, seen.calls[position][spec.index], gradients[position], _dense_outputs)
         before.append(found.pop(0))
         for name, gradient in zip(_dense(captured), found, strict=True):
-            norms = torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.promote_types(gradient.dtype, torch.float32))
+            norms = torch.linalg.vector_norm(gradient, dim=-1, dtype=_at_least_float32(gradient))
             powers.setdefault(name, []).append(norms.square().reshape(rows, -1))
     return {name: torch.cat(parts) for name, parts in powers.items()}, before
 
@@ -184,6 +185,10 @@ def _captured(block: nn.Module, spec: BlockSpec) -> Iterator[_Captured]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _at_least_float32(values: Tensor) -> torch.dtype:
+    return torch.promote_types(values.dtype, torch.float32)
 
 
 def _linear(spec: BlockSpec, name: str) -> LinearSpec:
