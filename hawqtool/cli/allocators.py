@@ -20,7 +20,7 @@ def prepare_allocators() -> None:
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if sys.platform == "linux" and not any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         # Else all large tensors go back to the system, and the next ones wait for new pages: some percent of a CPU's
-        # run. The largest do, whose holes in the heap few others fit: 70 MB of the peak where SmolLM2 is rounded.
+        # run. The largest do, whose holes in the heap few others fit: 40 to 100 MB where SmolLM2 is rounded.
         set_option = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
         if set_option is not None:
             set_option(_MMAP_THRESHOLD, _HEAP_BYTES)

@@ -14,7 +14,7 @@ SCARCE_TOKENS_PER_COLUMN = 8
 DAMPING, SCARCE_DAMPING = 0.05, 0.2
 _RETRY_FACTOR, _MAX_RETRIES = 4.0, 6
 _CONDITION = 1 << 16
-"""Bound of the condition up to which float32 serves: its roundings, 2^-24 each, then stay below 1 %."""
+"""Bound of the condition up to which float32 serves: times its rounding, 2^-24, it is less than 1 %."""
 
 _DIRECT = {"cpu": 288, "cuda": 1024}
 """Columns that are factored at once."""
@@ -68,7 +68,7 @@ def factorize(
 
     The matrix with both axes flipped has the Cholesky factor L; U is L⁻¹, flipped back (GPTQ, Frantar et al. 2023, uses
     the same U from three factorisations). The arithmetic is float64, or float32 on a CPU, where that takes half the
-    time, if the damping bounds the condition so far that its roundings stay below those of the Gram matrix's sums.
+    time, if the damping bounds the condition (see `_CONDITION`).
 
     Args:
         gram: ``[in, in]`` float32 or float64, mean of x xᵀ over tokens.

@@ -217,7 +217,7 @@ class _Search:
         steps = scale.to(self.weight.dtype)
         # Only zero, and scales whose float32 reciprocal overflows, are unusable: subnormal fp16 scales are coarse,
         # but their error is measured as they are stored. NaN never wins.
-        steps = steps.masked_fill_(steps < torch.finfo(torch.float32).tiny, float("nan"))
+        steps = steps.masked_fill(steps < torch.finfo(torch.float32).tiny, float("nan"))
         error, number = self._least(steps, zeros)
         better = error < best.error
 
