@@ -145,7 +145,7 @@ def _looped(
 def _row_losses(problem: Problem, targets: Tensor, results: Sequence[Quantized], beta: float, spread: Tensor) -> Tensor:
     """Every row's damped loss, ``[rows]``; GPTAQ's is that of the columns at their turn, for its other feedback.
 
-    It is of the values that the loop took, before they are rounded to the stored dtype, which adds as much in all passes.
+    It is of the values that the loop took: rounding them to the stored dtype adds as much in every pass.
     """
     with problem.recorder.stage("column loop"):
         if beta == 0:
