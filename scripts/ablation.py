@@ -43,6 +43,7 @@ import yaml
 from torch import Tensor
 
 from hawqtool.allocation.uniform import uniform_formats
+from hawqtool.cli.allocators import prepare_allocators
 from hawqtool.config import RunConfig, load_config
 from hawqtool.errors import HawqError, UsageError
 from hawqtool.evaluation.divergence import evaluate_hidden, standard_error
@@ -84,6 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: Command line without the program name (default: ``sys.argv[1:]``).
     """
+    prepare_allocators()  # as the command does
     options = _parse(arguments)
     try:
         print(table(run(options)), end="")

@@ -31,6 +31,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
+from hawqtool.cli.allocators import prepare_allocators
 from hawqtool.config import RunConfig, load_config
 from hawqtool.errors import HawqError, UsageError
 from hawqtool.model.gram import has_float32_products
@@ -50,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: Command line without the program name (default: ``sys.argv[1:]``).
     """
+    prepare_allocators()  # as the command does
     options = _parse(arguments)
     try:
         document = run(options)

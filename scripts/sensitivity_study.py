@@ -26,6 +26,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from hawqtool.cli.allocators import prepare_allocators
 from hawqtool.errors import HawqError, UsageError
 from hawqtool.pipeline.report_page import matplotlib_installed
 from hawqtool.records import SCORE_METRICS, SWEEP_METRICS
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: Command line without the program name (default: ``sys.argv[1:]``).
     """
+    prepare_allocators()  # as the command does
     options = _parse(arguments)
     try:
         run(options)

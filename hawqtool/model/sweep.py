@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, MutableSequence, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass
 from itertools import repeat
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hawqtool.errors import InputError, NumericalError
-from hawqtool.model.heap import release_freed_pages
+from hawqtool.model.heap import kept_pages, release_freed_pages
 from hawqtool.model.layers import Structure
 from hawqtool.model.prefetch import Prefetcher
 from hawqtool.model.reader import check_finite
@@ -205,6 +205,10 @@ class ModelStream:
             to_meta(module)
             if self.device.type == "cpu" and index % _BLOCKS_BETWEEN_TRIMS == 0:
                 release_freed_pages()
+
+    def keeping_pages(self) -> AbstractContextManager[None]:
+        """A context for sweeps over many slices, in which a CPU's heap keeps what is freed (see `kept_pages`)."""
+        return kept_pages() if self.device.type == "cpu" else nullcontext()
 
     def _expect_after(self, index: int) -> None:
         """Have the next block's weights read ahead where the source can: the walk goes on the way it came.

@@ -62,7 +62,7 @@ def exchange_divergence(
         ``[unit][format label]``: the new divergence less the present one, with its standard error; negative if better.
     """
     done, scores = load_scores(saved)
-    with ExitStack() as resident, torch.no_grad():
+    with quantized.keeping_pages(), ExitStack() as resident, torch.no_grad():
         modules = [resident.enter_context(quantized.block(spec.index)) for spec in quantized.structure.blocks]
         needs = method.needs_held_out, method.needs_drift
         known = quantized.embed(calibration.tokens, rows_per_slice, *needs, weights=calibration.weights)

@@ -103,31 +103,31 @@ def measure(
     """
     begun, method = saved.load(_SWEEP), replace(method, passes=1)  # more make all errors smaller alike
     left = len(stream.structure.blocks) if begun is None else int(begun["left"])
-    known = stream.embed(calibration.tokens, rows_per_slice, method.needs_held_out, weights=calibration.weights)
-    sets = (known, stream.embed(scoring, rows_per_slice))
-    stored = forward_sweep(stream, *sets, left, menu, progress, keeps_states=refiner is not None)
-    if begun is None:
-        generator = torch.Generator(stream.device).manual_seed(seed)
-        gradients, outputs = loss_gradients(stream, scoring.split(rows_per_slice), sets[1].hidden, generator)
-        growth, found = GradientGrowth.of(gradients, growth_limit), _Found(list(metrics), {}, {}, {})
-        seen = LayerRows(head_rows(stream, scoring, sets[1].hidden, seed), sets[1].hidden[0].shape[1], outputs)
-        _measure_head(stream, calibration.tokens, known, seen, menu, method, stored_dtypes, found)
-    else:
-        gradients, outputs = [gradient.to(stream.device) for gradient in begun["gradients"]], begun["outputs"]
-        growth, found = GradientGrowth(**begun["growth"]), _Found(**begun["found"])
-    for spec in reversed(stream.structure.blocks[:left]):
-        left_here = stored.pop()
-        sets[0].hidden, sets[1].hidden = left_here.calibration, left_here.scoring
-        with stream.block(spec.index) as block:
-            groups = left_here.statistics() or wanted_statistics(block, spec, sets[0], menu)
-            errors = _errors(block, spec, groups, menu, method, stored_dtypes, refiner, sets[0].hidden)
-            del left_here, groups
-            layers, gradients = block_backward(block, spec, sets[1], gradients, outputs, found.input_power)
-        gradients = growth.limited(gradients)
-        check_states(gradients, f"the gradient at the input of block {spec.name}")
-        found.add_block(spec, layers, errors)
-        saved.save(_SWEEP, _state(spec.index, gradients, outputs, growth, found))
-        progress("reverse sweep", left - spec.index, left)
+    with stream.keeping_pages():
+        known = stream.embed(calibration.tokens, rows_per_slice, method.needs_held_out, weights=calibration.weights)
+        sets = (known, stream.embed(scoring, rows_per_slice))
+        stored = forward_sweep(stream, *sets, left, menu, progress, keeps_states=refiner is not None)
+        if begun is None:
+            generator = torch.Generator(stream.device).manual_seed(seed)
+            gradients, outputs = loss_gradients(stream, scoring.split(rows_per_slice), sets[1].hidden, generator)
+            growth, found = GradientGrowth.of(gradients, growth_limit), _Found(list(metrics), {}, {}, {})
+            seen = LayerRows(head_rows(stream, scoring, sets[1].hidden, seed), sets[1].hidden[0].shape[1], outputs)
+            _measure_head(stream, calibration.tokens, known, seen, menu, method, stored_dtypes, found)
+        else:
+            gradients, outputs = [gradient.to(stream.device) for gradient in begun["gradients"]], begun["outputs"]
+            growth, found = GradientGrowth(**begun["growth"]), _Found(**begun["found"])
+        for spec in reversed(stream.structure.blocks[:left]):
+            left_here = stored.pop()
+            sets[0].hidden, sets[1].hidden = left_here.calibration, left_here.scoring
+            with stream.block(spec.index) as block:
+                groups = left_here.statistics() or wanted_statistics(block, spec, sets[0], menu)
+                errors = _errors(block, spec, groups, menu, method, stored_dtypes, refiner, sets[0].hidden)
+                del left_here, groups
+                layers, gradients = block_backward(block, spec, sets[1], gradients, outputs, found.input_power)
+            check_states(gradients := growth.limited(gradients), f"the gradient at the input of block {spec.name}")
+            found.add_block(spec, layers, errors)
+            saved.save(_SWEEP, _state(spec.index, gradients, outputs, growth, found))
+            progress("reverse sweep", left - spec.index, left)
     return found.measurement(stream.structure.units, outputs, growth.shortened)
 
 

@@ -70,7 +70,7 @@ def single_unit_divergence(
         scores[unit] = found
         progress("single units", sum(map(len, scores.values())), sum(map(len, menu.values())))
 
-    with ExitStack() as resident, torch.no_grad():
+    with stream.keeping_pages(), ExitStack() as resident, torch.no_grad():
         modules = [resident.enter_context(stream.block(spec.index)) for spec in stream.structure.blocks]
         known = stream.embed(calibration.tokens, rows_per_slice, method.needs_held_out, weights=calibration.weights)
         seen = stream.embed(scoring, rows_per_slice)

@@ -60,7 +60,7 @@ def forward_backward(job: Job, rows: Rows) -> dict[str, Any]:
     """
     stream = job.stream()
     blocks = stream.structure.blocks
-    with ExitStack() as resident, torch.enable_grad():
+    with stream.keeping_pages(), ExitStack() as resident, torch.enable_grad():
         modules = [resident.enter_context(stream.block(spec.index)) for spec in blocks]
         for module in modules:
             module.requires_grad_(True)
