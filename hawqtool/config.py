@@ -7,7 +7,7 @@ import math
 import os
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from hawqtool.errors import UsageError
-from hawqtool.formats import MAX_BITS, MIN_BITS
+from hawqtool.formats import GROUP_STEP, MAX_BITS, MIN_BITS, is_served
 from hawqtool.parsing import MAX_YAML_BYTES, ParseError, parse_yaml, read_bounded, shown
 from hawqtool.records import EXTRA_METRICS, SCORE_METRICS
 from hawqtool.values import parse_group_size, parse_share, parse_size, split_weight
@@ -30,6 +30,8 @@ SELF = "self"
 
 ASYMMETRIC_PROFILES = ("vllm", "transformers")
 """Profiles that take grids with zero points; transformers only in versions that README names."""
+
+_GroupSize = Annotated[int, Field(gt=0, multiple_of=GROUP_STEP)] | Literal["channel"]
 
 
 class RunConfig(BaseModel):
@@ -108,7 +110,7 @@ class RunConfig(BaseModel):
             raise ValueError(f"expected widths from {MIN_BITS} to {MAX_BITS}, such as 2,3,4,8")
         return tuple(sorted({int(v) for v in value}))
 
-    @field_validator("group_size", mode="before", json_schema_input_type=Literal[128, 64, 32, "channel"])
+    @field_validator("group_size", mode="before", json_schema_input_type=_GroupSize)
     @classmethod
     def _parse_group_size(cls, value: Any) -> int:
         return parse_group_size(value)
@@ -205,6 +207,9 @@ class RunConfig(BaseModel):
             raise ValueError(
                 "profile portable allows widths 4 and 8 only; drop the others from bits or choose another profile"
             )
+        for size in (size for size in self.group_sizes if not is_served(size)):
+            if self.profile != "transformers":
+                raise ValueError(group_size_refusal(size))
         if self.profile == "portable" and self.scale_sign == "both":
             raise ValueError("profile portable needs positive scales; drop scale_sign or choose another profile")
         for other in (n for n in ("target_kl", "max_cost", "plan") if getattr(self, n) is not None):
@@ -244,6 +249,11 @@ class RunConfig(BaseModel):
         if self.costs is not None and self.plan is not None:
             raise ValueError("a plan is carried out as it is; drop plan, or costs and max_cost")
         return self
+
+    @property
+    def group_sizes(self) -> tuple[int, ...]:
+        """Group sizes that a plan may have; layers that one does not divide fall to a smaller one."""
+        return (self.group_size, *self.extra_group_sizes)
 
     @property
     def both_signs(self) -> bool:
@@ -312,6 +322,14 @@ def asymmetric_refusal(profile: str) -> str:
     return (
         f"profile {profile} takes symmetric grids only: transformers 5.23 fails to load the zero points of asymmetric "
         "ones, and SGLang takes them at 4 bits only; --profile vllm accepts them (and --profile transformers, for 5.17)"
+    )
+
+
+def group_size_refusal(group_size: int) -> str:
+    """Why a group size is not for every profile."""
+    return (
+        f"groups of {group_size} load in transformers alone: kernels of serving engines take 32, 64, 128 and whole "
+        "rows; use one of these, or --profile transformers"
     )
 
 

@@ -7,6 +7,11 @@ from dataclasses import dataclass
 
 MIN_BITS, MAX_BITS = 2, 8
 GROUP_SIZES = (128, 64, 32)
+"""Group sizes that the kernels of serving engines take; each divides those before it."""
+
+GROUP_STEP = 16
+"""Other group sizes are multiples of it."""
+
 CHANNEL = 0
 """``group_size`` of a format with one scale per output channel."""
 
@@ -92,15 +97,23 @@ def parse_label(label: str) -> QuantFormat:
     return QuantFormat(int(match[1]), int(match[2] or CHANNEL), symmetric=not match[3])
 
 
-def fitting_group_size(requested: int, in_features: int) -> int | None:
-    """Largest supported group size that does not exceed the requested one and divides ``in_features``.
+def is_served(group_size: int) -> bool:
+    """Whether the kernels of serving engines take a group size; transformers takes every one."""
+    return group_size == CHANNEL or group_size in GROUP_SIZES
+
+
+def group_sizes_tried(requested: int) -> tuple[int, ...]:
+    """The requested group size, then the smaller ones of `GROUP_SIZES`, to which it falls where it does not divide."""
+    return (requested, *(size for size in GROUP_SIZES if size < requested))
+
+
+def fitting_group_size(requested: int, *in_features: int) -> int | None:
+    """The first of `group_sizes_tried` that divides all widths.
 
     Returns:
         The group size, ``CHANNEL`` when that was requested, or None when nothing fits.
     """
     if requested == CHANNEL:
         return CHANNEL
-    for size in GROUP_SIZES:
-        if size <= requested and in_features % size == 0:
-            return size
-    return None
+    fitting = (size for size in group_sizes_tried(requested) if all(width % size == 0 for width in in_features))
+    return next(fitting, None)

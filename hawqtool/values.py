@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from hawqtool.formats import CHANNEL, GROUP_SIZES
+from hawqtool.formats import CHANNEL, GROUP_STEP
 from hawqtool.parsing import shown
 
 MAX_BYTES = 1 << 62
@@ -20,9 +20,9 @@ def parse_group_size(value: Any) -> int:
     """
     if str(value) == "channel":
         return CHANNEL
-    if str(value) in {str(size) for size in GROUP_SIZES}:
+    if re.fullmatch(r"[1-9][0-9]{1,4}", str(value)) and int(value) % GROUP_STEP == 0:
         return int(value)
-    raise ValueError("expected 32, 64, 128 or channel")
+    raise ValueError(f"expected 32, 64, 128, channel, or another multiple of {GROUP_STEP}")
 
 
 def parse_size(text: str) -> int:

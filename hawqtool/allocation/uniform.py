@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from hawqtool.errors import UsageError
-from hawqtool.formats import CHANNEL, GROUP_SIZES, MAX_BITS, MIN_BITS, QuantFormat, fitting_group_size
+from hawqtool.formats import (
+    CHANNEL,
+    GROUP_SIZES,
+    MAX_BITS,
+    MIN_BITS,
+    QuantFormat,
+    fitting_group_size,
+    group_sizes_tried,
+)
 from hawqtool.records import Unit
 
 _NAMED_LAYERS = 5
@@ -32,10 +40,8 @@ class UniformCandidate(NamedTuple):
 
 
 def unit_group_size(unit: Unit, requested: int) -> int | None:
-    """Largest group size that does not exceed the requested one and divides every member; None if none does."""
-    sizes = [fitting_group_size(requested, member.in_features) for member in unit.members]
-    # Each supported size divides the larger ones, so the smallest fits all members.
-    return None if None in sizes else min(size for size in sizes if size is not None)
+    """The requested group size or the largest smaller one that divides every member; None if none does."""
+    return fitting_group_size(requested, *(member.in_features for member in unit.members))
 
 
 def uniform_formats(
@@ -60,17 +66,15 @@ def uniform_formats(
     for unit in units:
         size = unit_group_size(unit, group_size)
         if size is None:
-            refused += [
-                f"{member.name} ({member.in_features} inputs)"
-                for member in unit.members
-                if fitting_group_size(group_size, member.in_features) is None
-            ]
+            alone = [m for m in unit.members if fitting_group_size(group_size, m.in_features) is None]
+            # Members that only together fit none are all to blame.
+            refused += [f"{member.name} ({member.in_features} inputs)" for member in alone or unit.members]
         else:
             formats[unit.name] = QuantFormat(bits, size, symmetric)
     if refused:
         named = ", ".join(refused[:_NAMED_LAYERS])
         more = f" and {len(refused) - _NAMED_LAYERS} more" if len(refused) > _NAMED_LAYERS else ""
-        tried = ", ".join(str(size) for size in sorted(GROUP_SIZES, reverse=True) if size <= group_size) or "none"
+        tried = ", ".join(map(str, group_sizes_tried(group_size)))
         raise UsageError(
             f"group size {group_size}: no supported size up to it ({tried}) divides {named}{more}; "
             "use --group-size channel, or --ignore these layers"
@@ -78,11 +82,18 @@ def uniform_formats(
     return formats
 
 
-def uniform_candidates(units: Sequence[Unit], symmetric: bool = True) -> list[UniformCandidate]:
+def uniform_candidates(
+    units: Sequence[Unit], symmetric: bool = True, group_sizes: Iterable[int] = ()
+) -> list[UniformCandidate]:
     """Every distinct uniform plan of one kind: widths 2 to 8, group sizes 128, 64, 32 and channel.
 
     Group sizes that do not fit all layers are left out; of plans made equal by falls one is kept, under the
     group size that its layers really have.
+
+    Args:
+        units: Units that are quantized.
+        symmetric: Whether grids have no zero points.
+        group_sizes: Further ones, such as those that a mixed plan may have.
 
     Returns:
         Plans by rising bytes, then rising bits.
@@ -91,7 +102,7 @@ def uniform_candidates(units: Sequence[Unit], symmetric: bool = True) -> list[Un
     seen: set[tuple[QuantFormat, ...]] = set()
     for bits in range(MIN_BITS, MAX_BITS + 1):
         # Rising sizes: a plan all of whose layers fell to 64 is met first under its true name.
-        for group_size in (CHANNEL, *sorted(GROUP_SIZES)):
+        for group_size in sorted({CHANNEL, *GROUP_SIZES, *group_sizes}):
             if not units or any(unit_group_size(unit, group_size) is None for unit in units):
                 continue
             formats = uniform_formats(units, bits, group_size, symmetric)
@@ -104,16 +115,18 @@ def uniform_candidates(units: Sequence[Unit], symmetric: bool = True) -> list[Un
     return sorted(candidates, key=lambda c: (c.stored_bytes, c.bits))
 
 
-def best_uniform(units: Sequence[Unit], budget_bytes: int, symmetric: bool = True) -> UniformCandidate | None:
+def best_uniform(
+    units: Sequence[Unit], budget_bytes: int, symmetric: bool = True, group_sizes: Iterable[int] = ()
+) -> UniformCandidate | None:
     """The uniform plan with the most stored bytes within a budget, ties to more bits; None if none fits."""
-    return neighbours(units, budget_bytes, symmetric)[0]
+    return neighbours(units, budget_bytes, symmetric, group_sizes)[0]
 
 
 def neighbours(
-    units: Sequence[Unit], stored_bytes: int, symmetric: bool = True
+    units: Sequence[Unit], stored_bytes: int, symmetric: bool = True, group_sizes: Iterable[int] = ()
 ) -> tuple[UniformCandidate | None, UniformCandidate | None]:
     """The uniform plans of one kind just below (or at) and just above so many bytes, ties to more bits."""
-    candidates = uniform_candidates(units, symmetric)
+    candidates = uniform_candidates(units, symmetric, group_sizes)
     below = [c for c in candidates if c.stored_bytes <= stored_bytes]
     above = [c for c in candidates if c.stored_bytes > stored_bytes]
     return (

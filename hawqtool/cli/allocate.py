@@ -22,6 +22,7 @@ def allocate(
     bits: o.Bits = None,
     group_size: o.GroupSize = None,
     extra_group_sizes: o.ExtraGroupSizes = None,
+    profile: o.Profile = None,
     pin: o.Pin = None,
     ignore: o.Ignore = None,
     sensitivity: Annotated[

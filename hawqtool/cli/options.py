@@ -120,7 +120,8 @@ GroupSize = Annotated[
     Optional[str],
     _option(
         "--group-size",
-        help="Inputs per scale: 128, 64, 32 or channel; falls to the largest that divides a layer [default: 128].",
+        help="Inputs per scale: 128, 64, 32 or channel, with --profile transformers any multiple of 16; falls to the "
+        "largest smaller one of these that divides a layer [default: 128].",
         panel=TARGET,
     ),
 ]

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-from hawqtool.formats import CHANNEL, QuantFormat
+from hawqtool.formats import CHANNEL, QuantFormat, is_served
 from hawqtool.model.units import unit_name
 
 TRANSFORMERS, VLLM, VLLM_CPU, SGLANG = (
@@ -81,7 +81,7 @@ def _transformers(formats: Mapping[str, QuantFormat], shapes: Mapping[str, tuple
 
 
 def _vllm(formats: Mapping[str, QuantFormat], shapes: Mapping[str, tuple[int, int]]) -> Verdict:
-    problem = _mixed_experts(formats) or _split_set(formats)
+    problem = _mixed_experts(formats) or _split_set(formats) or _unusual_groups(formats)
     if problem:
         return False, f"{problem} ({_SOURCE_ONLY})"
     odd = {name: fmt for name, fmt in formats.items() if fmt.bits not in _MARLIN_BITS}
@@ -105,7 +105,7 @@ def _vllm(formats: Mapping[str, QuantFormat], shapes: Mapping[str, tuple[int, in
 
 
 def _vllm_cpu(formats: Mapping[str, QuantFormat], shapes: Mapping[str, tuple[int, int]]) -> Verdict:
-    problem = _split_set(formats)
+    problem = _split_set(formats) or _unusual_groups(formats)
     if problem:
         return False, f"{problem} ({_SOURCE_ONLY})"
     others = _other_widths(formats, (4,))
@@ -118,7 +118,7 @@ def _vllm_cpu(formats: Mapping[str, QuantFormat], shapes: Mapping[str, tuple[int
 
 
 def _sglang(formats: Mapping[str, QuantFormat], shapes: Mapping[str, tuple[int, int]]) -> Verdict:
-    problem = _split_set(formats)
+    problem = _split_set(formats) or _unusual_groups(formats)
     if problem:
         return False, f"{problem} ({_SOURCE_ONLY})"
     others = _other_widths(formats, _MARLIN_BITS)
@@ -162,3 +162,12 @@ def _split_set(formats: Mapping[str, QuantFormat]) -> str | None:
             labels[unit_name(name)].add(fmt.label)
     split = next((name for name, found in labels.items() if len(found) > 1), None)
     return None if split is None else f"it fuses {split}, which has formats {', '.join(sorted(labels[split]))}"
+
+
+def _unusual_groups(formats: Mapping[str, QuantFormat]) -> str | None:
+    """Groups of a size that no kernel is known to take."""
+    odd = [(name, fmt.group_size) for name, fmt in formats.items() if not is_served(fmt.group_size)]
+    if not odd:
+        return None
+    name, size = odd[0]
+    return f"{len(odd)} layers have groups of other sizes than 32, 64, 128 and whole rows (first {name}, {size})"

@@ -12,10 +12,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from hawqtool.errors import InputError, ResourceError, UsageError, disk_errors
-from hawqtool.formats import CHANNEL, GROUP_SIZES, MAX_BITS, MIN_BITS, QuantFormat, parse_label
+from hawqtool.formats import MAX_BITS, MIN_BITS, QuantFormat, parse_label
 from hawqtool.parsing import MAX_RECORD_BYTES, MAX_RECORD_VALUES, ParseError, load_json, short, shown
 from hawqtool.pipeline.sensitivity_file import SensitivityFile, first_problem
 from hawqtool.records import BitPlan, LinearSpec, Score, SensitivityTable, Unit
+from hawqtool.values import parse_group_size
 
 SENSITIVITY_SCHEMA = "hawqtool.sensitivity/1"
 PLAN_SCHEMA = "hawqtool.plan/1"
@@ -267,6 +268,9 @@ def _entry_format(entry: dict[str, Any]) -> QuantFormat:
     # `type`, as True and 4.0 equal numbers too.
     if type(bits) is not int or not MIN_BITS <= bits <= MAX_BITS:
         raise ValueError(f"bits {shown(bits)}, expected {MIN_BITS} to {MAX_BITS}")
-    if size != "channel" and (type(size) is not int or size not in (CHANNEL, *GROUP_SIZES)):
-        raise ValueError(f"group_size {shown(size)}, expected {', '.join(map(str, GROUP_SIZES))} or channel")
-    return QuantFormat(bits, CHANNEL if size == "channel" else size, symmetric)
+    if size != "channel" and type(size) is not int:
+        raise ValueError(f"group_size {shown(size)}, expected a number or channel")
+    try:
+        return QuantFormat(bits, parse_group_size(size), symmetric)
+    except ValueError as error:
+        raise ValueError(f"group_size {shown(size)}, {error}") from error

@@ -53,8 +53,10 @@ def hold(bench: Workbench, plans: dict[str, BitPlan], scores: UnitScores) -> Con
     _exchange(bench, mixed, scores)
     best = _best(mixed)
     job, plan = bench.job, best.plan
-    below, above = neighbours(job.units, plan.stored_bytes, plan.symmetric)
-    largest, _ = neighbours(job.units, max(plan.budget_bytes or 0, plan.stored_bytes), plan.symmetric)
+    # Uniform plans may have what the mixed one has, even where a plan file says more than the configuration.
+    kind = plan.symmetric, {*job.config.group_sizes, *(fmt.group_size for fmt in plan.formats.values())}
+    below, above = neighbours(job.units, plan.stored_bytes, *kind)
+    largest, _ = neighbours(job.units, max(plan.budget_bytes or 0, plan.stored_bytes), *kind)
     if below is not None and below.stored_bytes == plan.stored_bytes:
         above = None
     wanted = {"uniform": largest, "below": below, "above": above}

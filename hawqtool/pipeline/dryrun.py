@@ -45,7 +45,8 @@ def describe(job: Job) -> dict[str, Any]:
     lowest, highest = achievable(job.units, menu, job.pins)
     expected = plan.stored_bytes if plan else highest if budget is None else min(budget, highest)
     symmetric = plan.symmetric if plan else config.symmetric
-    uniform = best_uniform(job.units, budget if budget is not None else expected, symmetric)
+    limit = budget if budget is not None else expected
+    uniform = best_uniform(job.units, limit, symmetric, config.group_sizes)
     return {
         "model": job.source.spec,
         "blocks": len(job.structure.blocks),

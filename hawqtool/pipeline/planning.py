@@ -10,9 +10,9 @@ from pathlib import Path
 from hawqtool.allocation.frontier import solve
 from hawqtool.allocation.problem import AllocationProblem, build_problem
 from hawqtool.allocation.uniform import uniform_formats
-from hawqtool.config import ASYMMETRIC_PROFILES, RunConfig, asymmetric_refusal
+from hawqtool.config import ASYMMETRIC_PROFILES, RunConfig, asymmetric_refusal, group_size_refusal
 from hawqtool.errors import UsageError
-from hawqtool.formats import QuantFormat
+from hawqtool.formats import QuantFormat, is_served
 from hawqtool.pipeline.artifacts import read_plan
 from hawqtool.pipeline.costs import second_cost
 from hawqtool.records import BitPlan, Score, Unit
@@ -77,8 +77,7 @@ def format_menu(units: Sequence[Unit], bits: Sequence[int], config: RunConfig) -
 
     Group sizes fall where they do not divide; of formats made equal by that one is kept.
     """
-    sizes = (config.group_size, *config.extra_group_sizes)
-    plans = [uniform_formats(units, width, size, config.symmetric) for width in bits for size in sizes]
+    plans = [uniform_formats(units, width, size, config.symmetric) for width in bits for size in config.group_sizes]
     return {unit.name: tuple(dict.fromkeys(formats[unit.name] for formats in plans)) for unit in units}
 
 
@@ -93,6 +92,9 @@ def given_plan(config: RunConfig, units: tuple[Unit, ...]) -> BitPlan:
     if not plan.symmetric and config.profile not in ASYMMETRIC_PROFILES:
         first = next(name for name, fmt in plan.formats.items() if not fmt.symmetric)
         raise UsageError(f"{config.plan}: {first} is asymmetric; {asymmetric_refusal(config.profile)}")
+    odd = next((fmt.group_size for fmt in plan.formats.values() if not is_served(fmt.group_size)), None)
+    if odd is not None and config.profile != "transformers":
+        raise UsageError(f"{config.plan}: {group_size_refusal(odd)}")
     return plan
 
 

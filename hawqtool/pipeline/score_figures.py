@@ -49,9 +49,10 @@ def score_figures(
     except HawqError as error:
         return figures, dict.fromkeys(("frontier", "predicted"), f"{error}.")
     both = [p | {"predicted": p["predicted"][metric]} for p in points if metric in p["predicted"]]
+    sizes = {parse_label(label).group_size for by_label in scores.values() for label in by_label}
     uniform = [
         (candidate.label, problem.bpw(candidate.stored_bytes), loss)
-        for candidate in uniform_candidates(units, table.symmetric)
+        for candidate in uniform_candidates(units, table.symmetric, sizes)
         if (loss := predicted_loss(candidate.formats, scores, pins)) is not None
     ]
     figures["frontier"] = {

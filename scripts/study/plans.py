@@ -64,7 +64,8 @@ def candidates(
         return allocate(units, menu, by_unit, {}, budget, reference, hull).formats
 
     # Uniform first: a run that is cut should have its yardstick.
-    for side, uniform in zip(("below", "above"), neighbours(units, budget, setting.job.config.symmetric), strict=True):
+    around = neighbours(units, budget, setting.job.config.symmetric, setting.job.config.group_sizes)
+    for side, uniform in zip(("below", "above"), around, strict=True):
         if uniform is not None:
             yield Candidate(f"uniform {side} ({uniform.label})", "uniform", uniform.formats)
     for metric, found in scores.items():

@@ -158,7 +158,7 @@ USAGE: dict[str, tuple[Sequence[str], str]] = {
     "ignore without match": ((*TARGET, "--ignore", "lm_haed"), "matches none"),
     "bad bits": (("--bits", "4,9", "--target-bpw", "4.5"), "widths from 2 to 8"),
     "bits no number": (("--bits", "four", "--target-bpw", "4.5"), "widths from 2 to 8"),
-    "bad group": ((*TARGET, "--group-size", "48"), "32, 64, 128 or channel"),
+    "bad group": ((*TARGET, "--group-size", "40"), "32, 64, 128, channel, or another multiple of 16"),
     "bad size": (("--target-size", "12 apples"), "is no size"),
     "portable": (("--bits", "3,4", "--target-bpw", "4", "--profile", "portable"), "4 and 8 only"),
     "asymmetric": ((*TARGET, "--asymmetric"), "--profile vllm accepts"),

@@ -119,7 +119,7 @@ def test_the_schema_accepts_what_the_program_does(values: dict[str, Any]) -> Non
     [
         {"target_bwp": 3.5},
         {"target_bpw": 0},
-        {"group_size": 48},
+        {"group_size": 40},
         {"profile": "everything"},
         {"seed": -1},
         {"max_kl": "low"},

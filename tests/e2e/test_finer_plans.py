@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hawqtool.config import RunConfig
-from hawqtool.errors import UsageError
+from hawqtool.errors import HawqError, UsageError
 from hawqtool.export.engines import TRANSFORMERS, VLLM
 from hawqtool.export.packed import PackedReader
 from hawqtool.export.verify import verify_folder
@@ -107,7 +107,64 @@ def test_neighbours_are_the_next_formats_by_size() -> None:
     assert neighbouring(menu, {"u": QuantFormat(3, 32)}, {"u"}) == {"u": (QuantFormat(3, 32),)}
 
 
-@pytest.mark.parametrize("wrong", ["48", "channel,7", ["row"]])
+@pytest.mark.parametrize("wrong", ["40", "channel,7", ["row"], "0", "-16", "999984", "1_6"])
 def test_unknown_group_sizes_are_refused(wrong: Any) -> None:
-    with pytest.raises(ValueError, match="expected 32, 64, 128 or channel"):
-        RunConfig(model="m", extra_group_sizes=wrong)
+    with pytest.raises(ValueError, match="expected 32, 64, 128, channel, or another multiple of 16"):
+        RunConfig(model="m", extra_group_sizes=wrong, profile="transformers")
+
+
+@pytest.mark.parametrize("profile", ["auto", "vllm", "portable"])
+def test_unusual_group_sizes_need_their_profile(profile: Any) -> None:
+    for sizes in ({"group_size": 48}, {"extra_group_sizes": "channel,48"}):
+        with pytest.raises(ValueError, match="groups of 48 load in transformers alone.*--profile transformers"):
+            RunConfig(model="m", bits="4,8", profile=profile, **sizes)
+
+
+@pytest.fixture(scope="module")
+def unusual(place: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
+    """A run whose plan has groups of 16."""
+    output = tmp_path_factory.mktemp("unusual") / "out"
+    values = APART | {"bits": "2,3,4,8", "target_bpw": 4.8, "group_size": 16, "extra_group_sizes": "32,channel"}
+    return output, run_quantize(settings(place, output=output, **values), "hawqtool quantize", Silent(), lambda _: None)
+
+
+def test_unusual_group_sizes_load_in_transformers(place: Path, unusual: tuple[Path, Report]) -> None:
+    pytest.importorskip("compressed_tensors")
+    folder, report = unusual
+    assert 16 in {entry["group_size"] for entry in report["plan"]}
+    assert report["sizes"]["quantized_bytes"] == (folder / "model.safetensors").stat().st_size
+    assert verify_folder(folder, place / "model").problems == ()
+    verdicts = {entry["engine"]: (entry["loads"], entry["reason"]) for entry in report["engines"]}
+    assert verdicts[TRANSFORMERS][0] and not verdicts[VLLM][0]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    model(torch.arange(8)[None])  # decompresses
+    reader = PackedReader(folder)
+    for name in plan_bits(folder):
+        assert torch.equal(model.get_submodule(name).weight.float(), reader.tensor(f"{name}.weight").float()), name
+
+
+def test_a_plan_with_unusual_groups_needs_its_profile(unusual: tuple[Path, Report], run: Run, tmp_path: Path) -> None:
+    def fused(document: dict[str, Any]) -> None:
+        for layer in document["layers"]:
+            layer |= {"bits": 3, "group_size": 16}
+
+    path = edited(unusual[0] / "reproduce/plan.json", tmp_path / "plan.json", fused)
+    with pytest.raises(UsageError, match=r"plan.json: groups of 16 load in transformers alone"):
+        run(plan=path)
+    edited(path, path, lambda document: document["layers"][0].update(group_size=40))
+    with pytest.raises(HawqError, match=r"group_size 40, expected 32, 64, 128, channel, or another multiple of 16"):
+        run(plan=path, profile="transformers")
+
+
+def test_a_saved_measurement_answers_with_unusual_groups(unusual: tuple[Path, Report], tmp_path: Path) -> None:
+    saved = unusual[0] / "reproduce/sensitivity.json"
+    config = RunConfig(
+        model=str(saved),
+        bits="2,3,4",
+        group_size=16,
+        extra_group_sizes="channel",
+        target_bpw=4.5,
+        profile="transformers",
+    )
+    plan = run_allocate(config, saved, tmp_path / "plan.json", Silent())
+    assert {entry["group_size"] for entry in plan["layers"]} == {16, "channel"}

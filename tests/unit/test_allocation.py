@@ -330,6 +330,27 @@ def test_uniform_candidates_are_distinct_and_sorted() -> None:
     assert [c.label for c in only_channel] == [f"w{bits}ch" for bits in range(2, 9)]
 
 
+def test_group_sizes_beyond_the_served_ones() -> None:
+    units = [make_unit("a", [(8, 576)]), make_unit("b", [(8, 1536)])]
+    labels = {c.label for c in uniform_candidates(units, group_sizes=(96, 192, CHANNEL))}
+    assert labels == {c.label for c in uniform_candidates(units)} | {
+        f"w{b}g{g}" for b in range(2, 9) for g in (96, 192)
+    }
+    below, above = neighbours(units, found_bytes(units, 3, 96), group_sizes=[96])
+    assert below is not None and below.label == "w3g96" and above is not None and above.label == "w3g64"
+    assert best_uniform(units, found_bytes(units, 3, 96), group_sizes=[96]) == below
+    mixed = make_unit("m", [(8, 288), (8, 256)], (".x", ".y"))
+    assert uniform_formats([mixed], 3, 96) == {"m": QuantFormat(3, 32)}
+    apart = make_unit("m", [(8, 48), (8, 64)], (".x", ".y"))
+    with pytest.raises(UsageError, match=r"\(48, 32\) divides m.x \(48 inputs\), m.y \(64 inputs\)"):
+        uniform_formats([apart], 3, 48)
+
+
+def found_bytes(units: list[Unit], bits: int, group_size: int) -> int:
+    formats = uniform_formats(units, bits, group_size)
+    return sum(unit.stored_bytes(formats[unit.name]) for unit in units)
+
+
 def test_asymmetric_plans_are_of_one_kind() -> None:
     units = [make_unit("a", [(8, 256)]), make_unit("b", [(16, 128)])]
     found = uniform_candidates(units, symmetric=False)

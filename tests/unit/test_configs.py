@@ -117,7 +117,7 @@ def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
     [
         ("bits", "1,4", "widths from 2 to 8"),
         ("bits", "4;8", "widths from 2 to 8"),
-        ("group_size", "48", "32, 64, 128 or channel"),
+        ("group_size", "40", "another multiple of 16"),
         ("target_size", "big", "3.2GiB"),
         ("target_bpw", "-1", "greater than 0"),
         ("profile", "everything", "portable"),

@@ -80,7 +80,8 @@ def test_groups() -> None:
 
 @pytest.mark.parametrize(
     ("requested", "in_features", "expected"),
-    [(128, 256, 128), (128, 192, 64), (128, 96, 32), (64, 256, 64), (128, 100, None), (32, 48, None), (0, 7, 0)],
+    [(128, 256, 128), (128, 192, 64), (128, 96, 32), (64, 256, 64), (128, 100, None), (32, 48, None), (0, 7, 0)]
+    + [(96, 288, 96), (96, 128, 64), (16, 48, 16), (16, 40, None), (192, 256, 128)],
 )
 def test_fitting_group_size(requested: int, in_features: int, expected: int | None) -> None:
     assert fitting_group_size(requested, in_features) == expected
