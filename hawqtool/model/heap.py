@@ -21,18 +21,21 @@ _KEPT_BYTES, _HEAP_BYTES = 64 << 20, 8 << 20
 _MAPPED, _EVERYTHING = 1 << 16, (1 << 31) - 1
 """Tensors that may be mapped at a time, glibc's default; a threshold that nothing reaches."""
 
+_kept: list[None] = []
+"""One entry for each context that keeps pages."""
+
 _LIBRARY = ctypes.CDLL(None) if sys.platform == "linux" else None
 _trim, _set = (getattr(_LIBRARY, name, None) for name in ("malloc_trim", "mallopt"))
 """glibc's; other C libraries have none."""
 
 
 def release_freed_pages() -> None:
-    """Give the system back the pages of the heap that hold nothing.
+    """Give the system back the pages of the heap that hold nothing, unless they are kept.
 
     Freed tensors leave holes that those of the next stage do not fit. New pages take time: done once a block, it made
     weighing on a CPU a third slower.
     """
-    if _trim is not None:
+    if _trim is not None and not _kept:
         _trim(0)
 
 
@@ -52,9 +55,11 @@ def kept_pages() -> Iterator[None]:
     For sweeps that make the same large tensors slice after slice: new pages took a sixth of a measurement's time.
     """
     _apply({_MMAP_MAX: 0, _TRIM_THRESHOLD: _EVERYTHING})
+    _kept.append(None)
     try:
         yield
     finally:
+        _kept.pop()
         prepare_heap()
         release_freed_pages()
 
