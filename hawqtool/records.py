@@ -137,7 +137,7 @@ class SensitivityTable:
         settings: How it was measured.
         symmetric: Whether grids have no zero points.
         projections: ``[unit][label]``: for every scoring row its gradient times the unit's rounding error, over the
-            root of the row's outputs; what `hawqtool.pipeline.shortlist.pair_loss` needs.
+            root of the row's outputs; what `hawqtool.pipeline.search.shortlist.pair_loss` needs.
         curvature: ``[unit]``: what does not depend on formats: traces of the Hessian or of the Fisher matrix with
             respect to weights and inputs, and top eigenvalues.
         warnings: What the user should know of the scores.

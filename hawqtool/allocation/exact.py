@@ -19,14 +19,14 @@ import numpy as np
 from scipy.optimize import linprog
 from scipy.sparse import coo_array
 
-from hawqtool.allocation.core import Core, proven_share
 from hawqtool.allocation.frontier import Frontier, efficient_choices, frontier
 from hawqtool.allocation.frontier import solve as solve_hull
+from hawqtool.allocation.milp import Core, proven_share
 from hawqtool.allocation.problem import AllocationProblem, Choice
-from hawqtool.allocation.stdout import stdout_discarded
 from hawqtool.errors import NumericalError, UsageError
 from hawqtool.formats import QuantFormat
 from hawqtool.records import BitPlan
+from hawqtool.runtime.stdout import stdout_discarded
 
 TIME_LIMIT = 60.0
 """Seconds after which the search ends with the best plan so far."""
@@ -321,3 +321,12 @@ class _Search:
             # The price of bytes alone bounds the loss as well, only less closely.
             return np.array([byte_price, *np.zeros(len(limits) - 1)])
         return np.maximum(-result.ineqlin.marginals, 0) * unit_loss / scale
+
+
+def plan_warnings(plan: BitPlan) -> list[str]:
+    """What the user should know of how a plan was found: that the exact solver was stopped."""
+    if not plan.solver or not plan.solver.startswith("exact ("):
+        return []
+    reason = plan.solver.removeprefix("exact (").removesuffix(")")
+    within = "no bound is known" if plan.gap is None else f"it is within {100 * plan.gap:.2g} % of the optimum"
+    return [f"the plan's optimality was not proven ({reason}); its predicted loss is the best found, {within}"]

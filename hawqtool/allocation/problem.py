@@ -237,3 +237,32 @@ def _suggestion(pattern: str, units: Sequence[Unit]) -> str:
     plain = re.sub(r"\\[a-zA-Z]|[\\^$*+?{}\[\]|()]", "", pattern.removeprefix(REGEX_PREFIX)).strip(".")
     near = difflib.get_close_matches(plain, names, n=3, cutoff=0.4) or names[:3]
     return "nearest names: " + ", ".join(near)
+
+
+def stored_bytes(units: Sequence[Unit], formats: Mapping[str, QuantFormat]) -> int:
+    """Stored bytes of formats by unit."""
+    return sum(unit.stored_bytes(formats[unit.name]) for unit in units)
+
+
+def predicted_loss(
+    formats: Mapping[str, QuantFormat], scores: Mapping[str, Mapping[str, Score]], pins: Mapping[str, QuantFormat]
+) -> float | None:
+    """Sum of the scores of formats by unit, None if one of them was not measured; pins need no score, as in plans."""
+    found = []
+    for unit, fmt in formats.items():
+        score = scores[unit].get(fmt.label) if unit in scores else None
+        if score is None and pins.get(unit) != fmt:
+            return None
+        found.append(0.0 if score is None else score.value)
+    return math.fsum(found)
+
+
+def achievable(
+    units: Sequence[Unit], menu: Mapping[str, tuple[QuantFormat, ...]], pins: Mapping[str, QuantFormat]
+) -> tuple[int, int]:
+    """Least and most stored bytes that the menu and the pins allow."""
+    lowest = highest = 0
+    for unit in units:
+        sizes = [unit.stored_bytes(f) for f in ((pins[unit.name],) if unit.name in pins else menu[unit.name])]
+        lowest, highest = lowest + min(sizes), highest + max(sizes)
+    return lowest, highest

@@ -56,7 +56,7 @@ def allocate(
         settings = load_config(None, values | {"model": str(sensitivity_file)})
 
         from hawqtool.errors import UsageError
-        from hawqtool.pipeline.allocating import run_allocate, run_frontier
+        from hawqtool.pipeline.allocate import run_allocate, run_frontier
 
         if frontier is None:
             if frontier_points is not None:

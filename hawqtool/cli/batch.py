@@ -49,14 +49,14 @@ def batch(
     """
     code = 0
     with session(quiet, debug, json) as terminal:
-        from hawqtool.pipeline.batch_file import read_batch
+        from hawqtool.pipeline.batch.jobs_file import read_batch
 
         found = read_batch(file, output, measurements, overwrite)
 
         from hawqtool.cli.render_batch import dry_run_table, summary_table
-        from hawqtool.pipeline import batch as work
-        from hawqtool.pipeline.batch_summary import batch_code
-        from hawqtool.pipeline.scheduling import device_slots
+        from hawqtool.pipeline.batch import runner as work
+        from hawqtool.pipeline.batch.processes import device_slots
+        from hawqtool.pipeline.batch.summary import batch_code
 
         if dry_run:
             decide_hub_access(source for job in found.jobs for source in job.config.data_sources)

@@ -39,7 +39,7 @@ def evaluate(
         settings = load_config(None, values | {"model": against})
         decide_hub_access(settings.data_sources)
 
-        from hawqtool.pipeline.evaluating import run_evaluate
+        from hawqtool.pipeline.evaluate import run_evaluate
 
         result = run_evaluate(settings, folder, terminal)
         terminal.close()

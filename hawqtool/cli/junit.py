@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 from hawqtool.cli.terminal import Terminal
 from hawqtool.errors import NumericalError, QualityError
 from hawqtool.report.escape import one_line
-from hawqtool.report.quality import gate_found
+from hawqtool.report.wording import gate_found
 
 _LONGEST = 2000
 
@@ -43,7 +43,7 @@ def recorded_run(path: Path | None, terminal: Terminal) -> Iterator[RunRecord]:
     if path is None:
         yield record
         return
-    from hawqtool.pipeline.artifacts import check_writable, write_text
+    from hawqtool.pipeline.run.files import check_writable, write_text
 
     check_writable(path, "--junit")
     try:

@@ -67,7 +67,7 @@ def measure(
         settings = load_config(config, values)
         decide_hub_access(settings.data_sources)
 
-        from hawqtool.pipeline.measuring import run_measure
+        from hawqtool.pipeline.measure import run_measure
 
         document = run_measure(settings, Path(output), terminal)
         terminal.close()

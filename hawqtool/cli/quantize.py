@@ -17,7 +17,7 @@ from hawqtool.cli.terminal import Terminal
 from hawqtool.data.sources import public_name
 from hawqtool.errors import QualityError
 from hawqtool.parsing import printable
-from hawqtool.report.quality import gate_found
+from hawqtool.report.wording import gate_found
 
 
 def quantize(
@@ -100,9 +100,9 @@ def quantize(
         decide_hub_access(settings.data_sources)
         settings.require_one_target()
 
-        from hawqtool.pipeline.dryrun import describe
-        from hawqtool.pipeline.job import prepare
+        from hawqtool.pipeline.dry_run import describe
         from hawqtool.pipeline.quantize import run_quantize
+        from hawqtool.pipeline.run.job import prepare
 
         def announce(description: dict[str, Any]) -> None:
             for line in announcement(description):

@@ -10,16 +10,16 @@ from rich.console import Console
 from rich.table import Table
 
 from hawqtool.parsing import printable
-from hawqtool.report.quality import (
+from hawqtool.report.wording import (
     MEASURES,
     gate_text,
     measurement_text,
     plus_minus,
     quality_columns,
+    routing_text,
     same_plan,
     size,
 )
-from hawqtool.report.routing import routing_text
 
 _LABEL = 12
 _ROOMY = 96

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hawqtool.report.escape import one_line
-from hawqtool.report.quality import MEASURES, size
+from hawqtool.report.wording import MEASURES, size
 
 _PIPE_WIDTH, _LONGEST_NOTE = 150, 160
 _MEASUREMENTS = {"run": "own", "shared": "shared", "file": "file", "none": "none", None: ""}

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from hawqtool.cli.render import size
 from hawqtool.report.escape import one_line
-from hawqtool.report.quality import quality_columns, rows_text
+from hawqtool.report.wording import quality_columns, rows_text
 
 _BAR_WIDTH = 40
 

@@ -27,7 +27,7 @@ def report(
     Example: hawqtool report ./out --plots ./figures
     """
     with session(debug=debug, json=json):
-        from hawqtool.pipeline.report_page import run_report
+        from hawqtool.pipeline.report import run_report
 
         written = run_report(folder, plots)
         if json:

@@ -10,13 +10,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from hawqtool.cli.allocators import prepare_allocators
+from hawqtool.checkpoint.source import MAY_FETCH
 from hawqtool.cli.signals import Terminated, ending_signals
 from hawqtool.cli.terminal import Terminal
 from hawqtool.data.sources import is_hub
 from hawqtool.errors import DISK_ERRORS, HawqError, QualityError, one_line
-from hawqtool.model.source import MAY_FETCH
 from hawqtool.parsing import printable
+from hawqtool.runtime.malloc import prepare_allocators
 
 INTERRUPTED, TERMINATED = 130, 143
 ERROR_SCHEMA = "hawqtool.error/1"

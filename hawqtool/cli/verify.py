@@ -25,9 +25,9 @@ def verify(
     """
     with session(debug=debug, json=json) as terminal:
         decide_hub_access()
+        from hawqtool.checkpoint.source import locate
         from hawqtool.errors import InputError
         from hawqtool.export.verify import verify_folder
-        from hawqtool.model.source import locate
 
         report = verify_folder(folder, None if against is None else locate(against).folder)
         if json:

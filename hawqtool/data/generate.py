@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hawqtool.checkpoint.reader import check_finite
 from hawqtool.errors import InputError, NumericalError
-from hawqtool.model.reader import check_finite
 
 BATCH_ROWS = 64
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hawqtool.errors import NumericalError
-from hawqtool.model.sweep import ModelStream
 from hawqtool.records import Evaluation
+from hawqtool.streaming.stream import ModelStream
 
 
 def evaluate_hidden(
@@ -124,3 +125,18 @@ def interpolate_log(points: list[tuple[int, float]], stored_bytes: int) -> float
         return None
     share = (stored_bytes - below[0]) / (above[0] - below[0])
     return math.exp((1 - share) * math.log(below[1]) + share * math.log(above[1]))
+
+
+def as_evaluation(values: dict[str, Any]) -> Evaluation:
+    """An evaluation from its saved fields."""
+    return Evaluation(**values | {"row_divergence": tuple(values["row_divergence"])})
+
+
+def as_record(evaluation: Evaluation) -> dict[str, Any]:
+    """JSON form of an evaluation: the divergence under the name of its measure, without the row values."""
+    others = {name: getattr(evaluation, name) for name in ("perplexity", "same_top", "cosine")}
+    return {
+        evaluation.measure: evaluation.divergence,
+        f"{evaluation.measure}_stderr": evaluation.stderr,
+        "num_tokens": evaluation.num_tokens,
+    } | {name: value for name, value in others.items() if value is not None}

@@ -7,6 +7,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from hawqtool.checkpoint.fusion import unit_name
+from hawqtool.checkpoint.index import CheckpointIndex
+from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.errors import InputError
 from hawqtool.export.compressed_tensors import (
     FORMAT,
@@ -20,11 +23,8 @@ from hawqtool.export.compressed_tensors import (
     matching_targets,
     module_format,
 )
-from hawqtool.export.packed import PACKED, SCALE, ZERO_POINT, shape_problem
+from hawqtool.export.packed_reader import PACKED, SCALE, ZERO_POINT, shape_problem
 from hawqtool.formats import QuantFormat
-from hawqtool.model.index import CheckpointIndex
-from hawqtool.model.reader import TensorReader
-from hawqtool.model.units import unit_name
 
 _PARTS = (PACKED, SCALE, ".weight_shape")
 

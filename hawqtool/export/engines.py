@@ -10,8 +10,8 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
+from hawqtool.checkpoint.fusion import unit_name
 from hawqtool.formats import CHANNEL, QuantFormat, is_served
-from hawqtool.model.units import unit_name
 
 TRANSFORMERS, VLLM, VLLM_CPU, SGLANG = (
     "transformers with compressed-tensors",

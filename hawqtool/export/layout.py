@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hawqtool.checkpoint.dtypes import DTYPE_BYTES
+from hawqtool.checkpoint.index import SINGLE_FILE, CheckpointIndex, TensorInfo
 from hawqtool.errors import InputError
 from hawqtool.formats import QuantFormat
-from hawqtool.model.dtypes import DTYPE_BYTES
-from hawqtool.model.index import SINGLE_FILE, CheckpointIndex, TensorInfo
 from hawqtool.records import LinearSpec
 
 DEFAULT_SHARD_BYTES = 5_000_000_000

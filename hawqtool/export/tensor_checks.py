@@ -13,8 +13,10 @@ from typing import Any, TypeVar
 
 import torch
 
+from hawqtool.checkpoint.index import CheckpointIndex, TensorInfo
+from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.export.config_checks import packed_modules
-from hawqtool.export.packed import (
+from hawqtool.export.packed_reader import (
     PACKED,
     SCALE,
     ZERO_POINT,
@@ -25,8 +27,6 @@ from hawqtool.export.packed import (
 )
 from hawqtool.export.packing import pack_zeros, unpack_zeros
 from hawqtool.formats import CHANNEL, QuantFormat
-from hawqtool.model.index import CheckpointIndex, TensorInfo
-from hawqtool.model.reader import TensorReader
 
 MAX_GROUP_ERROR = 1.5
 """Squared error over squared weights of one scale's weights that is not plausible; dropping them gives 1.

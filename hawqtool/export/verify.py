@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from hawqtool.checkpoint.index import read_index
+from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.export.config_checks import (
     dense_matrices,
     field_problems,
@@ -18,7 +20,7 @@ from hawqtool.export.config_checks import (
     structure_problems,
     target_problems,
 )
-from hawqtool.export.packed import read_config
+from hawqtool.export.packed_reader import read_config
 from hawqtool.export.tensor_checks import (
     checksum_problems,
     copy_problems,
@@ -28,8 +30,6 @@ from hawqtool.export.tensor_checks import (
     zero_point_problems,
 )
 from hawqtool.formats import QuantFormat
-from hawqtool.model.index import read_index
-from hawqtool.model.reader import TensorReader
 from hawqtool.parsing import ParseError, load_json
 
 PLAN_FILE = "reproduce/plan.json"

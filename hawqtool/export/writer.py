@@ -16,12 +16,12 @@ from typing import Any, BinaryIO, Self
 import torch
 from torch import Tensor
 
+from hawqtool.checkpoint.dtypes import dtype_name
+from hawqtool.checkpoint.index import INDEX_FILE, CheckpointIndex, read_header
+from hawqtool.checkpoint.reader import CHUNK_BYTES, TensorReader
 from hawqtool.errors import InputError, NumericalError, disk_errors
 from hawqtool.export.layout import Entry, Layout
 from hawqtool.export.packing import pack_codes, pack_zeros
-from hawqtool.model.dtypes import dtype_name
-from hawqtool.model.index import INDEX_FILE, CheckpointIndex, read_header
-from hawqtool.model.reader import CHUNK_BYTES, TensorReader
 from hawqtool.parsing import ParseError, load_json
 from hawqtool.records import RoundedLayer
 

@@ -7,31 +7,32 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from hawqtool.allocation.exact import plan_warnings
 from hawqtool.config import RunConfig
 from hawqtool.errors import InputError, NumericalError, UsageError, disk_errors
 from hawqtool.export.verify import verify_folder
 from hawqtool.export.writer import copy_small_files
-from hawqtool.pipeline.artifacts import PART, REPORT_SCHEMA, read_json, write_json
-from hawqtool.pipeline.candidates import TIMINGS, Stopwatch, Workbench
-from hawqtool.pipeline.contest import choose, compare, hold
-from hawqtool.pipeline.deciding import Allocator, prepare_allocation
-from hawqtool.pipeline.dryrun import describe
-from hawqtool.pipeline.fingerprints import config_fingerprint
-from hawqtool.pipeline.gating import judge_gates, matching_baseline
-from hawqtool.pipeline.identity import check_unchanged, run_identity, stamps
-from hawqtool.pipeline.job import Job, prepare
-from hawqtool.pipeline.measurements import check_measurements
-from hawqtool.pipeline.measuring import job_menu, unquantized_bytes
-from hawqtool.pipeline.memory import halving_slices, remember_slices, resumed_slices
-from hawqtool.pipeline.planning import budget_bytes, given_plan, plan_warnings
-from hawqtool.pipeline.progress import Reporter
-from hawqtool.pipeline.report_page import NEEDS_MATPLOTLIB, matplotlib_installed, write_page
-from hawqtool.pipeline.reporting import build_report, is_our_folder, write_card, write_reproduce
-from hawqtool.pipeline.rows import gather_rows
-from hawqtool.pipeline.run_folder import RunFolder
-from hawqtool.pipeline.targeting import find_smallest
-from hawqtool.pipeline.weighing import weighed
+from hawqtool.pipeline.dry_run import describe
+from hawqtool.pipeline.report import NEEDS_MATPLOTLIB, matplotlib_installed, write_page
+from hawqtool.pipeline.run.files import PART, REPORT_SCHEMA, read_json, write_json
+from hawqtool.pipeline.run.fingerprint import config_fingerprint
+from hawqtool.pipeline.run.folder import RunFolder
+from hawqtool.pipeline.run.identity import check_unchanged, run_identity, stamps
+from hawqtool.pipeline.run.job import Job, prepare
+from hawqtool.pipeline.run.measurement_cache import check_measurements
+from hawqtool.pipeline.run.menu import budget_bytes, job_menu, unquantized_bytes
+from hawqtool.pipeline.run.out_of_memory import halving_slices, remember_slices, resumed_slices
+from hawqtool.pipeline.search.gates import judge_gates, matching_baseline
+from hawqtool.pipeline.search.planner import Allocator, given_plan, prepare_allocation
+from hawqtool.pipeline.search.quality_target import find_smallest
+from hawqtool.pipeline.search.selection import choose, compare, hold
+from hawqtool.pipeline.search.trials import TIMINGS, Workbench
+from hawqtool.pipeline.stages.report import build_report, is_our_folder, write_card, write_reproduce
+from hawqtool.pipeline.stages.rows import gather_rows
+from hawqtool.pipeline.stages.token_weights import weighed
 from hawqtool.records import BitPlan
+from hawqtool.runtime.reporter import Reporter
+from hawqtool.runtime.stage_timer import Stopwatch
 
 
 def run_quantize(

@@ -14,15 +14,15 @@ import torch
 from hawqtool.allocation.uniform import uniform_formats
 from hawqtool.config import RunConfig
 from hawqtool.errors import InputError
-from hawqtool.pipeline.job import Job, prepare
-from hawqtool.pipeline.progress import Reporter
-from hawqtool.pipeline.report_page import NEEDS_MATPLOTLIB, check_plots, matplotlib_installed
-from hawqtool.pipeline.rows import calibration_rows, check_calibration
+from hawqtool.pipeline.report import NEEDS_MATPLOTLIB, check_plots, matplotlib_installed
+from hawqtool.pipeline.run.job import Job, prepare
+from hawqtool.pipeline.stages.rows import calibration_rows, check_calibration
 from hawqtool.records import Rows
-from hawqtool.sensitivity.direction import loss_along
-from hawqtool.sensitivity.products import Curvature
+from hawqtool.runtime.reporter import Reporter
+from hawqtool.sensitivity.curvature.hvp import Curvature
+from hawqtool.sensitivity.curvature.loss_along_error import loss_along
+from hawqtool.sensitivity.curvature.spectral_density import Spectrum, spectrum
 from hawqtool.sensitivity.scores import mean_score
-from hawqtool.sensitivity.spectrum import Spectrum, spectrum
 
 _TOKENS_PER_PASS = 512
 
@@ -136,8 +136,8 @@ def _loss(job: Job, sets: dict[str, Rows], width: int, reporter: Reporter) -> di
 
 def _draw(found: dict[str, Any], folder: Path) -> list[Path]:
     """Write the figures."""
-    from hawqtool.report.drawing import save_png
-    from hawqtool.report.spectrum_figures import FIGURES
+    from hawqtool.report.page.drawing import save_png
+    from hawqtool.report.page.spectrum_figures import FIGURES
 
     loss = found["loss"]
     measure = "KL in nats per output" if loss["measure"] == "kl" else "relative squared error of the embedding"

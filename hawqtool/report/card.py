@@ -7,7 +7,7 @@ from typing import Any
 
 from hawqtool.report.escape import code, escape, fenced, table
 from hawqtool.report.front_matter import SourceFacts, Value, merged, read_source
-from hawqtool.report.quality import (
+from hawqtool.report.wording import (
     EXPLANATIONS,
     GATES,
     MEASURES,
@@ -15,10 +15,10 @@ from hawqtool.report.quality import (
     measurement_text,
     plus_minus,
     quality_columns,
+    routing_text,
     rows_text,
     same_plan,
 )
-from hawqtool.report.routing import routing_text
 
 _LOAD = """\
 from transformers import {model_class}, {input_class}

@@ -12,16 +12,16 @@ from torch import Tensor
 
 from hawqtool.errors import NumericalError
 from hawqtool.formats import QuantFormat
-from hawqtool.model.gram import quadratic_form
-from hawqtool.model.statistics import GroupStatistics
-from hawqtool.model.timing import UNRECORDED, Recorder
 from hawqtool.records import LayerMetrics, RoundedLayer
-from hawqtool.rounding.asymmetric import best_shift, full_shift
 from hawqtool.rounding.factor import Factor, factorize
+from hawqtool.rounding.gram import quadratic_form
 from hawqtool.rounding.grid import Quantized, clamped_codes, dequantize, expand_scales, nearest_codes
-from hawqtool.rounding.kernels import kernel_for
+from hawqtool.rounding.input_drift import best_shift, full_shift
+from hawqtool.rounding.kernels.dispatch import kernel_for
 from hawqtool.rounding.method import BETAS, LayerSettings, RoundingMethod, Task
-from hawqtool.rounding.passes import prepare, refit, round_targets
+from hawqtool.rounding.statistics import GroupStatistics
+from hawqtool.rounding.two_pass import prepare, refit, round_targets
+from hawqtool.runtime.stage_timer import UNRECORDED, Recorder
 
 
 def round_group(

@@ -9,14 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from hawqtool.formats import QuantFormat
-from hawqtool.model.saving import NOTHING_SAVED, Saved
-from hawqtool.model.sweep import Activations, ModelStream, advance, read_weight
-from hawqtool.model.visiting import group_statistics
 from hawqtool.records import BlockSpec, Rows
 from hawqtool.rounding.method import RoundingMethod
+from hawqtool.runtime.store import NOTHING_SAVED, Saved
 from hawqtool.sensitivity.measure import Progress, group_errors
-from hawqtool.sensitivity.scores import mean_score
-from hawqtool.sensitivity.single_unit import (
+from hawqtool.sensitivity.measured_kl import (
     Carried,
     Judge,
     UnitScores,
@@ -25,6 +22,10 @@ from hawqtool.sensitivity.single_unit import (
     save_scores,
     unit_finals,
 )
+from hawqtool.sensitivity.scores import mean_score
+from hawqtool.streaming.block import Activations, advance, read_weight
+from hawqtool.streaming.input_statistics import group_statistics
+from hawqtool.streaming.stream import ModelStream
 
 
 def exchange_divergence(

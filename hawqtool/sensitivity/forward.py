@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from hawqtool.formats import QuantFormat
-from hawqtool.model.spill import Shelf, total_bytes
-from hawqtool.model.statistics import GroupStatistics
-from hawqtool.model.sweep import Activations, ModelStream, advance
-from hawqtool.model.visiting import group_statistics, weighed_alike
 from hawqtool.records import BlockSpec, LinearSpec
+from hawqtool.rounding.statistics import GroupStatistics
+from hawqtool.streaming.block import Activations, advance
+from hawqtool.streaming.input_statistics import group_statistics, weighed_alike
+from hawqtool.streaming.offload import Shelf, total_bytes
+from hawqtool.streaming.stream import ModelStream
 
 Progress = Callable[[str, int, int], None]
 _GRAM_SHARE = 2

@@ -10,21 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from hawqtool.formats import QuantFormat
-from hawqtool.model.saving import NOTHING_SAVED, Saved
-from hawqtool.model.statistics import GroupStatistics
-from hawqtool.model.sweep import Activations, ModelStream, check_states, read_weight
-from hawqtool.model.visiting import group_statistics
 from hawqtool.records import SWEEP_METRICS, BlockSpec, LinearSpec, Rows, Score, Unit
 from hawqtool.rounding.factor import factorize
-from hawqtool.rounding.fake import Start
 from hawqtool.rounding.grid import dequantize
 from hawqtool.rounding.layer import round_group
+from hawqtool.rounding.learned.fake_quant import Start
 from hawqtool.rounding.method import RoundingMethod, Task
+from hawqtool.rounding.statistics import GroupStatistics
+from hawqtool.runtime.store import NOTHING_SAVED, Saved
 from hawqtool.sensitivity.backward import block_backward
 from hawqtool.sensitivity.forward import Progress, forward_sweep, wanted_statistics
-from hawqtool.sensitivity.growth import GROWTH_LIMIT, GradientGrowth
-from hawqtool.sensitivity.loss import head_rows, loss_gradients
+from hawqtool.sensitivity.gradient_limit import GROWTH_LIMIT, GradientGrowth
+from hawqtool.sensitivity.label_gradients import head_rows, loss_gradients
 from hawqtool.sensitivity.scores import SIGNED, LayerRows, RowValues, add_rows, mean_score, score_rows, to_scores
+from hawqtool.streaming.block import Activations, check_states, read_weight
+from hawqtool.streaming.input_statistics import group_statistics
+from hawqtool.streaming.stream import ModelStream
 
 _SWEEP = "reverse-sweep"
 

@@ -15,8 +15,8 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from hawqtool.model.gram import GRAM_PANEL, token_product
 from hawqtool.records import SWEEP_METRICS, Score
+from hawqtool.rounding.gram import GRAM_PANEL, token_product
 
 RowValues = dict[str, dict[str, Tensor]]
 """``[metric][format label]`` to ``[rows]`` float64; the mean over rows is the score."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hawqtool.records import Score
-from hawqtool.sensitivity.single_unit import UnitScores
+from hawqtool.sensitivity.measured_kl import UnitScores
 
 _SHARES = tuple(2.0 ** (power / 4) for power in range(-32, 9))
 """Shares of a score by which an expectation may be off that are tried: 0.4 % to 4 times the score."""

@@ -9,13 +9,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hawqtool.model.heap import release_freed_pages
-from hawqtool.model.spill import Slices, total_bytes
-from hawqtool.model.sweep import ModelStream, advance, check_states
 from hawqtool.records import TokenWeights
-from hawqtool.rounding.learning import FixedOrder
+from hawqtool.runtime.determinism import FixedOrder
+from hawqtool.runtime.malloc import release_freed_pages
 from hawqtool.sensitivity.backward import token_powers
-from hawqtool.sensitivity.loss import loss_gradients
+from hawqtool.sensitivity.label_gradients import loss_gradients
+from hawqtool.streaming.block import advance, check_states
+from hawqtool.streaming.offload import Slices, total_bytes
+from hawqtool.streaming.stream import ModelStream
 
 EXPONENT = 0.5
 """Power of ‖g‖² that is taken for the weight, hence ‖g‖.

@@ -20,7 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 from typer.testing import CliRunner
 
 from hawqtool.cli.app import app
-from tests.tiny import tiny_llama
+from tests.support.tiny import tiny_llama
 
 INSTALLED = Path(sys.executable).parent / "hawqtool"
 WEIGHTS = "model.safetensors"

@@ -18,11 +18,11 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from hawqtool.cli.app import app
-from hawqtool.pipeline.batch import _BatchRun
-from hawqtool.pipeline.batch_file import read_batch
-from hawqtool.pipeline.batch_summary import batch_code, front
-from hawqtool.pipeline.progress import Silent
-from tests.tiny import tiny_llama
+from hawqtool.pipeline.batch.jobs_file import read_batch
+from hawqtool.pipeline.batch.runner import _BatchRun
+from hawqtool.pipeline.batch.summary import batch_code, front
+from hawqtool.runtime.reporter import Silent
+from tests.support.tiny import tiny_llama
 
 GOOD = ("model-4.0bpw", "model-6.0bpw")
 

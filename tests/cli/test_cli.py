@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from hawqtool import __version__
 from hawqtool.cli.app import app
-from tests.tiny import tiny_llama
+from tests.support.tiny import tiny_llama
 
 COMMANDS = ("quantize", "measure", "allocate", "evaluate", "verify", "inspect", "report", "config")
 SMALL = ("--num-samples", "8", "--seq-len", "16", "--group-size", "32", "--device", "cpu", "--eval-samples", "4")

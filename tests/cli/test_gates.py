@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from hawqtool.cli.app import app
-from tests.e2e.runs import random_text
-from tests.tiny import tiny_llama
-from tests.tiny_zoo import kind_named, save_kind
+from tests.support.runs import random_text
+from tests.support.tiny import tiny_llama
+from tests.support.tiny_zoo import kind_named, save_kind
 
 SMALL = ("--num-samples", "8", "--seq-len", "16", "--group-size", "32", "--device", "cpu", "--eval-samples", "4")
 TARGET = ("--bits", "4", "--target-bpw", "4.5")

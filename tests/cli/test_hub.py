@@ -15,13 +15,13 @@ import yaml
 from huggingface_hub import constants
 from typer.testing import CliRunner
 
+from hawqtool.checkpoint.index import read_index
+from hawqtool.checkpoint.source import MAY_FETCH, hub_id, resolve_model
 from hawqtool.cli.app import app
 from hawqtool.errors import InputError
 from hawqtool.export.writer import copy_small_files
-from hawqtool.model.index import read_index
-from hawqtool.model.source import MAY_FETCH, hub_id, resolve_model
-from tests.hub import SHA, Hub, running_hub
-from tests.tiny import tiny_llama
+from tests.support.hub import SHA, Hub, running_hub
+from tests.support.tiny import tiny_llama
 
 INSTALLED = Path(sys.executable).parent / "hawqtool"
 SMALL = ("--num-samples", "8", "--seq-len", "16", "--group-size", "32", "--device", "cpu", "--eval-samples", "4")

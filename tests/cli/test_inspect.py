@@ -17,11 +17,11 @@ from typer.testing import CliRunner
 
 from hawqtool.cli.app import app
 from hawqtool.config import RunConfig
-from hawqtool.pipeline.dryrun import describe
-from hawqtool.pipeline.job import prepare
-from hawqtool.pipeline.roles import role, starred
-from tests.packed_folder import write_packed
-from tests.tiny import tiny_llama, tiny_model
+from hawqtool.pipeline.dry_run import describe
+from hawqtool.pipeline.run.job import prepare
+from hawqtool.report.wording import role, starred
+from tests.support.packed_folder import write_packed
+from tests.support.tiny import tiny_llama, tiny_model
 
 BLOCK_WEIGHTS = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128
 

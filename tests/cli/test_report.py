@@ -12,7 +12,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from hawqtool.cli.app import app
-from tests.tiny import tiny_llama
+from tests.support.tiny import tiny_llama
 
 SMALL = ("--num-samples", "8", "--seq-len", "16", "--group-size", "32", "--device", "cpu", "--eval-samples", "4")
 

@@ -12,7 +12,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from hawqtool.cli.app import app
-from tests.tiny import tiny_llama
+from tests.support.tiny import tiny_llama
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,11 @@ from compressed_tensors.quantization import QuantizationConfig
 from safetensors.torch import load_file
 
 from hawqtool.errors import InputError, UsageError
-from hawqtool.export.packed import PackedReader
+from hawqtool.export.packed_reader import PackedReader
 from hawqtool.export.verify import verify_folder
-from hawqtool.pipeline.dryrun import describe
-from hawqtool.pipeline.job import prepare
-from tests.e2e.runs import Report, Run, edited, plan_bits, read, settings
+from hawqtool.pipeline.dry_run import describe
+from hawqtool.pipeline.run.job import prepare
+from tests.support.runs import Report, Run, edited, plan_bits, read, settings
 
 Asymmetric = tuple[Path, Report]
 KIND: dict[str, Any] = {"symmetric": False, "profile": "vllm"}

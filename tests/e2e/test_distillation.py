@@ -9,17 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hawqtool.export.packed import PACKED
+from hawqtool.export.packed_reader import PACKED
 from hawqtool.export.verify import verify_folder
-from hawqtool.pipeline.distilling import OutputJudge
-from hawqtool.pipeline.evaluating import Evaluator
-from hawqtool.pipeline.progress import Silent
-from hawqtool.pipeline.refining import split_rows
-from hawqtool.pipeline.rounding import round_to_folder
+from hawqtool.pipeline.stages.distill import OutputJudge
+from hawqtool.pipeline.stages.evaluate import Evaluator
+from hawqtool.pipeline.stages.refine import split_rows
+from hawqtool.pipeline.stages.write import round_to_folder
 from hawqtool.records import Rows
-from tests.e2e.runs import Run, read
+from hawqtool.runtime.reporter import Silent
 from tests.e2e.test_refinement import job_of, plan_of
-from tests.tiny_zoo import calibration_inputs, kind_named, save_kind
+from tests.support.runs import Run, read
+from tests.support.tiny_zoo import calibration_inputs, kind_named, save_kind
 
 KINDS = ("qwen3", "gpt2", "mixtral", "bert")
 STEPS = 20

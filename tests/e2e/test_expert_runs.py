@@ -8,11 +8,11 @@ import pytest
 
 from hawqtool.cli.render import print_report
 from hawqtool.config import RunConfig
-from hawqtool.pipeline.progress import Silent
 from hawqtool.pipeline.quantize import run_quantize
-from hawqtool.pipeline.routing import routed_tokens, routing_warnings
-from tests.e2e.runs import Report, read, settings
-from tests.tiny_zoo import HIDDEN, kind_named, save_kind
+from hawqtool.pipeline.stages.report import routed_tokens, routing_warnings
+from hawqtool.runtime.reporter import Silent
+from tests.support.runs import Report, read, settings
+from tests.support.tiny_zoo import HIDDEN, kind_named, save_kind
 
 EXPERTS = ["model.layers.0.mlp.experts", "model.layers.2.mlp.experts"]
 ROWS, LENGTH, CHOSEN = 2, 32, 2

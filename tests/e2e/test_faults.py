@@ -17,13 +17,13 @@ from hawqtool.cli.app import app
 from hawqtool.config import RunConfig
 from hawqtool.errors import InputLostError, NumericalError, ResourceError
 from hawqtool.pipeline import quantize as module
-from hawqtool.pipeline.evaluating import Evaluator
-from hawqtool.pipeline.progress import Silent
 from hawqtool.pipeline.quantize import run_quantize
-from hawqtool.pipeline.reporting import file_hash
-from hawqtool.pipeline.run_folder import RunFolder
-from tests.e2e.runs import read, settings
-from tests.tiny import tiny_llama
+from hawqtool.pipeline.run.files import file_hash
+from hawqtool.pipeline.run.folder import RunFolder
+from hawqtool.pipeline.stages.evaluate import Evaluator
+from hawqtool.runtime.reporter import Silent
+from tests.support.runs import read, settings
+from tests.support.tiny import tiny_llama
 
 SMALL: dict[str, Any] = {"bits": "4", "target_bpw": 4.5, "num_samples": 8, "seq_len": 16, "eval_samples": 4}
 

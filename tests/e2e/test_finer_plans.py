@@ -12,17 +12,17 @@ from transformers import AutoModelForCausalLM
 from hawqtool.config import RunConfig
 from hawqtool.errors import HawqError, UsageError
 from hawqtool.export.engines import TRANSFORMERS, VLLM
-from hawqtool.export.packed import PackedReader
+from hawqtool.export.packed_reader import PackedReader
 from hawqtool.export.verify import verify_folder
 from hawqtool.formats import CHANNEL, QuantFormat
-from hawqtool.pipeline.allocating import run_allocate
-from hawqtool.pipeline.evaluating import run_evaluate
-from hawqtool.pipeline.exchanging import neighbouring
-from hawqtool.pipeline.planning import format_menu
-from hawqtool.pipeline.progress import Silent
+from hawqtool.pipeline.allocate import run_allocate
+from hawqtool.pipeline.evaluate import run_evaluate
 from hawqtool.pipeline.quantize import run_quantize
+from hawqtool.pipeline.run.menu import format_menu
+from hawqtool.pipeline.search.exchange import neighbouring
 from hawqtool.records import LinearSpec, Unit
-from tests.e2e.runs import Report, Run, edited, plan_bits, read, settings
+from hawqtool.runtime.reporter import Silent
+from tests.support.runs import Report, Run, edited, plan_bits, read, settings
 
 APART = {"profile": "transformers", "bits": "2,3,4,8", "pin": ("re:.*v_proj=8", "re:.*up_proj=4")}
 

@@ -10,11 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hawqtool.errors import UsageError
-from hawqtool.export.packed import PackedReader
-from hawqtool.pipeline.measuring import run_measure
-from hawqtool.pipeline.progress import Silent
-from tests.e2e.runs import Run, read, settings
-from tests.tiny import tiny_llama
+from hawqtool.export.packed_reader import PackedReader
+from hawqtool.pipeline.measure import run_measure
+from hawqtool.runtime.reporter import Silent
+from tests.support.runs import Run, read, settings
+from tests.support.tiny import tiny_llama
 
 TOKENS = torch.arange(3, 35)[None]
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from hawqtool.model.spill import DISK, FOLDER_PREFIX
-from tests.e2e.runs import Run, read
+from hawqtool.streaming.offload import DISK, FOLDER_PREFIX
+from tests.support.runs import Run, read
 
 
 @pytest.mark.parametrize(

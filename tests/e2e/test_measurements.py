@@ -15,16 +15,19 @@ from safetensors.torch import load_file, save_file
 
 from hawqtool.config import RunConfig, load_config
 from hawqtool.errors import InputError, UsageError
-from hawqtool.pipeline import measurements, measuring
-from hawqtool.pipeline.allocating import run_allocate
-from hawqtool.pipeline.job import prepare
-from hawqtool.pipeline.measurements import MeasurementFolder, measurement_fingerprint
-from hawqtool.pipeline.measuring import job_menu, run_measure, wanted_formats
-from hawqtool.pipeline.progress import Silent
-from hawqtool.pipeline.report_page import write_page
-from hawqtool.pipeline.rows import gather_rows
-from tests.e2e.runs import Run, read, settings
-from tests.tiny import tiny_llama
+from hawqtool.pipeline.allocate import run_allocate
+from hawqtool.pipeline.measure import run_measure
+from hawqtool.pipeline.report import write_page
+from hawqtool.pipeline.run import measurement_cache as measurements
+from hawqtool.pipeline.run.job import prepare
+from hawqtool.pipeline.run.measurement_cache import MeasurementFolder, measurement_fingerprint
+from hawqtool.pipeline.run.menu import job_menu
+from hawqtool.pipeline.stages import measure as measuring
+from hawqtool.pipeline.stages.measure import wanted_formats
+from hawqtool.pipeline.stages.rows import gather_rows
+from hawqtool.runtime.reporter import Silent
+from tests.support.runs import Run, read, settings
+from tests.support.tiny import tiny_llama
 
 DOCUMENT = {
     "schema": "hawqtool.sensitivity/1",

@@ -8,8 +8,8 @@ from typing import Any
 import yaml
 
 from hawqtool.export.verify import verify_folder
-from tests.e2e.runs import Report, Run, read
-from tests.tiny import tiny_llama
+from tests.support.runs import Report, Run, read
+from tests.support.tiny import tiny_llama
 
 
 def front_matter(folder: Path) -> dict[str, Any]:

@@ -11,13 +11,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hawqtool.errors import UsageError
-from hawqtool.export.packed import PackedReader
+from hawqtool.export.packed_reader import PackedReader
 from hawqtool.export.verify import verify_folder
-from hawqtool.pipeline.dryrun import describe
-from hawqtool.pipeline.job import prepare
-from hawqtool.pipeline.reporting import file_hash
+from hawqtool.pipeline.dry_run import describe
+from hawqtool.pipeline.run.files import file_hash
+from hawqtool.pipeline.run.job import prepare
 from hawqtool.rounding.method import BETAS
-from tests.e2e.runs import (
+from tests.support.runs import (
     BLOCK_LINEARS,
     MIXED_TARGET,
     PACKED,
@@ -29,7 +29,7 @@ from tests.e2e.runs import (
     read,
     settings,
 )
-from tests.tiny import tiny_llama
+from tests.support.tiny import tiny_llama
 
 # The report and the files.
 

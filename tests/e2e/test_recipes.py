@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from hawqtool.config import load_config
-from hawqtool.pipeline.dryrun import describe
-from hawqtool.pipeline.job import prepare
+from hawqtool.pipeline.dry_run import describe
+from hawqtool.pipeline.run.job import prepare
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs"
 RECIPES = [p for p in sorted(FOLDER.glob("*.yaml")) if p.stem not in ("default", "batch-example")]

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from hawqtool.formats import QuantFormat
-from hawqtool.model.sweep import advance, read_weight, replace_weight, run_block
-from hawqtool.pipeline.job import Job
-from hawqtool.pipeline.refining import FormatRefiner, split_rows
+from hawqtool.pipeline.run.job import Job
+from hawqtool.pipeline.stages.refine import FormatRefiner, split_rows
 from hawqtool.records import Rows
-from hawqtool.rounding.refine import Schedule, output_error
+from hawqtool.rounding.learned.block import Schedule, output_error
 from hawqtool.sensitivity.measure import measure, rounding_errors
-from hawqtool.sensitivity.single_unit import single_unit_divergence
-from tests.e2e.runs import Run, read
+from hawqtool.sensitivity.measured_kl import single_unit_divergence
+from hawqtool.streaming.block import advance, read_weight, replace_weight, run_block
 from tests.e2e.test_refinement import job_of
-from tests.tiny_zoo import calibration_inputs, kind_named, save_kind
+from tests.support.runs import Run, read
+from tests.support.tiny_zoo import calibration_inputs, kind_named, save_kind
 
 STEPS = 20
 

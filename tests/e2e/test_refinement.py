@@ -11,21 +11,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from hawqtool.allocation.problem import stored_bytes
 from hawqtool.allocation.uniform import uniform_formats
 from hawqtool.config import RunConfig
 from hawqtool.errors import UsageError
-from hawqtool.export.packed import PackedReader
+from hawqtool.export.packed_reader import PackedReader
 from hawqtool.export.verify import verify_folder
-from hawqtool.model.sweep import advance
-from hawqtool.pipeline.job import Job, prepare
-from hawqtool.pipeline.planning import stored_bytes
-from hawqtool.pipeline.progress import Silent
-from hawqtool.pipeline.refining import split_rows
-from hawqtool.pipeline.rounding import round_to_folder
+from hawqtool.pipeline.run.job import Job, prepare
+from hawqtool.pipeline.stages.refine import split_rows
+from hawqtool.pipeline.stages.write import round_to_folder
 from hawqtool.records import BitPlan, Rows
-from hawqtool.rounding.refine import output_error
-from tests.e2e.runs import PACKED, Run, read
-from tests.tiny_zoo import calibration_inputs, kind_named, save_kind
+from hawqtool.rounding.learned.block import output_error
+from hawqtool.runtime.reporter import Silent
+from hawqtool.streaming.block import advance
+from tests.support.runs import PACKED, Run, read
+from tests.support.tiny_zoo import calibration_inputs, kind_named, save_kind
 
 KINDS = ("qwen3", "gpt2", "mixtral", "bert")
 STEPS = 20

@@ -16,15 +16,15 @@ import pytest
 
 from hawqtool.config import RunConfig
 from hawqtool.errors import UsageError
-from hawqtool.model import waypoints
-from hawqtool.pipeline.checkpoints import Checkpoints
-from hawqtool.pipeline.measuring import run_measure
-from hawqtool.pipeline.progress import Silent
+from hawqtool.pipeline.measure import run_measure
 from hawqtool.pipeline.quantize import run_quantize
-from hawqtool.pipeline.reporting import file_hash
-from hawqtool.rounding import learning
-from tests.e2e.runs import MIXED_TARGET, read, settings
-from tests.tiny_zoo import kind_named, save_kind
+from hawqtool.pipeline.run.checkpoints import Checkpoints
+from hawqtool.pipeline.run.files import file_hash
+from hawqtool.rounding.learned import training as learning
+from hawqtool.runtime.reporter import Silent
+from hawqtool.streaming import resume_points as waypoints
+from tests.support.runs import MIXED_TARGET, read, settings
+from tests.support.tiny_zoo import kind_named, save_kind
 
 ROOT = Path(__file__).resolve().parents[2]
 INSTALLED = Path(sys.executable).parent / "hawqtool"
@@ -176,7 +176,7 @@ def test_a_signal_keeps_the_work_and_says_so(place: Path, tmp_path: Path) -> Non
 
 def test_the_kill_script(tmp_path: Path) -> None:
     counts = ["--kills", "2", "--terms", "1", "--layers", "2", "--disks", "1" if os.geteuid() == 0 else "0"]
-    command = [sys.executable, str(ROOT / "scripts/kill_tests.py"), *counts]
+    command = [sys.executable, str(ROOT / "scripts/soak/kill_tests.py"), *counts]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

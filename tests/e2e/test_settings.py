@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from hawqtool.errors import InputError, UsageError
 from hawqtool.export.verify import verify_folder
-from hawqtool.pipeline.allocating import run_allocate
-from hawqtool.pipeline.evaluating import run_evaluate
-from hawqtool.pipeline.progress import Silent
+from hawqtool.pipeline.allocate import run_allocate
+from hawqtool.pipeline.evaluate import run_evaluate
 from hawqtool.pipeline.quantize import run_quantize
-from tests.e2e.runs import (
+from hawqtool.runtime.reporter import Silent
+from tests.support.runs import (
     BLOCK_LINEARS,
     MIXED_TARGET,
     PACKED,
@@ -28,7 +28,7 @@ from tests.e2e.runs import (
     read,
     settings,
 )
-from tests.tiny import tiny_llama, tiny_model
+from tests.support.tiny import tiny_llama, tiny_model
 
 # Settings.
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from hawqtool.errors import UsageError
-from hawqtool.pipeline.allocating import run_allocate
-from tests.e2e.runs import Run, settings
+from hawqtool.pipeline.allocate import run_allocate
+from tests.support.runs import Run, settings
 
 
 @pytest.mark.parametrize("target", [3.1, 4.2, 5.0, 6.3])

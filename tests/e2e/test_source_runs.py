@@ -13,8 +13,8 @@ import pyarrow.parquet
 import pytest
 
 from hawqtool.errors import InputError, UsageError
-from tests.dataset_hub import COMMIT, NAME, local_hub
-from tests.e2e.runs import Run, random_text, read
+from tests.support.dataset_hub import COMMIT, NAME, local_hub
+from tests.support.runs import Run, random_text, read
 
 SETS = ("calibration", "scoring", "selection", "report")
 LINES = [random_text(seed, 100) for seed in range(40)]

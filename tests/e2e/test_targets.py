@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from hawqtool.pipeline.dryrun import describe
-from hawqtool.pipeline.job import prepare
-from tests.e2e.runs import MIXED_TARGET, Report, Run, read, settings
+from hawqtool.pipeline.dry_run import describe
+from hawqtool.pipeline.run.job import prepare
+from tests.support.runs import MIXED_TARGET, Report, Run, read, settings
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import tiny_llama
+from tests.support.tiny import tiny_llama
 
 INSTALLED = Path(sys.executable).parent / "hawqtool"
 OPTIONS = ("--bits", "4", "--target-bpw", "4.5", "--num-samples", "4", "--seq-len", "16", "--group-size", "32")

@@ -1,0 +1,159 @@
+"""The second cost of a run: what a format costs besides bytes, from a file of the user's."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hawqtool.allocation.problem import REGEX_PREFIX
+from hawqtool.config import RunConfig
+from hawqtool.errors import InputError, UsageError
+from hawqtool.formats import MAX_BITS, MIN_BITS, QuantFormat, parse_label
+from hawqtool.parsing import MAX_JSON_BYTES, parse_json, read_bounded, short
+from hawqtool.records import Unit
+
+if TYPE_CHECKING:
+    from hawqtool.allocation.exact import SecondCost
+
+_COLUMNS = ("unit", "format", "cost")
+_NAMED = 3
+
+
+class CostTable:
+    """Costs by name and format, as a file states them.
+
+    Plain names win over ``re:`` patterns (matched from the start of a name, the first in the file wins), and format
+    labels over widths. A unit costs what the file says of it, or else what it says of its layers together. Entries
+    that match nothing are allowed, so that one file serves several models' menus and ``--ignore``.
+
+    Args:
+        path: A ``.csv`` file with columns unit, format and cost, or JSON: a list of objects with these keys.
+
+    Raises:
+        InputError: If the file cannot be read or an entry is malformed; names the entry.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._plain: dict[tuple[str, str], float] = {}
+        self._patterns: list[tuple[re.Pattern[str], str, float]] = []
+        for place, entry in enumerate(_entries(path), 1):
+            try:
+                self._add(str(entry["unit"]), str(entry["format"]).strip(), float(entry["cost"]))
+            except KeyError as error:
+                raise InputError(f"{path}: entry {place} has no {error}, expected unit, format and cost") from None
+            except (ValueError, TypeError, OverflowError, RecursionError, re.error) as error:
+                raise InputError(f"{path}: entry {place} is malformed ({short(str(error))})") from None
+
+    def _add(self, name: str, kind: str, cost: float) -> None:
+        if kind.isdigit():
+            if not MIN_BITS <= int(kind) <= MAX_BITS:
+                raise ValueError(f"width {kind}, expected {MIN_BITS} to {MAX_BITS}")
+        else:
+            parse_label(kind)
+        if not math.isfinite(cost) or cost < 0:
+            raise ValueError(f"cost {cost}, expected a finite number that is not negative")
+        if name.startswith(REGEX_PREFIX):
+            self._patterns.append((re.compile(name.removeprefix(REGEX_PREFIX)), kind, cost))
+        elif self._plain.setdefault((name, kind), cost) != cost:
+            raise ValueError(f"{name} in format {kind} has two costs, {self._plain[name, kind]:g} and {cost:g}")
+
+    def cost(self, unit: Unit, quant_format: QuantFormat) -> float | None:
+        """Cost of a unit in a format; None if the file does not say."""
+        whole = self._find(unit.name, quant_format)
+        if whole is not None:
+            return whole
+        parts = [self._find(member.name, quant_format) for member in unit.members]
+        return None if None in parts else math.fsum(part for part in parts if part is not None)
+
+    def _find(self, name: str, quant_format: QuantFormat) -> float | None:
+        kinds = (quant_format.label, str(quant_format.bits))
+        for kind in kinds:
+            if (name, kind) in self._plain:
+                return self._plain[name, kind]
+        found = (cost for kind in kinds for pattern, k, cost in self._patterns if k == kind and pattern.match(name))
+        return next(found, None)
+
+    def of_menu(self, units: Sequence[Unit], menu: Mapping[str, Sequence[QuantFormat]]) -> dict[str, dict[Any, float]]:
+        """Unit name to format to cost, for all formats of a menu.
+
+        Raises:
+            UsageError: If the file lacks some; names the first.
+        """
+        costs: dict[str, dict[Any, float]] = {unit.name: {} for unit in units}
+        missing = []
+        for unit in units:
+            for quant_format in menu[unit.name]:
+                cost = self.cost(unit, quant_format)
+                if cost is None:
+                    missing.append(f"{unit.name} in {quant_format.label}")
+                else:
+                    costs[unit.name][quant_format] = cost
+        if missing:
+            more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
+            raise UsageError(
+                f"{self._path} has no cost of {', '.join(missing[:_NAMED])}{more}; every unit needs one in every "
+                "format that it may take: add them (a re: pattern covers many), or restrict --bits"
+            )
+        return costs
+
+
+def second_cost(
+    config: RunConfig,
+    units: Sequence[Unit],
+    menu: Mapping[str, Sequence[QuantFormat]],
+    pins: Mapping[str, QuantFormat],
+) -> SecondCost | None:
+    """The second budget of a run; None if it has none.
+
+    Raises:
+        InputError: If the file of costs is damaged.
+        UsageError: If it lacks costs, or even the cheapest formats exceed the budget.
+    """
+    if config.costs is None or config.max_cost is None:
+        return None
+    from hawqtool.allocation.exact import SecondCost
+
+    allowed = {unit.name: (pins[unit.name],) if unit.name in pins else menu[unit.name] for unit in units}
+    costs = CostTable(Path(config.costs)).of_menu(units, allowed)
+    least, most = (math.fsum(end(by_format.values()) for by_format in costs.values()) for end in (min, max))
+    second = SecondCost(costs, config.max_cost)
+    if not second.allows({unit: min(by_format, key=by_format.__getitem__) for unit, by_format in costs.items()}):
+        raise UsageError(
+            f"the second budget of {config.max_cost:g} cannot be met: costs from {least:g} to {most:g} are in reach; "
+            "raise --max-cost, add cheaper widths to --bits, or pin fewer layers"
+        )
+    return second
+
+
+def meets_second_budget(config: RunConfig, units: Sequence[Unit], formats: Mapping[str, QuantFormat]) -> bool:
+    """Whether a plan from elsewhere, such as a uniform one, is known to stay within the second budget."""
+    try:
+        second = second_cost(config, units, {unit: (fmt,) for unit, fmt in formats.items()}, {})
+    except UsageError:  # too dear, or a format that the file does not know
+        return False
+    return second is None or second.allows(formats)
+
+
+def _entries(path: Path) -> list[dict[str, Any]]:
+    if not os.path.isfile(path):
+        raise InputError(f"{short(str(path))} was not found; check the path")
+    try:
+        text = read_bounded(path, MAX_JSON_BYTES).decode("utf-8-sig")
+        if path.suffix.lower() == ".csv":
+            reader = csv.DictReader(text.splitlines(), strict=True)
+            entries: Any = list(reader)
+            if missing := set(_COLUMNS) - set(reader.fieldnames or ()):
+                raise InputError(f"{path} has no column {min(missing)}, expected {', '.join(_COLUMNS)}")
+        else:
+            entries = parse_json(text)
+    except (ValueError, csv.Error) as error:
+        raise InputError(f"{path} is neither CSV (then it must end in .csv) nor JSON: {error}") from None
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise InputError(f"{path} holds no list of objects, expected entries with {', '.join(_COLUMNS)}")
+    return entries

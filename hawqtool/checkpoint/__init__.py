@@ -1,0 +1,1 @@
+"""Checkpoint folders: headers, tensors, where they come from, what is fused."""

@@ -1,0 +1,112 @@
+"""Lazy reading of single tensors from a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from hawqtool.checkpoint.dtypes import torch_dtype
+from hawqtool.checkpoint.index import CheckpointIndex, TensorInfo
+from hawqtool.errors import InputError, InputLostError, NumericalError
+
+CHUNK_BYTES = 16 << 20
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Refuse weights that are NaN or Inf where they are loaded, so that the message can name the tensor.
+
+    Args:
+        name: Name for the message.
+        tensor: Values of any floating dtype, on any device.
+
+    Raises:
+        NumericalError: If a value is NaN or Inf.
+    """
+    # The extremes show every NaN and Inf and, unlike isfinite, need no second tensor of this size.
+    if tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
+        count = int((~tensor.isfinite()).sum())
+        raise NumericalError(
+            f"tensor {name} has NaN or Inf in {count} of its {tensor.numel()} values; expected finite weights; "
+            "download the checkpoint again"
+        )
+
+
+class TensorReader:
+    """Reads tensors one at a time; files are opened per read and never memory-mapped.
+
+    A mapped page can stay resident and counts against a memory limit, so plain reads keep the peak at one tensor.
+    """
+
+    def __init__(self, index: CheckpointIndex) -> None:
+        self.index = index
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.index.tensors
+
+    def info(self, name: str) -> TensorInfo:
+        """Header entry of a tensor.
+
+        Raises:
+            InputError: If the checkpoint has no such tensor.
+        """
+        if name not in self.index.tensors:
+            raise InputError(f"tensor {name} is not in {self.index.folder}; expected it from the model's structure")
+        return self.index.tensors[name]
+
+    def tensor(self, name: str, pinned: bool = False) -> Tensor:
+        """Tensor on the CPU in the source dtype, in its own memory, page-locked where ``pinned``.
+
+        Raises:
+            InputError: If there is no such tensor or the file cannot be read.
+        """
+        info = self.info(name)
+        dtype = torch_dtype(info.dtype)
+        if info.num_bytes == 0:
+            return torch.empty(info.shape, dtype=dtype)
+        buffer = torch.empty(info.num_bytes, dtype=torch.uint8, pin_memory=pinned)
+        try:
+            with info.file.open("rb", buffering=0) as stream:
+                stream.seek(info.start)
+                view, done = buffer.numpy().data, 0
+                while done < info.num_bytes:
+                    count = stream.readinto(view[done : done + (1 << 30)])
+                    if not count:
+                        raise InputLostError(f"{info.file} ended inside tensor {name}; download or save it again")
+                    done += count
+        except OSError as error:
+            raise InputLostError(
+                f"tensor {name} of {info.file} cannot be read ({error.strerror}); check the disk"
+            ) from None
+        return buffer.view(dtype).reshape(info.shape)
+
+    def raw(self, name: str) -> bytes:
+        """Stored bytes of a tensor.
+
+        Raises:
+            InputError: As `tensor`.
+        """
+        return b"".join(self.chunks(name))
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """Stored bytes of a tensor in pieces of at most 16 MiB.
+
+        Raises:
+            InputError: As `tensor`.
+        """
+        info = self.info(name)
+        try:
+            with info.file.open("rb", buffering=0) as stream:
+                stream.seek(info.start)
+                left = info.num_bytes
+                while left:
+                    piece = stream.read(min(left, CHUNK_BYTES))
+                    if not piece:
+                        raise InputLostError(f"{info.file} ended inside tensor {name}; download or save it again")
+                    left -= len(piece)
+                    yield piece
+        except OSError as error:
+            raise InputLostError(
+                f"tensor {name} of {info.file} cannot be read ({error.strerror}); check the disk"
+            ) from None

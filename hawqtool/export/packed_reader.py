@@ -1,0 +1,218 @@
+"""Reading a packed checkpoint back as if it were dense."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hawqtool.checkpoint.index import CheckpointIndex, read_index
+from hawqtool.checkpoint.reader import TensorReader
+from hawqtool.errors import InputError
+from hawqtool.export.compressed_tensors import module_format
+from hawqtool.export.packing import unpack_codes, unpack_zeros
+from hawqtool.formats import QuantFormat
+from hawqtool.parsing import ParseError, load_json
+
+PACKED, SCALE, ZERO_POINT = ".weight_packed", ".weight_scale", ".weight_zero_point"
+"""Suffixes of the tensors that hold a packed weight; zero points exist on asymmetric grids only."""
+
+_SLICE_WEIGHTS = {"cpu": 1 << 17, "cuda": 1 << 24}
+"""Weights that are compared at a time: on a CPU, intermediates of more leave its cache, which takes twice as long."""
+
+
+def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
+    """Weights as loaders compute them: code, less its zero point if there is one, times scale, in the scale's dtype.
+
+    Args:
+        codes: ``[out, in]`` int8.
+        scales: ``[out, groups]`` in the stored dtype.
+        zeros: ``[out, groups]`` int8; None on a symmetric grid.
+
+    Returns:
+        ``[out, in]`` in the scale's dtype.
+    """
+    rows, columns = codes.shape
+    grouped = codes.to(scales.dtype).view(rows, scales.shape[1], columns // max(scales.shape[1], 1))
+    if zeros is not None:
+        # Exact even in bf16: 8-bit differences lie within ±255.
+        grouped = grouped - zeros.to(scales.dtype).unsqueeze(-1)
+    return (grouped * scales.unsqueeze(-1)).view(rows, columns)
+
+
+def relative_weight_error(weight: Tensor, restored: Tensor) -> float:
+    """Squared error over squared weights, as ``weight_error`` of ``reproduce/checksums.json`` means it.
+
+    Args:
+        weight: ``[out, in]`` in the source's dtype.
+        restored: ``[out, in]`` from `dequantize`, in the scale's dtype.
+    """
+    return _ratio([_row_errors(weight, restored)])
+
+
+def packed_weight_error(
+    weight: Tensor, parts: Mapping[str, Tensor], quant_format: QuantFormat, device: torch.device
+) -> float:
+    """`relative_weight_error` of a packed module, a few rows at a time.
+
+    Args:
+        weight: ``[out, in]`` in the source's dtype.
+        parts: From `packed_parts`, without `shape_problem`.
+        quant_format: Their format.
+        device: Where to compute.
+    """
+    rows, columns = weight.shape
+    zeros = None if quant_format.symmetric else unpack_zeros(parts[ZERO_POINT], quant_format.bits, rows)
+    step = max(1, _SLICE_WEIGHTS.get(device.type, 1 << 20) // max(columns, 1))
+    found = []
+    for start in range(0, max(rows, 1), step):
+        some = slice(start, start + step)
+        codes = unpack_codes(parts[PACKED][some].to(device), quant_format.bits, columns)
+        shifts = None if zeros is None else zeros[some].to(device)
+        restored = dequantize(codes, parts[SCALE][some].to(device), shifts)
+        found.append(_row_errors(weight[some].to(device), restored))
+    return _ratio(found)
+
+
+def _row_errors(weight: Tensor, restored: Tensor) -> Tensor:
+    """Squared error and squared weights of every row: ``[2, out]`` float64."""
+    original = weight.float()
+    # Products round to the scale's dtype in every loader: at 8 bits that rounding is part of the error.
+    error = (restored.float() - original).square_().sum(-1)
+    return torch.stack([error, original.square().sum(-1)]).double()
+
+
+def _ratio(rows: list[Tensor]) -> float:
+    error, energy = torch.cat(rows, 1).sum(1)
+    return float(error / energy.clamp_min(torch.finfo(torch.float64).tiny))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """``config.json`` of a folder.
+
+    Raises:
+        InputError: If it is missing or not a JSON object.
+    """
+    path = folder / "config.json"
+    try:
+        config = load_json(path)
+    except ParseError as error:
+        raise InputError(f"{path} is not readable JSON ({error}); expected a model configuration; restore it") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{path} is not a JSON object; expected a model configuration; restore it")
+    return config
+
+
+class PackedReader:
+    """`TensorReader` over a packed checkpoint: ``M.weight`` of a packed module is dequantized on the fly.
+
+    Args:
+        folder: A written checkpoint.
+        transposed: Modules whose dense weight is ``[in, out]`` in the original; their packed one is ``[out, in]``.
+        device: Where codes are unpacked, and lie then.
+
+    Raises:
+        InputError: If the folder is not a checkpoint or its config has no ``quantization_config``.
+    """
+
+    def __init__(self, folder: Path, transposed: Collection[str] = (), device: torch.device | str = "cpu") -> None:
+        self.transposed, self._device = transposed, device
+        self.index: CheckpointIndex = read_index(folder)
+        self._reader = TensorReader(self.index)
+        config = read_config(folder).get("quantization_config")
+        if not isinstance(config, dict) or not isinstance(config.get("config_groups"), dict):
+            raise InputError(f"{folder}/config.json has no config_groups to unpack with; pass a packed checkpoint")
+        self._config: dict[str, Any] = {"ignore": [], **config}
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.index.tensors or (isinstance(name, str) and self._packed_module(name) is not None)
+
+    def tensor(self, name: str) -> Tensor:
+        """Tensor on the CPU; a packed weight on the reader's device, in the scale's dtype, as the original lies.
+
+        Raises:
+            InputError: If there is no such tensor, or the packed tensors and the config disagree.
+        """
+        module = None if name in self.index.tensors else self._packed_module(name)
+        if module is None:
+            return self._reader.tensor(name)
+        weight = dequantize(*self.codes(module))
+        return weight.t().contiguous() if module in self.transposed else weight
+
+    def codes(self, module: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Codes ``[out, in]`` int8, scales ``[out, groups]`` and zero points of a packed module, as `dequantize` takes.
+
+        Raises:
+            InputError: If the module is not packed, or shapes and the config group disagree.
+        """
+        parts = self._parts(module)
+        quant_format = module_format(self._config, module)
+        found = {suffix: tuple(part.shape) for suffix, part in parts.items()}
+        problem = shape_problem(module, quant_format, found, self._shape(module))
+        if problem:
+            raise InputError(problem)
+        return unpack_parts(parts, quant_format, self._shape(module))
+
+    def _packed_module(self, name: str) -> str | None:
+        module = name.removesuffix(".weight")
+        return module if module != name and f"{module}{PACKED}" in self.index.tensors else None
+
+    def _parts(self, module: str) -> dict[str, Tensor]:
+        parts = packed_parts(self._reader, module)
+        floating = parts[SCALE].dtype.is_floating_point
+        if not floating or any(part.dtype != torch.int32 for suffix, part in parts.items() if suffix != SCALE):
+            raise InputError(f"{module} is not packed as int32 words and float scales; write it again")
+        return {suffix: part.to(self._device) for suffix, part in parts.items()}
+
+    def _shape(self, module: str) -> tuple[int, int]:
+        shape = self._reader.tensor(f"{module}.weight_shape").tolist()
+        if len(shape) != 2:
+            raise InputError(f"{module}.weight_shape does not hold two numbers; write it again")
+        return int(shape[0]), int(shape[1])
+
+
+def packed_parts(reader: TensorReader, module: str) -> dict[str, Tensor]:
+    """Packed codes, scales and, where there are any, packed zero points of a module, by suffix."""
+    names = {suffix: module + suffix for suffix in (PACKED, SCALE, ZERO_POINT)}
+    return {suffix: reader.tensor(name) for suffix, name in names.items() if suffix != ZERO_POINT or name in reader}
+
+
+def unpack_parts(
+    parts: Mapping[str, Tensor], quant_format: QuantFormat, shape: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes, scales and zero points, as `dequantize` takes them, of parts without `shape_problem`."""
+    zeros = None if quant_format.symmetric else unpack_zeros(parts[ZERO_POINT], quant_format.bits, shape[0])
+    return unpack_codes(parts[PACKED], quant_format.bits, shape[1]), parts[SCALE], zeros
+
+
+def shape_problem(
+    module: str, quant_format: QuantFormat, found: Mapping[str, tuple[int, ...]], shape: tuple[int, int]
+) -> str | None:
+    """What is wrong with the shapes of a packed module in a format; None when they agree.
+
+    Args:
+        module: Its name.
+        quant_format: The format that its config group says.
+        found: Shapes of the stored parts by suffix; zero points are absent where none are stored.
+        shape: Content of ``weight_shape``.
+    """
+    rows, columns = shape
+    if not quant_format.divides(columns):
+        return f"{module}.weight_shape says {columns} inputs; expected a multiple of the groups of {quant_format.label}"
+    if quant_format.symmetric and ZERO_POINT in found:
+        return f"{module}{ZERO_POINT} is stored; expected none: its config group says symmetric true; write it again"
+    if not quant_format.symmetric and ZERO_POINT not in found:
+        return f"{module}{ZERO_POINT} is missing; expected it: its config group says symmetric false; write it again"
+    groups = quant_format.num_groups(columns)
+    wanted = {PACKED: (rows, quant_format.packed_columns(columns)), SCALE: (rows, groups)}
+    wanted[ZERO_POINT] = (quant_format.packed_zero_rows(rows), groups)
+    for suffix, size in found.items():
+        if size != wanted[suffix]:
+            return (
+                f"{module}{suffix} has shape {list(size)}; expected {list(wanted[suffix])} for {quant_format.label}, "
+                f"the num_bits and group_size of its config group, and weight_shape {list(shape)}"
+            )
+    return None

@@ -1,0 +1,184 @@
+"""The ``batch`` command: every job as a process of its own, what is there already left alone."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hawqtool.errors import HawqError, UsageError, one_line
+from hawqtool.pipeline.batch.jobs_file import JOBS, Batch, BatchJob, budget_free
+from hawqtool.pipeline.batch.processes import Outcome, Program, run_programs
+from hawqtool.pipeline.batch.summary import GATE_FAILED, Row, empty_row, result, summarize, write_summary
+from hawqtool.pipeline.report import NEEDS_MATPLOTLIB
+from hawqtool.pipeline.run.files import REPORT_SCHEMA, write_text
+from hawqtool.pipeline.run.fingerprint import config_fingerprint
+from hawqtool.report.wording import MEASURES
+from hawqtool.runtime.reporter import Reporter
+
+OUT_OF_MEMORY, CRASHED = 5, 1
+_DOCUMENTED = (0, 1, 2, 3, 4, 5, 130, 143)
+_LONGEST_ERROR = 400
+
+TO_DO, DONE, CHANGED = "to do", "done", "other settings"
+"""Whether a job's folder holds its result."""
+
+
+def job_state(job: BatchJob) -> tuple[str, dict[str, Any] | None]:
+    """Whether a job is done, and its report where it is; a folder that is not ours is left for the job to refuse."""
+    report = _report(Path(str(job.config.output)) / "report.json")
+    if report is None:
+        return TO_DO, None
+    if report.get("config_fingerprint") == config_fingerprint(job.config):
+        return DONE, report
+    return (TO_DO if job.config.overwrite else CHANGED), None
+
+
+def _report(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and found.get("schema") == REPORT_SCHEMA else None
+
+
+def check_batch(batch: Batch) -> None:
+    """Check before the work that the folder of the batch can be made.
+
+    Raises:
+        UsageError: If it is a file, or its parent is missing.
+    """
+    if batch.folder.exists() and not batch.folder.is_dir():
+        raise UsageError(f"--output {batch.folder} is a file, a folder was expected; choose another name")
+    if not batch.folder.absolute().parent.is_dir():
+        raise UsageError(f"the parent folder of {batch.folder} does not exist; create it first")
+
+
+def run_batch(batch: Batch, slots: Sequence[str | None], reporter: Reporter) -> dict[str, Any]:
+    """``hawqtool batch``: run what is missing, then write the summary; also when this is interrupted.
+
+    Args:
+        batch: The jobs.
+        slots: Devices, see `hawqtool.pipeline.batch.processes.device_slots`.
+        reporter: One line per job.
+
+    Returns:
+        The summary (``hawqtool.batch/1``).
+    """
+    check_batch(batch)
+    run = _BatchRun(batch, reporter)
+    try:
+        run_programs(run.prepare(), slots, run.ended)
+    finally:
+        summary = run.write()
+    return summary
+
+
+class _BatchRun:
+    """Rows of a batch as its jobs end."""
+
+    def __init__(self, batch: Batch, reporter: Reporter) -> None:
+        self.batch, self.reporter = batch, reporter
+        self.start, self.count, self.measured = time.monotonic(), 0, 0
+        self.rows = {job.name: empty_row(job) for job in batch.jobs}
+        self.logs = batch.folder / JOBS
+
+    def prepare(self) -> list[Program]:
+        """Settle what needs no run; the programs of the rest."""
+        self.logs.mkdir(parents=True, exist_ok=True)
+        programs = []
+        for job in self.batch.jobs:
+            state, report = job_state(job)
+            if report is not None:
+                self._settle(job.name, result(report), "already there")
+            elif state == CHANGED:
+                said = f"{job.config.output} holds the result of other settings or inputs; --overwrite replaces it"
+                self._settle(job.name, {"status": "failed", "exit_code": UsageError.exit_code, "error": said}, "")
+            else:
+                file, settings = self.logs / f"{job.name}.yaml", job.yaml()
+                # A job that was cut short is gone on with; one whose settings changed since then starts anew.
+                begun = file.is_file() and file.read_text(encoding="utf-8") == settings
+                write_text(file, settings)
+                command: tuple[str, ...] = (sys.executable, "-m", "hawqtool", "quantize", "-c", str(file), "--json")
+                command += ("--resume",) if begun else ()
+                kind = repr(budget_free(job.config))
+                programs.append(Program(job.name, command, self.logs / f"{job.name}.log", kind))
+        return programs
+
+    def ended(self, program: Program, outcome: Outcome) -> None:
+        """Record how a job ended."""
+        try:
+            report = json.loads(outcome.stdout) if outcome.code in (0, GATE_FAILED) else None
+        except ValueError:
+            report = None
+        row: Row = {"ran": True, "seconds": outcome.seconds, "device": outcome.device}
+        if report is not None and report.get("schema") == REPORT_SCHEMA:
+            row |= result(report)
+            self.measured += row["measurement"] == "run"
+        else:
+            code, said = _failure(outcome.code, program.log)
+            row |= {"status": "failed", "exit_code": code, "error": said}
+        self._settle(program.name, row, f"{outcome.seconds:.0f} s")
+
+    def _settle(self, name: str, row: Row, how: str) -> None:
+        self.rows[name] |= row
+        self.count += 1
+        self.reporter.say(f"[{self.count}/{len(self.rows)}] {name}: {_line(self.rows[name], how)}")
+
+    def write(self) -> dict[str, Any]:
+        """Write and return the summary."""
+        summary = summarize(list(self.rows.values()), time.monotonic() - self.start, self.measured)
+        if not write_summary(self.batch.folder, summary):
+            self.reporter.say(f"no figure was drawn: that {NEEDS_MATPLOTLIB}")
+        return summary
+
+
+def _failure(code: int, log: Path) -> tuple[int, str]:
+    """Documented exit code and reason of a job that has no report."""
+    if code < 0:
+        name = signal.Signals(-code).name
+        if -code == signal.SIGKILL:
+            return OUT_OF_MEMORY, f"was killed ({name}), which a machine out of memory does; lower --jobs or its rows"
+        return CRASHED, f"crashed ({name}); see {log}"
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    said = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "")
+    if code in (0, GATE_FAILED):
+        return CRASHED, f"ended with {code} but printed no report; see {log}"
+    return (code if code in _DOCUMENTED else CRASHED), said.removeprefix("error: ")[:_LONGEST_ERROR] or f"see {log}"
+
+
+def _line(row: Row, how: str) -> str:
+    if row["status"] == "failed":
+        return f"failed with code {row['exit_code']}" + (f" in {how}" if how else "") + f": {row['error']}"
+    found = f"{row['bpw_linears']:.3f} bits, {MEASURES[row['measure']]} "
+    found += "not finite" if row["divergence"] is None else f"{row['divergence']:.4g}"
+    shared = {"shared": ", shared measurement", "run": ", measured"}.get(row["measurement"], "") * row["ran"]
+    gate = "" if row["exit_code"] == 0 else f", GATE FAILED ({row['error']})"
+    return f"{row['status'] if row['exit_code'] == 0 else 'done'}, {how}, {found}{shared}{gate}"
+
+
+def dry_run(batch: Batch, reporter: Reporter) -> list[Row]:
+    """What each job would do, from headers alone; writes nothing."""
+    from hawqtool.pipeline.dry_run import describe
+    from hawqtool.pipeline.run.job import prepare
+
+    check_batch(batch)
+    rows = []
+    for number, job in enumerate(batch.jobs, 1):
+        row = empty_row(job)
+        try:
+            row |= {"status": job_state(job)[0], "exit_code": 0}
+            if row["status"] == CHANGED:
+                row |= {"exit_code": UsageError.exit_code, "error": "--overwrite would replace it"}
+            found = describe(prepare(job.config, reporter))
+            row |= {"original_bytes": found["original_bytes"], "quantized_bytes": found["expected_bytes"]}
+            row["bpw_linears"] = found["budget_bpw"]
+        except HawqError as error:
+            row |= {"status": "would fail", "exit_code": error.exit_code, "error": one_line(error)}
+        reporter.progress("dry run", number, len(batch.jobs))
+        rows.append(row)
+    return rows

@@ -1,0 +1,96 @@
+"""What a run would do, from headers alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hawqtool.allocation.problem import achievable
+from hawqtool.allocation.second_cost import second_cost
+from hawqtool.allocation.uniform import best_uniform
+from hawqtool.config import RunConfig
+from hawqtool.errors import UsageError
+from hawqtool.formats import QuantFormat
+from hawqtool.pipeline.run.job import Job
+from hawqtool.pipeline.run.menu import budget_bytes, job_menu, unquantized_bytes
+from hawqtool.pipeline.search.gates import check_gates
+from hawqtool.pipeline.search.planner import given_plan, single_choice_plan
+from hawqtool.pipeline.stages.rows import check_calibration
+
+
+def describe(job: Job) -> dict[str, Any]:
+    """Model, menu, achievable range, budget and expected size; reads nothing but headers.
+
+    Raises:
+        UsageError: If the budget is infeasible, or settings contradict each other.
+    """
+    check_calibration(job)
+    check_gates(job)
+    config = job.config
+    if config.sensitivity_steps and not config.refine_steps:
+        raise UsageError(
+            "--sensitivity-steps scores roundings as --refine-steps leaves them, which is 0; give both, or drop it"
+        )
+    weights = sum(unit.num_weights for unit in job.units)
+    menu = job_menu(job, None)
+    fixed = unquantized_bytes(job, menu)
+    budget: int | None = None
+    plan = None
+    if config.plan is not None:
+        plan = given_plan(config, job.units)
+    elif config.target_kl is None:
+        budget = budget_bytes(config, job.units, fixed)
+        menu = job_menu(job, budget)
+        _check_feasible(job, menu, budget, weights, fixed)
+        second_cost(config, job.units, menu, job.pins)  # what it lacks must be known before the long part
+        plan = single_choice_plan(job.units, menu, job.pins, budget, config)
+    lowest, highest = achievable(job.units, menu, job.pins)
+    expected = plan.stored_bytes if plan else highest if budget is None else min(budget, highest)
+    symmetric = plan.symmetric if plan else config.symmetric
+    limit = budget if budget is not None else expected
+    uniform = best_uniform(job.units, limit, symmetric, config.group_sizes)
+    return {
+        "model": job.source.spec,
+        "blocks": len(job.structure.blocks),
+        "linears": sum(len(unit.members) for unit in job.units),
+        "units": len(job.units),
+        "quantized_weights": weights,
+        "widths": sorted({f.bits for formats in menu.values() for f in formats}),
+        "symmetric": symmetric,
+        "group_falls": _group_falls(job, menu),
+        "achievable_bpw": [8 * lowest / weights, 8 * highest / weights],
+        "target_kl": config.target_kl,
+        "budget_bpw": None if budget is None else 8 * budget / weights,
+        "original_bytes": job.index.total_bytes,
+        "expected_bytes": job.layout(plan.formats).total_bytes if plan else fixed + expected,
+        "expected_is_exact": plan is not None,
+        "best_uniform": uniform.label if uniform else None,
+        "device": str(job.device),
+        "calibration": f"{job.num_samples} {'images' if job.takes_images else f'rows of {job.seq_len} tokens'}",
+        "rounding": ", ".join([config.rounding, *_learning(config)]),
+        "seed": config.seed,
+    }
+
+
+def _learning(config: RunConfig) -> list[str]:
+    distillation = "distillation steps on codes too" if config.distill_codes else "distillation steps"
+    kinds = ("refinement steps", config.refine_steps), (distillation, config.distill_steps)
+    return [f"{steps} {kind}" for kind, steps in kinds if steps]
+
+
+def _check_feasible(job: Job, menu: dict[str, tuple[QuantFormat, ...]], budget: int, weights: int, fixed: int) -> None:
+    lowest, highest = achievable(job.units, menu, job.pins)
+    if budget < lowest:
+        raise UsageError(
+            f"target of {8 * budget / weights:.3f} bits per weight ({budget + fixed:,} bytes in all) is below what the "
+            f"widths allow: {8 * lowest / weights:.3f} to {8 * highest / weights:.3f} ({lowest + fixed:,} to "
+            f"{highest + fixed:,} bytes); raise the target, add narrower --bits or a larger --group-size, or drop pins"
+        )
+
+
+def _group_falls(job: Job, menu: dict[str, tuple[QuantFormat, ...]]) -> list[str]:
+    wanted = job.config.group_size
+    fallen = [u.name for u in job.units if menu[u.name][0].group_size != wanted]
+    if not fallen:
+        return []
+    sizes = sorted({menu[name][0].group_size for name in fallen})
+    return [f"group size {wanted} does not divide {len(fallen)} units (first {fallen[0]}); they use {sizes}"]

@@ -1,0 +1,44 @@
+"""``hawqtool evaluate``: perplexity and divergence of a written folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hawqtool.config import RunConfig
+from hawqtool.errors import InputError
+from hawqtool.evaluation.divergence import as_record
+from hawqtool.export.packed_reader import PackedReader
+from hawqtool.pipeline.run.job import prepare
+from hawqtool.pipeline.stages.evaluate import Evaluator
+from hawqtool.pipeline.stages.rows import evaluation_rows
+from hawqtool.runtime.reporter import Reporter
+
+
+def run_evaluate(config: RunConfig, folder: Path, reporter: Reporter) -> dict[str, Any]:
+    """``hawqtool evaluate``: perplexity and KL of a written folder against its original.
+
+    Raises:
+        InputError: If no evaluation text is given, or the folder belongs to another model.
+    """
+    if config.eval_data is None:
+        raise InputError("--eval-data is needed: text that was not used for calibration")
+    job = prepare(config, reporter, writes=False)
+    candidate = PackedReader(folder)
+    missing = [n for n in job.structure.linears if f"{n}.weight" not in candidate]
+    if missing:
+        raise InputError(f"{folder} has no layer {missing[0]}; is {config.model} the model that it was made from?")
+    rows = evaluation_rows(job, config.eval_data)
+    evaluator = Evaluator(job, {"report": rows}, reporter)
+    with torch.no_grad():
+        original = evaluator.evaluate(None, "original")["report"]
+        quantized = evaluator.evaluate(folder, "quantized")["report"]
+    return {
+        "schema": "hawqtool.evaluation/1",
+        "measure": original.measure,
+        "rows": {"source": rows.source, "fingerprint": rows.fingerprint, "count": len(rows.tokens)},
+        "original": as_record(original),
+        "quantized": as_record(quantized),
+    }

@@ -1,0 +1,163 @@
+"""What a compressed-tensors folder holds, and which engines load it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from hawqtool.checkpoint.index import CheckpointIndex
+from hawqtool.checkpoint.reader import TensorReader
+from hawqtool.errors import InputError
+from hawqtool.export.config_checks import module_problems, packed_modules, structure_problems
+from hawqtool.export.engines import engines
+from hawqtool.export.verify import PLAN_FILE
+from hawqtool.formats import SHAPE_TENSOR_BYTES, QuantFormat
+from hawqtool.pipeline.run.files import PLAN_SCHEMA, REPORT_SCHEMA, read_json
+from hawqtool.report.wording import role
+
+_PARTS = (".weight_packed", ".weight_scale", ".weight_zero_point")
+
+
+def describe_packed(index: CheckpointIndex, config: dict[str, Any]) -> dict[str, Any]:
+    """Formats, stored bits, engines and recorded quality of a packed checkpoint.
+
+    Args:
+        index: Its headers.
+        config: Its ``quantization_config``, of method compressed-tensors.
+
+    Returns:
+        ``supported`` is false, with the reason as ``refusal``, where not every packed layer is in a format that
+        hawqtool writes.
+    """
+    packed = packed_modules(index)
+    problems = structure_problems(config)
+    formats: dict[str, QuantFormat] = {}
+    reader = TensorReader(index)
+    if not packed:
+        problems = [f"format {config.get('format')!r} of compressed-tensors without packed integers is not read"]
+    elif not problems:
+        formats, problems = module_problems({"ignore": [], **config}, index, reader)
+    if problems:
+        more = f" ({len(problems)} problems)" if len(problems) > 1 else ""
+        return {"supported": False, "refusal": problems[0] + more, "format": config.get("format")}
+    shapes = {name: _shape(reader, name) for name in packed}
+    stored = {name: sum(_bytes(index, name + part) for part in _PARTS) for name in packed}
+    weights = {name: math.prod(shapes[name]) for name in packed}
+    sizes = _sizes(index, weights, stored)
+    report, note = _recorded(index.folder)
+    return {
+        "supported": True,
+        "refusal": None,
+        "parameters": sizes["parameters"],
+        "format": config.get("format"),
+        "bits": _by_width(formats, weights, stored),
+        "roles": _roles(formats, shapes, weights, stored),
+        "sizes": sizes,
+        "engines": engines(formats, shapes, _obstacle(index.folder)),
+        "recorded": report,
+        "recorded_note": note,
+    }
+
+
+def _bytes(index: CheckpointIndex, tensor: str) -> int:
+    return index.tensors[tensor].num_bytes if tensor in index.tensors else 0
+
+
+def _obstacle(folder: Path) -> str | None:
+    """Why transformers cannot load the folder, as the run that wrote it found."""
+    try:
+        recorded = read_json(folder / PLAN_FILE, PLAN_SCHEMA).get("transformers_obstacle")
+    except InputError:  # written by another tool
+        return None
+    return recorded if isinstance(recorded, str) else None
+
+
+def _shape(reader: TensorReader, module: str) -> tuple[int, int]:
+    rows, columns = reader.tensor(f"{module}.weight_shape").tolist()
+    return int(rows), int(columns)
+
+
+def _by_width(formats: dict[str, QuantFormat], weights: dict[str, int], stored: dict[str, int]) -> list[dict[str, Any]]:
+    found = []
+    for bits in sorted({fmt.bits for fmt in formats.values()}):
+        names = [name for name, fmt in formats.items() if fmt.bits == bits]
+        found.append(
+            {
+                "bits": bits,
+                "linears": len(names),
+                "weights": sum(weights[name] for name in names),
+                "share": sum(weights[name] for name in names) / sum(weights.values()),
+                "bytes": sum(stored[name] for name in names),
+            }
+        )
+    return found
+
+
+def _roles(
+    formats: dict[str, QuantFormat],
+    shapes: dict[str, tuple[int, int]],
+    weights: dict[str, int],
+    stored: dict[str, int],
+) -> list[dict[str, Any]]:
+    members: dict[tuple[str, tuple[int, int]], list[str]] = {}
+    for name in formats:
+        members.setdefault((role(name), shapes[name]), []).append(name)
+    return [
+        {
+            "role": name,
+            "shape": list(shape),
+            "count": len(names),
+            "weights": sum(weights[n] for n in names),
+            "formats": dict(sorted(Counter(formats[n].label for n in names).items())),
+            "bpw": 8 * sum(stored[n] for n in names) / sum(weights[n] for n in names),
+        }
+        for (name, shape), names in members.items()
+    ]
+
+
+def _sizes(index: CheckpointIndex, weights: dict[str, int], stored: dict[str, int]) -> dict[str, Any]:
+    parts = {f"{name}{part}" for name in weights for part in (*_PARTS, ".weight_shape")}
+    kept = [info for info in index.tensors.values() if info.name not in parts]
+    parameters = sum(weights.values()) + sum(math.prod(info.shape) for info in kept)
+    return {
+        "quantized_weights": sum(weights.values()),
+        "parameters": parameters,
+        "stored_bytes_linears": sum(stored.values()),
+        "shape_tensor_bytes": SHAPE_TENSOR_BYTES * len(weights),
+        "unquantized_bytes": sum(info.num_bytes for info in kept),
+        "bpw_linears": 8 * sum(stored.values()) / sum(weights.values()),
+        "bpw_file": 8 * index.total_bytes / parameters,
+    }
+
+
+def _recorded(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
+    """Method and quality as report.json states them, or why they are not known."""
+    path = folder / "report.json"
+    if not path.is_file():
+        return None, "no report.json: method and quality are not known"
+    try:
+        report = read_json(path, REPORT_SCHEMA)
+        shipped, config = report["shipped"], report["config"]
+        evaluation = report["evaluation"]
+        return {
+            "model": report["model"],
+            "hawqtool_version": report["hawqtool_version"],
+            "rounding": config["rounding"],
+            "seed": config["seed"],
+            "calibration": report["rows"]["calibration"],
+            "shipped": shipped,
+            "original_bytes": report["sizes"]["original_bytes"],
+            "evaluation": {
+                "measure": evaluation["measure"],
+                "original": evaluation["original"],
+                "quantized": evaluation[shipped],
+            },
+            "in_domain": report["rows"]["report_in_domain"],
+            "warnings": report["warnings"],
+        }, None
+    except InputError as error:
+        return None, str(error)
+    except (KeyError, TypeError) as error:
+        return None, f"report.json is damaged ({error!r}): method and quality are not known"

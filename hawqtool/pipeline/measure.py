@@ -1,0 +1,47 @@
+"""``hawqtool measure``: scores of every unit and format, in sensitivity.json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hawqtool.config import RunConfig
+from hawqtool.errors import UsageError
+from hawqtool.pipeline.run.files import check_writable, write_json
+from hawqtool.pipeline.run.folder import RunFolder
+from hawqtool.pipeline.run.identity import check_unchanged, run_identity, stamps
+from hawqtool.pipeline.run.job import prepare
+from hawqtool.pipeline.run.measurement_cache import check_measurements
+from hawqtool.pipeline.run.menu import WIDE_MENU, format_menu
+from hawqtool.pipeline.stages.measure import measured
+from hawqtool.pipeline.stages.rows import gather_rows
+from hawqtool.records import SCORE_METRICS, SWEEP_METRICS
+from hawqtool.runtime.reporter import Reporter
+
+
+def run_measure(config: RunConfig, output: Path, reporter: Reporter) -> dict[str, Any]:
+    """``hawqtool measure``: write sensitivity.json for the widths asked for (default 2,3,4,8).
+
+    A metric of the common sweeps that the configuration names is measured alone.
+
+    Raises:
+        UsageError: If it names a saved file instead of a metric.
+        HawqError: With a note where finished work is kept (see `RunFolder`).
+    """
+    if config.sensitivity not in ("auto", *SCORE_METRICS):
+        raise UsageError(f"measure makes scores anew; --sensitivity names a metric there, found {config.sensitivity}")
+    check_writable(output)
+    check_measurements(config)
+    with RunFolder(output.absolute()) as run:
+        job = prepare(config, reporter, states=run.path)
+        before = stamps(job.index)
+        run.begin(run_identity(job), config.resume, reporter)
+        menu = format_menu(job.units, config.bits or WIDE_MENU, config)
+        sets = gather_rows(job, reporter, run.saved)
+        run.check_rows({name: rows.fingerprint for name, rows in sets.items()})
+        alone = config.sensitivity in SWEEP_METRICS
+        document, _ = measured(job, menu, sets, reporter, run.saved, (config.sensitivity,) if alone else SWEEP_METRICS)
+        check_unchanged(job.index, before)
+        write_json(output, document)
+        run.finish()
+    return document

@@ -1,0 +1,1 @@
+"""What a run is: its job, menu, files, identity and memory."""

@@ -1,0 +1,268 @@
+"""What every stage needs to know of the model, from its config and headers alone."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+
+from hawqtool.allocation.problem import resolve_ignored, resolve_pins
+from hawqtool.allocation.uniform import uniform_formats
+from hawqtool.checkpoint.dtypes import torch_dtype
+from hawqtool.checkpoint.fusion import is_expert
+from hawqtool.checkpoint.index import CheckpointIndex, read_index
+from hawqtool.checkpoint.prefetch import Prefetcher
+from hawqtool.checkpoint.reader import TensorReader
+from hawqtool.checkpoint.source import ResolvedModel, hub_id, resolve_model
+from hawqtool.config import RunConfig
+from hawqtool.errors import InputError, UsageError, one_line
+from hawqtool.export.layout import Layout, plan_layout
+from hawqtool.export.packed_reader import PackedReader
+from hawqtool.formats import QuantFormat
+from hawqtool.model.discovery import Structure, check_shapes, discover
+from hawqtool.model.skeleton import build_skeleton, max_positions
+from hawqtool.model.tasks import ModelTask, model_task
+from hawqtool.pipeline.run.memory_budget import Work, choose_rows_per_slice, make_shelf
+from hawqtool.records import Unit
+from hawqtool.rounding.method import RoundingMethod
+from hawqtool.rounding.statistics import HELD_OUT_EVERY
+from hawqtool.runtime.reporter import Reporter, Silent
+from hawqtool.runtime.stage_timer import UNRECORDED, Recorder
+from hawqtool.streaming.offload import Shelf
+from hawqtool.streaming.stream import ModelStream, WeightSource
+
+_SHORTLIST = {"cpu": 2, "cuda": 4}
+_EXCHANGES = {"cpu": 0, "cuda": 2}
+_DEFAULT_ROWS = {"cpu": (16, 256), "cuda": (128, 2048)}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checkpoint ready to be worked on.
+
+    Args:
+        config: The run's configuration.
+        source: Where the checkpoint comes from.
+        index: Headers of the checkpoint.
+        skeleton: The model without weights; streams work on copies.
+        structure: Blocks, linears, input groups.
+        units: Units that are quantized; ignored ones are left out.
+        pins: Unit name to its fixed format.
+        device: Where to compute.
+        dtype: dtype of weights and activations while computing: float32 on a CPU.
+        rows_per_slice: Rows per forward pass.
+        recorder: Takes note of the stages of walks; nothing by default.
+        shelf: Keeps hidden states between blocks; None where all stay on the device.
+        matrices: Embeddings and heads that streams of the original have loaded, while they live.
+    """
+
+    config: RunConfig
+    source: ResolvedModel
+    index: CheckpointIndex
+    skeleton: Any
+    structure: Structure
+    units: tuple[Unit, ...]
+    pins: dict[str, QuantFormat]
+    device: torch.device
+    dtype: torch.dtype
+    rows_per_slice: int = 0
+    recorder: Recorder = UNRECORDED
+    shelf: Shelf | None = None
+    matrices: WeakValueDictionary[str, Any] = field(default_factory=WeakValueDictionary, compare=False)
+
+    @property
+    def task(self) -> ModelTask:
+        """What the model is for."""
+        return model_task(self.skeleton)
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether rows are images, not tokens."""
+        return bool(self.skeleton.main_input_name == "pixel_values")
+
+    @property
+    def num_samples(self) -> int:
+        """Calibration rows."""
+        return self.config.num_samples or _DEFAULT_ROWS[self.device.type][0]
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens per row."""
+        default = _DEFAULT_ROWS[self.device.type][1]
+        return self.config.seq_len or min(default, max_positions(self.skeleton) or default)
+
+    @property
+    def shortlist(self) -> int:
+        """Mixed plans to round and evaluate at a budget; only the metric's own is sure to keep a second one."""
+        if self.config.max_cost is not None:
+            return 1
+        return self.config.shortlist or _SHORTLIST[self.device.type]
+
+    @property
+    def exchanges(self) -> int:
+        """Rounds of measured exchanges at the best mixed plan; they know neither quality targets nor second budgets."""
+        if self.config.target_kl is not None or self.config.max_cost is not None:
+            return 0
+        return _EXCHANGES[self.device.type] if self.config.exchanges is None else self.config.exchanges
+
+    @property
+    def method(self) -> RoundingMethod:
+        """Rounding method of the configuration."""
+        c = self.config
+        corrections = (c.gptaq_alpha, c.target_shift, c.scale_refit)
+        return RoundingMethod(c.rounding, c.foem_beta, c.both_signs, c.damping, *corrections)
+
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether tokens count by their gradients; ``auto`` is so where rounding compensates errors."""
+        wanted = self.config.token_weights
+        return wanted == "gradient" or (wanted == "auto" and self.config.rounding != "rtn")
+
+    @property
+    def stored_dtypes(self) -> dict[str, torch.dtype]:
+        """Dtype in which each linear's scales are stored: that of its source weight."""
+        return {n: torch_dtype(self.index.tensors[f"{n}.weight"].dtype) for n in self.structure.linears}
+
+    @property
+    def unquantized_linears(self) -> tuple[str, ...]:
+        """Linears that stay as they are: ignored ones and those outside the blocks."""
+        kept = {m.name for unit in self.units for m in unit.members}
+        ignored = tuple(n for n in self.structure.linears if n not in kept)
+        return ignored + self.structure.other_linears
+
+    def stream(self, source: WeightSource | None = None, dtype: torch.dtype | None = None) -> ModelStream:
+        """The model with weights from the checkpoint, or from another source; computing in ``dtype`` where given."""
+        reader = self._reader() if source is None else source
+        skeleton = copy.deepcopy(self.skeleton)
+        # A head that is quantized is replaced in place.
+        shares = dtype in (None, self.dtype) and self.structure.head is None
+        return ModelStream(
+            skeleton,
+            self.structure,
+            reader,
+            self.device,
+            dtype or self.dtype,
+            self.recorder,
+            self.shelf,
+            self.matrices if shares else None,
+            owns=source is None,
+        )
+
+    def _reader(self) -> WeightSource:
+        """Reads the checkpoint; on a GPU ahead, as there the host has time to."""
+        reader = TensorReader(self.index)
+        return Prefetcher(reader, pinned=True) if self.device.type == "cuda" else reader
+
+    def packed_stream(self, folder: Path) -> ModelStream:
+        """The model with the weights of a written folder."""
+        transposed = frozenset(n for n, linear in self.structure.linears.items() if linear.transposed)
+        return self.stream(PackedReader(folder, transposed, self.device))
+
+    def layer_formats(self, formats: dict[str, QuantFormat]) -> dict[str, QuantFormat]:
+        """Formats by layer from formats by unit."""
+        return {m.name: formats[unit.name] for unit in self.units for m in unit.members}
+
+    def layout(self, formats: dict[str, QuantFormat]) -> Layout:
+        """Exact bytes of the output files for formats by unit."""
+        return plan_layout(self.index, self.layer_formats(formats), self.structure.linears)
+
+    def tokenizer(self) -> Any:
+        """The checkpoint's tokenizer.
+
+        Raises:
+            InputError: If it cannot be loaded.
+        """
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.index.folder, trust_remote_code=self.source.runs_code)
+        except Exception as error:  # a damaged file makes tokenizer classes raise errors of any type
+            raise InputError(
+                f"{self.index.folder} has no tokenizer that transformers can load; expected its files, such as "
+                f"tokenizer.json, beside config.json ({one_line(error)})"
+            ) from error
+
+
+def prepare(
+    config: RunConfig, reporter: Reporter | None = None, writes: bool = True, states: Path | None = None
+) -> Job:
+    """Find or fetch the model, read headers, build the skeleton, discover its layers, resolve pins.
+
+    Args:
+        config: The run's configuration.
+        reporter: Narration.
+        writes: Whether a packed folder will come of it; then what its profile's engines do not load is refused.
+        states: Existing folder for hidden states that memory does not hold (default: the system's temporary one).
+
+    Raises:
+        HawqError: For anything that would fail later and can be known now.
+    """
+    device = _device(config.device)
+    source = _source(config, reporter or Silent())
+    index = read_index(source.folder)
+    probe = build_skeleton(index.folder, torch.float32, source.runs_code)
+    alone = config.profile == "transformers"
+    structure = discover(probe, index, config.profile == "vllm", config.quantize_lm_head, fuses=not alone)
+    if writes and structure.obstacle and config.profile != "vllm":
+        raise InputError(
+            f"{config.model}: transformers cannot load this model when it is packed: {structure.obstacle}; "
+            "--profile vllm writes it for vLLM alone"
+        )
+    check_shapes(probe, structure, index)
+    if not structure.linears:
+        raise InputError(f"{config.model}: no linear layer was found in its blocks")
+    stored = torch_dtype(index.tensors[f"{next(iter(structure.linears))}.weight"].dtype)
+    dtype = torch.float32 if device.type == "cpu" else stored
+    ignored = resolve_ignored(config.ignore, structure.units)
+    units = tuple(unit for unit in structure.units if unit.name not in ignored)
+    sizes = {name: fmt.group_size for name, fmt in uniform_formats(units, 8, config.group_size).items()}
+    pins = resolve_pins(config.pin, units, sizes, config.symmetric)
+    longest = max_positions(probe)
+    if config.seq_len and longest and config.seq_len > longest:
+        raise UsageError(f"--seq-len {config.seq_len} exceeds the model's {longest} positions; lower it")
+    skeleton = build_skeleton(index.folder, dtype, source.runs_code)
+    job = Job(config, source, index, skeleton, structure, units, pins, device, dtype)
+    _check_method(job)
+    work = Work(config, index, structure, device, dtype, job.num_samples, job.seq_len)
+    job = replace(job, rows_per_slice=config.rows_per_slice or choose_rows_per_slice(work))
+    return replace(job, shelf=make_shelf(work, job.rows_per_slice, (reporter or Silent()).warn, states))
+
+
+def _check_method(job: Job) -> None:
+    """Check that the rounding method can work on this model with these rows.
+
+    Raises:
+        UsageError: Otherwise.
+    """
+    expert = next((m.name for unit in job.units for m in unit.members if is_expert(m.name)), None)
+    if job.method.needs_drift and expert:
+        raise UsageError(
+            f"{expert} is an expert, which after rounding gets other tokens than before, so that --rounding gptaq and "
+            "--target-shift have nothing to compare; use --rounding gptq or foem without a shift"
+        )
+    if job.method.needs_held_out and job.num_samples < HELD_OUT_EVERY:
+        raise UsageError(
+            f"--foem-beta auto, --target-shift auto and --scale-refit choose on every {HELD_OUT_EVERY}th calibration "
+            f"row, found --num-samples {job.num_samples}; raise it to {HELD_OUT_EVERY} or more"
+        )
+
+
+def _source(config: RunConfig, reporter: Reporter) -> ResolvedModel:
+    """The checkpoint; says what takes long and what is dangerous."""
+    if hub_id(config.model):
+        reporter.say(f"fetching {config.model} from the hub, unless it is in the cache")
+    source = resolve_model(config.model, config.trust_remote_code)
+    for warning in source.warnings:
+        reporter.warn(warning)
+    return source
+
+
+def _device(wanted: str) -> torch.device:
+    available = torch.cuda.is_available()
+    if wanted == "cuda" and not available:
+        raise UsageError("--device cuda was asked for, but torch finds no CUDA device; use --device cpu")
+    return torch.device("cuda" if wanted != "cpu" and available else "cpu")

@@ -1,0 +1,190 @@
+"""How many rows a forward pass takes, and how much memory the limit leaves to hidden states beside it."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from hawqtool.checkpoint.index import CheckpointIndex
+from hawqtool.config import RunConfig
+from hawqtool.model.discovery import Structure
+from hawqtool.records import BlockSpec, LinearSpec
+from hawqtool.streaming.offload import Shelf
+from hawqtool.values import parse_size
+
+AUTO = "auto"
+AUTO_SHARE = 0.9
+"""Share of a GPU's memory that is used by default."""
+
+CPU_ROWS_PER_SLICE, CUDA_ROWS_PER_SLICE = 16, (128, 64, 32)
+"""Rows per forward pass by default: on a GPU the first that fits, or the last."""
+
+HOST_BYTES = 6 << 30
+"""Most host memory for hidden states beside a GPU; with all else a run then stays below 12 GiB there."""
+
+_MOST_SCORING_ROWS = 16
+"""Short rows are scored on so many at least, and more than 256 calibration rows on a 16th of them."""
+_FOUR_WIDTHS = (2, 3, 4, 8)
+_FLOAT_BYTES = 4
+_GIB = 1 << 30
+_FACTOR_BYTES = 28
+"""Per entry of a Gram matrix while it is factored: itself and three matrices in float64."""
+_COLUMN_BYTES, _COLUMN_MATRICES = 8, 6
+"""Per entry of a Gram matrix in the column loop, with its factor; float32 matrices per stacked weight."""
+_FORWARD_WIDE, _FORWARD_NARROW = 3, 6
+"""Tensors of a forward pass that live at a time: as wide as the widest layer, and as the hidden state."""
+_BACKWARD_COPIES = 2
+"""A layer's inputs and outputs while scores are taken: values and gradients."""
+
+
+def memory_limit(config: RunConfig, device: torch.device) -> int | None:
+    """Bytes that the run may use of the device; None where nothing limits it, as by default on a CPU."""
+    if config.max_memory != AUTO:
+        return parse_size(config.max_memory)
+    if device.type != "cuda":
+        return None
+    return int(AUTO_SHARE * torch.cuda.get_device_properties(device).total_memory)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the memory beside the hidden states depends on.
+
+    Args:
+        config: The run's configuration.
+        index: The checkpoint.
+        structure: Its structure.
+        device: Where the run computes.
+        dtype: dtype of weights and activations.
+        num_samples: Calibration rows.
+        seq_len: Tokens of a row.
+    """
+
+    config: RunConfig
+    index: CheckpointIndex
+    structure: Structure
+    device: torch.device
+    dtype: torch.dtype
+    num_samples: int
+    seq_len: int
+
+    def needed_bytes(self, rows_per_slice: int) -> int:
+        """Estimate of the memory that measuring and rounding take besides."""
+        scoring = max(_MOST_SCORING_ROWS, self.num_samples // _MOST_SCORING_ROWS)
+        tokens = [min(rows_per_slice, count) * self.seq_len for count in (self.num_samples, scoring)]
+        formats = len(self.config.bits or _FOUR_WIDTHS) * (1 + len(self.config.extra_group_sizes))
+        needed = workspace_bytes(self.index, self.structure, self.dtype, tokens[0], tokens[1], formats)
+        if self.config.looks_at_original:
+            single = tokens[0] if rows_per_slice >= self.num_samples else 0
+            needed += drift_bytes(self.structure, self.dtype, single)
+        return needed
+
+
+def choose_rows_per_slice(work: Work) -> int:
+    """Rows per forward pass where the configuration names none.
+
+    One slice needs one forward pass per block, several need more than two. So a GPU takes as many as fit beside its
+    block into its whole memory or --max-memory: what is free at the moment decides nothing, because the number of
+    slices changes sums.
+    """
+    limit = memory_limit(work.config, work.device)
+    if work.device.type != "cuda" or limit is None:
+        return CPU_ROWS_PER_SLICE
+    return next((rows for rows in CUDA_ROWS_PER_SLICE if work.needed_bytes(rows) <= limit), CUDA_ROWS_PER_SLICE[-1])
+
+
+def make_shelf(work: Work, rows_per_slice: int, warn: Callable[[str], None], folder: Path | None) -> Shelf | None:
+    """Where hidden states are kept; None where all of them stay on the device.
+
+    Args:
+        work: What has to be done.
+        rows_per_slice: Rows of a slice.
+        warn: Takes a warning when the work alone may exceed the limit.
+        folder: Existing folder for what memory does not hold; None for the system's temporary one.
+    """
+    limit = memory_limit(work.config, work.device)
+    if limit is None:
+        return None
+    workspace = work.needed_bytes(rows_per_slice)
+    if workspace > limit:
+        warn(
+            f"one block's work may take {workspace / _GIB:.1f} GiB, more than the {limit / _GIB:.1f} GiB of "
+            "--max-memory; lower --rows-per-slice or --seq-len to stay below it"
+        )
+    host = min(HOST_BYTES, limit // 2) if work.device.type == "cuda" else 0
+    return Shelf(work.device, max(0, limit - workspace), host, folder or Path(tempfile.gettempdir()))
+
+
+def workspace_bytes(
+    index: CheckpointIndex,
+    structure: Structure,
+    dtype: torch.dtype,
+    slice_tokens: int,
+    scoring_tokens: int,
+    formats: int,
+) -> int:
+    """Estimate of the memory that measuring and rounding need beside the hidden states between blocks.
+
+    Args:
+        index: The checkpoint.
+        structure: Its structure.
+        dtype: dtype of weights and activations.
+        slice_tokens: Tokens of a slice of the calibration rows.
+        scoring_tokens: Tokens of a slice of the scoring rows.
+        formats: Formats that a layer is measured in.
+    """
+    size = torch.finfo(dtype).bits // 8
+    return _outside_weights(index, structure) * size + max(
+        _block_bytes(spec, size, slice_tokens, scoring_tokens, formats) for spec in structure.blocks
+    )
+
+
+def drift_bytes(structure: Structure, dtype: torch.dtype, single_tokens: int) -> int:
+    """What rounding holds besides to see the original's inputs.
+
+    Args:
+        structure: Of the model.
+        dtype: dtype of weights and activations.
+        single_tokens: Tokens of all rows where they are one slice, whose inputs are kept through a block; 0 where there
+            are several, which need a copy of the block.
+    """
+    size = torch.finfo(dtype).bits // 8
+    if single_tokens:
+        widths = [sum(group[0].in_features for group in spec.input_groups) for spec in structure.blocks]
+        return single_tokens * max(widths) * size
+    return max(sum(linear.num_weights for linear in spec.linears) for spec in structure.blocks) * size
+
+
+def _outside_weights(index: CheckpointIndex, structure: Structure) -> int:
+    inside = tuple(f"{spec.name}." for spec in structure.blocks)
+    stored = {stored: name for name, stored in structure.stored_names.items()}
+    names = (name for name in index.tensors if not stored.get(name, name).startswith(inside))
+    return sum(math.prod(index.tensors[name].shape) for name in names)
+
+
+def _block_bytes(spec: BlockSpec, size: int, slice_tokens: int, scoring_tokens: int, formats: int) -> int:
+    linears: Sequence[LinearSpec] = spec.linears
+    if not linears:
+        return 0
+    weights = sum(linear.num_weights for linear in linears)
+    widest = max(linear.out_features for linear in linears)
+    narrow = linears[0].in_features
+    forward = slice_tokens * (_FORWARD_WIDE * widest + _FORWARD_NARROW * narrow) * size
+    gram = _FLOAT_BYTES * max(linear.in_features for linear in linears) ** 2
+    rounding = max(_rounding_bytes(group, formats) for group in spec.input_groups)
+    errors = _FLOAT_BYTES * weights * formats
+    ends = sum(linear.in_features + linear.out_features for linear in linears)
+    backward = scoring_tokens * ends * size * _BACKWARD_COPIES
+    return weights * size + max(forward + gram, rounding + errors, backward + errors)
+
+
+def _rounding_bytes(group: Sequence[LinearSpec], formats: int) -> int:
+    columns = group[0].in_features
+    rows = sum(linear.out_features for linear in group)
+    loop = columns**2 * _COLUMN_BYTES + _COLUMN_MATRICES * _FLOAT_BYTES * rows * columns * formats
+    return max(columns**2 * _FACTOR_BYTES, loop)

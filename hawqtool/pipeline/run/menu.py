@@ -1,0 +1,63 @@
+"""Menu, budget and plan of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hawqtool.allocation.problem import AllocationProblem, stored_bytes
+from hawqtool.allocation.uniform import uniform_formats
+from hawqtool.config import RunConfig
+from hawqtool.formats import QuantFormat
+from hawqtool.pipeline.run.job import Job
+from hawqtool.records import Unit
+from hawqtool.values import parse_size
+
+NARROW_MENU, WIDE_MENU = (4, 8), (2, 3, 4, 8)
+
+
+def budget_bytes(config: RunConfig, units: Sequence[Unit], unquantized_bytes: int) -> int:
+    """Most stored bytes of the quantized linears that the target allows.
+
+    Args:
+        config: With ``target_bpw`` or ``target_size``.
+        units: Units that are quantized.
+        unquantized_bytes: Bytes of the output files that no plan changes.
+    """
+    if config.target_bpw is not None:
+        return AllocationProblem({}, sum(unit.num_weights for unit in units)).budget_bytes(config.target_bpw)
+    assert config.target_size is not None  # require_one_target saw to it
+    return parse_size(config.target_size) - unquantized_bytes
+
+
+def widths(config: RunConfig, units: Sequence[Unit], budget: int | None) -> tuple[int, ...]:
+    """Widths to choose from: those asked for, else 4 and 8 where the budget allows 4 bits everywhere.
+
+    With widths 4 and 8 all engines load the result; narrower budgets need 2 and 3 bits as well.
+    """
+    if config.bits is not None:
+        return config.bits
+    four = stored_bytes(units, uniform_formats(units, 4, config.group_size, config.symmetric))
+    if config.profile == "portable" or (budget is not None and budget >= four):
+        return NARROW_MENU
+    return WIDE_MENU
+
+
+def format_menu(units: Sequence[Unit], bits: Sequence[int], config: RunConfig) -> dict[str, tuple[QuantFormat, ...]]:
+    """Formats that each unit may take, by rising width, the configuration's own group size first at each.
+
+    Group sizes fall where they do not divide; of formats made equal by that one is kept.
+    """
+    plans = [uniform_formats(units, width, size, config.symmetric) for width in bits for size in config.group_sizes]
+    return {unit.name: tuple(dict.fromkeys(formats[unit.name] for formats in plans)) for unit in units}
+
+
+def unquantized_bytes(job: Job, menu: dict[str, tuple[QuantFormat, ...]]) -> int:
+    """Bytes of the output files beside packed codes and scales; the longest header is assumed."""
+    widest = {unit.name: max((*menu[unit.name], *job.pins.values())) for unit in job.units}
+    return job.layout(widest).total_bytes - stored_bytes(job.units, widest)
+
+
+def job_menu(job: Job, budget: int | None) -> dict[str, tuple[QuantFormat, ...]]:
+    """Formats of each unit under the configuration's widths and budget."""
+    config = job.config
+    return format_menu(job.units, widths(config, job.units, budget), config)

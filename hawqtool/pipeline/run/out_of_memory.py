@@ -1,0 +1,78 @@
+"""What a run does when the memory of a GPU does not suffice."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from hawqtool.errors import ResourceError, one_line
+from hawqtool.pipeline.run.checkpoints import SAMPLED
+from hawqtool.pipeline.run.folder import RunFolder
+from hawqtool.pipeline.run.identity import run_identity
+from hawqtool.pipeline.run.job import Job
+from hawqtool.runtime.reporter import Reporter
+
+MOST_HALVINGS = 2
+"""What does not fit in a quarter of the rows per pass is no matter of activations."""
+
+_SLICES = "slices"
+
+
+Work = Callable[[Job, list[str]], dict[str, Any]]
+
+
+def halving_slices(job: Job, warnings: list[str], run: RunFolder, reporter: Reporter, work: Work) -> dict[str, Any]:
+    """Do the work; when GPU memory runs out, do all of it again with half the rows per slice, at most twice.
+
+    Rows per slice change floating-point sums, so no result may mix two values: the work starts anew, every halving is
+    a warning, and a value that the user gave is kept to.
+
+    Args:
+        job: The model.
+        warnings: Those of halvings before an interruption.
+        run: Its folder, begun; remembers a halving for a run that resumes.
+        reporter: Told of every halving.
+        work: Called with the job and the warnings.
+
+    Raises:
+        ResourceError: If memory is still short.
+    """
+    fixed = job.config.rows_per_slice is not None
+    for left in reversed(range(MOST_HALVINGS + 1)):
+        try:
+            return work(job, warnings)
+        except torch.OutOfMemoryError as error:
+            gist = one_line(error)
+        # Only here, outside the handler, are the frames gone that hold the tensors of the attempt.
+        gc.collect()
+        torch.cuda.empty_cache()
+        rows = job.rows_per_slice
+        if fixed or not left or rows == 1:
+            break
+        text = f"out of GPU memory with {rows} rows per slice: everything was done again with {rows // 2}"
+        reporter.warn(text)
+        warnings = [*warnings, text]
+        job = replace(job, rows_per_slice=rows // 2)
+        run.begin_anew(run_identity(job), keep=(SAMPLED,))
+        remember_slices(job, warnings, run)
+    raise ResourceError(
+        f"out of GPU memory with {rows} rows per slice ({gist}); lower --rows-per-slice, --num-samples or --seq-len, "
+        "or give --exchanges 0, which needs no more than one block on the device"
+    )
+
+
+def remember_slices(job: Job, warnings: list[str], run: RunFolder) -> None:
+    """Keep the rows per slice for a run that resumes, perhaps with another limit of memory."""
+    run.saved.save(_SLICES, {"rows_per_slice": job.rows_per_slice, "warnings": warnings})
+
+
+def resumed_slices(job: Job, run: RunFolder) -> tuple[Job, list[str]]:
+    """The job with the rows per slice of the unfinished run, and the warnings where it had fallen to them."""
+    known = run.saved.load(_SLICES)
+    if known is None or job.config.rows_per_slice is not None:
+        return job, []
+    return replace(job, rows_per_slice=known["rows_per_slice"]), known["warnings"]

@@ -1,0 +1,1 @@
+"""Which of the tried plans is shipped."""

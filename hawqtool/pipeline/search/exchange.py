@@ -1,0 +1,130 @@
+"""Improve a plan by measured exchanges: every unit one width up or down, at the plan itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from hawqtool.allocation.frontier import solve
+from hawqtool.allocation.problem import build_problem
+from hawqtool.formats import QuantFormat
+from hawqtool.pipeline.run.files import plan_of_record, plan_record
+from hawqtool.pipeline.run.job import Job
+from hawqtool.pipeline.run.menu import job_menu
+from hawqtool.pipeline.search.trials import Candidate, Workbench, formats_key
+from hawqtool.records import BitPlan, Rows, Score
+from hawqtool.runtime.reporter import Reporter
+from hawqtool.runtime.stage_timer import Stopwatch
+from hawqtool.runtime.store import NOTHING_SAVED, Saved
+from hawqtool.sensitivity.exchange import exchange_divergence
+from hawqtool.sensitivity.measured_kl import UnitScores, pairs_of_scores, scores_of_pairs
+from hawqtool.sensitivity.shrinkage import updated
+from hawqtool.streaming.stream import ModelStream
+
+_FOUND = "found"
+Menu = dict[str, tuple[QuantFormat, ...]]
+
+
+def exchanged(bench: Workbench, candidate: Candidate, budget: int, expected: UnitScores) -> tuple[BitPlan, UnitScores]:
+    """What `exchange` gives at a candidate, measured on the scoring rows; its own plan where there is no choice."""
+    job, present = bench.job, candidate.plan.formats
+    menu = neighbouring(job_menu(job, budget), present, set(job.pins))
+    if all(len(formats) == 1 for formats in menu.values()):
+        return candidate.plan, expected
+    rows = bench.sets["calibration"], bench.sets["scoring"].tokens
+    saved = bench.saved.part(f"exchange-{formats_key(present)}")
+    known = saved.load(_FOUND)
+    if known is not None:
+        return plan_of_record(known["plan"]), scores_of_pairs(known["scores"])
+    with Stopwatch(bench.timings, "exchange"):
+        quantized = job.packed_stream(bench.folder(candidate))
+        plan, scores = exchange(job, quantized, present, menu, *rows, budget, expected, bench.reporter, saved)
+    saved.save(_FOUND, {"plan": plan_record(plan), "scores": pairs_of_scores(scores)})
+    return plan, scores
+
+
+def exchange(
+    job: Job,
+    quantized: ModelStream,
+    present: Mapping[str, QuantFormat],
+    menu: Menu,
+    calibration: Rows,
+    scoring: Tensor,
+    budget: int,
+    expected: UnitScores,
+    reporter: Reporter,
+    saved: Saved = NOTHING_SAVED,
+) -> tuple[BitPlan, UnitScores]:
+    """The plan of least predicted divergence that takes one format of a small menu per unit.
+
+    Scores are measured differences at the present plan (`hawqtool.sensitivity.exchange`), as far as they are certain
+    (`hawqtool.sensitivity.shrinkage`). That several exchanges at once add up is an assumption, which rounding and
+    evaluating the new plan then tests.
+
+    Args:
+        job: The original model.
+        quantized: The model under the present plan.
+        present: Formats of that plan by unit.
+        menu: Formats to choose from, the present one among them (see `neighbouring`).
+        calibration: Rows behind the rounding.
+        scoring: Rows to measure on.
+        budget: Most stored bytes.
+        expected: Scores by unit and format that are known so far.
+        reporter: Progress.
+        saved: Keeps the scores, block by block.
+
+    Returns:
+        The plan, and the scores that led to it, to be expected by the next exchange.
+    """
+    others = {unit: tuple(fmt for fmt in formats if fmt != present[unit]) for unit, formats in menu.items()}
+    measured = exchange_divergence(
+        job.stream(),
+        quantized,
+        calibration,
+        scoring,
+        {unit: formats for unit, formats in others.items() if formats},
+        job.method,
+        job.stored_dtypes,
+        job.rows_per_slice,
+        reporter.progress,
+        saved,
+    )
+    labels = {unit: fmt.label for unit, fmt in present.items()}
+    scores, trust = updated(expected, measured, labels)
+    reporter.say(
+        f"measured changes are {trust.scale:.2f} times what was expected, give or take {trust.share:.0%} of the scores"
+    )
+    changes = _changes(scores, measured, labels)
+    # What was not measured (an output head) keeps its format.
+    choice = {
+        unit: tuple(fmt for fmt in formats if fmt.label in changes[unit]) or (present[unit],)
+        for unit, formats in menu.items()
+    }
+    return solve(build_problem(job.units, choice, changes, job.pins), budget, "exchange"), scores
+
+
+def _changes(scores: UnitScores, measured: UnitScores, present: Mapping[str, str]) -> UnitScores:
+    """Scores of what was measured less those of the present formats, and these with 0."""
+    changes = {unit: {label: Score(0.0, 0.0)} for unit, label in present.items()}
+    for unit, found in measured.items():
+        base = scores[unit][present[unit]].value
+        changes[unit] |= {label: Score(scores[unit][label].value - base, scores[unit][label].stderr) for label in found}
+    return changes
+
+
+def neighbouring(
+    menu: Mapping[str, tuple[QuantFormat, ...]], present: Mapping[str, QuantFormat], pinned: set[str]
+) -> Menu:
+    """The present format of each unit and its neighbours in the menu by size; pinned units keep theirs."""
+    found: Menu = {}
+    for unit, formats in menu.items():
+        # Larger groups are smaller formats, whole rows the smallest: group sizes cost less than a bit.
+        ordered = sorted(formats, key=lambda fmt: (fmt.bits, -(fmt.group_size or math.inf)))
+        if unit in pinned or present[unit] not in ordered:
+            found[unit] = (present[unit],)
+            continue
+        place = ordered.index(present[unit])
+        found[unit] = tuple(ordered[max(0, place - 1) : place + 2])
+    return found

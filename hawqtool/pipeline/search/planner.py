@@ -1,0 +1,210 @@
+"""Which plans a run tries: from scores that were measured or read once, for any budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hawqtool.allocation.frontier import Frontier, frontier, solve
+from hawqtool.allocation.problem import build_problem, predicted_loss
+from hawqtool.allocation.second_cost import second_cost
+from hawqtool.checkpoint.index import fingerprint
+from hawqtool.config import ASYMMETRIC_PROFILES, RunConfig, asymmetric_refusal, group_size_refusal
+from hawqtool.errors import InputError, UsageError
+from hawqtool.formats import QuantFormat, is_served
+from hawqtool.pipeline.run.files import (
+    SENSITIVITY_SCHEMA,
+    parse_sensitivity,
+    plan_of_record,
+    plan_record,
+    read_json,
+    read_plan,
+)
+from hawqtool.pipeline.run.job import Job
+from hawqtool.pipeline.run.menu import budget_bytes, job_menu, unquantized_bytes
+from hawqtool.pipeline.search.shortlist import rivals
+from hawqtool.pipeline.stages.measure import Origin, measured
+from hawqtool.records import BitPlan, Rows, Score, SensitivityTable, Unit
+from hawqtool.runtime.reporter import Reporter
+from hawqtool.runtime.store import NOTHING_SAVED, Saved
+
+EXACT_UNITS = 500
+"""Units up to which ``auto`` solves exactly: fractions of a second; from some 800 on it may take 20 s and more."""
+
+
+@dataclass(frozen=True)
+class Allocator:
+    """Plans of a job for any budget.
+
+    Args:
+        job: The model.
+        table: Scores of every unit in every format of the menu; None where no unit has a choice.
+        document: Its JSON form.
+        origin: Where it comes from; None where there is no table.
+        saved: Keeps plans: a solver that stops by the clock may find another one the next time.
+    """
+
+    job: Job
+    table: SensitivityTable | None
+    document: dict[str, Any] | None
+    origin: Origin | None = None
+    saved: Saved = NOTHING_SAVED
+
+    @property
+    def metric(self) -> str:
+        """Metric of the configuration."""
+        return self.job.config.metric
+
+    @property
+    def scores(self) -> dict[str, dict[str, Score]]:
+        """Scores of that metric by unit and format; none where no unit has a choice."""
+        return self._scores(self.metric) if self.table else {}
+
+    def _scores(self, metric: str) -> dict[str, dict[str, Score]]:
+        assert self.table is not None  # the caller saw that there is a choice
+        if metric not in self.table.scores:
+            raise InputError(
+                f"{self.job.config.sensitivity} has no scores of {metric} (it has {', '.join(self.table.scores)}); "
+                "measure again"
+            )
+        return self.table.scores[metric]
+
+    def plan(self, budget: int) -> BitPlan:
+        """The plan of least predicted loss within a budget."""
+        job, menu = self.job, job_menu(self.job, budget)
+        if self.table is None:
+            fixed = single_choice_plan(job.units, menu, job.pins, budget, job.config)
+            assert fixed is not None  # otherwise something was measured
+            return fixed
+        known = self.saved.load(f"plan-{budget}")
+        if known is not None:
+            return plan_of_record(known)
+        plan = allocate(job.units, menu, self.scores, job.pins, budget, self.metric, job.config)
+        self.saved.save(f"plan-{budget}", plan_record(plan))
+        return plan
+
+    def curve(self) -> Frontier:
+        """The whole frontier of predicted loss."""
+        menu = job_menu(self.job, None)
+        pins = self.job.pins if self.table else {unit: formats[0] for unit, formats in menu.items()} | self.job.pins
+        return frontier(build_problem(self.job.units, menu, self.scores, pins))
+
+    def predicted(self, plan: BitPlan) -> dict[str, float]:
+        """Predicted loss of a plan by metric, for the metrics that have all scores that it needs."""
+        tables = self.table.scores if self.table else {}
+        sums = {metric: predicted_loss(plan.formats, scores, self.job.pins) for metric, scores in tables.items()}
+        return {metric: loss for metric, loss in sums.items() if loss is not None}
+
+    def shortlist(self, budget: int) -> dict[str, BitPlan]:
+        """Plans to try at a budget, by name; the configured metric's own comes first."""
+        own = self.plan(budget)
+        if self.table is None:
+            return {"uniform menu": own}
+        job = self.job
+        others = rivals(job.units, job_menu(job, budget), self.table, job.pins, own, budget)
+        return dict([(self.metric, own), *others.items()][: job.shortlist])
+
+
+def prepare_allocation(job: Job, sets: dict[str, Rows], reporter: Reporter, saved: Saved = NOTHING_SAVED) -> Allocator:
+    """Measure, or read what was measured, unless no unit has a choice.
+
+    Raises:
+        UsageError: If the budget is infeasible, or the file was measured for something else.
+    """
+    menu, budget = job_menu(job, None), None
+    if job.config.target_kl is None:
+        budget = budget_bytes(job.config, job.units, unquantized_bytes(job, menu))
+        menu = job_menu(job, budget)
+    if all(len(menu[unit.name]) == 1 or unit.name in job.pins for unit in job.units):
+        return Allocator(job, None, None)
+    if job.config.measures:
+        if job.config.measurements is not None:
+            # The widths of any budget, so that runs that differ in it alone share one measurement.
+            menu = job_menu(job, None)
+        document, origin = measured(job, menu, sets, reporter, saved)
+        return Allocator(job, parse_sensitivity(document, "the measurement")[0], document, origin, saved)
+    path = Path(job.config.sensitivity)
+    document = read_json(path, SENSITIVITY_SCHEMA)
+    table, _, _ = parse_sensitivity(document, str(path))
+    _check_saved(job, table)
+    seconds = table.settings.get("seconds")
+    origin = Origin("file", None, seconds if isinstance(seconds, float) else None)
+    return Allocator(job, table, document, origin, saved)
+
+
+def _check_saved(job: Job, table: SensitivityTable) -> None:
+    config = job.config
+    if table.model_fingerprint != fingerprint(job.index):
+        raise UsageError(f"{config.sensitivity} was measured on another checkpoint ({table.model}); measure this one")
+    if table.rounding != config.rounding:
+        raise UsageError(
+            f"{config.sensitivity} was measured for --rounding {table.rounding}, not {config.rounding}; measure again"
+        )
+    if table.symmetric != config.symmetric:
+        kind, flag = ("symmetric", "--symmetric") if table.symmetric else ("asymmetric", "--asymmetric")
+        raise UsageError(f"{config.sensitivity} was measured for {kind} grids; give {flag} or measure again")
+
+
+def given_plan(config: RunConfig, units: tuple[Unit, ...]) -> BitPlan:
+    """The plan of the file that ``config.plan`` names.
+
+    Raises:
+        InputError: If the file is damaged.
+        UsageError: If it does not fit the model, or has asymmetric layers that the profile does not take.
+    """
+    plan = read_plan(Path(config.plan or ""), units)
+    if not plan.symmetric and config.profile not in ASYMMETRIC_PROFILES:
+        first = next(name for name, fmt in plan.formats.items() if not fmt.symmetric)
+        raise UsageError(f"{config.plan}: {first} is asymmetric; {asymmetric_refusal(config.profile)}")
+    odd = next((fmt.group_size for fmt in plan.formats.values() if not is_served(fmt.group_size)), None)
+    if odd is not None and config.profile != "transformers":
+        raise UsageError(f"{config.plan}: {group_size_refusal(odd)}")
+    return plan
+
+
+def allocate(
+    units: Sequence[Unit],
+    menu: Mapping[str, tuple[QuantFormat, ...]],
+    scores: Mapping[str, Mapping[str, Score]],
+    pins: Mapping[str, QuantFormat],
+    budget: int,
+    metric: str,
+    config: RunConfig,
+) -> BitPlan:
+    """The plan of least predicted loss within the budget and the second one of ``config``, by its solver.
+
+    Raises:
+        InputError: If the file of costs is damaged.
+        UsageError: If the budgets cannot be met, stating the achievable range, or costs are missing.
+        NumericalError: If no plan that meets both budgets was found in time.
+    """
+    problem = build_problem(units, menu, scores, pins)
+    second = second_cost(config, units, menu, pins)
+    large = second is None and len(problem.choices) > EXACT_UNITS
+    if config.solver == "hull" or (config.solver == "auto" and large):
+        return solve(problem, budget, metric)
+    from hawqtool.allocation.exact import solve as solve_exactly
+
+    return solve_exactly(problem, budget, metric, second=second)
+
+
+def single_choice_plan(
+    units: Sequence[Unit],
+    menu: Mapping[str, tuple[QuantFormat, ...]],
+    pins: Mapping[str, QuantFormat],
+    budget: int,
+    config: RunConfig,
+) -> BitPlan | None:
+    """The plan when no unit has a choice, so that nothing needs to be measured; None otherwise.
+
+    Raises:
+        UsageError: If it exceeds a budget.
+    """
+    if any(len(menu[unit.name]) > 1 and unit.name not in pins for unit in units):
+        return None
+    fixed = {unit.name: pins.get(unit.name, menu[unit.name][0]) for unit in units}
+    plan = solve(build_problem(units, {}, {}, fixed), budget)
+    second = second_cost(config, units, menu, fixed)
+    return plan if second is None else replace(plan, cost=second.total(fixed), max_cost=second.limit)

@@ -1,0 +1,144 @@
+"""Plans that are rounded, written and evaluated, each distinct one once."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hawqtool.evaluation.divergence import as_evaluation, as_record
+from hawqtool.formats import QuantFormat
+from hawqtool.pipeline.run.folder import REMOVED
+from hawqtool.pipeline.run.job import Job
+from hawqtool.pipeline.stages.evaluate import Evaluator
+from hawqtool.pipeline.stages.write import ROUNDING, round_to_folder
+from hawqtool.records import BitPlan, Evaluation, Rows
+from hawqtool.runtime.reporter import Reporter
+from hawqtool.runtime.stage_timer import Stopwatch
+from hawqtool.runtime.store import NOTHING_SAVED, Saved
+
+_QUALITY, _EVALUATING, TIMINGS = "quality", "evaluating", "timings"
+
+JUDGED = ("selection", "report")
+"""Sets of rows on which every plan is evaluated: the first chooses, the second is what is reported."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan that was rounded, written and evaluated.
+
+    Args:
+        name: Name under which it was first tried.
+        plan: The plan.
+        folder: Where it is written, while it is kept; `Workbench.folder` writes it again where it is not.
+        rounding: What `round_to_folder` returned.
+        quality: Evaluation by set of rows.
+    """
+
+    name: str
+    plan: BitPlan
+    folder: Path
+    rounding: dict[str, Any]
+    quality: dict[str, Evaluation]
+
+    @property
+    def selection(self) -> float:
+        """Divergence on the selection rows."""
+        return self.quality["selection"].divergence
+
+    def record(self) -> dict[str, Any]:
+        """JSON form: quality on the report rows, sizes, formats."""
+        labels = sorted({fmt.label for fmt in self.plan.formats.values()})
+        return as_record(self.quality["report"]) | {
+            "formats": labels,
+            "stored_bytes": self.plan.stored_bytes,
+            "bpw_linears": self.plan.bpw,
+            "total_bytes": self.rounding["total_bytes"],
+            "rounding_seconds": self.rounding["seconds"],
+        }
+
+
+class Workbench:
+    """Tries plans; the original is run once, a plan that was tried before is not tried again.
+
+    Args:
+        job: The model.
+        sets: Rows by role.
+        work: Folder for the written candidates; the caller removes it.
+        reporter: Progress.
+        timings: Seconds by stage, added to.
+        saved: Keeps roundings, block by block, and evaluations.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        sets: dict[str, Rows],
+        work: Path,
+        reporter: Reporter,
+        timings: dict[str, float],
+        saved: Saved = NOTHING_SAVED,
+    ) -> None:
+        self.job, self.sets, self.work, self.reporter, self.timings = job, sets, work, reporter, timings
+        self.saved = saved
+        self._tried: dict[str, Candidate] = {}
+        with Stopwatch(timings, "evaluate"):
+            self.evaluator = Evaluator(job, {role: sets[role] for role in JUDGED}, reporter, saved)
+
+    def original(self) -> Evaluation:
+        """The original model on the report rows."""
+        return self._evaluated(None, "original", self.saved.part("original"))["report"]
+
+    def attempt(self, name: str, plan: BitPlan) -> Candidate:
+        """Round, write and evaluate a plan, or return what that gave before."""
+        key = formats_key(plan.formats)
+        if key not in self._tried:
+            saved, folder = self.saved.part(key), self.work / key
+            rounding = saved.load(ROUNDING)
+            if rounding is None or not (folder.exists() or saved.load(_QUALITY)):
+                rounding = self._rounded(plan, folder, name)
+            quality = self._evaluated(folder, name, saved)
+            self._tried[key] = Candidate(name, plan, folder, rounding, quality)
+        return self._tried[key]
+
+    def folder(self, candidate: Candidate) -> Path:
+        """The written folder of a candidate; it is written again where `keep_only` removed it."""
+        if not candidate.folder.exists():
+            self._rounded(candidate.plan, candidate.folder, candidate.name)
+        return candidate.folder
+
+    def _rounded(self, plan: BitPlan, folder: Path, name: str) -> dict[str, Any]:
+        saved = self.saved.part(folder.name)
+        with Stopwatch(self.timings, f"round {name}"):
+            rounding = round_to_folder(self.job, plan, self.sets["calibration"], folder, self.reporter, name, saved)
+        self.saved.save(TIMINGS, self.timings)
+        return rounding
+
+    def _evaluated(self, folder: Path | None, name: str, saved: Saved) -> dict[str, Evaluation]:
+        known = saved.load(_QUALITY)
+        if known is not None:
+            return {role: as_evaluation(values) for role, values in known.items()}
+        with Stopwatch(self.timings, "evaluate"):
+            quality = self.evaluator.evaluate(folder, name, saved.part(_EVALUATING))
+        saved.save(_QUALITY, {role: vars(evaluation) for role, evaluation in quality.items()})
+        saved.part(_EVALUATING).drop()
+        self.saved.save(TIMINGS, self.timings)
+        return quality
+
+    def keep_only(self, candidates: list[Candidate]) -> None:
+        """Remove the folders of all other candidates: each is as large as the result."""
+        kept = {candidate.folder for candidate in candidates}
+        for folder in (c.folder for c in self._tried.values() if c.folder not in kept and c.folder.exists()):
+            # Renamed first, so that a folder under its name is complete at every moment.
+            removed = folder.with_name(f"{folder.name}{REMOVED}")
+            folder.rename(removed)
+            shutil.rmtree(removed, ignore_errors=True)
+
+
+def formats_key(formats: Mapping[str, QuantFormat]) -> str:
+    """A short name for formats by unit, the same for the same formats."""
+    text = "\n".join(f"{unit} {fmt.label}" for unit, fmt in sorted(formats.items()))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

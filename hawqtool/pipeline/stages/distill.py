@@ -1,0 +1,305 @@
+"""Distil the original model into the scales and norm gains of a rounded one, in memory or in a written folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hawqtool.checkpoint.reader import TensorReader
+from hawqtool.config import RunConfig
+from hawqtool.evaluation.divergence import embedding_error, kl_divergence
+from hawqtool.export.layout import Layout
+from hawqtool.export.packed_reader import PACKED, SCALE, packed_parts, relative_weight_error, unpack_parts
+from hawqtool.export.packing import pack_codes
+from hawqtool.export.writer import CheckpointWriter, unfinished_reader
+from hawqtool.formats import QuantFormat
+from hawqtool.model.replay import Call
+from hawqtool.pipeline.run.job import Job
+from hawqtool.pipeline.stages.refine import BATCH_ROWS, BlockForward, norm_gains, split_rows
+from hawqtool.records import BitPlan, BlockSpec, LinearSpec
+from hawqtool.rounding.grid import Quantized, dequantize
+from hawqtool.rounding.learned.end_to_end import DistillSchedule, Piece, distill
+from hawqtool.rounding.learned.fake_quant import Start
+from hawqtool.runtime.reporter import Reporter
+from hawqtool.runtime.store import NOTHING_SAVED, Saved
+from hawqtool.streaming.block import local_name, read_weight, replace_weight
+from hawqtool.streaming.stream import ModelStream
+
+CODE_RATE = 6e-3
+"""First step of the rounding offsets, in codes; three times less gained less in as many steps."""
+
+_LEARNED = "distilled"
+
+
+@dataclass(frozen=True)
+class DistilledModel:
+    """What distillation changed.
+
+    Args:
+        layers: Codes, scales and zero points by layer of the blocks.
+        gains: Norm gains by the name of their tensor, all of them.
+        weight_errors: Relative squared error of the weights by layer, as it is now.
+        record: What the report says of it.
+    """
+
+    layers: dict[str, Quantized]
+    gains: dict[str, Tensor]
+    weight_errors: dict[str, float]
+    record: dict[str, Any]
+
+
+@dataclass
+class Written:
+    """What is known of a checkpoint that was written.
+
+    Args:
+        checksums: SHA-256 of the stored bytes of every tensor by name.
+        changed: Tensors that are not packed and not the original's either.
+        layers: Metrics by layer.
+        refinement: What refinement changed, by block.
+        seconds: Time that interrupted attempts took.
+    """
+
+    checksums: dict[str, str]
+    changed: list[str]
+    layers: dict[str, Any]
+    refinement: dict[str, Any]
+    seconds: float
+
+
+def schedule_of(config: RunConfig) -> DistillSchedule:
+    """Steps and rates that a configuration asks for."""
+    rate = CODE_RATE if config.distill_codes else 0.0
+    return DistillSchedule(config.distill_steps, config.seed, latent_rate=rate)
+
+
+def learned_names(saved: Saved) -> set[str]:
+    """Tensors that distillation may have replaced, where it had learned everything when it was cut; else none."""
+    known = saved.load(_LEARNED)
+    if known is None:
+        return set()
+    return {*(f"{name}{suffix}" for name in known["layers"] for suffix in (PACKED, SCALE)), *known["gains"]}
+
+
+def distill_folder(
+    job: Job,
+    plan: BitPlan,
+    layout: Layout,
+    folder: Path,
+    written: Written,
+    rows: Tensor,
+    reporter: Reporter,
+    label: str,
+    saved: Saved = NOTHING_SAVED,
+) -> DistilledModel:
+    """Distil into a checkpoint that is written already: its scales and norm gains are replaced in place.
+
+    Args:
+        job: The original model.
+        plan: Formats by unit.
+        layout: Of the checkpoint.
+        folder: Where it lies.
+        written: What is known of it; brought up to date.
+        rows: Rounding rows.
+        reporter: Progress.
+        label: Name of the plan in the progress.
+        saved: Keeps where the learning is, and its result until that is written.
+    """
+    known = saved.load(_LEARNED)
+    if known is None:
+        reader = unfinished_reader(layout, folder)
+        assert reader is not None  # the caller has seen its files
+        rounded = _layers(job, plan.formats, reader)
+        changed = {name: reader.tensor(name) for name in written.changed}
+        learned = distill_model(job, plan.formats, rounded, changed, rows, reporter, label, saved=saved)
+        saved.save(_LEARNED, vars(learned))
+    else:
+        restored = {name: Quantized(*parts) for name, parts in known["layers"].items()}
+        learned = DistilledModel(**known | {"layers": restored})
+    tensors, formats = dict(learned.gains), job.layer_formats(plan.formats)
+    for name, layer in learned.layers.items():
+        tensors[name + PACKED] = pack_codes(layer.codes, formats[name].bits)
+        tensors[name + SCALE] = layer.scales
+    kept = {name: digest for name, digest in written.checksums.items() if name not in tensors}
+    with CheckpointWriter(job.index, layout, folder, kept) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+    written.checksums, written.changed = writer.checksums, sorted({*written.changed, *learned.gains})
+    for name, error in learned.weight_errors.items():
+        written.layers[name]["weight_error"] = error
+    return learned
+
+
+def _layers(job: Job, formats: Mapping[str, QuantFormat], reader: TensorReader) -> dict[str, Quantized]:
+    """All packed layers, from the files."""
+    linears = {linear.name: linear for unit in job.units for linear in unit.members}
+    rounded = {}
+    for name, quant_format in job.layer_formats(dict(formats)).items():
+        shape = linears[name].out_features, linears[name].in_features
+        parts = {suffix: part.to(job.device) for suffix, part in packed_parts(reader, name).items()}
+        rounded[name] = Quantized(*unpack_parts(parts, quant_format, shape))
+    return rounded
+
+
+def distill_model(
+    job: Job,
+    formats: Mapping[str, QuantFormat],
+    rounded: Mapping[str, Quantized],
+    changed: Mapping[str, Tensor],
+    rows: Tensor,
+    reporter: Reporter,
+    label: str,
+    schedule: DistillSchedule | None = None,
+    saved: Saved = NOTHING_SAVED,
+) -> DistilledModel:
+    """Learn scales, norm gains and, if wanted, codes of all blocks; the whole model is on the device.
+
+    The rows that refinement holds out are held out here too. A rounded output head takes part and stays as it is.
+
+    Args:
+        job: The original model.
+        formats: Formats by unit.
+        rounded: Codes, scales and zero points by layer.
+        changed: Norm gains that are not the original's any more, by the name of their tensor.
+        rows: Rounding rows.
+        reporter: Progress.
+        label: Name of the plan in the progress.
+        schedule: Steps and rates (default: those of the configuration).
+        saved: Keeps where the learning is.
+
+    Raises:
+        UsageError: If there is one row only.
+        NumericalError: If the rounded model's outputs are not finite.
+    """
+    schedule = schedule or schedule_of(job.config)
+    size = BATCH_ROWS[job.device.type]
+    sets = [some.split(size) for some in split_rows(rows)]
+    parts, fitting = [part for some in sets for part in some], len(sets[0])
+    original, stream = job.stream(), job.stream()
+    embedded = [stream.embed(part, size) for part in parts]
+    calls = [found.calls[0] for found in embedded]
+    goals = [original.final_hidden(part, size, lambda _: None) for part in parts]
+    _replace_head(job, stream, rounded)
+    with ExitStack() as resident:
+        blocks = [resident.enter_context(stream.block(spec.index)) for spec in job.structure.blocks]
+        names = [norm_gains(job, block, spec) for block, spec in zip(blocks, job.structure.blocks, strict=True)]
+        linears = job.layer_formats(dict(formats))
+        pieces = [
+            _piece(block, spec, _starts(job, block, spec, rounded, linears), found, changed, calls)
+            for block, spec, found in zip(blocks, job.structure.blocks, names, strict=True)
+        ]
+        found = distill(
+            pieces,
+            [states.hidden[0] for states in embedded],
+            fitting,
+            OutputJudge(original, stream, parts, goals),
+            schedule,
+            lambda done: reporter.progress(f"distilling {label}", done, schedule.steps),
+            saved,
+        )
+        errors = _weight_errors(job, blocks, found.layers)
+    by_block = zip(names, found.gains, strict=True)
+    gains = {tensors[name][0]: gain for tensors, learned in by_block for name, gain in learned.items()}
+    return DistilledModel(found.layers, gains, errors, found.course.record | {"seconds": found.seconds})
+
+
+def _weight_errors(job: Job, blocks: Sequence[nn.Module], layers: Mapping[str, Quantized]) -> dict[str, float]:
+    """Of every layer as it is now, against the block's own weights, which are the original's."""
+    return {
+        linear.name: relative_weight_error(read_weight(block, spec, linear), dequantize(*layers[linear.name]))
+        for block, spec in zip(blocks, job.structure.blocks, strict=True)
+        for linear in spec.linears
+        if linear.name in layers
+    }
+
+
+def _starts(
+    job: Job,
+    block: nn.Module,
+    spec: BlockSpec,
+    rounded: Mapping[str, Quantized],
+    formats: Mapping[str, QuantFormat],
+) -> list[tuple[LinearSpec, Start]]:
+    """Rounded layers of a block, with the original's weights as the block holds them."""
+    found = []
+    for linear in (linear for linear in spec.linears if linear.name in rounded):
+        weight = block.get_parameter(f"{local_name(spec, linear)}.weight").detach()
+        weight = weight.t() if linear.transposed else weight
+        layer = _on(job.device, rounded[linear.name])
+        found.append((linear, Start(linear.name, weight, layer, formats[linear.name])))
+    return found
+
+
+def _piece(
+    block: nn.Module,
+    spec: BlockSpec,
+    starts: Sequence[tuple[LinearSpec, Start]],
+    names: Mapping[str, tuple[str, torch.dtype]],
+    changed: Mapping[str, Tensor],
+    calls: Sequence[Sequence[Call]],
+) -> Piece:
+    device = next(block.parameters()).device
+    gains = {
+        name: (changed.get(tensor, block.get_parameter(name).detach()).to(device), dtype)
+        for name, (tensor, dtype) in names.items()
+    }
+    linears = {linear.name: linear for linear, _ in starts}
+    return Piece([start for _, start in starts], gains, BlockForward(block, spec, calls, linears))
+
+
+def _replace_head(job: Job, stream: ModelStream, rounded: Mapping[str, Quantized]) -> None:
+    head = job.structure.head
+    for linear in head.linears if head else ():
+        if head and linear.name in rounded:
+            replace_weight(stream.model, head, linear, dequantize(*_on(job.device, rounded[linear.name])))
+
+
+def _on(device: torch.device, layer: Quantized) -> Quantized:
+    zeros = None if layer.zeros is None else layer.zeros.to(device)
+    return Quantized(layer.codes.to(device), layer.scales.to(device), zeros)
+
+
+@dataclass(frozen=True)
+class OutputJudge:
+    """Compares models by their outputs, one row at a time, because logits are large.
+
+    Args:
+        original: The original model.
+        stream: The rounded one, of which the part behind the blocks is used.
+        rows: Rows by batch.
+        goals: The original's last hidden states by batch.
+    """
+
+    original: ModelStream
+    stream: ModelStream
+    rows: Sequence[Tensor]
+    goals: Sequence[Tensor]
+
+    def divergence(self, hidden: Tensor, batch: int) -> float:
+        """Sum over the rows of their divergence."""
+        with torch.no_grad():
+            return sum(float(self._compare(batch, n, state)) for n, state in enumerate(hidden))
+
+    def gradient(self, hidden: Tensor, batch: int) -> Tensor:
+        """Gradient of the mean over the rows at ``hidden``."""
+        found = []
+        for number, state in enumerate(hidden):
+            leaf = state.detach().requires_grad_()
+            with torch.enable_grad():
+                found.append(torch.autograd.grad(self._compare(batch, number, leaf), leaf)[0])
+        return torch.stack(found) / len(hidden)
+
+    def _compare(self, batch: int, number: int, state: Tensor) -> Tensor:
+        row = self.rows[batch][number : number + 1]
+        with torch.no_grad():
+            expected = self.original.outputs(row, self.goals[batch][number : number + 1])[0].float()
+        outputs = self.stream.outputs(row, state[None])[0].float()
+        if not self.stream.task.logits:
+            return embedding_error(expected, outputs)
+        return kl_divergence(expected.log_softmax(-1), outputs.log_softmax(-1))

@@ -1,0 +1,86 @@
+"""Evaluate written folders against the original model."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from torch import Tensor
+
+from hawqtool.evaluation.divergence import as_evaluation, evaluate_hidden
+from hawqtool.pipeline.run.job import Job
+from hawqtool.records import Evaluation, Rows
+from hawqtool.runtime.malloc import release_freed_pages
+from hawqtool.runtime.reporter import Reporter
+from hawqtool.runtime.store import NOTHING_SAVED, Saved
+from hawqtool.streaming.stream import ModelStream
+
+_CPU_ROWS = 2
+"""Most rows of a pass on a CPU: more are no faster and take more memory."""
+
+
+class Evaluator:
+    """Compares packed folders with the original on fixed sets of rows; the original is run once.
+
+    Args:
+        job: The original model.
+        sets: Rows by role; all are run together.
+        reporter: Progress.
+        saved: Keeps what the original gave.
+    """
+
+    def __init__(self, job: Job, sets: dict[str, Rows], reporter: Reporter, saved: Saved = NOTHING_SAVED) -> None:
+        self.job, self.sets, self.reporter = job, sets, reporter
+        self.seconds = 0.0
+        self.stream = job.stream()
+        known = saved.load("original-states")
+        if known is None:
+            walks = saved.part("original-walk")
+            self.reference = {role: self._hidden(self.stream, "original", role, walks.part(role)) for role in sets}
+            saved.save("original-states", self.reference)
+            walks.drop()
+        else:
+            self.reference = {role: states.to(job.device) for role, states in known.items()}
+
+    def _hidden(self, stream: ModelStream, label: str, role: str, saved: Saved) -> Tensor:
+        start = time.perf_counter()
+        count, rows = len(self.job.structure.blocks), self.sets[role].tokens
+        first, total = list(self.sets).index(role) * count, len(self.sets) * count
+
+        def tell(index: int) -> None:
+            self.reporter.progress(f"evaluating {label}", first + index + 1, total)
+
+        together = self.job.rows_per_slice
+        if self.job.device.type == "cpu":
+            together = min(together, _CPU_ROWS)
+        states = stream.final_hidden(rows, together, tell, saved)
+        self.seconds += time.perf_counter() - start
+        return states
+
+    def evaluate(self, folder: Path | None, label: str, saved: Saved = NOTHING_SAVED) -> dict[str, Evaluation]:
+        """Quality of a written folder (None: the original itself) by role.
+
+        Args:
+            folder: Packed checkpoint.
+            label: Its name in the progress.
+            saved: Keeps what is known already; of no use once this has returned.
+        """
+        stream = self.stream if folder is None else self.job.packed_stream(folder)
+        results = {}
+        for role, rows in self.sets.items():
+            known = saved.load(role)
+            if known is None:
+                states = self.reference[role]
+                if folder is not None:
+                    states = self._hidden(stream, label, role, saved.part(role))
+                release_freed_pages()  # logits need other sizes than blocks do
+                start = time.perf_counter()
+                found = evaluate_hidden(self.stream, stream, rows.tokens, self.reference[role], states)
+                self.seconds += time.perf_counter() - start
+                saved.save(role, vars(found))
+                saved.part(role).drop()
+            else:
+                found = as_evaluation(known)
+            results[role] = found
+        self.stream.release_ends()
+        return results

@@ -1,0 +1,262 @@
+"""The measure stage: rows in, sensitivity table out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hawqtool.checkpoint.index import fingerprint
+from hawqtool.formats import QuantFormat
+from hawqtool.pipeline.run.files import sensitivity_document
+from hawqtool.pipeline.run.job import Job
+from hawqtool.pipeline.run.measurement_cache import MeasurementFolder, measurement_fingerprint
+from hawqtool.pipeline.run.menu import unquantized_bytes
+from hawqtool.pipeline.stages.refine import FormatRefiner
+from hawqtool.pipeline.stages.token_weights import weighed
+from hawqtool.records import SWEEP_METRICS, Rows, Score, SensitivityTable
+from hawqtool.rounding.learned.block import Schedule
+from hawqtool.runtime.reporter import Reporter
+from hawqtool.runtime.store import NOTHING_SAVED, Saved
+from hawqtool.sensitivity.curvature.hvp import Curvature
+from hawqtool.sensitivity.curvature.lanczos import SUBSETS, top_eigenvalues
+from hawqtool.sensitivity.curvature.trace import curvature_fields, hawq_scores
+from hawqtool.sensitivity.measure import Measurement, measure
+from hawqtool.sensitivity.measured_kl import single_unit_divergence
+
+Fields = dict[str, dict[str, float]]
+
+
+_STAGES = "measure"
+"""Part of what is saved that a finished measurement replaces."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the scores of a run come from.
+
+    Args:
+        source: ``run`` (measured now), ``shared`` (taken from the folder of measurements) or ``file``.
+        fingerprint: Name in the folder of measurements; None where there is none.
+        seconds: What measuring took, whenever that was; None where a file does not say.
+    """
+
+    source: str
+    fingerprint: str | None = None
+    seconds: float | None = None
+
+
+def measured(
+    job: Job,
+    menu: dict[str, tuple[QuantFormat, ...]],
+    sets: dict[str, Rows],
+    reporter: Reporter,
+    saved: Saved = NOTHING_SAVED,
+    metrics: Sequence[str] = SWEEP_METRICS,
+) -> tuple[dict[str, Any], Origin]:
+    """The sensitivity document of a menu, taken from the folder of measurements or from ``saved`` where it is there.
+
+    It has the extra metrics of the configuration, and those of ``metrics``, which come from one pair of sweeps.
+    """
+    known = saved.load("table")
+    if known is None:
+        document, origin = _shared(job, menu, sets, reporter, saved, metrics)
+        known = {"document": document, "origin": asdict(origin)}
+        saved.save("table", known)
+        saved.part(_STAGES).drop()
+    for text in known["document"]["warnings"]:
+        reporter.warn(text)
+    return known["document"], Origin(**known["origin"])
+
+
+def _shared(
+    job: Job,
+    menu: dict[str, tuple[QuantFormat, ...]],
+    sets: dict[str, Rows],
+    reporter: Reporter,
+    saved: Saved,
+    metrics: Sequence[str],
+) -> tuple[dict[str, Any], Origin]:
+    """The document from the folder of measurements, if there is one; otherwise measured."""
+    if job.config.measurements is None:
+        document = measure_job(job, menu, sets, reporter, saved, metrics)
+        return document, Origin("run", None, document["settings"]["seconds"])
+    key = measurement_fingerprint(job, wanted_formats(job, menu), sets, reporter, metrics)
+    folder = MeasurementFolder(Path(job.config.measurements), reporter)
+    document, found = folder.take(key, lambda: measure_job(job, menu, sets, reporter, saved, metrics))
+    if found:
+        reporter.say(f"measurement {key[:12]} was taken from {folder.path}")
+        document["model"] = job.source.name  # the same weights may have been measured under another name
+    return document, Origin("shared" if found else "run", key, document["settings"]["seconds"])
+
+
+def wanted_formats(job: Job, menu: dict[str, tuple[QuantFormat, ...]]) -> dict[str, tuple[QuantFormat, ...]]:
+    """The menu, and pinned formats."""
+    return {
+        unit.name: tuple(dict.fromkeys((*menu[unit.name], *((job.pins[unit.name],) if unit.name in job.pins else ()))))
+        for unit in job.units
+    }
+
+
+def measure_job(
+    job: Job,
+    menu: dict[str, tuple[QuantFormat, ...]],
+    sets: dict[str, Rows],
+    reporter: Reporter,
+    saved: Saved = NOTHING_SAVED,
+    metrics: Sequence[str] = SWEEP_METRICS,
+) -> dict[str, Any]:
+    """Measure and return the sensitivity document; ``saved`` keeps finished stages."""
+    start = time.perf_counter()
+    stages = saved.part(_STAGES)
+    wanted, calibration = wanted_formats(job, menu), weighed(job, sets["calibration"], reporter, saved)
+    found = measure(
+        job.stream(),
+        calibration,
+        sets["scoring"].tokens,
+        wanted,
+        job.method,
+        job.stored_dtypes,
+        job.rows_per_slice,
+        job.config.seed,
+        reporter.progress,
+        stages,
+        refiner=_refiner(job, calibration.tokens),
+        metrics=metrics,
+    )
+    curvature = input_fisher_fields(found)
+    settings: dict[str, float | int | str] = {}
+    if "hawq" in job.config.measured_extras or job.config.eigenvalues:
+        scores, fields, settings = measure_curvature(job, sets["scoring"].tokens, found.error_norms, reporter, stages)
+        found.scores.update(scores)
+        curvature = {unit: values | fields[unit] for unit, values in curvature.items()}
+    if "kl" in job.config.measured_extras:
+        rows = calibration, sets["scoring"]
+        found.scores["kl"] = single_unit_scores(job, wanted, *rows, reporter, stages.part("kl"))
+    table = SensitivityTable(
+        scores=found.scores,
+        rounding=job.config.rounding,
+        model=job.source.name,
+        model_fingerprint=fingerprint(job.index),
+        rows={name: sets[name].fingerprint for name in ("calibration", "scoring")},
+        settings=_settings(job, sets, found) | {"seconds": time.perf_counter() - start} | settings,
+        symmetric=job.config.symmetric,
+        projections=found.projections,
+        curvature=curvature,
+        warnings=score_warnings(found.scores),
+    )
+    return sensitivity_document(table, job.units, unquantized_bytes(job, menu))
+
+
+def _settings(job: Job, sets: dict[str, Rows], found: Measurement) -> dict[str, float | int | str]:
+    """What the scores depend on beside rows, formats and rounding, for the record."""
+    return {
+        "num_samples": job.num_samples,
+        "seq_len": job.seq_len,
+        "scoring_samples": len(sets["scoring"].tokens),
+        "shortened_rows": found.shortened_rows,
+        "rows_per_slice": job.rows_per_slice,
+        "seed": job.config.seed,
+        "per_row": job.task.per_row,
+        "foem_beta": job.method.feedback_beta,
+        "token_weights": "gradient" if job.weighs_tokens else "none",
+        "sensitivity_steps": job.config.sensitivity_steps,
+    }
+
+
+def single_unit_scores(
+    job: Job,
+    menu: Mapping[str, Sequence[QuantFormat]],
+    calibration: Rows,
+    rows: Rows,
+    reporter: Reporter,
+    saved: Saved = NOTHING_SAVED,
+) -> dict[str, dict[str, Score]]:
+    """Metric ``kl``: the divergence on ``rows`` with one unit quantized, by unit and format label."""
+    return single_unit_divergence(
+        job.stream(),
+        calibration,
+        rows.tokens,
+        menu,
+        job.method,
+        job.stored_dtypes,
+        job.rows_per_slice,
+        reporter.progress,
+        saved,
+        _refiner(job, calibration.tokens),
+    )
+
+
+def _refiner(job: Job, rows: Tensor) -> FormatRefiner | None:
+    """What improves roundings before they are scored; None where that was not asked for."""
+    schedule = Schedule(job.config.sensitivity_steps, job.config.seed)
+    return FormatRefiner(job, job.stream(), rows, schedule) if schedule.steps else None
+
+
+def input_fisher_fields(measurement: Measurement) -> Fields:
+    """Sensitivity of every unit's input, which the ordinary sweeps give."""
+    return {
+        unit: {"input_fisher": score.value, "input_fisher_stderr": score.stderr}
+        for unit, score in measurement.input_fisher.items()
+    }
+
+
+def measure_curvature(
+    job: Job,
+    rows: Tensor,
+    error_norms: Mapping[str, Mapping[str, float]],
+    reporter: Reporter,
+    saved: Saved = NOTHING_SAVED,
+) -> tuple[dict[str, dict[str, dict[str, Score]]], Fields, dict[str, float | int | str]]:
+    """Scores ``hawq`` and curvature by unit where that is wanted, eigenvalues likewise, and the settings of both.
+
+    Args:
+        job: The checkpoint; it computes in float32 here, whatever its own dtype.
+        rows: Scoring rows.
+        error_norms: ‖D‖² by linear and format label.
+        reporter: Narration.
+        saved: Keeps traces and eigenvalues when they are complete.
+    """
+    config = job.config
+    curvature = Curvature(job.stream(dtype=torch.float32), rows, config.seed)
+    scores: dict[str, dict[str, dict[str, Score]]] = {}
+    fields: Fields = {unit.name: {} for unit in job.units}
+    settings: dict[str, float | int | str] = {"hessian_labels": curvature.labels}
+    if "hawq" in config.measured_extras:
+        known = saved.load("traces")
+        if known is None:
+            known = curvature_fields(curvature, job.units, config.probes, config.seed, reporter.progress)
+            saved.save("traces", known)
+        traces, found = known
+        scores["hawq"] = hawq_scores(job.units, traces, error_norms)
+        fields = {unit: values | found[unit] for unit, values in fields.items()}
+        settings["probes"] = config.probes
+    if config.eigenvalues:
+        found = saved.load("eigenvalues")
+        if found is None:
+            found = top_eigenvalues(curvature, job.units, config.eigenvalues, config.seed, reporter.progress)
+            saved.save("eigenvalues", found)
+        fields = {unit: values | found[unit] for unit, values in fields.items()}
+        settings |= {"eigenvalue_iterations": config.eigenvalues, "eigenvalue_subsets": min(SUBSETS, len(rows))}
+    return scores, fields, settings
+
+
+def score_warnings(scores: Mapping[str, Mapping[str, Mapping[str, Score]]]) -> tuple[str, ...]:
+    """What the user should know of scores ``[metric][unit][format label]``: which of the true Hessian are negative.
+
+    Such scores stay as they are, since the Hessian is indefinite; but a sum of them is no loss to be made small.
+    """
+    by_unit = scores.get("hawq", {})
+    negative = [unit for unit, by_label in by_unit.items() if any(score.value < 0 for score in by_label.values())]
+    if not negative:
+        return ()
+    return (
+        f"{len(negative)} of {len(by_unit)} units have a negative hawq score (first {negative[0]}), as the mean trace "
+        "of their Hessian is negative: allocation with --sensitivity hawq would give them the fewest bits; prefer "
+        "hawq-ggn, whose trace is never negative, or measure with more --probes",
+    )

@@ -1,0 +1,232 @@
+"""Refine the blocks of a model while it is rounded, each towards the original's output of the same block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hawqtool.checkpoint.dtypes import torch_dtype
+from hawqtool.checkpoint.reader import TensorReader
+from hawqtool.errors import UsageError
+from hawqtool.export.tensor_checks import is_gain
+from hawqtool.model.discovery import is_norm
+from hawqtool.model.replay import Call
+from hawqtool.pipeline.run.job import Job
+from hawqtool.records import BlockSpec, LinearSpec, Rows, TokenWeights
+from hawqtool.rounding.learned.block import Batches, Refined, Schedule, refine
+from hawqtool.rounding.learned.fake_quant import Start
+from hawqtool.sensitivity.measure import Starts
+from hawqtool.streaming.block import Activations, advance, local_name
+from hawqtool.streaming.resume_points import States
+from hawqtool.streaming.stream import ModelStream
+
+BATCH_ROWS = {"cpu": 4, "cuda": 8}
+"""Rows of one step; fixed per kind of device, because they change what is learned."""
+
+HELD_OUT_EVERY = 8
+"""One row of so many is held out: neither rounding nor learning sees it, and it judges what was learned."""
+
+
+def split_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows to round and learn from, and held-out rows.
+
+    Raises:
+        UsageError: If there are fewer than two.
+    """
+    if len(rows) < 2:
+        raise UsageError(
+            "--refine-steps, --sensitivity-steps and --distill-steps hold calibration rows out and need at least 2, "
+            "found 1; raise --num-samples"
+        )
+    held = _is_held_out(len(rows)).to(rows.device)
+    return rows[~held], rows[held]
+
+
+def _is_held_out(count: int) -> Tensor:
+    """Which of so many rows are held out, ``[rows]`` bool."""
+    return torch.arange(count) % HELD_OUT_EVERY == min(HELD_OUT_EVERY, count) - 1
+
+
+def _fitting_weights(rows: Rows) -> TokenWeights | None:
+    """Weights of the tokens of the rows that are not held out."""
+    fitting = ~_is_held_out(len(rows.tokens))
+    return None if rows.weights is None else {name: weights[fitting] for name, weights in rows.weights.items()}
+
+
+@dataclass(frozen=True)
+class RefinedBlock:
+    """A refined block: what `refine` gave, and its changed norm gains by the name of their tensor."""
+
+    result: Refined
+    tensors: dict[str, Tensor]
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What the report says of it."""
+        return self.result.course.record | {"seconds": self.result.seconds}
+
+
+class BlockRefiner:
+    """Walks the original beside the rounded model and refines each block between the two.
+
+    Args:
+        job: The model.
+        stream: Stream of the model that is rounded.
+        rows: Rounding rows.
+        schedule: Steps and rates.
+
+    Attributes:
+        walked: Hidden states of the rows that are rounded on; the caller walks them.
+    """
+
+    def __init__(self, job: Job, stream: ModelStream, rows: Rows, schedule: Schedule) -> None:
+        self.schedule = schedule
+        self.job, self.batch_rows = job, BATCH_ROWS[job.device.type]
+        fitting, held_out = split_rows(rows.tokens)
+        self.walked = stream.embed(fitting, job.rows_per_slice, weights=_fitting_weights(rows))
+        self.held_out = stream.embed(held_out, self.batch_rows)
+        batches = stream.embed(fitting, self.batch_rows)
+        self.calls = [*batches.calls, *self.held_out.calls]
+        self.original = Activations([*batches.hidden, *self.held_out.hidden], self.calls)
+        self.count = len(batches.hidden)
+        self.inputs: list[Tensor] = []
+
+    @property
+    def states(self) -> States:
+        """All hidden states that are carried from block to block, by name."""
+        return {
+            "walked": self.walked.hidden,
+            "held_out": self.held_out.hidden,
+            "original": self.original.hidden,
+        }
+
+    def begin(self, block: nn.Module, spec: BlockSpec) -> None:
+        """Take the original's outputs of a block, whose weights are still the original's."""
+        self.inputs = [*torch.cat(list(self.walked.hidden)).split(self.batch_rows), *self.held_out.hidden]
+        self.share_original()
+        advance(block, spec, self.original)
+
+    def finish(
+        self,
+        block: nn.Module,
+        spec: BlockSpec,
+        starts: Sequence[tuple[LinearSpec, Start]],
+        progress: Callable[[int], None],
+    ) -> RefinedBlock:
+        """Refine a rounded block, put the result in its place, and run it.
+
+        Args:
+            block: The block, holding the rounded weights.
+            spec: Its linears.
+            starts: Its rounded layers.
+            progress: Called with the number of steps done.
+        """
+        gains = norm_gains(self.job, block, spec)
+        forward = BlockForward(block, spec, self.calls, {s.name: linear for linear, s in starts})
+        targets = self.original.hidden
+        result = refine(
+            [start for _, start in starts],
+            {name: (block.get_parameter(name).detach(), dtype) for name, (_, dtype) in gains.items()},
+            forward,
+            Batches(self.inputs[: self.count], targets[: self.count]),
+            Batches(self.inputs[self.count :], targets[self.count :]),
+            self.schedule,
+            progress,
+        )
+        with torch.no_grad():
+            for name, gain in result.gains.items():
+                block.get_parameter(name).copy_(gain)
+        return RefinedBlock(result, {gains[name][0]: gain for name, gain in result.gains.items()})
+
+    def put_gains(self, block: nn.Module, spec: BlockSpec, reader: TensorReader) -> None:
+        """Put gains in place that were learned before, from where they were written."""
+        with torch.no_grad():
+            for name, (stored, _) in norm_gains(self.job, block, spec).items():
+                block.get_parameter(name).copy_(reader.tensor(stored))
+
+    def advance(self, block: nn.Module, spec: BlockSpec) -> None:
+        """Outputs of the block as it is now, which later blocks are rounded and refined on."""
+        outputs = Activations(self.inputs, self.calls)
+        advance(block, spec, outputs)
+        self.walked.hidden = list(torch.cat(list(outputs.hidden[: self.count])).split(self.job.rows_per_slice))
+        self.held_out.hidden = outputs.hidden[self.count :]
+        self.inputs = []
+
+    def share_original(self) -> None:
+        """Show rounding the original's hidden states, where it wants to see them."""
+        if self.job.method.needs_drift:
+            fitting = torch.cat(list(self.original.hidden[: self.count]))
+            self.walked.original = list(fitting.split(self.job.rows_per_slice))
+
+
+class FormatRefiner:
+    """Refines the roundings of an original block, all layers of one format together, for scores that presume it.
+
+    Norm gains stay, and the block's inputs are the original's.
+
+    Args:
+        job: The model.
+        stream: Its stream.
+        rows: Calibration rows.
+        schedule: Steps and rates.
+    """
+
+    def __init__(self, job: Job, stream: ModelStream, rows: Tensor, schedule: Schedule) -> None:
+        self.schedule, self.batch_rows = schedule, BATCH_ROWS[job.device.type]
+        sets = [stream.embed(part, self.batch_rows) for part in split_rows(rows)]
+        self.calls, self.count = [call for part in sets for call in part.calls], len(sets[0].hidden)
+
+    def __call__(self, block: nn.Module, spec: BlockSpec, hidden: Sequence[Tensor], starts: Starts) -> Starts:
+        """Refined roundings; see `hawqtool.sensitivity.measure.Refiner`."""
+        inputs = [batch for part in split_rows(torch.cat(list(hidden))) for batch in part.split(self.batch_rows)]
+        outputs = Activations(list(inputs), self.calls)
+        advance(block, spec, outputs)
+        fitting = Batches(inputs[: self.count], outputs.hidden[: self.count])
+        held_out = Batches(inputs[self.count :], outputs.hidden[self.count :])
+        linears = {linear.name: linear for linear in spec.linears}
+        refined: Starts = {name: dict(by_label) for name, by_label in starts.items()}
+        for label in sorted({label for by_label in starts.values() for label in by_label}):
+            some = [by_label[label] for by_label in starts.values() if label in by_label]
+            forward = BlockForward(block, spec, self.calls, {start.name: linears[start.name] for start in some})
+            found = refine(some, {}, forward, fitting, held_out, self.schedule)
+            for start in some:
+                refined[start.name][label] = replace(start, rounded=found.layers[start.name])
+        return refined
+
+
+@dataclass(frozen=True)
+class BlockForward:
+    """Runs a block with other weights; names are those of linears, or of the block's own parameters."""
+
+    block: nn.Module
+    spec: BlockSpec
+    calls: Sequence[Sequence[Call]]
+    linears: Mapping[str, LinearSpec]
+
+    def __call__(self, weights: Mapping[str, Tensor], hidden: Tensor, batch: int) -> Tensor:
+        """Output for the hidden states of a batch, whose number says which other arguments the call has."""
+        values = {}
+        for name, weight in weights.items():
+            linear = self.linears.get(name)
+            if linear is None:
+                values[name] = weight
+            else:
+                values[f"{local_name(self.spec, linear)}.weight"] = weight.t() if linear.transposed else weight
+        args, kwargs = self.calls[batch][self.spec.index]
+        output: Any = torch.func.functional_call(self.block, values, (hidden, *args), kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+
+def norm_gains(job: Job, block: nn.Module, spec: BlockSpec) -> dict[str, tuple[str, torch.dtype]]:
+    """Norm gains by name inside the block: name and dtype of the stored tensor."""
+    found = {}
+    for path, module in block.named_modules():
+        full = f"{spec.name}.{path}.weight"
+        stored = job.structure.stored_names.get(full, full)
+        if is_norm(module) and isinstance(getattr(module, "weight", None), nn.Parameter) and is_gain(stored):
+            found[f"{path}.weight"] = (stored, torch_dtype(job.index.tensors[stored].dtype))
+    return found

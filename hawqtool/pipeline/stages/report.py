@@ -1,0 +1,276 @@
+"""report.json and the reproduce folder of a run."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import shutil
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from hawqtool import __version__
+from hawqtool.allocation.exact import plan_warnings
+from hawqtool.checkpoint.fusion import expert_of
+from hawqtool.data.sources import public_name
+from hawqtool.data.tokens import overlap
+from hawqtool.export.engines import engines
+from hawqtool.formats import SHAPE_TENSOR_BYTES, parse_label
+from hawqtool.parsing import ParseError, load_json
+from hawqtool.pipeline.run.files import REPORT_SCHEMA, file_hash, write_json
+from hawqtool.pipeline.run.job import Job
+from hawqtool.records import BitPlan, Rows
+from hawqtool.report.card import model_card
+
+_PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "numpy", "pydantic", "PyYAML", "typer", "rich")
+_KIB = 1024
+_MAX_README_BYTES = 1 << 20
+
+
+def build_report(
+    job: Job,
+    sets: dict[str, Rows],
+    plan: BitPlan,
+    rounding: dict[str, Any],
+    evaluation: dict[str, Any],
+    shipped: str,
+    timings: dict[str, float],
+    command: str,
+) -> dict[str, Any]:
+    """The report of the shipped plan (schema ``hawqtool.report/1``)."""
+    total = rounding["total_bytes"]
+    layers = _plan_entries(job, plan)
+    return {
+        "schema": REPORT_SCHEMA,
+        "model": job.source.name,
+        "model_revision": job.source.revision,
+        "architecture": type(job.skeleton).__name__,
+        "hawqtool_version": __version__,
+        "command": command,
+        "config": public_config(job),
+        "sizes": {
+            "original_bytes": job.index.total_bytes,
+            "quantized_bytes": total,
+            "stored_bytes_linears": plan.stored_bytes,
+            "shape_tensor_bytes": SHAPE_TENSOR_BYTES * len(layers),
+            "bpw_linears": plan.bpw,
+            "bpw_file": 8 * total / _num_parameters(job),
+        },
+        "plan": layers,
+        **_prediction(plan),
+        "engines": engines(
+            job.layer_formats(plan.formats),
+            {m.name: (m.out_features, m.in_features) for unit in job.units for m in unit.members},
+            job.structure.obstacle,
+        ),
+        "layers": rounding["layers"],
+        "refinement": rounding["refinement"],
+        "distillation": rounding["distillation"],
+        "fallbacks": sum(metrics["fallback"] is not None for metrics in rounding["layers"].values()),
+        "experts": routed_tokens(rounding["layers"]),
+        "rows": {
+            name: {
+                "source": rows.source,
+                "count": len(rows.tokens),
+                "shape": list(rows.tokens.shape[1:]),
+                "fingerprint": rows.fingerprint,
+            }
+            for name, rows in sets.items()
+        }
+        | {"overlap": overlap(sets), "report_in_domain": job.config.eval_data is None},
+        "rows_per_slice": job.rows_per_slice,
+        "evaluation": evaluation,
+        "shipped": shipped,
+        "timings": timings,
+        "peak_memory_bytes": _peak_memory(job),
+        "device": str(job.device),
+        "warnings": plan_warnings(plan) + warnings(job, rounding, shipped, evaluation),
+    }
+
+
+def _prediction(plan: BitPlan) -> dict[str, Any]:
+    """What was predicted of a plan and how it was found; all null for plans from a file and uniform ones."""
+    return {
+        "predicted_loss": plan.predicted_loss,
+        "metric": plan.metric,
+        "solver": plan.solver,
+        "gap": plan.gap,
+        "cost": plan.cost,
+        "max_cost": plan.max_cost,
+    }
+
+
+def _plan_entries(job: Job, plan: BitPlan) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": member.name,
+            "unit": unit.name,
+            "bits": plan.formats[unit.name].bits,
+            "group_size": plan.formats[unit.name].group_size or "channel",
+            "symmetric": plan.formats[unit.name].symmetric,
+            "bytes": member.stored_bytes(plan.formats[unit.name]),
+        }
+        for unit in job.units
+        for member in unit.members
+    ]
+
+
+def warnings(job: Job, rounding: dict[str, Any], shipped: str, evaluation: dict[str, Any]) -> list[str]:
+    """What the user should know: raised damping, experts without tokens, odd shapes, a mixed plan that did not pay."""
+    found = list(job.source.warnings)
+    retried = [n for n, m in rounding["layers"].items() if m["damping_retries"]]
+    if retried:
+        found.append(f"damping had to be raised for {len(retried)} layers, first {retried[0]}")
+    found += routing_warnings(rounding["layers"])
+    odd = [m.name for u in job.units for m in u.members if m.out_features % 32 or m.in_features % 32]
+    if odd:
+        found.append(
+            f"{len(odd)} layers have a dimension that is no multiple of 32 (first {odd[0]}); vLLM may refuse them"
+        )
+    if job.config.profile == "transformers" and not all(
+        parse_label(m["format"]).symmetric for m in rounding["layers"].values()
+    ):
+        found.append(
+            "asymmetric layers load in transformers 5.17, but transformers 5.23 with compressed-tensors up to 0.20 "
+            "fails on their zero points"
+        )
+    if shipped == "uniform" and evaluation["mixed"]["formats"] != evaluation["uniform"]["formats"]:
+        found.append("the mixed plan was not better than the uniform one on the selection rows, so uniform was shipped")
+    selection = evaluation.get("selection")
+    if shipped == "mixed" and selection and selection["mixed_minus_uniform"] > 0:
+        found.append(
+            "a uniform plan was better on the selection rows, but plan, pins, bits, group size or profile exclude it"
+        )
+    return found
+
+
+def public_config(job: Job) -> dict[str, Any]:
+    """The resolved configuration; paths are shortened to their last part."""
+    values = job.config.model_dump(mode="json", exclude={"resume"})
+    for key in ("output", "plan", "sensitivity", "baseline"):
+        if values[key]:
+            values[key] = Path(values[key]).name
+    values["measurements"] = None  # the report's "measurement" says where it comes from; a rerun needs no such folder
+    if values["costs"]:
+        values["costs"] = _costs_name(values["costs"])
+    # What follows a source's name is its weight.
+    weighted = zip(job.config.calibration, job.config.calibration_weights, strict=True)
+    values["calibration"] = [public_name(name) + given.removeprefix(name) for given, name in weighted]
+    values["eval_data"] = public_name(job.config.eval_data) if job.config.eval_data else None
+    resolved = {
+        "model": job.source.spec,
+        "num_samples": job.num_samples,
+        "seq_len": job.seq_len,
+        "rows_per_slice": job.rows_per_slice,
+    }
+    return values | resolved | {"device": job.device.type}
+
+
+def _costs_name(path: str) -> str:
+    """Name of the copy in ``reproduce/``, which must not be that of another record."""
+    return "costs.csv" if path.lower().endswith(".csv") else "costs.json"
+
+
+def write_reproduce(job: Job, folder: Path, sensitivity: dict[str, Any] | None) -> None:
+    """Add config.yaml, sensitivity.json, the file of costs, package versions and file hashes to ``reproduce/``."""
+    target = folder / "reproduce"
+    # The baseline is no part of the output, and without it a regression cannot be judged.
+    left_out = {"baseline", "max_regression"}
+    config = {k: v for k, v in public_config(job).items() if v is not None and k not in left_out}
+    (target / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    if job.config.costs is not None:
+        shutil.copyfile(job.config.costs, target / _costs_name(job.config.costs))
+    if sensitivity is not None:
+        write_json(target / "sensitivity.json", sensitivity)
+    versions = {name: metadata.version(name) for name in _PACKAGES}
+    write_json(
+        target / "packages.json",
+        {"hawqtool": __version__, "python": platform.python_version(), "machine": platform.machine(), **versions},
+    )
+    write_json(target / "sha256.json", {f.name: file_hash(f) for f in sorted(folder.glob("model*.safetensors"))})
+
+
+def write_card(source: Path, folder: Path, report: dict[str, Any]) -> None:
+    """Write ``README.md``: the model card, with what the source's own card states."""
+    found = sorted(path for path in source.iterdir() if path.name.lower() == "readme.md" and path.is_file())
+    readme = None
+    if found:
+        with found[0].open("rb") as stream:
+            readme = stream.read(_MAX_README_BYTES).decode("utf-8", errors="replace")
+    (folder / "README.md").write_text(model_card(report, readme), encoding="utf-8")
+
+
+def is_our_folder(folder: Path) -> bool:
+    """Whether a folder holds a report of our schema."""
+    try:
+        document = load_json(folder / "report.json")
+    except ParseError:
+        return False
+    return isinstance(document, dict) and document.get("schema") == REPORT_SCHEMA
+
+
+def _num_parameters(job: Job) -> int:
+    total = 0
+    for info in job.index.tensors.values():
+        count = 1
+        for extent in info.shape:
+            count *= extent
+        total += count
+    return total
+
+
+def _peak_memory(job: Job) -> dict[str, int]:
+    unit = 1 if sys.platform == "darwin" else _KIB
+    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if job.device.type == "cuda":
+        peak["device"] = torch.cuda.max_memory_allocated(job.device)
+    if job.shelf is not None:
+        peak |= {f"hidden states ({place})": size for place, size in job.shelf.peak_bytes.items()}
+    return peak
+
+
+def routed_tokens(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, list[int]]:
+    """Calibration tokens that the router sent to every expert, by block; empty for dense models.
+
+    Args:
+        layers: Metrics by layer, as in report.json.
+
+    Returns:
+        Name such as ``model.layers.0.mlp.experts`` to the tokens of expert 0, 1, ...
+    """
+    found: dict[str, dict[int, int]] = {}
+    for name, metrics in layers.items():
+        expert = expert_of(name)
+        if expert:
+            found.setdefault(expert[0], {})[expert[1]] = metrics["num_tokens"]
+    return {name: [tokens[number] for number in sorted(tokens)] for name, tokens in found.items()}
+
+
+def routing_warnings(layers: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """One line on the experts that lacked calibration tokens, one on those that saw none at all."""
+    counts = routed_tokens(layers)
+    total = sum(map(len, counts.values()))
+    lacking = dict.fromkeys(expert_of(name) for name, metrics in layers.items() if metrics["fallback"])
+    unseen = [(name, number) for name, tokens in counts.items() for number, count in enumerate(tokens) if not count]
+    warnings = []
+    if lacking:
+        warnings.append(
+            f"{len(lacking)} of {total} experts (first {_first(lacking)}) were routed fewer calibration tokens than "
+            "they have input columns, so tokens that were routed to other experts filled up their statistics; more "
+            "calibration rows help"
+        )
+    if unseen:
+        warnings.append(
+            f"{len(unseen)} of {total} experts (first {_first(unseen)}) were routed no calibration token at all; they "
+            "were rounded by the statistics of other experts' tokens alone"
+        )
+    return warnings
+
+
+def _first(experts: Any) -> str:
+    return ".".join(map(str, next(iter(experts))))

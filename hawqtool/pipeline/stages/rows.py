@@ -1,0 +1,168 @@
+"""The four disjoint sets of rows of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from hawqtool.config import SELF
+from hawqtool.data.generate import generate_rows
+from hawqtool.data.images import image_processor, image_rows
+from hawqtool.data.mixing import SourceRows, mix_rows, quotas, require_rows
+from hawqtool.data.sources import open_source
+from hawqtool.data.tokens import overlap, source_rows
+from hawqtool.errors import InputError, UsageError
+from hawqtool.pipeline.run.checkpoints import SAMPLED
+from hawqtool.pipeline.run.job import Job
+from hawqtool.records import Rows
+from hawqtool.runtime.reporter import Reporter
+from hawqtool.runtime.store import NOTHING_SAVED, Saved
+
+ROLES = ("calibration", "scoring", "selection", "report")
+_SMALLEST_SET, _SCORING_SET, _SHORT_ROW, _FEWEST_REPORT_ROWS = 8, 16, 512, 2
+
+
+def row_counts(num_samples: int, eval_samples: int, separate_report: bool, length: int | None) -> dict[str, int]:
+    """Rows of each set taken from the calibration sources: rounding, scoring, selecting a plan, reporting.
+
+    Rows of less than 512 tokens are scored on at least 16: noise falls with the rows, and short ones cost little.
+
+    Args:
+        num_samples: Calibration rows.
+        eval_samples: Rows to report on.
+        separate_report: Whether those come from a source of their own.
+        length: Tokens of a row; None for images.
+    """
+    side = max(_SMALLEST_SET, num_samples // 16)
+    short = length is None or length < _SHORT_ROW
+    scoring = max(side, _SCORING_SET) if short else side
+    counts = {"calibration": num_samples, "scoring": scoring, "selection": side}
+    return counts if separate_report else counts | {"report": eval_samples}
+
+
+def gather_rows(job: Job, reporter: Reporter, saved: Saved = NOTHING_SAVED) -> dict[str, Rows]:
+    """Cut or sample the calibration, scoring, selection and report rows; sampled ones are saved, and read from there.
+
+    Raises:
+        UsageError: If a source's weight is so small that it gives no row.
+        InputError: If a source holds too little text, or sets overlap.
+    """
+    config = job.config
+    check_calibration(job)
+    length = None if job.takes_images else job.seq_len
+    counts = row_counts(job.num_samples, config.eval_samples, config.eval_data is not None, length)
+    # Text first: what is wrong with it shows before minutes go into sampling.
+    report = {} if config.eval_data is None else {"report": evaluation_rows(job, config.eval_data)}
+    sets = calibration_rows(job, counts, reporter, saved) | report
+    shared = overlap(sets)
+    if shared:
+        raise InputError(
+            f"{shared} rows occur in more than one of the calibration, scoring, selection and report sets; "
+            "give text without repetitions, or another --eval-data"
+        )
+    return sets
+
+
+def calibration_rows(
+    job: Job, counts: dict[str, int], reporter: Reporter, saved: Saved = NOTHING_SAVED
+) -> dict[str, Rows]:
+    """Sets of so many rows from the calibration sources.
+
+    Raises:
+        UsageError: If a source's weight is so small that it gives no row.
+        InputError: If a source holds too little text.
+    """
+    config = job.config
+    names, weights = zip(*config.calibration_weights.items(), strict=True)
+    shares = dict(zip(names, quotas(counts, weights), strict=True))
+    sources = {name: _given_source(job, name, quota) for name, quota in shares.items() if name != SELF}
+    require_rows(list(sources.values()))
+    if SELF in shares:
+        sources[SELF] = _sampled_source(job, shares[SELF], reporter, saved)
+    return mix_rows([sources[name] for name in names])
+
+
+def evaluation_rows(job: Job, text: str) -> Rows:
+    """The first ``eval_samples`` rows of a source, fewer where it is shorter.
+
+    Raises:
+        InputError: If it holds fewer than two rows.
+    """
+    wanted = job.config.eval_samples
+    label, rows = _rows(job, text, wanted, seed=0)
+    quota = {"report": max(len(rows[:wanted]), _FEWEST_REPORT_ROWS)}
+    return mix_rows([SourceRows(label, rows[:wanted], quota)])["report"]
+
+
+def check_calibration(job: Job) -> None:
+    """Check that the calibration source suits the model.
+
+    Raises:
+        UsageError: If rows are to be sampled from a model that is no causal language model.
+    """
+    if SELF in job.config.calibration_weights and not job.task.generates:
+        raise UsageError(
+            f"rows cannot be sampled from this {job.task.name}; give --calibration "
+            + ("a folder of images" if job.takes_images else "a text")
+        )
+
+
+def _given_source(job: Job, text: str, quota: dict[str, int]) -> SourceRows:
+    return SourceRows(*_rows(job, text, _needed(text, quota), job.config.seed), quota)
+
+
+def _rows(job: Job, text: str, count: int, seed: int) -> tuple[str, Tensor]:
+    """Label and rows of a source, at least ``count`` where it holds them."""
+    if job.takes_images:
+        images = image_rows(image_processor(job.index.folder), Path(text), count, seed)
+        _check_images(job, images)
+        return Path(text).name, images
+    source = open_source(text)
+    # Encoders were trained on sequences between special tokens, language models on running text.
+    framed = not job.task.generates
+    rows = source_rows(job.tokenizer(), source, count, job.seq_len, seed, special_tokens=framed)
+    return source.label, _known(job, rows)
+
+
+def _sampled_source(job: Job, quota: dict[str, int], reporter: Reporter, saved: Saved) -> SourceRows:
+    count = _needed(SELF, quota)
+    known = saved.load(SAMPLED)
+    if known is not None:
+        return SourceRows(SELF, known, quota)
+    reporter.say(f"sampling {count} rows of {job.seq_len} tokens from the model")
+    tokens = generate_rows(
+        job.index.folder, job.tokenizer(), count, job.seq_len, job.config.seed, job.device, job.dtype,
+        lambda done, total: reporter.progress("sampling tokens", done, total), job.source.runs_code,
+    )  # fmt: skip
+    saved.save(SAMPLED, tokens)
+    return SourceRows(SELF, tokens, quota)
+
+
+def _needed(name: str, quota: dict[str, int]) -> int:
+    count = sum(quota.values())
+    if not count:
+        raise UsageError(f"--calibration {name}: its weight is so small that it gives no row; raise it or drop it")
+    return count
+
+
+def _known(job: Job, tokens: Tensor) -> Tensor:
+    """The tokens, after checking that the model has an embedding for each."""
+    known = job.skeleton.get_input_embeddings().weight.shape[0]
+    if tokens.numel() and int(tokens.max()) >= known:
+        raise InputError(
+            f"the tokenizer gives token {int(tokens.max())}, the model embeds {known} tokens; "
+            "expected a tokenizer and weights of one model; download them again"
+        )
+    return tokens
+
+
+def _check_images(job: Job, images: Tensor) -> None:
+    config = job.skeleton.config
+    size = config.image_size
+    expected = (config.num_channels, *((size, size) if isinstance(size, int) else size))
+    if tuple(images.shape[1:]) != expected:
+        raise InputError(
+            f"the image processor gives images of {' x '.join(map(str, images.shape[1:]))}, the model takes "
+            f"{' x '.join(map(str, expected))}; expected preprocessor_config.json and config.json of one model"
+        )

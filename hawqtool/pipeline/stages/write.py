@@ -1,0 +1,171 @@
+"""Round a model by plan and write it, block by block."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hawqtool.checkpoint.fusion import is_expert
+from hawqtool.checkpoint.reader import TensorReader
+from hawqtool.errors import disk_errors
+from hawqtool.export.background_writer import BackgroundWriter
+from hawqtool.export.compressed_tensors import quantization_config
+from hawqtool.export.layout import Layout
+from hawqtool.export.writer import CheckpointWriter, intact, unfinished_reader, write_config
+from hawqtool.pipeline.run.files import PART, plan_document, write_json
+from hawqtool.pipeline.run.job import Job
+from hawqtool.pipeline.stages.distill import Written, distill_folder, learned_names
+from hawqtool.pipeline.stages.round_blocks import Findings, Finished, round_blocks
+from hawqtool.records import BitPlan, BlockSpec, Rows
+from hawqtool.runtime.reporter import Reporter
+from hawqtool.runtime.store import NOTHING_SAVED, Saved
+
+ROUNDING = "rounding"
+"""Key under which the result of a rounding is saved."""
+
+_WRITTEN = "written"
+
+
+def round_to_folder(
+    job: Job,
+    plan: BitPlan,
+    rows: Rows,
+    folder: Path,
+    reporter: Reporter,
+    label: str,
+    saved: Saved = NOTHING_SAVED,
+) -> dict[str, Any]:
+    """Round every layer by plan on the quantized prefix and write a packed checkpoint with its records.
+
+    An interrupted rounding is gone on with: blocks whose layers lie in the unfinished files, as their checksums tell,
+    are not rounded again, and those behind which hidden states were kept are not walked either.
+
+    Args:
+        job: The model.
+        plan: Formats by unit.
+        rows: Rounding rows.
+        folder: Folder to create; holds weights, config.json, ``reproduce/plan.json`` and ``checksums.json``. Until it
+            is complete its name ends in ``.part``.
+        reporter: Progress.
+        label: Name of the plan in the progress.
+        saved: Keeps what is known of finished blocks, and at the end the result.
+
+    Returns:
+        ``layers`` (metrics by layer), ``refinement`` (what it changed by block), ``distillation`` (what it changed in
+        all), ``seconds`` and ``total_bytes``.
+    """
+    start = time.perf_counter()
+    part = folder.with_name(f"{folder.name}{PART}")
+    layout, blocks, learning = job.layout(plan.formats), saved.part("block"), saved.part("distill")
+    written, distillation = _known(layout, part, learning), {}
+    if written is None:
+        written = _write_blocks(job, plan, layout, part, rows, reporter, label, blocks)
+    if job.config.distill_steps:
+        learning.save(_WRITTEN, vars(written))
+        learned = distill_folder(job, plan, layout, part, written, rows.tokens, reporter, label, learning)
+        distillation = learned.record
+    with disk_errors(part):
+        _write_records(job, plan, part, written, layout.total_bytes)
+    seconds = written.seconds + time.perf_counter() - start
+    findings = {"layers": written.layers, "refinement": written.refinement, "distillation": distillation}
+    result = findings | {"seconds": seconds, "total_bytes": layout.total_bytes}
+    saved.save(ROUNDING, result)
+    with disk_errors(folder):
+        part.rename(folder)
+    for finished in (blocks, learning):
+        finished.drop()
+    return result
+
+
+def _known(layout: Layout, part: Path, learning: Saved) -> Written | None:
+    """The record of a checkpoint whose distillation was cut, if the files are still those."""
+    known, reader = learning.load(_WRITTEN), unfinished_reader(layout, part)
+    if known is None or reader is None:
+        return None
+    # Scales and gains may have been replaced already, and will be once more.
+    replaced = learned_names(learning)
+    fixed = {name: digest for name, digest in known["checksums"].items() if name not in replaced}
+    return Written(**known) if intact(reader, fixed) else None
+
+
+def _write_blocks(
+    job: Job,
+    plan: BitPlan,
+    layout: Layout,
+    part: Path,
+    rows: Rows,
+    reporter: Reporter,
+    label: str,
+    blocks: Saved,
+) -> Written:
+    """Round the blocks that are not finished, and write; the seconds are those of interrupted attempts."""
+    start = time.perf_counter()
+    reader = unfinished_reader(layout, part)
+    done = [] if reader is None else _intact_blocks(job, reader, blocks)
+    if not done:
+        _make_anew(part)
+    earlier = done[-1]["seconds"] if done else 0.0
+    known = {name: digest for block in done for name, digest in block["checksums"].items()}
+    with (
+        CheckpointWriter(job.index, layout, part, known) as writer,
+        # Refinement may change gains of norms until the end; all else that is not rounded can be copied at any time.
+        BackgroundWriter(writer, copies_ahead=not job.config.refine_steps) as sink,
+    ):
+
+        def keep(spec: BlockSpec, found: Findings) -> None:
+            sink.drain()  # what is recorded must be in the files
+            checksums = {name: digest for name, digest in sink.checksums.items() if name not in known}
+            known.update(checksums)
+            seconds = earlier + time.perf_counter() - start
+            blocks.save(str(spec.index), vars(found) | {"checksums": checksums, "seconds": seconds})
+
+        finished = _finished(reader, done, blocks)
+        found = round_blocks(job, plan.formats, rows, sink, reporter, label, finished=finished, keep=keep)
+    return Written(writer.checksums, sorted(writer.changed), found.layers, found.refinement, earlier)
+
+
+def _make_anew(folder: Path) -> None:
+    with disk_errors(folder):
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+
+
+def _intact_blocks(job: Job, reader: TensorReader, blocks: Saved) -> list[dict[str, Any]]:
+    """What was saved of the leading blocks whose layers lie in the files as they were written."""
+    done = []
+    for spec in job.structure.blocks:
+        known = blocks.load(str(spec.index))
+        if known is None or not intact(reader, known["checksums"]):
+            break
+        done.append(known)
+    return done
+
+
+def _finished(reader: TensorReader | None, done: Sequence[dict[str, Any]], blocks: Saved) -> Finished:
+    findings = [Findings(block["layers"], block["refinement"]) for block in done]
+    return Finished(reader, findings, blocks.part("states"))
+
+
+def _write_records(
+    job: Job,
+    plan: BitPlan,
+    folder: Path,
+    written: Written,
+    total_bytes: int,
+) -> None:
+    others = job.unquantized_linears
+    units = {m.name: unit.name for unit in job.units for m in unit.members}
+    aliases = {m.name: m.module for unit in job.units for m in unit.members if m.module and not is_expert(m.name)}
+    config = quantization_config(job.layer_formats(plan.formats), units, others, aliases)
+    write_config(job.index.folder, folder, config)
+    sizes = {"total_bytes": total_bytes, "transformers_obstacle": job.structure.obstacle}
+    reproduce = folder / "reproduce"
+    reproduce.mkdir(exist_ok=True)
+    write_json(reproduce / "plan.json", plan_document(plan, job.units, others) | sizes)
+    errors = {name: values["weight_error"] for name, values in written.layers.items()}
+    record = {"tensors": written.checksums, "weight_error": errors, "changed": written.changed}
+    write_json(reproduce / "checksums.json", record)

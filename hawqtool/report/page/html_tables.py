@@ -1,0 +1,232 @@
+"""The tables of ``report.html``."""
+
+from __future__ import annotations
+
+import html
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from hawqtool.report.escape import one_line
+from hawqtool.report.wording import (
+    GATES,
+    MEASURES,
+    gate_values,
+    plus_minus,
+    quality_columns,
+    rows_text,
+    same_plan,
+    shown_metric,
+    size,
+    tried_plans,
+)
+
+_WORST = 5
+_LONGEST = 500
+_TWO_STDERR = 2
+
+
+def quality_table(report: dict[str, Any]) -> str:
+    """Original and plans in the columns of their kind of model; the shipped plan stands out."""
+    evaluation, shipped = report["evaluation"], report["shipped"]
+    columns = quality_columns(evaluation)
+    mixed, uniform = evaluation["mixed"], evaluation["uniform"]
+    rows = [["original", "", "", size(report["sizes"]["original_bytes"])] + _shown(evaluation["original"], columns)]
+    records = {"mixed": None if same_plan(mixed, uniform) else mixed, "uniform": uniform}
+    records |= {f"uniform, {name}": r for name, r in evaluation["neighbours"].items() if not same_plan(r, uniform)}
+    chosen = None
+    for name, record in records.items():
+        if record is None:
+            continue
+        if record == evaluation[shipped]:
+            chosen, name = len(rows), f"{name} (shipped)"
+        cells = [name, " ".join(record["formats"]), f"{record['bpw_linears']:.3f}", size(record["total_bytes"])]
+        rows.append(cells + _shown(record, columns))
+    between = evaluation["uniform_interpolated"]
+    if between and not same_plan(mixed, uniform):
+        shown = [show(between) if name in MEASURES.values() else "" for name, show in columns.items()]
+        rows.append(["uniform, interpolated", "", f"{mixed['bpw_linears']:.3f}", "", *shown])
+    heading = ["plan", "formats", "bits/weight", "weight files", *columns]
+    return _table(heading, rows, numbers=range(2, len(heading)), chosen=chosen)
+
+
+def _shown(record: dict[str, Any], columns: Mapping[str, Any]) -> list[str]:
+    return [show(record) for show in columns.values()]
+
+
+def verdict(evaluation: dict[str, Any]) -> str:
+    """Whether mixing widths paid, by the paired difference to the best uniform plan that fits."""
+    mixed, uniform, measure = evaluation["mixed"], evaluation["uniform"], evaluation["measure"]
+    if uniform is None:
+        return "No uniform plan fits the budget, so there is none to compare with."
+    if same_plan(mixed, uniform):
+        return "The plan is uniform, so there is no mixed one to compare it with."
+    difference = evaluation["mixed_minus_uniform"]
+    value, stderr = difference[measure], difference.get(f"{measure}_stderr")
+    text = f"Mixed minus uniform, paired: {value:+.4f}{plus_minus(difference, measure)} {MEASURES[measure]}; "
+    # Written so that a standard error of NaN decides nothing.
+    if stderr is None or not abs(value) > _TWO_STDERR * stderr:
+        return text + "no difference beyond two standard errors."
+    better, worse = ("mixed", "uniform") if value < 0 else ("uniform", "mixed")
+    return text + f"the {better} plan is better than the {worse} one by more than two standard errors."
+
+
+def tried_table(report: dict[str, Any]) -> str:
+    """Every plan that was tried: size, prediction, quality on both sets of rows, paired differences to uniform."""
+    measure, metric = report["evaluation"]["measure"], shown_metric(report)
+    plans, rows, chosen = tried_plans(report), list[list[str]](), None
+    compared = [role for role in ("selection", "report") if any(_minus(plan["record"], role) for plan in plans)]
+    for plan in plans:
+        record = plan["record"]
+        if plan["shipped"]:
+            chosen = len(rows)
+        predicted = record["predicted"].get(metric)
+        rows.append(
+            [
+                plan["mark"] if plan["kind"] == "mixed" else "",
+                plan["name"] + " (shipped)" * plan["shipped"],
+                f"{record['bpw_linears']:.3f}",
+                "" if predicted is None else f"{predicted:.4f}",
+                *(f"{values[measure]:.4f}{plus_minus(values, measure)}" for values in (record["selection"], record)),
+                *(_difference(_minus(record, role), measure) for role in compared),
+            ]
+        )
+    name = MEASURES[measure]
+    heading = ["", "plan", "bits/weight", f"predicted ({metric})" if metric else "predicted"]
+    heading += [f"{name}, selection", f"{name}, report", *(f"minus uniform, {role}" for role in compared)]
+    return _table(heading, rows, numbers=range(2, len(heading)), names=(1,), chosen=chosen)
+
+
+def _minus(record: dict[str, Any], role: str) -> dict[str, Any] | None:
+    """Paired difference of a mixed plan to uniform on a set of rows, None where there is none."""
+    differences: dict[str, dict[str, Any]] = record.get("minus_uniform", {})
+    return differences.get(role)
+
+
+def _difference(values: dict[str, Any] | None, measure: str) -> str:
+    return "" if values is None else f"{values[measure]:+.4f}{plus_minus(values, measure)}"
+
+
+def search_table(search: dict[str, Any], measure: str) -> str:
+    """The plans of a search for a quality target by size; the smallest that meets the bound stands out."""
+    attempts = sorted(search["attempts"], key=lambda attempt: attempt["stored_bytes"])
+    roles = list(attempts[0]["divergence"])
+    meets = [max(attempt["divergence"].values()) <= search["bound"] for attempt in attempts]
+    rows = [
+        [f"{attempt['stored_bytes']:,}", f"{attempt['bpw_linears']:.3f}"]
+        + [f"{attempt['divergence'][role]:.4f}" for role in roles]
+        + ["meets it" if met else "misses it"]
+        for attempt, met in zip(attempts, meets, strict=True)
+    ]
+    heading = ["stored bytes", "bits/weight", *(f"{MEASURES[measure]}, {role}" for role in roles), "the bound"]
+    chosen = meets.index(True) if any(meets) else None
+    return _table(heading, rows, numbers=range(len(heading) - 1), chosen=chosen)
+
+
+def gates_table(gates: Sequence[dict[str, Any]]) -> str:
+    """Limits, the values of the shipped plan, and whether it is within them."""
+    rows = [
+        [
+            gate["name"],
+            GATES[gate["name"]],
+            f"{gate['sense']} {limit}",
+            found,
+            "passed" if gate["passed"] else "FAILED",
+        ]
+        for gate in gates
+        for limit, found in (gate_values(gate),)
+    ]
+    return _table(["gate", "value of", "limit", "found", "result"], rows, numbers=(2, 3))
+
+
+def formats_table(report: dict[str, Any]) -> str:
+    """Layers and stored bytes of each format."""
+    counts: dict[tuple[int, str, str], int] = defaultdict(int)
+    stored: dict[tuple[int, str, str], int] = defaultdict(int)
+    for entry in report["plan"]:
+        groups = "one scale per row" if entry["group_size"] == "channel" else f"groups of {entry['group_size']}"
+        key = (entry["bits"], groups, "symmetric" if entry["symmetric"] else "with zero points")
+        counts[key] += 1
+        stored[key] += entry["bytes"]
+    total = sum(stored.values())
+    rows = [
+        [str(key[0]), key[1], key[2], str(counts[key]), f"{stored[key]:,}", f"{100 * stored[key] / total:.1f} %"]
+        for key in sorted(counts)
+    ]
+    return _table(["bits", "scales", "grid", "linears", "stored bytes", "share"], rows, numbers=(0, 3, 4, 5))
+
+
+def worst_table(report: dict[str, Any]) -> str:
+    """The layers with the largest relative output error, beside plain rounding."""
+    worst = sorted(report["layers"].items(), key=lambda item: (-item[1]["output_error"], item[0]))[:_WORST]
+    rows = [
+        [
+            name,
+            values["format"],
+            f"{values['output_error']:.3g}",
+            f"{values['rtn_error']:.3g}",
+            values["fallback"] or "",
+        ]
+        for name, values in worst
+    ]
+    return _table(["layer", "format", "relative error", "plain rounding", "fallback"], rows, numbers=(2, 3))
+
+
+def engines_table(report: dict[str, Any]) -> str:
+    """Which engines load the folder."""
+    rows = [
+        [entry["engine"], "yes" if entry["loads"] else "no", entry["minimum_version"], entry["reason"]]
+        for entry in report["engines"]
+    ]
+    return _table(["engine", "loads", "version, at least", "why"], rows, wide=(3,))
+
+
+def rows_table(report: dict[str, Any]) -> str:
+    """Sets of rows with their fingerprints."""
+    rows = [
+        [name, record["source"], rows_text(record), record["fingerprint"]]
+        for name, record in report["rows"].items()
+        if isinstance(record, dict)
+    ]
+    return _table(["set", "source", "rows", "fingerprint (SHA-256)"], rows, code=(3,))
+
+
+def versions_table(versions: Mapping[str, Any]) -> str:
+    """Versions of the packages."""
+    if not versions:
+        return '<p class="note">reproduce/packages.json was not found.</p>'
+    return _table(["package", "version"], [[str(k), str(v)] for k, v in versions.items()])
+
+
+def _table(
+    heading: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    numbers: Collection[int] = (),
+    wide: Collection[int] = (),
+    code: Collection[int] = (),
+    names: Collection[int] = (),
+    chosen: int | None = None,
+) -> str:
+    """A table in a box of its own that scrolls; all cells are escaped here.
+
+    Args:
+        heading: Names of the columns.
+        rows: Cells.
+        numbers: Columns that go to the right.
+        wide: Columns of long text.
+        code: Columns in the font of code.
+        names: Columns of names of several words.
+        chosen: Row that stands out.
+    """
+
+    def cell(tag: str, column: int, content: str) -> str:
+        classes = {"n": numbers, "text": wide, "name": names}
+        kind = next((f' class="{name}"' for name, columns in classes.items() if column in columns), "")
+        text = html.escape(one_line(content, _LONGEST))
+        return f"<{tag}{kind}>{f'<code>{text}</code>' if column in code and tag == 'td' else text}</{tag}>"
+
+    lines = ["<tr>" + "".join(cell("th", i, name) for i, name in enumerate(heading)) + "</tr>"]
+    for number, row in enumerate(rows):
+        mark = ' class="chosen"' if number == chosen else ""
+        lines.append(f"<tr{mark}>" + "".join(cell("td", i, text) for i, text in enumerate(row)) + "</tr>")
+    return '<div class="scroll" tabindex="0"><table>\n' + "\n".join(lines) + "\n</table></div>"

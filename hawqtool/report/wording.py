@@ -1,0 +1,169 @@
+"""How an evaluation is put into words, the same at the terminal and in the card."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
+from typing import Any
+
+MEASURES = {"kl": "KL (nats)", "embedding_error": "relative error"}
+"""Heading of what a model is judged by."""
+
+EXPLANATIONS = {
+    "kl": "KL is that of the original's distribution to the quantized model's, in nats per output (per token for "
+    "language models), with its standard error over rows.",
+    "embedding_error": "The relative error is the squared change of the embedding (mean of the last hidden state over "
+    "tokens) over its square, with its standard error over rows.",
+}
+
+GATES = {
+    "target_kl": "measured divergence, the larger of selection and report rows",
+    "max_kl": "divergence on the report rows",
+    "max_ppl_increase": "perplexity over that of the original, less one",
+    "min_same_top": "share of outputs whose likeliest token or class is the original's",
+    "max_size": "weight files",
+    "max_fallbacks": "layers that needed a fallback",
+    "regression_divergence": "divergence on the report rows, baseline and what it may rise",
+    "regression_perplexity": "perplexity on the report rows, baseline and what it may rise",
+    "regression_size": "weight files, baseline and what they may grow",
+}
+"""What the value of a gate is."""
+
+_SHARES = ("max_ppl_increase", "min_same_top")
+_BYTES = ("max_size", "regression_size")
+
+
+def gate_values(gate: dict[str, Any]) -> tuple[str, str]:
+    """Limit and found value of a gate for people, with as many digits as tell them apart."""
+    limit, found = gate["limit"], gate["found"]
+    if gate["name"] in _BYTES:
+        return f"{limit:,.0f} bytes", f"{found:,.0f} bytes"
+    factor, unit = (100, " %") if gate["name"] in _SHARES else (1, "")
+    for digits in range(4, 18):
+        shown = tuple(f"{factor * value:.{digits}g}{unit}" for value in (limit, found))
+        if found == limit or shown[0] != shown[1]:
+            break
+    return shown[0], shown[1]
+
+
+def gate_found(gate: dict[str, Any]) -> str:
+    """Limit and finding of a gate in one line, such as ``max_kl at most 0.1, found 0.0312``."""
+    limit, found = gate_values(gate)
+    return f"{gate['name']} {gate['sense']} {limit}, found {found}"
+
+
+def gate_text(gate: dict[str, Any]) -> str:
+    """A gate and its verdict, such as ``max_kl at most 0.1, found 0.0312: passed``."""
+    return f"{gate_found(gate)}: {'passed' if gate['passed'] else 'FAILED'}"
+
+
+def same_plan(first: dict[str, Any], second: dict[str, Any] | None) -> bool:
+    """Whether two records are of one plan, where one of them at least is of a uniform plan."""
+    return second is not None and all(first[key] == second[key] for key in ("stored_bytes", "formats"))
+
+
+def tried_plans(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every plan of the report that was rounded and evaluated at its budget, mixed ones first.
+
+    Returns:
+        Records of ``{mark, name, kind, record, shipped}``: the mark is short (a number, or the formats of a uniform
+        plan), the kind ``mixed`` or ``uniform``.
+    """
+    evaluation, shipped = report["evaluation"], report["shipped"]
+    uniform: list[dict[str, Any]] = []
+    for record in (evaluation["uniform"], *evaluation["neighbours"].values()):
+        if record is not None and not any(same_plan(record, known) for known in uniform):
+            uniform.append(record)
+    found: list[dict[str, Any]] = []
+    for name, record in evaluation["tried"].items():
+        if not any(same_plan(record, known) for known in uniform):
+            chosen = shipped == "mixed" and name == evaluation["mixed"]["chosen_by"]
+            plan = {"mark": str(len(found) + 1), "name": name, "kind": "mixed", "record": record, "shipped": chosen}
+            found.append(plan)
+    for record in uniform:
+        mark, chosen = " ".join(record["formats"]), same_plan(record, evaluation[shipped])
+        found.append({"mark": mark, "name": f"uniform {mark}", "kind": "uniform", "record": record, "shipped": chosen})
+    return found
+
+
+def shown_metric(report: dict[str, Any]) -> str | None:
+    """Metric whose predictions are shown: that of the shipped plan, else the run's; None where there are none."""
+    predicted = report["evaluation"]["mixed"]["predicted"]
+    return next((name for name in (report["metric"], *report["evaluation"]["tried"]) if name in predicted), None)
+
+
+def measurement_text(report: dict[str, Any]) -> str | None:
+    """Where the scores come from, unless the run measured them itself or needed none."""
+    origin = report.get("measurement")
+    if origin is None or origin["source"] == "run":
+        return None
+    if origin["source"] == "file":
+        return "scores from a saved measurement"
+    return f"scores from a shared measurement, fingerprint {origin['fingerprint'][:12]}"
+
+
+def size(num_bytes: float) -> str:
+    """Bytes for people, exact below a kilobyte."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000 or unit == "GB":
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    raise AssertionError
+
+
+def quality_columns(evaluation: dict[str, Any]) -> dict[str, Callable[[dict[str, Any]], str]]:
+    """Heading and content of the columns that this kind of model has.
+
+    Args:
+        evaluation: Has ``measure`` and the record ``original``.
+    """
+    measure = evaluation["measure"]
+    columns: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+        "perplexity": ("perplexity", lambda values: f"{values['perplexity']:.2f}"),
+        MEASURES[measure]: (measure, lambda values: f"{values[measure]:.4f}{plus_minus(values, measure)}"),
+        "same top-1": ("same_top", lambda values: f"{100 * values['same_top']:.1f} %"),
+        "cosine": ("cosine", lambda values: f"{values['cosine']:.4f}"),
+    }
+    return {name: show for name, (key, show) in columns.items() if key in evaluation["original"]}
+
+
+def plus_minus(values: dict[str, Any], measure: str) -> str:
+    """Standard error of a measure, empty where it is not known."""
+    stderr = values.get(f"{measure}_stderr")
+    return "" if stderr is None or math.isnan(stderr) else f" ± {stderr:.4f}"
+
+
+def rows_text(record: dict[str, Any]) -> str:
+    """Number and shape of rows, such as ``16 rows of 256 tokens``."""
+    shape = record["shape"]
+    if len(shape) == 1:
+        return f"{record['count']} rows of {shape[0]} tokens"
+    return f"{record['count']} images of {' x '.join(map(str, shape))}"
+
+
+def starred(name: str) -> str:
+    """A name with each index replaced by a star: ``model.layers.*.mlp.experts.*.w1``."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+
+
+def role(name: str) -> str:
+    """What follows the index of the block: ``self_attn.q_proj``, ``mlp.experts.*.w1``."""
+    pattern = starred(name)
+    return pattern.partition("*.")[2] or pattern
+
+
+def routing_text(experts: Mapping[str, Sequence[int]]) -> str | None:
+    """Least, median and most calibration tokens per expert; None for a dense model.
+
+    Args:
+        experts: Tokens of every expert, by block, as in report.json.
+    """
+    counts = [count for tokens in experts.values() for count in tokens]
+    if not counts:
+        return None
+    return (
+        f"{len(counts)} experts in {len(experts)} blocks; calibration tokens per expert: min {min(counts)}, "
+        f"median {median(counts):.0f}, max {max(counts)}"
+    )

@@ -1,0 +1,1 @@
+"""Compiled column loops and scale searches, and the choice between them."""

@@ -1,0 +1,54 @@
+"""Which code runs the column loop and the scale search: Triton's on a GPU, Numba's on a CPU, else torch's operations.
+
+``HAWQTOOL_KERNEL=eager``, ``numba`` or ``triton`` overrides the choice, to compare them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from types import ModuleType
+
+import torch
+
+from hawqtool.errors import UsageError
+
+EAGER = "eager"
+KERNELS = (EAGER, "numba", "triton")
+VARIABLE = "HAWQTOOL_KERNEL"
+_BY_DEVICE = {"cpu": "numba", "cuda": "triton"}
+_COLUMN_LOOPS = {"numba": "numba_cpu", "triton": "triton_columns"}
+_SEARCHES = {"numba": "numba_cpu", "triton": "triton_scales"}
+
+
+def kernel_for(device: torch.device) -> str:
+    """What the device's kernels are written in, where that is installed, else ``eager``.
+
+    Raises:
+        UsageError: If the environment variable names no kernel, or one that the device does not run.
+    """
+    forced = os.environ.get(VARIABLE)
+    if forced:
+        if forced not in KERNELS:
+            raise UsageError(f"{VARIABLE}={forced}: must be one of {', '.join(KERNELS)}")
+        if forced == "numba" and device.type != "cpu":
+            raise UsageError(f"{VARIABLE}=numba: runs on a CPU only, found --device {device.type}; unset it")
+        return forced
+    kernel = _BY_DEVICE.get(device.type, EAGER)
+    return kernel if importlib.util.find_spec(kernel) else EAGER
+
+
+def column_loop(device: torch.device) -> ModuleType | None:
+    """The module whose ``round_block`` rounds ``BLOCK_COLUMNS`` columns; None for the eager loop."""
+    return _imported(_COLUMN_LOOPS.get(kernel_for(device)))
+
+
+def scale_search(device: torch.device) -> ModuleType | None:
+    """The module whose ``least_errors`` tries scales; None for the eager search."""
+    return _imported(_SEARCHES.get(kernel_for(device)))
+
+
+def _imported(name: str | None) -> ModuleType | None:
+    """Imported at first use: compilers are absent on many machines, and slow to import."""
+    return None if name is None else importlib.import_module(f"hawqtool.rounding.kernels.{name}")

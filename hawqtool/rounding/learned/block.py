@@ -1,0 +1,181 @@
+"""Learned refinement of a rounded block: offsets, scales and norm gains that bring its output back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hawqtool.rounding.grid import Quantized
+from hawqtool.rounding.learned.fake_quant import FlatLayers, Start, by_kind
+from hawqtool.rounding.learned.training import Course, Gain, batch_order, learn
+
+Forward = Callable[[Mapping[str, Tensor], Tensor, int], Tensor]
+"""Output ``[rows, positions, width]`` of the block with weights and gains by name, from the input of a batch."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast.
+
+    Args:
+        steps: Steps at most.
+        seed: Seed of the order of batches.
+        latent_rate: First step of the rounding offsets, in codes; all rates fall linearly to zero.
+        scale_rate: First relative step of the scales.
+        gain_rate: First step of norm gains, relative to their root mean square.
+        reach: How far an offset may go, in codes.
+    """
+
+    steps: int
+    seed: int = 0
+    latent_rate: float = 0.008
+    scale_rate: float = 3e-3
+    gain_rate: float = 3e-3
+    reach: float = 1.0
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Inputs of the block and outputs that it should give, ``[rows, positions, width]`` each by batch."""
+
+    inputs: Sequence[Tensor]
+    targets: Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class Refined:
+    """What refinement gave.
+
+    Args:
+        layers: Codes, scales and zero points by layer.
+        gains: Norm gains by name, in their stored dtype.
+        course: How it went; errors are relative (see `output_error`).
+        seconds: Time that it took.
+    """
+
+    layers: dict[str, Quantized]
+    gains: dict[str, Tensor]
+    course: Course
+    seconds: float
+
+
+def output_error(output: Tensor, target: Tensor) -> Tensor:
+    """Mean over tokens of the squared error over the squared target: a scalar.
+
+    Every token counts the same: those with huge hidden states, which norms scale away, would drown the others.
+    """
+    goal = target.float()
+    # In bf16 the square of the difference would lose what matters.
+    error = (output.float() - goal).square().sum(-1)
+    return (error / goal.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)).mean()
+
+
+class _State:
+    """Everything that is learned of one block."""
+
+    def __init__(
+        self, starts: Sequence[Start], gains: Mapping[str, tuple[Tensor, torch.dtype]], reach: float, dtype: torch.dtype
+    ) -> None:
+        self.flats = [FlatLayers(some, reach) for some in by_kind(starts)]
+        self.gains = {name: Gain(*found) for name, found in gains.items()}
+        self.dtype = dtype
+
+    @property
+    def learned(self) -> list[Tensor]:
+        flats = [t for flat in self.flats for t in (flat.latent, flat.log_change)]
+        return flats + [gain.change for gain in self.gains.values()]
+
+    def weights(self, differentiable: bool) -> dict[str, Tensor]:
+        found = {name: gain.weight(self.dtype, differentiable) for name, gain in self.gains.items()}
+        for flat in self.flats:
+            found |= flat.weights(self.dtype, differentiable)
+        return found
+
+    def optimizer(self, schedule: Schedule) -> torch.optim.Optimizer:
+        groups = [
+            {"params": [flat.latent for flat in self.flats], "lr": schedule.latent_rate},
+            {"params": [flat.log_change for flat in self.flats], "lr": schedule.scale_rate},
+            {"params": [gain.change for gain in self.gains.values()], "lr": schedule.gain_rate},
+        ]
+        return torch.optim.Adam([g for g in groups if g["params"]], betas=(0.9, 0.95), fused=True)
+
+    def collect(self) -> None:
+        for flat in self.flats:
+            flat.collect()
+        for gain in self.gains.values():
+            gain.collect()
+
+    def confine(self) -> None:
+        for flat in self.flats:
+            flat.confine()
+
+
+def refine(
+    starts: Sequence[Start],
+    gains: Mapping[str, tuple[Tensor, torch.dtype]],
+    forward: Forward,
+    fitting: Batches,
+    held_out: Batches,
+    schedule: Schedule,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Refined:
+    """Learn what brings the block's outputs closest to the targets; the best held-out error is kept.
+
+    Args:
+        starts: The block's rounded layers.
+        gains: Norm gains of the block with the dtype in which they are stored.
+        forward: Runs the block.
+        fitting: What is learned from.
+        held_out: What is judged on; batch numbers go on behind those of ``fitting``.
+        schedule: Steps and rates.
+        progress: Called with the number of steps done.
+
+    Returns:
+        The start itself where nothing was better.
+
+    Raises:
+        NumericalError: If the start's error is not finite.
+    """
+    start = time.perf_counter()
+    state = _State(starts, gains, schedule.reach, fitting.inputs[0].dtype)
+    optimizer = state.optimizer(schedule)
+    course = learn(
+        f"{starts[0].name}: the rounded block",
+        state.learned,
+        optimizer,
+        batch_order(len(fitting.inputs), schedule.steps, schedule.seed),
+        lambda batch: _learn(state, forward, fitting, batch, optimizer),
+        lambda: _error(state, forward, held_out, len(fitting.inputs)),
+        progress,
+    )
+    with torch.no_grad():
+        layers = {name: found for flat in state.flats for name, found in flat.rounded().items()}
+        final = {name: gain.stored() for name, gain in state.gains.items()}
+    return Refined(layers, final, course, time.perf_counter() - start)
+
+
+def _learn(state: _State, forward: Forward, fitting: Batches, batch: int, optimizer: torch.optim.Optimizer) -> None:
+    with torch.enable_grad():
+        output = forward(state.weights(True), fitting.inputs[batch], batch)
+        output_error(output, fitting.targets[batch]).backward()
+    with torch.no_grad():
+        state.collect()
+        optimizer.step()
+        state.confine()
+
+
+def _error(state: _State, forward: Forward, held_out: Batches, first: int) -> float:
+    """Mean error over the held-out tokens."""
+    with torch.no_grad():
+        weights = state.weights(False)
+        total = torch.zeros((), dtype=torch.float64, device=held_out.inputs[0].device)
+        tokens = 0
+        for number, (x, y) in enumerate(zip(held_out.inputs, held_out.targets, strict=True)):
+            count = y.shape[:-1].numel()
+            total += output_error(forward(weights, x, first + number), y).double() * count
+            tokens += count
+    return float(total) / tokens

@@ -1,0 +1,90 @@
+"""Second moments of the inputs of linears, which guide their rounding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hawqtool.rounding.gram import gram, mean_product
+
+HELD_OUT_EVERY = 4
+"""Every so many rows one is kept for the choice of settings; the final rounding sees all of them."""
+
+
+@dataclass
+class GroupStatistics:
+    """Second moments of an input group.
+
+    Args:
+        gram: ``[in, in]`` float32, mean of x xᵀ over the tokens, by their weights where they have any.
+        num_tokens: Tokens behind it.
+        num_routed: Those of them that the model really sends here; fewer only in experts (see `counting_experts`).
+        drift: ``[in, in]`` float32, mean of (x0 - x) xᵀ with x0 the original model's input of the same token; None
+            where it is not wanted, or x is x0.
+        held_out: The same of the tokens of the held-out rows, which are among those above; None where there are none.
+        weighted: Whether tokens have weights.
+    """
+
+    gram: Tensor
+    num_tokens: int
+    num_routed: int
+    drift: Tensor | None = None
+    held_out: GroupStatistics | None = None
+    weighted: bool = False
+
+    def __iadd__(self, other: GroupStatistics) -> GroupStatistics:
+        total = self.num_tokens + other.num_tokens
+        self.gram.mul_(self.num_tokens / total).add_(other.gram, alpha=other.num_tokens / total)
+        if self.drift is not None and other.drift is not None:
+            self.drift.mul_(self.num_tokens / total).add_(other.drift, alpha=other.num_tokens / total)
+        if self.held_out is None:
+            self.held_out = other.held_out
+        elif other.held_out is not None:
+            self.held_out += other.held_out
+        self.num_tokens, self.num_routed = total, self.num_routed + other.num_routed
+        return self
+
+    @property
+    def fitting(self) -> GroupStatistics | None:
+        """Statistics of the tokens that are not held out; None unless there are tokens of both kinds."""
+        held = self.held_out
+        if held is None or held.num_tokens == self.num_tokens:
+            return None
+        count = self.num_tokens - held.num_tokens
+        share, held_share = self.num_tokens / count, held.num_tokens / count
+        gram = self.gram * share - held.gram * held_share
+        drift = None
+        if self.drift is not None and held.drift is not None:
+            drift = self.drift * share - held.drift * held_share
+        return GroupStatistics(gram, count, min(self.num_routed, count), drift, weighted=self.weighted)
+
+
+def seen(
+    x: Tensor,
+    routed: int,
+    held_out: Tensor | None = None,
+    original: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> GroupStatistics:
+    """Statistics of inputs ``[tokens, in]``.
+
+    Args:
+        x: The inputs.
+        routed: How many of them the model really sends there.
+        held_out: ``[tokens]`` bool, those of held-out rows; None where nothing is chosen on them.
+        original: ``[tokens, in]``, the original model's inputs.
+        weights: ``[tokens]`` float32, how much each counts; None where all count alike.
+    """
+    roots = None if weights is None else weights.sqrt()
+    drift = None if original is None else mean_product(original - x, x, roots)
+    found = GroupStatistics(gram(x, roots), x.shape[0], routed, drift, weighted=weights is not None)
+    if held_out is not None and bool(held_out.any()):
+        kept, others = x[held_out], None if original is None else original[held_out]
+        found.held_out = seen(kept, len(kept), None, others, None if weights is None else weights[held_out])
+    return found
+
+
+def is_held_out(row: Tensor) -> Tensor:
+    """Whether rows of these numbers are held out."""
+    return row % HELD_OUT_EVERY == HELD_OUT_EVERY - 1

@@ -1,0 +1,201 @@
+"""Loss along the rounding error of all units together, beside its second-order prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hawqtool.formats import QuantFormat
+from hawqtool.records import BlockSpec, LinearSpec
+from hawqtool.rounding.method import RoundingMethod
+from hawqtool.rounding.statistics import GroupStatistics
+from hawqtool.sensitivity.curvature.hvp import Stage, Tail, Weights
+from hawqtool.sensitivity.measure import Progress, group_errors, rounding_errors
+from hawqtool.sensitivity.measured_kl import Judge, replaced
+from hawqtool.streaming.block import Activations, advance
+from hawqtool.streaming.stream import ModelStream
+
+SCALES = (0.0, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 1.0, 9 / 8, 5 / 4)
+"""Shares a of the rounding error at which the loss is measured."""
+_TOLERANCE = 0.25
+
+
+@dataclass(frozen=True)
+class LossAlong:
+    """Divergence of W + a·D from W, row by row.
+
+    Args:
+        scales: The values of a, rising.
+        divergence: ``[scales, rows]`` float64, nats per output, or the relative squared error of the embedding.
+        quadratic: ``[rows]`` float64, ½ Dᵀ F D with F the Fisher matrix of the row per output, cross terms between all
+            layers included; a² times it is what the divergence tends to for small a.
+    """
+
+    scales: tuple[float, ...]
+    divergence: Tensor
+    quadratic: Tensor
+
+    @property
+    def breaks_at(self) -> float | None:
+        """The first a at which the mean divergence is a quarter off the mean prediction; None where none is."""
+        predicted = float(self.quadratic.mean())
+        for scale, value in zip(self.scales, self.divergence.mean(1).tolist(), strict=True):
+            if scale and abs(value - scale**2 * predicted) > _TOLERANCE * scale**2 * predicted:
+                return scale
+        return None
+
+
+def loss_along(
+    stream: ModelStream,
+    calibration: Tensor | None,
+    rows: Tensor,
+    formats: Mapping[str, QuantFormat],
+    method: RoundingMethod,
+    stored_dtypes: Mapping[str, torch.dtype],
+    rows_per_slice: int,
+    progress: Progress,
+    scales: Sequence[float] = SCALES,
+) -> LossAlong:
+    """Divergence from the original along the rounding error of all units.
+
+    One forward sweep with one block's weights in memory: the hidden states of all a advance together, so that there
+    are as many as scales, and with them the derivative of the original's along D, from which the prediction follows
+    without sampling: ½ Dᵀ F D is half the variance, under the softmax, of the derivative of the logits.
+
+    Args:
+        stream: The original model, in float32 or wider.
+        calibration: Rows whose Gram matrices in the original model guide the rounding; None for plain rounding, with
+            the scales of least squared error of the weights.
+        rows: Rows to measure on: ``[rows, seq_len]`` tokens, or images.
+        formats: Unit to format; units that are missing keep their weights.
+        method: Rounding, plain where there are no calibration rows.
+        stored_dtypes: Linear to the dtype of its stored scales.
+        rows_per_slice: Rows per forward pass.
+        progress: Called with the phase, blocks done and blocks in all.
+        scales: Values of a, rising from 0.
+
+    Raises:
+        NumericalError: If outputs are not finite.
+    """
+    rounding = ({unit: (fmt,) for unit, fmt in formats.items()}, method, stored_dtypes)
+    seen = stream.embed(rows, rows_per_slice)
+    known = None if calibration is None else stream.embed(calibration, rows_per_slice, method.needs_held_out)
+    moved = [Activations(list(seen.hidden), seen.calls) for _ in scales]
+    changes = [torch.zeros_like(hidden) for hidden in seen.hidden]
+    for spec in stream.structure.blocks:
+        with stream.block(spec.index) as block, torch.no_grad():
+            errors = _errors(block, spec, known, *rounding)
+            for position, hidden in enumerate(seen.hidden):
+                stage = Stage(block, spec, "", seen.calls[position][spec.index])
+                seen.hidden[position], changes[position] = _derivative(stage, errors, hidden, changes[position])
+            for scale, activations in zip(scales, moved, strict=True):
+                with replaced(block, spec, _scaled(errors, scale)):
+                    advance(block, spec, activations)
+            if known:
+                advance(block, spec, known)
+        progress("loss along the rounding error", spec.index + 1, len(stream.structure.blocks))
+    with torch.no_grad():
+        errors = _head_errors(stream, calibration, known, *rounding)
+        divergence = _divergence(stream, rows, scales, moved, errors)
+        quadratic = _quadratic(stream, rows, torch.cat(list(seen.hidden)), torch.cat(changes), errors)
+    return LossAlong(tuple(scales), divergence, quadratic)
+
+
+Errors = dict[LinearSpec, Tensor]
+Menu = Mapping[str, Sequence[QuantFormat]]
+
+
+def _errors(
+    block: nn.Module,
+    spec: BlockSpec,
+    known: Activations | None,
+    menu: Menu,
+    method: RoundingMethod,
+    stored_dtypes: Mapping[str, torch.dtype],
+) -> Errors:
+    """D of every linear of a block that is rounded."""
+    found: dict[str, dict[str, Tensor]] = {}
+    if known is not None:
+        found = rounding_errors(block, spec, known, menu, method, stored_dtypes)
+    else:
+        for group in spec.input_groups:
+            found |= group_errors(block, spec, group, _unweighted(group, block), menu, method, stored_dtypes)
+    return {linear: error for linear in spec.linears for error in found.get(linear.name, {}).values()}
+
+
+def _unweighted(group: Sequence[LinearSpec], module: nn.Module) -> GroupStatistics:
+    """Statistics under which all inputs count alike."""
+    size = group[0].in_features
+    return GroupStatistics(torch.eye(size, device=next(module.parameters()).device), size, size)
+
+
+def _head_errors(
+    stream: ModelStream,
+    calibration: Tensor | None,
+    known: Activations | None,
+    menu: Menu,
+    method: RoundingMethod,
+    stored_dtypes: Mapping[str, torch.dtype],
+) -> Errors:
+    head = stream.structure.head
+    if head is None:
+        return {}
+    if calibration is not None and known is not None:
+        statistics = stream.head_statistics(calibration, known)
+    else:
+        statistics = _unweighted(head.linears, stream.model.get_output_embeddings())
+    found = group_errors(stream.model, head, head.linears, statistics, menu, method, stored_dtypes)
+    return {linear: error for linear in head.linears for error in found.get(linear.name, {}).values()}
+
+
+def _scaled(errors: Errors, scale: float) -> Errors:
+    return {linear: scale * error for linear, error in errors.items()}
+
+
+def _derivative(stage: Stage, errors: Errors, hidden: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
+    """Output of a stage and its derivative in a, at a = 0, from those of its input."""
+    weights, held = Weights(), {linear.name: linear for linear in errors}
+    values = {n: w.detach() for n, w in weights.values(stage, hidden).items() if n in held}
+    directions = {n: errors[held[n]].t() if held[n].transposed else errors[held[n]] for n in values}
+    directions = {n: d.to(values[n].dtype) for n, d in directions.items()}
+    # Fused attention kernels have no forward-mode derivative.
+    with sdpa_kernel(SDPBackend.MATH):
+        found: Any = torch.func.jvp(partial(weights.run, stage), (values, hidden), (directions, change))
+    return found[0], found[1]
+
+
+def _divergence(
+    stream: ModelStream, rows: Tensor, scales: Sequence[float], moved: Sequence[Activations], errors: Errors
+) -> Tensor:
+    """``[scales, rows]`` from the last hidden states, of which the first, at 0, are the original's."""
+    judge = Judge(stream, stream, rows, list(moved[0].hidden))
+    finals = {str(scale): list(activations.hidden) for scale, activations in zip(scales, moved, strict=True)}
+    head = stream.structure.head
+    if head is None:
+        found = judge.divergence("the rounding error", finals)
+    else:
+        found = judge.divergence(
+            "the rounding error", finals, lambda scale: replaced(stream.model, head, _scaled(errors, float(scale)))
+        )
+    return torch.stack([found[str(scale)] for scale in scales])
+
+
+def _quadratic(stream: ModelStream, rows: Tensor, hidden: Tensor, changes: Tensor, errors: Errors) -> Tensor:
+    """``[rows]`` float64, row by row because outputs are large."""
+    found = []
+    for row, state, change in zip(rows, hidden, changes, strict=True):
+        stage = Stage(Tail(stream), stream.structure.head, "model.", ((row[None], lambda outputs: outputs), {}))
+        outputs, moved = _derivative(stage, errors, state[None], change[None])
+        if stream.task.logits:
+            p = outputs.softmax(-1)
+            centred = moved - (p * moved).sum(-1, keepdim=True)
+            found.append(0.5 * (p * centred.square()).sum(-1).double().mean())
+        else:
+            found.append(moved.double().square().sum() / outputs.double().square().sum())
+    return torch.stack(found).cpu()

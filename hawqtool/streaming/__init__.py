@@ -1,0 +1,1 @@
+"""One block of the model in memory at a time."""

@@ -1,0 +1,108 @@
+"""One block in memory: its hidden states, its weights, and how it is run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, MutableSequence, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hawqtool.errors import NumericalError
+from hawqtool.model.replay import Call
+from hawqtool.records import BlockSpec, LinearSpec, TokenWeights
+from hawqtool.runtime.stage_timer import UNRECORDED, Recorder
+from hawqtool.streaming.resume_points import States
+
+
+@dataclass
+class Activations:
+    """Hidden states between blocks.
+
+    Args:
+        hidden: One ``[rows, positions, width]`` tensor per slice, replaced as the walk goes on.
+        calls: Per slice and block, the other arguments of the block's call (masks, rotary tables).
+        original: The original model's hidden states of the same rows, beside those of a quantized prefix; None where
+            nothing needs them.
+        held_out: Whether statistics keep some rows apart too, for settings to be chosen on.
+        recorder: Takes note of forward passes and Gram matrices.
+        weights: How much each token counts in statistics; None where all count alike.
+    """
+
+    hidden: MutableSequence[Tensor]
+    calls: list[list[Call]]
+    original: MutableSequence[Tensor] | None = None
+    held_out: bool = False
+    recorder: Recorder = UNRECORDED
+    weights: TokenWeights | None = None
+
+    @property
+    def states(self) -> States:
+        """The hidden states by name."""
+        return {"hidden": self.hidden} | ({} if self.original is None else {"original": self.original})
+
+
+def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
+    """Output hidden state of one block call."""
+    output = block(hidden, *call[0], **call[1])
+    return output[0] if isinstance(output, tuple) else output
+
+
+def advance(block: nn.Module, spec: BlockSpec, activations: Activations) -> None:
+    """Replace the hidden states by the block's output, slice by slice.
+
+    Raises:
+        NumericalError: If a value is NaN or Inf; names the block.
+    """
+    with torch.no_grad(), activations.recorder.stage("forward"):
+        found = []
+        for position, hidden in enumerate(activations.hidden):
+            output = run_block(block, hidden, activations.calls[position][spec.index])
+            found.append(extremes(output))
+            activations.hidden[position] = output
+        check_extremes(found, f"the output of block {spec.name}")
+
+
+def extremes(state: Tensor) -> Tensor:
+    """Least and largest value, ``[2]``, on the device: NaN where there is one; zeros where there are no values."""
+    return torch.stack(torch.aminmax(state.detach())) if state.numel() else state.new_zeros(2)
+
+
+def check_states(states: Iterable[Tensor], what: str) -> None:
+    """Check that hidden states or gradients are finite.
+
+    Raises:
+        NumericalError: Naming ``what`` holds NaN or Inf.
+    """
+    check_extremes([extremes(state) for state in states], what)
+
+
+def check_extremes(found: Sequence[Tensor], what: str) -> None:
+    """Check that the `extremes` of some tensors are finite; for tensors that are not to be read once more.
+
+    Raises:
+        NumericalError: Naming ``what`` holds NaN or Inf.
+    """
+    # Brought to the host together: on a GPU each number fetched alone would wait for all work before it.
+    if not bool(torch.stack(list(found)).isfinite().all()):
+        raise NumericalError(
+            f"{what} holds NaN or Inf, expected finite values: the checkpoint is damaged, or {found[0].dtype} is too "
+            "narrow for it; check the original model's own output"
+        )
+
+
+def local_name(block: BlockSpec, linear: LinearSpec) -> str:
+    """Name of a linear inside its block."""
+    return linear.module_name.removeprefix(f"{block.name}.")
+
+
+def read_weight(block: nn.Module, spec: BlockSpec, linear: LinearSpec) -> Tensor:
+    """Weight of a linear, ``[out, in]`` float32."""
+    weight = block.get_parameter(f"{local_name(spec, linear)}.weight").float()
+    return weight.t().contiguous() if linear.transposed else weight
+
+
+def replace_weight(block: nn.Module, spec: BlockSpec, linear: LinearSpec, weight: Tensor) -> None:
+    """Put a weight ``[out, in]`` in the place of the loaded one."""
+    with torch.no_grad():
+        block.get_parameter(f"{local_name(spec, linear)}.weight").copy_(weight.t() if linear.transposed else weight)

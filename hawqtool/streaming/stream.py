@@ -1,0 +1,298 @@
+"""Walk a model block by block, with one block's weights in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, MutableMapping, MutableSequence, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
+from itertools import repeat
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from hawqtool.checkpoint.prefetch import Prefetcher
+from hawqtool.checkpoint.reader import check_finite
+from hawqtool.errors import InputError
+from hawqtool.model.discovery import Structure
+from hawqtool.model.replay import replayed_blocks
+from hawqtool.model.skeleton import find_blocks, to_meta
+from hawqtool.model.tasks import model_task
+from hawqtool.records import TokenWeights
+from hawqtool.rounding.statistics import GroupStatistics, is_held_out, seen
+from hawqtool.runtime.malloc import kept_pages, release_freed_pages
+from hawqtool.runtime.stage_timer import UNRECORDED, Recorder
+from hawqtool.runtime.store import NOTHING_SAVED, Saved
+from hawqtool.streaming.block import Activations, advance
+from hawqtool.streaming.offload import Shelf, Slices
+from hawqtool.streaming.resume_points import Waypoints
+
+_POSITIONS = 64
+"""Positions of a row whose logits a CPU holds at a time: of 49,152 classes, 13 MB a copy."""
+
+_POSITIONS_OF_ROWS = 2048
+"""Positions whose logits a GPU holds at a time where rows are short: for each call alone the host would be late."""
+
+
+_BLOCKS_BETWEEN_TRIMS = 6
+"""Blocks of a walk on a CPU after which the heap is trimmed: done at each, it would take a tenth of the time."""
+
+_ROWS_COMPARED = 4096
+"""Rows of a matrix that are compared at a time."""
+
+
+class WeightSource(Protocol):
+    """Where weights come from: a checkpoint, or a packed folder read back."""
+
+    def tensor(self, name: str) -> Tensor:
+        """Tensor of that name, on the CPU."""
+
+    def __contains__(self, name: object) -> bool: ...
+
+
+class ModelStream:
+    """A model whose blocks are loaded when they are walked and dropped afterwards.
+
+    Args:
+        model: Skeleton, every parameter on meta.
+        structure: Its discovered structure.
+        source: Where the weights come from.
+        device: Where to compute.
+        dtype: dtype of weights and activations while computing.
+        recorder: Takes note of the stages of walks.
+        shelf: Keeps the hidden states between blocks; None keeps all of them on the device.
+        matrices: Loaded matrices outside the blocks by stored name, which streams of one dtype share while one of them
+            lives: an embedding may be larger than a block. Nothing may change them.
+        owns: Whether those are of this stream's source; else each is compared before it is taken.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        structure: Structure,
+        source: WeightSource,
+        device: torch.device,
+        dtype: torch.dtype,
+        recorder: Recorder = UNRECORDED,
+        shelf: Shelf | None = None,
+        matrices: MutableMapping[str, nn.Parameter] | None = None,
+        owns: bool = True,
+    ) -> None:
+        self.model: Any = model
+        self.structure, self.source, self.recorder = structure, source, recorder
+        self.task = model_task(model)
+        self.device, self.dtype = device, dtype
+        self.shelf = shelf
+        self._matrices, self._owns = matrices, owns
+        self._last_index: int | None = None
+        self.blocks_name, self.blocks = find_blocks(model)
+        to_meta(model)
+        self._load_ends()
+        for name, buffer in model.named_buffers():
+            if buffer.device.type == "meta":
+                raise InputError(
+                    f"buffer {name} is stored nowhere and cannot be rebuilt; this architecture is not supported"
+                )
+            owner, _, leaf = name.rpartition(".")
+            model.get_submodule(owner)._buffers[leaf] = buffer.to(device)
+
+    def _places(
+        self, module: nn.Module, prefix: str, skip: str | None = None
+    ) -> Iterator[tuple[str, list[tuple[str, nn.Module, str]]]]:
+        """Stored name of each parameter with the places that share it."""
+        aliases: dict[int, list[tuple[str, nn.Module, str]]] = {}
+        for path, owner in module.named_modules():
+            for leaf, parameter in owner._parameters.items():
+                name = f"{path}.{leaf}" if path else leaf
+                if parameter is not None and not (skip and name.startswith(skip)):
+                    tensor = self.structure.stored_names.get(prefix + name, prefix + name)
+                    aliases.setdefault(id(parameter), []).append((tensor, owner, leaf))
+        for places in aliases.values():
+            stored = next((name for name, _, _ in places if name in self.source), None)
+            if stored is None:
+                raise InputError(
+                    f"{places[0][0]} is not in the checkpoint; the model that config.json describes needs it"
+                )
+            yield stored, places
+
+    def _load_ends(self) -> None:
+        """Load what lies outside the blocks: embedding, last norm, head."""
+        self._load(self.model, "", skip=f"{self.blocks_name}.", shared=self._matrices)
+        self._has_ends = True
+
+    def _need_ends(self) -> None:
+        if not self._has_ends:
+            self._load_ends()
+
+    def release_ends(self) -> None:
+        """Let a CPU's memory have what lies outside the blocks until it is needed again: a walk does without it.
+
+        On a GPU it stays, where reading it again would take longer than its room is worth; so does a head that is
+        quantized, which is replaced in place.
+        """
+        if self.device.type == "cpu" and self.structure.head is None:
+            to_meta(self.model)
+            self._has_ends = False
+
+    def _load(
+        self,
+        module: nn.Module,
+        prefix: str,
+        skip: str | None = None,
+        shared: MutableMapping[str, nn.Parameter] | None = None,
+    ) -> None:
+        for stored, places in list(self._places(module, prefix, skip)):
+            parameter = None if shared is None else self._known(stored, shared)
+            if parameter is None:
+                # First to the device, then to the dtype: fewer bytes travel.
+                value = self.source.tensor(stored).to(self.device, non_blocking=True).to(self.dtype)
+                check_finite(stored, value)
+                parameter = nn.Parameter(value, requires_grad=False)
+                if shared is not None and self._owns and value.ndim > 1:
+                    shared[stored] = parameter
+            for _, owner, leaf in places:
+                owner._parameters[leaf] = parameter
+
+    def _known(self, stored: str, shared: MutableMapping[str, nn.Parameter]) -> nn.Parameter | None:
+        """The shared matrix of that name, if the source of this stream has the same."""
+        parameter = shared.get(stored)
+        if parameter is None or self._owns:
+            return parameter
+        value = self.source.tensor(stored)
+        if value.shape != parameter.shape:
+            return None
+        # A part at a time: a copy of the whole is what sharing is to save.
+        parts = zip(parameter.split(_ROWS_COMPARED), value.split(_ROWS_COMPARED), strict=True)
+        return parameter if all(torch.equal(known, part.to(known)) for known, part in parts) else None
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[nn.Module]:
+        """The block with its weights loaded; they are dropped when the context ends."""
+        module = self.blocks[index]
+        with self.recorder.stage("load"):
+            self._load(module, f"{self.blocks_name}.{index}.")
+        self._expect_after(index)
+        try:
+            yield module
+        finally:
+            to_meta(module)
+            if self.device.type == "cpu" and index % _BLOCKS_BETWEEN_TRIMS == 0:
+                release_freed_pages()
+
+    def keeping_pages(self) -> AbstractContextManager[None]:
+        """A context for sweeps over many slices, in which a CPU's heap keeps what is freed (see `kept_pages`)."""
+        return kept_pages() if self.device.type == "cpu" else nullcontext()
+
+    def _expect_after(self, index: int) -> None:
+        """Have the next block's weights read ahead where the source can: the walk goes on the way it came.
+
+        A block that is walked twice in a row is one where it turned.
+        """
+        step = -1 if self._last_index in (index, index + 1) else 1
+        self._last_index = index
+        if isinstance(self.source, Prefetcher):
+            following = index + step
+            inside = 0 <= following < len(self.blocks)
+            places = self._places(self.blocks[following], f"{self.blocks_name}.{following}.") if inside else ()
+            self.source.expect([stored for stored, _ in places])
+
+    def embed(
+        self,
+        rows: Tensor,
+        rows_per_slice: int,
+        held_out: bool = False,
+        with_original: bool = False,
+        weights: TokenWeights | None = None,
+    ) -> Activations:
+        """Run what comes before the first block on ``rows``: ``[rows, seq_len]`` tokens, or images.
+
+        The others say what else statistics shall hold (see `Activations`); what comes before the blocks is never
+        rounded, so that the original's states begin as these do.
+        """
+        self._need_ends()
+        hidden: MutableSequence[Tensor] = [] if self.shelf is None else Slices(self.shelf)
+        calls = []
+        for part in rows.split(rows_per_slice):
+            with replayed_blocks(self.blocks, self.structure.extra_outputs) as recorded, torch.no_grad():
+                self.model.base_model(**self._inputs(part))
+            hidden.append(recorded[0][0][0])
+            calls.append([(args[1:], kwargs) for args, kwargs in recorded])
+        original = copy(hidden) if with_original else None
+        return Activations(hidden, calls, original, held_out, self.recorder, weights)
+
+    def outputs(self, rows: Tensor, hidden: Tensor) -> Tensor:
+        """What the model is judged by, from the last block's output through the model's own head.
+
+        Returns:
+            Logits ``[rows, positions, classes]``, with one position where a row has one output, or embeddings
+            ``[rows, 1, width]``: the mean of the last hidden state over positions.
+        """
+        self._need_ends()
+        with replayed_blocks(self.blocks, self.structure.extra_outputs, output=hidden):
+            result = self.model(**self._inputs(rows))
+        if not self.task.logits:
+            return result.last_hidden_state.mean(1, keepdim=True)
+        return result.logits[:, None] if self.task.per_row else result.logits
+
+    def output_parts(self, positions: int, most: int = _POSITIONS) -> list[slice]:
+        """Positions of a row whose outputs are computed together: on a CPU some, because logits outweigh all else."""
+        together = most if self.task.generates and self.device.type == "cpu" else positions
+        return [slice(first, min(first + together, positions)) for first in range(0, positions, together)]
+
+    def rows_together(self, positions: int) -> int:
+        """Rows of so many positions whose outputs are computed together where each row's are wanted whole."""
+        return max(1, _POSITIONS_OF_ROWS // positions) if self.device.type == "cuda" else 1
+
+    def head_inputs(self, rows: Tensor, hidden: Tensor) -> Tensor:
+        """Inputs ``[tokens, width]`` of the output head, from the last block's output."""
+        seen: list[Tensor] = []
+        head = self.model.get_output_embeddings()
+        hook = head.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0].flatten(0, -2)))
+        try:
+            self.outputs(rows, hidden)
+        finally:
+            hook.remove()
+        return seen[0]
+
+    def head_statistics(self, rows: Tensor, activations: Activations) -> GroupStatistics:
+        """Second moments of the head's inputs over all slices; rows go one by one, because logits are large."""
+        states = _each_row(activations.hidden)
+        originals = repeat(None, len(rows)) if activations.original is None else _each_row(activations.original)
+        total: GroupStatistics | None = None
+        with torch.no_grad():
+            for number, (row, state, other) in enumerate(zip(rows, states, originals, strict=True)):
+                x = self.head_inputs(row[None], state[None])
+                held = is_held_out(torch.full((len(x),), number)) if activations.held_out else None
+                original = None if other is None else self.head_inputs(row[None], other[None])
+                with self.recorder.stage("gram"):
+                    found = seen(x, len(x), held, original)
+                if total is None:
+                    total = found
+                else:
+                    total += found
+        assert total is not None  # there are rows
+        return total
+
+    def _inputs(self, rows: Tensor) -> dict[str, Tensor]:
+        moved = rows.to(self.device, self.dtype) if rows.is_floating_point() else rows.to(self.device)
+        return {self.model.main_input_name: moved}
+
+    def final_hidden(
+        self, rows: Tensor, rows_per_slice: int, progress: Callable[[int], None], saved: Saved = NOTHING_SAVED
+    ) -> Tensor:
+        """Output of the last block for all rows, ``[rows, positions, width]``; an interrupted walk is gone on with."""
+        activations = self.embed(rows, rows_per_slice)
+        self.release_ends()
+        waypoints = Waypoints(saved, self.device)
+        first = waypoints.restore(activations.states, len(self.blocks))
+        for spec in self.structure.blocks[first:]:
+            with self.block(spec.index) as block:
+                advance(block, spec, activations)
+            waypoints.keep(spec.index + 1, activations.states)
+            progress(spec.index)
+        return torch.cat(list(activations.hidden))
+
+
+def _each_row(slices: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Hidden states row by row, one slice in memory at a time."""
+    return (state for part in slices for state in part)

@@ -1,0 +1,1 @@
+"""Parts of `benchmark.py`: checkpoints of known shapes, the machine's rates, floors, stages."""

@@ -1,0 +1,57 @@
+"""Gram matrices against float64: all of them, in tiles or not, on tensor cores or not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from hawqtool.rounding import gram as module
+from hawqtool.rounding.gram import gram, has_float32_products
+
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def inputs(tokens: int, width: int, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(width)
+    return (torch.randn(tokens, width, generator=generator) * torch.rand(width, generator=generator)).to(dtype)
+
+
+def exact(x: Tensor) -> Tensor:
+    wide = x.double().cpu()
+    return wide.t() @ wide / len(x)
+
+
+def worst(found: Tensor, expected: Tensor) -> float:
+    """Largest error, relative to the root of the diagonal entries that it lies between."""
+    diagonal = expected.diagonal().sqrt()
+    return float(((found.double().cpu() - expected) / torch.outer(diagonal, diagonal)).abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_on_a_cpu(dtype: torch.dtype) -> None:
+    x = inputs(1000, 48, dtype)
+    assert not has_float32_products(x.device, dtype)
+    assert worst(gram(x), exact(x)) < 1e-6
+
+
+@pytest.mark.parametrize("width", [32, 96, 100])
+def test_tiles_below_the_diagonal_give_the_whole_matrix(width: int) -> None:
+    x = inputs(500, width, torch.float32)
+    total = torch.zeros(width, width)
+    for part in x.split(200):
+        module._add_lower_panels(total, part, 32, half=False)
+    if width > 32:
+        assert not total[:32, 32:].any()  # what is mirrored is not computed
+    module._mirror(total, 32)
+    assert worst(total / len(x), exact(x)) < 1e-6
+    assert torch.equal(total[:32, 32:], total[32:, :32].t())
+
+
+@NEEDS_GPU
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [576, 4096, 5000])
+def test_on_a_gpu(dtype: torch.dtype, width: int) -> None:
+    x = inputs(40_000, width, dtype).cuda()
+    assert has_float32_products(x.device, dtype)
+    assert worst(gram(x), exact(x)) < 1e-5

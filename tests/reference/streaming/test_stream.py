@@ -1,0 +1,195 @@
+"""The streamed walk gives the codes of a slow, truly sequential replay on a live transformers model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from hawqtool.allocation.problem import stored_bytes
+from hawqtool.allocation.uniform import uniform_formats
+from hawqtool.config import RunConfig
+from hawqtool.export.packed_reader import PackedReader
+from hawqtool.pipeline.run.job import Job, prepare
+from hawqtool.pipeline.stages.write import round_to_folder
+from hawqtool.records import BitPlan, BlockSpec, LinearSpec, Rows
+from hawqtool.rounding.factor import factorize
+from hawqtool.rounding.gram import gram
+from hawqtool.rounding.grid import dequantize, nearest_codes, search_scales
+from hawqtool.rounding.layer import round_layers
+from hawqtool.rounding.method import Task
+from hawqtool.rounding.statistics import GroupStatistics
+from hawqtool.runtime.reporter import Silent
+from hawqtool.streaming.block import read_weight, replace_weight
+from hawqtool.streaming.input_statistics import visit_groups
+from tests.support.tiny import CONFIGS, tiny_model
+
+TOKENS = torch.randint(3, 128, (6, 32), generator=torch.Generator().manual_seed(4))
+ROWS = Rows(TOKENS, "test", "-")
+WIDTHS = (3, 4, 2, 8)
+
+
+class _Reached(Exception):
+    """The input of interest was seen."""
+
+
+def make_job(folder: Path, rows_per_slice: int) -> Job:
+    return prepare(RunConfig(model=str(folder), group_size=32, rows_per_slice=rows_per_slice, device="cpu"))
+
+
+def mixed_plan(job: Job) -> BitPlan:
+    formats = {
+        unit.name: uniform_formats((unit,), WIDTHS[i % len(WIDTHS)], 32)[unit.name] for i, unit in enumerate(job.units)
+    }
+    return BitPlan(formats, stored_bytes(job.units, formats), sum(unit.num_weights for unit in job.units))
+
+
+def input_of(model: nn.Module, name: str) -> Tensor:
+    """Input of a linear, ``[tokens, in]``, in a forward pass from the embeddings."""
+    held: list[Tensor] = []
+
+    def see(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        held.append(inputs[0].flatten(0, -2))
+        raise _Reached
+
+    hook = model.get_submodule(name).register_forward_pre_hook(see)
+    with torch.no_grad(), pytest.raises(_Reached):
+        model(TOKENS, use_cache=False)
+    hook.remove()
+    return held[0]
+
+
+def round_live(job: Job, model: nn.Module, plan: BitPlan, group: tuple[LinearSpec, ...]) -> dict[str, Tensor]:
+    x = input_of(model, group[0].name)
+    matrix = gram(x)
+    tasks = [
+        Task(m.name, weight.detach().clone(), plan.formats[m.unit], job.stored_dtypes[m.name])
+        for m in group
+        for weight in [model.get_submodule(m.name).weight]
+    ]
+    layers = round_layers(tasks, GroupStatistics(matrix, len(x), len(x)), factorize(matrix, len(x)), job.method)
+    for layer in layers:
+        with torch.no_grad():
+            model.get_submodule(layer.name).weight.copy_(dequantize(layer.codes, layer.scales))
+    return {layer.name: layer.codes for layer in layers}
+
+
+def replay(job: Job, plan: BitPlan) -> tuple[dict[str, Tensor], nn.Module]:
+    """Every input group on the model as it stands after all groups before it."""
+    model = AutoModelForCausalLM.from_pretrained(job.index.folder, dtype=torch.float32).eval()
+    codes: dict[str, Tensor] = {}
+    for block in job.structure.blocks:
+        for group in block.input_groups:
+            codes |= round_live(job, model, plan, group)
+    return codes, model
+
+
+def equal_share(expected: dict[str, Tensor], folder: Path) -> dict[str, float]:
+    reader = PackedReader(folder)
+    return {name: float((reader.codes(name)[0] == codes).float().mean()) for name, codes in expected.items()}
+
+
+def divergence(original: nn.Module, candidate: nn.Module) -> float:
+    with torch.no_grad():
+        log_p, log_q = (m(TOKENS).logits.log_softmax(-1) for m in (original, candidate))
+    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+
+def restored(job: Job, folder: Path) -> nn.Module:
+    """The live model with the written weights."""
+    model = AutoModelForCausalLM.from_pretrained(job.index.folder, dtype=torch.float32).eval()
+    reader = PackedReader(folder)
+    with torch.no_grad():
+        for name in job.structure.linears:
+            model.get_submodule(name).weight.copy_(reader.tensor(f"{name}.weight"))
+    return model
+
+
+@pytest.mark.parametrize("kind", sorted(CONFIGS))
+def test_codes_equal_a_sequential_replay(kind: str, tmp_path: Path) -> None:
+    source = tiny_model(kind, tmp_path / "m", layers=3)
+    whole, sliced = make_job(source, len(TOKENS)), make_job(source, 1)
+    plan = mixed_plan(whole)
+    expected, quantized = replay(whole, plan)
+    assert set(expected) == set(whole.structure.linears)
+    round_to_folder(whole, plan, ROWS, tmp_path / "whole", Silent(), "test")
+    shares = equal_share(expected, tmp_path / "whole")
+    assert min(shares.values()) >= 0.999, shares
+
+    round_to_folder(sliced, plan, ROWS, tmp_path / "sliced", Silent(), "test")
+    shares = equal_share(expected, tmp_path / "sliced")
+    assert sum(shares.values()) / len(shares) >= 0.95, shares
+    original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    kl = divergence(original, quantized)
+    assert divergence(original, restored(whole, tmp_path / "whole")) == pytest.approx(kl, rel=0.01)
+    assert divergence(original, restored(sliced, tmp_path / "sliced")) == pytest.approx(kl, rel=0.1)
+
+
+def test_a_block_sees_the_rounding_of_the_blocks_before_it(tmp_path: Path) -> None:
+    job = make_job(tiny_model("llama", tmp_path / "m"), len(TOKENS))
+    plan = mixed_plan(job)
+    first = job.units[0].name
+    wider = BitPlan(plan.formats | {first: uniform_formats(job.units, 8, 32)[first]}, 0, plan.num_weights)
+    codes = []
+    for name, item in (("a", plan), ("b", wider)):
+        round_to_folder(job, item, ROWS, tmp_path / name, Silent(), name)
+        codes.append(PackedReader(tmp_path / name).codes("model.layers.1.mlp.down_proj")[0])
+    assert float((codes[0] != codes[1]).float().mean()) > 0.001
+
+
+def walked_statistics(job: Job, plan: BitPlan) -> dict[str, GroupStatistics]:
+    """Statistics that the walk shows while each group is rounded by plan."""
+    found: dict[str, GroupStatistics] = {}
+    stream, formats = job.stream(), job.layer_formats(plan.formats)
+    activations = stream.embed(TOKENS, job.rows_per_slice, held_out=True, with_original=True)
+    for spec in job.structure.blocks:
+        with stream.block(spec.index) as block:
+
+            def visit(
+                group: Sequence[LinearSpec],
+                statistics: GroupStatistics,
+                block: nn.Module = block,
+                spec: BlockSpec = spec,
+            ) -> None:
+                found[group[0].name] = statistics
+                for linear in group:
+                    weight = read_weight(block, spec, linear)
+                    ones, fmt = torch.ones(weight.shape[1]), formats[linear.name]
+                    scales = search_scales(weight, ones, fmt, torch.bfloat16, both_signs=True)
+                    replace_weight(block, spec, linear, dequantize(nearest_codes(weight, scales, fmt), scales))
+
+            visit_groups(block, spec, activations, visit)
+    return found
+
+
+@pytest.mark.parametrize("rows_per_slice", [2, 6])
+def test_the_original_runs_beside_the_quantized_prefix(rows_per_slice: int, tmp_path: Path) -> None:
+    """Drift and held-out moments are those of inputs taken from two live models."""
+    job = make_job(tiny_model("llama", tmp_path / "m", layers=3), rows_per_slice)
+    plan = mixed_plan(job)
+    found = walked_statistics(job, plan)
+    original, quantized = (
+        AutoModelForCausalLM.from_pretrained(job.index.folder, dtype=torch.float32).eval() for _ in range(2)
+    )
+    held = (torch.arange(len(TOKENS)) % 4 == 3).repeat_interleave(TOKENS.shape[1])
+    drifts = []
+    for block in job.structure.blocks:
+        for group in block.input_groups:
+            x, x0 = (input_of(model, group[0].name) for model in (quantized, original))
+            statistics = found[group[0].name]
+            assert statistics.held_out is not None and statistics.held_out.num_tokens == int(held.sum())
+            for part, mask in ((statistics, torch.ones_like(held)), (statistics.held_out, held)):
+                expected = (x0 - x)[mask].t() @ x[mask] / int(mask.sum())
+                assert part.drift is not None
+                torch.testing.assert_close(part.gram, gram(x[mask]), rtol=1e-3, atol=1e-4)
+                torch.testing.assert_close(part.drift, expected, rtol=1e-3, atol=1e-4)
+            drifts.append(float(statistics.drift.norm() / statistics.gram.norm()))  # type: ignore[union-attr]
+            for m in group:
+                weight, fmt = quantized.get_submodule(m.name).weight.detach(), plan.formats[m.unit]
+                scales = search_scales(weight, torch.ones(weight.shape[1]), fmt, torch.bfloat16, both_signs=True)
+                weight.copy_(dequantize(nearest_codes(weight, scales, fmt), scales))
+    assert drifts[0] == 0 and min(drifts[1:]) > 1e-3

@@ -1,0 +1,287 @@
+"""One tiny random model of every architecture that is supported, and of some that are refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from torch import Tensor
+
+from tests.support.tiny import VOCAB_SIZE, tiny_tokenizer
+
+KindTask = Literal["causal", "masked", "embedding", "image"]
+HIDDEN, HEADS, INNER, POSITIONS = 64, 4, 128, 512
+IMAGE_SIZE, PATCH_SIZE, CHANNELS, CLASSES = 32, 8, 3, 10
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One architecture in a tiny size.
+
+    Args:
+        name: Short name.
+        config: Name of the config class in transformers.
+        model: Name of the model class in transformers.
+        task: What the model computes, hence what its rows are.
+        settings: Arguments of the config, beside those that all share.
+        rows: Calibration rows; experts need more, because each sees a part of the tokens only.
+        seed: Seed of the weights. Those of experts are such that the router sends each at least 64 tokens, one per
+            column, so that no expert's statistics need other tokens.
+        supported: Whether hawqtool quantizes it.
+        reason: For refused ones, a pattern that the error must match.
+        loads: Whether transformers with compressed-tensors loads the packed folder. It drops Conv1D layers without
+            a word, and cannot build packed Falcon layers.
+    """
+
+    name: str
+    config: str
+    model: str
+    task: KindTask = "causal"
+    settings: dict[str, Any] = field(default_factory=dict)
+    rows: int = 6
+    seed: int = 0
+    supported: bool = True
+    reason: str = ""
+    loads: bool = True
+
+    @property
+    def auto_class(self) -> Any:
+        """The class through which users load such a checkpoint."""
+        names = {
+            "causal": "AutoModelForCausalLM",
+            "masked": "AutoModelForMaskedLM",
+            "embedding": "AutoModel",
+            "image": "AutoModelForImageClassification",
+        }
+        return getattr(transformers, names[self.task])
+
+
+_TEXT = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": HIDDEN,
+    "intermediate_size": INNER,
+    "num_hidden_layers": 2,
+    "num_attention_heads": HEADS,
+    "max_position_embeddings": POSITIONS,
+    "initializer_range": 0.08,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+    "tie_word_embeddings": False,
+}
+_GROUPED = _TEXT | {"num_key_value_heads": 2}
+_EXPERTS = _GROUPED | {"head_dim": 16, "moe_intermediate_size": 64, "num_experts_per_tok": 2}
+_GPT2 = {
+    "vocab_size": VOCAB_SIZE,
+    "n_embd": HIDDEN,
+    "n_inner": INNER,
+    "n_layer": 2,
+    "n_head": HEADS,
+    "n_positions": POSITIONS,
+    "initializer_range": 0.08,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "tie_word_embeddings": False,
+}
+_OPT = {k: v for k, v in _TEXT.items() if k != "intermediate_size"} | {"ffn_dim": INNER, "pad_token_id": 1}
+_FALCON = _TEXT | {"alibi": False, "bias": True, "num_kv_heads": 2}
+_BERT = _TEXT | {"pad_token_id": 0, "tie_word_embeddings": True}
+_GEMMA = _GROUPED | {"head_dim": 16, "sliding_window": 16, "tie_word_embeddings": True, "pad_token_id": 2}
+_VIT = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": INNER,
+    "num_hidden_layers": 2,
+    "num_attention_heads": HEADS,
+    "image_size": IMAGE_SIZE,
+    "patch_size": PATCH_SIZE,
+    "num_channels": CHANNELS,
+    "num_labels": CLASSES,
+    "initializer_range": 0.08,
+}
+_VISION_TOWER = {k: v for k, v in _VIT.items() if k not in ("num_labels", "initializer_range")}
+
+ZOO: tuple[Kind, ...] = (
+    Kind("llama", "LlamaConfig", "LlamaForCausalLM", settings=_GROUPED | {"attention_bias": True, "mlp_bias": True}),
+    Kind("qwen2", "Qwen2Config", "Qwen2ForCausalLM", settings=_GROUPED),
+    Kind("qwen3", "Qwen3Config", "Qwen3ForCausalLM", settings=_GROUPED | {"head_dim": 16}),
+    Kind("mistral", "MistralConfig", "MistralForCausalLM", settings=_GROUPED),
+    Kind("gemma2", "Gemma2Config", "Gemma2ForCausalLM", settings=_GEMMA | {"query_pre_attn_scalar": 16}),
+    Kind(
+        "gemma3",
+        "Gemma3TextConfig",
+        "Gemma3ForCausalLM",
+        settings=_GEMMA
+        | {"num_hidden_layers": 3, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]},
+    ),
+    Kind("phi", "PhiConfig", "PhiForCausalLM", settings=_TEXT | {"qk_layernorm": True}),
+    Kind("phi3", "Phi3Config", "Phi3ForCausalLM", settings=_GROUPED),
+    Kind("opt-pre", "OPTConfig", "OPTForCausalLM", settings=_OPT),
+    Kind(
+        "opt-post",
+        "OPTConfig",
+        "OPTForCausalLM",
+        settings=_OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 32},
+    ),
+    Kind("neox-parallel", "GPTNeoXConfig", "GPTNeoXForCausalLM", settings=_TEXT | {"use_parallel_residual": True}),
+    Kind("neox-serial", "GPTNeoXConfig", "GPTNeoXForCausalLM", settings=_TEXT | {"use_parallel_residual": False}),
+    Kind("gptj", "GPTJConfig", "GPTJForCausalLM", settings=_GPT2 | {"rotary_dim": 8}),
+    Kind(
+        "cohere",
+        "CohereConfig",
+        "CohereForCausalLM",
+        settings=_GROUPED | {"tie_word_embeddings": True, "use_qk_norm": True},
+    ),
+    Kind(
+        "falcon-new",
+        "FalconConfig",
+        "FalconForCausalLM",
+        settings=_FALCON | {"new_decoder_architecture": True},
+        loads=False,
+    ),
+    Kind(
+        "falcon-old",
+        "FalconConfig",
+        "FalconForCausalLM",
+        settings=_FALCON | {"new_decoder_architecture": False, "parallel_attn": True, "multi_query": True},
+        loads=False,
+    ),
+    Kind("gpt2", "GPT2Config", "GPT2LMHeadModel", settings=_GPT2, loads=False),
+    Kind(
+        "mixtral",
+        "MixtralConfig",
+        "MixtralForCausalLM",
+        settings=_GROUPED | {"intermediate_size": 64, "num_local_experts": 4, "num_experts_per_tok": 2},
+        rows=12,
+        seed=6,
+    ),
+    Kind(
+        "qwen3-moe",
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        settings=_EXPERTS | {"num_hidden_layers": 3, "num_experts": 8, "mlp_only_layers": [1]},
+        rows=16,
+        seed=14,
+    ),
+    Kind(
+        "qwen2-moe",
+        "Qwen2MoeConfig",
+        "Qwen2MoeForCausalLM",
+        settings=_EXPERTS | {"num_experts": 8, "shared_expert_intermediate_size": 96},
+        rows=24,
+        seed=1,
+    ),
+    Kind(
+        "olmoe",
+        "OlmoeConfig",
+        "OlmoeForCausalLM",
+        settings=_GROUPED | {"intermediate_size": 64, "num_experts": 8, "num_experts_per_tok": 2},
+        rows=24,
+        seed=11,
+    ),
+    Kind("bert", "BertConfig", "BertModel", "embedding", _BERT),
+    Kind("bert-masked", "BertConfig", "BertForMaskedLM", "masked", _BERT),
+    Kind("roberta", "RobertaConfig", "RobertaForMaskedLM", "masked", _BERT | {"pad_token_id": 1}),
+    Kind(
+        "distilbert",
+        "DistilBertConfig",
+        "DistilBertForMaskedLM",
+        "masked",
+        {
+            "vocab_size": VOCAB_SIZE,
+            "dim": HIDDEN,
+            "hidden_dim": INNER,
+            "n_layers": 2,
+            "n_heads": HEADS,
+            "max_position_embeddings": POSITIONS,
+            "initializer_range": 0.08,
+        },
+    ),
+    Kind("vit", "ViTConfig", "ViTForImageClassification", "image", _VIT, rows=12),
+    Kind(
+        "t5",
+        "T5Config",
+        "T5ForConditionalGeneration",
+        settings={
+            "vocab_size": VOCAB_SIZE,
+            "d_model": HIDDEN,
+            "d_ff": INNER,
+            "d_kv": 16,
+            "num_layers": 2,
+            "num_heads": HEADS,
+        },
+        supported=False,
+        reason="[tT]5",
+    ),
+    Kind(
+        "mamba",
+        "MambaConfig",
+        "MambaForCausalLM",
+        settings={"vocab_size": VOCAB_SIZE, "hidden_size": HIDDEN, "num_hidden_layers": 2},
+        supported=False,
+        reason=r"mixer|[Mm]amba",
+    ),
+    Kind(
+        "gemma3-images",
+        "Gemma3Config",
+        "Gemma3ForConditionalGeneration",
+        settings={
+            "text_config": _GEMMA,
+            "vision_config": _VISION_TOWER,
+            "mm_tokens_per_image": 4,
+            "image_token_index": 120,
+            "boi_token_index": 121,
+            "eoi_token_index": 122,
+        },
+        supported=False,
+        reason="Gemma3ForConditionalGeneration",
+    ),
+)
+"""Every kind, in the order of the table."""
+
+SUPPORTED = tuple(kind for kind in ZOO if kind.supported)
+REFUSED = tuple(kind for kind in ZOO if not kind.supported)
+
+
+def kind_named(name: str) -> Kind:
+    """The kind of that name."""
+    return next(kind for kind in ZOO if kind.name == name)
+
+
+def save_kind(kind: Kind, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """Save a seeded random model of a kind as safetensors, with a tokenizer or an image processor."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(kind.seed)
+        config = getattr(transformers, kind.config)(**kind.settings)
+        model = getattr(transformers, kind.model)(config).to(dtype)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                _perturb(parameter)
+    model.save_pretrained(folder)
+    if kind.task == "image":
+        image_processor().save_pretrained(folder)
+    else:
+        tiny_tokenizer().save_pretrained(folder)
+    return Path(folder)
+
+
+def _perturb(parameter: Tensor) -> None:
+    """Norm gains, biases and some embeddings start as constants; random ones make a forgotten tensor visible."""
+    if parameter.dim() == 1 or bool((parameter == parameter.flatten()[0]).all()):
+        parameter.add_(0.1 * torch.randn_like(parameter))
+
+
+def image_processor() -> Any:
+    """The image processor of the vision kinds."""
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    return transformers.ViTImageProcessor(size=size)
+
+
+def calibration_inputs(kind: Kind, seed: int = 4) -> Tensor:
+    """``[rows, 32]`` token ids, or ``[rows, channels, height, width]`` pixels of an image kind."""
+    generator = torch.Generator().manual_seed(seed)
+    if kind.task == "image":
+        return torch.randn(kind.rows, CHANNELS, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+    return torch.randint(3, VOCAB_SIZE, (kind.rows, 32), generator=generator)

@@ -1,0 +1,48 @@
+"""What ``quantize`` says at its end: within the terminal, with every plan, the search and the gates."""
+
+from __future__ import annotations
+
+import pytest
+
+from hawqtool.cli.render import hanging, print_report, result_lines
+from tests.unit.pipeline.test_report import a_report, a_search, uniform
+
+WIDTH = 100
+
+
+def test_the_result_fits_the_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", str(WIDTH))
+    report = a_report(experts={}, warnings=["[bold]a warning[/bold] " * 12], **a_search())
+    print_report(report, "out")
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= WIDTH
+    # Numbers are not torn from their standard errors.
+    assert any("0.4000 ± 0.0100" in line for line in lines)
+    assert any(line.startswith("            [bold]a warning") for line in lines)
+
+
+def test_all_plans_the_search_and_the_gates_are_listed() -> None:
+    report = a_report(experts={}, **a_search())
+    report["timings"] |= {"round kron": 2.0, "round uniform w3g64": 3.0}
+    lines = result_lines(report)
+    tried = [line for line in lines if line.startswith("tried")]
+    assert tried[0] == "tried       kron        3.750 bits, 0.4500, -0.2000 ± 0.0200 to uniform (the best)"
+    assert tried[1] == "tried       exchange 1  3.750 bits, 0.5000, -0.1500 ± 0.0200 to uniform"
+    searched = [line for line in lines if line.startswith("searched")]
+    assert ["misses" in line for line in searched] == [True, False, False]
+    assert "gate        target_kl at most 0.35, found 0.3: passed" in lines
+    assert "round 5 s" in lines[-1]
+
+
+def test_a_mixed_plan_that_is_uniform_is_shown_once(capsys: pytest.CaptureFixture[str]) -> None:
+    report = a_report(experts={}, shipped="uniform")
+    alone = uniform(4, 0.6)
+    tried = {"kron": alone | {"minus_uniform": {}, "predicted_loss": 0.1}}
+    report["evaluation"] |= {"mixed": alone | {"chosen_by": "kron"}, "uniform": alone, "tried": tried}
+    print_report(report, "out")
+    said = capsys.readouterr().out
+    assert "mixed  " not in said and "paired" not in said
+
+
+def test_text_hangs_below_its_label() -> None:
+    assert hanging("size        " + "word " * 4, 24) == "size        word word\n            word word"

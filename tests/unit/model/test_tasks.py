@@ -1,0 +1,127 @@
+"""What kind of model a checkpoint is, and the kinds that would be judged by a figure that means nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from hawqtool.config import RunConfig
+from hawqtool.errors import InputError, UsageError
+from hawqtool.evaluation.divergence import interpolate_log
+from hawqtool.model.skeleton import build_skeleton, max_positions
+from hawqtool.model.tasks import class_task, model_task
+from hawqtool.pipeline.dry_run import describe
+from hawqtool.pipeline.evaluate import run_evaluate
+from hawqtool.pipeline.quantize import run_quantize
+from hawqtool.pipeline.run.job import prepare
+from hawqtool.runtime.reporter import Silent
+from tests.support.runs import random_text
+from tests.support.tiny import tiny_llama, tiny_tokenizer
+from tests.support.tiny_zoo import _BERT, _GROUPED, kind_named, save_kind
+
+
+def save(folder: Path, config: str, model: str, **settings: object) -> Path:
+    torch.manual_seed(0)
+    built = getattr(transformers, model)(getattr(transformers, config)(**settings))
+    built.to(torch.bfloat16).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def drop_architectures(folder: Path) -> Path:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    del config["architectures"]
+    path.write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        ("LlamaForCausalLM", "causal language model"),
+        ("BertForMaskedLM", "masked language model"),
+        ("LlamaForSequenceClassification", "sequence classifier"),
+        ("ViTForImageClassification", "image classifier"),
+        ("LlamaModel", "embedding model"),
+    ],
+)
+def test_tasks_by_class(name: str, task: str) -> None:
+    found = class_task(name)
+    assert found is not None
+    assert found.name == task
+    assert class_task("NoSuchModel") is None
+
+
+def test_a_causal_model_without_architectures_is_one(tmp_path: Path) -> None:
+    model = build_skeleton(drop_architectures(tiny_llama(tmp_path)), torch.float32)
+    assert model_task(model).name == "causal language model"
+
+
+def test_an_encoder_without_architectures_is_no_causal_model(tmp_path: Path) -> None:
+    folder = drop_architectures(save_kind(kind_named("bert-masked"), tmp_path))
+    with pytest.raises(InputError, match="sees later tokens.*such as BertForMaskedLM"):
+        build_skeleton(folder, torch.float32)
+
+
+@pytest.mark.parametrize("settings", [{"num_labels": 1}, {"num_labels": 3, "problem_type": "regression"}])
+def test_scores_are_no_distribution(tmp_path: Path, settings: dict[str, object]) -> None:
+    folder = save(tmp_path, "BertConfig", "BertForSequenceClassification", **_BERT, **settings)
+    with pytest.raises(InputError, match="gives no distribution over classes"):
+        build_skeleton(folder, torch.float32)
+
+
+@pytest.mark.parametrize(("name", "positions"), [("roberta", 510), ("bert", 512), ("gpt2", 512), ("vit", None)])
+def test_positions(tmp_path: Path, name: str, positions: int | None) -> None:
+    assert max_positions(build_skeleton(save_kind(kind_named(name), tmp_path), torch.float32)) == positions
+
+
+@pytest.mark.parametrize("name", ["bert", "bert-masked", "vit"])
+def test_rows_cannot_be_sampled_from_other_models(tmp_path: Path, name: str) -> None:
+    source = save_kind(kind_named(name), tmp_path)
+    job = prepare(RunConfig(model=str(source), group_size=32, target_bpw=5, device="cpu"))
+    with pytest.raises(UsageError, match="rows cannot be sampled from this"):
+        describe(job)
+
+
+@pytest.mark.parametrize("points", [[(10, 0.0), (20, 0.1)], [(10, -1e-9), (20, 1e-9)]])
+def test_a_divergence_that_is_not_positive_cannot_be_interpolated(points: list[tuple[int, float]]) -> None:
+    assert interpolate_log(points, 15) is None
+    assert interpolate_log(points, 20) == points[1][1]
+
+
+@pytest.mark.parametrize(
+    ("config", "model", "settings"),
+    [
+        ("BertConfig", "BertForSequenceClassification", _BERT | {"num_labels": 3}),
+        ("LlamaConfig", "LlamaForSequenceClassification", _GROUPED | {"num_labels": 3}),
+        ("LlamaConfig", "LlamaModel", _GROUPED),
+        ("GPT2Config", "GPT2LMHeadModel", None),
+    ],
+)
+def test_quantize_and_evaluate(tmp_path: Path, config: str, model: str, settings: dict[str, object] | None) -> None:
+    source = tmp_path / "model"
+    if settings is None:  # transformers does not load it packed: evaluating it must not need a profile
+        save_kind(kind_named("gpt2"), source)
+    else:
+        save(source, config, model, **settings)
+    text, other = tmp_path / "text.txt", tmp_path / "other.txt"
+    text.write_text(random_text(1, 8000))
+    other.write_text(random_text(2, 2000))
+    common = {"model": str(source), "seq_len": 32, "eval_samples": 4, "group_size": 32, "device": "cpu"}
+    run = RunConfig(
+        **common, output=str(tmp_path / "out"), calibration=str(text), num_samples=8, target_bpw=5, profile="vllm"
+    )
+    report = run_quantize(run, "hawqtool quantize", Silent(), lambda _: None)
+    measure = "embedding_error" if model == "LlamaModel" else "kl"
+    original, mixed = report["evaluation"]["original"], report["evaluation"]["mixed"]
+    assert report["evaluation"]["measure"] == measure
+    assert mixed[measure] > original[measure]
+    assert ("perplexity" in original) == (model == "GPT2LMHeadModel")
+    assert ("cosine" in original) == (model == "LlamaModel")
+    found = run_evaluate(RunConfig(**common, eval_data=str(other)), tmp_path / "out", Silent())
+    assert found["quantized"][measure] > 0
