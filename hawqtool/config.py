@@ -68,7 +68,7 @@ class RunConfig(BaseModel):
     sensitivity: str = "auto"
     measurements: str | None = Field(None, min_length=1)
     shortlist: int | None = Field(None, ge=1)
-    exchanges: int | None = Field(None, ge=0)
+    swaps: int | None = Field(None, ge=0)
     extra_metrics: tuple[str, ...] = ()
     probes: int = Field(4, ge=1)
     eigenvalues: int = Field(0, ge=0)
@@ -78,7 +78,7 @@ class RunConfig(BaseModel):
     gptaq_alpha: float = Field(0.25, ge=0, le=1)
     target_shift: float | Literal["auto"] = 0.0
     scale_refit: bool = False
-    token_weights: Literal["auto", "gradient", "none"] = "auto"
+    token_importance: Literal["auto", "gradient", "none"] = "auto"
     damping: float | None = Field(None, gt=0, allow_inf_nan=False)
     refine_steps: int = Field(0, ge=0)
     sensitivity_steps: int = Field(0, ge=0)
@@ -88,7 +88,7 @@ class RunConfig(BaseModel):
     ignore: tuple[str, ...] = ()
     quantize_lm_head: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    rows_per_slice: int | None = Field(None, ge=1)
+    batch_size: int | None = Field(None, ge=1)
     max_memory: str = "auto"
     seed: int = Field(0, ge=0, lt=2**63)
     trust_remote_code: bool = False
@@ -213,11 +213,9 @@ class RunConfig(BaseModel):
         if self.profile == "portable" and self.scale_sign == "both":
             raise ValueError("profile portable needs positive scales; drop scale_sign or choose another profile")
         for other in (n for n in ("target_kl", "max_cost", "plan") if getattr(self, n) is not None):
-            # Rivals and exchanges keep to a budget of bytes and know of nothing else.
-            if self.exchanges or (self.shortlist or 1) > 1:
-                raise ValueError(
-                    f"shortlist and exchanges work under target_bpw or target_size alone, found {other} too"
-                )
+            # Rivals and swaps keep to a budget of bytes and know of nothing else.
+            if self.swaps or (self.shortlist or 1) > 1:
+                raise ValueError(f"shortlist and swaps work under target_bpw or target_size alone, found {other} too")
         if self.measurements is not None and not self.measures:
             raise ValueError("measurements are shared where something is measured; drop it, or plan or the saved file")
         if not self.symmetric and self.profile not in ASYMMETRIC_PROFILES:

@@ -94,7 +94,7 @@ class Unit:
         return sum(m.stored_bytes(quant_format) for m in self.members)
 
 
-TokenWeights = Mapping[str, "Tensor"]
+TokenImportance = Mapping[str, "Tensor"]
 """How much each token counts in the Gram matrix of a linear, by its name: ``[rows, positions]`` float32, mean 1.
 All linears of an input group are named, or none, whose tokens all count alike."""
 
@@ -113,7 +113,7 @@ class Rows:
     tokens: Tensor
     source: str
     fingerprint: str
-    weights: TokenWeights | None = None
+    weights: TokenImportance | None = None
 
 
 @dataclass(frozen=True)

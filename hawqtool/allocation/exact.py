@@ -21,7 +21,7 @@ from scipy.sparse import coo_array
 
 from hawqtool.allocation.frontier import Frontier, efficient_choices, frontier
 from hawqtool.allocation.frontier import solve as solve_hull
-from hawqtool.allocation.milp import Core, proven_share
+from hawqtool.allocation.milp import Milp, proven_share
 from hawqtool.allocation.problem import AllocationProblem, Choice
 from hawqtool.errors import NumericalError, UsageError
 from hawqtool.formats import QuantFormat
@@ -181,11 +181,11 @@ class _Found:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What HiGHS says of a core.
+    """What HiGHS says of a milp.
 
     Args:
         plan: Formats and loss of a plan better than the one known.
-        floor: Share of the window above the linear bound below which no plan of the core can fall.
+        floor: Share of the window above the linear bound below which no plan of the milp can fall.
         stopped: Why HiGHS ended early.
     """
 
@@ -253,13 +253,13 @@ class _Search:
         if self.second is not None:
             window = min(window, max(window * _FIRST_WINDOW, allowed * abs(best_loss)))
         while best_loss - bound > max(rounding, allowed * abs(best_loss)):
-            core = Core(self.unit, self.costs, base, reduced, prices, spare, window)
+            milp = Milp(self.unit, self.costs, base, reduced, prices, spare, window)
             outcome = _Outcome(None, 1.0)
             # Without columns only the base plan is left, which a wider window holds as well: nothing to decide yet.
-            if len(core.columns) or window >= best_loss - linear:
-                outcome = self._run(core, best_loss, deadline, allowed * abs(best_loss) / window)
+            if len(milp.columns) or window >= best_loss - linear:
+                outcome = self._run(milp, best_loss, deadline, allowed * abs(best_loss) / window)
             best, best_loss = outcome.plan or (best, best_loss)
-            # All plans up to the end of the window were in the core.
+            # All plans up to the end of the window were in the milp.
             bound = max(bound, linear + window * min(outcome.floor, 1.0))
             if outcome.stopped == _OUT_OF_TIME or (outcome.stopped and window >= best_loss - linear):
                 return _Found(best, bound, outcome.stopped)
@@ -268,13 +268,13 @@ class _Search:
             window = min(best_loss - linear, window * _WINDOW_GROWTH)
         return _Found(best, bound)
 
-    def _run(self, core: Core, best_loss: float, deadline: float, allowed: float) -> _Outcome:
-        """The best plan of a core, to a gap given as share of its window."""
+    def _run(self, milp: Milp, best_loss: float, deadline: float, allowed: float) -> _Outcome:
+        """The best plan of a milp, to a gap given as share of its window."""
         while True:
             left = deadline - time.monotonic()
             if left <= 0:
                 return _Outcome(None, 0.0, _OUT_OF_TIME)
-            result = core.run(left, allowed)
+            result = milp.run(left, allowed)
             if result.status == _INFEASIBLE:
                 return _Outcome(None, 1.0)
             stopped = None
@@ -283,7 +283,7 @@ class _Search:
             floor = proven_share(result)
             if result.x is None:
                 return _Outcome(None, floor, stopped or _FAILED)
-            chosen = core.chosen(result.x)
+            chosen = milp.chosen(result.x)
             formats = {name: self.choices[i].quant_format for name, i in zip(self.names, chosen, strict=True)}
             stored, loss = self.totals(formats)
             if loss >= best_loss:
@@ -291,7 +291,7 @@ class _Search:
             if stored <= self.budget and (self.second is None or self.second.allows(formats)):
                 return _Outcome((formats, loss), floor, stopped)
             # Over a budget by less than the solver's tolerance: not this one.
-            core.exclude(chosen)
+            milp.exclude(chosen)
 
     def _by_unit(self, values: np.ndarray) -> list[tuple[int, np.ndarray]]:
         return list(zip(self.first.tolist(), np.split(values, self.first[1:]), strict=True))

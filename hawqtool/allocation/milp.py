@@ -19,7 +19,7 @@ _COST_RANGE = 1e5
 _BOUND_TOLERANCE = 1e-6
 
 
-class Core:
+class Milp:
     """What HiGHS solves: which units leave their base choice for another that the gap allows.
 
     Minimises reduced prices plus the price of budget left over, both as shares of the gap. Every plan whose loss

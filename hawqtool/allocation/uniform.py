@@ -20,7 +20,7 @@ from hawqtool.records import Unit
 _NAMED_LAYERS = 5
 
 
-class UniformCandidate(NamedTuple):
+class UniformPlan(NamedTuple):
     """A uniform plan.
 
     Args:
@@ -82,9 +82,7 @@ def uniform_formats(
     return formats
 
 
-def uniform_candidates(
-    units: Sequence[Unit], symmetric: bool = True, group_sizes: Iterable[int] = ()
-) -> list[UniformCandidate]:
+def uniform_plans(units: Sequence[Unit], symmetric: bool = True, group_sizes: Iterable[int] = ()) -> list[UniformPlan]:
     """Every distinct uniform plan of one kind: widths 2 to 8, group sizes 128, 64, 32 and channel.
 
     Group sizes that do not fit all layers are left out; of plans made equal by falls one is kept, under the
@@ -98,7 +96,7 @@ def uniform_candidates(
     Returns:
         Plans by rising bytes, then rising bits.
     """
-    candidates: list[UniformCandidate] = []
+    candidates: list[UniformPlan] = []
     seen: set[tuple[QuantFormat, ...]] = set()
     for bits in range(MIN_BITS, MAX_BITS + 1):
         # Rising sizes: a plan all of whose layers fell to 64 is met first under its true name.
@@ -111,22 +109,22 @@ def uniform_candidates(
                 continue
             seen.add(key)
             stored = sum(unit.stored_bytes(formats[unit.name]) for unit in units)
-            candidates.append(UniformCandidate(QuantFormat(bits, group_size, symmetric).label, formats, stored))
+            candidates.append(UniformPlan(QuantFormat(bits, group_size, symmetric).label, formats, stored))
     return sorted(candidates, key=lambda c: (c.stored_bytes, c.bits))
 
 
 def best_uniform(
     units: Sequence[Unit], budget_bytes: int, symmetric: bool = True, group_sizes: Iterable[int] = ()
-) -> UniformCandidate | None:
+) -> UniformPlan | None:
     """The uniform plan with the most stored bytes within a budget, ties to more bits; None if none fits."""
     return neighbours(units, budget_bytes, symmetric, group_sizes)[0]
 
 
 def neighbours(
     units: Sequence[Unit], stored_bytes: int, symmetric: bool = True, group_sizes: Iterable[int] = ()
-) -> tuple[UniformCandidate | None, UniformCandidate | None]:
+) -> tuple[UniformPlan | None, UniformPlan | None]:
     """The uniform plans of one kind just below (or at) and just above so many bytes, ties to more bits."""
-    candidates = uniform_candidates(units, symmetric, group_sizes)
+    candidates = uniform_plans(units, symmetric, group_sizes)
     below = [c for c in candidates if c.stored_bytes <= stored_bytes]
     above = [c for c in candidates if c.stored_bytes > stored_bytes]
     return (

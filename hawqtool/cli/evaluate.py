@@ -19,7 +19,7 @@ def evaluate(
     eval_samples: o.EvalSamples = None,
     seq_len: o.SeqLen = None,
     device: o.Device = None,
-    rows_per_slice: o.RowsPerSlice = None,
+    batch_size: o.BatchSize = None,
     max_memory: o.MaxMemory = None,
     trust_remote_code: o.TrustRemoteCode = None,
     json: o.Json = False,

@@ -224,10 +224,10 @@ Shortlist = Annotated[
         panel=METHOD,
     ),
 ]
-Exchanges = Annotated[
+Swaps = Annotated[
     Optional[int],
     _option(
-        "--exchanges",
+        "--swaps",
         help="Rounds that improve the best mixed plan: the divergence of moving every unit one width up or down is "
         "measured at the plan, and the best moves are taken, each round from the last one's plan and measurements; the "
         "best of all is kept; holds the whole model on the device "
@@ -297,10 +297,10 @@ ScaleRefit = Annotated[
     Optional[bool],
     _option("--scale-refit", help="Refit scales after rounding where held-out rows gain by it.", panel=METHOD),
 ]
-TokenWeights = Annotated[
+TokenImportance = Annotated[
     Optional[str],
     _option(
-        "--token-weights",
+        "--token-importance",
         help="gradient: tokens count in rounding by the loss's gradient; none: all alike [default: gradient; none for "
         "rtn].",
         panel=METHOD,
@@ -350,10 +350,10 @@ ScaleSign = Annotated[
     Optional[str], _option("--scale-sign", help="both or positive [default: by profile].", panel=METHOD)
 ]
 Device = Annotated[Optional[str], _option("--device", help="auto, cpu or cuda [default: auto].", panel=RUN)]
-RowsPerSlice = Annotated[
+BatchSize = Annotated[
     Optional[int],
     _option(
-        "--rows-per-slice",
+        "--batch-size",
         help="Rows per forward pass; lower it when memory is short [default: the most of 128, 64 and 32 that fit into "
         "--max-memory, on a CPU 16].",
         panel=RUN,
@@ -364,8 +364,8 @@ MaxMemory = Annotated[
     _option(
         "--max-memory",
         help="Memory to use, such as 12GiB: hidden states that do not fit beside the work lie in the host's memory "
-        "(beside a GPU), then on the disk, but for refinement, distillation, exchanges and kl; changes no result "
-        "but through the default of --rows-per-slice [default: auto, 90 % of a GPU; on a CPU no limit].",
+        "(beside a GPU), then on the disk, but for refinement, distillation, swaps and kl; changes no result "
+        "but through the default of --batch-size [default: auto, 90 % of a GPU; on a CPU no limit].",
         panel=RUN,
         metavar="SIZE",
     ),

@@ -16,7 +16,7 @@ from hawqtool.cli.terminal import Terminal
 from hawqtool.data.sources import is_hub
 from hawqtool.errors import DISK_ERRORS, HawqError, QualityError, one_line
 from hawqtool.parsing import printable
-from hawqtool.runtime.malloc import prepare_allocators
+from hawqtool.runtime.malloc import configure_allocators
 
 INTERRUPTED, TERMINATED = 130, 143
 ERROR_SCHEMA = "hawqtool.error/1"
@@ -36,7 +36,7 @@ def session(quiet: bool = False, debug: bool = False, json: bool = False) -> Ite
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
-    prepare_allocators()
+    configure_allocators()
     terminal = Terminal(quiet)
     code, failure, failed = 0, "", tuple[str, ...]()
     try:
@@ -79,7 +79,7 @@ def _left(error: BaseException) -> str:
 
 def _resource_reason(error: BaseException) -> str | None:
     """One line for memory or a disk that gave out somewhere; None for all else."""
-    lower = "lower --rows-per-slice, --num-samples or --seq-len"
+    lower = "lower --batch-size, --num-samples or --seq-len"
     if isinstance(error, OSError):
         return f"writing failed: {error.strerror}; free some space" if error.errno in DISK_ERRORS else None
     if type(error).__name__ == "OutOfMemoryError":

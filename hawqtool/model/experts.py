@@ -21,7 +21,7 @@ class ExpertLinear(nn.Linear):
     """A linear of one expert, which knows what its last input was made of.
 
     Attributes:
-        positions: ``[routed]`` positions, in the flattened slice, of the tokens that the router sent here; in
+        positions: ``[routed]`` positions, in the flattened batch, of the tokens that the router sent here; in
             transformers' order, first choices before second ones, so they do not rise. Inputs beyond these are the
             supplement of `counting_experts`.
         shown: ``[tokens]`` positions of all inputs, the supplement's behind the others.
@@ -50,7 +50,7 @@ class SplitExperts(nn.Module):
     """The experts of one layer, children ``0``, ``1``, ...; a router's choice comes from outside.
 
     Attributes:
-        least_tokens: Experts with fewer routed tokens in a slice are also shown other tokens up to this number,
+        least_tokens: Experts with fewer routed tokens in a batch are also shown other tokens up to this number,
             whose outputs are dropped; 0 for plain inference.
     """
 
@@ -86,20 +86,20 @@ class SplitExperts(nn.Module):
 
 
 @contextmanager
-def counting_experts(block: nn.Module, slices: int) -> Iterator[None]:
-    """While the context lasts, every expert sees in each slice its share of one token per hidden channel.
+def counting_experts(block: nn.Module, batches: int) -> Iterator[None]:
+    """While the context lasts, every expert sees in each batch its share of one token per hidden channel.
 
     An expert that the calibration rows never reach would otherwise have no statistics at all. Slices are judged one
-    by one, so an expert may be lent tokens in one although all slices together give it enough; where the experts' inner
+    by one, so an expert may be lent tokens in one although all batches together give it enough; where experts' inner
     width exceeds the hidden one, ``down_proj`` still sees fewer tokens than columns.
 
     Args:
         block: A block, with or without experts.
-        slices: Forward passes that make up the statistics.
+        batches: Forward passes that make up the statistics.
     """
     layers = [module for module in block.modules() if isinstance(module, SplitExperts)]
     for layer in layers:
-        layer.least_tokens = -(-layer.width // slices)
+        layer.least_tokens = -(-layer.width // batches)
     try:
         yield
     finally:

@@ -21,15 +21,15 @@ from hawqtool.pipeline.run.identity import check_unchanged, run_identity, stamps
 from hawqtool.pipeline.run.job import Job, prepare
 from hawqtool.pipeline.run.measurement_cache import check_measurements
 from hawqtool.pipeline.run.menu import budget_bytes, job_menu, unquantized_bytes
-from hawqtool.pipeline.run.out_of_memory import halving_slices, remember_slices, resumed_slices
+from hawqtool.pipeline.run.out_of_memory import halving_batch_size, remember_batch_size, resumed_batch_size
 from hawqtool.pipeline.search.gates import judge_gates, matching_baseline
-from hawqtool.pipeline.search.planner import Allocator, given_plan, prepare_allocation
+from hawqtool.pipeline.search.planner import Planner, given_plan, make_planner
 from hawqtool.pipeline.search.quality_target import find_smallest
-from hawqtool.pipeline.search.selection import choose, compare, hold
-from hawqtool.pipeline.search.trials import TIMINGS, Workbench
+from hawqtool.pipeline.search.selection import choose, compare, try_plans
+from hawqtool.pipeline.search.trials import TIMINGS, TrialRunner
 from hawqtool.pipeline.stages.report import build_report, is_our_folder, write_card, write_reproduce
 from hawqtool.pipeline.stages.rows import gather_rows
-from hawqtool.pipeline.stages.token_weights import weighed
+from hawqtool.pipeline.stages.token_importance import with_token_importance
 from hawqtool.records import BitPlan
 from hawqtool.runtime.reporter import Reporter
 from hawqtool.runtime.stage_timer import Stopwatch
@@ -62,11 +62,11 @@ def run_quantize(
         fingerprint = config_fingerprint(config)  # of the files as the run begins
         job, warnings = prepare(config, reporter, states=run.path), list[str]()
         if resuming:
-            job, warnings = resumed_slices(job, run)
+            job, warnings = resumed_batch_size(job, run)
         before = stamps(job.index)
         announce(describe(job))
         run.begin(run_identity(job), config.resume, reporter)
-        remember_slices(job, warnings, run)
+        remember_batch_size(job, warnings, run)
         if run.in_place:
             run.finish()
             return read_json(output / "report.json", REPORT_SCHEMA)
@@ -78,7 +78,7 @@ def run_quantize(
             return report
 
         try:
-            return halving_slices(job, warnings, run, reporter, work)
+            return halving_batch_size(job, warnings, run, reporter, work)
         except (NumericalError, InputError):
             check_unchanged(job.index, before)  # which would explain it
             raise
@@ -93,27 +93,27 @@ def _quantized(
         sets = gather_rows(job, reporter, run.saved)
     baseline = matching_baseline(job.config, sets["report"])
     run.check_rows({name: rows.fingerprint for name, rows in sets.items()})
-    if job.weighs_tokens:
-        with Stopwatch(timings, "weigh"):
-            sets["calibration"] = weighed(job, sets["calibration"], reporter, run.saved)
+    if job.uses_token_importance:
+        with Stopwatch(timings, "token importance"):
+            sets["calibration"] = with_token_importance(job, sets["calibration"], reporter, run.saved)
     with Stopwatch(timings, "measure"):
-        allocator = None if job.config.plan else prepare_allocation(job, sets, reporter, run.saved)
-    bench = Workbench(job, sets, run.plans, reporter, timings, run.saved)
-    search, plans = _plans(bench, allocator)
-    contest = hold(bench, plans, allocator.scores if allocator else {})
-    shipped = choose(job, contest)
-    evaluation = compare(contest, bench.original(), allocator.predicted if allocator else lambda _: {})
-    winner = contest.mixed[contest.best] if shipped == "mixed" else contest.uniform["uniform"]
-    folder = bench.folder(winner)
+        planner = None if job.config.plan else make_planner(job, sets, reporter, run.saved)
+    runner = TrialRunner(job, sets, run.plans, reporter, timings, run.saved)
+    search, plans = _plans(runner, planner)
+    selection = try_plans(runner, plans, planner.scores if planner else {})
+    shipped = choose(job, selection)
+    evaluation = compare(selection, runner.original(), planner.predicted if planner else lambda _: {})
+    winner = selection.mixed[selection.best] if shipped == "mixed" else selection.uniform["uniform"]
+    folder = runner.folder(winner)
     report = build_report(job, sets, winner.plan, winner.rounding, evaluation, shipped, timings, command)
     report |= {"search": search, "gates": judge_gates(job.config, winner, report, baseline), "starts": run.starts}
-    origin = asdict(allocator.origin) if allocator and allocator.origin else None
+    origin = asdict(planner.origin) if planner and planner.origin else None
     report |= {"config_fingerprint": fingerprint, "measurement": origin}
     report["warnings"] += warnings
-    if allocator and allocator.table:
-        report["warnings"] += allocator.table.warnings
+    if planner and planner.table:
+        report["warnings"] += planner.table.warnings
     with Stopwatch(timings, "verify"), disk_errors(folder):
-        _complete(job, folder, allocator.document if allocator else None, report)
+        _complete(job, folder, planner.document if planner else None, report)
     write_json(folder / "report.json", report)
     if matplotlib_installed():
         with disk_errors(folder):
@@ -123,17 +123,17 @@ def _quantized(
     return folder, report
 
 
-def _plans(bench: Workbench, allocator: Allocator | None) -> tuple[dict[str, Any] | None, dict[str, BitPlan]]:
+def _plans(runner: TrialRunner, planner: Planner | None) -> tuple[dict[str, Any] | None, dict[str, BitPlan]]:
     """The search for a quality target, if there was one, and the plans to try by name."""
-    job = bench.job
-    if allocator is None:
+    job = runner.job
+    if planner is None:
         return None, {"plan": given_plan(job.config, job.units)}
     if job.config.target_kl is not None:
-        return find_smallest(bench, allocator, job.config.target_kl)
+        return find_smallest(runner, planner, job.config.target_kl)
     budget = budget_bytes(job.config, job.units, unquantized_bytes(job, job_menu(job, None)))
-    plans = allocator.shortlist(budget)
+    plans = planner.shortlist(budget)
     for text in (text for plan in plans.values() for text in plan_warnings(plan)):
-        bench.reporter.warn(text)
+        runner.reporter.warn(text)
     return None, plans
 
 

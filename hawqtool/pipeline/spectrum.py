@@ -116,7 +116,7 @@ def _loss(job: Job, sets: dict[str, Rows], width: int, reporter: Reporter) -> di
         formats,
         job.method,
         job.stored_dtypes,
-        job.rows_per_slice,
+        job.batch_size,
         reporter.progress,
     )
     scores = [mean_score(rows) for rows in found.divergence]

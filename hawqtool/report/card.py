@@ -172,11 +172,11 @@ def _searched(search: dict[str, Any], metric: str) -> str:
 
 
 def _enumerated(tried: list[str]) -> str:
-    """The plans of a short list; rounds of exchanges are counted."""
-    rounds = [name for name in tried if name.startswith("exchange ")]
+    """The plans of a short list; rounds of swaps are counted."""
+    rounds = [name for name in tried if name.startswith("width swap ")]
     names = [code(name) for name in tried if name not in rounds]
     if rounds:
-        names.append(f"{len(rounds)} that exchanges of widths gave" if rounds[1:] else "one that exchanges gave")
+        names.append(f"{len(rounds)} that swaps of widths gave" if rounds[1:] else "one that swaps gave")
     return f"the plans {', '.join(names[:-1])} and {names[-1]}"
 
 

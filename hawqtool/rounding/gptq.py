@@ -31,11 +31,11 @@ def round_compensated(
     beta: float = 0.0,
     block_size: int | None = None,
     zero: Tensor | None = None,
-    spread: Tensor | None = None,
+    column_errors: Tensor | None = None,
 ) -> Tensor:
     """Round column by column, spreading each error over the columns still to come.
 
-    With the drift c (zero at the start) and U from the factor, for each column j in visiting order:
+    With the feedback c (zero at the start) and U from the factor, for each column j in visiting order:
     ``q_j = round(w0_j + (1-β) c_j)``, ``e_j = [w0_j + (1-β)² c_j - q_j] / U_jj``, ``c_k -= e_j U_jk`` for k > j.
     β = 0 is GPTQ (Frantar et al. 2023, Algorithm 1); β > 0 is FOEM (arXiv 2507.11017, eq. 19 applied to each
     column once, just before it is rounded, so the block size does not matter); β = 1 is plain rounding. Here q_j is
@@ -53,8 +53,8 @@ def round_compensated(
         block_size: Columns whose updates to later columns are applied together; None: `BLOCK_SIZE`, or what the
             kernel likes best; Triton's takes at most 128.
         zero: ``[rows, groups]`` float32, the zero point of each group, an integer; None for symmetric grids.
-        spread: ``[in, rows]`` like the weight, written: e_j of every column in visiting order; None where nobody wants
-            to know. With β = 0 the sum of their squares in a row is the damped loss D (H + λI) Dᵀ of that row.
+        column_errors: ``[in, rows]`` like the weight, written: e_j of every column in visiting order; None where
+            nobody wants to know. With β = 0 the sum of their squares in a row is that row's damped loss D (H + λI) Dᵀ.
 
     Returns:
         Codes, ``[rows, in]`` int8, in natural column order.
@@ -65,17 +65,17 @@ def round_compensated(
     fused = column_loop(weight.device) if weight.dtype == torch.float32 else None
     size, round_block = (BLOCK_SIZE, _round_block) if fused is None else (fused.BLOCK_COLUMNS, fused.round_block)
     size = block_size or size
-    drift = torch.zeros_like(target)
+    feedback = torch.zeros_like(target)
     codes = torch.empty_like(target, dtype=torch.int8)
-    scratch = torch.empty_like(target[:size]) if spread is None else spread
+    scratch = torch.empty_like(target[:size]) if column_errors is None else column_errors
     for block in _blocks(len(target), size):
-        errors = scratch[: block.stop - block.start] if spread is None else spread[block]
+        errors = scratch[: block.stop - block.start] if column_errors is None else column_errors[block]
         block_zeros = None if zeros is None else zeros[block]
         upper, later = factor.upper[block, block], factor.upper[block, block.stop :]
-        parts = (target[block], drift[block], steps[block], block_zeros, upper)
+        parts = (target[block], feedback[block], steps[block], block_zeros, upper)
         round_block(*parts, lowest, highest, codes[block], errors, beta)
         if later.shape[1]:
-            drift[block.stop :].addmm_(later.t(), errors, alpha=-1.0)
+            feedback[block.stop :].addmm_(later.t(), errors, alpha=-1.0)
     result = torch.empty_like(codes)
     result[factor.order] = codes
     return _transposed(result)
@@ -103,17 +103,19 @@ def row_losses(weight: Tensor, rounded: Tensor, factor: Factor) -> Tensor:
     return torch.linalg.solve_triangular(factor.upper, difference, upper=True, left=False).square().sum(1)
 
 
-def met_targets(weight: Tensor, rounded: Tensor, spread: Tensor, factor: Factor, beta: float = 0.0) -> Tensor:
+def targets_at_turn(
+    weight: Tensor, rounded: Tensor, column_errors: Tensor, factor: Factor, beta: float = 0.0
+) -> Tensor:
     """What the column loop rounded when it came to each column, w0_j + (1-β) c_j: ``[rows, in]`` float32.
 
     Args:
         weight: ``[rows, in]`` float32, what the loop was given.
         rounded: ``[rows, in]`` float32, the values of the grid that it took.
-        spread: ``[in, rows]`` float32, its errors (see `round_compensated`).
+        column_errors: ``[in, rows]`` float32, its errors (see `round_compensated`).
         factor: Its factor.
         beta: Its β, less than 1.
     """
-    own = (spread * factor.upper.diagonal()[:, None]).index_select(0, factor.order.argsort()).t()
+    own = (column_errors * factor.upper.diagonal()[:, None]).index_select(0, factor.order.argsort()).t()
     return rounded + own if beta == 0 else weight + (rounded - weight + own) / (1 - beta)
 
 
@@ -144,7 +146,7 @@ def _blocks(columns: int, size: int) -> Iterator[slice]:
 
 def _round_block(
     target: Tensor,
-    drift: Tensor,
+    feedback: Tensor,
     steps: Tensor,
     zeros: Tensor | None,
     upper: Tensor,
@@ -159,11 +161,11 @@ def _round_block(
     levels = torch.empty_like(errors)
     limits = repeat((lowest, highest)) if zeros is None else zip(lowest - zeros, highest - zeros, strict=True)
     # Views of all columns at once: taking them one by one costs as much as the arithmetic.
-    columns = zip(target, drift, steps, levels, errors, limits, upper.diagonal().tolist(), strict=False)
+    columns = zip(target, feedback, steps, levels, errors, limits, upper.diagonal().tolist(), strict=False)
     with _threads_for(target):
         for j, (weight, moved, step, level, error, (low, high), pivot) in enumerate(columns, 1):
             # Codes less their zeros: a zero is an integer, so it moves the range and nothing else.
             torch.add(weight, moved, alpha=keep, out=level).div_(step).round_().clamp_(low, high)
             torch.add(weight, moved, alpha=keep_squared, out=error).addcmul_(level, step, value=-1.0).div_(pivot)
-            drift[j:].addr_(upper[j - 1, j:], error, alpha=-1.0)
+            feedback[j:].addr_(upper[j - 1, j:], error, alpha=-1.0)
     codes.copy_(levels if zeros is None else levels.add_(zeros))

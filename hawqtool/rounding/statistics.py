@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hawqtool.rounding.gram import gram, mean_product
 
-HELD_OUT_EVERY = 4
+SETTINGS_HELD_OUT_EVERY = 4
 """Every so many rows one is kept for the choice of settings; the final rounding sees all of them."""
 
 
@@ -60,7 +60,7 @@ class GroupStatistics:
         return GroupStatistics(gram, count, min(self.num_routed, count), drift, weighted=self.weighted)
 
 
-def seen(
+def second_moments(
     x: Tensor,
     routed: int,
     held_out: Tensor | None = None,
@@ -81,10 +81,10 @@ def seen(
     found = GroupStatistics(gram(x, roots), x.shape[0], routed, drift, weighted=weights is not None)
     if held_out is not None and bool(held_out.any()):
         kept, others = x[held_out], None if original is None else original[held_out]
-        found.held_out = seen(kept, len(kept), None, others, None if weights is None else weights[held_out])
+        found.held_out = second_moments(kept, len(kept), None, others, None if weights is None else weights[held_out])
     return found
 
 
 def is_held_out(row: Tensor) -> Tensor:
     """Whether rows of these numbers are held out."""
-    return row % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+    return row % SETTINGS_HELD_OUT_EVERY == SETTINGS_HELD_OUT_EVERY - 1

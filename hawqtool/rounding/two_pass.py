@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hawqtool.rounding.factor import Factor
-from hawqtool.rounding.gptq import met_targets, round_compensated, row_losses
+from hawqtool.rounding.gptq import round_compensated, row_losses, targets_at_turn
 from hawqtool.rounding.grid import Quantized, expand_scales, refit_scales, search_grid, taken
 from hawqtool.rounding.input_drift import full_shift, gptaq_problem
 from hawqtool.rounding.method import Grid, LayerSettings, RoundingMethod, Task
@@ -24,7 +24,7 @@ class Problem:
     Args:
         tasks: The layers.
         targets: What is rounded, ``[out, in]`` each.
-        aims: What the rounded weights shall be close to on the inputs, ``[out, in]`` each: the same but for GPTAQ,
+        goals: What the rounded weights shall be close to on the inputs, ``[out, in]`` each: the same but for GPTAQ,
             whose loop is given the rest of the correction as it goes.
         grids: Scales and zero points.
         search: Finds the grid of a layer for other values.
@@ -35,7 +35,7 @@ class Problem:
 
     tasks: Sequence[Task]
     targets: list[Tensor]
-    aims: list[Tensor]
+    goals: list[Tensor]
     grids: list[Grid]
     search: Callable[[Task, Tensor], Grid]
     passes: int
@@ -53,14 +53,14 @@ def prepare(
 ) -> Problem:
     """Targets, grids and feedback; the same tensors as without a correction where there is none."""
     drift = None if statistics is None else statistics.drift
-    targets, aims, feedback = [t.weight for t in tasks], [t.weight for t in tasks], factor
+    targets, goals, feedback = [t.weight for t in tasks], [t.weight for t in tasks], factor
     if drift is not None and method.name == "gptaq" and method.alpha:
         solved = [gptaq_problem(t.weight, drift, factor, method.alpha) for t in tasks]
         targets, feedback = [target for target, _ in solved], solved[0][1]
         if method.refit:
-            aims = [t.weight + method.alpha * full_shift(t.weight, drift, factor) for t in tasks]
+            goals = [t.weight + method.alpha * full_shift(t.weight, drift, factor) for t in tasks]
     elif drift is not None:
-        targets = aims = [
+        targets = goals = [
             t.weight + s.shift * full_shift(t.weight, drift, factor) if s.shift else t.weight
             for t, s in zip(tasks, settings, strict=True)
         ]
@@ -75,7 +75,7 @@ def prepare(
             return search_grid(target, costs, task.quant_format, task.stored_dtype, method.both_signs)
 
     grids = [search(task, target) for task, target in zip(tasks, targets, strict=True)]
-    return Problem(tasks, targets, aims, grids, search, method.passes if fits else 1, feedback, recorder)
+    return Problem(tasks, targets, goals, grids, search, method.passes if fits else 1, feedback, recorder)
 
 
 def round_targets(problem: Problem, betas: Sequence[float]) -> list[Quantized]:
@@ -86,31 +86,31 @@ def round_targets(problem: Problem, betas: Sequence[float]) -> list[Quantized]:
         tasks = [problem.tasks[i] for i in chosen]
         targets = torch.cat([problem.targets[i] for i in chosen])
         grids, again = [problem.grids[i] for i in chosen], problem.passes > 1 and beta < 1
-        spread = torch.empty_like(targets.t(), memory_format=torch.contiguous_format) if again else None
-        best = _looped(problem, tasks, targets, grids, beta, spread)
-        if spread is not None:
-            best = _searched_again(problem, tasks, targets, best, beta, spread)
+        column_errors = torch.empty_like(targets.t(), memory_format=torch.contiguous_format) if again else None
+        best = _looped(problem, tasks, targets, grids, beta, column_errors)
+        if column_errors is not None:
+            best = _searched_again(problem, tasks, targets, best, beta, column_errors)
         results |= dict(zip(chosen, best, strict=True))
     return [results[index] for index in range(len(betas))]
 
 
 def _searched_again(
-    problem: Problem, tasks: Sequence[Task], targets: Tensor, first: list[Quantized], beta: float, spread: Tensor
+    problem: Problem, tasks: Sequence[Task], targets: Tensor, first: list[Quantized], beta: float, column_errors: Tensor
 ) -> list[Quantized]:
     """Each row's best of further passes, whose grids are searched on what the pass before rounded.
 
-    ``spread`` holds the errors of the first pass.
+    ``column_errors`` holds the errors of the first pass.
     """
     heights = [len(task.weight) for task in tasks]
     best = latest = first
-    least = _row_losses(problem, targets, first, beta, spread)
+    least = _row_losses(problem, targets, first, beta, column_errors)
     for _ in range(problem.passes - 1):
         with problem.recorder.stage("column loop"):
             rounded = torch.cat([taken(*result) for result in latest])
-            met = met_targets(targets, rounded, spread, problem.factor, beta)
+            met = targets_at_turn(targets, rounded, column_errors, problem.factor, beta)
         grids = [problem.search(task, target) for task, target in zip(tasks, met.split(heights), strict=True)]
-        latest = _looped(problem, tasks, targets, grids, beta, spread)
-        losses = _row_losses(problem, targets, latest, beta, spread)
+        latest = _looped(problem, tasks, targets, grids, beta, column_errors)
+        losses = _row_losses(problem, targets, latest, beta, column_errors)
         better = (losses < least).split(heights)
         best = [_merged(rows, new, old) for rows, new, old in zip(better, latest, best, strict=True)]
         least = torch.minimum(losses, least)
@@ -123,9 +123,9 @@ def _looped(
     targets: Tensor,
     grids: Sequence[Grid],
     beta: float,
-    spread: Tensor | None,
+    column_errors: Tensor | None,
 ) -> list[Quantized]:
-    """The column loop over stacked tasks; writes the errors that it spread where there is room for them."""
+    """The column loop over stacked tasks; writes the errors that it column_errors where there is room for them."""
     heights, groups = [len(task.weight) for task in tasks], max(scales.shape[1] for scales, _ in grids)
     with problem.recorder.stage("column loop"):
         codes = round_compensated(
@@ -136,19 +136,21 @@ def _looped(
             problem.factor,
             beta,
             zero=_stacked_zeros(grids, groups),
-            spread=spread,
+            column_errors=column_errors,
         )
     return [Quantized(part, *grid) for part, grid in zip(codes.split(heights), grids, strict=True)]
 
 
-def _row_losses(problem: Problem, targets: Tensor, results: Sequence[Quantized], beta: float, spread: Tensor) -> Tensor:
+def _row_losses(
+    problem: Problem, targets: Tensor, results: Sequence[Quantized], beta: float, column_errors: Tensor
+) -> Tensor:
     """Every row's damped loss, ``[rows]``; GPTAQ's is that of the columns at their turn, for its other feedback.
 
     It is of the values that the loop took: rounding them to the stored dtype adds as much in every pass.
     """
     with problem.recorder.stage("column loop"):
         if beta == 0:
-            return spread.square().sum(0)
+            return column_errors.square().sum(0)
         return row_losses(targets, torch.cat([taken(*result) for result in results]), problem.factor)
 
 
@@ -163,7 +165,7 @@ def refit(problem: Problem, results: Sequence[Quantized], gram: Tensor) -> list[
     """Results with refitted scales."""
     damped = gram.clone()
     damped.diagonal().copy_(problem.factor.diagonal)
-    return [refit_scales(result, aim, damped) for result, aim in zip(results, problem.aims, strict=True)]
+    return [refit_scales(result, goal, damped) for result, goal in zip(results, problem.goals, strict=True)]
 
 
 def _stacked_zeros(grids: Sequence[Grid], groups: int) -> Tensor | None:

@@ -33,13 +33,13 @@ def release_freed_pages() -> None:
     """Give the system back the pages of the heap that hold nothing, unless they are kept.
 
     Freed tensors leave holes that those of the next stage do not fit. New pages take time: done once a block, it made
-    weighing on a CPU a third slower.
+    token importance on a CPU a third slower.
     """
     if _trim is not None and not _kept:
         _trim(0)
 
 
-def prepare_heap() -> None:
+def configure_malloc() -> None:
     """Have the heap keep some of what was freed, where nobody has set anything.
 
     By default almost all large tensors go back: some percent of a CPU's run. The largest do here, whose holes in the
@@ -50,9 +50,9 @@ def prepare_heap() -> None:
 
 @contextmanager
 def kept_pages() -> Iterator[None]:
-    """While the context lasts, the heap keeps all that is freed; afterwards it is as `prepare_heap` leaves it.
+    """While the context lasts, the heap keeps all that is freed; afterwards it is as `configure_malloc` leaves it.
 
-    For sweeps that make the same large tensors slice after slice: new pages took a sixth of a measurement's time.
+    For sweeps that make the same large tensors batch after batch: new pages took a sixth of a measurement's time.
     """
     _apply({_MMAP_MAX: 0, _TRIM_THRESHOLD: _EVERYTHING})
     _kept.append(None)
@@ -60,7 +60,7 @@ def kept_pages() -> Iterator[None]:
         yield
     finally:
         _kept.pop()
-        prepare_heap()
+        configure_malloc()
         release_freed_pages()
 
 
@@ -70,9 +70,9 @@ def _apply(settings: dict[int, int]) -> None:
             _set(number, value)
 
 
-def prepare_allocators() -> None:
+def configure_allocators() -> None:
     """Set what nobody has set: growing segments on a GPU, a heap that keeps some of what was freed on a CPU."""
     if "PYTORCH_ALLOC_CONF" not in os.environ:
         # Blocks of fixed sizes leave gaps that no large tensor fits: an 8B model ran out of 80 GB where 63 suffice.
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    prepare_heap()
+    configure_malloc()

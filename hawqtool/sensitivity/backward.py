@@ -40,7 +40,7 @@ def block_backward(
         for name, call in captured.calls.items():
             for into, values in zip(seen[name], (call.x.detach(), found.pop(0)), strict=True):
                 into += _by_row(call.module, values, rows, positions)
-        for name in seen.keys() - captured.calls.keys():  # an expert that no token of the slice was routed to
+        for name in seen.keys() - captured.calls.keys():  # an expert that no token of the batch was routed to
             weight = block.get_parameter(f"{local_name(spec, _linear(spec, name))}.weight")
             for into, width in zip(seen[name], reversed(weight.shape), strict=True):
                 into += [weight.new_zeros(0, width)] * rows
@@ -67,7 +67,7 @@ def token_powers(
         block: The loaded block.
         spec: Its structure.
         seen: Hidden states before the block, in any dtype.
-        gradients: Gradient at the block's output, per slice.
+        gradients: Gradient at the block's output, per batch.
 
     Returns:
         ``[rows, positions]`` float32 by the name of the linear. Experts are left out.
@@ -122,7 +122,7 @@ def _all_watched(captured: _Captured) -> list[Tensor]:
 
 
 class _Reverse:
-    """Differentiates a block, slice by slice, without the product of its last linear where the block only adds it."""
+    """Differentiates a block, batch by batch, without the product of its last linear where the block only adds it."""
 
     def __init__(self, block: nn.Module, spec: BlockSpec) -> None:
         self.block, self.spec = block, spec
@@ -131,7 +131,7 @@ class _Reverse:
     def run(
         self, hidden: Tensor, call: Call, gradient: Tensor, watch: Callable[[_Captured], list[Tensor]]
     ) -> tuple[_Captured, list[Tensor]]:
-        """The calls of a slice, and the gradients at its hidden states and at what is watched.
+        """The calls of a batch, and the gradients at its hidden states and at what is watched.
 
         Args:
             hidden: Hidden states before the block.

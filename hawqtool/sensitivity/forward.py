@@ -12,8 +12,8 @@ from hawqtool.formats import QuantFormat
 from hawqtool.records import BlockSpec, LinearSpec
 from hawqtool.rounding.statistics import GroupStatistics
 from hawqtool.streaming.block import Activations, advance
-from hawqtool.streaming.input_statistics import group_statistics, weighed_alike
-from hawqtool.streaming.offload import Shelf, total_bytes
+from hawqtool.streaming.input_statistics import equally_important, group_statistics
+from hawqtool.streaming.offload import Offload, total_bytes
 from hawqtool.streaming.stream import ModelStream
 
 Progress = Callable[[str, int, int], None]
@@ -73,7 +73,7 @@ def forward_sweep(
         with stream.block(spec.index) as block:
             if _keeps_statistics(groups, calibration):
                 found = group_statistics(block, spec, calibration, groups, whole=onward)
-                grams = [(group, _put_away(statistics, stream.shelf)) for group, statistics in found]
+                grams = [(group, _put_away(statistics, stream.offload)) for group, statistics in found]
                 stored.append(Stored(grams, known, before))
             else:
                 stored.append(Stored([], copy(calibration.hidden), before))
@@ -103,21 +103,22 @@ def _keeps_statistics(groups: Sequence[Sequence[LinearSpec]], calibration: Activ
     They are the same both times, so this decides on time and memory alone.
     """
     matrices = [
-        parts[0][0].in_features ** 2 * len(parts) for parts in (weighed_alike(g, calibration.weights) for g in groups)
+        parts[0][0].in_features ** 2 * len(parts)
+        for parts in (equally_important(g, calibration.importance) for g in groups)
     ]
     gram_bytes = 4 * sum(matrices) * (2 if calibration.held_out else 1)
     return 0 < gram_bytes <= _GRAM_SHARE * total_bytes(calibration.hidden)
 
 
-def _put_away(statistics: GroupStatistics, shelf: Shelf | None) -> Callable[[], GroupStatistics]:
+def _put_away(statistics: GroupStatistics, offload: Offload | None) -> Callable[[], GroupStatistics]:
     """Keep statistics of the original model, which have no drift, with the hidden states; the result gives them back.
 
     The matrices of all blocks may take twice as much as the hidden states do.
     """
-    if shelf is None:
+    if offload is None:
         return lambda: statistics
-    gram, counts = shelf.put(statistics.gram), (statistics.num_tokens, statistics.num_routed)
-    held_out = None if statistics.held_out is None else _put_away(statistics.held_out, shelf)
+    gram, counts = offload.store(statistics.gram), (statistics.num_tokens, statistics.num_routed)
+    held_out = None if statistics.held_out is None else _put_away(statistics.held_out, offload)
     weighted = statistics.weighted
     return lambda: GroupStatistics(
         gram.load(), *counts, held_out=None if held_out is None else held_out(), weighted=weighted

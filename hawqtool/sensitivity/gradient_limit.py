@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-GROWTH_LIMIT = 4.0
+GRADIENT_LIMIT = 4.0
 """How many times the median growth of ‖g‖² a row may reach.
 
 On SmolLM2 the first tokens of a few rows carry gradients that are 45 to 300 times the median in the lower blocks; other
@@ -19,7 +19,7 @@ order predicts many times what is measured: with 16 scoring rows, one of them li
 
 
 @dataclass
-class GradientGrowth:
+class GradientLimit:
     """Limits how much the gradient of a row grows between the last block's output and a block's input.
 
     Args:
@@ -31,16 +31,16 @@ class GradientGrowth:
 
     start: Tensor
     share: Tensor
-    limit: float = GROWTH_LIMIT
+    limit: float = GRADIENT_LIMIT
 
     @classmethod
-    def of(cls, gradients: Sequence[Tensor], limit: float = GROWTH_LIMIT) -> GradientGrowth:
-        """Begin at the last block's output, with gradients ``[rows, positions, width]`` per slice."""
+    def of(cls, gradients: Sequence[Tensor], limit: float = GRADIENT_LIMIT) -> GradientLimit:
+        """Begin at the last block's output, with gradients ``[rows, positions, width]`` per batch."""
         start = _powers(gradients)
         return cls(start, torch.ones_like(start), limit)
 
     def limited(self, gradients: Sequence[Tensor]) -> list[Tensor]:
-        """The gradients ``[rows, positions, width]`` per slice, those of rows that grew too much made shorter."""
+        """The gradients ``[rows, positions, width]`` per batch, those of rows that grew too much made shorter."""
         growth = _powers(gradients) / self.start.clamp(min=torch.finfo(torch.float64).tiny)
         moving = growth[growth > 0]
         if not len(moving):
@@ -49,7 +49,7 @@ class GradientGrowth:
         factors = torch.where(growth > allowed, (allowed / growth).sqrt(), 1.0)
         self.share = self.share * factors
         parts = factors.split([len(gradient) for gradient in gradients])
-        # Slices without such a row stay as they are, to the bit and without a copy.
+        # OffloadedBatches without such a row stay as they are, to the bit and without a copy.
         return [
             gradient if bool((part == 1).all()) else gradient * part.to(gradient)[:, None, None]
             for gradient, part in zip(gradients, parts, strict=True)

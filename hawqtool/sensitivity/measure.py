@@ -14,13 +14,13 @@ from hawqtool.records import SWEEP_METRICS, BlockSpec, LinearSpec, Rows, Score, 
 from hawqtool.rounding.factor import factorize
 from hawqtool.rounding.grid import dequantize
 from hawqtool.rounding.layer import round_group
-from hawqtool.rounding.learned.fake_quant import Start
+from hawqtool.rounding.learned.fake_quant import InitialRounding
 from hawqtool.rounding.method import RoundingMethod, Task
 from hawqtool.rounding.statistics import GroupStatistics
 from hawqtool.runtime.store import NOTHING_SAVED, Saved
 from hawqtool.sensitivity.backward import block_backward
 from hawqtool.sensitivity.forward import Progress, forward_sweep, wanted_statistics
-from hawqtool.sensitivity.gradient_limit import GROWTH_LIMIT, GradientGrowth
+from hawqtool.sensitivity.gradient_limit import GRADIENT_LIMIT, GradientLimit
 from hawqtool.sensitivity.label_gradients import head_rows, loss_gradients
 from hawqtool.sensitivity.scores import SIGNED, LayerRows, RowValues, add_rows, mean_score, score_rows, to_scores
 from hawqtool.streaming.block import Activations, check_states, read_weight
@@ -29,20 +29,22 @@ from hawqtool.streaming.stream import ModelStream
 
 _SWEEP = "reverse-sweep"
 
-Starts = dict[str, dict[str, Start]]
+InitialRoundings = dict[str, dict[str, InitialRounding]]
 """Rounded layers by linear and format label."""
 
 
 class Refiner(Protocol):
     """Improves the roundings of a block, each format by itself, as refinement will."""
 
-    def __call__(self, block: nn.Module, spec: BlockSpec, hidden: Sequence[Tensor], starts: Starts) -> Starts:
+    def __call__(
+        self, block: nn.Module, spec: BlockSpec, hidden: Sequence[Tensor], starts: InitialRoundings
+    ) -> InitialRoundings:
         """Roundings that take the place of ``starts``.
 
         Args:
             block: The loaded block of the original model; it stays as it is.
             spec: Its structure.
-            hidden: The original's hidden states before the block on all calibration rows, by slice.
+            hidden: The original's hidden states before the block on all calibration rows, by batch.
             starts: What rounding gave.
         """
 
@@ -60,7 +62,7 @@ class Measurement:
         input_fisher: Per unit the trace of the Fisher matrix with respect to its input x at all tokens, per output,
             E‖∂loss/∂x‖²: noise of variance σ² on x costs σ²/2 times it. This is HAWQ-V2's sensitivity of activations
             (Dong et al. 2020, section 3.3) with the Gauss-Newton matrix in place of the Hessian.
-        shortened_rows: Scoring rows whose gradients were shortened (see `GradientGrowth`).
+        shortened_rows: Scoring rows whose gradients were shortened (see `GradientLimit`).
     """
 
     scores: dict[str, dict[str, dict[str, Score]]]
@@ -77,11 +79,11 @@ def measure(
     menu: Mapping[str, Sequence[QuantFormat]],
     method: RoundingMethod,
     stored_dtypes: Mapping[str, torch.dtype],
-    rows_per_slice: int,
+    batch_size: int,
     seed: int,
     progress: Progress,
     saved: Saved = NOTHING_SAVED,
-    growth_limit: float = GROWTH_LIMIT,
+    gradient_limit: float = GRADIENT_LIMIT,
     refiner: Refiner | None = None,
     metrics: Sequence[str] = SWEEP_METRICS,
 ) -> Measurement:
@@ -94,29 +96,29 @@ def measure(
         menu: Unit to the formats to score; units that are missing are skipped.
         method: Rounding that will be applied.
         stored_dtypes: Linear to the dtype of its stored scales.
-        rows_per_slice: Rows per forward pass.
+        batch_size: Rows per forward pass.
         seed: Seed of the sampled labels.
         progress: Called with the phase, blocks done and blocks in all.
         saved: Keeps the reverse sweep by block; one of equal arguments that was cut is gone on with, equal to the bit.
-        growth_limit: See `GradientGrowth`; infinite for gradients as they are.
+        gradient_limit: See `GradientLimit`; infinite for gradients as they are.
         refiner: Improves the roundings of every block before they are scored; an output head's stay as they are.
         metrics: Of those that one pair of sweeps gives, the ones wanted.
     """
     begun, method = saved.load(_SWEEP), replace(method, passes=1)  # more make all errors smaller alike
     left = len(stream.structure.blocks) if begun is None else int(begun["left"])
     with stream.keeping_pages():
-        known = stream.embed(calibration.tokens, rows_per_slice, method.needs_held_out, weights=calibration.weights)
-        sets = (known, stream.embed(scoring, rows_per_slice))
+        known = stream.embed(calibration.tokens, batch_size, method.needs_held_out, weights=calibration.weights)
+        sets = (known, stream.embed(scoring, batch_size))
         stored = forward_sweep(stream, *sets, left, menu, progress, keeps_states=refiner is not None)
         if begun is None:
             generator = torch.Generator(stream.device).manual_seed(seed)
-            gradients, outputs = loss_gradients(stream, scoring.split(rows_per_slice), sets[1].hidden, generator)
-            growth, found = GradientGrowth.of(gradients, growth_limit), _Found(list(metrics), {}, {}, {})
+            gradients, outputs = loss_gradients(stream, scoring.split(batch_size), sets[1].hidden, generator)
+            growth, found = GradientLimit.of(gradients, gradient_limit), _Found(list(metrics), {}, {}, {})
             seen = LayerRows(head_rows(stream, scoring, sets[1].hidden, seed), sets[1].hidden[0].shape[1], outputs)
             _measure_head(stream, calibration.tokens, known, seen, menu, method, stored_dtypes, found)
         else:
             gradients, outputs = [gradient.to(stream.device) for gradient in begun["gradients"]], begun["outputs"]
-            growth, found = GradientGrowth(**begun["growth"]), _Found(**begun["found"])
+            growth, found = GradientLimit(**begun["growth"]), _Found(**begun["found"])
         for spec in reversed(stream.structure.blocks[:left]):
             left_here = stored.pop()
             sets[0].hidden, sets[1].hidden = left_here.calibration, left_here.scoring
@@ -132,7 +134,7 @@ def measure(
     return found.measurement(stream.structure.units, outputs, growth.shortened)
 
 
-def _state(left: int, gradients: list[Tensor], outputs: int, growth: GradientGrowth, found: _Found) -> dict[str, Any]:
+def _state(left: int, gradients: list[Tensor], outputs: int, growth: GradientLimit, found: _Found) -> dict[str, Any]:
     return {"left": left, "gradients": gradients, "outputs": outputs, "growth": vars(growth), "found": vars(found)}
 
 
@@ -212,13 +214,13 @@ def _errors(
     hidden: Sequence[Tensor],
 ) -> dict[str, dict[str, Tensor]]:
     """D of some input groups ``[linear][format label]``; a refiner needs the hidden states before the block."""
-    starts: Starts = {}
+    starts: InitialRoundings = {}
     for group, statistics in groups:
         starts |= _group_starts(block, spec, group, statistics, menu, method, stored_dtypes)
     return _as_errors(starts if refiner is None else refiner(block, spec, hidden, starts))
 
 
-def _as_errors(starts: Starts) -> dict[str, dict[str, Tensor]]:
+def _as_errors(starts: InitialRoundings) -> dict[str, dict[str, Tensor]]:
     """D ``[linear][format label]``, each ``[out, in]`` float32; every rounding is let go when it has been used."""
     errors: dict[str, dict[str, Tensor]] = {}
     for name, by_label in starts.items():
@@ -249,9 +251,9 @@ def _group_starts(
     menu: Mapping[str, Sequence[QuantFormat]],
     method: RoundingMethod,
     stored_dtypes: Mapping[str, torch.dtype],
-) -> Starts:
+) -> InitialRoundings:
     """Roundings of one input group; unlisted linears are left out."""
-    starts: Starts = {}
+    starts: InitialRoundings = {}
     wanted = [(linear, fmt) for linear in group for fmt in menu.get(linear.unit, ())]
     if not wanted:
         return starts
@@ -259,7 +261,7 @@ def _group_starts(
     weights = {linear.name: read_weight(block, spec, linear) for linear in group}
     tasks = [Task(linear.name, weights[linear.name], fmt, stored_dtypes[linear.name]) for linear, fmt in wanted]
     for task, rounded in zip(tasks, round_group(tasks, factor, method, statistics), strict=True):
-        start = Start(task.name, task.weight, rounded, task.quant_format)
+        start = InitialRounding(task.name, task.weight, rounded, task.quant_format)
         starts.setdefault(task.name, {})[task.quant_format.label] = start
     return starts
 

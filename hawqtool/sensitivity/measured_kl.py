@@ -24,7 +24,7 @@ from hawqtool.streaming.stream import ModelStream
 _SCORES = "scores"
 UnitScores = dict[str, dict[str, Score]]
 Carried = dict[tuple[str, str], list[Tensor]]
-"""Unit and format label to hidden states, slice by slice."""
+"""Unit and format label to hidden states, batch by batch."""
 Swap = Callable[[str], AbstractContextManager[None]]
 """Format label to a context in which the output head is that of the candidate."""
 
@@ -36,7 +36,7 @@ def single_unit_divergence(
     menu: Mapping[str, Sequence[QuantFormat]],
     method: RoundingMethod,
     stored_dtypes: Mapping[str, torch.dtype],
-    rows_per_slice: int,
+    batch_size: int,
     progress: Progress,
     saved: Saved = NOTHING_SAVED,
     refiner: Refiner | None = None,
@@ -54,7 +54,7 @@ def single_unit_divergence(
         menu: Unit to the formats to measure; units that are missing are skipped.
         method: Rounding that will be applied.
         stored_dtypes: Linear to the dtype of its stored scales.
-        rows_per_slice: Rows per forward pass.
+        batch_size: Rows per forward pass.
         progress: Called with the phase, candidates done and candidates in all.
         saved: Keeps the scores after every block; what it has of the same arguments is not measured again.
         refiner: Improves the roundings of every block; an output head's stay as they are.
@@ -73,8 +73,8 @@ def single_unit_divergence(
 
     with stream.keeping_pages(), ExitStack() as resident, torch.no_grad():
         modules = [resident.enter_context(stream.block(spec.index)) for spec in stream.structure.blocks]
-        known = stream.embed(calibration.tokens, rows_per_slice, method.needs_held_out, weights=calibration.weights)
-        seen = stream.embed(scoring, rows_per_slice)
+        known = stream.embed(calibration.tokens, batch_size, method.needs_held_out, weights=calibration.weights)
+        seen = stream.embed(scoring, batch_size)
         judge = Judge(stream, stream, scoring, run_blocks(modules, seen.calls, list(seen.hidden), 0))
         carried: Carried = {}
         for spec, block in zip(stream.structure.blocks, modules, strict=True):
@@ -174,7 +174,7 @@ def run_blocks(
     first: int,
     end: int | None = None,
 ) -> list[Tensor]:
-    """Hidden states after blocks ``first`` to ``end`` (exclusive; None: all), slice by slice."""
+    """Hidden states after blocks ``first`` to ``end`` (exclusive; None: all), batch by batch."""
     for index in range(first, len(modules) if end is None else end):
         states = [run_block(modules[index], state, calls[p][index]) for p, state in enumerate(states)]
     return states
@@ -201,7 +201,7 @@ class Judge:
         source: The original model.
         stream: The model whose head the candidates have; the original itself where only blocks differ.
         rows: Scoring rows.
-        original: The original's last hidden states, by slice.
+        original: The original's last hidden states, by batch.
     """
 
     source: ModelStream

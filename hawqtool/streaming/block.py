@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hawqtool.errors import NumericalError
 from hawqtool.model.replay import Call
-from hawqtool.records import BlockSpec, LinearSpec, TokenWeights
+from hawqtool.records import BlockSpec, LinearSpec, TokenImportance
 from hawqtool.runtime.stage_timer import UNRECORDED, Recorder
 from hawqtool.streaming.resume_points import States
 
@@ -20,13 +20,13 @@ class Activations:
     """Hidden states between blocks.
 
     Args:
-        hidden: One ``[rows, positions, width]`` tensor per slice, replaced as the walk goes on.
-        calls: Per slice and block, the other arguments of the block's call (masks, rotary tables).
+        hidden: One ``[rows, positions, width]`` tensor per batch, replaced as the walk goes on.
+        calls: Per batch and block, the other arguments of the block's call (masks, rotary tables).
         original: The original model's hidden states of the same rows, beside those of a quantized prefix; None where
             nothing needs them.
         held_out: Whether statistics keep some rows apart too, for settings to be chosen on.
         recorder: Takes note of forward passes and Gram matrices.
-        weights: How much each token counts in statistics; None where all count alike.
+        importance: How much each token counts in statistics; None where all count alike.
     """
 
     hidden: MutableSequence[Tensor]
@@ -34,7 +34,7 @@ class Activations:
     original: MutableSequence[Tensor] | None = None
     held_out: bool = False
     recorder: Recorder = UNRECORDED
-    weights: TokenWeights | None = None
+    importance: TokenImportance | None = None
 
     @property
     def states(self) -> States:
@@ -49,7 +49,7 @@ def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
 
 
 def advance(block: nn.Module, spec: BlockSpec, activations: Activations) -> None:
-    """Replace the hidden states by the block's output, slice by slice.
+    """Replace the hidden states by the block's output, batch by batch.
 
     Raises:
         NumericalError: If a value is NaN or Inf; names the block.

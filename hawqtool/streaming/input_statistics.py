@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from hawqtool.errors import InputError
 from hawqtool.model.experts import ExpertLinear, counting_experts
 from hawqtool.model.replay import Call
-from hawqtool.records import BlockSpec, LinearSpec, TokenWeights
-from hawqtool.rounding.statistics import GroupStatistics, is_held_out, seen
+from hawqtool.records import BlockSpec, LinearSpec, TokenImportance
+from hawqtool.rounding.statistics import GroupStatistics, is_held_out, second_moments
 from hawqtool.streaming.block import Activations, advance, check_extremes, extremes, local_name, run_block
 
 
@@ -27,23 +27,23 @@ class _StageReached(Exception):
 GroupVisitor = Callable[[Sequence[LinearSpec], GroupStatistics], None]
 
 
-def visit_groups(block: nn.Module, spec: BlockSpec, activations: Activations, visit: GroupVisitor) -> None:
+def collect_statistics(block: nn.Module, spec: BlockSpec, activations: Activations, visit: GroupVisitor) -> None:
     """Show every input group's statistics in call order, each after the groups before it may have changed.
 
     Linears of one input whose tokens have weights of their own are shown one by one.
 
     ``visit`` may replace the weights of the group; later groups, and the block's output that replaces the
-    hidden states, see the new weights (truly sequential rounding). One slice needs one forward pass; several
-    slices need one partial pass per stage and a full one. Where the original's inputs are wanted too, one slice needs
-    a pass of its own for all of them beforehand; with several slices they come from a copy of the block that keeps
+    hidden states, see the new weights (truly sequential rounding). One batch needs one forward pass; several
+    batches need one partial pass per stage and a full one. Where the original's inputs are wanted too, one batch needs
+    a pass of its own for all of them beforehand; with several batches they come from a copy of the block that keeps
     its weights, run beside it.
     """
     if len(activations.hidden) == 1:
-        part, others = _Slice.of(activations, 0, activations.hidden[0]), _original_inputs(block, spec, activations)
+        part, others = _Batch.of(activations, 0, activations.hidden[0]), _original_inputs(block, spec, activations)
 
         def see(group: Sequence[LinearSpec], x: Tensor, routed: int) -> None:
             original_x = others.pop(group[0].name, None)
-            for alike in weighed_alike(group, activations.weights):
+            for alike in equally_important(group, activations.importance):
                 with activations.recorder.stage("gram"):
                     found = part.statistics(block, spec, alike, x, routed, original_x)
                 visit(alike, found)
@@ -59,15 +59,15 @@ def visit_groups(block: nn.Module, spec: BlockSpec, activations: Activations, vi
     _advance_original(original, spec, activations)
 
 
-def revisit_groups(block: nn.Module, spec: BlockSpec, activations: Activations, replace: Callable[[], None]) -> None:
-    """What `visit_groups` leaves behind, to the bit, where ``replace`` puts all weights in place that it would."""
+def replay_rounded(block: nn.Module, spec: BlockSpec, activations: Activations, replace: Callable[[], None]) -> None:
+    """Leave what `collect_statistics` does, to the bit, where ``replace`` puts all weights in place that it would."""
     _advance_original(block, spec, activations)
     replace()
     _advance_counted(block, spec, activations)
 
 
 def _original_inputs(block: nn.Module, spec: BlockSpec, activations: Activations) -> dict[str, Tensor]:
-    """The original's inputs ``[tokens, in]`` of one slice by their group's first linear, where they are wanted.
+    """The original's inputs ``[tokens, in]`` of one batch by their group's first linear, where they are wanted.
 
     The block still has the original's weights. The original's hidden states become its output.
     """
@@ -94,8 +94,8 @@ def _advance_counted(block: nn.Module, spec: BlockSpec, activations: Activations
 
 
 @dataclass(frozen=True)
-class _Slice:
-    """What statistics need to know of the rows of a slice.
+class _Batch:
+    """What statistics need to know of the rows of a batch.
 
     Args:
         first: Number of its first row among all rows.
@@ -107,12 +107,12 @@ class _Slice:
     first: int
     shape: tuple[int, int]
     holds_out: bool
-    weights: TokenWeights | None
+    weights: TokenImportance | None
 
     @classmethod
-    def of(cls, activations: Activations, first: int, hidden: Tensor) -> _Slice:
-        """The slice with these hidden states ``[rows, positions, width]``."""
-        return cls(first, (hidden.shape[0], hidden.shape[1]), activations.held_out, activations.weights)
+    def of(cls, activations: Activations, first: int, hidden: Tensor) -> _Batch:
+        """The batch with these hidden states ``[rows, positions, width]``."""
+        return cls(first, (hidden.shape[0], hidden.shape[1]), activations.held_out, activations.importance)
 
     def statistics(
         self,
@@ -128,11 +128,11 @@ class _Slice:
         held_out = held_out_tokens(linear, x, self.first, *self.shape) if self.holds_out else None
         weights = None if self.weights is None else self.weights.get(group[0].name)
         if weights is not None:
-            weights = slice_weights(weights[self.first : self.first + self.shape[0]], x)
-        return seen(x, routed, held_out, original, weights)
+            weights = batch_importance(weights[self.first : self.first + self.shape[0]], x)
+        return second_moments(x, routed, held_out, original, weights)
 
 
-def weighed_alike(group: Sequence[LinearSpec], weights: TokenWeights | None) -> list[Sequence[LinearSpec]]:
+def equally_important(group: Sequence[LinearSpec], weights: TokenImportance | None) -> list[Sequence[LinearSpec]]:
     """Parts of an input group that share a Gram matrix: the whole of it, or linears with weights of their own."""
     if weights is None or group[0].name not in weights:
         return [group]
@@ -156,7 +156,7 @@ def group_statistics(
     original: nn.Module | None = None,
     whole: bool = False,
 ) -> Iterator[tuple[Sequence[LinearSpec], GroupStatistics]]:
-    """Statistics of some groups over all slices, of linears one by one where each has weights of its own.
+    """Statistics of some groups over all batches, of linears one by one where each has weights of its own.
 
     Args:
         block: The loaded block.
@@ -175,10 +175,10 @@ def group_statistics(
 
     def walk() -> None:
         found, first = [], 0
-        # Each slice is asked for once: it may come from the disk.
+        # Each batch is asked for once: it may come from the disk.
         for position, hidden in enumerate(activations.hidden):
-            part = _Slice.of(activations, first, hidden)
-            output = _add_slice(totals, block, spec, activations, position, hidden, part, groups, original, whole)
+            part = _Batch.of(activations, first, hidden)
+            output = _add_batch(totals, block, spec, activations, position, hidden, part, groups, original, whole)
             if output is not None:
                 found.append(extremes(output))
                 activations.hidden[position] = output
@@ -186,26 +186,26 @@ def group_statistics(
         if whole:
             check_extremes(found, f"the output of block {spec.name}")
 
-    walk()  # a function of its own, so that no slice stays in memory while the groups are visited
+    walk()  # a function of its own, so that no batch stays in memory while the groups are visited
     for group in groups:
-        for alike in weighed_alike(group, activations.weights):
+        for alike in equally_important(group, activations.importance):
             yield alike, totals.pop(alike[0].name)
 
 
-def _add_slice(
+def _add_batch(
     totals: dict[str, GroupStatistics],
     block: nn.Module,
     spec: BlockSpec,
     activations: Activations,
     position: int,
     hidden: Tensor,
-    part: _Slice,
+    part: _Batch,
     groups: Sequence[Sequence[LinearSpec]],
     original: nn.Module | None,
     whole: bool,
 ) -> Tensor | None:
-    """Add one slice to the totals of some groups; gives the block's output where the pass is to be whole."""
-    call, slices = activations.calls[position][spec.index], len(activations.hidden)
+    """Add one batch to the totals of some groups; gives the block's output where the pass is to be whole."""
+    call, batches = activations.calls[position][spec.index], len(activations.hidden)
     others: dict[str, Tensor] = {}
 
     def keep(group: Sequence[LinearSpec], x: Tensor, _routed: int) -> None:
@@ -213,7 +213,7 @@ def _add_slice(
 
     def accumulate(group: Sequence[LinearSpec], x: Tensor, routed: int) -> None:
         original_x = others.pop(group[0].name, None)
-        for alike in weighed_alike(group, activations.weights):
+        for alike in equally_important(group, activations.importance):
             name = alike[0].name
             with activations.recorder.stage("gram"):
                 found = part.statistics(block, spec, alike, x, routed, original_x)
@@ -224,8 +224,8 @@ def _add_slice(
 
     with activations.recorder.stage("forward"):
         if original is not None and activations.original is not None:
-            _run_to(groups, original, spec, activations.original[position], call, slices, keep)
-        return _run_to(groups, block, spec, hidden, call, slices, accumulate, whole)
+            _run_to(groups, original, spec, activations.original[position], call, batches, keep)
+        return _run_to(groups, block, spec, hidden, call, batches, accumulate, whole)
 
 
 def _run_to(
@@ -234,11 +234,11 @@ def _run_to(
     spec: BlockSpec,
     hidden: Tensor,
     call: Call,
-    slices: int,
+    batches: int,
     see: Callable[[Sequence[LinearSpec], Tensor, int], None],
     whole: bool = False,
 ) -> Tensor | None:
-    """Show the inputs of some groups in one slice; the pass stops behind the last, or gives the output if whole."""
+    """Show the inputs of some groups in one batch; the pass stops behind the last, or gives the output if whole."""
 
     def see_wanted(group: Sequence[LinearSpec], x: Tensor, routed: int) -> None:
         if group not in groups:
@@ -248,7 +248,7 @@ def _run_to(
             raise _StageReached
 
     with (
-        counting_experts(block, slices),
+        counting_experts(block, batches),
         group_inputs(block, spec, see_wanted),
         torch.no_grad(),
         suppress(_StageReached),
@@ -287,8 +287,8 @@ def held_out_tokens(linear: nn.Module, x: Tensor, first_row: int, rows: int, pos
     Args:
         linear: The linear; experts know which tokens they were shown.
         x: Its inputs, in order of the rows.
-        first_row: Number of the slice's first row among all rows.
-        rows: Rows of the slice.
+        first_row: Number of the batch's first row among all rows.
+        rows: Rows of the batch.
         positions: Positions of a row.
 
     Raises:
@@ -306,20 +306,20 @@ def held_out_tokens(linear: nn.Module, x: Tensor, first_row: int, rows: int, pos
     return is_held_out(first_row + row)
 
 
-def slice_weights(weights: Tensor, x: Tensor) -> Tensor:
+def batch_importance(weights: Tensor, x: Tensor) -> Tensor:
     """Weights of the inputs of a linear, ``[tokens]`` float32.
 
     Args:
-        weights: ``[rows, positions]`` float32 of the slice.
+        weights: ``[rows, positions]`` float32 of the batch.
         x: The inputs ``[tokens, in]``, in order of the rows.
 
     Raises:
-        InputError: If the inputs are not those that were weighed.
+        InputError: If the inputs are not those whose gradients were taken.
     """
     flat = weights.to(x.device).flatten()
     if len(flat) != len(x):
         raise InputError(
             f"{len(x)} inputs of a linear, expected the {len(flat)} whose gradients were taken: this model gives its "
-            "layers other tokens than before; use --token-weights none"
+            "layers other tokens than before; use --token-importance none"
         )
     return flat

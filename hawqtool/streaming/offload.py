@@ -19,7 +19,7 @@ DEVICE, HOST, DISK = "device", "host", "disk"
 CHUNK_BYTES = 32 << 20
 """Size of every piece of page-locked memory.
 
-Its allocator gives none back and reuses a piece only for one as large: pieces of the slices' own sizes, which differ
+Its allocator gives none back and reuses a piece only for one as large: pieces of the batches' own sizes, which differ
 from stage to stage, once took 15 GiB where at most 6 held something.
 """
 
@@ -31,7 +31,7 @@ _Held = Tensor | list[Tensor] | Path
 """On the device; in page-locked chunks, the last of which may be filled in part; in a file."""
 
 
-class Shelf:
+class Offload:
     """Puts tensors where there is room, first on the device, then in page-locked host memory, then on the disk.
 
     On a CPU device and host are one, so ``host_bytes`` is 0 there.
@@ -40,7 +40,7 @@ class Shelf:
         device: Where the tensors are needed.
         device_bytes: Most bytes to keep there.
         host_bytes: Most bytes to keep in the host's memory.
-        parent: Folder in which a temporary one is made when the disk is needed; it goes with the shelf.
+        parent: Folder in which a temporary one is made when the disk is needed; it goes with the offload.
 
     Attributes:
         peak_bytes: Most bytes that lay in each place at a time.
@@ -59,7 +59,7 @@ class Shelf:
         """Most bytes that are kept without the disk."""
         return sum(self._limits.values())
 
-    def put(self, tensor: Tensor) -> Kept:
+    def store(self, tensor: Tensor) -> Offloaded:
         """Keep a tensor; it is let go with the last reference to what is returned.
 
         Raises:
@@ -78,7 +78,7 @@ class Shelf:
         size = sizes.get(place, tensor.nbytes)
         self._used[place] += size
         self.peak_bytes[place] = max(self.peak_bytes[place], self._used[place])
-        kept = Kept(held, tensor.shape, tensor.dtype, self.device)
+        kept = Offloaded(held, tensor.shape, tensor.dtype, self.device)
         weakref.finalize(kept, self._let_go, place, size, held if isinstance(held, Path) else None).atexit = False
         return kept
 
@@ -108,8 +108,8 @@ class Shelf:
         return path
 
 
-class Kept:
-    """A tensor that a shelf keeps."""
+class Offloaded:
+    """A tensor that a offload keeps."""
 
     def __init__(
         self, held: Tensor | list[Tensor] | Path, shape: torch.Size, dtype: torch.dtype, device: torch.device
@@ -122,7 +122,7 @@ class Kept:
         return self._shape.numel() * self._dtype.itemsize
 
     def load(self) -> Tensor:
-        """The tensor, on the shelf's device.
+        """The tensor, on the offload's device.
 
         Raises:
             NumericalError: If its file cannot be read.
@@ -163,20 +163,20 @@ def _pieces(tensor: Tensor) -> Sequence[Tensor]:
     return tensor.view(-1).view(torch.uint8).split(CHUNK_BYTES) if tensor.nbytes else ()
 
 
-class Slices(MutableSequence[Tensor]):
-    """Tensors on a shelf as a sequence; a copy shares what it holds until entries are replaced.
+class OffloadedBatches(MutableSequence[Tensor]):
+    """Tensors on a offload as a sequence; a copy shares what it holds until entries are replaced.
 
     Args:
-        shelf: Keeps them.
+        offload: Keeps them.
         tensors: The first entries.
     """
 
-    def __init__(self, shelf: Shelf, tensors: Iterable[Tensor] = ()) -> None:
-        self._shelf = shelf
-        self._kept: list[Kept | None] = [shelf.put(tensor) for tensor in tensors]
+    def __init__(self, offload: Offload, tensors: Iterable[Tensor] = ()) -> None:
+        self._shelf = offload
+        self._kept: list[Offloaded | None] = [offload.store(tensor) for tensor in tensors]
 
-    def __copy__(self) -> Slices:
-        other = Slices(self._shelf)
+    def __copy__(self) -> OffloadedBatches:
+        other = OffloadedBatches(self._shelf)
         other._kept = list(self._kept)
         return other
 
@@ -190,21 +190,21 @@ class Slices(MutableSequence[Tensor]):
 
     def __getitem__(self, index: Any) -> Any:
         kept = self._kept[index]
-        assert isinstance(kept, Kept)  # slices of the sequence itself are not needed anywhere
+        assert isinstance(kept, Offloaded)  # slices of the sequence are not needed anywhere
         return kept.load()
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self._kept[index] = None  # first makes room, which the new one can take
-        self._kept[index] = self._shelf.put(value)
+        self._kept[index] = self._shelf.store(value)
 
     def __delitem__(self, index: Any) -> None:
         del self._kept[index]
 
     def insert(self, index: int, value: Tensor) -> None:
         """Insert a tensor before an index."""
-        self._kept.insert(index, self._shelf.put(value))
+        self._kept.insert(index, self._shelf.store(value))
 
 
 def total_bytes(states: Sequence[Tensor]) -> int:
-    """Bytes of hidden states, which are not read where they lie on a shelf."""
-    return states.nbytes if isinstance(states, Slices) else sum(state.nbytes for state in states)
+    """Bytes of hidden states, which are not read where they lie on a offload."""
+    return states.nbytes if isinstance(states, OffloadedBatches) else sum(state.nbytes for state in states)

@@ -18,10 +18,10 @@ LEAST_SECONDS = 3.0
 _LAST = "last"
 
 States = Mapping[str, MutableSequence[Tensor]]
-"""Hidden states of a walk by name, a tensor per slice."""
+"""Hidden states of a walk by name, a tensor per batch."""
 
 
-class Waypoints:
+class ResumePoints:
     """Keeps the states of a walk at some of its blocks; those at the latest are there at every moment.
 
     Args:
@@ -37,7 +37,7 @@ class Waypoints:
         """Replace the states before the first block by the latest that were kept.
 
         Args:
-            states: Replaced slice by slice.
+            states: Replaced batch by batch.
             most: Number of blocks that may be left out of the walk.
 
         Returns:
@@ -46,23 +46,23 @@ class Waypoints:
         blocks = self._saved.load(_LAST) or 0
         if blocks > most:
             return 0
-        for name, slices in states.items() if blocks else ():
-            for position in range(len(slices)):
-                slices[position] = self._saved.load(_key(blocks, name, position)).to(self._device)
+        for name, batches in states.items() if blocks else ():
+            for position in range(len(batches)):
+                batches[position] = self._saved.load(_key(blocks, name, position)).to(self._device)
         return int(blocks)
 
     def keep(self, blocks: int, states: States) -> None:
         """Keep the states behind so many blocks, if the last ones are old enough for their size."""
-        size = sum(total_bytes(slices) for slices in states.values())
+        size = sum(total_bytes(batches) for batches in states.values())
         if self._saved is NOTHING_SAVED or time.monotonic() - self._since < max(LEAST_SECONDS, size / BYTES_PER_SECOND):
             return
         earlier = self._saved.load(_LAST)
-        for name, slices in states.items():
-            for position, state in enumerate(slices):
+        for name, batches in states.items():
+            for position, state in enumerate(batches):
                 self._saved.save(_key(blocks, name, position), state)
         self._saved.save(_LAST, blocks)  # when all of them are there
         if earlier:
-            self._saved.drop(*(_key(earlier, name, i) for name, slices in states.items() for i in range(len(slices))))
+            self._saved.drop(*(_key(earlier, name, i) for name, batches in states.items() for i in range(len(batches))))
         self._since = time.monotonic()
 
 

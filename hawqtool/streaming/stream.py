@@ -18,14 +18,14 @@ from hawqtool.model.discovery import Structure
 from hawqtool.model.replay import replayed_blocks
 from hawqtool.model.skeleton import find_blocks, to_meta
 from hawqtool.model.tasks import model_task
-from hawqtool.records import TokenWeights
-from hawqtool.rounding.statistics import GroupStatistics, is_held_out, seen
+from hawqtool.records import TokenImportance
+from hawqtool.rounding.statistics import GroupStatistics, is_held_out, second_moments
 from hawqtool.runtime.malloc import kept_pages, release_freed_pages
 from hawqtool.runtime.stage_timer import UNRECORDED, Recorder
 from hawqtool.runtime.store import NOTHING_SAVED, Saved
 from hawqtool.streaming.block import Activations, advance
-from hawqtool.streaming.offload import Shelf, Slices
-from hawqtool.streaming.resume_points import Waypoints
+from hawqtool.streaming.offload import Offload, OffloadedBatches
+from hawqtool.streaming.resume_points import ResumePoints
 
 _POSITIONS = 64
 """Positions of a row whose logits a CPU holds at a time: of 49,152 classes, 13 MB a copy."""
@@ -60,7 +60,7 @@ class ModelStream:
         device: Where to compute.
         dtype: dtype of weights and activations while computing.
         recorder: Takes note of the stages of walks.
-        shelf: Keeps the hidden states between blocks; None keeps all of them on the device.
+        offload: Keeps the hidden states between blocks; None keeps all of them on the device.
         matrices: Loaded matrices outside the blocks by stored name, which streams of one dtype share while one of them
             lives: an embedding may be larger than a block. Nothing may change them.
         owns: Whether those are of this stream's source; else each is compared before it is taken.
@@ -74,7 +74,7 @@ class ModelStream:
         device: torch.device,
         dtype: torch.dtype,
         recorder: Recorder = UNRECORDED,
-        shelf: Shelf | None = None,
+        offload: Offload | None = None,
         matrices: MutableMapping[str, nn.Parameter] | None = None,
         owns: bool = True,
     ) -> None:
@@ -82,7 +82,7 @@ class ModelStream:
         self.structure, self.source, self.recorder = structure, source, recorder
         self.task = model_task(model)
         self.device, self.dtype = device, dtype
-        self.shelf = shelf
+        self.offload = offload
         self._matrices, self._owns = matrices, owns
         self._last_index: int | None = None
         self.blocks_name, self.blocks = find_blocks(model)
@@ -180,7 +180,7 @@ class ModelStream:
                 release_freed_pages()
 
     def keeping_pages(self) -> AbstractContextManager[None]:
-        """A context for sweeps over many slices, in which a CPU's heap keeps what is freed (see `kept_pages`)."""
+        """A context for sweeps over many batches, in which a CPU's heap keeps what is freed (see `kept_pages`)."""
         return kept_pages() if self.device.type == "cpu" else nullcontext()
 
     def _expect_after(self, index: int) -> None:
@@ -199,10 +199,10 @@ class ModelStream:
     def embed(
         self,
         rows: Tensor,
-        rows_per_slice: int,
+        batch_size: int,
         held_out: bool = False,
         with_original: bool = False,
-        weights: TokenWeights | None = None,
+        weights: TokenImportance | None = None,
     ) -> Activations:
         """Run what comes before the first block on ``rows``: ``[rows, seq_len]`` tokens, or images.
 
@@ -210,9 +210,9 @@ class ModelStream:
         rounded, so that the original's states begin as these do.
         """
         self._need_ends()
-        hidden: MutableSequence[Tensor] = [] if self.shelf is None else Slices(self.shelf)
+        hidden: MutableSequence[Tensor] = [] if self.offload is None else OffloadedBatches(self.offload)
         calls = []
-        for part in rows.split(rows_per_slice):
+        for part in rows.split(batch_size):
             with replayed_blocks(self.blocks, self.structure.extra_outputs) as recorded, torch.no_grad():
                 self.model.base_model(**self._inputs(part))
             hidden.append(recorded[0][0][0])
@@ -255,7 +255,7 @@ class ModelStream:
         return seen[0]
 
     def head_statistics(self, rows: Tensor, activations: Activations) -> GroupStatistics:
-        """Second moments of the head's inputs over all slices; rows go one by one, because logits are large."""
+        """Second moments of the head's inputs over all batches; rows go one by one, because logits are large."""
         states = _each_row(activations.hidden)
         originals = repeat(None, len(rows)) if activations.original is None else _each_row(activations.original)
         total: GroupStatistics | None = None
@@ -265,7 +265,7 @@ class ModelStream:
                 held = is_held_out(torch.full((len(x),), number)) if activations.held_out else None
                 original = None if other is None else self.head_inputs(row[None], other[None])
                 with self.recorder.stage("gram"):
-                    found = seen(x, len(x), held, original)
+                    found = second_moments(x, len(x), held, original)
                 if total is None:
                     total = found
                 else:
@@ -278,21 +278,21 @@ class ModelStream:
         return {self.model.main_input_name: moved}
 
     def final_hidden(
-        self, rows: Tensor, rows_per_slice: int, progress: Callable[[int], None], saved: Saved = NOTHING_SAVED
+        self, rows: Tensor, batch_size: int, progress: Callable[[int], None], saved: Saved = NOTHING_SAVED
     ) -> Tensor:
         """Output of the last block for all rows, ``[rows, positions, width]``; an interrupted walk is gone on with."""
-        activations = self.embed(rows, rows_per_slice)
+        activations = self.embed(rows, batch_size)
         self.release_ends()
-        waypoints = Waypoints(saved, self.device)
-        first = waypoints.restore(activations.states, len(self.blocks))
+        resume_points = ResumePoints(saved, self.device)
+        first = resume_points.restore(activations.states, len(self.blocks))
         for spec in self.structure.blocks[first:]:
             with self.block(spec.index) as block:
                 advance(block, spec, activations)
-            waypoints.keep(spec.index + 1, activations.states)
+            resume_points.keep(spec.index + 1, activations.states)
             progress(spec.index)
         return torch.cat(list(activations.hidden))
 
 
-def _each_row(slices: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Hidden states row by row, one slice in memory at a time."""
-    return (state for part in slices for state in part)
+def _each_row(batches: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Hidden states row by row, one batch in memory at a time."""
+    return (state for part in batches for state in part)

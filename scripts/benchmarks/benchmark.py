@@ -36,7 +36,7 @@ from hawqtool.errors import HawqError, UsageError
 from hawqtool.pipeline.run.job import Job, prepare
 from hawqtool.records import Rows
 from hawqtool.rounding.gram import has_float32_products
-from hawqtool.runtime.malloc import prepare_allocators
+from hawqtool.runtime.malloc import configure_allocators
 from speed.rates import Rates, measure_rates
 from speed.shapes import SHAPES, TOKENIZER_SIZE, Shape, named_shape, write_checkpoint
 from speed.stages import STAGES, Benchmark, Measured, random_rows
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: Command line without the program name (default: ``sys.argv[1:]``).
     """
-    prepare_allocators()  # as the command does
+    configure_allocators()  # as the command does
     options = _parse(arguments)
     try:
         document = run(options)
@@ -72,10 +72,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=2048, help="tokens of a row [default: 2048]")
     parser.add_argument("--measure-rows", type=int, help="calibration rows of measuring [default: those of rounding]")
     parser.add_argument("--scoring-rows", type=int, default=8, help="rows behind the scores [default: 8]")
-    parser.add_argument("--rows-per-slice", type=int, help="as `hawqtool quantize` has it")
+    parser.add_argument("--batch-size", type=int, help="as `hawqtool quantize` has it")
     parser.add_argument("--max-memory", default="auto", help="as `hawqtool quantize` has it")
     parser.add_argument("--bits", help="widths to choose from, as `hawqtool quantize` has it")
-    parser.add_argument("--token-weights", default="auto", help="as `hawqtool quantize` has it")
+    parser.add_argument("--token-importance", default="auto", help="as `hawqtool quantize` has it")
     parser.add_argument("--target-shift", default="off", help="as `hawqtool quantize` has it")
     parser.add_argument("--target-bpw", type=float, default=4.25, help="budget of the mixed plan [default: 4.25]")
     parser.add_argument("--group-size", type=int, default=128)
@@ -123,7 +123,7 @@ def _run(options: argparse.Namespace, stages: Sequence[str], work: Path) -> dict
         document["scaling"] = _scaling(options, rates, work)
         return document
     if job.device.type == "cuda":
-        _bench(options, _with_blocks(options, 1), rates, work, options.rows_per_slice or 32).run("round")
+        _bench(options, _with_blocks(options, 1), rates, work, options.batch_size or 32).run("round")
     bench = _bench(options, shape, rates, work, options.rows)
     print(f"{'stage':14} {'seconds':>9} {'per block':>10} {'floor':>9} {'x floor':>8} {'device':>9} {'host':>9}")
     results = []
@@ -131,9 +131,9 @@ def _run(options: argparse.Namespace, stages: Sequence[str], work: Path) -> dict
         found = bench.run(stage)
         results.append(asdict(found))
         _print(found)
-    if bench.job.shelf is not None:
-        document["hidden_states"] = bench.job.shelf.peak_bytes
-        print("hidden states:", ", ".join(f"{_size(n)} {where}" for where, n in bench.job.shelf.peak_bytes.items()))
+    if bench.job.offload is not None:
+        document["hidden_states"] = bench.job.offload.peak_bytes
+        print("hidden states:", ", ".join(f"{_size(n)} {where}" for where, n in bench.job.offload.peak_bytes.items()))
     document |= {"stages": results, "total_seconds": sum(result["seconds"] for result in results)}
     print(f"{'all':14} {document['total_seconds']:9.3f}")
     return document
@@ -160,9 +160,9 @@ def _config(options: argparse.Namespace, folder: Path) -> RunConfig:
         "group_size": options.group_size,
         "seq_len": options.seq_len,
         "num_samples": options.measure_rows or options.rows,
-        "rows_per_slice": options.rows_per_slice,
+        "batch_size": options.batch_size,
         "max_memory": options.max_memory,
-        "token_weights": options.token_weights,
+        "token_importance": options.token_importance,
         "target_shift": options.target_shift,
         "device": options.device,
     }
@@ -207,15 +207,15 @@ def _head(options: argparse.Namespace, shape: Shape, job: Job, rates: Rates) -> 
         "threads": torch.get_num_threads(),
         "rows": options.rows,
         "seq_len": options.seq_len,
-        "rows_per_slice": job.rows_per_slice,
-        "token_weights": job.weighs_tokens,
+        "batch_size": job.batch_size,
+        "token_importance": job.uses_token_importance,
         "target_shift": job.config.target_shift,
         "gram_products": products,
         "rates": rates.record(),
     }
     print(f"{name}, torch {torch.__version__}, {facts['threads']} threads; Gram matrices from {products} products")
     print(f"{shape.name}: {shape.blocks} blocks of width {shape.hidden}, {shape.vocabulary} tokens")
-    print(f"{options.rows} x {options.seq_len} tokens, {job.rows_per_slice} rows per slice")
+    print(f"{options.rows} x {options.seq_len} tokens, {job.batch_size} rows per batch")
     for rate, value in rates.record().items():
         product = rate in ("bfloat16", "float32", "coarse", "float64")
         print(f"  {rate:12} {value / 1e12:9.3f} TFLOP/s" if product else f"  {rate:12} {value / 1e9:9.2f} GB/s")

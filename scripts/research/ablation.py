@@ -57,13 +57,13 @@ from hawqtool.pipeline.search.planner import given_plan
 from hawqtool.pipeline.stages.distill import DistilledModel, distill_model, schedule_of
 from hawqtool.pipeline.stages.round_blocks import round_blocks
 from hawqtool.pipeline.stages.rows import calibration_rows, evaluation_rows
-from hawqtool.pipeline.stages.token_weights import weighed
+from hawqtool.pipeline.stages.token_importance import with_token_importance
 from hawqtool.records import Evaluation, RoundedLayer, Rows
 from hawqtool.rounding.grid import Quantized, dequantize
 from hawqtool.rounding.layer import quantized
 from hawqtool.rounding.learned.block import Schedule
 from hawqtool.rounding.learned.end_to_end import DistillSchedule
-from hawqtool.runtime.malloc import prepare_allocators
+from hawqtool.runtime.malloc import configure_allocators
 from hawqtool.runtime.reporter import Reporter
 from hawqtool.streaming.stream import ModelStream
 from sensitivity_study import Narrator
@@ -73,7 +73,7 @@ from study.tools import run_tool
 
 SCHEMA = "hawqtool.ablation/1"
 _KEYS = (
-    "model", "calibration", "eval_data", "num_samples", "seq_len", "eval_samples", "group_size", "rows_per_slice",
+    "model", "calibration", "eval_data", "num_samples", "seq_len", "eval_samples", "group_size", "batch_size",
     "device",
 )  # fmt: skip
 _SCHEDULES: dict[str, type] = {"schedule": Schedule, "distill_schedule": DistillSchedule}
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: Command line without the program name (default: ``sys.argv[1:]``).
     """
-    prepare_allocators()  # as the command does
+    configure_allocators()  # as the command does
     options = _parse(arguments)
     try:
         print(table(run(options)), end="")
@@ -109,7 +109,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--num-samples", type=int, help="calibration rows (default: 128, on a CPU 16)")
     parser.add_argument("--seq-len", type=int, help="tokens of a row (default: 2048, on a CPU 256)")
     parser.add_argument("--eval-samples", type=int, default=32)
-    parser.add_argument("--rows-per-slice", type=int)
+    parser.add_argument("--batch-size", type=int)
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0])
     parser.add_argument("--device", default="auto")
     return parser.parse_args(arguments)
@@ -166,7 +166,7 @@ class Bench:
         self.rows = evaluation_rows(self.job, options.eval_data)
         self.stream = self.job.stream()
         progress = self._progress("evaluating original")
-        self.original = self.stream.final_hidden(self.rows.tokens, self.job.rows_per_slice, progress)
+        self.original = self.stream.final_hidden(self.rows.tokens, self.job.batch_size, progress)
         self._calibration: dict[tuple[Any, ...], Rows] = {}
 
     def _progress(self, stage: str) -> Any:
@@ -192,7 +192,7 @@ class Bench:
             "group_size": self.job.config.group_size,
             "calibration": Path(self.options.calibration).name,
             "rows": [self.job.num_samples, self.job.seq_len],
-            "rows_per_slice": self.job.rows_per_slice,
+            "batch_size": self.job.batch_size,
             "evaluation_rows": self.rows.fingerprint,
         }
 
@@ -257,10 +257,10 @@ class Bench:
         return uniform_formats(job.units, bits, job.config.group_size, job.config.symmetric)
 
     def _rows(self, job: Job) -> Rows:
-        key = job.config.calibration, job.num_samples, job.seq_len, job.config.seed, job.weighs_tokens
+        key = job.config.calibration, job.num_samples, job.seq_len, job.config.seed, job.uses_token_importance
         if key not in self._calibration:
             found = calibration_rows(job, {"calibration": job.num_samples}, self.reporter)
-            self._calibration[key] = weighed(job, found["calibration"], self.reporter)
+            self._calibration[key] = with_token_importance(job, found["calibration"], self.reporter)
         return self._calibration[key]
 
     def _evaluate(self, job: Job, memory: Memory, name: str) -> Evaluation:
@@ -269,7 +269,7 @@ class Bench:
     def _judge(self, stream: ModelStream, name: str) -> Evaluation:
         job = self.job
         with torch.no_grad():
-            hidden = stream.final_hidden(self.rows.tokens, job.rows_per_slice, self._progress(f"evaluating {name}"))
+            hidden = stream.final_hidden(self.rows.tokens, job.batch_size, self._progress(f"evaluating {name}"))
             return evaluate_hidden(self.stream, stream, self.rows.tokens, self.original, hidden)
 
 

@@ -5,7 +5,7 @@
 
 scores: every metric on the scoring rows beside the measured divergence on held-out rows with one unit quantized and
 all else original, by unit and width: rank correlation with a bootstrap interval, and predicted over measured.
-plans: at each budget the plan of every metric, exchanges at one, uniform plans, permuted and reversed scores and the
+plans: at each budget the plan of every metric, swaps at one, uniform plans, permuted and reversed scores and the
 first/last-blocks rule, each rounded on the calibration rows and judged on the held-out rows, paired with uniform plans
 of equal bytes.
 cost: seconds and peak memory of each metric, and as a multiple of a plain forward and backward pass over its rows.
@@ -30,7 +30,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from hawqtool.errors import HawqError, UsageError
 from hawqtool.pipeline.report import matplotlib_installed
 from hawqtool.records import SCORE_METRICS, SWEEP_METRICS
-from hawqtool.runtime.malloc import prepare_allocators
+from hawqtool.runtime.malloc import configure_allocators
 from study.cost import forward_backward
 from study.plans import study_plans
 from study.scores import EXTRAS, compare, measure_scores, measure_truth
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: Command line without the program name (default: ``sys.argv[1:]``).
     """
-    prepare_allocators()  # as the command does
+    configure_allocators()  # as the command does
     options = _parse(arguments)
     try:
         run(options)
@@ -68,7 +68,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--bits", type=_numbers(int), default=(2, 3, 4, 5, 6, 8))
     parser.add_argument("--budgets", type=_numbers(float), default=(2.75, 3.25, 3.75), help="stored bits per weight")
     parser.add_argument("--reference", choices=SCORE_METRICS, help="metric to permute and reverse (default: auto's)")
-    parser.add_argument("--exchanges", type=int, default=0, help="rounds of exchanges (default: 0)")
+    parser.add_argument("--swaps", type=int, default=0, help="rounds of swaps (default: 0)")
     parser.add_argument("--random-plans", type=int, default=5, help="permutations of the scores (default: 5)")
     parser.add_argument("--num-samples", type=int, default=64, help="calibration rows (default: 64)")
     parser.add_argument("--scoring-samples", type=int, default=64, help="scoring rows (default: 64)")
@@ -79,11 +79,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--extra-group-sizes", default=(), help="as `hawqtool quantize` has it")
     parser.add_argument("--rounding", default="gptq")
     parser.add_argument("--target-shift", default="off", help="as `hawqtool quantize` has it")
-    parser.add_argument("--token-weights", default="auto", help="as `hawqtool quantize` has it")
+    parser.add_argument("--token-importance", default="auto", help="as `hawqtool quantize` has it")
     parser.add_argument("--profile", default="auto")
     parser.add_argument("--ignore", action="append", default=[], help="layers to leave as they are; repeatable")
     parser.add_argument("--probes", type=int, default=4, help="probes per row of hawq")
-    parser.add_argument("--rows-per-slice", type=int)
+    parser.add_argument("--batch-size", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     return parser.parse_args(arguments)
@@ -134,8 +134,8 @@ def run(options: argparse.Namespace) -> None:
         key: getattr(options, key)
         for key in (
             "model", "calibration", "eval_data", "num_samples", "seq_len", "eval_samples", "group_size",
-            "extra_group_sizes", "rounding", "target_shift", "token_weights", "profile", "ignore", "probes",
-            "rows_per_slice", "seed", "device",
+            "extra_group_sizes", "rounding", "target_shift", "token_importance", "profile", "ignore", "probes",
+            "batch_size", "seed", "device",
         )
     }  # fmt: skip
     narrator = Narrator()
@@ -166,7 +166,7 @@ def carry_out(
         measure_truth(setting, findings, narrator)
         compare(findings, setting.job.config.seed)
     elif part == "plans":
-        rounds = options.exchanges
+        rounds = options.swaps
         study_plans(setting, options.budgets, reference, options.random_plans, rounds, findings, narrator)
     elif PLAIN not in findings.data["cost"]:
         findings.data["cost"][PLAIN] = forward_backward(setting.job, setting.scoring)

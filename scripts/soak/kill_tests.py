@@ -1,6 +1,6 @@
 """Kill runs at random moments and fill their disks, go on with --resume, and compare with an undisturbed run.
 
-A tiny model is quantized (sampled rows, measurement, short list, one round of exchanges, distillation, uniform plans).
+A tiny model is quantized (sampled rows, measurement, short list, one round of swaps, distillation, uniform plans).
 Every run is a fork of this process, which has imported everything beforehand, so that moments fall into the work, not
 into imports.
 After every trial the hashes of the weights and the plan must be those of the undisturbed run, no output may ever be
@@ -34,7 +34,7 @@ from typing import Any, NoReturn
 from hawqtool.cli.app import app
 from hawqtool.pipeline.quantize import run_quantize
 from hawqtool.rounding.learned import training as learning
-from hawqtool.streaming import resume_points as waypoints
+from hawqtool.streaming import resume_points as resume_points
 from tests.support.tiny import tiny_llama
 
 OPTIONS = (
@@ -44,7 +44,7 @@ OPTIONS = (
         "8",
         "--shortlist",
         "2",
-        "--exchanges",
+        "--swaps",
         "1",
         "--distill-steps",
         "4",
@@ -125,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if not options.draw:
         sys.modules["matplotlib"] = None  # type: ignore[assignment]  # as if it were not installed
-    waypoints.LEAST_SECONDS = 0.0  # so that the walks of a tiny model keep their states too
+    resume_points.LEAST_SECONDS = 0.0  # so that the walks of a tiny model keep their states too
     learning.BYTES_PER_SECOND = math.inf
     with tempfile.TemporaryDirectory() as place:
         bench = Bench(Path(place), options.layers, random.Random(options.seed))

@@ -106,7 +106,7 @@ def test_sizes_are_those_of_the_writer(model: Path, tmp_path: Path) -> None:
         target_bpw=3.5,
         foem_beta=0.1,
         damping=None,
-        rows_per_slice=None,
+        batch_size=None,
         seed=0,
     )
     assert describe(prepare(config))["expected_bytes"] == sizes["w3g32"]["bytes"]

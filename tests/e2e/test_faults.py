@@ -98,12 +98,12 @@ def test_activations_that_overflow_name_their_block(config: RunConfig) -> None:
 
 
 def scarce(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
-    """Evaluators fail with more than so many rows per slice; returns the numbers that were tried."""
+    """Evaluators fail with more than so many rows per batch; returns the numbers that were tried."""
     tried: list[int] = []
     hidden = Evaluator._hidden
 
     def failing(self: Evaluator, *arguments: Any) -> Any:
-        tried.append(self.job.rows_per_slice)
+        tried.append(self.job.batch_size)
         if tried[-1] > most:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
         return hidden(self, *arguments)
@@ -112,20 +112,20 @@ def scarce(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
     return tried
 
 
-def test_smaller_slices_are_a_warning_and_recorded(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_smaller_batches_are_a_warning_and_recorded(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     tried = scarce(monkeypatch, 8)
     report = quantize(config)
-    assert tried[:2] == [16, 8] and report["rows_per_slice"] == 8
-    said = "out of GPU memory with 16 rows per slice: everything was done again with 8"
+    assert tried[:2] == [16, 8] and report["batch_size"] == 8
+    said = "out of GPU memory with 16 rows per batch: everything was done again with 8"
     assert said in report["warnings"]
     output = Path(config.output or "")
-    assert read(output / "report.json")["config"]["rows_per_slice"] == 8
+    assert read(output / "report.json")["config"]["batch_size"] == 8
     expected = output.with_name("expected")
-    quantize(config, rows_per_slice=8, output=str(expected))
+    quantize(config, batch_size=8, output=str(expected))
     assert file_hash(output / "model.safetensors") == file_hash(expected / "model.safetensors")
 
 
-def test_halved_slices_are_remembered(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_halved_batches_are_remembered(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     scarce(monkeypatch, 8)
     monkeypatch.setattr(module, "hold", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
@@ -133,7 +133,7 @@ def test_halved_slices_are_remembered(config: RunConfig, monkeypatch: pytest.Mon
     monkeypatch.undo()
     monkeypatch.setattr(module, "matplotlib_installed", lambda: False)
     report = quantize(config, resume=True)
-    assert report["rows_per_slice"] == 8 and "done again with 8" in report["warnings"][-1]
+    assert report["batch_size"] == 8 and "done again with 8" in report["warnings"][-1]
 
 
 @pytest.mark.parametrize(("given", "expected"), [(None, [16, 8, 4]), (16, [16])])
@@ -141,8 +141,8 @@ def test_memory_that_never_suffices(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch, given: int | None, expected: list[int]
 ) -> None:
     tried = scarce(monkeypatch, 0)
-    with pytest.raises(ResourceError, match=r"out of GPU memory with \d+ rows per slice \(CUDA out of memory"):
-        quantize(config, rows_per_slice=given)
+    with pytest.raises(ResourceError, match=r"out of GPU memory with \d+ rows per batch \(CUDA out of memory"):
+        quantize(config, batch_size=given)
     assert tried == expected
 
 

@@ -19,7 +19,7 @@ from hawqtool.pipeline.allocate import run_allocate
 from hawqtool.pipeline.evaluate import run_evaluate
 from hawqtool.pipeline.quantize import run_quantize
 from hawqtool.pipeline.run.menu import format_menu
-from hawqtool.pipeline.search.exchange import neighbouring
+from hawqtool.pipeline.search.width_swap import neighbouring
 from hawqtool.records import LinearSpec, Unit
 from hawqtool.runtime.reporter import Silent
 from tests.support.runs import Report, Run, edited, plan_bits, read, settings

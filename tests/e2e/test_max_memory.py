@@ -20,7 +20,7 @@ from tests.support.runs import Run, read
     ids=["plain", "held out and shifted", "refined"],
 )
 def test_a_limit_changes_no_result(run: Run, more: dict[str, Any]) -> None:
-    settings = {"bits": "2,3,4,8", "target_bpw": 5.0, "rows_per_slice": 4, "shortlist": 1, **more}
+    settings = {"bits": "2,3,4,8", "target_bpw": 5.0, "batch_size": 4, "shortlist": 1, **more}
     (free, unlimited), (small, limited) = run(**settings), run(**settings, max_memory="1KiB")
     for name in ("sha256.json", "checksums.json"):
         assert read(free / "reproduce" / name) == read(small / "reproduce" / name), name

@@ -106,7 +106,7 @@ def test_the_fingerprint_holds_what_matters_and_nothing_else(place: Path, tmp_pa
         {"group_size": 64},
         {"num_samples": 12},
         {"calibration": str(place / "other.txt"), "num_samples": 4, "eval_samples": 2, "seq_len": 8},
-        {"rows_per_slice": 4},
+        {"batch_size": 4},
         {"scale_sign": "positive"},
         {"sensitivity": "kl"},
         {"pin": ("re:.*down_proj=6",)},

@@ -197,9 +197,9 @@ def test_corrections_reach_the_file_and_the_report(run: Run) -> None:
 def test_weights_of_tokens_serve_scores_and_every_rounding(mixed: tuple[Path, Report], run: Run) -> None:
     folder, report = mixed
     assert report["timings"]["weigh"] > 0
-    assert read(folder / "reproduce/sensitivity.json")["settings"]["token_weights"] == "gradient"
+    assert read(folder / "reproduce/sensitivity.json")["settings"]["token_importance"] == "gradient"
     plan = folder / "reproduce/plan.json"
-    again, alike = run(plan=plan)[0], run(plan=plan, token_weights="none")
+    again, alike = run(plan=plan)[0], run(plan=plan, token_importance="none")
     assert file_hash(again / "model.safetensors") == file_hash(folder / "model.safetensors")
     assert "weigh" not in alike[1]["timings"] and differing_share(folder, alike[0]) > 0.01
 
@@ -228,8 +228,8 @@ def test_what_the_first_block_adds_reaches_the_later_ones(place: Path, run: Run,
         tensors[f"model.layers.0.{leaf}.weight"].zero_()
     save_file(tensors, tmp_path / "zeroed/model.safetensors", {"format": "pt"})
     # Weights of tokens know of the blocks behind.
-    plain, _ = run(bits="3", target_bpw=3.5, token_weights="none")
-    zeroed, report = run(bits="3", target_bpw=3.5, token_weights="none", model=tmp_path / "zeroed")
+    plain, _ = run(bits="3", target_bpw=3.5, token_importance="none")
+    zeroed, report = run(bits="3", target_bpw=3.5, token_importance="none", model=tmp_path / "zeroed")
     assert report["layers"]["model.layers.0.mlp.down_proj"]["weight_error"] == 0
     assert differing_share(plain, zeroed, "layers.0.self_attn.q_proj") == 0
     assert differing_share(plain, zeroed, "layers.1") > 0.01

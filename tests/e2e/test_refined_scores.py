@@ -70,14 +70,14 @@ def test_no_steps_change_nothing(place: Path) -> None:
     assert all(torch.equal(plain[name]["w3g32"], same[name]["w3g32"]) for name in plain)
 
 
-@pytest.mark.parametrize("rows_per_slice", [4, 16])
-def test_what_is_scored_are_those_errors(place: Path, rows_per_slice: int) -> None:
+@pytest.mark.parametrize("batch_size", [4, 16])
+def test_what_is_scored_are_those_errors(place: Path, batch_size: int) -> None:
     """In the sweeps, with Gram matrices kept or found again, and one unit at a time."""
     job = job_of(place / "model", refine_steps=0)
     calibration, scoring, menu = rows_of(16), rows_of(4, 2), menu_of(job, 2)
-    rounding, known_rows = (job.method, job.stored_dtypes, rows_per_slice), Rows(calibration, "test", "-")
+    rounding, known_rows = (job.method, job.stored_dtypes, batch_size), Rows(calibration, "test", "-")
     stream = job.stream()
-    known, norms = stream.embed(calibration, rows_per_slice), dict[str, float]()
+    known, norms = stream.embed(calibration, batch_size), dict[str, float]()
     with torch.no_grad():
         for spec in job.structure.blocks:
             with stream.block(spec.index) as block:

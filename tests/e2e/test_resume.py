@@ -22,7 +22,7 @@ from hawqtool.pipeline.run.checkpoints import Checkpoints
 from hawqtool.pipeline.run.files import file_hash
 from hawqtool.rounding.learned import training as learning
 from hawqtool.runtime.reporter import Silent
-from hawqtool.streaming import resume_points as waypoints
+from hawqtool.streaming import resume_points as resume_points
 from tests.support.runs import MIXED_TARGET, read, settings
 from tests.support.tiny_zoo import kind_named, save_kind
 
@@ -62,8 +62,8 @@ def result(folder: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
 
 
 CHAINS: dict[str, dict[str, Any]] = {
-    "dense": {"exchanges": 1, "extra_metrics": ("kl",), "calibration": "self"},
-    "drift": {"rounding": "gptaq", "exchanges": 1},
+    "dense": {"swaps": 1, "extra_metrics": ("kl",), "calibration": "self"},
+    "drift": {"rounding": "gptaq", "swaps": 1},
     "refined": {"refine_steps": 4, "sensitivity_steps": 2, "shortlist": 1},
     "distilled": {"distill_steps": 4, "refine_steps": 2, "target_shift": 0.5, "shortlist": 1},
     "refined, and the head": {
@@ -74,9 +74,9 @@ CHAINS: dict[str, dict[str, Any]] = {
         "shortlist": 1,
     },
     "distilled codes": {"distill_steps": 4, "distill_codes": True, "shortlist": 1},
-    "held-out rows": {"rounding": "foem", "foem_beta": "auto", "target_shift": "auto", "rows_per_slice": 4},
-    "experts in slices": {"kind": "qwen3-moe", "rows_per_slice": 4, "exchanges": 1},
-    "experts in one slice": {"kind": "qwen3-moe", "rows_per_slice": 16, "shortlist": 1, "rounding": "foem"},
+    "held-out rows": {"rounding": "foem", "foem_beta": "auto", "target_shift": "auto", "batch_size": 4},
+    "experts in batches": {"kind": "qwen3-moe", "batch_size": 4, "swaps": 1},
+    "experts in one batch": {"kind": "qwen3-moe", "batch_size": 16, "shortlist": 1, "rounding": "foem"},
 }
 
 
@@ -97,7 +97,7 @@ def test_interrupted_again_and_again(place: Path, tmp_path: Path, monkeypatch: p
     for starts in range(1, 200):
         interrupt.left = (4, 5, 9)[starts % 3]  # the number of starts, and some things more
         # Nor does it matter whether a walk has states to go on from.
-        monkeypatch.setattr(waypoints, "LEAST_SECONDS", (0.0, math.inf)[starts // 2 % 2])
+        monkeypatch.setattr(resume_points, "LEAST_SECONDS", (0.0, math.inf)[starts // 2 % 2])
         try:
             # Where hidden states lie may differ from start to start.
             report = quantize(config, resume=True, max_memory=("auto", "1KiB")[starts % 2])
@@ -131,7 +131,7 @@ def test_another_run_is_refused(place: Path, tmp_path: Path, monkeypatch: pytest
     for changes, said in (
         ({"seed": 5}, "seed was 0, is 5"),
         ({"target_bpw": 4.625}, "target_bpw was 4.5, is 4.625"),
-        ({"rows_per_slice": 4}, "rows_per_slice was 16, is 4"),
+        ({"batch_size": 4}, "batch_size was 16, is 4"),
         ({"calibration": (str(other),)}, "calibration was {'text.txt': 1.0}, is {'other.txt': 1.0}"),
         ({"calibration": (str(moved),)}, "scoring rows was"),
     ):

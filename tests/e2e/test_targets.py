@@ -80,10 +80,10 @@ def test_the_short_list_of_one_is_the_metric_alone(run: Run) -> None:
 
 
 def test_exchanges_add_plans_within_the_budget(run: Run) -> None:
-    _, report = run(bits="2,3,4,8", target_bpw=4.0, sensitivity="hawq-ggn", shortlist=1, exchanges=2)
+    _, report = run(bits="2,3,4,8", target_bpw=4.0, sensitivity="hawq-ggn", shortlist=1, swaps=2)
     tried = report["evaluation"]["tried"]
-    assert list(tried)[:2] == ["hawq-ggn", "exchange 1"]
-    assert tried["exchange 1"]["selection"]["kl"] < tried["hawq-ggn"]["selection"]["kl"]
+    assert list(tried)[:2] == ["hawq-ggn", "width swap 1"]
+    assert tried["width swap 1"]["selection"]["kl"] < tried["hawq-ggn"]["selection"]["kl"]
     assert all(values["bpw_linears"] <= 4.0 for values in tried.values())
     assert report["timings"]["exchange"] > 0
     best = min(tried, key=lambda name: tried[name]["selection"]["kl"])
@@ -91,12 +91,12 @@ def test_exchanges_add_plans_within_the_budget(run: Run) -> None:
 
 
 def test_without_a_choice_nothing_is_exchanged(run: Run) -> None:
-    _, report = run(bits="3", target_bpw=3.5, exchanges=2)
+    _, report = run(bits="3", target_bpw=3.5, swaps=2)
     assert "exchange" not in report["timings"]
     assert list(report["evaluation"]["tried"]) == ["uniform menu"]
 
 
-@pytest.mark.parametrize("flags", [{"exchanges": 1}, {"shortlist": 2}])
+@pytest.mark.parametrize("flags", [{"swaps": 1}, {"shortlist": 2}])
 def test_what_a_quality_target_would_ignore_is_refused(place: Path, flags: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="target_kl too"):
         settings(place, target_kl=0.1, **flags)

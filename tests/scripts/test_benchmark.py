@@ -39,7 +39,7 @@ def benchmark(scripts: None, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def arguments(work: Path, *more: str) -> list[str]:
-    fixed = "--shape tiny --rows 4 --scoring-rows 2 --seq-len 16 --group-size 32 --device cpu --rows-per-slice 2"
+    fixed = "--shape tiny --rows 4 --scoring-rows 2 --seq-len 16 --group-size 32 --device cpu --batch-size 2"
     return [*fixed.split(), "--bits", "4,8", "--target-bpw", "5", "--work", str(work), *more]
 
 
@@ -79,7 +79,7 @@ def test_the_floor_of_llama_3_8b(scripts: None, tmp_path: Path) -> None:
     index = read_index(folder)
     assert sum(info.num_bytes for info in index.tensors.values()) == 2 * 8_030_261_248  # parameters of Llama 3 8B
     assert sum(path.stat().st_blocks for path in folder.iterdir()) * 512 < 1 << 20
-    work = block_work(prepare(RunConfig(model=str(folder), device="cpu", token_weights="none")), 128, 2048)
+    work = block_work(prepare(RunConfig(model=str(folder), device="cpu", token_importance="none")), 128, 2048)
     # 218.1e6 weights, 262,144 tokens: 114.3 TFLOP in linears, and attention to half of 8.8; 134.1 / 2 in Gram matrices.
     assert work.forward == pytest.approx(114.3e12 + 8.8e12 / 2, rel=0.002)
     assert work.gram == pytest.approx(134.1e12 / 2, rel=0.002)

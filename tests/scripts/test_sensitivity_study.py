@@ -51,7 +51,7 @@ def test_a_study_writes_its_findings_and_goes_on_where_it_was_cut(
     study: Any, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = place / "out"
-    assert study.main(arguments(place, "--budgets", "4", "--exchanges", "1")) == 0
+    assert study.main(arguments(place, "--budgets", "4", "--swaps", "1")) == 0
     first = json.loads((out / "study.json").read_text())
     assert set(first["scores"]) == METRICS and set(first["agreement"]) == METRICS
     assert set(first["cost"]) == {"fisher + kron + projection + hawq-ggn", "kl", "forward + backward"}
@@ -72,17 +72,17 @@ def test_a_study_writes_its_findings_and_goes_on_where_it_was_cut(
     monkeypatch.setattr("study.scores.single_unit_scores", refuse)
     monkeypatch.setattr("study.scores.measure", refuse)
     (out / "study.json").write_text(json.dumps(first | {"plans": {}}))
-    assert study.main(arguments(place, "--budgets", "4,5", "--parts", "scores,plans", "--exchanges", "1")) == 0
+    assert study.main(arguments(place, "--budgets", "4,5", "--parts", "scores,plans", "--swaps", "1")) == 0
     second = json.loads((out / "study.json").read_text())
     assert second["plans"]["4.0"] == first["plans"]["4.0"] and "5.0" in second["plans"]
-    assert study.main(arguments(place, "--budgets", "4", "--parts", "plans", "--exchanges", "2")) == 0
+    assert study.main(arguments(place, "--budgets", "4", "--parts", "plans", "--swaps", "2")) == 0
     third = json.loads((out / "study.json").read_text())
-    assert third["plans"]["4.0"][:-1] == first["plans"]["4.0"] and third["plans"]["4.0"][-1]["name"] == "exchange 2"
-    assert third["exchanged"].keys() == {"4.0 1", "4.0 2", "5.0 1"}
-    assert third["exchanged"]["4.0 1"] == first["exchanged"]["4.0 1"]
+    assert third["plans"]["4.0"][:-1] == first["plans"]["4.0"] and third["plans"]["4.0"][-1]["name"] == "width swap 2"
+    assert third["swapped"].keys() == {"4.0 1", "4.0 2", "5.0 1"}
+    assert third["swapped"]["4.0 1"] == first["swapped"]["4.0 1"]
     capsys.readouterr()
     assert study.main(arguments(place, "--rounding", "rtn")) == 2
-    assert "other settings (rounding, token_weights)" in capsys.readouterr().err
+    assert "other settings (rounding, token_importance)" in capsys.readouterr().err
 
 
 def test_plans_are_judged_as_their_written_folders_are(study: Any, place: Path, tmp_path: Path) -> None:

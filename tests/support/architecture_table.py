@@ -51,8 +51,8 @@ class Examined:
 
 
 def prepare_kind(kind: Kind, source: Path) -> Job:
-    """A job that computes in float64, all rows in one slice, so that float noise does not hide errors."""
-    settings = {"profile": "auto" if kind.loads else "vllm", "group_size": GROUP_SIZE, "rows_per_slice": kind.rows}
+    """A job that computes in float64, all rows in one batch, so that float noise does not hide errors."""
+    settings = {"profile": "auto" if kind.loads else "vllm", "group_size": GROUP_SIZE, "batch_size": kind.rows}
     job = prepare(RunConfig(model=str(source), device="cpu", **settings))
     return replace(job, dtype=torch.float64, skeleton=build_skeleton(source, torch.float64))
 

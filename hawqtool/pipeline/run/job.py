@@ -26,13 +26,13 @@ from hawqtool.formats import QuantFormat
 from hawqtool.model.discovery import Structure, check_shapes, discover
 from hawqtool.model.skeleton import build_skeleton, max_positions
 from hawqtool.model.tasks import ModelTask, model_task
-from hawqtool.pipeline.run.memory_budget import Work, choose_rows_per_slice, make_shelf
+from hawqtool.pipeline.run.memory_budget import Work, choose_batch_size, make_offload
 from hawqtool.records import Unit
 from hawqtool.rounding.method import RoundingMethod
-from hawqtool.rounding.statistics import HELD_OUT_EVERY
+from hawqtool.rounding.statistics import SETTINGS_HELD_OUT_EVERY
 from hawqtool.runtime.reporter import Reporter, Silent
 from hawqtool.runtime.stage_timer import UNRECORDED, Recorder
-from hawqtool.streaming.offload import Shelf
+from hawqtool.streaming.offload import Offload
 from hawqtool.streaming.stream import ModelStream, WeightSource
 
 _SHORTLIST = {"cpu": 2, "cuda": 4}
@@ -54,9 +54,9 @@ class Job:
         pins: Unit name to its fixed format.
         device: Where to compute.
         dtype: dtype of weights and activations while computing: float32 on a CPU.
-        rows_per_slice: Rows per forward pass.
+        batch_size: Rows per forward pass.
         recorder: Takes note of the stages of walks; nothing by default.
-        shelf: Keeps hidden states between blocks; None where all stay on the device.
+        offload: Keeps hidden states between blocks; None where all stay on the device.
         matrices: Embeddings and heads that streams of the original have loaded, while they live.
     """
 
@@ -69,9 +69,9 @@ class Job:
     pins: dict[str, QuantFormat]
     device: torch.device
     dtype: torch.dtype
-    rows_per_slice: int = 0
+    batch_size: int = 0
     recorder: Recorder = UNRECORDED
-    shelf: Shelf | None = None
+    offload: Offload | None = None
     matrices: WeakValueDictionary[str, Any] = field(default_factory=WeakValueDictionary, compare=False)
 
     @property
@@ -103,11 +103,11 @@ class Job:
         return self.config.shortlist or _SHORTLIST[self.device.type]
 
     @property
-    def exchanges(self) -> int:
-        """Rounds of measured exchanges at the best mixed plan; they know neither quality targets nor second budgets."""
+    def swaps(self) -> int:
+        """Rounds of measured swaps at the best mixed plan; they know neither quality targets nor second budgets."""
         if self.config.target_kl is not None or self.config.max_cost is not None:
             return 0
-        return _EXCHANGES[self.device.type] if self.config.exchanges is None else self.config.exchanges
+        return _EXCHANGES[self.device.type] if self.config.swaps is None else self.config.swaps
 
     @property
     def method(self) -> RoundingMethod:
@@ -117,9 +117,9 @@ class Job:
         return RoundingMethod(c.rounding, c.foem_beta, c.both_signs, c.damping, *corrections)
 
     @property
-    def weighs_tokens(self) -> bool:
+    def uses_token_importance(self) -> bool:
         """Whether tokens count by their gradients; ``auto`` is so where rounding compensates errors."""
-        wanted = self.config.token_weights
+        wanted = self.config.token_importance
         return wanted == "gradient" or (wanted == "auto" and self.config.rounding != "rtn")
 
     @property
@@ -147,7 +147,7 @@ class Job:
             self.device,
             dtype or self.dtype,
             self.recorder,
-            self.shelf,
+            self.offload,
             self.matrices if shares else None,
             owns=source is None,
         )
@@ -228,8 +228,8 @@ def prepare(
     job = Job(config, source, index, skeleton, structure, units, pins, device, dtype)
     _check_method(job)
     work = Work(config, index, structure, device, dtype, job.num_samples, job.seq_len)
-    job = replace(job, rows_per_slice=config.rows_per_slice or choose_rows_per_slice(work))
-    return replace(job, shelf=make_shelf(work, job.rows_per_slice, (reporter or Silent()).warn, states))
+    job = replace(job, batch_size=config.batch_size or choose_batch_size(work))
+    return replace(job, offload=make_offload(work, job.batch_size, (reporter or Silent()).warn, states))
 
 
 def _check_method(job: Job) -> None:
@@ -244,10 +244,10 @@ def _check_method(job: Job) -> None:
             f"{expert} is an expert, which after rounding gets other tokens than before, so that --rounding gptaq and "
             "--target-shift have nothing to compare; use --rounding gptq or foem without a shift"
         )
-    if job.method.needs_held_out and job.num_samples < HELD_OUT_EVERY:
+    if job.method.needs_held_out and job.num_samples < SETTINGS_HELD_OUT_EVERY:
         raise UsageError(
-            f"--foem-beta auto, --target-shift auto and --scale-refit choose on every {HELD_OUT_EVERY}th calibration "
-            f"row, found --num-samples {job.num_samples}; raise it to {HELD_OUT_EVERY} or more"
+            f"--foem-beta auto, --target-shift auto and --scale-refit choose on every {SETTINGS_HELD_OUT_EVERY}th "
+            f"calibration row, found --num-samples {job.num_samples}; raise it to {SETTINGS_HELD_OUT_EVERY} or more"
         )
 
 

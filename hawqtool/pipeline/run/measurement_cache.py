@@ -30,7 +30,7 @@ Document = dict[str, Any]
 
 OTHERWISE_COVERED = frozenset(
     (
-        *("model", "trust_remote_code", "device", "rows_per_slice"),
+        *("model", "trust_remote_code", "device", "batch_size"),
         *("calibration", "num_samples", "seq_len", "eval_data", "eval_samples"),
         *("bits", "group_size", "extra_group_sizes", "symmetric", "profile", "scale_sign"),
         *("pin", "ignore", "quantize_lm_head"),
@@ -41,7 +41,7 @@ OTHERWISE_COVERED = frozenset(
 
 WITHOUT_EFFECT = frozenset(
     (
-        *("output", "overwrite", "resume", "measurements", "solver", "shortlist", "exchanges", "max_memory"),
+        *("output", "overwrite", "resume", "measurements", "solver", "shortlist", "swaps", "max_memory"),
         *("distill_steps",),
         *("target_bpw", "target_size", "target_kl", "plan", "costs", "max_cost"),
         *("max_kl", "max_ppl_increase", "min_same_top", "max_size", "max_fallbacks", "baseline", "max_regression"),
@@ -78,7 +78,7 @@ def measurement_fingerprint(
         "machine": torch.cuda.get_device_name(job.device) if cuda else f"cpu, {torch.get_num_threads()} threads",
         "kernel": kernel_for(job.device),
         "dtype": str(job.dtype),
-        "rows_per_slice": job.rows_per_slice,
+        "batch_size": job.batch_size,
         "rows": {role: sets[role].fingerprint for role in ("calibration", "scoring")},
         "units": [
             [unit.name, [member.name for member in unit.members], [fmt.label for fmt in formats[unit.name]]]

@@ -14,7 +14,7 @@ from hawqtool.checkpoint.index import CheckpointIndex
 from hawqtool.config import RunConfig
 from hawqtool.model.discovery import Structure
 from hawqtool.records import BlockSpec, LinearSpec
-from hawqtool.streaming.offload import Shelf
+from hawqtool.streaming.offload import Offload
 from hawqtool.values import parse_size
 
 AUTO = "auto"
@@ -73,24 +73,24 @@ class Work:
     num_samples: int
     seq_len: int
 
-    def needed_bytes(self, rows_per_slice: int) -> int:
+    def needed_bytes(self, batch_size: int) -> int:
         """Estimate of the memory that measuring and rounding take besides."""
         scoring = max(_MOST_SCORING_ROWS, self.num_samples // _MOST_SCORING_ROWS)
-        tokens = [min(rows_per_slice, count) * self.seq_len for count in (self.num_samples, scoring)]
+        tokens = [min(batch_size, count) * self.seq_len for count in (self.num_samples, scoring)]
         formats = len(self.config.bits or _FOUR_WIDTHS) * (1 + len(self.config.extra_group_sizes))
         needed = workspace_bytes(self.index, self.structure, self.dtype, tokens[0], tokens[1], formats)
         if self.config.looks_at_original:
-            single = tokens[0] if rows_per_slice >= self.num_samples else 0
+            single = tokens[0] if batch_size >= self.num_samples else 0
             needed += drift_bytes(self.structure, self.dtype, single)
         return needed
 
 
-def choose_rows_per_slice(work: Work) -> int:
+def choose_batch_size(work: Work) -> int:
     """Rows per forward pass where the configuration names none.
 
-    One slice needs one forward pass per block, several need more than two. So a GPU takes as many as fit beside its
+    One batch needs one forward pass per block, several need more than two. So a GPU takes as many as fit beside its
     block into its whole memory or --max-memory: what is free at the moment decides nothing, because the number of
-    slices changes sums.
+    batches changes sums.
     """
     limit = memory_limit(work.config, work.device)
     if work.device.type != "cuda" or limit is None:
@@ -98,33 +98,33 @@ def choose_rows_per_slice(work: Work) -> int:
     return next((rows for rows in CUDA_ROWS_PER_SLICE if work.needed_bytes(rows) <= limit), CUDA_ROWS_PER_SLICE[-1])
 
 
-def make_shelf(work: Work, rows_per_slice: int, warn: Callable[[str], None], folder: Path | None) -> Shelf | None:
+def make_offload(work: Work, batch_size: int, warn: Callable[[str], None], folder: Path | None) -> Offload | None:
     """Where hidden states are kept; None where all of them stay on the device.
 
     Args:
         work: What has to be done.
-        rows_per_slice: Rows of a slice.
+        batch_size: Rows of a batch.
         warn: Takes a warning when the work alone may exceed the limit.
         folder: Existing folder for what memory does not hold; None for the system's temporary one.
     """
     limit = memory_limit(work.config, work.device)
     if limit is None:
         return None
-    workspace = work.needed_bytes(rows_per_slice)
+    workspace = work.needed_bytes(batch_size)
     if workspace > limit:
         warn(
             f"one block's work may take {workspace / _GIB:.1f} GiB, more than the {limit / _GIB:.1f} GiB of "
-            "--max-memory; lower --rows-per-slice or --seq-len to stay below it"
+            "--max-memory; lower --batch-size or --seq-len to stay below it"
         )
     host = min(HOST_BYTES, limit // 2) if work.device.type == "cuda" else 0
-    return Shelf(work.device, max(0, limit - workspace), host, folder or Path(tempfile.gettempdir()))
+    return Offload(work.device, max(0, limit - workspace), host, folder or Path(tempfile.gettempdir()))
 
 
 def workspace_bytes(
     index: CheckpointIndex,
     structure: Structure,
     dtype: torch.dtype,
-    slice_tokens: int,
+    batch_tokens: int,
     scoring_tokens: int,
     formats: int,
 ) -> int:
@@ -134,13 +134,13 @@ def workspace_bytes(
         index: The checkpoint.
         structure: Its structure.
         dtype: dtype of weights and activations.
-        slice_tokens: Tokens of a slice of the calibration rows.
-        scoring_tokens: Tokens of a slice of the scoring rows.
+        batch_tokens: Tokens of a batch of the calibration rows.
+        scoring_tokens: Tokens of a batch of the scoring rows.
         formats: Formats that a layer is measured in.
     """
     size = torch.finfo(dtype).bits // 8
     return _outside_weights(index, structure) * size + max(
-        _block_bytes(spec, size, slice_tokens, scoring_tokens, formats) for spec in structure.blocks
+        _block_bytes(spec, size, batch_tokens, scoring_tokens, formats) for spec in structure.blocks
     )
 
 
@@ -150,7 +150,7 @@ def drift_bytes(structure: Structure, dtype: torch.dtype, single_tokens: int) ->
     Args:
         structure: Of the model.
         dtype: dtype of weights and activations.
-        single_tokens: Tokens of all rows where they are one slice, whose inputs are kept through a block; 0 where there
+        single_tokens: Tokens of all rows where they are one batch, whose inputs are kept through a block; 0 where there
             are several, which need a copy of the block.
     """
     size = torch.finfo(dtype).bits // 8
@@ -167,14 +167,14 @@ def _outside_weights(index: CheckpointIndex, structure: Structure) -> int:
     return sum(math.prod(index.tensors[name].shape) for name in names)
 
 
-def _block_bytes(spec: BlockSpec, size: int, slice_tokens: int, scoring_tokens: int, formats: int) -> int:
+def _block_bytes(spec: BlockSpec, size: int, batch_tokens: int, scoring_tokens: int, formats: int) -> int:
     linears: Sequence[LinearSpec] = spec.linears
     if not linears:
         return 0
     weights = sum(linear.num_weights for linear in linears)
     widest = max(linear.out_features for linear in linears)
     narrow = linears[0].in_features
-    forward = slice_tokens * (_FORWARD_WIDE * widest + _FORWARD_NARROW * narrow) * size
+    forward = batch_tokens * (_FORWARD_WIDE * widest + _FORWARD_NARROW * narrow) * size
     gram = _FLOAT_BYTES * max(linear.in_features for linear in linears) ** 2
     rounding = max(_rounding_bytes(group, formats) for group in spec.input_groups)
     errors = _FLOAT_BYTES * weights * formats

@@ -19,16 +19,16 @@ from hawqtool.runtime.reporter import Reporter
 MOST_HALVINGS = 2
 """What does not fit in a quarter of the rows per pass is no matter of activations."""
 
-_SLICES = "slices"
+_BATCHES = "batches"
 
 
 Work = Callable[[Job, list[str]], dict[str, Any]]
 
 
-def halving_slices(job: Job, warnings: list[str], run: RunFolder, reporter: Reporter, work: Work) -> dict[str, Any]:
-    """Do the work; when GPU memory runs out, do all of it again with half the rows per slice, at most twice.
+def halving_batch_size(job: Job, warnings: list[str], run: RunFolder, reporter: Reporter, work: Work) -> dict[str, Any]:
+    """Do the work; when GPU memory runs out, do all of it again with half the rows per batch, at most twice.
 
-    Rows per slice change floating-point sums, so no result may mix two values: the work starts anew, every halving is
+    Rows per batch change floating-point sums, so no result may mix two values: the work starts anew, every halving is
     a warning, and a value that the user gave is kept to.
 
     Args:
@@ -41,7 +41,7 @@ def halving_slices(job: Job, warnings: list[str], run: RunFolder, reporter: Repo
     Raises:
         ResourceError: If memory is still short.
     """
-    fixed = job.config.rows_per_slice is not None
+    fixed = job.config.batch_size is not None
     for left in reversed(range(MOST_HALVINGS + 1)):
         try:
             return work(job, warnings)
@@ -50,29 +50,29 @@ def halving_slices(job: Job, warnings: list[str], run: RunFolder, reporter: Repo
         # Only here, outside the handler, are the frames gone that hold the tensors of the attempt.
         gc.collect()
         torch.cuda.empty_cache()
-        rows = job.rows_per_slice
+        rows = job.batch_size
         if fixed or not left or rows == 1:
             break
-        text = f"out of GPU memory with {rows} rows per slice: everything was done again with {rows // 2}"
+        text = f"out of GPU memory with {rows} rows per batch: everything was done again with {rows // 2}"
         reporter.warn(text)
         warnings = [*warnings, text]
-        job = replace(job, rows_per_slice=rows // 2)
+        job = replace(job, batch_size=rows // 2)
         run.begin_anew(run_identity(job), keep=(SAMPLED,))
-        remember_slices(job, warnings, run)
+        remember_batch_size(job, warnings, run)
     raise ResourceError(
-        f"out of GPU memory with {rows} rows per slice ({gist}); lower --rows-per-slice, --num-samples or --seq-len, "
-        "or give --exchanges 0, which needs no more than one block on the device"
+        f"out of GPU memory with {rows} rows per batch ({gist}); lower --batch-size, --num-samples or --seq-len, "
+        "or give --swaps 0, which needs no more than one block on the device"
     )
 
 
-def remember_slices(job: Job, warnings: list[str], run: RunFolder) -> None:
-    """Keep the rows per slice for a run that resumes, perhaps with another limit of memory."""
-    run.saved.save(_SLICES, {"rows_per_slice": job.rows_per_slice, "warnings": warnings})
+def remember_batch_size(job: Job, warnings: list[str], run: RunFolder) -> None:
+    """Keep the rows per batch for a run that resumes, perhaps with another limit of memory."""
+    run.saved.save(_BATCHES, {"batch_size": job.batch_size, "warnings": warnings})
 
 
-def resumed_slices(job: Job, run: RunFolder) -> tuple[Job, list[str]]:
-    """The job with the rows per slice of the unfinished run, and the warnings where it had fallen to them."""
-    known = run.saved.load(_SLICES)
-    if known is None or job.config.rows_per_slice is not None:
+def resumed_batch_size(job: Job, run: RunFolder) -> tuple[Job, list[str]]:
+    """The job with the rows per batch of the unfinished run, and the warnings where it had fallen to them."""
+    known = run.saved.load(_BATCHES)
+    if known is None or job.config.batch_size is not None:
         return job, []
-    return replace(job, rows_per_slice=known["rows_per_slice"]), known["warnings"]
+    return replace(job, batch_size=known["batch_size"]), known["warnings"]

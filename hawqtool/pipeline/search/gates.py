@@ -13,7 +13,7 @@ from hawqtool.evaluation.gates import AT_LEAST, judge, judge_change
 from hawqtool.pipeline.run.files import REPORT_SCHEMA, read_json
 from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.search.selection import worst_divergence
-from hawqtool.pipeline.search.trials import Candidate
+from hawqtool.pipeline.search.trials import Trial
 from hawqtool.records import Rows
 from hawqtool.values import parse_size
 
@@ -102,7 +102,7 @@ def check_gates(job: Job) -> None:
 
 
 def judge_gates(
-    config: RunConfig, shipped: Candidate, report: dict[str, Any], baseline: Baseline | None
+    config: RunConfig, shipped: Trial, report: dict[str, Any], baseline: Baseline | None
 ) -> list[dict[str, Any]]:
     """Records ``{name, sense, limit, found, passed}`` of every gate of the configuration.
 

@@ -24,7 +24,7 @@ from hawqtool.pipeline.run.files import (
 )
 from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.run.menu import budget_bytes, job_menu, unquantized_bytes
-from hawqtool.pipeline.search.shortlist import rivals
+from hawqtool.pipeline.search.shortlist import alternatives
 from hawqtool.pipeline.stages.measure import Origin, measured
 from hawqtool.records import BitPlan, Rows, Score, SensitivityTable, Unit
 from hawqtool.runtime.reporter import Reporter
@@ -35,7 +35,7 @@ EXACT_UNITS = 500
 
 
 @dataclass(frozen=True)
-class Allocator:
+class Planner:
     """Plans of a job for any budget.
 
     Args:
@@ -103,11 +103,11 @@ class Allocator:
         if self.table is None:
             return {"uniform menu": own}
         job = self.job
-        others = rivals(job.units, job_menu(job, budget), self.table, job.pins, own, budget)
+        others = alternatives(job.units, job_menu(job, budget), self.table, job.pins, own, budget)
         return dict([(self.metric, own), *others.items()][: job.shortlist])
 
 
-def prepare_allocation(job: Job, sets: dict[str, Rows], reporter: Reporter, saved: Saved = NOTHING_SAVED) -> Allocator:
+def make_planner(job: Job, sets: dict[str, Rows], reporter: Reporter, saved: Saved = NOTHING_SAVED) -> Planner:
     """Measure, or read what was measured, unless no unit has a choice.
 
     Raises:
@@ -118,20 +118,20 @@ def prepare_allocation(job: Job, sets: dict[str, Rows], reporter: Reporter, save
         budget = budget_bytes(job.config, job.units, unquantized_bytes(job, menu))
         menu = job_menu(job, budget)
     if all(len(menu[unit.name]) == 1 or unit.name in job.pins for unit in job.units):
-        return Allocator(job, None, None)
+        return Planner(job, None, None)
     if job.config.measures:
         if job.config.measurements is not None:
             # The widths of any budget, so that runs that differ in it alone share one measurement.
             menu = job_menu(job, None)
         document, origin = measured(job, menu, sets, reporter, saved)
-        return Allocator(job, parse_sensitivity(document, "the measurement")[0], document, origin, saved)
+        return Planner(job, parse_sensitivity(document, "the measurement")[0], document, origin, saved)
     path = Path(job.config.sensitivity)
     document = read_json(path, SENSITIVITY_SCHEMA)
     table, _, _ = parse_sensitivity(document, str(path))
     _check_saved(job, table)
     seconds = table.settings.get("seconds")
     origin = Origin("file", None, seconds if isinstance(seconds, float) else None)
-    return Allocator(job, table, document, origin, saved)
+    return Planner(job, table, document, origin, saved)
 
 
 def _check_saved(job: Job, table: SensitivityTable) -> None:

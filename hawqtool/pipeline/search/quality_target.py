@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from hawqtool.allocation.quality_target import Attempt, smallest_meeting
-from hawqtool.pipeline.search.planner import Allocator
+from hawqtool.pipeline.search.planner import Planner
 from hawqtool.pipeline.search.selection import worst_divergence
-from hawqtool.pipeline.search.trials import Candidate, Workbench
+from hawqtool.pipeline.search.trials import Trial, TrialRunner
 from hawqtool.records import BitPlan
 
 
-def find_smallest(bench: Workbench, allocator: Allocator, bound: float) -> tuple[dict[str, Any], dict[str, BitPlan]]:
+def find_smallest(runner: TrialRunner, planner: Planner, bound: float) -> tuple[dict[str, Any], dict[str, BitPlan]]:
     """Search the frontier with real roundings and evaluations.
 
     A plan meets the bound when its divergence does on the selection rows and on the report rows, so that the figure
@@ -21,18 +21,18 @@ def find_smallest(bench: Workbench, allocator: Allocator, bound: float) -> tuple
         What was tried (for the report), and the plan by name: the smallest that meets the bound, or the best of all
         where none does.
     """
-    tried: dict[Attempt, Candidate] = {}
+    tried: dict[Attempt, Trial] = {}
 
     def measure(budget: int) -> Attempt:
-        plan = allocator.plan(budget)
-        candidate = bench.attempt(f"plan of {plan.bpw:.3f} bits", plan)
-        found = Attempt(plan.stored_bytes, worst_divergence(candidate))
-        tried[found] = candidate
+        plan = planner.plan(budget)
+        trial = runner.run_trial(f"plan of {plan.bpw:.3f} bits", plan)
+        found = Attempt(plan.stored_bytes, worst_divergence(trial))
+        tried[found] = trial
         best = min((a for a in tried if a.measured <= bound), key=lambda a: a.stored_bytes, default=None)
-        bench.keep_only([tried[best or min(tried, key=lambda a: a.measured)]])
+        runner.keep_only([tried[best or min(tried, key=lambda a: a.measured)]])
         return found
 
-    found = smallest_meeting(allocator.curve().points, measure, bound)
+    found = smallest_meeting(planner.curve().points, measure, bound)
     chosen = found.met or min(found.attempts, key=lambda attempt: attempt.measured)
     missed = found.missed if found.met else None
     record = {
@@ -41,12 +41,12 @@ def find_smallest(bench: Workbench, allocator: Allocator, bound: float) -> tuple
         "largest_that_misses": None if missed is None else _entry(missed, tried[missed]),
         "attempts": [_entry(attempt, tried[attempt]) for attempt in found.attempts],
     }
-    return record, {allocator.metric if allocator.table else "uniform menu": tried[chosen].plan}
+    return record, {planner.metric if planner.table else "uniform menu": tried[chosen].plan}
 
 
-def _entry(attempt: Attempt, candidate: Candidate) -> dict[str, Any]:
+def _entry(attempt: Attempt, trial: Trial) -> dict[str, Any]:
     return {
         "stored_bytes": attempt.stored_bytes,
-        "bpw_linears": candidate.plan.bpw,
-        "divergence": {role: evaluation.divergence for role, evaluation in candidate.quality.items()},
+        "bpw_linears": trial.plan.bpw,
+        "divergence": {role: evaluation.divergence for role, evaluation in trial.quality.items()},
     }

@@ -8,12 +8,12 @@ from typing import Any
 
 from hawqtool.allocation.problem import stored_bytes
 from hawqtool.allocation.second_cost import meets_second_budget
-from hawqtool.allocation.uniform import UniformCandidate, neighbours
+from hawqtool.allocation.uniform import UniformPlan, neighbours
 from hawqtool.evaluation.divergence import as_record, interpolate_log, paired_difference
 from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.run.menu import job_menu
-from hawqtool.pipeline.search.exchange import exchanged
-from hawqtool.pipeline.search.trials import Candidate, Workbench
+from hawqtool.pipeline.search.trials import Trial, TrialRunner
+from hawqtool.pipeline.search.width_swap import swapped
 from hawqtool.records import BitPlan, Evaluation
 from hawqtool.sensitivity.measured_kl import UnitScores
 
@@ -22,7 +22,7 @@ DECISIVE = 2.0
 
 
 @dataclass(frozen=True)
-class Contest:
+class Selection:
     """What was tried at a budget.
 
     Args:
@@ -32,26 +32,26 @@ class Contest:
         best: Name of the mixed plan with the lowest divergence on the selection rows.
     """
 
-    mixed: dict[str, Candidate]
-    uniform: dict[str, Candidate]
+    mixed: dict[str, Trial]
+    uniform: dict[str, Trial]
     best: str
 
 
-def hold(bench: Workbench, plans: dict[str, BitPlan], scores: UnitScores) -> Contest:
+def try_plans(runner: TrialRunner, plans: dict[str, BitPlan], scores: UnitScores) -> Selection:
     """Try a short list, the best uniform plan that fits, and the uniform neighbours to interpolate with.
 
     Args:
-        bench: Rounds and evaluates.
+        runner: Rounds and evaluates.
         plans: The short list.
-        scores: Those behind its first plan, by unit and format; exchanges begin with them.
+        scores: Those behind its first plan, by unit and format; swaps begin with them.
     """
-    mixed: dict[str, Candidate] = {}
+    mixed: dict[str, Trial] = {}
     for name, plan in plans.items():
-        mixed[name] = bench.attempt(name, plan)
-        bench.keep_only([_best(mixed)])
-    _exchange(bench, mixed, scores)
+        mixed[name] = runner.run_trial(name, plan)
+        runner.keep_only([_best(mixed)])
+    _exchange(runner, mixed, scores)
     best = _best(mixed)
-    job, plan = bench.job, best.plan
+    job, plan = runner.job, best.plan
     # Uniform plans may have what the mixed one has, even where a plan file says more than the configuration.
     kind = plan.symmetric, {*job.config.group_sizes, *(fmt.group_size for fmt in plan.formats.values())}
     below, above = neighbours(job.units, plan.stored_bytes, *kind)
@@ -59,48 +59,48 @@ def hold(bench: Workbench, plans: dict[str, BitPlan], scores: UnitScores) -> Con
     if below is not None and below.stored_bytes == plan.stored_bytes:
         above = None
     wanted = {"uniform": largest, "below": below, "above": above}
-    uniform: dict[str, Candidate] = {}
-    for name, candidate in wanted.items():
-        if candidate is not None:
-            uniform[name] = bench.attempt(f"uniform {candidate.label}", _as_plan(job, candidate))
-            bench.keep_only([best, uniform.get("uniform", best)])
-    return Contest(mixed, uniform, next(name for name, candidate in mixed.items() if candidate is best))
+    uniform: dict[str, Trial] = {}
+    for name, trial in wanted.items():
+        if trial is not None:
+            uniform[name] = runner.run_trial(f"uniform {trial.label}", _as_plan(job, trial))
+            runner.keep_only([best, uniform.get("uniform", best)])
+    return Selection(mixed, uniform, next(name for name, trial in mixed.items() if trial is best))
 
 
-def _exchange(bench: Workbench, mixed: dict[str, Candidate], scores: UnitScores) -> None:
-    """Add plans that rounds of exchanges give: the first at the best one so far, each other at what the last gave.
+def _exchange(runner: TrialRunner, mixed: dict[str, Trial], scores: UnitScores) -> None:
+    """Add plans that rounds of swaps give: the first at the best one so far, each other at what the last gave.
 
     A round that makes a plan worse is no reason to stop: the next one knows what it measured.
     """
     latest = _best(mixed)
     budget = latest.plan.budget_bytes
-    if bench.job.config.plan is not None or budget is None:
+    if runner.job.config.plan is not None or budget is None:
         return
-    for number in range(1, bench.job.exchanges + 1):
-        plan, scores = exchanged(bench, latest, budget, scores)
-        if any(plan.formats == candidate.plan.formats for candidate in mixed.values()):
+    for number in range(1, runner.job.swaps + 1):
+        plan, scores = swapped(runner, latest, budget, scores)
+        if any(plan.formats == trial.plan.formats for trial in mixed.values()):
             break
-        latest = mixed[f"exchange {number}"] = bench.attempt(f"exchange {number}", plan)
-        bench.keep_only([_best(mixed), latest])
+        latest = mixed[f"width swap {number}"] = runner.run_trial(f"width swap {number}", plan)
+        runner.keep_only([_best(mixed), latest])
 
 
-def _best(mixed: dict[str, Candidate]) -> Candidate:
-    return min(mixed.values(), key=lambda candidate: candidate.selection)
+def _best(mixed: dict[str, Trial]) -> Trial:
+    return min(mixed.values(), key=lambda trial: trial.selection)
 
 
-def _as_plan(job: Job, candidate: UniformCandidate) -> BitPlan:
+def _as_plan(job: Job, trial: UniformPlan) -> BitPlan:
     weights = sum(unit.num_weights for unit in job.units)
-    return BitPlan(candidate.formats, stored_bytes(job.units, candidate.formats), weights)
+    return BitPlan(trial.formats, stored_bytes(job.units, trial.formats), weights)
 
 
-def choose(job: Job, contest: Contest) -> str:
+def choose(job: Job, selection: Selection) -> str:
     """``mixed`` or ``uniform``: what is shipped; a plan file is shipped as given.
 
     Uniform wins ties: the best mixed plan must be better on the selection rows by more than `DECISIVE` paired standard
     errors. Under ``target_kl``, where the mixed plan is as small as the search could make it, a uniform plan of no more
     bytes that meets the bound is no worse by that measure, so it is shipped.
     """
-    mixed, uniform = contest.mixed[contest.best], contest.uniform.get("uniform")
+    mixed, uniform = selection.mixed[selection.best], selection.uniform.get("uniform")
     if job.config.plan is not None or uniform is None:
         return "mixed"
     if mixed is uniform:
@@ -114,9 +114,9 @@ def choose(job: Job, contest: Contest) -> str:
     return "mixed" if difference < -DECISIVE * stderr else "uniform"
 
 
-def worst_divergence(candidate: Candidate) -> float:
+def worst_divergence(trial: Trial) -> float:
     """The larger of the divergences on the selection and on the report rows."""
-    return max(evaluation.divergence for evaluation in candidate.quality.values())
+    return max(evaluation.divergence for evaluation in trial.quality.values())
 
 
 def obeys(job: Job, plan: BitPlan) -> bool:
@@ -136,35 +136,35 @@ def obeys(job: Job, plan: BitPlan) -> bool:
     return True
 
 
-def compare(contest: Contest, original: Evaluation, predict: Callable[[BitPlan], dict[str, float]]) -> dict[str, Any]:
+def compare(
+    selection: Selection, original: Evaluation, predict: Callable[[BitPlan], dict[str, float]]
+) -> dict[str, Any]:
     """The report's ``evaluation``: every plan that was tried, on the report rows, with paired differences.
 
     Args:
-        contest: What was tried.
+        selection: What was tried.
         original: The original model on the report rows.
         predict: Gives the predicted loss of a plan by metric.
     """
-    mixed, uniform = contest.mixed[contest.best], contest.uniform.get("uniform")
+    mixed, uniform = selection.mixed[selection.best], selection.uniform.get("uniform")
     measure = original.measure
 
-    def record(candidate: Candidate) -> dict[str, Any]:
-        chose = as_record(candidate.quality["selection"])
-        return candidate.record() | {"selection": chose, "predicted": predict(candidate.plan)}
+    def record(trial: Trial) -> dict[str, Any]:
+        chose = as_record(trial.quality["selection"])
+        return trial.record() | {"selection": chose, "predicted": predict(trial.plan)}
 
     result: dict[str, Any] = {
         "measure": measure,
         "original": as_record(original),
-        "mixed": record(mixed) | {"chosen_by": contest.best},
+        "mixed": record(mixed) | {"chosen_by": selection.best},
         "uniform": None,
     }
-    points = {c.plan.stored_bytes: c.quality["report"].divergence for c in contest.uniform.values()}
+    points = {c.plan.stored_bytes: c.quality["report"].divergence for c in selection.uniform.values()}
     value = interpolate_log(sorted(points.items()), mixed.plan.stored_bytes)
     interpolated = None if value is None else {measure: value, "stored_bytes": mixed.plan.stored_bytes}
     result["uniform_interpolated"] = interpolated
-    result["neighbours"] = {n: record(contest.uniform[n]) for n in ("below", "above") if n in contest.uniform}
-    result["tried"] = {
-        name: record(candidate) | _differences(candidate, uniform) for name, candidate in contest.mixed.items()
-    }
+    result["neighbours"] = {n: record(selection.uniform[n]) for n in ("below", "above") if n in selection.uniform}
+    result["tried"] = {name: record(trial) | _differences(trial, uniform) for name, trial in selection.mixed.items()}
     if uniform is not None:
         result["uniform"] = record(uniform)
         result["mixed_minus_uniform"] = _paired(mixed, uniform, "report")
@@ -175,16 +175,16 @@ def compare(contest: Contest, original: Evaluation, predict: Callable[[BitPlan],
     return result
 
 
-def _differences(candidate: Candidate, uniform: Candidate | None) -> dict[str, Any]:
+def _differences(trial: Trial, uniform: Trial | None) -> dict[str, Any]:
     """Paired differences to uniform by set of rows, and the predicted loss in the scores that made the plan."""
-    roles = candidate.quality if uniform is not None else ()
+    roles = trial.quality if uniform is not None else ()
     return {
-        "minus_uniform": {role: _paired(candidate, uniform, role) for role in roles if uniform is not None},
-        "predicted_loss": candidate.plan.predicted_loss,
+        "minus_uniform": {role: _paired(trial, uniform, role) for role in roles if uniform is not None},
+        "predicted_loss": trial.plan.predicted_loss,
     }
 
 
-def _paired(first: Candidate, second: Candidate, role: str) -> dict[str, float]:
+def _paired(first: Trial, second: Trial, role: str) -> dict[str, float]:
     measure = first.quality[role].measure
     difference, stderr = paired_difference(first.quality[role], second.quality[role])
     return {measure: difference, f"{measure}_stderr": stderr}

@@ -15,7 +15,7 @@ from hawqtool.records import BitPlan, SensitivityTable, Unit
 EDGES = "first and last blocks"
 
 
-def rivals(
+def alternatives(
     units: Sequence[Unit],
     menu: Mapping[str, tuple[QuantFormat, ...]],
     table: SensitivityTable,

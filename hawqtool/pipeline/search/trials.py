@@ -27,13 +27,13 @@ JUDGED = ("selection", "report")
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Trial:
     """A plan that was rounded, written and evaluated.
 
     Args:
         name: Name under which it was first tried.
         plan: The plan.
-        folder: Where it is written, while it is kept; `Workbench.folder` writes it again where it is not.
+        folder: Where it is written, while it is kept; `TrialRunner.folder` writes it again where it is not.
         rounding: What `round_to_folder` returned.
         quality: Evaluation by set of rows.
     """
@@ -61,13 +61,13 @@ class Candidate:
         }
 
 
-class Workbench:
+class TrialRunner:
     """Tries plans; the original is run once, a plan that was tried before is not tried again.
 
     Args:
         job: The model.
         sets: Rows by role.
-        work: Folder for the written candidates; the caller removes it.
+        work: Folder for the written trials; the caller removes it.
         reporter: Progress.
         timings: Seconds by stage, added to.
         saved: Keeps roundings, block by block, and evaluations.
@@ -84,7 +84,7 @@ class Workbench:
     ) -> None:
         self.job, self.sets, self.work, self.reporter, self.timings = job, sets, work, reporter, timings
         self.saved = saved
-        self._tried: dict[str, Candidate] = {}
+        self._tried: dict[str, Trial] = {}
         with Stopwatch(timings, "evaluate"):
             self.evaluator = Evaluator(job, {role: sets[role] for role in JUDGED}, reporter, saved)
 
@@ -92,7 +92,7 @@ class Workbench:
         """The original model on the report rows."""
         return self._evaluated(None, "original", self.saved.part("original"))["report"]
 
-    def attempt(self, name: str, plan: BitPlan) -> Candidate:
+    def run_trial(self, name: str, plan: BitPlan) -> Trial:
         """Round, write and evaluate a plan, or return what that gave before."""
         key = formats_key(plan.formats)
         if key not in self._tried:
@@ -101,14 +101,14 @@ class Workbench:
             if rounding is None or not (folder.exists() or saved.load(_QUALITY)):
                 rounding = self._rounded(plan, folder, name)
             quality = self._evaluated(folder, name, saved)
-            self._tried[key] = Candidate(name, plan, folder, rounding, quality)
+            self._tried[key] = Trial(name, plan, folder, rounding, quality)
         return self._tried[key]
 
-    def folder(self, candidate: Candidate) -> Path:
-        """The written folder of a candidate; it is written again where `keep_only` removed it."""
-        if not candidate.folder.exists():
-            self._rounded(candidate.plan, candidate.folder, candidate.name)
-        return candidate.folder
+    def folder(self, trial: Trial) -> Path:
+        """The written folder of a trial; it is written again where `keep_only` removed it."""
+        if not trial.folder.exists():
+            self._rounded(trial.plan, trial.folder, trial.name)
+        return trial.folder
 
     def _rounded(self, plan: BitPlan, folder: Path, name: str) -> dict[str, Any]:
         saved = self.saved.part(folder.name)
@@ -128,9 +128,9 @@ class Workbench:
         self.saved.save(TIMINGS, self.timings)
         return quality
 
-    def keep_only(self, candidates: list[Candidate]) -> None:
-        """Remove the folders of all other candidates: each is as large as the result."""
-        kept = {candidate.folder for candidate in candidates}
+    def keep_only(self, trials: list[Trial]) -> None:
+        """Remove the folders of all other trials: each is as large as the result."""
+        kept = {trial.folder for trial in trials}
         for folder in (c.folder for c in self._tried.values() if c.folder not in kept and c.folder.exists()):
             # Renamed first, so that a folder under its name is complete at every moment.
             removed = folder.with_name(f"{folder.name}{REMOVED}")

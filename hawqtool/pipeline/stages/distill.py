@@ -24,8 +24,8 @@ from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.stages.refine import BATCH_ROWS, BlockForward, norm_gains, split_rows
 from hawqtool.records import BitPlan, BlockSpec, LinearSpec
 from hawqtool.rounding.grid import Quantized, dequantize
-from hawqtool.rounding.learned.end_to_end import DistillSchedule, Piece, distill
-from hawqtool.rounding.learned.fake_quant import Start
+from hawqtool.rounding.learned.end_to_end import DistillSchedule, TrainableBlock, distill
+from hawqtool.rounding.learned.fake_quant import InitialRounding
 from hawqtool.runtime.reporter import Reporter
 from hawqtool.runtime.store import NOTHING_SAVED, Saved
 from hawqtool.streaming.block import local_name, read_weight, replace_weight
@@ -190,12 +190,12 @@ def distill_model(
         blocks = [resident.enter_context(stream.block(spec.index)) for spec in job.structure.blocks]
         names = [norm_gains(job, block, spec) for block, spec in zip(blocks, job.structure.blocks, strict=True)]
         linears = job.layer_formats(dict(formats))
-        pieces = [
+        trainable_blocks = [
             _piece(block, spec, _starts(job, block, spec, rounded, linears), found, changed, calls)
             for block, spec, found in zip(blocks, job.structure.blocks, names, strict=True)
         ]
         found = distill(
-            pieces,
+            trainable_blocks,
             [states.hidden[0] for states in embedded],
             fitting,
             OutputJudge(original, stream, parts, goals),
@@ -206,7 +206,7 @@ def distill_model(
         errors = _weight_errors(job, blocks, found.layers)
     by_block = zip(names, found.gains, strict=True)
     gains = {tensors[name][0]: gain for tensors, learned in by_block for name, gain in learned.items()}
-    return DistilledModel(found.layers, gains, errors, found.course.record | {"seconds": found.seconds})
+    return DistilledModel(found.layers, gains, errors, found.log.record | {"seconds": found.seconds})
 
 
 def _weight_errors(job: Job, blocks: Sequence[nn.Module], layers: Mapping[str, Quantized]) -> dict[str, float]:
@@ -225,32 +225,32 @@ def _starts(
     spec: BlockSpec,
     rounded: Mapping[str, Quantized],
     formats: Mapping[str, QuantFormat],
-) -> list[tuple[LinearSpec, Start]]:
+) -> list[tuple[LinearSpec, InitialRounding]]:
     """Rounded layers of a block, with the original's weights as the block holds them."""
     found = []
     for linear in (linear for linear in spec.linears if linear.name in rounded):
         weight = block.get_parameter(f"{local_name(spec, linear)}.weight").detach()
         weight = weight.t() if linear.transposed else weight
         layer = _on(job.device, rounded[linear.name])
-        found.append((linear, Start(linear.name, weight, layer, formats[linear.name])))
+        found.append((linear, InitialRounding(linear.name, weight, layer, formats[linear.name])))
     return found
 
 
 def _piece(
     block: nn.Module,
     spec: BlockSpec,
-    starts: Sequence[tuple[LinearSpec, Start]],
+    starts: Sequence[tuple[LinearSpec, InitialRounding]],
     names: Mapping[str, tuple[str, torch.dtype]],
     changed: Mapping[str, Tensor],
     calls: Sequence[Sequence[Call]],
-) -> Piece:
+) -> TrainableBlock:
     device = next(block.parameters()).device
     gains = {
         name: (changed.get(tensor, block.get_parameter(name).detach()).to(device), dtype)
         for name, (tensor, dtype) in names.items()
     }
     linears = {linear.name: linear for linear, _ in starts}
-    return Piece([start for _, start in starts], gains, BlockForward(block, spec, calls, linears))
+    return TrainableBlock([start for _, start in starts], gains, BlockForward(block, spec, calls, linears))
 
 
 def _replace_head(job: Job, stream: ModelStream, rounded: Mapping[str, Quantized]) -> None:

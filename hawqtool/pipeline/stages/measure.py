@@ -18,7 +18,7 @@ from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.run.measurement_cache import MeasurementFolder, measurement_fingerprint
 from hawqtool.pipeline.run.menu import unquantized_bytes
 from hawqtool.pipeline.stages.refine import FormatRefiner
-from hawqtool.pipeline.stages.token_weights import weighed
+from hawqtool.pipeline.stages.token_importance import with_token_importance
 from hawqtool.records import SWEEP_METRICS, Rows, Score, SensitivityTable
 from hawqtool.rounding.learned.block import Schedule
 from hawqtool.runtime.reporter import Reporter
@@ -114,7 +114,7 @@ def measure_job(
     """Measure and return the sensitivity document; ``saved`` keeps finished stages."""
     start = time.perf_counter()
     stages = saved.part(_STAGES)
-    wanted, calibration = wanted_formats(job, menu), weighed(job, sets["calibration"], reporter, saved)
+    wanted, calibration = wanted_formats(job, menu), with_token_importance(job, sets["calibration"], reporter, saved)
     found = measure(
         job.stream(),
         calibration,
@@ -122,7 +122,7 @@ def measure_job(
         wanted,
         job.method,
         job.stored_dtypes,
-        job.rows_per_slice,
+        job.batch_size,
         job.config.seed,
         reporter.progress,
         stages,
@@ -160,11 +160,11 @@ def _settings(job: Job, sets: dict[str, Rows], found: Measurement) -> dict[str, 
         "seq_len": job.seq_len,
         "scoring_samples": len(sets["scoring"].tokens),
         "shortened_rows": found.shortened_rows,
-        "rows_per_slice": job.rows_per_slice,
+        "batch_size": job.batch_size,
         "seed": job.config.seed,
         "per_row": job.task.per_row,
         "foem_beta": job.method.feedback_beta,
-        "token_weights": "gradient" if job.weighs_tokens else "none",
+        "token_importance": "gradient" if job.uses_token_importance else "none",
         "sensitivity_steps": job.config.sensitivity_steps,
     }
 
@@ -185,7 +185,7 @@ def single_unit_scores(
         menu,
         job.method,
         job.stored_dtypes,
-        job.rows_per_slice,
+        job.batch_size,
         reporter.progress,
         saved,
         _refiner(job, calibration.tokens),

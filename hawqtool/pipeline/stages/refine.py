@@ -16,10 +16,10 @@ from hawqtool.export.tensor_checks import is_gain
 from hawqtool.model.discovery import is_norm
 from hawqtool.model.replay import Call
 from hawqtool.pipeline.run.job import Job
-from hawqtool.records import BlockSpec, LinearSpec, Rows, TokenWeights
+from hawqtool.records import BlockSpec, LinearSpec, Rows, TokenImportance
 from hawqtool.rounding.learned.block import Batches, Refined, Schedule, refine
-from hawqtool.rounding.learned.fake_quant import Start
-from hawqtool.sensitivity.measure import Starts
+from hawqtool.rounding.learned.fake_quant import InitialRounding
+from hawqtool.sensitivity.measure import InitialRoundings
 from hawqtool.streaming.block import Activations, advance, local_name
 from hawqtool.streaming.resume_points import States
 from hawqtool.streaming.stream import ModelStream
@@ -27,7 +27,7 @@ from hawqtool.streaming.stream import ModelStream
 BATCH_ROWS = {"cpu": 4, "cuda": 8}
 """Rows of one step; fixed per kind of device, because they change what is learned."""
 
-HELD_OUT_EVERY = 8
+TRAINING_HELD_OUT_EVERY = 8
 """One row of so many is held out: neither rounding nor learning sees it, and it judges what was learned."""
 
 
@@ -48,10 +48,10 @@ def split_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 def _is_held_out(count: int) -> Tensor:
     """Which of so many rows are held out, ``[rows]`` bool."""
-    return torch.arange(count) % HELD_OUT_EVERY == min(HELD_OUT_EVERY, count) - 1
+    return torch.arange(count) % TRAINING_HELD_OUT_EVERY == min(TRAINING_HELD_OUT_EVERY, count) - 1
 
 
-def _fitting_weights(rows: Rows) -> TokenWeights | None:
+def _fitting_weights(rows: Rows) -> TokenImportance | None:
     """Weights of the tokens of the rows that are not held out."""
     fitting = ~_is_held_out(len(rows.tokens))
     return None if rows.weights is None else {name: weights[fitting] for name, weights in rows.weights.items()}
@@ -67,7 +67,7 @@ class RefinedBlock:
     @property
     def record(self) -> dict[str, Any]:
         """What the report says of it."""
-        return self.result.course.record | {"seconds": self.result.seconds}
+        return self.result.log.record | {"seconds": self.result.seconds}
 
 
 class BlockRefiner:
@@ -87,7 +87,7 @@ class BlockRefiner:
         self.schedule = schedule
         self.job, self.batch_rows = job, BATCH_ROWS[job.device.type]
         fitting, held_out = split_rows(rows.tokens)
-        self.walked = stream.embed(fitting, job.rows_per_slice, weights=_fitting_weights(rows))
+        self.walked = stream.embed(fitting, job.batch_size, weights=_fitting_weights(rows))
         self.held_out = stream.embed(held_out, self.batch_rows)
         batches = stream.embed(fitting, self.batch_rows)
         self.calls = [*batches.calls, *self.held_out.calls]
@@ -114,7 +114,7 @@ class BlockRefiner:
         self,
         block: nn.Module,
         spec: BlockSpec,
-        starts: Sequence[tuple[LinearSpec, Start]],
+        starts: Sequence[tuple[LinearSpec, InitialRounding]],
         progress: Callable[[int], None],
     ) -> RefinedBlock:
         """Refine a rounded block, put the result in its place, and run it.
@@ -152,7 +152,7 @@ class BlockRefiner:
         """Outputs of the block as it is now, which later blocks are rounded and refined on."""
         outputs = Activations(self.inputs, self.calls)
         advance(block, spec, outputs)
-        self.walked.hidden = list(torch.cat(list(outputs.hidden[: self.count])).split(self.job.rows_per_slice))
+        self.walked.hidden = list(torch.cat(list(outputs.hidden[: self.count])).split(self.job.batch_size))
         self.held_out.hidden = outputs.hidden[self.count :]
         self.inputs = []
 
@@ -160,7 +160,7 @@ class BlockRefiner:
         """Show rounding the original's hidden states, where it wants to see them."""
         if self.job.method.needs_drift:
             fitting = torch.cat(list(self.original.hidden[: self.count]))
-            self.walked.original = list(fitting.split(self.job.rows_per_slice))
+            self.walked.original = list(fitting.split(self.job.batch_size))
 
 
 class FormatRefiner:
@@ -180,7 +180,9 @@ class FormatRefiner:
         sets = [stream.embed(part, self.batch_rows) for part in split_rows(rows)]
         self.calls, self.count = [call for part in sets for call in part.calls], len(sets[0].hidden)
 
-    def __call__(self, block: nn.Module, spec: BlockSpec, hidden: Sequence[Tensor], starts: Starts) -> Starts:
+    def __call__(
+        self, block: nn.Module, spec: BlockSpec, hidden: Sequence[Tensor], starts: InitialRoundings
+    ) -> InitialRoundings:
         """Refined roundings; see `hawqtool.sensitivity.measure.Refiner`."""
         inputs = [batch for part in split_rows(torch.cat(list(hidden))) for batch in part.split(self.batch_rows)]
         outputs = Activations(list(inputs), self.calls)
@@ -188,7 +190,7 @@ class FormatRefiner:
         fitting = Batches(inputs[: self.count], outputs.hidden[: self.count])
         held_out = Batches(inputs[self.count :], outputs.hidden[self.count :])
         linears = {linear.name: linear for linear in spec.linears}
-        refined: Starts = {name: dict(by_label) for name, by_label in starts.items()}
+        refined: InitialRoundings = {name: dict(by_label) for name, by_label in starts.items()}
         for label in sorted({label for by_label in starts.values() for label in by_label}):
             some = [by_label[label] for by_label in starts.values() if label in by_label]
             forward = BlockForward(block, spec, self.calls, {start.name: linears[start.name] for start in some})

@@ -83,7 +83,7 @@ def build_report(
             for name, rows in sets.items()
         }
         | {"overlap": overlap(sets), "report_in_domain": job.config.eval_data is None},
-        "rows_per_slice": job.rows_per_slice,
+        "batch_size": job.batch_size,
         "evaluation": evaluation,
         "shipped": shipped,
         "timings": timings,
@@ -166,7 +166,7 @@ def public_config(job: Job) -> dict[str, Any]:
         "model": job.source.spec,
         "num_samples": job.num_samples,
         "seq_len": job.seq_len,
-        "rows_per_slice": job.rows_per_slice,
+        "batch_size": job.batch_size,
     }
     return values | resolved | {"device": job.device.type}
 
@@ -229,8 +229,8 @@ def _peak_memory(job: Job) -> dict[str, int]:
     peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
     if job.device.type == "cuda":
         peak["device"] = torch.cuda.max_memory_allocated(job.device)
-    if job.shelf is not None:
-        peak |= {f"hidden states ({place})": size for place, size in job.shelf.peak_bytes.items()}
+    if job.offload is not None:
+        peak |= {f"hidden states ({place})": size for place, size in job.offload.peak_bytes.items()}
     return peak
 
 

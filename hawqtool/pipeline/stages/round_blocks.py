@@ -19,14 +19,14 @@ from hawqtool.rounding.factor import factorize
 from hawqtool.rounding.grid import Quantized, dequantize
 from hawqtool.rounding.layer import quantized, round_layers, with_codes
 from hawqtool.rounding.learned.block import Schedule
-from hawqtool.rounding.learned.fake_quant import Start
+from hawqtool.rounding.learned.fake_quant import InitialRounding
 from hawqtool.rounding.method import RoundingMethod, Task
 from hawqtool.rounding.statistics import GroupStatistics
 from hawqtool.runtime.reporter import Reporter
 from hawqtool.runtime.store import NOTHING_SAVED, Saved
 from hawqtool.streaming.block import Activations, read_weight, replace_weight
-from hawqtool.streaming.input_statistics import revisit_groups, visit_groups
-from hawqtool.streaming.resume_points import Waypoints
+from hawqtool.streaming.input_statistics import collect_statistics, replay_rounded
+from hawqtool.streaming.resume_points import ResumePoints
 from hawqtool.streaming.stream import ModelStream
 
 
@@ -110,8 +110,8 @@ def round_blocks(
     def tell(index: int, step: int) -> None:
         reporter.progress(stage, index * steps + step, len(blocks) * steps)
 
-    carried, waypoints = refiner or activations, Waypoints(finished.states, job.device)
-    first = waypoints.restore(carried.states, len(finished.findings))
+    carried, resume_points = refiner or activations, ResumePoints(finished.states, job.device)
+    first = resume_points.restore(carried.states, len(finished.findings))
     found.add(*finished.findings[:first])
     for spec in blocks[first:]:
         with stream.block(spec.index) as block:
@@ -124,7 +124,7 @@ def round_blocks(
                 walker.walk(activations, partial(tell, spec.index))
                 found.add(latest := walker.hand_on())
                 keep(spec, latest)
-                waypoints.keep(spec.index + 1, carried.states)
+                resume_points.keep(spec.index + 1, carried.states)
         tell(spec.index, steps)
     if job.structure.head:
         walker.enter(stream.model, job.structure.head)
@@ -139,7 +139,7 @@ def round_blocks(
 def _walked(job: Job, stream: ModelStream, rows: Rows) -> Activations:
     """Hidden states of all rows before the first block, with what the method wants to know of them."""
     needs = job.method.needs_held_out, job.method.needs_drift
-    activations = stream.embed(rows.tokens, job.rows_per_slice, *needs, rows.weights)
+    activations = stream.embed(rows.tokens, job.batch_size, *needs, rows.weights)
     stream.release_ends()
     return activations
 
@@ -155,7 +155,7 @@ class _Walker:
         self.layers: dict[str, RoundedLayer] = {}
         self.seen: dict[str, dict[str, Any]] = {}
         self.metrics: dict[str, Any] = {}
-        self.starts: list[tuple[LinearSpec, Start]] = []
+        self.starts: list[tuple[LinearSpec, InitialRounding]] = []
         self.changed: dict[str, Tensor] = {}
         self.refined: dict[str, Any] = {}
 
@@ -169,7 +169,7 @@ class _Walker:
         """Round and refine the block; the hidden states become its outputs."""
         if self.refiner:
             self.refiner.begin(self.block, self.spec)
-        visit_groups(self.block, self.spec, activations, self.visit)
+        collect_statistics(self.block, self.spec, activations, self.visit)
         if self.refiner:
             if self.starts:
                 self._refine(self.refiner, progress)
@@ -179,7 +179,7 @@ class _Walker:
         """Go over a block whose tensors were handed on before; the hidden states become its outputs, to the bit."""
         assert reader is not None  # otherwise no block is finished
         if self.refiner is None:
-            revisit_groups(self.block, self.spec, activations, partial(self._read_back, reader))
+            replay_rounded(self.block, self.spec, activations, partial(self._read_back, reader))
             return
         self.refiner.begin(self.block, self.spec)
         self._read_back(reader)
@@ -209,7 +209,7 @@ class _Walker:
                 self.layers[layer.name] = layer
                 # A copy: on a CPU the task holds the block's own weight, which is about to be replaced.
                 original = task.weight.to(task.stored_dtype, copy=True)
-                start = Start(layer.name, original, quantized(layer), layer.quant_format)
+                start = InitialRounding(layer.name, original, quantized(layer), layer.quant_format)
                 self.starts.append((planned[layer.name], start))
             else:
                 self._give(layer)

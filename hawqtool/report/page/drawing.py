@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 from hawqtool.report.escape import one_line
 
 INK, MUTED, GRID = "#1b1f24", "#5b6470", "#d9dde3"
-"""Colours of text, of secondary text and of lines; a page in dark mode exchanges them."""
+"""Colours of text, of secondary text and of lines; a page in dark mode swaps them."""
 BLUE, ORANGE, VERMILION = "#2b83c4", "#e69f00", "#d55e00"
 """From the palette of Okabe and Ito, told apart by colour-blind readers; blue is lighter, for dark pages."""
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from hawqtool.allocation.frontier import frontier
 from hawqtool.allocation.problem import AllocationProblem, build_problem, predicted_loss, resolve_pins
-from hawqtool.allocation.uniform import uniform_candidates
+from hawqtool.allocation.uniform import uniform_plans
 from hawqtool.errors import HawqError
 from hawqtool.formats import QuantFormat, parse_label
 from hawqtool.records import Score, SensitivityTable, Unit
@@ -50,7 +50,7 @@ def score_figures(
     sizes = {parse_label(label).group_size for by_label in scores.values() for label in by_label}
     uniform = [
         (candidate.label, problem.bpw(candidate.stored_bytes), loss)
-        for candidate in uniform_candidates(units, table.symmetric, sizes)
+        for candidate in uniform_plans(units, table.symmetric, sizes)
         if (loss := predicted_loss(candidate.formats, scores, pins)) is not None
     ]
     figures["frontier"] = {

@@ -33,7 +33,7 @@ _ROUND = np.float32(12582912.0)
 
 def round_block(
     target: Tensor,
-    drift: Tensor,
+    feedback: Tensor,
     steps: Tensor,
     zeros: Tensor | None,
     upper: Tensor,
@@ -44,7 +44,7 @@ def round_block(
     beta: float,
 ) -> None:
     """Round the columns of one block; arguments as for `triton_columns.round_block`, of any width."""
-    columns = [tensor.numpy() for tensor in (target, drift, steps, target if zeros is None else zeros)]
+    columns = [tensor.numpy() for tensor in (target, feedback, steps, target if zeros is None else zeros)]
     shared = [tensor.contiguous().numpy() for tensor in (upper, lowest, highest)]
     shared += [codes.numpy(), errors.numpy()]
     keeps = np.float32(1 - beta), np.float32((1 - beta) ** 2)
@@ -99,7 +99,7 @@ def _compiled(*fastmath: str) -> Callable[[Callable[..., Any]], Any]:
 
 @_compiled("contract")
 def _round_columns(  # type: ignore[no-untyped-def]
-    target, drift, steps, zeros, has_zeros, upper, lowest, highest, codes, errors, keep, keep_squared, begin, end
+    target, feedback, steps, zeros, has_zeros, upper, lowest, highest, codes, errors, keep, keep_squared, begin, end
 ):
     """Rows from ``begin`` to ``end`` through all columns of a block."""
     width, levels = len(target), np.empty(_LOOP_ROWS, np.float32)
@@ -110,7 +110,7 @@ def _round_columns(  # type: ignore[no-untyped-def]
         for start in range(0, width, _TOGETHER):
             stop = min(start + _TOGETHER, width)
             for j in range(start, stop):
-                value, moved, step = target[j, first:last], drift[j, first:last], steps[j, first:last]
+                value, moved, step = target[j, first:last], feedback[j, first:last], steps[j, first:last]
                 zero, code, error = zeros[j, first:last], codes[j, first:last], errors[j, first:last]
                 pivot = upper[j, j]
                 # One result a loop: with more, the compiler would have to rule out too many overlaps, and gives up.
@@ -123,16 +123,16 @@ def _round_columns(  # type: ignore[no-untyped-def]
                 for r in range(rows):
                     code[r] = np.int8(levels[r] + zero[r] if has_zeros else levels[r])
                 for k in range(j + 1, stop):
-                    feedback, later = upper[j, k], drift[k, first:last]
+                    share, later = upper[j, k], feedback[k, first:last]
                     for r in range(rows):
-                        later[r] -= feedback * error[r]
+                        later[r] -= share * error[r]
             for k in range(stop, width):
-                _spread(drift[k, first:last], errors, upper, start, k, first, last)
+                _spread(feedback[k, first:last], errors, upper, start, k, first, last)
 
 
 @_compiled("contract")
 def _spread(later, errors, upper, j, k, first, last):  # type: ignore[no-untyped-def]
-    """Take what `_TOGETHER` columns from j on spread from column k."""
+    """Take what `_TOGETHER` columns from j on spread over column k."""
     a, b, c, d = upper[j, k], upper[j + 1, k], upper[j + 2, k], upper[j + 3, k]
     e, f, g, h = upper[j + 4, k], upper[j + 5, k], upper[j + 6, k], upper[j + 7, k]
     s, t, u, v = errors[j, first:last], errors[j + 1, first:last], errors[j + 2, first:last], errors[j + 3, first:last]

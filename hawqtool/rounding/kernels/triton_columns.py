@@ -16,7 +16,7 @@ _TILE_ROWS = 8
 @triton.jit
 def _round_block_kernel(  # type: ignore[no-untyped-def]
     target,
-    drift,
+    feedback,
     steps,
     zeros,
     upper,
@@ -32,13 +32,13 @@ def _round_block_kernel(  # type: ignore[no-untyped-def]
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """A tile of rows through all columns of a block; the drift of the block stays in registers."""
+    """A tile of rows through all columns of a block; the feedback of the block stays in registers."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_row = row < rows
     column = tl.arange(0, COLUMNS)
     is_column = column < WIDTH
     inside = is_column[:, None] & is_row[None, :]
-    drifts = tl.load(drift + column[:, None] * rows + row[None, :], mask=inside, other=0.0)
+    drifts = tl.load(feedback + column[:, None] * rows + row[None, :], mask=inside, other=0.0)
     low = tl.load(lowest + row, mask=is_row, other=0.0)
     high = tl.load(highest + row, mask=is_row, other=0.0)
     for j in range(0, WIDTH):
@@ -68,7 +68,7 @@ def _round_block_kernel(  # type: ignore[no-untyped-def]
 
 def round_block(
     target: Tensor,
-    drift: Tensor,
+    feedback: Tensor,
     steps: Tensor,
     zeros: Tensor | None,
     upper: Tensor,
@@ -85,7 +85,7 @@ def round_block(
 
     Args:
         target: ``[width, rows]`` float32, original weights, a column of the layer in each row; width ≤ 128.
-        drift: ``[width, rows]`` float32, what earlier blocks left; other kernels change it.
+        feedback: ``[width, rows]`` float32, what earlier blocks left; other kernels change it.
         steps: ``[width, rows]`` float32.
         zeros: ``[width, rows]`` float32 integers, or None.
         upper: ``[width, width]`` float32, the block of U on its diagonal; any strides.
@@ -99,7 +99,7 @@ def round_block(
     with torch.cuda.device_of(target):
         _round_block_kernel[(triton.cdiv(rows, _TILE_ROWS),)](
             target,
-            drift,
+            feedback,
             steps,
             target if zeros is None else zeros,
             upper.contiguous(),

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from hawqtool.rounding.grid import Quantized
-from hawqtool.rounding.learned.fake_quant import FlatLayers, Start, by_kind
-from hawqtool.rounding.learned.training import Course, Gain, batch_order, learn
+from hawqtool.rounding.learned.fake_quant import FlatLayers, InitialRounding, by_kind
+from hawqtool.rounding.learned.training import Gain, TrainingLog, batch_order, learn
 
 Forward = Callable[[Mapping[str, Tensor], Tensor, int], Tensor]
 """Output ``[rows, positions, width]`` of the block with weights and gains by name, from the input of a batch."""
@@ -53,13 +53,13 @@ class Refined:
     Args:
         layers: Codes, scales and zero points by layer.
         gains: Norm gains by name, in their stored dtype.
-        course: How it went; errors are relative (see `output_error`).
+        log: How it went; errors are relative (see `output_error`).
         seconds: Time that it took.
     """
 
     layers: dict[str, Quantized]
     gains: dict[str, Tensor]
-    course: Course
+    log: TrainingLog
     seconds: float
 
 
@@ -78,7 +78,11 @@ class _State:
     """Everything that is learned of one block."""
 
     def __init__(
-        self, starts: Sequence[Start], gains: Mapping[str, tuple[Tensor, torch.dtype]], reach: float, dtype: torch.dtype
+        self,
+        starts: Sequence[InitialRounding],
+        gains: Mapping[str, tuple[Tensor, torch.dtype]],
+        reach: float,
+        dtype: torch.dtype,
     ) -> None:
         self.flats = [FlatLayers(some, reach) for some in by_kind(starts)]
         self.gains = {name: Gain(*found) for name, found in gains.items()}
@@ -115,7 +119,7 @@ class _State:
 
 
 def refine(
-    starts: Sequence[Start],
+    starts: Sequence[InitialRounding],
     gains: Mapping[str, tuple[Tensor, torch.dtype]],
     forward: Forward,
     fitting: Batches,
@@ -143,7 +147,7 @@ def refine(
     start = time.perf_counter()
     state = _State(starts, gains, schedule.reach, fitting.inputs[0].dtype)
     optimizer = state.optimizer(schedule)
-    course = learn(
+    log = learn(
         f"{starts[0].name}: the rounded block",
         state.learned,
         optimizer,
@@ -155,7 +159,7 @@ def refine(
     with torch.no_grad():
         layers = {name: found for flat in state.flats for name, found in flat.rounded().items()}
         final = {name: gain.stored() for name, gain in state.gains.items()}
-    return Refined(layers, final, course, time.perf_counter() - start)
+    return Refined(layers, final, log, time.perf_counter() - start)
 
 
 def _learn(state: _State, forward: Forward, fitting: Batches, batch: int, optimizer: torch.optim.Optimizer) -> None:

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from hawqtool.rounding.grid import Quantized
 from hawqtool.rounding.learned.block import Forward
-from hawqtool.rounding.learned.fake_quant import FlatLayers, FlatScales, Start, by_kind
-from hawqtool.rounding.learned.training import Course, Gain, batch_order, learn
+from hawqtool.rounding.learned.fake_quant import FlatLayers, FlatScales, InitialRounding, by_kind
+from hawqtool.rounding.learned.training import Gain, TrainingLog, batch_order, learn
 from hawqtool.runtime.store import NOTHING_SAVED, Saved
 
 
@@ -45,7 +45,7 @@ class DistillSchedule:
 
 
 @dataclass(frozen=True)
-class Piece:
+class TrainableBlock:
     """One block of the model.
 
     Args:
@@ -54,7 +54,7 @@ class Piece:
         forward: Output of the block with weights and gains by name, from the input of a batch.
     """
 
-    layers: Sequence[Start]
+    layers: Sequence[InitialRounding]
     gains: Mapping[str, tuple[Tensor, torch.dtype]]
     forward: Forward
 
@@ -76,20 +76,20 @@ class Distilled:
     Args:
         layers: Codes, scales and zero points by layer.
         gains: By piece, norm gains by name, in their stored dtype.
-        course: How it went; errors are mean divergences of the held-out rows.
+        log: How it went; errors are mean divergences of the held-out rows.
         seconds: Time that it took.
     """
 
     layers: dict[str, Quantized]
     gains: list[dict[str, Tensor]]
-    course: Course
+    log: TrainingLog
     seconds: float
 
 
 class _Learner:
     """What is learned of one piece."""
 
-    def __init__(self, piece: Piece, dtype: torch.dtype, schedule: DistillSchedule) -> None:
+    def __init__(self, piece: TrainableBlock, dtype: torch.dtype, schedule: DistillSchedule) -> None:
         kinds = by_kind(piece.layers)
         self.flats: list[FlatLayers] | list[FlatScales]
         if schedule.latent_rate:
@@ -119,7 +119,7 @@ class _Learner:
 
 
 def distill(
-    pieces: Sequence[Piece],
+    trainable_blocks: Sequence[TrainableBlock],
     inputs: Sequence[Tensor],
     fitting: int,
     judge: Judge,
@@ -132,7 +132,7 @@ def distill(
     One block's gradients are in memory at a time: the input of every block is kept, and each runs again backwards.
 
     Args:
-        pieces: The blocks in order.
+        trainable_blocks: The blocks in order.
         inputs: First block's input ``[rows, positions, width]`` by batch.
         fitting: Number of leading batches to learn from; the others are held out.
         judge: Compares outputs.
@@ -147,7 +147,7 @@ def distill(
         NumericalError: If the start's outputs are not finite.
     """
     begun = time.perf_counter()
-    learners = [_Learner(piece, inputs[0].dtype, schedule) for piece in pieces]
+    learners = [_Learner(piece, inputs[0].dtype, schedule) for piece in trainable_blocks]
     flats = [flat for learner in learners for flat in learner.flats]
     groups: list[dict[str, Any]] = [
         {"params": [latent for flat in flats for latent in flat.latents], "lr": schedule.latent_rate},
@@ -169,11 +169,11 @@ def distill(
 
     order = batch_order(fitting, schedule.steps, schedule.seed)
     learned = [tensor for group in groups for tensor in group["params"]]
-    course = learn("the rounded model", learned, optimizer, order, step, error, progress, saved)
+    log = learn("the rounded model", learned, optimizer, order, step, error, progress, saved)
     with torch.no_grad():
         layers = {name: found for flat in flats for name, found in flat.rounded().items()}
         final = [{name: gain.stored() for name, gain in learner.gains.items()} for learner in learners]
-    return Distilled(layers, final, course, time.perf_counter() - begun)
+    return Distilled(layers, final, log, time.perf_counter() - begun)
 
 
 def _divergence(learners: Sequence[_Learner], hidden: Tensor, batch: int, judge: Judge) -> float:

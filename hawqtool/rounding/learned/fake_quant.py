@@ -24,7 +24,7 @@ MAX_SCALE_CHANGE = math.log(2)
 
 
 @dataclass(frozen=True)
-class Start:
+class InitialRounding:
     """A rounded layer that learning starts from.
 
     Args:
@@ -91,7 +91,7 @@ class FlatLayers:
         leaf: ``[groups, width]``, the latest differentiable weights, which gradients are taken of.
     """
 
-    def __init__(self, starts: Sequence[Start], reach: float) -> None:
+    def __init__(self, starts: Sequence[InitialRounding], reach: float) -> None:
         self.starts = starts
         self.stored_dtype = starts[0].rounded.scales.dtype
         self.width = _width(starts[0].rounded)
@@ -161,7 +161,7 @@ class FlatScales:
 
     latents: Sequence[Tensor] = ()
 
-    def __init__(self, starts: Sequence[Start]) -> None:
+    def __init__(self, starts: Sequence[InitialRounding]) -> None:
         self.starts = starts
         self.stored_dtype = starts[0].rounded.scales.dtype
         self.scale_start = torch.cat([s.rounded.scales.float().view(-1, 1) for s in starts])
@@ -205,15 +205,15 @@ class FlatScales:
         }
 
 
-def by_kind(starts: Iterable[Start]) -> list[list[Start]]:
+def by_kind(starts: Iterable[InitialRounding]) -> list[list[InitialRounding]]:
     """Layers by width of their groups and dtype of their scales."""
-    kinds: dict[tuple[int, torch.dtype], list[Start]] = {}
+    kinds: dict[tuple[int, torch.dtype], list[InitialRounding]] = {}
     for start in starts:
         kinds.setdefault((_width(start.rounded), start.rounded.scales.dtype), []).append(start)
     return list(kinds.values())
 
 
-def _by_layer(starts: Sequence[Start], flat: Tensor) -> dict[str, Tensor]:
+def _by_layer(starts: Sequence[InitialRounding], flat: Tensor) -> dict[str, Tensor]:
     """Views ``[out, in]`` of flat weights by layer."""
     parts = flat.split([s.rounded.scales.numel() for s in starts])
     return {s.name: part.view(s.rounded.codes.shape) for s, part in zip(starts, parts, strict=True)}
@@ -233,7 +233,7 @@ def _zeros(rounded: Quantized) -> Tensor:
     return torch.zeros_like(rounded.scales.float()) if rounded.zeros is None else rounded.zeros.float()
 
 
-def _start_latent(start: Start) -> Tensor:
+def _start_latent(start: InitialRounding) -> Tensor:
     """Where each weight lies on the grid, ``[out, in]``: one near the border of its cell is cheap to move across.
 
     Where compensation or clipping chose another code than the nearest, nothing says how strongly: the middle of its

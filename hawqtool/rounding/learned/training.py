@@ -28,11 +28,11 @@ PATIENCE = 6
 """Checks in a row without a better held-out error that end the learning."""
 
 
-_STANDING = "standing"
+_STATE = "standing"
 
 
 @dataclass(frozen=True)
-class Course:
+class TrainingLog:
     """How the learning went.
 
     Args:
@@ -57,7 +57,7 @@ class Course:
 
 
 @dataclass
-class _Standing:
+class TrainingState:
     """Where the learning is: steps done, checks without a better error, and what was best."""
 
     before: float
@@ -76,7 +76,7 @@ def learn(
     error: Callable[[], float],
     progress: Callable[[int], None],
     saved: Saved = NOTHING_SAVED,
-) -> Course:
+) -> TrainingLog:
     """Take steps at rates that fall linearly to zero, and end with the values of the least held-out error.
 
     Args:
@@ -94,12 +94,12 @@ def learn(
         NumericalError: If the error at the start is not finite.
     """
     rates, steps = [group["lr"] for group in optimizer.param_groups], len(order)
-    known = saved.load(_STANDING)
+    known = saved.load(_STATE)
     if known is None:
         start = error()
         if not math.isfinite(start):
             raise NumericalError(f"{what} gives outputs that are NaN or Inf; check its weights")
-        at, kept = _Standing(start, start, 0, 0, 0), [tensor.clone() for tensor in learned]
+        at, kept = TrainingState(start, start, 0, 0, 0), [tensor.clone() for tensor in learned]
     else:
         at, kept = _restored(known, learned, optimizer)
     fixed = FixedOrder(learned[0].device)
@@ -117,17 +117,17 @@ def learn(
                 at.best, at.best_step, at.idle = found, at.done, 0
                 kept = [tensor.clone() for tensor in learned]
             if time.monotonic() - since >= size / BYTES_PER_SECOND:
-                saved.save(_STANDING, _standing(at, kept, learned, optimizer))
+                saved.save(_STATE, _training_state(at, kept, learned, optimizer))
                 since = time.monotonic()
             progress(at.done)
     with torch.no_grad():
         for tensor, value in zip(learned, kept, strict=True):
             tensor.copy_(value)
-    return Course(at.before, at.best, at.best_step, at.done, fixed.kept)
+    return TrainingLog(at.before, at.best, at.best_step, at.done, fixed.kept)
 
 
-def _standing(
-    at: _Standing, kept: list[Tensor], learned: Sequence[Tensor], optimizer: torch.optim.Optimizer
+def _training_state(
+    at: TrainingState, kept: list[Tensor], learned: Sequence[Tensor], optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
     moments = [dict(optimizer.state[tensor]) for tensor in learned]
     return {"at": vars(at), "kept": kept, "learned": list(learned), "moments": moments}
@@ -135,14 +135,14 @@ def _standing(
 
 def _restored(
     known: dict[str, Any], learned: Sequence[Tensor], optimizer: torch.optim.Optimizer
-) -> tuple[_Standing, list[Tensor]]:
+) -> tuple[TrainingState, list[Tensor]]:
     """Put values and moments back; where the learning was, and the best values."""
     with torch.no_grad():
         for tensor, value, moments in zip(learned, known["learned"], known["moments"], strict=True):
             tensor.copy_(value)
             optimizer.state[tensor] = {name: moment.to(tensor.device) for name, moment in moments.items()}
     kept = [value.to(tensor.device) for tensor, value in zip(learned, known["kept"], strict=True)]
-    return _Standing(**known["at"]), kept
+    return TrainingState(**known["at"]), kept
 
 
 def batch_order(count: int, steps: int, seed: int) -> list[int]:

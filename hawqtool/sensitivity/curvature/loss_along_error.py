@@ -58,7 +58,7 @@ def loss_along(
     formats: Mapping[str, QuantFormat],
     method: RoundingMethod,
     stored_dtypes: Mapping[str, torch.dtype],
-    rows_per_slice: int,
+    batch_size: int,
     progress: Progress,
     scales: Sequence[float] = SCALES,
 ) -> LossAlong:
@@ -76,7 +76,7 @@ def loss_along(
         formats: Unit to format; units that are missing keep their weights.
         method: Rounding, plain where there are no calibration rows.
         stored_dtypes: Linear to the dtype of its stored scales.
-        rows_per_slice: Rows per forward pass.
+        batch_size: Rows per forward pass.
         progress: Called with the phase, blocks done and blocks in all.
         scales: Values of a, rising from 0.
 
@@ -84,8 +84,8 @@ def loss_along(
         NumericalError: If outputs are not finite.
     """
     rounding = ({unit: (fmt,) for unit, fmt in formats.items()}, method, stored_dtypes)
-    seen = stream.embed(rows, rows_per_slice)
-    known = None if calibration is None else stream.embed(calibration, rows_per_slice, method.needs_held_out)
+    seen = stream.embed(rows, batch_size)
+    known = None if calibration is None else stream.embed(calibration, batch_size, method.needs_held_out)
     moved = [Activations(list(seen.hidden), seen.calls) for _ in scales]
     changes = [torch.zeros_like(hidden) for hidden in seen.hidden]
     for spec in stream.structure.blocks:

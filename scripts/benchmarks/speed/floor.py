@@ -50,7 +50,7 @@ def block_work(job: Job, rows: int, seq_len: int) -> Work:
     weights = sum(linear.num_weights for linear in spec.linears)
     config = job.skeleton.config
     attention_width = config.num_attention_heads * (config.head_dim or config.hidden_size // config.num_attention_heads)
-    alike = [[linear] for linear in spec.linears] if job.weighs_tokens else spec.input_groups
+    alike = [[linear] for linear in spec.linears] if job.uses_token_importance else spec.input_groups
     widths = [group[0].in_features for group in alike]
     updates = float(sum(linear.out_features * linear.in_features**2 for linear in spec.linears))
     candidates = (2 if job.method.both_signs else 1) * COARSE_STEPS + 2 * FINE_STEPS
@@ -60,13 +60,13 @@ def block_work(job: Job, rows: int, seq_len: int) -> Work:
         factor=2 / 3 * sum(width**3 for width in widths),
         search=float(weights * candidates * _OPERATIONS_PER_CANDIDATE),
         columns=updates,
-        passes=job.method.passes if job.weighs_tokens and job.method.compensates else 1,
+        passes=job.method.passes if job.uses_token_importance and job.method.compensates else 1,
         losses=6 * updates,
         weights=weights,
     )
 
 
-def weighing_floor(job: Job, rates: Rates, rows: int, seq_len: int) -> float:
+def importance_floor(job: Job, rates: Rates, rows: int, seq_len: int) -> float:
     """Seconds per block: two forward passes, and as much again for the gradients at the layers' outputs."""
     return 3 * block_work(job, rows, seq_len).forward / rates.of(job.dtype)
 

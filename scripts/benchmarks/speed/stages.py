@@ -22,14 +22,14 @@ from hawqtool.export.writer import CheckpointWriter
 from hawqtool.pipeline.run.files import parse_sensitivity
 from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.run.menu import budget_bytes, job_menu, unquantized_bytes
-from hawqtool.pipeline.search.planner import Allocator
+from hawqtool.pipeline.search.planner import Planner
 from hawqtool.pipeline.stages.measure import measure_job
-from hawqtool.pipeline.stages.token_weights import weighed
+from hawqtool.pipeline.stages.token_importance import with_token_importance
 from hawqtool.pipeline.stages.write import round_to_folder
 from hawqtool.records import BitPlan, LayerMetrics, RoundedLayer, Rows
 from hawqtool.runtime.reporter import Silent
 from hawqtool.runtime.stage_timer import StageRecorder
-from speed.floor import block_floor, measuring_floor, rounding_floor, weighing_floor
+from speed.floor import block_floor, importance_floor, measuring_floor, rounding_floor
 from speed.memory import PeakMemory
 from speed.rates import Rates, evict
 
@@ -136,11 +136,11 @@ class Benchmark:
         """Weights of the tokens; those of the rows behind the scores are made beside the clock."""
         clock = BlockClock()
         found, self.rows["calibration"] = self._timed(
-            "weigh", lambda: weighed(self.job, self.rows["calibration"], clock)
+            "weigh", lambda: with_token_importance(self.job, self.rows["calibration"], clock)
         )
-        self.rows["measuring"] = weighed(self.job, self.rows["measuring"], Silent())
+        self.rows["measuring"] = with_token_importance(self.job, self.rows["measuring"], Silent())
         found.per_block = found.seconds / self.blocks
-        found.floor = weighing_floor(self.job, self.rates, len(self.rows["calibration"].tokens), self._seq_len)
+        found.floor = importance_floor(self.job, self.rates, len(self.rows["calibration"].tokens), self._seq_len)
         return found
 
     def _measure(self) -> Measured:
@@ -159,7 +159,7 @@ class Benchmark:
         if self._document is None:
             raise UsageError("stage allocate needs the scores of stage measure; name both")
         table = parse_sensitivity(self._document, "the measurement")[0]
-        allocator = Allocator(self.job, table, self._document)
+        allocator = Planner(self.job, table, self._document)
         found, self.plan = self._timed("allocate", lambda: allocator.plan(self._budget()))
         return found
 

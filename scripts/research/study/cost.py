@@ -64,7 +64,7 @@ def forward_backward(job: Job, rows: Rows) -> dict[str, Any]:
         modules = [resident.enter_context(stream.block(spec.index)) for spec in blocks]
         for module in modules:
             module.requires_grad_(True)
-        parts = rows.tokens.split(min(PLAIN_ROWS, job.rows_per_slice))
+        parts = rows.tokens.split(min(PLAIN_ROWS, job.batch_size))
 
         def once(part: torch.Tensor) -> None:
             activations = stream.embed(part, len(part))

@@ -17,8 +17,8 @@ from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.evaluation.divergence import evaluate_hidden, interpolate_log, standard_error
 from hawqtool.formats import QuantFormat, parse_label
 from hawqtool.pipeline.run.job import Job
-from hawqtool.pipeline.search.exchange import exchange, neighbouring
 from hawqtool.pipeline.search.planner import allocate
+from hawqtool.pipeline.search.width_swap import neighbouring, swap_widths
 from hawqtool.records import BlockSpec, Evaluation, LinearSpec
 from hawqtool.rounding.factor import factorize
 from hawqtool.rounding.grid import dequantize
@@ -28,7 +28,7 @@ from hawqtool.rounding.statistics import GroupStatistics
 from hawqtool.runtime.reporter import Reporter
 from hawqtool.sensitivity.measured_kl import pairs_of_scores, scores_of_pairs
 from hawqtool.streaming.block import advance, read_weight, replace_weight
-from hawqtool.streaming.input_statistics import visit_groups
+from hawqtool.streaming.input_statistics import collect_statistics
 from hawqtool.streaming.stream import WeightSource
 from study.scores import predicted_sums
 from study.setting import Findings, Scores, Setting
@@ -89,7 +89,7 @@ class Judge:
         self.setting, self.reporter = setting, reporter
         self.stream = setting.job.stream()
         self.original = self.stream.final_hidden(
-            setting.heldout.tokens, setting.job.rows_per_slice, self._progress("evaluating original")
+            setting.heldout.tokens, setting.job.batch_size, self._progress("evaluating original")
         )
 
     def _progress(self, phase: str) -> Any:
@@ -103,13 +103,13 @@ class Judge:
         progress = self._progress(f"judging {candidate.name}")
         stream = job.stream()
         calibration, needs = self.setting.calibration, (job.method.needs_held_out, job.method.needs_drift)
-        known = stream.embed(calibration.tokens, job.rows_per_slice, *needs, calibration.weights)
-        held = stream.embed(rows.tokens, job.rows_per_slice)
+        known = stream.embed(calibration.tokens, job.batch_size, *needs, calibration.weights)
+        held = stream.embed(rows.tokens, job.batch_size)
         formats = job.layer_formats(candidate.formats)
         with torch.no_grad():
             for spec in job.structure.blocks:
                 with stream.block(spec.index) as block:
-                    visit_groups(block, spec, known, _Rounder(job, formats, block, spec, self.weights))
+                    collect_statistics(block, spec, known, _Rounder(job, formats, block, spec, self.weights))
                     advance(block, spec, held)
                 progress(spec.index)
             if job.structure.head:
@@ -118,14 +118,14 @@ class Judge:
                 _Rounder(job, formats, stream.model, head, self.weights)(head.input_groups[0], statistics)
             return evaluate_hidden(self.stream, stream, rows.tokens, self.original, torch.cat(list(held.hidden)))
 
-    def exchange(self, candidate: Candidate, budget: int, expected: Scores) -> tuple[Formats, Scores]:
-        """The plan that exchanges at ``candidate`` give, measured on the scoring rows, and the scores behind it."""
+    def swap_widths(self, candidate: Candidate, budget: int, expected: Scores) -> tuple[Formats, Scores]:
+        """The plan that swaps at ``candidate`` give, measured on the scoring rows, and the scores behind it."""
         job = self.setting.job
         self.evaluate(candidate)
         quantized = job.stream(Overlay(TensorReader(job.index), self.weights))
         menu = neighbouring(self.setting.menu, candidate.formats, set())
         rows = self.setting.calibration, self.setting.scoring.tokens
-        plan, scores = exchange(job, quantized, candidate.formats, menu, *rows, budget, expected, self.reporter)
+        plan, scores = swap_widths(job, quantized, candidate.formats, menu, *rows, budget, expected, self.reporter)
         return plan.formats, scores
 
 
@@ -175,13 +175,13 @@ def study_plans(
     budgets: Sequence[float],
     reference: str,
     seeds: int,
-    exchanges: int,
+    swaps: int,
     findings: Findings,
     reporter: Reporter,
 ) -> None:
     """Judge every plan of every budget that is not in the findings; plans that are equal are judged once.
 
-    Exchanges start from the plan of the reference metric; each round starts from what the one before gave.
+    Swaps start from the plan of the reference metric; each round starts from what the one before gave.
     """
     scores = {metric: scores_of_pairs(found) for metric, found in findings.data["scores"].items()}
     units = setting.job.units
@@ -194,16 +194,16 @@ def study_plans(
         wanted = list(candidates(setting, scores, reference, budget, seeds))
         latest = next(candidate for candidate in wanted if candidate.name == reference)
         expected = scores[reference]
-        for step in (*wanted, *range(1, exchanges + 1)):
+        for step in (*wanted, *range(1, swaps + 1)):
             if isinstance(step, int):
-                name = f"exchange {step}"
+                name = f"width swap {step}"
                 judge = judge or Judge(setting, reporter)
                 if name in known:
                     labels = next(entry for entry in listed if entry["name"] == name)["evaluation"].split(",")
                     formats = {u.name: parse_label(label) for u, label in zip(units, labels, strict=True)}
                     expected = scores_of_pairs(findings.data["exchanged"][f"{target} {step}"])
                 else:
-                    formats, expected = judge.exchange(latest, budget, expected)
+                    formats, expected = judge.swap_widths(latest, budget, expected)
                     findings.data["exchanged"][f"{target} {step}"] = pairs_of_scores(expected)
                 candidate = latest = Candidate(name, "exchange", formats)
             else:

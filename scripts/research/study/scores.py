@@ -33,7 +33,7 @@ def _sweeps(setting: Setting, metrics: Sequence[str], reporter: Reporter) -> Mea
         setting.menu,
         job.method,
         job.stored_dtypes,
-        job.rows_per_slice,
+        job.batch_size,
         job.config.seed,
         reporter.progress,
         metrics=metrics,

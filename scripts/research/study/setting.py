@@ -20,7 +20,7 @@ from hawqtool.pipeline.run.files import read_json, write_json
 from hawqtool.pipeline.run.job import Job, prepare
 from hawqtool.pipeline.run.menu import format_menu
 from hawqtool.pipeline.stages.rows import gather_rows
-from hawqtool.pipeline.stages.token_weights import weighed
+from hawqtool.pipeline.stages.token_importance import with_token_importance
 from hawqtool.records import Rows, Score
 from hawqtool.runtime.reporter import Reporter
 
@@ -66,12 +66,12 @@ class Setting:
             "extra_group_sizes": list(config.extra_group_sizes),
             "rounding": config.rounding,
             "target_shift": config.target_shift,
-            "token_weights": self.job.weighs_tokens,
+            "token_importance": self.job.uses_token_importance,
             "profile": config.profile,
             "ignore": list(config.ignore),
             "seed": config.seed,
             "probes": config.probes,
-            "rows_per_slice": self.job.rows_per_slice,
+            "batch_size": self.job.batch_size,
             "rows": {
                 role: {"source": rows.source, "shape": list(rows.tokens.shape), "fingerprint": rows.fingerprint}
                 for role, rows in (
@@ -106,7 +106,7 @@ def prepare_setting(
     rest = torch.cat([tokens[wanted:], sets["scoring"].tokens, sets["selection"].tokens])
     parts = tokens[:wanted], rest.reshape(-1, scoring_len)[:scoring]
     calibration, judged = (Rows(part.clone(), source, rows_fingerprint(part)) for part in parts)
-    return Setting(job, weighed(job, calibration, reporter), judged, sets["report"], bits)
+    return Setting(job, with_token_importance(job, calibration, reporter), judged, sets["report"], bits)
 
 
 class Findings:

@@ -112,7 +112,7 @@ def test_the_supplement_is_on_inside_the_context_alone() -> None:
     assert split.least_tokens == 0
 
 
-# Statistics and scores of a whole model, in one slice and in several.
+# Statistics and scores of a whole model, in one batch and in several.
 
 
 @pytest.fixture(scope="module", params=["llama", "mixtral", "qwen3-moe"])
@@ -125,9 +125,9 @@ def rows(seed: int, count: int) -> Tensor:
     return torch.randint(3, 128, (count, 32), generator=torch.Generator().manual_seed(seed))
 
 
-def statistics_of(job: Job, tokens: Tensor, rows_per_slice: int, held_out: bool = False) -> dict[str, GroupStatistics]:
+def statistics_of(job: Job, tokens: Tensor, batch_size: int, held_out: bool = False) -> dict[str, GroupStatistics]:
     stream = job.stream()
-    activations = stream.embed(tokens, rows_per_slice, held_out)
+    activations = stream.embed(tokens, batch_size, held_out)
     spec = job.structure.blocks[0]
     with stream.block(0) as block:
         return {
@@ -146,7 +146,7 @@ def test_group_statistics_do_not_depend_on_slices(job: Job) -> None:
         assert other.num_routed == statistics.num_routed
         dense = ".experts." not in name
         assert not dense or statistics.num_routed == statistics.num_tokens == tokens.numel()
-        # Where tokens are lent, they are others in other slices.
+        # Where tokens are lent, they are others in other batches.
         if statistics.num_routed == statistics.num_tokens and other.num_routed == other.num_tokens:
             torch.testing.assert_close(other.gram, statistics.gram, rtol=1e-4, atol=1e-5)
         assert statistics.num_tokens >= statistics.num_routed
@@ -183,11 +183,11 @@ def test_every_token_is_routed_to_as_many_experts_as_it_chooses(job: Job) -> Non
     assert all(total == 24 * 32 * 2 for total in per_role.values())
 
 
-@pytest.mark.parametrize("rows_per_slice", [1, 4])
-def test_an_expert_without_tokens_gets_lent_ones(tmp_path: Path, rows_per_slice: int) -> None:
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_an_expert_without_tokens_gets_lent_ones(tmp_path: Path, batch_size: int) -> None:
     folder = save_kind(kind_named("mixtral"), tmp_path, torch.float32)
     job = prepare(RunConfig(model=str(folder), group_size=32, device="cpu"))
-    found = statistics_of(job, rows(5, 1).expand(4, -1)[:, :1].contiguous(), rows_per_slice)  # one token: two experts
+    found = statistics_of(job, rows(5, 1).expand(4, -1)[:, :1].contiguous(), batch_size)  # one token: two experts
     lent = [s for n, s in found.items() if ".experts." in n and s.num_routed == 0]
     assert lent
     for statistics in lent:
@@ -199,11 +199,11 @@ def test_an_expert_without_tokens_gets_lent_ones(tmp_path: Path, rows_per_slice:
 def test_scores_do_not_depend_on_slices_with_experts(job: Job) -> None:
     formats = (QuantFormat(2, 32), QuantFormat(4, 32))
 
-    def measured(rows_per_slice: int) -> Any:
+    def measured(batch_size: int) -> Any:
         menu = {unit.name: formats for unit in job.units}
         method, known = RoundingMethod("rtn"), Rows(rows(4, 24), "test", "-")
         return measure(
-            job.stream(), known, rows(7, 24), menu, method, job.stored_dtypes, rows_per_slice, 7, lambda *_: None
+            job.stream(), known, rows(7, 24), menu, method, job.stored_dtypes, batch_size, 7, lambda *_: None
         ).scores
 
     whole, sliced = measured(24), measured(8)

@@ -17,7 +17,7 @@ from hawqtool.rounding.grid import Quantized, dequantize, expand_scales, refit_s
 from hawqtool.rounding.input_drift import best_shift, full_shift, gptaq_problem
 from hawqtool.rounding.layer import choose_settings, round_group
 from hawqtool.rounding.method import BETAS, RoundingMethod, Task
-from hawqtool.rounding.statistics import GroupStatistics, is_held_out, seen
+from hawqtool.rounding.statistics import GroupStatistics, is_held_out, second_moments
 from tests.reference.rounding.test_layer import DAMPING, Case, assert_matches, make_case, reference_of, run, scales_of
 from tests.support import oracles
 
@@ -39,7 +39,7 @@ class Drifted:
 
     @property
     def statistics(self) -> GroupStatistics:
-        return seen(self.inputs, len(self.inputs), self.held, self.original)
+        return second_moments(self.inputs, len(self.inputs), self.held, self.original)
 
     @property
     def factor(self) -> Factor:
@@ -266,7 +266,7 @@ def test_the_parts_of_statistics_are_those_of_their_tokens() -> None:
         torch.testing.assert_close(part.drift.double(), (x0 - x).t() @ x / len(x), rtol=1e-4, atol=1e-4)
     half = len(layer.inputs) // 2
     first, second = (
-        seen(layer.inputs[s], half, held[s], layer.original[s]) for s in (slice(0, half), slice(half, None))
+        second_moments(layer.inputs[s], half, held[s], layer.original[s]) for s in (slice(0, half), slice(half, None))
     )
     first += second
     assert first.held_out is not None and statistics.held_out is not None
@@ -278,7 +278,7 @@ def test_the_parts_of_statistics_are_those_of_their_tokens() -> None:
 
 def test_without_held_out_tokens_nothing_is_chosen() -> None:
     layer = drifted(24, 96)
-    statistics = seen(layer.inputs, len(layer.inputs), None, layer.original)
+    statistics = second_moments(layer.inputs, len(layer.inputs), None, layer.original)
     assert statistics.fitting is None
     method = RoundingMethod("foem", beta="auto", shift="auto", refit=True)
     plain = round_group([task(layer.weight)], layer.factor, RoundingMethod("gptq"))

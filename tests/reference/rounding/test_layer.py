@@ -13,7 +13,7 @@ from torch import Tensor
 from hawqtool.errors import NumericalError
 from hawqtool.formats import CHANNEL, QuantFormat
 from hawqtool.rounding.factor import Factor, default_damping, factorize, inverse_cholesky
-from hawqtool.rounding.gptq import met_targets, round_compensated, row_losses
+from hawqtool.rounding.gptq import round_compensated, row_losses, targets_at_turn
 from hawqtool.rounding.gram import quadratic_form
 from hawqtool.rounding.grid import (
     COARSE_STEPS,
@@ -171,11 +171,11 @@ def test_the_loop_tells_what_it_spread_and_rounded(beta: float) -> None:
     reference = reference_of(case, fmt, scales)
     expected, targets = oracles.foem(reference.weight, reference.grid, reference.hessian, beta)
     spread = torch.empty(192, 24)
-    codes = run(case, fmt, scales, beta, spread=spread)
+    codes = run(case, fmt, scales, beta, column_errors=spread)
     alike = (codes.numpy()[:, reference.order] == expected).all(axis=1)  # a tie changes the rest of its row
     assert alike.mean() > 0.8
     rounded = taken(codes, scales)
-    met = met_targets(case.weight, rounded, spread, case.factor, beta).numpy()[:, reference.order]
+    met = targets_at_turn(case.weight, rounded, spread, case.factor, beta).numpy()[:, reference.order]
     # `targets` are in steps.
     wanted = (targets * reference.grid.step)[alike]
     assert np.linalg.norm(met[alike] - wanted) <= 1e-5 * np.linalg.norm(wanted)

@@ -35,10 +35,10 @@ def row() -> Tensor:
     return torch.randint(0, VOCAB, (LENGTH,), generator=torch.Generator().manual_seed(1))
 
 
-def measured(job: Job, rows: Tensor, rows_per_slice: int) -> Measurement:
+def measured(job: Job, rows: Tensor, batch_size: int) -> Measurement:
     menu = {unit.name: (QuantFormat(4, 32),) for unit in job.units}
     method, known = RoundingMethod("rtn"), Rows(rows[:4], "test", "-")
-    return measure(job.stream(), known, rows, menu, method, job.stored_dtypes, rows_per_slice, 3, lambda *_: None)
+    return measure(job.stream(), known, rows, menu, method, job.stored_dtypes, batch_size, 3, lambda *_: None)
 
 
 def exact_trace(model: nn.Module, row: Tensor, unit: Unit) -> float:

@@ -35,7 +35,7 @@ def measured(
     calibration: Tensor,
     rows: Tensor,
     formats: tuple[QuantFormat, ...],
-    slices: int = 4,
+    batches: int = 4,
     seen: list[Any] | None = None,
 ) -> dict[str, dict[str, Score]]:
     menu = {unit.name: formats for unit in job.units}
@@ -47,7 +47,7 @@ def measured(
         menu,
         GPTQ,
         job.stored_dtypes,
-        slices,
+        batches,
         lambda *step: into.append(step),
     )
 
@@ -94,7 +94,7 @@ def test_narrow_formats_are_worse_than_wide_ones(found: dict[str, dict[str, Scor
 
 def test_neither_order_nor_slices_nor_other_units_matter(job: Job, found: dict[str, dict[str, Score]]) -> None:
     other = replace(job, units=tuple(reversed(job.units)))
-    for unit, by_label in measured(other, CALIBRATION, SCORING, (WIDE, NARROW), slices=2).items():
+    for unit, by_label in measured(other, CALIBRATION, SCORING, (WIDE, NARROW), batches=2).items():
         assert by_label["w2g32"].value == pytest.approx(found[unit]["w2g32"].value, rel=1e-4)
     last = job.units[-1].name
     known = Rows(CALIBRATION, "test", "-")
@@ -172,7 +172,7 @@ def test_every_kind_of_unit_equals_a_model_with_its_weights_replaced(
     else:
         calibration, rows = (torch.randint(2, 120, (n, 32), generator=generator) for n in (8, 5))
     found, errors, stream = (
-        measured(job, calibration, rows, (NARROW,), slices=64),
+        measured(job, calibration, rows, (NARROW,), batches=64),
         errors_of(job, calibration),
         job.stream(),
     )

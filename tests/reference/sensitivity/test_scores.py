@@ -265,7 +265,7 @@ def tokens(seed: int, rows: int) -> Tensor:
 CALIBRATION, SCORING, SEED = tokens(11, 6), tokens(12, 5), 7
 
 
-def measured(job: Job, method: str, rows_per_slice: int) -> dict[str, dict[str, dict[str, Score]]]:
+def measured(job: Job, method: str, batch_size: int) -> dict[str, dict[str, dict[str, Score]]]:
     menu = {unit.name: FORMATS for unit in job.units}
     return measure(
         job.stream(),
@@ -274,10 +274,10 @@ def measured(job: Job, method: str, rows_per_slice: int) -> dict[str, dict[str, 
         menu,
         RoundingMethod(method),
         job.stored_dtypes,
-        rows_per_slice,
+        batch_size,
         SEED,
         lambda *_: None,
-        growth_limit=math.inf,
+        gradient_limit=math.inf,
     ).scores
 
 
@@ -369,7 +369,7 @@ def test_wider_formats_score_lower_and_units_can_be_skipped(job: Job) -> None:
         3,
         SEED,
         lambda *_: None,
-        growth_limit=math.inf,
+        gradient_limit=math.inf,
     ).scores
     for metric in METRICS:
         scores = found[metric][kept]

@@ -25,7 +25,7 @@ from hawqtool.rounding.method import Task
 from hawqtool.rounding.statistics import GroupStatistics
 from hawqtool.runtime.reporter import Silent
 from hawqtool.streaming.block import read_weight, replace_weight
-from hawqtool.streaming.input_statistics import visit_groups
+from hawqtool.streaming.input_statistics import collect_statistics
 from tests.support.tiny import CONFIGS, tiny_model
 
 TOKENS = torch.randint(3, 128, (6, 32), generator=torch.Generator().manual_seed(4))
@@ -37,8 +37,8 @@ class _Reached(Exception):
     """The input of interest was seen."""
 
 
-def make_job(folder: Path, rows_per_slice: int) -> Job:
-    return prepare(RunConfig(model=str(folder), group_size=32, rows_per_slice=rows_per_slice, device="cpu"))
+def make_job(folder: Path, batch_size: int) -> Job:
+    return prepare(RunConfig(model=str(folder), group_size=32, batch_size=batch_size, device="cpu"))
 
 
 def mixed_plan(job: Job) -> BitPlan:
@@ -145,7 +145,7 @@ def walked_statistics(job: Job, plan: BitPlan) -> dict[str, GroupStatistics]:
     """Statistics that the walk shows while each group is rounded by plan."""
     found: dict[str, GroupStatistics] = {}
     stream, formats = job.stream(), job.layer_formats(plan.formats)
-    activations = stream.embed(TOKENS, job.rows_per_slice, held_out=True, with_original=True)
+    activations = stream.embed(TOKENS, job.batch_size, held_out=True, with_original=True)
     for spec in job.structure.blocks:
         with stream.block(spec.index) as block:
 
@@ -162,14 +162,14 @@ def walked_statistics(job: Job, plan: BitPlan) -> dict[str, GroupStatistics]:
                     scales = search_scales(weight, ones, fmt, torch.bfloat16, both_signs=True)
                     replace_weight(block, spec, linear, dequantize(nearest_codes(weight, scales, fmt), scales))
 
-            visit_groups(block, spec, activations, visit)
+            collect_statistics(block, spec, activations, visit)
     return found
 
 
-@pytest.mark.parametrize("rows_per_slice", [2, 6])
-def test_the_original_runs_beside_the_quantized_prefix(rows_per_slice: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("batch_size", [2, 6])
+def test_the_original_runs_beside_the_quantized_prefix(batch_size: int, tmp_path: Path) -> None:
     """Drift and held-out moments are those of inputs taken from two live models."""
-    job = make_job(tiny_model("llama", tmp_path / "m", layers=3), rows_per_slice)
+    job = make_job(tiny_model("llama", tmp_path / "m", layers=3), batch_size)
     plan = mixed_plan(job)
     found = walked_statistics(job, plan)
     original, quantized = (

@@ -12,7 +12,7 @@ import pytest
 
 from hawqtool.allocation.frontier import efficient_choices, frontier, solve
 from hawqtool.allocation.problem import AllocationProblem, Choice, build_problem, resolve_ignored, resolve_pins
-from hawqtool.allocation.uniform import best_uniform, neighbours, uniform_candidates, uniform_formats
+from hawqtool.allocation.uniform import best_uniform, neighbours, uniform_formats, uniform_plans
 from hawqtool.errors import InputError, UsageError
 from hawqtool.formats import CHANNEL, QuantFormat
 from hawqtool.records import LinearSpec, Score, Unit
@@ -169,8 +169,8 @@ def test_exchanging_scores_exchanges_bits() -> None:
     problem, other = build_problem(units, menu, scores, {}), build_problem(units, menu, swapped, {})
     differs = False
     for budget in budgets(problem):
-        plan, exchanged = solve(problem, budget).formats, solve(other, budget).formats
-        assert exchanged == {**plan, "u1": plan["u4"], "u4": plan["u1"]}
+        plan, swapped = solve(problem, budget).formats, solve(other, budget).formats
+        assert swapped == {**plan, "u1": plan["u4"], "u4": plan["u1"]}
         differs |= plan["u1"] != plan["u4"]
     assert differs
 
@@ -313,23 +313,21 @@ def test_uniform_formats_fall_and_refuse() -> None:
 
 def test_uniform_candidates_are_distinct_and_sorted() -> None:
     units = [make_unit("a", [(8, 192)]), make_unit("b", [(16, 64)])]
-    found = uniform_candidates(units)
+    found = uniform_plans(units)
     assert len(found) == 7 * 3, "group size 128 falls to 64 everywhere and is no plan of its own"
     assert not any("g128" in label for label, _, _ in found)
     keys = [(stored, formats["a"].bits) for _, formats, stored in found]
     assert keys == sorted(keys)
     for label, formats, stored in found:
         assert stored == sum(unit.stored_bytes(formats[unit.name]) for unit in units), label
-    only_channel = uniform_candidates([make_unit("d", [(8, 100)])])
+    only_channel = uniform_plans([make_unit("d", [(8, 100)])])
     assert [c.label for c in only_channel] == [f"w{bits}ch" for bits in range(2, 9)]
 
 
 def test_group_sizes_beyond_the_served_ones() -> None:
     units = [make_unit("a", [(8, 576)]), make_unit("b", [(8, 1536)])]
-    labels = {c.label for c in uniform_candidates(units, group_sizes=(96, 192, CHANNEL))}
-    assert labels == {c.label for c in uniform_candidates(units)} | {
-        f"w{b}g{g}" for b in range(2, 9) for g in (96, 192)
-    }
+    labels = {c.label for c in uniform_plans(units, group_sizes=(96, 192, CHANNEL))}
+    assert labels == {c.label for c in uniform_plans(units)} | {f"w{b}g{g}" for b in range(2, 9) for g in (96, 192)}
     below, above = neighbours(units, found_bytes(units, 3, 96), group_sizes=[96])
     assert below is not None and below.label == "w3g96" and above is not None and above.label == "w3g64"
     assert best_uniform(units, found_bytes(units, 3, 96), group_sizes=[96]) == below
@@ -347,9 +345,9 @@ def found_bytes(units: list[Unit], bits: int, group_size: int) -> int:
 
 def test_asymmetric_plans_are_of_one_kind() -> None:
     units = [make_unit("a", [(8, 256)]), make_unit("b", [(16, 128)])]
-    found = uniform_candidates(units, symmetric=False)
+    found = uniform_plans(units, symmetric=False)
     assert all(c.label.endswith("a") and not f.symmetric for c in found for f in c.formats.values())
-    assert [c.label.removesuffix("a") for c in sorted(found)] == [c.label for c in sorted(uniform_candidates(units))]
+    assert [c.label.removesuffix("a") for c in sorted(found)] == [c.label for c in sorted(uniform_plans(units))]
     below, above = neighbours(units, found[3].stored_bytes, symmetric=False)
     assert below is not None and above is not None and {below.label[-1], above.label[-1]} == {"a"}
     assert best_uniform(units, found[3].stored_bytes, symmetric=False) == below
@@ -359,7 +357,7 @@ def test_asymmetric_plans_are_of_one_kind() -> None:
 
 def test_best_uniform_and_neighbours() -> None:
     units = [make_unit("a", [(128, 256)]), make_unit("b", [(64, 512)])]
-    found = uniform_candidates(units)
+    found = uniform_plans(units)
     sizes = [c.stored_bytes for c in found]
     assert best_uniform(units, sizes[0] - 1) is None
     assert neighbours(units, sizes[0] - 1) == (None, found[0])

@@ -102,7 +102,7 @@ def a_report(measure: str = "kl", prefix: str = "model.layers", **changes: Any) 
             "original": quality(measure, 0.0),
             "tried": {
                 "kron": tried(measure, 0.4, mixed, 0.5, "w3g64", "w4g64"),
-                "exchange 1": tried(measure, 0.45, mixed, 0.55, "w3g64", "w4g64"),
+                "width swap 1": tried(measure, 0.45, mixed, 0.55, "w3g64", "w4g64"),
             },
             "mixed": tried(measure, 0.4, mixed, 0.5, "w3g64", "w4g64") | {"chosen_by": "kron"},
             "uniform": uniform(3, 0.6, measure),
@@ -289,7 +289,7 @@ def test_an_embedding_model_is_judged_by_its_own_measure(tmp_path: Path) -> None
 def test_every_plan_that_was_tried_is_in_the_table(tmp_path: Path) -> None:
     text = page_of(written(tmp_path / "out", a_report()))
     table = text[text.index("Plans that were tried") : text.index("Size against loss")]
-    assert "<td>1</td><td" in table and "kron (shipped)" in table and "exchange 1" in table
+    assert "<td>1</td><td" in table and "kron (shipped)" in table and "width swap 1" in table
     assert "predicted (kron)" in table and "0.5500" in table
     # Selection rows, report rows, and the paired difference on each.
     assert "0.5000 ± 0.0100" in table and "0.4500 ± 0.0100" in table and table.count("-0.1500 ± 0.0200") == 2
@@ -298,7 +298,7 @@ def test_every_plan_that_was_tried_is_in_the_table(tmp_path: Path) -> None:
 
 def test_a_plan_of_exchanges_is_shown_with_the_scores_of_the_run() -> None:
     report = a_report(metric="exchange")
-    report["evaluation"]["mixed"]["chosen_by"] = "exchange 1"
+    report["evaluation"]["mixed"]["chosen_by"] = "width swap 1"
     figures, _ = figure_data(report, None)
     assert [p["label"] for p in figures["measured"]["points"] if p["shipped"]] == ["2 exchange 1"]
     assert shown_metric(report) == "kron"
@@ -342,7 +342,7 @@ def test_negative_scores_are_shown(tmp_path: Path) -> None:
     table, units, *_ = report_page.read_sensitivity(folder / "reproduce/sensitivity.json")
     first = units[0].name
     table.scores["kron"][first] = {fmt: Score(-9.0, 1.0) for fmt in table.scores["kron"][first]}
-    report["evaluation"]["tried"]["exchange 1"]["predicted"]["kron"] = -8.5
+    report["evaluation"]["tried"]["width swap 1"]["predicted"]["kron"] = -8.5
     figures, missing = figure_data(report, (table, units))
     assert not missing
     assert figures["sensitivity"]["values"][-1] == -9.0

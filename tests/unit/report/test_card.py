@@ -244,14 +244,14 @@ def test_a_card_for_uniform_that_won() -> None:
 
 def test_a_card_names_the_short_list_and_the_gates() -> None:
     report = a_report()
-    plans = ("kron", "first and last blocks", "exchange 1", "exchange 2")
+    plans = ("kron", "first and last blocks", "width swap 1", "width swap 2")
     report["evaluation"]["tried"] = dict.fromkeys(plans, report["evaluation"]["mixed"])
-    report["evaluation"]["mixed"]["chosen_by"] = "exchange 1"
+    report["evaluation"]["mixed"]["chosen_by"] = "width swap 1"
     report["gates"] = [judge("target_kl", 0.3, 0.4)]
     body = split(model_card(report, None))[1]
     assert "chosen per layer under a budget of stored bytes; of" in body
     assert (
-        "of the plans `kron`, `first and last blocks` and 2 that exchanges of widths gave, `exchange 1` diverged least"
+        "of the plans `kron`, `first and last blocks` and 2 that swaps of widths gave, `exchange 1` diverged least"
         in body
     )
     assert "0.4, at most 0.3 was asked for, **failed**" in body

@@ -29,7 +29,7 @@ class Heap:
 
 def test_freed_memory_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = Heap(monkeypatch)
-    allocators.prepare_allocators()
+    allocators.configure_allocators()
     assert calls.set == PREPARED
     assert os.environ[VARIABLE] == "expandable_segments:True"
 
@@ -46,7 +46,7 @@ def test_sweeps_keep_all_and_leave_the_heap_as_the_command_has_it(monkeypatch: p
 def test_a_heap_that_the_user_set_stays(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = Heap(monkeypatch)
     monkeypatch.setenv(name, "1")
-    allocators.prepare_allocators()
+    allocators.configure_allocators()
     with heap.kept_pages():
         pass
     assert calls.set == []
@@ -56,7 +56,7 @@ def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     Heap(monkeypatch)
     monkeypatch.setattr(heap, "_set", None)
     monkeypatch.setattr(heap, "_trim", None)
-    allocators.prepare_allocators()
+    allocators.configure_allocators()
     with heap.kept_pages():
         pass
 
@@ -65,14 +65,14 @@ def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_gpu_allocator_that_the_user_set_stays(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     Heap(monkeypatch)
     monkeypatch.setenv(name, "max_split_size_mb:64")
-    allocators.prepare_allocators()
+    allocators.configure_allocators()
     assert os.environ.get(VARIABLE) == ("max_split_size_mb:64" if name == VARIABLE else None)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the heap is glibc's")
 def test_the_c_library_takes_the_settings() -> None:
     # In a process of its own: they cannot be taken back.
-    code = "from hawqtool.runtime.malloc import prepare_allocators as p; p(); print(len(bytearray(100 << 20)))"
+    code = "from hawqtool.runtime.malloc import configure_allocators as p; p(); print(len(bytearray(100 << 20)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stdout.strip() == str(100 << 20), done.stderr
 

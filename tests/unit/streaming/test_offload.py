@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hawqtool.errors import NumericalError, ResourceError
 from hawqtool.streaming import offload as spill
-from hawqtool.streaming.offload import DEVICE, DISK, HOST, Shelf, Slices, total_bytes
+from hawqtool.streaming.offload import DEVICE, DISK, HOST, Offload, OffloadedBatches, total_bytes
 
 CPU = torch.device("cpu")
 SIZE = 4096
@@ -34,10 +34,10 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_device_then_host_then_disk(dtype: torch.dtype, tmp_path: Path) -> None:
-    shelf = Shelf(CPU, 2 * SIZE, SIZE, tmp_path)
+    offload = Offload(CPU, 2 * SIZE, SIZE, tmp_path)
     values = [tensor(seed, dtype) for seed in range(5)]
-    kept = Slices(shelf, values)
-    assert shelf.peak_bytes == {DEVICE: 2 * SIZE, HOST: SIZE, DISK: 2 * SIZE}
+    kept = OffloadedBatches(offload, values)
+    assert offload.peak_bytes == {DEVICE: 2 * SIZE, HOST: SIZE, DISK: 2 * SIZE}
     assert len(spilled(tmp_path)) == 2
     for found, expected in zip(kept, values, strict=True):
         assert found.dtype == dtype and torch.equal(found, expected)
@@ -45,25 +45,25 @@ def test_device_then_host_then_disk(dtype: torch.dtype, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("place", [HOST, DISK])
 def test_the_last_chunk_may_be_filled_in_part(place: str, tmp_path: Path) -> None:
-    shelf = Shelf(CPU, 0, 2 * SIZE if place == HOST else 0, tmp_path)
+    offload = Offload(CPU, 0, 2 * SIZE if place == HOST else 0, tmp_path)
     value = torch.randn(3, 700, generator=torch.Generator().manual_seed(0))[:, :437]  # a view with gaps
-    kept = Slices(shelf, [value, value[:0]])
+    kept = OffloadedBatches(offload, [value, value[:0]])
     assert torch.equal(kept[0], value) and kept[1].shape == (0, 437)
-    assert shelf.peak_bytes[place] == {HOST: 6 * SIZE // 4, DISK: value.nbytes}[place]
+    assert offload.peak_bytes[place] == {HOST: 6 * SIZE // 4, DISK: value.nbytes}[place]
 
 
 def test_a_replaced_entry_makes_room_for_the_next(tmp_path: Path) -> None:
-    shelf = Shelf(CPU, SIZE, 0, tmp_path)
-    kept = Slices(shelf, [tensor(0), tensor(1)])
+    offload = Offload(CPU, SIZE, 0, tmp_path)
+    kept = OffloadedBatches(offload, [tensor(0), tensor(1)])
     for seed in range(2, 6):
         kept[0], kept[1] = tensor(seed), tensor(seed + 10)
         assert torch.equal(kept[0], tensor(seed)) and torch.equal(kept[1], tensor(seed + 10))
-    assert shelf.peak_bytes == {DEVICE: SIZE, HOST: 0, DISK: SIZE}
+    assert offload.peak_bytes == {DEVICE: SIZE, HOST: 0, DISK: SIZE}
     assert len(spilled(tmp_path)) == 1
 
 
 def test_a_copy_keeps_what_the_original_replaces(tmp_path: Path) -> None:
-    kept = Slices(Shelf(CPU, SIZE, 0, tmp_path), [tensor(0), tensor(1)])
+    kept = OffloadedBatches(Offload(CPU, SIZE, 0, tmp_path), [tensor(0), tensor(1)])
     before = copy(kept)
     kept[0], kept[1] = tensor(2), tensor(3)
     assert torch.equal(before[0], tensor(0)) and torch.equal(before[1], tensor(1))
@@ -74,18 +74,18 @@ def test_a_copy_keeps_what_the_original_replaces(tmp_path: Path) -> None:
 
 
 def test_sizes_are_known_without_reading(tmp_path: Path) -> None:
-    kept = Slices(Shelf(CPU, SIZE, 0, tmp_path), [tensor(0), tensor(1)])
+    kept = OffloadedBatches(Offload(CPU, SIZE, 0, tmp_path), [tensor(0), tensor(1)])
     spilled(tmp_path)[0].unlink()
     assert total_bytes(kept) == total_bytes([tensor(0), tensor(1)]) == 2 * SIZE
 
 
 def test_a_disk_that_refuses(tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match=r"missing refuses them.*--max-memory"):
-        Slices(Shelf(CPU, 0, 0, tmp_path / "missing"), [tensor(0)])
+        OffloadedBatches(Offload(CPU, 0, 0, tmp_path / "missing"), [tensor(0)])
 
 
 def test_a_file_that_was_damaged(tmp_path: Path) -> None:
-    kept = Slices(Shelf(CPU, 0, 0, tmp_path), [tensor(0)])
+    kept = OffloadedBatches(Offload(CPU, 0, 0, tmp_path), [tensor(0)])
     spilled(tmp_path)[0].write_bytes(b"short")
     with pytest.raises(NumericalError, match="cannot be read back"):
         kept[0]

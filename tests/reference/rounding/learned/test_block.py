@@ -13,7 +13,13 @@ from hawqtool.errors import NumericalError
 from hawqtool.formats import QuantFormat
 from hawqtool.rounding.grid import Quantized, dequantize, nearest_codes, search_grid
 from hawqtool.rounding.learned.block import Batches, Refined, Schedule, output_error, refine
-from hawqtool.rounding.learned.fake_quant import FlatLayers, Start, by_kind, fake_quantize, parameter_gradients
+from hawqtool.rounding.learned.fake_quant import (
+    FlatLayers,
+    InitialRounding,
+    by_kind,
+    fake_quantize,
+    parameter_gradients,
+)
 
 WIDTH, INNER, ROWS, POSITIONS = 64, 96, 4, 16
 
@@ -22,14 +28,14 @@ def random(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def start(name: str, rows: int, columns: int, fmt: QuantFormat, dtype: torch.dtype, seed: int) -> Start:
+def start(name: str, rows: int, columns: int, fmt: QuantFormat, dtype: torch.dtype, seed: int) -> InitialRounding:
     weight = random(rows, columns, seed=seed, dtype=dtype) / columns**0.5
     scales, zeros = search_grid(weight.float(), torch.ones(columns), fmt, dtype, both_signs=True)
     codes = nearest_codes(weight.float(), scales, fmt, zeros)
     # Some codes are not the nearest, as after compensation.
     moved = torch.rand(codes.shape, generator=torch.Generator().manual_seed(seed + 1)) < 0.2
     codes = torch.where(moved, (codes + 1).clamp(fmt.min_code, fmt.max_code), codes)
-    return Start(name, weight, Quantized(codes, scales, zeros), fmt)
+    return InitialRounding(name, weight, Quantized(codes, scales, zeros), fmt)
 
 
 STARTS = [
@@ -58,7 +64,7 @@ def run(schedule: Schedule) -> Refined:
 
 
 def heldout_error(layers: Mapping[str, Quantized], gain: Tensor) -> float:
-    """What `Refined.course.after` says, from the results alone, in float64."""
+    """What `Refined.log.after` says, from the results alone, in float64."""
     weights = {name: dequantize(*found).double() for name, found in layers.items()} | {"norm": gain.double()}
     held = batches(2, 200)
     shares = []
@@ -120,7 +126,7 @@ def test_gradients_that_reach_the_parameters_are_those_of_the_loss() -> None:
     """From the block's loss to the logarithm of a scale, against differences in float64."""
     given = batches(1, 300)
     x, y = given.inputs[0], given.targets[0]
-    flats = [FlatLayers([Start(s.name, s.weight, _wide(s.rounded), s.quant_format)], 1) for s in STARTS]
+    flats = [FlatLayers([InitialRounding(s.name, s.weight, _wide(s.rounded), s.quant_format)], 1) for s in STARTS]
 
     def loss(differentiable: bool) -> Tensor:
         weights = {"norm": GAIN.double()}
@@ -151,9 +157,9 @@ def _wide(rounded: Quantized) -> Quantized:
 def test_the_kept_result_is_never_worse_and_is_what_was_measured() -> None:
     first = heldout_error({s.name: s.rounded for s in STARTS}, GAIN)
     found = run(Schedule(40))
-    assert found.course.before == pytest.approx(first, rel=1e-4)
-    assert found.course.after == pytest.approx(heldout_error(found.layers, found.gains["norm"]), rel=1e-4)
-    assert found.course.after < 0.8 * found.course.before
+    assert found.log.before == pytest.approx(first, rel=1e-4)
+    assert found.log.after == pytest.approx(heldout_error(found.layers, found.gains["norm"]), rel=1e-4)
+    assert found.log.after < 0.8 * found.log.before
     for s in STARTS:
         layer = found.layers[s.name]
         assert (layer.codes != s.rounded.codes).any()
@@ -166,7 +172,7 @@ def test_the_kept_result_is_never_worse_and_is_what_was_measured() -> None:
 @pytest.mark.parametrize("schedule", [Schedule(0), Schedule(10, latent_rate=30, scale_rate=3, gain_rate=50)])
 def test_the_start_is_kept_exactly_where_nothing_is_better(schedule: Schedule) -> None:
     found = run(schedule)
-    assert (found.course.best_step, found.course.after) == (0, found.course.before)
+    assert (found.log.best_step, found.log.after) == (0, found.log.before)
     for s in STARTS:
         assert torch.equal(found.layers[s.name].codes, s.rounded.codes)
         assert torch.equal(found.layers[s.name].scales, s.rounded.scales)
@@ -175,14 +181,14 @@ def test_the_start_is_kept_exactly_where_nothing_is_better(schedule: Schedule) -
 
 def test_a_seed_gives_one_result_and_another_seed_another() -> None:
     first, again, other = (run(Schedule(12, seed=seed)) for seed in (0, 0, 1))
-    assert first.course.after == again.course.after != other.course.after
+    assert first.log.after == again.log.after != other.log.after
     for name, layer in first.layers.items():
         assert torch.equal(layer.codes, again.layers[name].codes)
         assert torch.equal(layer.scales, again.layers[name].scales)
 
 
 def test_a_start_that_is_not_finite_is_an_error_that_names_it() -> None:
-    broken = Start(
+    broken = InitialRounding(
         "up",
         STARTS[0].weight,
         STARTS[0].rounded._replace(scales=STARTS[0].rounded.scales * 1e38),

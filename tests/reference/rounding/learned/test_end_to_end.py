@@ -1,4 +1,4 @@
-"""Distillation against slow float64 arithmetic: weights, gradients through all pieces, and what it promises."""
+"""Distillation against slow float64 arithmetic: weights, gradients through all blocks, and what it promises."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from hawqtool.errors import NumericalError
 from hawqtool.formats import QuantFormat
 from hawqtool.rounding.grid import Quantized, dequantize, nearest_codes, search_grid
 from hawqtool.rounding.learned.block import Forward
-from hawqtool.rounding.learned.end_to_end import Distilled, DistillSchedule, Piece, distill
-from hawqtool.rounding.learned.fake_quant import FlatLayers, FlatScales, Start
+from hawqtool.rounding.learned.end_to_end import Distilled, DistillSchedule, TrainableBlock, distill
+from hawqtool.rounding.learned.fake_quant import FlatLayers, FlatScales, InitialRounding
 from hawqtool.rounding.learned.training import batch_order
 from hawqtool.runtime.determinism import FixedOrder
 
@@ -36,9 +36,9 @@ def rounded(block: int, name: str, dtype: torch.dtype) -> Quantized:
     return Quantized(nearest_codes(original, scales, fmt, zeros), scales, zeros)
 
 
-def start(block: int, name: str, dtype: torch.dtype) -> Start:
-    """Named by its block too, as results hold the layers of all pieces."""
-    return Start(f"{block}.{name}", weight(block, name).float(), rounded(block, name, dtype), FORMATS[name])
+def start(block: int, name: str, dtype: torch.dtype) -> InitialRounding:
+    """Named by its block too, as results hold the layers of all trainable_blocks."""
+    return InitialRounding(f"{block}.{name}", weight(block, name).float(), rounded(block, name, dtype), FORMATS[name])
 
 
 def gain(block: int) -> Tensor:
@@ -53,12 +53,12 @@ def forward(weights: Mapping[str, Tensor], x: Tensor, _batch: int) -> Tensor:
     return x + torch.tanh(normed @ weights["in"].t() @ weights["mid"].t()) @ weights["out"].t()
 
 
-def pieces(dtype: torch.dtype) -> list[Piece]:
+def trainable_blocks(dtype: torch.dtype) -> list[TrainableBlock]:
     def run(block: int) -> Forward:
         return lambda found, x, batch: forward({n.removeprefix(f"{block}."): w for n, w in found.items()}, x, batch)
 
     return [
-        Piece(
+        TrainableBlock(
             [start(block, name, dtype) for name in FORMATS],
             {"norm": (gain(block).float(), dtype)},
             run(block),
@@ -102,7 +102,7 @@ class Judge:
 
 def run(schedule: DistillSchedule, dtype: torch.dtype = torch.bfloat16) -> Distilled:
     batches = inputs(8)
-    return distill(pieces(dtype), batches, 6, Judge(batches), schedule)
+    return distill(trainable_blocks(dtype), batches, 6, Judge(batches), schedule)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -134,7 +134,7 @@ def test_gradients_are_those_of_the_whole_model(latent_rate: float, monkeypatch:
 
     monkeypatch.setattr(torch.optim.Adam, "step", capture)
     batches = inputs(2)
-    distill(pieces(torch.float32), batches, 1, Judge(batches), DistillSchedule(1, latent_rate=latent_rate))
+    distill(trainable_blocks(torch.float32), batches, 1, Judge(batches), DistillSchedule(1, latent_rate=latent_rate))
     latents, logs, gains = [], [], []
     hidden = batches[0].double()
     for block in range(2):
@@ -184,20 +184,20 @@ def test_held_out_divergence_falls_and_is_what_the_result_gives() -> None:
     found = run(DistillSchedule(60, scale_rate=5e-3, gain_rate=5e-3))
     starts = {f"{block}.{name}": rounded(block, name, torch.bfloat16) for block in range(2) for name in FORMATS}
     gains = [gain(block).float().bfloat16() for block in range(2)]
-    assert found.course.before == pytest.approx(heldout_divergence(starts, gains), rel=1e-3)
+    assert found.log.before == pytest.approx(heldout_divergence(starts, gains), rel=1e-3)
     assert all(torch.equal(found.layers[name].codes, layer.codes) for name, layer in starts.items())
     after = heldout_divergence(found.layers, [learned["norm"] for learned in found.gains])
-    assert found.course.after == pytest.approx(after, rel=1e-3)
-    assert found.course.after < 0.9 * found.course.before
-    assert found.course.best_step > 0
+    assert found.log.after == pytest.approx(after, rel=1e-3)
+    assert found.log.after < 0.9 * found.log.before
+    assert found.log.best_step > 0
 
 
 def test_codes_are_learned_within_their_limits() -> None:
     rates = {"scale_rate": 5e-3, "gain_rate": 5e-3}
     fixed, found = run(DistillSchedule(60, **rates)), run(DistillSchedule(60, latent_rate=5e-3, **rates))
     after = heldout_divergence(found.layers, [learned["norm"] for learned in found.gains])
-    assert found.course.after == pytest.approx(after, rel=1e-3)
-    assert found.course.after < 0.9 * fixed.course.after
+    assert found.log.after == pytest.approx(after, rel=1e-3)
+    assert found.log.after < 0.9 * fixed.log.after
     for block in range(2):
         for name, fmt in FORMATS.items():
             begin, end = rounded(block, name, torch.bfloat16).codes, found.layers[f"{block}.{name}"].codes
@@ -209,14 +209,14 @@ def test_codes_are_learned_within_their_limits() -> None:
 def test_what_makes_nothing_better_changes_nothing() -> None:
     for schedule in (DistillSchedule(0), DistillSchedule(5, scale_rate=100.0, gain_rate=100.0)):
         found = run(schedule)
-        assert (found.course.best_step, found.course.after) == (0, found.course.before)
+        assert (found.log.best_step, found.log.after) == (0, found.log.before)
         assert torch.equal(found.gains[1]["norm"], gain(1).float().bfloat16())
 
 
 def test_the_same_seed_gives_the_same() -> None:
     first, again, other = (run(DistillSchedule(7, seed)) for seed in (0, 0, 1))
     assert all(torch.equal(first.layers[name].scales, again.layers[name].scales) for name in first.layers)
-    assert first.course.after == again.course.after != other.course.after
+    assert first.log.after == again.log.after != other.log.after
 
 
 @pytest.mark.parametrize("message", ["op does not have a deterministic implementation", "something else"])
@@ -252,4 +252,4 @@ def test_every_batch_comes_before_any_comes_again() -> None:
 def test_outputs_that_are_not_finite_are_an_error() -> None:
     batches = [torch.full((1, 1, WIDTH), torch.inf) for _ in range(2)]
     with pytest.raises(NumericalError, match="rounded model"):
-        distill(pieces(torch.float32), batches, 1, Judge(batches), DistillSchedule(1))
+        distill(trainable_blocks(torch.float32), batches, 1, Judge(batches), DistillSchedule(1))

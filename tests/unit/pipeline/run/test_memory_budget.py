@@ -13,8 +13,8 @@ from hawqtool.pipeline.run.memory_budget import (
     CPU_ROWS_PER_SLICE,
     CUDA_ROWS_PER_SLICE,
     Work,
-    choose_rows_per_slice,
-    make_shelf,
+    choose_batch_size,
+    make_offload,
 )
 from tests.support.tiny import tiny_llama
 
@@ -34,24 +34,24 @@ def test_a_gpu_takes_the_most_rows_that_fit(work: Work) -> None:
     needs = [work.needed_bytes(rows) for rows in CUDA_ROWS_PER_SLICE]
     assert needs == sorted(needs, reverse=True) and len(set(needs)) == len(needs)
     for rows, needed in zip(CUDA_ROWS_PER_SLICE, needs, strict=True):
-        assert choose_rows_per_slice(limited(work, needed)) == rows
-        assert choose_rows_per_slice(limited(work, needed - 1)) == max(rows // 2, CUDA_ROWS_PER_SLICE[-1])
+        assert choose_batch_size(limited(work, needed)) == rows
+        assert choose_batch_size(limited(work, needed - 1)) == max(rows // 2, CUDA_ROWS_PER_SLICE[-1])
 
 
 def test_what_fits_nowhere_gets_the_fewest_rows_and_a_warning(work: Work) -> None:
     small = limited(work, 1024)
     warnings: list[str] = []
-    assert choose_rows_per_slice(small) == CUDA_ROWS_PER_SLICE[-1]
-    shelf = make_shelf(small, CUDA_ROWS_PER_SLICE[-1], warnings.append, None)
-    assert shelf is not None and shelf.memory_bytes == 512
-    assert len(warnings) == 1 and "lower --rows-per-slice" in warnings[0]
+    assert choose_batch_size(small) == CUDA_ROWS_PER_SLICE[-1]
+    offload = make_offload(small, CUDA_ROWS_PER_SLICE[-1], warnings.append, None)
+    assert offload is not None and offload.memory_bytes == 512
+    assert len(warnings) == 1 and "lower --batch-size" in warnings[0]
 
 
 def test_a_look_at_the_original_needs_memory_of_its_own(work: Work) -> None:
     shifted = limited(work, work.needed_bytes(128), target_shift=0.5)
     assert shifted.needed_bytes(128) > work.needed_bytes(128)
-    assert choose_rows_per_slice(shifted) == 64
+    assert choose_batch_size(shifted) == 64
 
 
 def test_a_cpu_has_a_number_of_its_own(work: Work) -> None:
-    assert choose_rows_per_slice(replace(limited(work, 1 << 40), device=torch.device("cpu"))) == CPU_ROWS_PER_SLICE
+    assert choose_batch_size(replace(limited(work, 1 << 40), device=torch.device("cpu"))) == CPU_ROWS_PER_SLICE

@@ -1,4 +1,4 @@
-"""Improve a plan by measured exchanges: every unit one width up or down, at the plan itself."""
+"""Improve a plan by measured swaps: every unit one width up or down, at the plan itself."""
 
 from __future__ import annotations
 
@@ -13,39 +13,39 @@ from hawqtool.formats import QuantFormat
 from hawqtool.pipeline.run.files import plan_of_record, plan_record
 from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.run.menu import job_menu
-from hawqtool.pipeline.search.trials import Candidate, Workbench, formats_key
+from hawqtool.pipeline.search.trials import Trial, TrialRunner, formats_key
 from hawqtool.records import BitPlan, Rows, Score
 from hawqtool.runtime.reporter import Reporter
 from hawqtool.runtime.stage_timer import Stopwatch
 from hawqtool.runtime.store import NOTHING_SAVED, Saved
-from hawqtool.sensitivity.exchange import exchange_divergence
 from hawqtool.sensitivity.measured_kl import UnitScores, pairs_of_scores, scores_of_pairs
 from hawqtool.sensitivity.shrinkage import updated
+from hawqtool.sensitivity.width_swap import swap_divergence
 from hawqtool.streaming.stream import ModelStream
 
 _FOUND = "found"
 Menu = dict[str, tuple[QuantFormat, ...]]
 
 
-def exchanged(bench: Workbench, candidate: Candidate, budget: int, expected: UnitScores) -> tuple[BitPlan, UnitScores]:
-    """What `exchange` gives at a candidate, measured on the scoring rows; its own plan where there is no choice."""
-    job, present = bench.job, candidate.plan.formats
+def swapped(runner: TrialRunner, trial: Trial, budget: int, expected: UnitScores) -> tuple[BitPlan, UnitScores]:
+    """What `swap_widths` gives at a trial, measured on the scoring rows; its own plan where there is no choice."""
+    job, present = runner.job, trial.plan.formats
     menu = neighbouring(job_menu(job, budget), present, set(job.pins))
     if all(len(formats) == 1 for formats in menu.values()):
-        return candidate.plan, expected
-    rows = bench.sets["calibration"], bench.sets["scoring"].tokens
-    saved = bench.saved.part(f"exchange-{formats_key(present)}")
+        return trial.plan, expected
+    rows = runner.sets["calibration"], runner.sets["scoring"].tokens
+    saved = runner.saved.part(f"swap_widths-{formats_key(present)}")
     known = saved.load(_FOUND)
     if known is not None:
         return plan_of_record(known["plan"]), scores_of_pairs(known["scores"])
-    with Stopwatch(bench.timings, "exchange"):
-        quantized = job.packed_stream(bench.folder(candidate))
-        plan, scores = exchange(job, quantized, present, menu, *rows, budget, expected, bench.reporter, saved)
+    with Stopwatch(runner.timings, "swap_widths"):
+        quantized = job.packed_stream(runner.folder(trial))
+        plan, scores = swap_widths(job, quantized, present, menu, *rows, budget, expected, runner.reporter, saved)
     saved.save(_FOUND, {"plan": plan_record(plan), "scores": pairs_of_scores(scores)})
     return plan, scores
 
 
-def exchange(
+def swap_widths(
     job: Job,
     quantized: ModelStream,
     present: Mapping[str, QuantFormat],
@@ -59,8 +59,8 @@ def exchange(
 ) -> tuple[BitPlan, UnitScores]:
     """The plan of least predicted divergence that takes one format of a small menu per unit.
 
-    Scores are measured differences at the present plan (`hawqtool.sensitivity.exchange`), as far as they are certain
-    (`hawqtool.sensitivity.shrinkage`). That several exchanges at once add up is an assumption, which rounding and
+    Scores are measured differences at the present plan (`hawqtool.sensitivity.width_swap`), as far as they are certain
+    (`hawqtool.sensitivity.shrinkage`). That several swaps at once add up is an assumption, which rounding and
     evaluating the new plan then tests.
 
     Args:
@@ -76,10 +76,10 @@ def exchange(
         saved: Keeps the scores, block by block.
 
     Returns:
-        The plan, and the scores that led to it, to be expected by the next exchange.
+        The plan, and the scores that led to it, to be expected by the next swap_widths.
     """
     others = {unit: tuple(fmt for fmt in formats if fmt != present[unit]) for unit, formats in menu.items()}
-    measured = exchange_divergence(
+    measured = swap_divergence(
         job.stream(),
         quantized,
         calibration,
@@ -87,7 +87,7 @@ def exchange(
         {unit: formats for unit, formats in others.items() if formats},
         job.method,
         job.stored_dtypes,
-        job.rows_per_slice,
+        job.batch_size,
         reporter.progress,
         saved,
     )
@@ -102,7 +102,7 @@ def exchange(
         unit: tuple(fmt for fmt in formats if fmt.label in changes[unit]) or (present[unit],)
         for unit, formats in menu.items()
     }
-    return solve(build_problem(job.units, choice, changes, job.pins), budget, "exchange"), scores
+    return solve(build_problem(job.units, choice, changes, job.pins), budget, "swap_widths"), scores
 
 
 def _changes(scores: UnitScores, measured: UnitScores, present: Mapping[str, str]) -> UnitScores:

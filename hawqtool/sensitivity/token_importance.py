@@ -9,13 +9,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hawqtool.records import TokenWeights
+from hawqtool.records import TokenImportance
 from hawqtool.runtime.determinism import FixedOrder
 from hawqtool.runtime.malloc import release_freed_pages
 from hawqtool.sensitivity.backward import token_powers
 from hawqtool.sensitivity.label_gradients import loss_gradients
 from hawqtool.streaming.block import advance, check_states
-from hawqtool.streaming.offload import Slices, total_bytes
+from hawqtool.streaming.offload import OffloadedBatches, total_bytes
 from hawqtool.streaming.stream import ModelStream
 
 EXPONENT = 0.5
@@ -35,15 +35,15 @@ _POSITIONS = 128
 """Positions whose logits a CPU holds at a time: few, because little else is in memory here."""
 
 
-def token_weights(
+def token_importance(
     stream: ModelStream,
     rows: Tensor,
-    rows_per_slice: int,
+    batch_size: int,
     room: int,
     seed: int,
     progress: Callable[[int, int], None],
     exponent: float = EXPONENT,
-) -> TokenWeights:
+) -> TokenImportance:
     """Weights of the tokens in the Gram matrices behind rounding, ``[rows, positions]`` float32 with mean 1.
 
     The loss grows by ½ Σ_t (g_t · D x_t)² to second order, g_t being the gradient at a layer's output for labels drawn
@@ -54,8 +54,8 @@ def token_weights(
     Args:
         stream: The original model.
         rows: Calibration rows: ``[rows, seq_len]`` tokens, or images.
-        rows_per_slice: Rows per pass.
-        room: Bytes of hidden states that may be kept together: those before every block, of one slice at least. Less
+        batch_size: Rows per pass.
+        room: Bytes of hidden states that may be kept together: those before every block, of one batch at least. Less
             room means reading the weights of all blocks more often; the result does not depend on it.
         seed: Seed of the labels.
         progress: Called with blocks done and blocks in all, over both directions and all rows.
@@ -68,10 +68,10 @@ def token_weights(
     order, powers = FixedOrder(stream.device), dict[str, list[Tensor]]()
     blocks = stream.structure.blocks
     row_bytes = total_bytes(_kept(stream, stream.embed(rows[:1], 1).hidden)) * len(blocks)
-    parts = rows.split(max(1, room // (row_bytes * rows_per_slice)) * rows_per_slice)
+    parts = rows.split(max(1, room // (row_bytes * batch_size)) * batch_size)
     total, done = 2 * len(blocks) * len(parts), 0
     for part in parts:
-        seen, stored = stream.embed(part, rows_per_slice), []
+        seen, stored = stream.embed(part, batch_size), []
         for spec in blocks:
             stored.append(_kept(stream, seen.hidden))
             with stream.block(spec.index) as block:
@@ -79,7 +79,7 @@ def token_weights(
             progress(done := done + 1, total)
         # Logits need memory in other sizes than blocks do.
         release_freed_pages()
-        gradients, _ = loss_gradients(stream, part.split(rows_per_slice), seen.hidden, generator, _POSITIONS)
+        gradients, _ = loss_gradients(stream, part.split(batch_size), seen.hidden, generator, _POSITIONS)
         stream.release_ends()
         release_freed_pages()
         for spec in reversed(blocks):
@@ -97,7 +97,7 @@ def _kept(stream: ModelStream, hidden: MutableSequence[Tensor]) -> MutableSequen
     """Hidden states in two bytes a number: what that loses is far below the noise of labels that are drawn once."""
     if stream.dtype.itemsize <= _STORED.itemsize:
         return copy(hidden)
-    kept: MutableSequence[Tensor] = [] if stream.shelf is None else Slices(stream.shelf)
+    kept: MutableSequence[Tensor] = [] if stream.offload is None else OffloadedBatches(stream.offload)
     for states in hidden:
         kept.append(states.to(_STORED))
     return kept

@@ -8,9 +8,9 @@ from hawqtool.pipeline.run.job import Job
 from hawqtool.records import Rows
 from hawqtool.runtime.reporter import Reporter
 from hawqtool.runtime.store import NOTHING_SAVED, Saved
-from hawqtool.sensitivity.token_weights import token_weights
+from hawqtool.sensitivity.token_importance import token_importance
 
-_KEY = "token-weights"
+_KEY = "token-importance"
 _ROWS_PER_SLICE = {"cpu": 2, "cuda": 8}
 """Rows of a pass with gradients, whose memory they set; fixed per kind of device, because they change sums."""
 
@@ -18,7 +18,7 @@ _CPU_BYTES = 2 << 30
 """Most bytes of hidden states that are kept together where no limit was given."""
 
 
-def weighed(job: Job, rows: Rows, reporter: Reporter, saved: Saved = NOTHING_SAVED) -> Rows:
+def with_token_importance(job: Job, rows: Rows, reporter: Reporter, saved: Saved = NOTHING_SAVED) -> Rows:
     """The calibration rows with the weights of their tokens, where the configuration wants them and they have none.
 
     Args:
@@ -27,17 +27,17 @@ def weighed(job: Job, rows: Rows, reporter: Reporter, saved: Saved = NOTHING_SAV
         reporter: Progress.
         saved: Keeps the weights.
     """
-    if not job.weighs_tokens or rows.weights is not None:
+    if not job.uses_token_importance or rows.weights is not None:
         return rows
     weights = saved.load(_KEY)
     if weights is None:
-        weights = token_weights(
+        weights = token_importance(
             job.stream(),
             rows.tokens,
-            min(_ROWS_PER_SLICE[job.device.type], job.rows_per_slice),
-            _CPU_BYTES if job.shelf is None else job.shelf.memory_bytes,
+            min(_ROWS_PER_SLICE[job.device.type], job.batch_size),
+            _CPU_BYTES if job.offload is None else job.offload.memory_bytes,
             job.config.seed,
-            lambda done, total: reporter.progress("weighing tokens", done, total),
+            lambda done, total: reporter.progress("token importance", done, total),
         )
         saved.save(_KEY, dict(weights))
     return replace(rows, weights=weights)

@@ -5,7 +5,7 @@ roundings. The twin computes the same function with ordinary weights: the gains 
 into the linears behind them, random pairs of residual channels are rotated (an RMSNorm of unit gain commutes
 with any orthogonal matrix), and the head gets its own weight.
 
-    python scripts/research/build_twin.py MODEL OUT [--seed 0] [--dtype bfloat16]
+    python scripts/research/build_off_lattice_copy.py MODEL OUT [--seed 0] [--dtype bfloat16]
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UnsupportedModelError as error:
         print(f"error: {error}", file=sys.stderr)
         return NOT_SUPPORTED
-    twin = build_twin(original, options.seed)
+    twin = build_off_lattice_copy(original, options.seed)
     difference = relative_difference(original, twin)
     print(f"max |logits difference| / std(logits), float32: {difference:.2e} (at most {TOLERANCE:.0e} accepted)")
     if not difference <= TOLERANCE:
@@ -160,7 +160,7 @@ def load_original(folder: Path) -> LlamaForCausalLM:
     return model
 
 
-def build_twin(original: LlamaForCausalLM, seed: int) -> LlamaForCausalLM:
+def build_off_lattice_copy(original: LlamaForCausalLM, seed: int) -> LlamaForCausalLM:
     """Fold the gains, rotate the residual stream and untie the head, in float64.
 
     Args:

@@ -18,20 +18,20 @@ from hawqtool.export.packed_reader import PackedReader
 from hawqtool.formats import QuantFormat
 from hawqtool.pipeline.run.job import Job, prepare
 from hawqtool.pipeline.stages.refine import BlockRefiner, split_rows
-from hawqtool.pipeline.stages.token_weights import weighed
+from hawqtool.pipeline.stages.token_importance import with_token_importance
 from hawqtool.pipeline.stages.write import round_to_folder
-from hawqtool.records import BitPlan, Rows, TokenWeights
+from hawqtool.records import BitPlan, Rows, TokenImportance
 from hawqtool.rounding.factor import factorize
 from hawqtool.rounding.grid import dequantize
 from hawqtool.rounding.layer import round_group
 from hawqtool.rounding.learned.block import Schedule
 from hawqtool.rounding.method import Task
-from hawqtool.rounding.statistics import HELD_OUT_EVERY, GroupStatistics
+from hawqtool.rounding.statistics import SETTINGS_HELD_OUT_EVERY, GroupStatistics
 from hawqtool.runtime.reporter import Silent
-from hawqtool.sensitivity import token_weights as weighing_sweeps
+from hawqtool.sensitivity import token_importance as weighing_sweeps
 from hawqtool.sensitivity.label_gradients import draw_labels
 from hawqtool.streaming import stream as sweep
-from hawqtool.streaming.input_statistics import group_statistics, visit_groups
+from hawqtool.streaming.input_statistics import collect_statistics, group_statistics
 from tests.support.tiny import CONFIGS, tiny_model
 from tests.support.tiny_zoo import calibration_inputs, kind_named, save_kind
 
@@ -50,8 +50,8 @@ def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     return make_job(folder)
 
 
-def weights_of(job: Job, per_slice: int = 2, room: int = ROOM, exponent: float = 0.5) -> TokenWeights:
-    return weighing_sweeps.token_weights(job.stream(), TOKENS, per_slice, room, SEED, lambda *_: None, exponent)
+def weights_of(job: Job, per_batch: int = 2, room: int = ROOM, exponent: float = 0.5) -> TokenImportance:
+    return weighing_sweeps.token_importance(job.stream(), TOKENS, per_batch, room, SEED, lambda *_: None, exponent)
 
 
 def slow_weights(job: Job, exponent: float) -> dict[str, Tensor]:
@@ -96,10 +96,10 @@ def test_they_are_the_gradients_of_the_whole_model(
 
 
 def test_neither_room_nor_slices_matter(job: Job) -> None:
-    whole = weights_of(job, per_slice=2)
-    # Room for nothing keeps one slice at a time, to the bit; other slices are other sums.
-    for room, per_slice, tolerance in ((0, 2, 0.0), (ROOM, 5, 1e-4)):
-        for name, weights in weights_of(job, per_slice, room).items():
+    whole = weights_of(job, per_batch=2)
+    # Room for nothing keeps one batch at a time, to the bit; other batches are other sums.
+    for room, per_batch, tolerance in ((0, 2, 0.0), (ROOM, 5, 1e-4)):
+        for name, weights in weights_of(job, per_batch, room).items():
             torch.testing.assert_close(weights, whole[name], rtol=tolerance, atol=tolerance)
 
 
@@ -124,13 +124,15 @@ def test_exponent_zero_weighs_all_alike(job: Job) -> None:
 # What the weights do.
 
 
-def statistics_of(job: Job, per_slice: int, weights: TokenWeights | None, held_out: bool) -> dict[str, GroupStatistics]:
+def statistics_of(
+    job: Job, per_batch: int, weights: TokenImportance | None, held_out: bool
+) -> dict[str, GroupStatistics]:
     """Of the first block, as rounding sees them, through both ways of walking a block."""
     stream, spec = job.stream(), job.structure.blocks[0]
     found: dict[str, GroupStatistics] = {}
-    known = stream.embed(TOKENS, per_slice, held_out, weights=weights)
+    known = stream.embed(TOKENS, per_batch, held_out, weights=weights)
     with stream.block(0) as block:
-        visit_groups(block, spec, known, lambda group, statistics: found.update({group[0].name: statistics}))
+        collect_statistics(block, spec, known, lambda group, statistics: found.update({group[0].name: statistics}))
     return found
 
 
@@ -147,10 +149,10 @@ def block_inputs(job: Job) -> dict[str, Tensor]:
     return seen
 
 
-@pytest.mark.parametrize("per_slice", [ROWS, 4])
-def test_gram_matrices_are_weighted_means(job: Job, per_slice: int) -> None:
-    weights, held = weights_of(job), torch.arange(ROWS) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-    found = statistics_of(job, per_slice, weights, held_out=True)
+@pytest.mark.parametrize("per_batch", [ROWS, 4])
+def test_gram_matrices_are_weighted_means(job: Job, per_batch: int) -> None:
+    weights, held = weights_of(job), torch.arange(ROWS) % SETTINGS_HELD_OUT_EVERY == SETTINGS_HELD_OUT_EVERY - 1
+    found = statistics_of(job, per_batch, weights, held_out=True)
     for name, x in block_inputs(job).items():
         for rows, statistics in ((torch.ones(ROWS, dtype=torch.bool), found[name]), (held, found[name].held_out)):
             assert statistics is not None and statistics.num_tokens == int(rows.sum()) * LENGTH
@@ -187,7 +189,7 @@ def menu_of(job: Job, bits: int) -> dict[str, QuantFormat]:
 
 def test_other_tokens_than_were_weighed_are_refused(job: Job) -> None:
     weights = {name: values[:, 1:] for name, values in weights_of(job).items()}
-    with pytest.raises(InputError, match="120 inputs of a linear, expected the 114 .*--token-weights none"):
+    with pytest.raises(InputError, match="120 inputs of a linear, expected the 114 .*--token-importance none"):
         statistics_of(job, ROWS, weights, False)
 
 
@@ -207,8 +209,8 @@ def test_all_roundings_use_them(tmp_path: Path, steps: int) -> None:
     source = tiny_model("llama", tmp_path / "m")
     codes = {}
     for kind in ("none", "gradient"):
-        job = make_job(source, token_weights=kind, refine_steps=steps)
-        rows = weighed(job, Rows(TOKENS, "test", "-"), Silent())
+        job = make_job(source, token_importance=kind, refine_steps=steps)
+        rows = with_token_importance(job, Rows(TOKENS, "test", "-"), Silent())
         assert (rows.weights is None) == (kind == "none")
         codes[kind] = rounded(job, rows, tmp_path / kind)
     assert any(not torch.equal(codes["none"][name], codes["gradient"][name]) for name in codes["none"])
@@ -226,8 +228,8 @@ def test_refinement_rounds_with_the_weights_of_its_own_rows(job: Job) -> None:
 def test_auto_leaves_plain_rounding_alone(tmp_path: Path) -> None:
     source = tiny_model("llama", tmp_path / "m")
     wanted = {"rtn": False, "gptq": True, "foem": True, "gptaq": True}
-    assert {name: make_job(source, rounding=name).weighs_tokens for name in wanted} == wanted
-    assert make_job(source, rounding="rtn", token_weights="gradient").weighs_tokens
+    assert {name: make_job(source, rounding=name).uses_token_importance for name in wanted} == wanted
+    assert make_job(source, rounding="rtn", token_importance="gradient").uses_token_importance
 
 
 @pytest.mark.parametrize("name", ["mixtral", "bert", "vit", "gpt2"])
@@ -236,7 +238,7 @@ def test_other_kinds_of_models(name: str, tmp_path: Path) -> None:
     kind = kind_named(name)
     job = make_job(save_kind(kind, tmp_path / name), profile="vllm")
     rows = calibration_inputs(kind)
-    found = weighed(job, Rows(rows, "test", "-"), Silent()).weights
+    found = with_token_importance(job, Rows(rows, "test", "-"), Silent()).weights
     assert found is not None
     assert set(found) == {name for name in job.structure.linears if ".experts." not in name}
     assert all(float(w.mean()) == pytest.approx(1, rel=1e-5) and len(w) == len(rows) for w in found.values())

@@ -28,7 +28,7 @@ from hawqtool.streaming.input_statistics import group_statistics
 from hawqtool.streaming.stream import ModelStream
 
 
-def exchange_divergence(
+def swap_divergence(
     original: ModelStream,
     quantized: ModelStream,
     calibration: Rows,
@@ -36,7 +36,7 @@ def exchange_divergence(
     menu: Mapping[str, Sequence[QuantFormat]],
     method: RoundingMethod,
     stored_dtypes: Mapping[str, torch.dtype],
-    rows_per_slice: int,
+    batch_size: int,
     progress: Progress,
     saved: Saved = NOTHING_SAVED,
 ) -> UnitScores:
@@ -49,13 +49,13 @@ def exchange_divergence(
 
     Args:
         original: The original model.
-        quantized: The model whose units are exchanged.
+        quantized: The model whose units are swapped.
         calibration: Rows behind the rounding.
         scoring: Rows to measure on: ``[rows, seq_len]`` tokens, or images.
         menu: Unit to the formats to try, without its present one.
         method: Rounding that will be applied.
         stored_dtypes: Linear to the dtype of its stored scales.
-        rows_per_slice: Rows per forward pass.
+        batch_size: Rows per forward pass.
         progress: Called with the phase, candidates done and candidates in all.
         saved: Keeps the scores after every block; what it has of the same arguments is not measured again.
 
@@ -66,10 +66,10 @@ def exchange_divergence(
     with quantized.keeping_pages(), ExitStack() as resident, torch.no_grad():
         modules = [resident.enter_context(quantized.block(spec.index)) for spec in quantized.structure.blocks]
         needs = method.needs_held_out, method.needs_drift
-        known = quantized.embed(calibration.tokens, rows_per_slice, *needs, weights=calibration.weights)
-        seen = quantized.embed(scoring, rows_per_slice)
-        reference = original.final_hidden(scoring, rows_per_slice, lambda _: None)
-        judge = Judge(original, quantized, scoring, list(reference.split(rows_per_slice)))
+        known = quantized.embed(calibration.tokens, batch_size, *needs, weights=calibration.weights)
+        seen = quantized.embed(scoring, batch_size)
+        reference = original.final_hidden(scoring, batch_size, lambda _: None)
+        judge = Judge(original, quantized, scoring, list(reference.split(batch_size)))
         present = judge.divergence("the plan", {"": run_blocks(modules, seen.calls, list(seen.hidden), 0)})[""]
         carried: Carried = {}
         for spec, block in zip(quantized.structure.blocks, modules, strict=True):
@@ -79,7 +79,7 @@ def exchange_divergence(
                 for unit, finals in unit_finals(quantized, modules, spec, seen, errors, menu, carried):
                     changed = judge.divergence(unit, finals)
                     scores[unit] = {label: mean_score(values - present) for label, values in changed.items()}
-                    progress("exchanges", sum(map(len, scores.values())), sum(map(len, menu.values())))
+                    progress("swaps", sum(map(len, scores.values())), sum(map(len, menu.values())))
                 if not carried:
                     save_scores(saved, spec.index + 1, scores)
             elif known.original is not None:

@@ -1,4 +1,4 @@
-"""Exchanges of one unit of a quantized model against whole models that are held at once."""
+"""Swaps of one unit of a quantized model against whole models that are held at once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hawqtool.config import RunConfig
 from hawqtool.evaluation.divergence import kl_divergence
 from hawqtool.formats import QuantFormat
 from hawqtool.pipeline.run.job import Job, prepare
-from hawqtool.pipeline.search.trials import Workbench
+from hawqtool.pipeline.search.trials import TrialRunner
 from hawqtool.pipeline.stages.rows import gather_rows
 from hawqtool.records import BitPlan
 from hawqtool.rounding.factor import factorize
@@ -22,7 +22,7 @@ from hawqtool.rounding.grid import dequantize
 from hawqtool.rounding.layer import round_group
 from hawqtool.rounding.method import Task
 from hawqtool.runtime.reporter import Silent
-from hawqtool.sensitivity.exchange import exchange_divergence
+from hawqtool.sensitivity.width_swap import swap_divergence
 from hawqtool.streaming.stream import ModelStream
 from tests.support.runs import random_text
 from tests.support.tiny import tiny_llama
@@ -30,7 +30,7 @@ from tests.support.tiny import tiny_llama
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
-    place = tmp_path_factory.mktemp("exchange")
+    place = tmp_path_factory.mktemp("swap_widths")
     (place / "text.txt").write_text(random_text(1, 4000))
     model = tiny_llama(place / "model")
     values = {"model": str(model), "calibration": str(place / "text.txt"), "num_samples": 8, "seq_len": 16}
@@ -69,11 +69,11 @@ def test_an_exchange_is_a_whole_model_with_one_unit_changed(
     sets = gather_rows(job, Silent())
     formats = {unit.name: QuantFormat(3, 32) for unit in job.units}
     plan = BitPlan(formats, stored_bytes(job.units, formats), sum(u.num_weights for u in job.units))
-    bench = Workbench(job, sets, tmp_path / "work", Silent(), {})
-    folder = bench.attempt("uniform", plan).folder
+    runner = TrialRunner(job, sets, tmp_path / "work", Silent(), {})
+    folder = runner.attempt("uniform", plan).folder
     menu = {unit.name: (QuantFormat(2, 32), QuantFormat(4, 32)) for unit in job.units}
     tokens = {role: sets[role].tokens for role in ("calibration", "scoring")}
-    found = exchange_divergence(
+    found = swap_divergence(
         job.stream(), job.packed_stream(folder), sets["calibration"], tokens["scoring"], menu, job.method,
         job.stored_dtypes, 3, lambda *_: None,
     )  # fmt: skip
@@ -115,13 +115,13 @@ def test_an_exchange_for_the_present_format_changes_nothing(job: Job, values: di
     sets = gather_rows(job, Silent())
     formats = {unit.name: QuantFormat(3, 32) for unit in job.units}
     plan = BitPlan(formats, stored_bytes(job.units, formats), sum(u.num_weights for u in job.units))
-    folder = Workbench(corrected, sets, tmp_path / "work", Silent(), {}).attempt("uniform", plan).folder
+    folder = TrialRunner(corrected, sets, tmp_path / "work", Silent(), {}).attempt("uniform", plan).folder
     menu = {unit: (fmt,) for unit, fmt in formats.items()}
     changes = []
     for method in (corrected.method, job.method):
-        found = exchange_divergence(
+        found = swap_divergence(
             job.stream(), job.packed_stream(folder), sets["calibration"], sets["scoring"].tokens, menu, method,
-            job.stored_dtypes, job.rows_per_slice, lambda *_: None,
+            job.stored_dtypes, job.batch_size, lambda *_: None,
         )  # fmt: skip
         changes.append(sum(abs(scores["w3g32"].value) for scores in found.values()))
     assert changes[0] <= 1e-3 * changes[1]
