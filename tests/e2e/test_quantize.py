@@ -196,7 +196,7 @@ def test_corrections_reach_the_file_and_the_report(run: Run) -> None:
 
 def test_weights_of_tokens_serve_scores_and_every_rounding(mixed: tuple[Path, Report], run: Run) -> None:
     folder, report = mixed
-    assert report["timings"]["weigh"] > 0
+    assert report["timings"]["token importance"] > 0
     assert read(folder / "reproduce/sensitivity.json")["settings"]["token_importance"] == "gradient"
     plan = folder / "reproduce/plan.json"
     again, alike = run(plan=plan)[0], run(plan=plan, token_importance="none")

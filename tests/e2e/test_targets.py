@@ -79,20 +79,20 @@ def test_the_short_list_of_one_is_the_metric_alone(run: Run) -> None:
     assert list(report["evaluation"]["tried"]) == ["projection"]
 
 
-def test_exchanges_add_plans_within_the_budget(run: Run) -> None:
+def test_swaps_add_plans_within_the_budget(run: Run) -> None:
     _, report = run(bits="2,3,4,8", target_bpw=4.0, sensitivity="hawq-ggn", shortlist=1, swaps=2)
     tried = report["evaluation"]["tried"]
     assert list(tried)[:2] == ["hawq-ggn", "width swap 1"]
     assert tried["width swap 1"]["selection"]["kl"] < tried["hawq-ggn"]["selection"]["kl"]
     assert all(values["bpw_linears"] <= 4.0 for values in tried.values())
-    assert report["timings"]["exchange"] > 0
+    assert report["timings"]["width swap"] > 0
     best = min(tried, key=lambda name: tried[name]["selection"]["kl"])
     assert report["evaluation"]["mixed"]["chosen_by"] == best
 
 
-def test_without_a_choice_nothing_is_exchanged(run: Run) -> None:
+def test_without_a_choice_nothing_is_swapped(run: Run) -> None:
     _, report = run(bits="3", target_bpw=3.5, swaps=2)
-    assert "exchange" not in report["timings"]
+    assert "width swap" not in report["timings"]
     assert list(report["evaluation"]["tried"]) == ["uniform menu"]
 
 

@@ -49,7 +49,7 @@ def try_plans(runner: TrialRunner, plans: dict[str, BitPlan], scores: UnitScores
     for name, plan in plans.items():
         mixed[name] = runner.run_trial(name, plan)
         runner.keep_only([_best(mixed)])
-    _exchange(runner, mixed, scores)
+    _swap(runner, mixed, scores)
     best = _best(mixed)
     job, plan = runner.job, best.plan
     # Uniform plans may have what the mixed one has, even where a plan file says more than the configuration.
@@ -67,7 +67,7 @@ def try_plans(runner: TrialRunner, plans: dict[str, BitPlan], scores: UnitScores
     return Selection(mixed, uniform, next(name for name, trial in mixed.items() if trial is best))
 
 
-def _exchange(runner: TrialRunner, mixed: dict[str, Trial], scores: UnitScores) -> None:
+def _swap(runner: TrialRunner, mixed: dict[str, Trial], scores: UnitScores) -> None:
     """Add plans that rounds of swaps give: the first at the best one so far, each other at what the last gave.
 
     A round that makes a plan worse is no reason to stop: the next one knows what it measured.

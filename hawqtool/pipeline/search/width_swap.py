@@ -38,7 +38,7 @@ def swapped(runner: TrialRunner, trial: Trial, budget: int, expected: UnitScores
     known = saved.load(_FOUND)
     if known is not None:
         return plan_of_record(known["plan"]), scores_of_pairs(known["scores"])
-    with Stopwatch(runner.timings, "swap_widths"):
+    with Stopwatch(runner.timings, "width swap"):
         quantized = job.packed_stream(runner.folder(trial))
         plan, scores = swap_widths(job, quantized, present, menu, *rows, budget, expected, runner.reporter, saved)
     saved.save(_FOUND, {"plan": plan_record(plan), "scores": pairs_of_scores(scores)})

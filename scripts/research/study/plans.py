@@ -33,7 +33,7 @@ from hawqtool.streaming.stream import WeightSource
 from study.scores import predicted_sums
 from study.setting import Findings, Scores, Setting
 
-KINDS = ("metric", "exchange", "uniform", "random", "reversed", "edges")
+KINDS = ("metric", "width swap", "uniform", "random", "reversed", "edges")
 Formats = dict[str, QuantFormat]
 
 
@@ -201,11 +201,11 @@ def study_plans(
                 if name in known:
                     labels = next(entry for entry in listed if entry["name"] == name)["evaluation"].split(",")
                     formats = {u.name: parse_label(label) for u, label in zip(units, labels, strict=True)}
-                    expected = scores_of_pairs(findings.data["exchanged"][f"{target} {step}"])
+                    expected = scores_of_pairs(findings.data["swapped"][f"{target} {step}"])
                 else:
                     formats, expected = judge.swap_widths(latest, budget, expected)
-                    findings.data["exchanged"][f"{target} {step}"] = pairs_of_scores(expected)
-                candidate = latest = Candidate(name, "exchange", formats)
+                    findings.data["swapped"][f"{target} {step}"] = pairs_of_scores(expected)
+                candidate = latest = Candidate(name, "width swap", formats)
             else:
                 candidate = step
             if candidate.name in known:

@@ -132,7 +132,7 @@ class Findings:
             "cost": {},
             "plans": {},
             "evaluations": {},
-            "exchanged": {},
+            "swapped": {},
         }
         if not path.exists():
             return

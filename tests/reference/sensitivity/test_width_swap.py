@@ -62,7 +62,7 @@ def grams(job: Job, weights: dict[str, torch.Tensor], tokens: torch.Tensor, name
 
 
 @pytest.mark.parametrize("together", [1, 3])
-def test_an_exchange_is_a_whole_model_with_one_unit_changed(
+def test_a_swap_is_a_whole_model_with_one_unit_changed(
     job: Job, tmp_path: Path, together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ModelStream, "rows_together", lambda *_: together)
@@ -109,7 +109,7 @@ def test_an_exchange_is_a_whole_model_with_one_unit_changed(
     [{"rounding": "gptaq", "gptaq_alpha": 1.0}, {"rounding": "foem", "foem_beta": "auto", "target_shift": "auto"}],
     ids=["gptaq", "auto"],
 )
-def test_an_exchange_for_the_present_format_changes_nothing(job: Job, values: dict[str, Any], tmp_path: Path) -> None:
+def test_a_swap_for_the_present_format_changes_nothing(job: Job, values: dict[str, Any], tmp_path: Path) -> None:
     """Only so if drift and held-out rows are those of the rounding of the plan."""
     corrected = replace(job, config=job.config.model_copy(update=values))
     sets = gather_rows(job, Silent())

@@ -26,8 +26,8 @@ def test_all_plans_the_search_and_the_gates_are_listed() -> None:
     report["timings"] |= {"round kron": 2.0, "round uniform w3g64": 3.0}
     lines = result_lines(report)
     tried = [line for line in lines if line.startswith("tried")]
-    assert tried[0] == "tried       kron        3.750 bits, 0.4500, -0.2000 ± 0.0200 to uniform (the best)"
-    assert tried[1] == "tried       exchange 1  3.750 bits, 0.5000, -0.1500 ± 0.0200 to uniform"
+    assert tried[0] == "tried       kron          3.750 bits, 0.4500, -0.2000 ± 0.0200 to uniform (the best)"
+    assert tried[1] == "tried       width swap 1  3.750 bits, 0.5000, -0.1500 ± 0.0200 to uniform"
     searched = [line for line in lines if line.startswith("searched")]
     assert ["misses" in line for line in searched] == [True, False, False]
     assert "gate        target_kl at most 0.35, found 0.3: passed" in lines

@@ -272,7 +272,7 @@ def test_predictions_are_those_of_the_scores(tmp_path: Path) -> None:
     assert not missing
     predicted = {p["label"]: p["predicted"] for p in figures["predicted"]["points"]}
     uniform_sums = {"uniform w3g64": 6 * 0.5 / 27, "uniform w4g64": 6 * 0.5 / 64}
-    assert predicted == pytest.approx({"1 kron": 0.5, "2 exchange 1": 0.55} | uniform_sums)
+    assert predicted == pytest.approx({"1 kron": 0.5, "2 width swap 1": 0.55} | uniform_sums)
     assert [plan["mark"] for plan in figures["frontier"]["plans"]] == ["1", "2", "w3g64", "w4g64"]
     hull = figures["frontier"]["hull"]
     assert hull[0] == pytest.approx((2.25, 6 * 0.5 / 8)) and hull[-1] == pytest.approx((8.25, 6 * 0.5 / 512))
@@ -296,11 +296,11 @@ def test_every_plan_that_was_tried_is_in_the_table(tmp_path: Path) -> None:
     assert table.count("uniform w3g64") == 1 and table.count("uniform w4g64") == 1
 
 
-def test_a_plan_of_exchanges_is_shown_with_the_scores_of_the_run() -> None:
-    report = a_report(metric="exchange")
+def test_a_plan_of_swaps_is_shown_with_the_scores_of_the_run() -> None:
+    report = a_report(metric="width swap")
     report["evaluation"]["mixed"]["chosen_by"] = "width swap 1"
     figures, _ = figure_data(report, None)
-    assert [p["label"] for p in figures["measured"]["points"] if p["shipped"]] == ["2 exchange 1"]
+    assert [p["label"] for p in figures["measured"]["points"] if p["shipped"]] == ["2 width swap 1"]
     assert shown_metric(report) == "kron"
 
 

@@ -251,7 +251,7 @@ def test_a_card_names_the_short_list_and_the_gates() -> None:
     body = split(model_card(report, None))[1]
     assert "chosen per layer under a budget of stored bytes; of" in body
     assert (
-        "of the plans `kron`, `first and last blocks` and 2 that swaps of widths gave, `exchange 1` diverged least"
+        "of the plans `kron`, `first and last blocks` and 2 that swaps of widths gave, `width swap 1` diverged least"
         in body
     )
     assert "0.4, at most 0.3 was asked for, **failed**" in body

@@ -82,7 +82,7 @@ def test_a_sweep_waits_for_no_new_pages() -> None:
     # In a process of its own, whose heap holds nothing else.
     code = """
 import os, resource
-from hawqtool.model.heap import kept_pages
+from hawqtool.runtime.malloc import kept_pages
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
