@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,15 @@ EXTRA_METRICS = ("hawq", "kl")
 """Metrics that cost sweeps of their own, hence are measured where they are asked for."""
 
 SCORE_METRICS = (*SWEEP_METRICS, *EXTRA_METRICS)
+
+Menu = Mapping[str, Sequence[QuantFormat]]
+"""Formats to choose from, by unit."""
+
+UnitFormats = Mapping[str, QuantFormat]
+"""The format of every unit, as a plan has it."""
+
+LayerFormats = Mapping[str, QuantFormat]
+"""The format of every linear, by its name."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +133,10 @@ class Score:
     stderr: float
 
 
+UnitScores = dict[str, dict[str, Score]]
+"""``[unit][format label]``: the scores of one metric."""
+
+
 @dataclass(frozen=True)
 class SensitivityTable:
     """Scores of every (metric, unit, format label), all of symmetric or all of asymmetric grids.
@@ -143,7 +156,7 @@ class SensitivityTable:
         warnings: What the user should know of the scores.
     """
 
-    scores: dict[str, dict[str, dict[str, Score]]]
+    scores: dict[str, UnitScores]
     rounding: str
     model: str
     model_fingerprint: str
@@ -174,7 +187,7 @@ class BitPlan:
         max_cost: Most of them that was allowed.
     """
 
-    formats: dict[str, QuantFormat]
+    formats: UnitFormats
     stored_bytes: int
     num_weights: int
     budget_bytes: int | None = None

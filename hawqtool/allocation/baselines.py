@@ -5,16 +5,14 @@ from __future__ import annotations
 import math
 import random
 from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 
 from hawqtool.allocation.problem import AllocationProblem, require_feasible
 from hawqtool.formats import parse_label
-from hawqtool.records import BitPlan, Score, Unit
-
-Scores = Mapping[str, Mapping[str, Score]]
+from hawqtool.records import BitPlan, Unit, UnitScores
 
 
-def permuted_scores(units: Sequence[Unit], scores: Scores, seed: int) -> dict[str, dict[str, Score]]:
+def permuted_scores(units: Sequence[Unit], scores: UnitScores, seed: int) -> UnitScores:
     """Scores dealt out anew among units of equal shape: their distribution stays, what they say of a unit goes.
 
     Units are of equal shape if their members have the same shapes in the same order and the same formats were
@@ -39,7 +37,7 @@ def permuted_scores(units: Sequence[Unit], scores: Scores, seed: int) -> dict[st
     return {unit.name: dealt[unit.name] for unit in units}
 
 
-def reversed_scores(units: Sequence[Unit], scores: Scores) -> dict[str, dict[str, Score]]:
+def reversed_scores(units: Sequence[Unit], scores: UnitScores) -> UnitScores:
     """The ranking of units turned round: the most sensitive one gets the scores of the least sensitive one.
 
     Units are ranked by their score at the smallest width (ties by name), among those that were measured at the same

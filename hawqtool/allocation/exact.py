@@ -25,7 +25,7 @@ from hawqtool.allocation.milp import Milp, proven_share
 from hawqtool.allocation.problem import AllocationProblem, Choice
 from hawqtool.errors import NumericalError, UsageError
 from hawqtool.formats import QuantFormat
-from hawqtool.records import BitPlan
+from hawqtool.records import BitPlan, UnitFormats
 from hawqtool.runtime.stdout import stdout_discarded
 
 TIME_LIMIT = 60.0
@@ -60,11 +60,11 @@ class SecondCost:
     costs: Mapping[str, Mapping[QuantFormat, float]]
     limit: float
 
-    def total(self, formats: Mapping[str, QuantFormat]) -> float:
+    def total(self, formats: UnitFormats) -> float:
         """Cost of a plan."""
         return math.fsum(self.costs[unit][fmt] for unit, fmt in formats.items())
 
-    def allows(self, formats: Mapping[str, QuantFormat]) -> bool:
+    def allows(self, formats: UnitFormats) -> bool:
         """Whether a plan stays within the limit, but for rounding of the sum."""
         return self.total(formats) <= self.limit + _COST_TOLERANCE * abs(self.limit)
 
@@ -174,7 +174,7 @@ class _Found:
         stopped: Why the gap was not closed; None if it was.
     """
 
-    formats: dict[str, QuantFormat]
+    formats: UnitFormats
     bound: float
     stopped: str | None = None
 
@@ -189,7 +189,7 @@ class _Outcome:
         stopped: Why HiGHS ended early.
     """
 
-    plan: tuple[dict[str, QuantFormat], float] | None
+    plan: tuple[UnitFormats, float] | None
     floor: float
     stopped: str | None = None
 
@@ -225,7 +225,7 @@ class _Search:
             limits.append(second.limit)
         self.costs, self.limits = np.stack(costs), np.array(limits)
 
-    def totals(self, formats: Mapping[str, QuantFormat]) -> tuple[int, float]:
+    def totals(self, formats: UnitFormats) -> tuple[int, float]:
         """Stored bytes and loss of a plan."""
         chosen = [next(c for c in self.problem.choices[u] if c.quant_format == f) for u, f in formats.items()]
         return sum(c.cost_bytes for c in chosen), math.fsum(c.loss for c in chosen)

@@ -6,12 +6,11 @@ import bisect
 import heapq
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hawqtool.allocation.problem import AllocationProblem, Choice, require_feasible
-from hawqtool.formats import QuantFormat
-from hawqtool.records import BitPlan
+from hawqtool.records import BitPlan, Menu, UnitFormats
 
 
 @dataclass(frozen=True)
@@ -197,7 +196,7 @@ class CurvePoint:
     bits: int | None
     stored_bytes: int
     predicted_loss: float
-    formats: dict[str, QuantFormat]
+    formats: UnitFormats
 
 
 def curve_points(problem: AllocationProblem, count: int | None) -> list[CurvePoint]:
@@ -224,9 +223,7 @@ def curve_points(problem: AllocationProblem, count: int | None) -> list[CurvePoi
     return points
 
 
-def uniform_points(
-    problem: AllocationProblem, menu: Mapping[str, Sequence[QuantFormat]], pins: Mapping[str, QuantFormat]
-) -> list[CurvePoint]:
+def uniform_points(problem: AllocationProblem, menu: Menu, pins: UnitFormats) -> list[CurvePoint]:
     """Plans of one width for all units that are not pinned, for each width of the menu.
 
     Args:

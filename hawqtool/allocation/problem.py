@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from hawqtool.errors import InputError, UsageError
 from hawqtool.formats import MAX_BITS, MIN_BITS, QuantFormat
-from hawqtool.records import Score, Unit
+from hawqtool.records import Menu, Score, Unit, UnitFormats, UnitScores
 
 REGEX_PREFIX = "re:"
 
@@ -89,9 +89,9 @@ def require_feasible(problem: AllocationProblem, budget_bytes: int) -> None:
 
 def build_problem(
     units: Sequence[Unit],
-    menu: Mapping[str, tuple[QuantFormat, ...]],
-    scores: Mapping[str, Mapping[str, Score]],
-    pins: Mapping[str, QuantFormat],
+    menu: Menu,
+    scores: UnitScores,
+    pins: UnitFormats,
 ) -> AllocationProblem:
     """Combine units, formats, scores and pins.
 
@@ -144,7 +144,7 @@ def _loss(unit: str, quant_format: QuantFormat, measured: Mapping[str, Score], p
 
 def resolve_pins(
     pin_options: Sequence[str], units: Sequence[Unit], group_sizes: Mapping[str, int], symmetric: bool = True
-) -> dict[str, QuantFormat]:
+) -> UnitFormats:
     """Formats that ``--pin`` fixes; a pin on one fused member pins its whole unit.
 
     Args:
@@ -239,14 +239,12 @@ def _suggestion(pattern: str, units: Sequence[Unit]) -> str:
     return "nearest names: " + ", ".join(near)
 
 
-def stored_bytes(units: Sequence[Unit], formats: Mapping[str, QuantFormat]) -> int:
+def stored_bytes(units: Sequence[Unit], formats: UnitFormats) -> int:
     """Stored bytes of formats by unit."""
     return sum(unit.stored_bytes(formats[unit.name]) for unit in units)
 
 
-def predicted_loss(
-    formats: Mapping[str, QuantFormat], scores: Mapping[str, Mapping[str, Score]], pins: Mapping[str, QuantFormat]
-) -> float | None:
+def predicted_loss(formats: UnitFormats, scores: UnitScores, pins: UnitFormats) -> float | None:
     """Sum of the scores of formats by unit, None if one of them was not measured; pins need no score, as in plans."""
     found = []
     for unit, fmt in formats.items():
@@ -257,9 +255,7 @@ def predicted_loss(
     return math.fsum(found)
 
 
-def achievable(
-    units: Sequence[Unit], menu: Mapping[str, tuple[QuantFormat, ...]], pins: Mapping[str, QuantFormat]
-) -> tuple[int, int]:
+def achievable(units: Sequence[Unit], menu: Menu, pins: UnitFormats) -> tuple[int, int]:
     """Least and most stored bytes that the menu and the pins allow."""
     lowest = highest = 0
     for unit in units:

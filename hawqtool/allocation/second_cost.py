@@ -6,7 +6,7 @@ import csv
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from hawqtool.config import RunConfig
 from hawqtool.errors import InputError, UsageError
 from hawqtool.formats import MAX_BITS, MIN_BITS, QuantFormat, parse_label
 from hawqtool.parsing import MAX_JSON_BYTES, parse_json, read_bounded, short
-from hawqtool.records import Unit
+from hawqtool.records import Menu, Unit, UnitFormats
 
 if TYPE_CHECKING:
     from hawqtool.allocation.exact import SecondCost
@@ -79,7 +79,7 @@ class CostTable:
         found = (cost for kind in kinds for pattern, k, cost in self._patterns if k == kind and pattern.match(name))
         return next(found, None)
 
-    def of_menu(self, units: Sequence[Unit], menu: Mapping[str, Sequence[QuantFormat]]) -> dict[str, dict[Any, float]]:
+    def of_menu(self, units: Sequence[Unit], menu: Menu) -> dict[str, dict[Any, float]]:
         """Unit name to format to cost, for all formats of a menu.
 
         Raises:
@@ -106,8 +106,8 @@ class CostTable:
 def second_cost(
     config: RunConfig,
     units: Sequence[Unit],
-    menu: Mapping[str, Sequence[QuantFormat]],
-    pins: Mapping[str, QuantFormat],
+    menu: Menu,
+    pins: UnitFormats,
 ) -> SecondCost | None:
     """The second budget of a run; None if it has none.
 
@@ -131,7 +131,7 @@ def second_cost(
     return second
 
 
-def meets_second_budget(config: RunConfig, units: Sequence[Unit], formats: Mapping[str, QuantFormat]) -> bool:
+def meets_second_budget(config: RunConfig, units: Sequence[Unit], formats: UnitFormats) -> bool:
     """Whether a plan from elsewhere, such as a uniform one, is known to stay within the second budget."""
     try:
         second = second_cost(config, units, {unit: (fmt,) for unit, fmt in formats.items()}, {})

@@ -15,7 +15,7 @@ from hawqtool.formats import (
     fitting_group_size,
     group_sizes_tried,
 )
-from hawqtool.records import Unit
+from hawqtool.records import Unit, UnitFormats
 
 _NAMED_LAYERS = 5
 
@@ -30,7 +30,7 @@ class UniformPlan(NamedTuple):
     """
 
     label: str
-    formats: dict[str, QuantFormat]
+    formats: UnitFormats
     stored_bytes: int
 
     @property
@@ -44,9 +44,7 @@ def unit_group_size(unit: Unit, requested: int) -> int | None:
     return fitting_group_size(requested, *(member.in_features for member in unit.members))
 
 
-def uniform_formats(
-    units: Sequence[Unit], bits: int, group_size: int, symmetric: bool = True
-) -> dict[str, QuantFormat]:
+def uniform_formats(units: Sequence[Unit], bits: int, group_size: int, symmetric: bool = True) -> UnitFormats:
     """Formats of a uniform plan, groups falling where the requested size does not divide a layer.
 
     Args:

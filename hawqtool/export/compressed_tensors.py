@@ -10,6 +10,7 @@ from typing import Any
 
 from hawqtool.errors import InputError
 from hawqtool.formats import CHANNEL, MAX_BITS, MIN_BITS, QuantFormat
+from hawqtool.records import LayerFormats
 
 METHOD = "compressed-tensors"
 FORMAT = "pack-quantized"
@@ -25,7 +26,7 @@ class Target:
 
 
 def quantization_config(
-    formats: Mapping[str, QuantFormat],
+    formats: LayerFormats,
     units: Mapping[str, str],
     other_linears: Sequence[str],
     aliases: Mapping[str, str],
@@ -140,7 +141,7 @@ def group_format(weights: Mapping[str, Any]) -> QuantFormat:
     )
 
 
-def _check_units(formats: Mapping[str, QuantFormat], units: Mapping[str, str]) -> None:
+def _check_units(formats: LayerFormats, units: Mapping[str, str]) -> None:
     seen: dict[str, tuple[str, QuantFormat]] = {}
     for module, quant_format in formats.items():
         first, expected = seen.setdefault(units[module], (module, quant_format))

@@ -25,6 +25,7 @@ from hawqtool.export.compressed_tensors import (
 )
 from hawqtool.export.packed_reader import PACKED, SCALE, ZERO_POINT, shape_problem
 from hawqtool.formats import QuantFormat
+from hawqtool.records import LayerFormats
 
 _PARTS = (PACKED, SCALE, ".weight_shape")
 
@@ -125,7 +126,7 @@ def target_problems(config: Mapping[str, Any], modules: Sequence[str]) -> list[s
 
 def module_problems(
     config: Mapping[str, Any], index: CheckpointIndex, reader: TensorReader
-) -> tuple[dict[str, QuantFormat], list[str]]:
+) -> tuple[LayerFormats, list[str]]:
     """Format of each packed module that is consistent, and the problems of the others."""
     formats: dict[str, QuantFormat] = {}
     problems = []
@@ -166,7 +167,7 @@ def ignore_problems(config: Mapping[str, Any], index: CheckpointIndex, other_lin
     return problems
 
 
-def fused_problems(formats: Mapping[str, QuantFormat], index: CheckpointIndex, units: Mapping[str, str]) -> list[str]:
+def fused_problems(formats: LayerFormats, index: CheckpointIndex, units: Mapping[str, str]) -> list[str]:
     """Fused sets whose members differ in format, or that are packed in part.
 
     Args:

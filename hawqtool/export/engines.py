@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from hawqtool.checkpoint.fusion import unit_name
-from hawqtool.formats import CHANNEL, QuantFormat, is_served
+from hawqtool.formats import CHANNEL, is_served
+from hawqtool.records import LayerFormats
 
 TRANSFORMERS, VLLM, VLLM_CPU, SGLANG = (
     "transformers with compressed-tensors",
@@ -37,7 +38,7 @@ Verdict = tuple[bool, str]
 
 
 def engines(
-    formats: Mapping[str, QuantFormat], shapes: Mapping[str, tuple[int, int]], obstacle: str | None = None
+    formats: LayerFormats, shapes: Mapping[str, tuple[int, int]], obstacle: str | None = None
 ) -> list[dict[str, Any]]:
     """What each engine does with a checkpoint, from formats and shapes alone.
 
@@ -61,7 +62,7 @@ def engines(
     return found
 
 
-def _transformers(formats: Mapping[str, QuantFormat], shapes: Mapping[str, tuple[int, int]]) -> Verdict:
+def _transformers(formats: LayerFormats, shapes: Mapping[str, tuple[int, int]]) -> Verdict:
     asymmetric = [name for name, fmt in formats.items() if not fmt.symmetric]
     if asymmetric:
         return False, (
@@ -80,7 +81,7 @@ def _transformers(formats: Mapping[str, QuantFormat], shapes: Mapping[str, tuple
     )
 
 
-def _vllm(formats: Mapping[str, QuantFormat], shapes: Mapping[str, tuple[int, int]]) -> Verdict:
+def _vllm(formats: LayerFormats, shapes: Mapping[str, tuple[int, int]]) -> Verdict:
     problem = _mixed_experts(formats) or _split_set(formats) or _unusual_groups(formats)
     if problem:
         return False, f"{problem} ({_SOURCE_ONLY})"
@@ -104,7 +105,7 @@ def _vllm(formats: Mapping[str, QuantFormat], shapes: Mapping[str, tuple[int, in
     return True, f"{'; '.join(kernels)} ({_SOURCE_ONLY})"
 
 
-def _vllm_cpu(formats: Mapping[str, QuantFormat], shapes: Mapping[str, tuple[int, int]]) -> Verdict:
+def _vllm_cpu(formats: LayerFormats, shapes: Mapping[str, tuple[int, int]]) -> Verdict:
     problem = _split_set(formats) or _unusual_groups(formats)
     if problem:
         return False, f"{problem} ({_SOURCE_ONLY})"
@@ -117,7 +118,7 @@ def _vllm_cpu(formats: Mapping[str, QuantFormat], shapes: Mapping[str, tuple[int
     return True, f"4 bits everywhere ({_SOURCE_ONLY})"
 
 
-def _sglang(formats: Mapping[str, QuantFormat], shapes: Mapping[str, tuple[int, int]]) -> Verdict:
+def _sglang(formats: LayerFormats, shapes: Mapping[str, tuple[int, int]]) -> Verdict:
     problem = _split_set(formats) or _unusual_groups(formats)
     if problem:
         return False, f"{problem} ({_SOURCE_ONLY})"
@@ -136,7 +137,7 @@ def _sglang(formats: Mapping[str, QuantFormat], shapes: Mapping[str, tuple[int, 
     return True, f"4 and 8 bits run on Marlin ({_SOURCE_ONLY})"
 
 
-def _other_widths(formats: Mapping[str, QuantFormat], taken: tuple[int, ...]) -> str:
+def _other_widths(formats: LayerFormats, taken: tuple[int, ...]) -> str:
     """Widths beyond those that an engine takes, for a sentence; empty if there are none."""
     others = [fmt.bits for fmt in formats.values() if fmt.bits not in taken]
     if not others:
@@ -144,7 +145,7 @@ def _other_widths(formats: Mapping[str, QuantFormat], taken: tuple[int, ...]) ->
     return f"found {len(others)} of {len(formats)} layers at {', '.join(map(str, sorted(set(others))))} bits"
 
 
-def _mixed_experts(formats: Mapping[str, QuantFormat]) -> str | None:
+def _mixed_experts(formats: LayerFormats) -> str | None:
     """Experts of one layer that differ in format."""
     labels: dict[str, set[str]] = defaultdict(set)
     for name, fmt in formats.items():
@@ -154,7 +155,7 @@ def _mixed_experts(formats: Mapping[str, QuantFormat]) -> str | None:
     return None if mixed is None else f"{mixed} has formats {', '.join(sorted(labels[mixed]))}; it needs one"
 
 
-def _split_set(formats: Mapping[str, QuantFormat]) -> str | None:
+def _split_set(formats: LayerFormats) -> str | None:
     """A set of linears that serving engines fuse, whose members differ in format."""
     labels: dict[str, set[str]] = defaultdict(set)
     for name, fmt in formats.items():
@@ -164,7 +165,7 @@ def _split_set(formats: Mapping[str, QuantFormat]) -> str | None:
     return None if split is None else f"it fuses {split}, which has formats {', '.join(sorted(labels[split]))}"
 
 
-def _unusual_groups(formats: Mapping[str, QuantFormat]) -> str | None:
+def _unusual_groups(formats: LayerFormats) -> str | None:
     """Groups of a size that no kernel is known to take."""
     odd = [(name, fmt.group_size) for name, fmt in formats.items() if not is_served(fmt.group_size)]
     if not odd:

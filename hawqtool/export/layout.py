@@ -13,7 +13,7 @@ from hawqtool.checkpoint.dtypes import DTYPE_BYTES
 from hawqtool.checkpoint.index import SINGLE_FILE, CheckpointIndex, TensorInfo
 from hawqtool.errors import InputError
 from hawqtool.formats import QuantFormat
-from hawqtool.records import LinearSpec
+from hawqtool.records import LayerFormats, LinearSpec
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
@@ -75,7 +75,7 @@ class Layout:
 
 def plan_layout(
     index: CheckpointIndex,
-    formats: dict[str, QuantFormat],
+    formats: LayerFormats,
     specs: dict[str, LinearSpec],
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> Layout:
@@ -113,7 +113,7 @@ def plan_layout(
     return Layout(tuple(_file_layout(_file_name(i, len(shards)), shard) for i, shard in enumerate(shards)))
 
 
-def _check_sources(index: CheckpointIndex, formats: dict[str, QuantFormat], specs: dict[str, LinearSpec]) -> None:
+def _check_sources(index: CheckpointIndex, formats: LayerFormats, specs: dict[str, LinearSpec]) -> None:
     for module, quant_format in formats.items():
         info, spec = index.tensors.get(f"{module}.weight"), specs.get(module)
         if info is None or spec is None:

@@ -27,6 +27,7 @@ from hawqtool.export.packed_reader import (
 )
 from hawqtool.export.packing import pack_zeros, unpack_zeros
 from hawqtool.formats import CHANNEL, QuantFormat
+from hawqtool.records import LayerFormats
 
 MAX_GROUP_ERROR = 1.5
 """Squared error over squared weights of one scale's weights that is not plausible; dropping them gives 1.
@@ -76,7 +77,7 @@ def scale_problems(reader: TensorReader, modules: Sequence[str]) -> list[str]:
     return problems
 
 
-def zero_point_problems(reader: TensorReader, formats: Mapping[str, QuantFormat]) -> list[str]:
+def zero_point_problems(reader: TensorReader, formats: LayerFormats) -> list[str]:
     """Zero points with bits set behind the last row, which no zero point in range leaves there."""
     problems = []
     for module, quant_format in formats.items():
@@ -110,7 +111,7 @@ def checksum_problems(reader: TensorReader, index: CheckpointIndex, expected: Ma
     return problems + [f"tensor {name} of reproduce/checksums.json is missing; write it again" for name in missing]
 
 
-def plan_problems(formats: Mapping[str, QuantFormat], index: CheckpointIndex, plan: Mapping[str, Any]) -> list[str]:
+def plan_problems(formats: LayerFormats, index: CheckpointIndex, plan: Mapping[str, Any]) -> list[str]:
     """Differences between the files and ``reproduce/plan.json``: modules, formats, stored bytes, file sizes.
 
     Args:
@@ -186,7 +187,7 @@ def _gain_problems(reader: TensorReader, name: str) -> list[str]:
 def error_problems(
     reader: TensorReader,
     source: TensorReader,
-    formats: Mapping[str, QuantFormat],
+    formats: LayerFormats,
     recorded: Mapping[str, Any],
     transposed: Collection[str],
     device: torch.device,
@@ -208,7 +209,7 @@ def error_problems(
 def _error_problems(
     reader: TensorReader,
     source: TensorReader,
-    formats: Mapping[str, QuantFormat],
+    formats: LayerFormats,
     recorded: Mapping[str, Any],
     transposed: Collection[str],
     device: torch.device,

@@ -29,8 +29,8 @@ from hawqtool.export.tensor_checks import (
     scale_problems,
     zero_point_problems,
 )
-from hawqtool.formats import QuantFormat
 from hawqtool.parsing import ParseError, load_json
+from hawqtool.records import LayerFormats
 
 PLAN_FILE = "reproduce/plan.json"
 CHECKSUM_FILE = "reproduce/checksums.json"
@@ -80,7 +80,7 @@ def verify_folder(folder: Path, against: Path | None = None, device: torch.devic
     config: Any = model_config.get("quantization_config")
     broken = structure_problems(config)
     problems += broken
-    formats: dict[str, QuantFormat] = {}
+    formats: LayerFormats = {}
     if not broken:
         problems += field_problems(config)
         aliases = [layer["module"] for layer in layers if "module" in layer]

@@ -14,7 +14,7 @@ from hawqtool.allocation.problem import build_problem, resolve_ignored, resolve_
 from hawqtool.allocation.uniform import uniform_formats
 from hawqtool.config import RunConfig
 from hawqtool.errors import UsageError
-from hawqtool.formats import QuantFormat, parse_label
+from hawqtool.formats import parse_label
 from hawqtool.pipeline.run.files import (
     check_writable,
     metric_scores,
@@ -26,7 +26,7 @@ from hawqtool.pipeline.run.files import (
 from hawqtool.pipeline.run.menu import budget_bytes, format_menu, widths
 from hawqtool.pipeline.search.planner import allocate
 from hawqtool.pipeline.stages.measure import score_warnings
-from hawqtool.records import Score, Unit
+from hawqtool.records import Menu, Unit, UnitFormats, UnitScores
 from hawqtool.runtime.reporter import Reporter, Silent
 
 FRONTIER_SCHEMA = "hawqtool.frontier/1"
@@ -53,8 +53,8 @@ class _Saved:
     ignored_linears: tuple[str, ...]
     unquantized_bytes: int
     metric: str
-    scores: dict[str, dict[str, Score]]
-    pins: dict[str, QuantFormat]
+    scores: UnitScores
+    pins: UnitFormats
 
 
 def run_allocate(
@@ -143,7 +143,7 @@ def _load(config: RunConfig, sensitivity: Path) -> _Saved:
     return _Saved(config, units, tuple(m.name for m in left), unquantized, metric, scores, pins)
 
 
-def _menu(saved: _Saved, bits: tuple[int, ...]) -> dict[str, tuple[QuantFormat, ...]]:
+def _menu(saved: _Saved, bits: tuple[int, ...]) -> Menu:
     return format_menu(saved.units, bits, saved.config)
 
 

@@ -9,12 +9,12 @@ from hawqtool.allocation.second_cost import second_cost
 from hawqtool.allocation.uniform import best_uniform
 from hawqtool.config import RunConfig
 from hawqtool.errors import UsageError
-from hawqtool.formats import QuantFormat
 from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.run.menu import budget_bytes, job_menu, unquantized_bytes
 from hawqtool.pipeline.search.gates import check_gates
 from hawqtool.pipeline.search.planner import given_plan, single_choice_plan
 from hawqtool.pipeline.stages.rows import check_calibration
+from hawqtool.records import Menu
 
 
 def describe(job: Job) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def _learning(config: RunConfig) -> list[str]:
     return [f"{steps} {kind}" for kind, steps in kinds if steps]
 
 
-def _check_feasible(job: Job, menu: dict[str, tuple[QuantFormat, ...]], budget: int, weights: int, fixed: int) -> None:
+def _check_feasible(job: Job, menu: Menu, budget: int, weights: int, fixed: int) -> None:
     lowest, highest = achievable(job.units, menu, job.pins)
     if budget < lowest:
         raise UsageError(
@@ -87,7 +87,7 @@ def _check_feasible(job: Job, menu: dict[str, tuple[QuantFormat, ...]], budget: 
         )
 
 
-def _group_falls(job: Job, menu: dict[str, tuple[QuantFormat, ...]]) -> list[str]:
+def _group_falls(job: Job, menu: Menu) -> list[str]:
     wanted = job.config.group_size
     fallen = [u.name for u in job.units if menu[u.name][0].group_size != wanted]
     if not fallen:

@@ -13,8 +13,9 @@ from hawqtool.errors import InputError
 from hawqtool.export.config_checks import module_problems, packed_modules, structure_problems
 from hawqtool.export.engines import engines
 from hawqtool.export.verify import PLAN_FILE
-from hawqtool.formats import SHAPE_TENSOR_BYTES, QuantFormat
+from hawqtool.formats import SHAPE_TENSOR_BYTES
 from hawqtool.pipeline.run.files import PLAN_SCHEMA, REPORT_SCHEMA, read_json
+from hawqtool.records import LayerFormats
 from hawqtool.report.wording import role
 
 _PARTS = (".weight_packed", ".weight_scale", ".weight_zero_point")
@@ -33,7 +34,7 @@ def describe_packed(index: CheckpointIndex, config: dict[str, Any]) -> dict[str,
     """
     packed = packed_modules(index)
     problems = structure_problems(config)
-    formats: dict[str, QuantFormat] = {}
+    formats: LayerFormats = {}
     reader = TensorReader(index)
     if not packed:
         problems = [f"format {config.get('format')!r} of compressed-tensors without packed integers is not read"]
@@ -79,7 +80,7 @@ def _shape(reader: TensorReader, module: str) -> tuple[int, int]:
     return int(rows), int(columns)
 
 
-def _by_width(formats: dict[str, QuantFormat], weights: dict[str, int], stored: dict[str, int]) -> list[dict[str, Any]]:
+def _by_width(formats: LayerFormats, weights: dict[str, int], stored: dict[str, int]) -> list[dict[str, Any]]:
     found = []
     for bits in sorted({fmt.bits for fmt in formats.values()}):
         names = [name for name, fmt in formats.items() if fmt.bits == bits]
@@ -96,7 +97,7 @@ def _by_width(formats: dict[str, QuantFormat], weights: dict[str, int], stored: 
 
 
 def _roles(
-    formats: dict[str, QuantFormat],
+    formats: LayerFormats,
     shapes: dict[str, tuple[int, int]],
     weights: dict[str, int],
     stored: dict[str, int],

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableSequence, Sequence
 from copy import copy
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from hawqtool.formats import QuantFormat
-from hawqtool.records import BlockSpec, LinearSpec
+from hawqtool.records import BlockSpec, LinearSpec, Menu
 from hawqtool.rounding.statistics import GroupStatistics
 from hawqtool.streaming.block import Activations, advance
 from hawqtool.streaming.input_statistics import equally_important, group_statistics
@@ -53,7 +52,7 @@ def forward_sweep(
     calibration: Activations,
     scoring: Activations,
     left: int,
-    menu: Mapping[str, Sequence[QuantFormat]],
+    menu: Menu,
     progress: Progress,
     keeps_states: bool = False,
 ) -> list[Stored]:
@@ -86,14 +85,14 @@ def forward_sweep(
 
 
 def wanted_statistics(
-    block: nn.Module, spec: BlockSpec, calibration: Activations, menu: Mapping[str, Sequence[QuantFormat]]
+    block: nn.Module, spec: BlockSpec, calibration: Activations, menu: Menu
 ) -> Iterable[tuple[Sequence[LinearSpec], GroupStatistics]]:
     """Statistics of the groups in which a unit has formats to score."""
     groups = _wanted_groups(spec, menu)
     return group_statistics(block, spec, calibration, groups) if groups else ()
 
 
-def _wanted_groups(spec: BlockSpec, menu: Mapping[str, Sequence[QuantFormat]]) -> list[Sequence[LinearSpec]]:
+def _wanted_groups(spec: BlockSpec, menu: Menu) -> list[Sequence[LinearSpec]]:
     return [group for group in spec.input_groups if any(menu.get(linear.unit) for linear in group)]
 
 

@@ -9,8 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from hawqtool.formats import QuantFormat
-from hawqtool.records import SWEEP_METRICS, BlockSpec, LinearSpec, Rows, Score, Unit
+from hawqtool.records import SWEEP_METRICS, BlockSpec, LinearSpec, Menu, Rows, Score, Unit, UnitScores
 from hawqtool.rounding.factor import factorize
 from hawqtool.rounding.grid import dequantize
 from hawqtool.rounding.layer import round_group
@@ -65,7 +64,7 @@ class Measurement:
         shortened_rows: Scoring rows whose gradients were shortened (see `GradientLimit`).
     """
 
-    scores: dict[str, dict[str, dict[str, Score]]]
+    scores: dict[str, UnitScores]
     projections: dict[str, dict[str, list[float]]]
     error_norms: dict[str, dict[str, float]]
     input_fisher: dict[str, Score]
@@ -76,7 +75,7 @@ def measure(
     stream: ModelStream,
     calibration: Rows,
     scoring: Tensor,
-    menu: Mapping[str, Sequence[QuantFormat]],
+    menu: Menu,
     method: RoundingMethod,
     stored_dtypes: Mapping[str, torch.dtype],
     batch_size: int,
@@ -164,7 +163,7 @@ class _Found:
                 self.add(members, [layers.pop(m.name) for m in members], [errors.pop(m.name) for m in members])
 
     def measurement(self, units: Sequence[Unit], outputs: int, shortened_rows: int) -> Measurement:
-        scores: dict[str, dict[str, dict[str, Score]]] = {}
+        scores: dict[str, UnitScores] = {}
         projections: dict[str, dict[str, list[float]]] = {}
         for unit in units:
             values = self.unit_rows.get(unit.name, {})
@@ -180,7 +179,7 @@ def rounding_errors(
     block: nn.Module,
     spec: BlockSpec,
     calibration: Activations,
-    menu: Mapping[str, Sequence[QuantFormat]],
+    menu: Menu,
     method: RoundingMethod,
     stored_dtypes: Mapping[str, torch.dtype],
     refiner: Refiner | None = None,
@@ -207,7 +206,7 @@ def _errors(
     block: nn.Module,
     spec: BlockSpec,
     groups: Iterable[tuple[Sequence[LinearSpec], GroupStatistics]],
-    menu: Mapping[str, Sequence[QuantFormat]],
+    menu: Menu,
     method: RoundingMethod,
     stored_dtypes: Mapping[str, torch.dtype],
     refiner: Refiner | None,
@@ -235,7 +234,7 @@ def group_errors(
     spec: BlockSpec,
     group: Sequence[LinearSpec],
     statistics: GroupStatistics,
-    menu: Mapping[str, Sequence[QuantFormat]],
+    menu: Menu,
     method: RoundingMethod,
     stored_dtypes: Mapping[str, torch.dtype],
 ) -> dict[str, dict[str, Tensor]]:
@@ -248,7 +247,7 @@ def _group_starts(
     spec: BlockSpec,
     group: Sequence[LinearSpec],
     statistics: GroupStatistics,
-    menu: Mapping[str, Sequence[QuantFormat]],
+    menu: Menu,
     method: RoundingMethod,
     stored_dtypes: Mapping[str, torch.dtype],
 ) -> InitialRoundings:
@@ -271,7 +270,7 @@ def _measure_head(
     calibration: Tensor,
     known: Activations,
     seen: LayerRows,
-    menu: Mapping[str, Sequence[QuantFormat]],
+    menu: Menu,
     method: RoundingMethod,
     stored_dtypes: Mapping[str, torch.dtype],
     found: _Found,

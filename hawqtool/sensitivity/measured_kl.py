@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from hawqtool.errors import NumericalError
 from hawqtool.evaluation.divergence import embedding_error, kl_divergence
-from hawqtool.formats import QuantFormat
 from hawqtool.model.replay import Call
-from hawqtool.records import BlockSpec, LinearSpec, Rows, Score
+from hawqtool.records import BlockSpec, LinearSpec, Menu, Rows, Score, UnitScores
 from hawqtool.rounding.method import RoundingMethod
 from hawqtool.runtime.store import NOTHING_SAVED, Saved
 from hawqtool.sensitivity.measure import Progress, Refiner, group_errors, rounding_errors
@@ -22,7 +21,6 @@ from hawqtool.streaming.block import Activations, advance, read_weight, replace_
 from hawqtool.streaming.stream import ModelStream
 
 _SCORES = "scores"
-UnitScores = dict[str, dict[str, Score]]
 Carried = dict[tuple[str, str], list[Tensor]]
 """Unit and format label to hidden states, batch by batch."""
 Swap = Callable[[str], AbstractContextManager[None]]
@@ -33,7 +31,7 @@ def single_unit_divergence(
     stream: ModelStream,
     calibration: Rows,
     scoring: Tensor,
-    menu: Mapping[str, Sequence[QuantFormat]],
+    menu: Menu,
     method: RoundingMethod,
     stored_dtypes: Mapping[str, torch.dtype],
     batch_size: int,
@@ -96,7 +94,7 @@ def _head_scores(
     calibration: Tensor,
     known: Activations,
     judge: Judge,
-    menu: Mapping[str, Sequence[QuantFormat]],
+    menu: Menu,
     method: RoundingMethod,
     stored_dtypes: Mapping[str, torch.dtype],
 ) -> Iterator[tuple[str, dict[str, Score]]]:
@@ -139,7 +137,7 @@ def unit_finals(
     spec: BlockSpec,
     seen: Activations,
     errors: Mapping[str, Mapping[str, Tensor]],
-    menu: Mapping[str, Sequence[QuantFormat]],
+    menu: Menu,
     carried: Carried,
 ) -> Iterator[tuple[str, dict[str, list[Tensor]]]]:
     """Last hidden states by format of each unit that ends in a block.
@@ -161,7 +159,7 @@ def unit_finals(
             yield unit, finals
 
 
-def _open_units(stream: ModelStream, menu: Mapping[str, Sequence[QuantFormat]], index: int) -> dict[str, int]:
+def _open_units(stream: ModelStream, menu: Menu, index: int) -> dict[str, int]:
     """Units to measure that begin at or before a block and end at or after it, with the last block of each."""
     spans = {u.name: [m.block for m in u.members] for u in stream.structure.units if menu.get(u.name)}
     return {name: max(span) for name, span in spans.items() if min(span) <= index <= max(span)}

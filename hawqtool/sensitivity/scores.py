@@ -15,7 +15,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from hawqtool.records import SWEEP_METRICS, Score
+from hawqtool.records import SWEEP_METRICS, Score, UnitScores
 from hawqtool.rounding.gram import GRAM_PANEL, token_product
 
 RowValues = dict[str, dict[str, Tensor]]
@@ -215,7 +215,7 @@ def add_rows(into: RowValues, values: RowValues) -> None:
             held[label] = held[label] + rows if label in held else rows
 
 
-def to_scores(values: RowValues) -> dict[str, dict[str, Score]]:
+def to_scores(values: RowValues) -> UnitScores:
     """Means and standard errors over rows."""
     return {
         metric: {label: mean_score(rows) for label, rows in by_label.items()}

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
 
-from hawqtool.formats import QuantFormat
-from hawqtool.records import BlockSpec, Rows
+from hawqtool.records import BlockSpec, Menu, Rows, UnitScores
 from hawqtool.rounding.method import RoundingMethod
 from hawqtool.runtime.store import NOTHING_SAVED, Saved
 from hawqtool.sensitivity.measure import Progress, group_errors
 from hawqtool.sensitivity.measured_kl import (
     Carried,
     Judge,
-    UnitScores,
     load_scores,
     run_blocks,
     save_scores,
@@ -33,7 +31,7 @@ def swap_divergence(
     quantized: ModelStream,
     calibration: Rows,
     scoring: Tensor,
-    menu: Mapping[str, Sequence[QuantFormat]],
+    menu: Menu,
     method: RoundingMethod,
     stored_dtypes: Mapping[str, torch.dtype],
     batch_size: int,
@@ -95,7 +93,7 @@ def _changes(
     block: nn.Module,
     spec: BlockSpec,
     known: Activations,
-    menu: Mapping[str, Sequence[QuantFormat]],
+    menu: Menu,
     method: RoundingMethod,
     stored_dtypes: Mapping[str, torch.dtype],
 ) -> dict[str, dict[str, Tensor]]:

@@ -21,16 +21,16 @@ from hawqtool.allocation.frontier import frontier, solve
 from hawqtool.allocation.problem import AllocationProblem, build_problem
 from hawqtool.errors import HawqError
 from hawqtool.formats import QuantFormat
-from hawqtool.records import BitPlan, LinearSpec, Score, Unit
+from hawqtool.records import BitPlan, LinearSpec, Menu, Score, Unit, UnitScores
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 SHAPES = ((512, 2048), (2048, 512), (1024, 1024), (3072, 1024))
 TARGET = 3.5
-Menu = dict[str, tuple[QuantFormat, ...]]
+Menu = Menu
 T = TypeVar("T")
 
 
-def measured(count: int, seed: int = 0) -> tuple[list[Unit], Menu, dict[str, dict[str, Score]]]:
+def measured(count: int, seed: int = 0) -> tuple[list[Unit], Menu, UnitScores]:
     """Units, menu and scores of a model with ``count`` units."""
     rng = random.Random(seed)
     formats = tuple(QuantFormat(bits, 128) for bits in WIDTHS)

@@ -50,7 +50,6 @@ from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.config import RunConfig, load_config
 from hawqtool.errors import HawqError, UsageError
 from hawqtool.evaluation.divergence import evaluate_hidden, standard_error
-from hawqtool.formats import QuantFormat
 from hawqtool.pipeline.run.files import read_json, write_json
 from hawqtool.pipeline.run.job import Job, prepare
 from hawqtool.pipeline.search.planner import given_plan
@@ -58,7 +57,7 @@ from hawqtool.pipeline.stages.distill import DistilledModel, distill_model, sche
 from hawqtool.pipeline.stages.round_blocks import round_blocks
 from hawqtool.pipeline.stages.rows import calibration_rows, evaluation_rows
 from hawqtool.pipeline.stages.token_importance import with_token_importance
-from hawqtool.records import Evaluation, RoundedLayer, Rows
+from hawqtool.records import Evaluation, RoundedLayer, Rows, UnitFormats
 from hawqtool.rounding.grid import Quantized, dequantize
 from hawqtool.rounding.layer import quantized
 from hawqtool.rounding.learned.block import Schedule
@@ -223,7 +222,7 @@ class Bench:
         }
 
     def _measure_tool(
-        self, job: Job, formats: Mapping[str, QuantFormat], name: str, overrides: Mapping[str, Any], seed: int
+        self, job: Job, formats: UnitFormats, name: str, overrides: Mapping[str, Any], seed: int
     ) -> dict[str, Any]:
         """The same of what another tool makes of the same rows; its memory is not known."""
         self.reporter.say(f"{name}, seed {seed}")
@@ -237,7 +236,7 @@ class Bench:
     def _distill(
         self,
         job: Job,
-        formats: Mapping[str, QuantFormat],
+        formats: UnitFormats,
         memory: Memory,
         tokens: Tensor,
         name: str,
@@ -250,7 +249,7 @@ class Bench:
         memory.distilled(found)
         return found.record
 
-    def _formats(self, job: Job, overrides: Mapping[str, Any]) -> dict[str, QuantFormat]:
+    def _formats(self, job: Job, overrides: Mapping[str, Any]) -> UnitFormats:
         if job.config.plan is not None:
             return given_plan(job.config, job.units).formats
         bits = int(overrides.get("bits", self.options.bits))

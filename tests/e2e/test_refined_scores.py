@@ -11,7 +11,7 @@ from torch import Tensor
 from hawqtool.formats import QuantFormat
 from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.stages.refine import FormatRefiner, split_rows
-from hawqtool.records import Rows
+from hawqtool.records import Menu, Rows
 from hawqtool.rounding.learned.block import Schedule, output_error
 from hawqtool.sensitivity.measure import measure, rounding_errors
 from hawqtool.sensitivity.measured_kl import single_unit_divergence
@@ -27,7 +27,7 @@ def rows_of(count: int, seed: int = 1) -> Tensor:
     return torch.randint(3, 128, (count, 32), generator=torch.Generator().manual_seed(seed))
 
 
-def menu_of(job: Job, *widths: int) -> dict[str, tuple[QuantFormat, ...]]:
+def menu_of(job: Job, *widths: int) -> Menu:
     return {unit.name: tuple(QuantFormat(bits, 32, job.config.symmetric) for bits in widths) for unit in job.units}
 
 

@@ -18,7 +18,7 @@ from hawqtool.export.layout import DEFAULT_SHARD_BYTES, Layout, plan_layout
 from hawqtool.export.packed_reader import dequantize, relative_weight_error
 from hawqtool.export.writer import CheckpointWriter, copy_small_files, write_config
 from hawqtool.formats import QuantFormat, parse_label
-from hawqtool.records import LayerMetrics, LinearSpec, RoundedLayer
+from hawqtool.records import LayerFormats, LayerMetrics, LinearSpec, RoundedLayer
 
 MIX = ("w4g32", "w3g64", "w8ch", "w2g32", "w5g64", "w6ch", "w7g32")
 METRICS = LayerMetrics(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
@@ -36,7 +36,7 @@ def linear_specs(index: CheckpointIndex) -> dict[str, LinearSpec]:
     return specs
 
 
-def mixed_formats(specs: Mapping[str, LinearSpec], labels: Sequence[str] = MIX) -> dict[str, QuantFormat]:
+def mixed_formats(specs: Mapping[str, LinearSpec], labels: Sequence[str] = MIX) -> LayerFormats:
     """Formats that cycle over the units."""
     units = list(dict.fromkeys(spec.unit for spec in specs.values()))
     return {name: parse_label(labels[units.index(spec.unit) % len(labels)]) for name, spec in specs.items()}
@@ -65,7 +65,7 @@ def round_to_range(name: str, weight: Tensor, quant_format: QuantFormat, grouped
 def write_packed(
     source: Path,
     folder: Path,
-    formats: Mapping[str, QuantFormat] | None = None,
+    formats: LayerFormats | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     split_units: bool = False,
 ) -> Layout:
@@ -95,7 +95,7 @@ def write_packed(
 def write_records(
     folder: Path,
     layout: Layout,
-    formats: Mapping[str, QuantFormat],
+    formats: LayerFormats,
     specs: Mapping[str, LinearSpec],
     others: Sequence[str],
     checksums: Mapping[str, str],

@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hawqtool.export.packing import unpack_codes
 from hawqtool.formats import QuantFormat
+from hawqtool.records import UnitFormats
 from hawqtool.rounding.grid import dequantize, expand_scales, search_scales
 from tests.support import oracles
 from tests.support.tiny_zoo import Kind
@@ -211,7 +212,7 @@ def replay(
     kind: Kind,
     folder: Path,
     inputs: Tensor,
-    formats: dict[str, QuantFormat],
+    formats: UnitFormats,
     dtype: torch.dtype,
     scales: dict[str, Tensor] | None = None,
 ) -> dict[str, Packed]:

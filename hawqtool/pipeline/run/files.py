@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, Strict
 from hawqtool.errors import InputError, ResourceError, UsageError, disk_errors
 from hawqtool.formats import MAX_BITS, MIN_BITS, QuantFormat, parse_label
 from hawqtool.parsing import MAX_RECORD_BYTES, MAX_RECORD_VALUES, ParseError, load_json, short, shown
-from hawqtool.records import BitPlan, LinearSpec, Score, SensitivityTable, Unit
+from hawqtool.records import BitPlan, LinearSpec, Score, SensitivityTable, Unit, UnitScores
 from hawqtool.values import parse_group_size
 
 MAX_FEATURES = 1 << 40
@@ -170,7 +170,7 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def metric_scores(table: SensitivityTable, metric: str, path: Path) -> dict[str, dict[str, Score]]:
+def metric_scores(table: SensitivityTable, metric: str, path: Path) -> UnitScores:
     """Scores of one metric of a sensitivity.json, by unit and format.
 
     Raises:

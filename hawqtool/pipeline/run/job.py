@@ -22,12 +22,11 @@ from hawqtool.config import RunConfig
 from hawqtool.errors import InputError, UsageError, one_line
 from hawqtool.export.layout import Layout, plan_layout
 from hawqtool.export.packed_reader import PackedReader
-from hawqtool.formats import QuantFormat
 from hawqtool.model.discovery import Structure, check_shapes, discover
 from hawqtool.model.skeleton import build_skeleton, max_positions
 from hawqtool.model.tasks import ModelTask, model_task
 from hawqtool.pipeline.run.memory_budget import Work, choose_batch_size, make_offload
-from hawqtool.records import Unit
+from hawqtool.records import LayerFormats, Unit, UnitFormats
 from hawqtool.rounding.method import RoundingMethod
 from hawqtool.rounding.statistics import SETTINGS_HELD_OUT_EVERY
 from hawqtool.runtime.reporter import Reporter, Silent
@@ -66,7 +65,7 @@ class Job:
     skeleton: Any
     structure: Structure
     units: tuple[Unit, ...]
-    pins: dict[str, QuantFormat]
+    pins: UnitFormats
     device: torch.device
     dtype: torch.dtype
     batch_size: int = 0
@@ -162,11 +161,11 @@ class Job:
         transposed = frozenset(n for n, linear in self.structure.linears.items() if linear.transposed)
         return self.stream(PackedReader(folder, transposed, self.device))
 
-    def layer_formats(self, formats: dict[str, QuantFormat]) -> dict[str, QuantFormat]:
+    def layer_formats(self, formats: UnitFormats) -> LayerFormats:
         """Formats by layer from formats by unit."""
         return {m.name: formats[unit.name] for unit in self.units for m in unit.members}
 
-    def layout(self, formats: dict[str, QuantFormat]) -> Layout:
+    def layout(self, formats: UnitFormats) -> Layout:
         """Exact bytes of the output files for formats by unit."""
         return plan_layout(self.index, self.layer_formats(formats), self.structure.linears)
 

@@ -19,10 +19,9 @@ from hawqtool import __version__
 from hawqtool.checkpoint.index import fingerprint
 from hawqtool.config import RunConfig
 from hawqtool.errors import InputError, UsageError
-from hawqtool.formats import QuantFormat
 from hawqtool.pipeline.run.files import SENSITIVITY_SCHEMA, parse_sensitivity, read_json
 from hawqtool.pipeline.run.job import Job
-from hawqtool.records import SWEEP_METRICS, Rows
+from hawqtool.records import SWEEP_METRICS, Menu, Rows
 from hawqtool.rounding.kernels.dispatch import kernel_for
 from hawqtool.runtime.reporter import Reporter
 
@@ -54,7 +53,7 @@ _PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
 
 def measurement_fingerprint(
     job: Job,
-    formats: Mapping[str, Sequence[QuantFormat]],
+    formats: Menu,
     sets: Mapping[str, Rows],
     reporter: Reporter,
     metrics: Sequence[str] = SWEEP_METRICS,

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from hawqtool.allocation.problem import AllocationProblem, stored_bytes
 from hawqtool.allocation.uniform import uniform_formats
 from hawqtool.config import RunConfig
-from hawqtool.formats import QuantFormat
 from hawqtool.pipeline.run.job import Job
-from hawqtool.records import Unit
+from hawqtool.records import Menu, Unit
 from hawqtool.values import parse_size
 
 NARROW_MENU, WIDE_MENU = (4, 8), (2, 3, 4, 8)
@@ -42,7 +41,7 @@ def widths(config: RunConfig, units: Sequence[Unit], budget: int | None) -> tupl
     return WIDE_MENU
 
 
-def format_menu(units: Sequence[Unit], bits: Sequence[int], config: RunConfig) -> dict[str, tuple[QuantFormat, ...]]:
+def format_menu(units: Sequence[Unit], bits: Sequence[int], config: RunConfig) -> Menu:
     """Formats that each unit may take, by rising width, the configuration's own group size first at each.
 
     Group sizes fall where they do not divide; of formats made equal by that one is kept.
@@ -51,13 +50,13 @@ def format_menu(units: Sequence[Unit], bits: Sequence[int], config: RunConfig) -
     return {unit.name: tuple(dict.fromkeys(formats[unit.name] for formats in plans)) for unit in units}
 
 
-def unquantized_bytes(job: Job, menu: dict[str, tuple[QuantFormat, ...]]) -> int:
+def unquantized_bytes(job: Job, menu: Menu) -> int:
     """Bytes of the output files beside packed codes and scales; the longest header is assumed."""
     widest = {unit.name: max((*menu[unit.name], *job.pins.values())) for unit in job.units}
     return job.layout(widest).total_bytes - stored_bytes(job.units, widest)
 
 
-def job_menu(job: Job, budget: int | None) -> dict[str, tuple[QuantFormat, ...]]:
+def job_menu(job: Job, budget: int | None) -> Menu:
     """Formats of each unit under the configuration's widths and budget."""
     config = job.config
     return format_menu(job.units, widths(config, job.units, budget), config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from hawqtool.allocation.second_cost import second_cost
 from hawqtool.checkpoint.index import fingerprint
 from hawqtool.config import ASYMMETRIC_PROFILES, RunConfig, asymmetric_refusal, group_size_refusal
 from hawqtool.errors import InputError, UsageError
-from hawqtool.formats import QuantFormat, is_served
+from hawqtool.formats import is_served
 from hawqtool.pipeline.run.files import (
     SENSITIVITY_SCHEMA,
     parse_sensitivity,
@@ -26,7 +26,7 @@ from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.run.menu import budget_bytes, job_menu, unquantized_bytes
 from hawqtool.pipeline.search.shortlist import alternatives
 from hawqtool.pipeline.stages.measure import Origin, measured
-from hawqtool.records import BitPlan, Rows, Score, SensitivityTable, Unit
+from hawqtool.records import BitPlan, Menu, Rows, SensitivityTable, Unit, UnitFormats, UnitScores
 from hawqtool.runtime.reporter import Reporter
 from hawqtool.runtime.store import NOTHING_SAVED, Saved
 
@@ -58,11 +58,11 @@ class Planner:
         return self.job.config.metric
 
     @property
-    def scores(self) -> dict[str, dict[str, Score]]:
+    def scores(self) -> UnitScores:
         """Scores of that metric by unit and format; none where no unit has a choice."""
         return self._scores(self.metric) if self.table else {}
 
-    def _scores(self, metric: str) -> dict[str, dict[str, Score]]:
+    def _scores(self, metric: str) -> UnitScores:
         assert self.table is not None  # the caller saw that there is a choice
         if metric not in self.table.scores:
             raise InputError(
@@ -88,7 +88,8 @@ class Planner:
     def curve(self) -> Frontier:
         """The whole frontier of predicted loss."""
         menu = job_menu(self.job, None)
-        pins = self.job.pins if self.table else {unit: formats[0] for unit, formats in menu.items()} | self.job.pins
+        only = {} if self.table else {unit: formats[0] for unit, formats in menu.items()}
+        pins = {**only, **self.job.pins}
         return frontier(build_problem(self.job.units, menu, self.scores, pins))
 
     def predicted(self, plan: BitPlan) -> dict[str, float]:
@@ -166,9 +167,9 @@ def given_plan(config: RunConfig, units: tuple[Unit, ...]) -> BitPlan:
 
 def allocate(
     units: Sequence[Unit],
-    menu: Mapping[str, tuple[QuantFormat, ...]],
-    scores: Mapping[str, Mapping[str, Score]],
-    pins: Mapping[str, QuantFormat],
+    menu: Menu,
+    scores: UnitScores,
+    pins: UnitFormats,
     budget: int,
     metric: str,
     config: RunConfig,
@@ -192,8 +193,8 @@ def allocate(
 
 def single_choice_plan(
     units: Sequence[Unit],
-    menu: Mapping[str, tuple[QuantFormat, ...]],
-    pins: Mapping[str, QuantFormat],
+    menu: Menu,
+    pins: UnitFormats,
     budget: int,
     config: RunConfig,
 ) -> BitPlan | None:

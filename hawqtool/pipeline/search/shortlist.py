@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from hawqtool.allocation.baselines import edges_plan
 from hawqtool.allocation.frontier import solve
 from hawqtool.allocation.problem import build_problem
-from hawqtool.formats import QuantFormat
-from hawqtool.records import BitPlan, SensitivityTable, Unit
+from hawqtool.records import BitPlan, Menu, SensitivityTable, Unit, UnitFormats
 
 EDGES = "first and last blocks"
 
 
 def alternatives(
     units: Sequence[Unit],
-    menu: Mapping[str, tuple[QuantFormat, ...]],
+    menu: Menu,
     table: SensitivityTable,
-    pins: Mapping[str, QuantFormat],
+    pins: UnitFormats,
     own: BitPlan,
     budget: int,
 ) -> dict[str, BitPlan]:

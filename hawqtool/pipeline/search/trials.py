@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hawqtool.evaluation.divergence import as_evaluation, as_record
-from hawqtool.formats import QuantFormat
 from hawqtool.pipeline.run.folder import REMOVED
 from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.stages.evaluate import Evaluator
 from hawqtool.pipeline.stages.write import ROUNDING, round_to_folder
-from hawqtool.records import BitPlan, Evaluation, Rows
+from hawqtool.records import BitPlan, Evaluation, Rows, UnitFormats
 from hawqtool.runtime.reporter import Reporter
 from hawqtool.runtime.stage_timer import Stopwatch
 from hawqtool.runtime.store import NOTHING_SAVED, Saved
@@ -138,7 +136,7 @@ class TrialRunner:
             shutil.rmtree(removed, ignore_errors=True)
 
 
-def formats_key(formats: Mapping[str, QuantFormat]) -> str:
+def formats_key(formats: UnitFormats) -> str:
     """A short name for formats by unit, the same for the same formats."""
     text = "\n".join(f"{unit} {fmt.label}" for unit, fmt in sorted(formats.items()))
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -14,17 +14,16 @@ from hawqtool.pipeline.run.files import plan_of_record, plan_record
 from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.run.menu import job_menu
 from hawqtool.pipeline.search.trials import Trial, TrialRunner, formats_key
-from hawqtool.records import BitPlan, Rows, Score
+from hawqtool.records import BitPlan, Menu, Rows, Score, UnitFormats, UnitScores
 from hawqtool.runtime.reporter import Reporter
 from hawqtool.runtime.stage_timer import Stopwatch
 from hawqtool.runtime.store import NOTHING_SAVED, Saved
-from hawqtool.sensitivity.measured_kl import UnitScores, pairs_of_scores, scores_of_pairs
+from hawqtool.sensitivity.measured_kl import pairs_of_scores, scores_of_pairs
 from hawqtool.sensitivity.shrinkage import updated
 from hawqtool.sensitivity.width_swap import swap_divergence
 from hawqtool.streaming.stream import ModelStream
 
 _FOUND = "found"
-Menu = dict[str, tuple[QuantFormat, ...]]
 
 
 def swapped(runner: TrialRunner, trial: Trial, budget: int, expected: UnitScores) -> tuple[BitPlan, UnitScores]:
@@ -48,7 +47,7 @@ def swapped(runner: TrialRunner, trial: Trial, budget: int, expected: UnitScores
 def swap_widths(
     job: Job,
     quantized: ModelStream,
-    present: Mapping[str, QuantFormat],
+    present: UnitFormats,
     menu: Menu,
     calibration: Rows,
     scoring: Tensor,
@@ -114,11 +113,9 @@ def _changes(scores: UnitScores, measured: UnitScores, present: Mapping[str, str
     return changes
 
 
-def neighbouring(
-    menu: Mapping[str, tuple[QuantFormat, ...]], present: Mapping[str, QuantFormat], pinned: set[str]
-) -> Menu:
+def neighbouring(menu: Menu, present: UnitFormats, pinned: set[str]) -> Menu:
     """The present format of each unit and its neighbours in the menu by size; pinned units keep theirs."""
-    found: Menu = {}
+    found: dict[str, Sequence[QuantFormat]] = {}
     for unit, formats in menu.items():
         # Larger groups are smaller formats, whole rows the smallest: group sizes cost less than a bit.
         ordered = sorted(formats, key=lambda fmt: (fmt.bits, -(fmt.group_size or math.inf)))

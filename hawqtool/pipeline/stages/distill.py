@@ -18,11 +18,10 @@ from hawqtool.export.layout import Layout
 from hawqtool.export.packed_reader import PACKED, SCALE, packed_parts, relative_weight_error, unpack_parts
 from hawqtool.export.packing import pack_codes
 from hawqtool.export.writer import CheckpointWriter, unfinished_reader
-from hawqtool.formats import QuantFormat
 from hawqtool.model.replay import Call
 from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.stages.refine import BATCH_ROWS, BlockForward, norm_gains, split_rows
-from hawqtool.records import BitPlan, BlockSpec, LinearSpec
+from hawqtool.records import BitPlan, BlockSpec, LayerFormats, LinearSpec, UnitFormats
 from hawqtool.rounding.grid import Quantized, dequantize
 from hawqtool.rounding.learned.end_to_end import DistillSchedule, TrainableBlock, distill
 from hawqtool.rounding.learned.fake_quant import InitialRounding
@@ -136,11 +135,11 @@ def distill_folder(
     return learned
 
 
-def _layers(job: Job, formats: Mapping[str, QuantFormat], reader: TensorReader) -> dict[str, Quantized]:
+def _layers(job: Job, formats: UnitFormats, reader: TensorReader) -> dict[str, Quantized]:
     """All packed layers, from the files."""
     linears = {linear.name: linear for unit in job.units for linear in unit.members}
     rounded = {}
-    for name, quant_format in job.layer_formats(dict(formats)).items():
+    for name, quant_format in job.layer_formats(formats).items():
         shape = linears[name].out_features, linears[name].in_features
         parts = {suffix: part.to(job.device) for suffix, part in packed_parts(reader, name).items()}
         rounded[name] = Quantized(*unpack_parts(parts, quant_format, shape))
@@ -149,7 +148,7 @@ def _layers(job: Job, formats: Mapping[str, QuantFormat], reader: TensorReader) 
 
 def distill_model(
     job: Job,
-    formats: Mapping[str, QuantFormat],
+    formats: UnitFormats,
     rounded: Mapping[str, Quantized],
     changed: Mapping[str, Tensor],
     rows: Tensor,
@@ -189,7 +188,7 @@ def distill_model(
     with ExitStack() as resident:
         blocks = [resident.enter_context(stream.block(spec.index)) for spec in job.structure.blocks]
         names = [norm_gains(job, block, spec) for block, spec in zip(blocks, job.structure.blocks, strict=True)]
-        linears = job.layer_formats(dict(formats))
+        linears = job.layer_formats(formats)
         trainable_blocks = [
             _piece(block, spec, _starts(job, block, spec, rounded, linears), found, changed, calls)
             for block, spec, found in zip(blocks, job.structure.blocks, names, strict=True)
@@ -224,7 +223,7 @@ def _starts(
     block: nn.Module,
     spec: BlockSpec,
     rounded: Mapping[str, Quantized],
-    formats: Mapping[str, QuantFormat],
+    formats: LayerFormats,
 ) -> list[tuple[LinearSpec, InitialRounding]]:
     """Rounded layers of a block, with the original's weights as the block holds them."""
     found = []

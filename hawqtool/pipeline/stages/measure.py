@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from hawqtool.checkpoint.index import fingerprint
-from hawqtool.formats import QuantFormat
 from hawqtool.pipeline.run.files import sensitivity_document
 from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.run.measurement_cache import MeasurementFolder, measurement_fingerprint
 from hawqtool.pipeline.run.menu import unquantized_bytes
 from hawqtool.pipeline.stages.refine import FormatRefiner
 from hawqtool.pipeline.stages.token_importance import with_token_importance
-from hawqtool.records import SWEEP_METRICS, Rows, Score, SensitivityTable
+from hawqtool.records import SWEEP_METRICS, Menu, Rows, SensitivityTable, UnitScores
 from hawqtool.rounding.learned.block import Schedule
 from hawqtool.runtime.reporter import Reporter
 from hawqtool.runtime.store import NOTHING_SAVED, Saved
@@ -53,7 +52,7 @@ class Origin:
 
 def measured(
     job: Job,
-    menu: dict[str, tuple[QuantFormat, ...]],
+    menu: Menu,
     sets: dict[str, Rows],
     reporter: Reporter,
     saved: Saved = NOTHING_SAVED,
@@ -76,7 +75,7 @@ def measured(
 
 def _shared(
     job: Job,
-    menu: dict[str, tuple[QuantFormat, ...]],
+    menu: Menu,
     sets: dict[str, Rows],
     reporter: Reporter,
     saved: Saved,
@@ -95,7 +94,7 @@ def _shared(
     return document, Origin("shared" if found else "run", key, document["settings"]["seconds"])
 
 
-def wanted_formats(job: Job, menu: dict[str, tuple[QuantFormat, ...]]) -> dict[str, tuple[QuantFormat, ...]]:
+def wanted_formats(job: Job, menu: Menu) -> Menu:
     """The menu, and pinned formats."""
     return {
         unit.name: tuple(dict.fromkeys((*menu[unit.name], *((job.pins[unit.name],) if unit.name in job.pins else ()))))
@@ -105,7 +104,7 @@ def wanted_formats(job: Job, menu: dict[str, tuple[QuantFormat, ...]]) -> dict[s
 
 def measure_job(
     job: Job,
-    menu: dict[str, tuple[QuantFormat, ...]],
+    menu: Menu,
     sets: dict[str, Rows],
     reporter: Reporter,
     saved: Saved = NOTHING_SAVED,
@@ -171,12 +170,12 @@ def _settings(job: Job, sets: dict[str, Rows], found: Measurement) -> dict[str, 
 
 def single_unit_scores(
     job: Job,
-    menu: Mapping[str, Sequence[QuantFormat]],
+    menu: Menu,
     calibration: Rows,
     rows: Rows,
     reporter: Reporter,
     saved: Saved = NOTHING_SAVED,
-) -> dict[str, dict[str, Score]]:
+) -> UnitScores:
     """Metric ``kl``: the divergence on ``rows`` with one unit quantized, by unit and format label."""
     return single_unit_divergence(
         job.stream(),
@@ -212,7 +211,7 @@ def measure_curvature(
     error_norms: Mapping[str, Mapping[str, float]],
     reporter: Reporter,
     saved: Saved = NOTHING_SAVED,
-) -> tuple[dict[str, dict[str, dict[str, Score]]], Fields, dict[str, float | int | str]]:
+) -> tuple[dict[str, UnitScores], Fields, dict[str, float | int | str]]:
     """Scores ``hawq`` and curvature by unit where that is wanted, eigenvalues likewise, and the settings of both.
 
     Args:
@@ -224,7 +223,7 @@ def measure_curvature(
     """
     config = job.config
     curvature = Curvature(job.stream(dtype=torch.float32), rows, config.seed)
-    scores: dict[str, dict[str, dict[str, Score]]] = {}
+    scores: dict[str, UnitScores] = {}
     fields: Fields = {unit.name: {} for unit in job.units}
     settings: dict[str, float | int | str] = {"hessian_labels": curvature.labels}
     if "hawq" in config.measured_extras:
@@ -246,7 +245,7 @@ def measure_curvature(
     return scores, fields, settings
 
 
-def score_warnings(scores: Mapping[str, Mapping[str, Mapping[str, Score]]]) -> tuple[str, ...]:
+def score_warnings(scores: Mapping[str, UnitScores]) -> tuple[str, ...]:
     """What the user should know of scores ``[metric][unit][format label]``: which of the true Hessian are negative.
 
     Such scores stay as they are, since the Hessian is indefinite; but a sum of them is no loss to be made small.

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.export.packed_reader import packed_parts, unpack_parts
-from hawqtool.formats import QuantFormat
 from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.stages.refine import BlockRefiner, split_rows
-from hawqtool.records import BlockSpec, LinearSpec, RoundedLayer, Rows
+from hawqtool.records import BlockSpec, LinearSpec, RoundedLayer, Rows, UnitFormats
 from hawqtool.rounding.factor import factorize
 from hawqtool.rounding.grid import Quantized, dequantize
 from hawqtool.rounding.layer import quantized, round_layers, with_codes
@@ -76,7 +75,7 @@ class Finished:
 
 def round_blocks(
     job: Job,
-    formats: dict[str, QuantFormat],
+    formats: UnitFormats,
     rows: Rows,
     sink: Sink,
     reporter: Reporter,
@@ -147,7 +146,7 @@ def _walked(job: Job, stream: ModelStream, rows: Rows) -> Activations:
 class _Walker:
     """Rounds each input group of the current block and puts the result in place."""
 
-    def __init__(self, job: Job, formats: dict[str, QuantFormat], refiner: BlockRefiner | None, sink: Sink) -> None:
+    def __init__(self, job: Job, formats: UnitFormats, refiner: BlockRefiner | None, sink: Sink) -> None:
         self.job, self.formats, self.refiner, self.sink = job, formats, refiner, sink
         self.dtypes = job.stored_dtypes
         self.block: Any = None

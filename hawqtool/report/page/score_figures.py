@@ -11,12 +11,11 @@ from hawqtool.allocation.frontier import frontier
 from hawqtool.allocation.problem import AllocationProblem, build_problem, predicted_loss, resolve_pins
 from hawqtool.allocation.uniform import uniform_plans
 from hawqtool.errors import HawqError
-from hawqtool.formats import QuantFormat, parse_label
-from hawqtool.records import Score, SensitivityTable, Unit
+from hawqtool.formats import parse_label
+from hawqtool.records import Score, SensitivityTable, Unit, UnitFormats, UnitScores
 from hawqtool.report.wording import MEASURES, role, shown_metric, tried_plans
 
 Data = dict[str, Any]
-Scores = Mapping[str, Mapping[str, Score]]
 
 _LOSS_UNITS = {"kl": "nats per output", "embedding_error": "relative squared error"}
 _TOP_UNITS = 30
@@ -68,8 +67,8 @@ def score_figures(
 
 
 def _problem(
-    config: Data, units: tuple[Unit, ...], scores: Scores, symmetric: bool
-) -> tuple[AllocationProblem, dict[str, QuantFormat]]:
+    config: Data, units: tuple[Unit, ...], scores: UnitScores, symmetric: bool
+) -> tuple[AllocationProblem, UnitFormats]:
     """The problem of the run, and its pins: measured formats of the widths that were allowed."""
     measured = {unit.name: [parse_label(label) for label in scores[unit.name]] for unit in units}
     allowed = config["bits"]
@@ -93,7 +92,7 @@ def _searched(report: Data, predictions: Mapping[int, float]) -> list[Data]:
     ]
 
 
-def _sensitivity(scores: Scores, units: tuple[Unit, ...], axis: str) -> dict[str, Data]:
+def _sensitivity(scores: UnitScores, units: tuple[Unit, ...], axis: str) -> dict[str, Data]:
     """The most sensitive units at their narrowest measured width, and the sums over the units of each role."""
     narrowest = {
         unit.name: scores[unit.name][min(scores[unit.name], key=lambda label: parse_label(label).bits)]

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hawqtool.formats import QuantFormat
-from hawqtool.records import BlockSpec, LinearSpec
+from hawqtool.records import BlockSpec, LinearSpec, Menu, UnitFormats
 from hawqtool.rounding.method import RoundingMethod
 from hawqtool.rounding.statistics import GroupStatistics
 from hawqtool.sensitivity.curvature.hvp import Stage, Tail, Weights
@@ -55,7 +54,7 @@ def loss_along(
     stream: ModelStream,
     calibration: Tensor | None,
     rows: Tensor,
-    formats: Mapping[str, QuantFormat],
+    formats: UnitFormats,
     method: RoundingMethod,
     stored_dtypes: Mapping[str, torch.dtype],
     batch_size: int,
@@ -108,7 +107,6 @@ def loss_along(
 
 
 Errors = dict[LinearSpec, Tensor]
-Menu = Mapping[str, Sequence[QuantFormat]]
 
 
 def _errors(

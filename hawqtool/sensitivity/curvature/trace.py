@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hawqtool.records import Score, Unit
+from hawqtool.records import Unit, UnitScores
 from hawqtool.sensitivity.curvature.hvp import Curvature, Inputs, Pass, Variables, Weights, products
 from hawqtool.sensitivity.scores import mean_score
 
@@ -78,7 +78,7 @@ def trace_fields(values: Tensor, prefix: str = "") -> dict[str, float]:
     }
 
 
-def hawq_scores(units: Sequence[Unit], traces: Mapping[str, Tensor], norms: ErrorNorms) -> dict[str, dict[str, Score]]:
+def hawq_scores(units: Sequence[Unit], traces: Mapping[str, Tensor], norms: ErrorNorms) -> UnitScores:
     """HAWQ-V2's score (Dong et al. 2020, eq. 11): ½ Σ over a unit's linears of tr(H)/n · ‖D‖², H per output.
 
     Rows are independent and the probes of one row are not, so the standard error is that of the rows' means.

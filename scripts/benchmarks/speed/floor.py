@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from hawqtool.formats import QuantFormat
 from hawqtool.pipeline.run.job import Job
-from hawqtool.records import LinearSpec
+from hawqtool.records import LinearSpec, Menu
 from hawqtool.rounding.gram import has_float32_products
 from hawqtool.rounding.grid import COARSE_STEPS, FINE_STEPS
 from speed.rates import Rates
@@ -100,9 +99,7 @@ def block_floor(by_stage: Mapping[str, float]) -> float:
     return max(computing, *(by_stage[stage] for stage in transfers))
 
 
-def measuring_floor(
-    job: Job, rates: Rates, rows: Sequence[int], seq_len: int, menu: Mapping[str, Sequence[QuantFormat]]
-) -> float:
+def measuring_floor(job: Job, rates: Rates, rows: Sequence[int], seq_len: int, menu: Menu) -> float:
     """Seconds per block of measuring with so many calibration and scoring rows.
 
     Calibration rows run forward twice (once in each sweep), scoring rows twice forward and once backward, which is

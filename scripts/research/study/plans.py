@@ -15,11 +15,11 @@ from hawqtool.allocation.problem import AllocationProblem, build_problem, stored
 from hawqtool.allocation.uniform import neighbours
 from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.evaluation.divergence import evaluate_hidden, interpolate_log, standard_error
-from hawqtool.formats import QuantFormat, parse_label
+from hawqtool.formats import parse_label
 from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.search.planner import allocate
 from hawqtool.pipeline.search.width_swap import neighbouring, swap_widths
-from hawqtool.records import BlockSpec, Evaluation, LinearSpec
+from hawqtool.records import BlockSpec, Evaluation, LinearSpec, UnitFormats, UnitScores
 from hawqtool.rounding.factor import factorize
 from hawqtool.rounding.grid import dequantize
 from hawqtool.rounding.layer import round_group
@@ -31,10 +31,9 @@ from hawqtool.streaming.block import advance, read_weight, replace_weight
 from hawqtool.streaming.input_statistics import collect_statistics
 from hawqtool.streaming.stream import WeightSource
 from study.scores import predicted_sums
-from study.setting import Findings, Scores, Setting
+from study.setting import Findings, Setting
 
 KINDS = ("metric", "width swap", "uniform", "random", "reversed", "edges")
-Formats = dict[str, QuantFormat]
 
 
 @dataclass(frozen=True)
@@ -43,11 +42,11 @@ class Candidate:
 
     name: str
     kind: str
-    formats: Formats
+    formats: UnitFormats
 
 
 def candidates(
-    setting: Setting, scores: Mapping[str, Scores], reference: str, budget: int, seeds: int
+    setting: Setting, scores: Mapping[str, UnitScores], reference: str, budget: int, seeds: int
 ) -> Iterator[Candidate]:
     """Plans within a budget of bytes: of every metric, uniform ones, and what they should beat.
 
@@ -61,7 +60,7 @@ def candidates(
     units, menu, base = setting.job.units, setting.menu, scores[reference]
     hull = setting.job.config.model_copy(update={"solver": "hull"})
 
-    def solved(by_unit: Mapping[str, Any]) -> Formats:
+    def solved(by_unit: UnitScores) -> UnitFormats:
         return allocate(units, menu, by_unit, {}, budget, reference, hull).formats
 
     # Uniform first: a run that is cut should have its yardstick.
@@ -118,7 +117,7 @@ class Judge:
                 _Rounder(job, formats, stream.model, head, self.weights)(head.input_groups[0], statistics)
             return evaluate_hidden(self.stream, stream, rows.tokens, self.original, torch.cat(list(held.hidden)))
 
-    def swap_widths(self, candidate: Candidate, budget: int, expected: Scores) -> tuple[Formats, Scores]:
+    def swap_widths(self, candidate: Candidate, budget: int, expected: UnitScores) -> tuple[UnitFormats, UnitScores]:
         """The plan that swaps at ``candidate`` give, measured on the scoring rows, and the scores behind it."""
         job = self.setting.job
         self.evaluate(candidate)
@@ -150,7 +149,7 @@ class _Rounder:
     """Puts rounded weights in the place of those of an input group."""
 
     job: Job
-    formats: Mapping[str, QuantFormat]
+    formats: UnitFormats
     block: Any
     spec: BlockSpec
     weights: dict[str, Tensor]
@@ -200,7 +199,8 @@ def study_plans(
                 judge = judge or Judge(setting, reporter)
                 if name in known:
                     labels = next(entry for entry in listed if entry["name"] == name)["evaluation"].split(",")
-                    formats = {u.name: parse_label(label) for u, label in zip(units, labels, strict=True)}
+                    known_labels = zip(units, labels, strict=True)
+                    formats: UnitFormats = {u.name: parse_label(label) for u, label in known_labels}
                     expected = scores_of_pairs(findings.data["swapped"][f"{target} {step}"])
                 else:
                     formats, expected = judge.swap_widths(latest, budget, expected)
@@ -224,7 +224,12 @@ def study_plans(
 
 
 def _entry(
-    candidate: Candidate, scores: Mapping[str, Scores], labels: Mapping[str, str], stored: int, weights: int, key: str
+    candidate: Candidate,
+    scores: Mapping[str, UnitScores],
+    labels: Mapping[str, str],
+    stored: int,
+    weights: int,
+    key: str,
 ) -> dict[str, Any]:
     return {
         "name": candidate.name,

@@ -12,12 +12,12 @@ from scipy.stats import rankdata
 
 from hawqtool.formats import parse_label
 from hawqtool.pipeline.stages.measure import measure_curvature, single_unit_scores
-from hawqtool.records import SWEEP_METRICS
+from hawqtool.records import SWEEP_METRICS, UnitScores
 from hawqtool.runtime.reporter import Reporter
 from hawqtool.sensitivity.measure import Measurement, measure
 from hawqtool.sensitivity.measured_kl import pairs_of_scores, scores_of_pairs
 from study.cost import Meter
-from study.setting import Findings, Scores, Setting
+from study.setting import Findings, Setting
 
 RESAMPLES = 1000
 _INTERVAL = (2.5, 97.5)
@@ -40,16 +40,16 @@ def _sweeps(setting: Setting, metrics: Sequence[str], reporter: Reporter) -> Mea
     )
 
 
-def _kl(setting: Setting, _: Measurement, reporter: Reporter) -> Scores:
+def _kl(setting: Setting, _: Measurement, reporter: Reporter) -> UnitScores:
     return single_unit_scores(setting.job, setting.menu, setting.calibration, setting.scoring, reporter)
 
 
-def _hawq(setting: Setting, swept: Measurement, reporter: Reporter) -> Scores:
+def _hawq(setting: Setting, swept: Measurement, reporter: Reporter) -> UnitScores:
     job = replace(setting.job, config=setting.job.config.model_copy(update={"extra_metrics": ("hawq",)}))
     return measure_curvature(job, setting.scoring.tokens, swept.error_norms, reporter)[0]["hawq"]
 
 
-EXTRAS: dict[str, Callable[[Setting, Measurement, Reporter], Scores]] = {"hawq": _hawq, "kl": _kl}
+EXTRAS: dict[str, Callable[[Setting, Measurement, Reporter], UnitScores]] = {"hawq": _hawq, "kl": _kl}
 """How each metric that has sweeps of its own is measured; errors' norms come from the ordinary sweeps."""
 
 
@@ -97,7 +97,7 @@ def compare(findings: Findings, seed: int) -> None:
     findings.save()
 
 
-def by_width(scores: Scores, truth: Scores) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+def by_width(scores: UnitScores, truth: UnitScores) -> dict[int, tuple[np.ndarray, np.ndarray]]:
     """Predicted and measured values of all units, by width."""
     pairs: dict[int, list[tuple[float, float]]] = {}
     for unit, found in truth.items():
@@ -141,7 +141,7 @@ def calibration(predicted: np.ndarray, measured: np.ndarray) -> dict[str, Any]:
     }
 
 
-def predicted_sums(scores: Mapping[str, Scores], labels: Mapping[str, str]) -> dict[str, float | None]:
+def predicted_sums(scores: Mapping[str, UnitScores], labels: Mapping[str, str]) -> dict[str, float | None]:
     """What each metric predicts for a plan, the sum over units; None where it has no score of a format."""
     sums: dict[str, float | None] = {}
     for metric, found in scores.items():

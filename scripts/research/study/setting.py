@@ -15,17 +15,15 @@ from hawqtool.checkpoint.index import fingerprint
 from hawqtool.config import RunConfig
 from hawqtool.data.tokens import fingerprint as rows_fingerprint
 from hawqtool.errors import InputError, UsageError
-from hawqtool.formats import QuantFormat
 from hawqtool.pipeline.run.files import read_json, write_json
 from hawqtool.pipeline.run.job import Job, prepare
 from hawqtool.pipeline.run.menu import format_menu
 from hawqtool.pipeline.stages.rows import gather_rows
 from hawqtool.pipeline.stages.token_importance import with_token_importance
-from hawqtool.records import Rows, Score
+from hawqtool.records import Menu, Rows
 from hawqtool.runtime.reporter import Reporter
 
 SCHEMA = "hawqtool.study/2"
-Scores = dict[str, dict[str, Score]]
 """``[unit][format label]``."""
 
 
@@ -48,7 +46,7 @@ class Setting:
     bits: tuple[int, ...]
 
     @cached_property
-    def menu(self) -> dict[str, tuple[QuantFormat, ...]]:
+    def menu(self) -> Menu:
         """Formats by unit, by rising width."""
         return format_menu(self.job.units, self.bits, self.job.config)
 

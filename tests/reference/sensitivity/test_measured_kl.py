@@ -17,7 +17,7 @@ from hawqtool.errors import NumericalError
 from hawqtool.evaluation.divergence import evaluate_hidden
 from hawqtool.formats import QuantFormat
 from hawqtool.pipeline.run.job import Job, prepare
-from hawqtool.records import Rows, Score
+from hawqtool.records import Rows, UnitScores
 from hawqtool.rounding.method import RoundingMethod
 from hawqtool.sensitivity.measure import group_errors, rounding_errors
 from hawqtool.sensitivity.measured_kl import single_unit_divergence
@@ -37,7 +37,7 @@ def measured(
     formats: tuple[QuantFormat, ...],
     batches: int = 4,
     seen: list[Any] | None = None,
-) -> dict[str, dict[str, Score]]:
+) -> UnitScores:
     menu = {unit.name: formats for unit in job.units}
     into = [] if seen is None else seen
     return single_unit_divergence(
@@ -60,11 +60,11 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 
 @pytest.fixture(scope="module")
-def found(job: Job) -> dict[str, dict[str, Score]]:
+def found(job: Job) -> UnitScores:
     return measured(job, CALIBRATION, SCORING, FORMATS)
 
 
-def test_it_equals_whole_model_passes_with_one_unit_replaced(job: Job, found: dict[str, dict[str, Score]]) -> None:
+def test_it_equals_whole_model_passes_with_one_unit_replaced(job: Job, found: UnitScores) -> None:
     model = AutoModelForCausalLM.from_pretrained(job.index.folder, dtype=torch.float32).eval()
     errors = whole_model_errors(job, model, Watch(model, job), "gptq")
     model = AutoModelForCausalLM.from_pretrained(job.index.folder, dtype=torch.float64).eval()
@@ -87,12 +87,12 @@ def test_it_equals_whole_model_passes_with_one_unit_replaced(job: Job, found: di
                 assert score.stderr == pytest.approx(float(rows.std()) / len(rows) ** 0.5, rel=1e-3)
 
 
-def test_narrow_formats_are_worse_than_wide_ones(found: dict[str, dict[str, Score]]) -> None:
+def test_narrow_formats_are_worse_than_wide_ones(found: UnitScores) -> None:
     for by_label in found.values():
         assert by_label["w2g32"].value > by_label["w3g32"].value > by_label["w8g32"].value > -1e-7
 
 
-def test_neither_order_nor_slices_nor_other_units_matter(job: Job, found: dict[str, dict[str, Score]]) -> None:
+def test_neither_order_nor_slices_nor_other_units_matter(job: Job, found: UnitScores) -> None:
     other = replace(job, units=tuple(reversed(job.units)))
     for unit, by_label in measured(other, CALIBRATION, SCORING, (WIDE, NARROW), batches=2).items():
         assert by_label["w2g32"].value == pytest.approx(found[unit]["w2g32"].value, rel=1e-4)

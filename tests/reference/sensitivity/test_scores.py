@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from hawqtool.config import RunConfig
 from hawqtool.formats import QuantFormat
 from hawqtool.pipeline.run.job import Job, prepare
-from hawqtool.records import SWEEP_METRICS, Rows, Score
+from hawqtool.records import SWEEP_METRICS, Rows, UnitScores
 from hawqtool.rounding.factor import factorize
 from hawqtool.rounding.gram import GRAM_PANEL, gram
 from hawqtool.rounding.grid import dequantize
@@ -265,7 +265,7 @@ def tokens(seed: int, rows: int) -> Tensor:
 CALIBRATION, SCORING, SEED = tokens(11, 6), tokens(12, 5), 7
 
 
-def measured(job: Job, method: str, batch_size: int) -> dict[str, dict[str, dict[str, Score]]]:
+def measured(job: Job, method: str, batch_size: int) -> dict[str, UnitScores]:
     menu = {unit.name: FORMATS for unit in job.units}
     return measure(
         job.stream(),

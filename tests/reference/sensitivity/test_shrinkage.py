@@ -9,18 +9,18 @@ import pytest
 from scipy.optimize import minimize
 from scipy.stats import norm
 
-from hawqtool.records import Score
+from hawqtool.records import Score, UnitScores
 from hawqtool.sensitivity.shrinkage import Trust, updated
 
-Table = dict[str, dict[str, Score]]
 
-
-def a_case(seed: int, units: int, scale: float, share: float, noise: float) -> tuple[Table, Table, Table]:
+def a_case(
+    seed: int, units: int, scale: float, share: float, noise: float
+) -> tuple[UnitScores, UnitScores, UnitScores]:
     """Expected scores, measured changes from w3g64, and the true changes."""
     random = np.random.default_rng(seed)
-    expected: Table = {}
-    measured: Table = {}
-    truth: Table = {}
+    expected: UnitScores = {}
+    measured: UnitScores = {}
+    truth: UnitScores = {}
     for number in range(units):
         size = math.exp(random.normal())
         values = {"w2g64": 4 * size, "w3g64": size, "w4g64": size / 4}
@@ -36,11 +36,11 @@ def a_case(seed: int, units: int, scale: float, share: float, noise: float) -> t
     return expected, measured, truth
 
 
-def present(expected: Table) -> dict[str, str]:
+def present(expected: UnitScores) -> dict[str, str]:
     return dict.fromkeys(expected, "w3g64")
 
 
-def likelihood(expected: Table, measured: Table, scale: float, share: float) -> float:
+def likelihood(expected: UnitScores, measured: UnitScores, scale: float, share: float) -> float:
     total = 0.0
     for unit, found in measured.items():
         for label, score in found.items():
@@ -80,7 +80,7 @@ def test_each_change_is_the_mean_of_both_by_their_precisions() -> None:
             assert result[unit][label].stderr == pytest.approx(sum(precisions) ** -0.5, rel=1e-9)
 
 
-def squared_error(found: Table, truth: Table, base: Table | None = None) -> float:
+def squared_error(found: UnitScores, truth: UnitScores, base: UnitScores | None = None) -> float:
     total = 0.0
     for unit, changes in truth.items():
         start = base[unit]["w3g64"].value if base else 0.0

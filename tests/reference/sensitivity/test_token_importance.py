@@ -15,12 +15,11 @@ from hawqtool.config import RunConfig
 from hawqtool.errors import InputError
 from hawqtool.evaluation.divergence import evaluate_hidden
 from hawqtool.export.packed_reader import PackedReader
-from hawqtool.formats import QuantFormat
 from hawqtool.pipeline.run.job import Job, prepare
 from hawqtool.pipeline.stages.refine import BlockRefiner, split_rows
 from hawqtool.pipeline.stages.token_importance import with_token_importance
 from hawqtool.pipeline.stages.write import round_to_folder
-from hawqtool.records import BitPlan, Rows, TokenImportance
+from hawqtool.records import BitPlan, Rows, TokenImportance, UnitFormats
 from hawqtool.rounding.factor import factorize
 from hawqtool.rounding.grid import dequantize
 from hawqtool.rounding.layer import round_group
@@ -183,7 +182,7 @@ def test_the_weighted_error_of_a_layer_gets_smaller(job: Job) -> None:
     assert errors[True] < errors[False]
 
 
-def menu_of(job: Job, bits: int) -> dict[str, QuantFormat]:
+def menu_of(job: Job, bits: int) -> UnitFormats:
     return uniform_formats(job.units, bits, 32)
 
 

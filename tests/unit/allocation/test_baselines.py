@@ -12,7 +12,7 @@ from hawqtool.allocation.frontier import solve
 from hawqtool.allocation.problem import build_problem
 from hawqtool.errors import UsageError
 from hawqtool.formats import QuantFormat
-from hawqtool.records import LinearSpec, Score, Unit
+from hawqtool.records import LinearSpec, Menu, Score, Unit, UnitScores
 
 WIDTHS = (2, 3, 4, 8)
 BLOCKS = 5
@@ -30,11 +30,11 @@ def make_units() -> list[Unit]:
     return units
 
 
-def menu_of(units: list[Unit]) -> dict[str, tuple[QuantFormat, ...]]:
+def menu_of(units: list[Unit]) -> Menu:
     return {u.name: tuple(QuantFormat(b, 32 if "down" in u.name else 128) for b in WIDTHS) for u in units}
 
 
-def scores_of(units: list[Unit], seed: int = 0) -> dict[str, dict[str, Score]]:
+def scores_of(units: list[Unit], seed: int = 0) -> UnitScores:
     rng, menu = random.Random(seed), menu_of(units)
     bases = {unit.name: 10 ** rng.uniform(-4, 0) for unit in units}
     return {u.name: {f.label: Score(bases[u.name] * 4.0**-f.bits, 0.0) for f in menu[u.name]} for u in units}
@@ -58,7 +58,7 @@ def test_reversed_scores_turn_the_ranking_round_and_keep_more_bits_from_hurting(
     scores = scores_of(units)
     turned = reversed_scores(units, scores)
 
-    def first(table: dict[str, dict[str, Score]], name: str) -> float:
+    def first(table: UnitScores, name: str) -> float:
         return next(iter(table[name].values())).value
 
     ranked = sorted(scores, key=lambda name: first(scores, name))

@@ -13,7 +13,7 @@ from hawqtool.allocation import exact
 from hawqtool.allocation.frontier import efficient_choices, frontier, solve
 from hawqtool.allocation.problem import AllocationProblem, Choice, build_problem
 from hawqtool.formats import QuantFormat
-from hawqtool.records import LinearSpec, Score, Unit
+from hawqtool.records import LinearSpec, Score, Unit, UnitFormats
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 KINDS = ("falling", "noisy", "negative", "ties")
@@ -30,7 +30,7 @@ def value_of(rng: random.Random, kind: str, base: float, bits: int) -> float:
     return float(rng.randint(0, 2)) / 4
 
 
-def random_problem(seed: int, count: int, widths: int) -> tuple[AllocationProblem, dict[str, QuantFormat]]:
+def random_problem(seed: int, count: int, widths: int) -> tuple[AllocationProblem, UnitFormats]:
     """Units of one to three fused members; a quarter is pinned, some to a width outside the menu."""
     rng, kind = random.Random(seed), KINDS[seed % len(KINDS)]
     units, menu, scores, pins = [], {}, {}, {}

@@ -28,6 +28,7 @@ from hawqtool.export.packing import pack_codes, pack_zeros, unpack_zeros
 from hawqtool.export.verify import verify_folder
 from hawqtool.export.writer import CheckpointWriter
 from hawqtool.formats import CHANNEL, QuantFormat
+from hawqtool.records import LayerFormats
 from tests.support.packed_folder import linear_specs, mixed_formats, round_nearest, write_packed
 from tests.support.tiny import tiny_model
 
@@ -42,7 +43,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model("llama", tmp_path_factory.mktemp("models") / "source", layers=3)
 
 
-def formats_of(source: Path) -> dict[str, QuantFormat]:
+def formats_of(source: Path) -> LayerFormats:
     return mixed_formats(linear_specs(read_index(source)), MIX)
 
 

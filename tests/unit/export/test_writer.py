@@ -26,6 +26,7 @@ from hawqtool.export.layout import plan_layout
 from hawqtool.export.packed_reader import PackedReader
 from hawqtool.export.writer import CheckpointWriter, copy_small_files
 from hawqtool.formats import QuantFormat
+from hawqtool.records import LayerFormats
 from tests.support.packed_folder import linear_specs, mixed_formats, round_nearest, write_packed
 from tests.support.tiny import tiny_model
 
@@ -253,7 +254,7 @@ def test_copies_small_files_only(tmp_path: Path) -> None:
     assert not (target / "linked.json").is_symlink()
 
 
-def config_of(formats: dict[str, QuantFormat], others: list[str]) -> dict[str, Any]:
+def config_of(formats: LayerFormats, others: list[str]) -> dict[str, Any]:
     return quantization_config(formats, {name: unit_name(name) for name in formats}, others, {})
 
 
