@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,62 +16,132 @@ from hawqtool.errors import NumericalError
 from hawqtool.records import Evaluation
 from hawqtool.streaming.stream import ModelStream
 
+HeadSwap = Callable[[str], AbstractContextManager[None]]
+"""Name of a candidate to a context in which the output head is that of the candidate."""
 
-def evaluate_hidden(
-    reference: ModelStream, candidate: ModelStream, rows: Tensor, original: Tensor, hidden: Tensor
-) -> Evaluation:
-    """Compare two models by the outputs of their last blocks, each through its own norm and head.
 
-    KL is E[KL(p_original || p_candidate)] over all outputs of a row; rows give its standard error. Logits exist
-    for one row at a time at most.
+@dataclass(frozen=True)
+class OutputComparison:
+    """Divergence of models from the original by their outputs, from the last hidden states of both.
+
+    It is KL(p_original || p_candidate) in nats, the mean over the outputs of a row, or the relative squared error of
+    the embedding. Logits are large, so that they exist for a few rows at a time.
 
     Args:
-        reference: Stream of the original model.
-        candidate: Stream of the model to judge.
+        original: Stream of the original model.
+        candidate: Stream of the model whose norm and head the candidates have; the original itself where only blocks
+            differ.
         rows: ``[rows, seq_len]`` tokens, or images.
-        original: ``[rows, positions, width]``, last block's output of the original model.
-        hidden: The same of the model to judge.
-
-    Raises:
-        NumericalError: If the candidate's outputs are not finite.
+        states: ``[rows, positions, width]``, last block's output of the original model.
     """
-    results = []
-    with torch.no_grad():
-        for row, expected, state in zip(rows, original, hidden, strict=True):
-            results.append(_compare_row(reference, candidate, row, expected, state))
-    divergence = torch.tensor([values["divergence"] for values in results], dtype=torch.float64)
-    if not bool(torch.isfinite(divergence).all()):
-        raise NumericalError("the model to evaluate gives outputs that are NaN or Inf")
-    means = {key: sum(values[key] for values in results) / len(results) for key in results[0]}
-    return Evaluation(
-        measure="kl" if reference.task.logits else "embedding_error",
-        divergence=float(divergence.mean()),
-        stderr=standard_error(divergence),
-        row_divergence=tuple(divergence.tolist()),
-        num_tokens=original.shape[0] * original.shape[1],
-        perplexity=math.exp(means["next_token"]) if "next_token" in means else None,
-        same_top=means.get("same_top"),
-        cosine=means.get("cosine"),
-    )
+
+    original: ModelStream
+    candidate: ModelStream
+    rows: Tensor
+    states: Tensor
+
+    def divergence(self, hidden: Tensor) -> Tensor:
+        """Divergence of every row, ``[rows]`` float64 on the CPU.
+
+        Args:
+            hidden: ``[rows, positions, width]``, last block's output of a candidate.
+        """
+        with torch.no_grad():
+            found = [self._divergence(self._expected(part), part, hidden[part]) for part in self._parts(1)]
+        return torch.cat(found).cpu()
+
+    def divergences(
+        self, candidates: Mapping[str, Tensor], head: HeadSwap = lambda _: nullcontext()
+    ) -> dict[str, Tensor]:
+        """`divergence` of several candidates, whose outputs the original's are computed once for.
+
+        Args:
+            candidates: Last block's outputs by name.
+            head: Gives the context in which the output head is that of a candidate (default: it has its own).
+        """
+        found: dict[str, list[Tensor]] = {name: [] for name in candidates}
+        with torch.no_grad():
+            for part in self._parts(self.candidate.rows_together(self.states.shape[1])):
+                expected = self._expected(part)
+                for name, hidden in candidates.items():
+                    with head(name):
+                        found[name].append(self._divergence(expected, part, hidden[part]))
+        return {name: torch.cat(values).cpu() for name, values in found.items()}
+
+    def gradient(self, hidden: Tensor) -> Tensor:
+        """Gradient of the mean divergence over the rows at ``hidden``, of its shape and dtype."""
+        found = []
+        for part in self._parts(1):
+            with torch.no_grad():
+                expected = self._expected(part)
+            leaf = hidden[part].detach().requires_grad_()
+            with torch.enable_grad():
+                found.append(torch.autograd.grad(self._divergence(expected, part, leaf).sum(), leaf)[0])
+        return torch.cat(found) / len(hidden)
+
+    def evaluation(self, hidden: Tensor) -> Evaluation:
+        """Divergence with its standard error over rows, perplexity, and how often the likeliest outputs agree.
+
+        On a CPU logits exist for some positions of one row at a time.
+
+        Args:
+            hidden: ``[rows, positions, width]``, last block's output of the candidate.
+
+        Raises:
+            NumericalError: If the candidate's outputs are not finite.
+        """
+        with torch.no_grad():
+            results = [self._row(*row) for row in zip(self.rows, self.states, hidden, strict=True)]
+        divergence = torch.tensor([values["divergence"] for values in results], dtype=torch.float64)
+        if not bool(torch.isfinite(divergence).all()):
+            raise NumericalError("the model to evaluate gives outputs that are NaN or Inf")
+        means = {key: sum(values[key] for values in results) / len(results) for key in results[0]}
+        return Evaluation(
+            measure="kl" if self.original.task.logits else "embedding_error",
+            divergence=float(divergence.mean()),
+            stderr=standard_error(divergence),
+            row_divergence=tuple(divergence.tolist()),
+            num_tokens=self.states.shape[0] * self.states.shape[1],
+            perplexity=math.exp(means["next_token"]) if "next_token" in means else None,
+            same_top=means.get("same_top"),
+            cosine=means.get("cosine"),
+        )
+
+    def _parts(self, together: int) -> list[slice]:
+        """All rows, so many at a time."""
+        return [slice(first, first + together) for first in range(0, len(self.rows), together)]
+
+    def _expected(self, part: slice) -> Tensor:
+        """The original's outputs of some rows, ``[rows, outputs, classes or width]`` float32."""
+        return _normalized(self.original, self.original.outputs(self.rows[part], self.states[part]).float())
+
+    def _divergence(self, expected: Tensor, part: slice, hidden: Tensor) -> Tensor:
+        outputs = self.candidate.outputs(self.rows[part], hidden).float()
+        compare = kl_divergence if self.original.task.logits else embedding_error
+        return compare(expected, _normalized(self.candidate, outputs))
+
+    def _row(self, row: Tensor, state: Tensor, hidden: Tensor) -> dict[str, float]:
+        """Means over the outputs of a row."""
+        task = self.original.task
+        compare = _compare_logits if task.logits else _compare_embeddings
+        sums: dict[str, float] = defaultdict(float)
+        for positions in self.original.output_parts(len(state)):
+            rows = row[None, positions] if task.generates else row[None]
+            p = self.original.outputs(rows, state[None, positions])[0].float()
+            q = self.candidate.outputs(rows, hidden[None, positions])[0].float()
+            share = (positions.stop - positions.start) / len(state)
+            for name, value in compare(p, q).items():
+                sums[name] += share * value
+            if task.generates:
+                following = row[positions.start + 1 : positions.stop + 1].to(q.device)
+                losses = nn.functional.cross_entropy(q[: len(following)], following, reduction="sum")
+                sums["next_token"] += float(losses) / (len(row) - 1)
+        return dict(sums)
 
 
-def _compare_row(
-    reference: ModelStream, candidate: ModelStream, row: Tensor, original: Tensor, hidden: Tensor
-) -> dict[str, float]:
-    """Means over the outputs of a row; arguments as for `evaluate_hidden`."""
-    compare, generates = _compare_logits if reference.task.logits else _compare_embeddings, reference.task.generates
-    sums: dict[str, float] = defaultdict(float)
-    for positions in reference.output_parts(len(original)):
-        rows = row[None, positions] if generates else row[None]
-        p, q = (s.outputs(rows, h[None, positions])[0].float() for s, h in ((reference, original), (candidate, hidden)))
-        share = (positions.stop - positions.start) / len(original)
-        for name, value in compare(p, q).items():
-            sums[name] += share * value
-        if generates:
-            following = row[positions.start + 1 : positions.stop + 1].to(q.device)
-            losses = nn.functional.cross_entropy(q[: len(following)], following, reduction="sum")
-            sums["next_token"] += float(losses) / (len(row) - 1)
-    return dict(sums)
+def _normalized(stream: ModelStream, outputs: Tensor) -> Tensor:
+    """Log-probabilities of logits; embeddings as they are."""
+    return outputs.log_softmax(-1) if stream.task.logits else outputs
 
 
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:

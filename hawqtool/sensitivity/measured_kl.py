@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from hawqtool.errors import NumericalError
-from hawqtool.evaluation.divergence import embedding_error, kl_divergence
+from hawqtool.evaluation.divergence import OutputComparison
 from hawqtool.model.replay import Call
 from hawqtool.records import BlockSpec, LinearSpec, Menu, Rows, Score, UnitScores
 from hawqtool.rounding.method import RoundingMethod
@@ -23,8 +22,6 @@ from hawqtool.streaming.stream import ModelStream
 _SCORES = "scores"
 Carried = dict[tuple[str, str], list[Tensor]]
 """Unit and format label to hidden states, batch by batch."""
-Swap = Callable[[str], AbstractContextManager[None]]
-"""Format label to a context in which the output head is that of the candidate."""
 
 
 def single_unit_divergence(
@@ -73,39 +70,38 @@ def single_unit_divergence(
         modules = [resident.enter_context(stream.block(spec.index)) for spec in stream.structure.blocks]
         known = stream.embed(calibration.tokens, batch_size, method.needs_held_out, weights=calibration.weights)
         seen = stream.embed(scoring, batch_size)
-        judge = Judge(stream, stream, scoring, run_blocks(modules, seen.calls, list(seen.hidden), 0))
-        carried: Carried = {}
+        final = torch.cat(run_blocks(modules, seen.calls, list(seen.hidden), 0))
+        comparison, carried = OutputComparison(stream, stream, scoring, final), Carried()
         for spec, block in zip(stream.structure.blocks, modules, strict=True):
             if spec.index >= done:
                 errors = rounding_errors(block, spec, known, *rounding, refiner)
                 for unit, finals in unit_finals(stream, modules, spec, seen, errors, menu, carried):
-                    keep(unit, judge.scores(unit, finals))
+                    keep(unit, unit_scores(unit, comparison.divergences(joined(finals))))
                 if not carried:
                     save_scores(saved, spec.index + 1, scores)
             advance(block, spec, known)
             advance(block, spec, seen)
-        for unit, found in _head_scores(stream, calibration.tokens, known, judge, *rounding):
+        for unit, found in _head_scores(comparison, calibration.tokens, known, *rounding):
             keep(unit, found)
     return {unit.name: scores[unit.name] for unit in stream.structure.units if unit.name in scores}
 
 
 def _head_scores(
-    stream: ModelStream,
+    comparison: OutputComparison,
     calibration: Tensor,
     known: Activations,
-    judge: Judge,
     menu: Menu,
     method: RoundingMethod,
     stored_dtypes: Mapping[str, torch.dtype],
 ) -> Iterator[tuple[str, dict[str, Score]]]:
     """Scores of the output head's unit, where there is one that has formats to measure."""
-    head = stream.structure.head
+    stream, head = comparison.candidate, comparison.candidate.structure.head
     if head is None:
         return
     statistics = stream.head_statistics(calibration, known)
     errors = group_errors(stream.model, head, head.linears, statistics, menu, method, stored_dtypes)
     for linear in (linear for linear in head.linears if linear.name in errors):
-        yield linear.unit, judge.head_scores(linear, errors[linear.name])
+        yield linear.unit, head_scores(comparison, linear, errors[linear.name])
 
 
 def load_scores(saved: Saved) -> tuple[int, UnitScores]:
@@ -191,63 +187,38 @@ def replaced(block: nn.Module, spec: BlockSpec, errors: Mapping[LinearSpec, Tens
             replace_weight(block, spec, linear, weight)
 
 
-@dataclass(frozen=True)
-class Judge:
-    """Compares candidates with the original by their last hidden states.
+def head_scores(comparison: OutputComparison, linear: LinearSpec, errors: Mapping[str, Tensor]) -> dict[str, Score]:
+    """Scores of the output head's linear, from its rounding errors by format label."""
+    stream = comparison.candidate
+    head = stream.structure.head
+    assert head is not None  # the caller saw to it
+    found = comparison.divergences(
+        dict.fromkeys(errors, comparison.states), lambda label: replaced(stream.model, head, {linear: errors[label]})
+    )
+    return unit_scores(linear.unit, found)
 
-    Args:
-        source: The original model.
-        stream: The model whose head the candidates have; the original itself where only blocks differ.
-        rows: Scoring rows.
-        original: The original's last hidden states, by batch.
+
+def unit_scores(unit: str, divergences: Mapping[str, Tensor]) -> dict[str, Score]:
+    """Scores of one unit from the divergence of every row by format label.
+
+    Raises:
+        NumericalError: If a candidate's outputs are not finite.
     """
+    return {label: mean_score(rows) for label, rows in finite(unit, divergences).items()}
 
-    source: ModelStream
-    stream: ModelStream
-    rows: Tensor
-    original: list[Tensor]
 
-    def head_scores(self, linear: LinearSpec, errors: Mapping[str, Tensor]) -> dict[str, Score]:
-        """Scores of the output head."""
-        head = self.stream.structure.head
-        assert head is not None  # the caller saw to it
-        finals = dict.fromkeys(errors, self.original)
-        return self.scores(
-            linear.unit, finals, lambda label: replaced(self.stream.model, head, {linear: errors[label]})
-        )
+def finite(name: str, divergences: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Divergences by format label, after checking that they are finite.
 
-    def scores(
-        self, unit: str, finals: Mapping[str, list[Tensor]], swap: Swap = lambda _: nullcontext()
-    ) -> dict[str, Score]:
-        """Scores of one unit from its candidates' last hidden states."""
-        return {label: mean_score(found) for label, found in self.divergence(unit, finals, swap).items()}
+    Raises:
+        NumericalError: Otherwise; says ``name`` and the label.
+    """
+    for label, rows in divergences.items():
+        if not bool(torch.isfinite(rows).all()):
+            raise NumericalError(f"{name} at {label}: the model gives outputs that are NaN or Inf")
+    return divergences
 
-    def divergence(
-        self, unit: str, finals: Mapping[str, list[Tensor]], swap: Swap = lambda _: nullcontext()
-    ) -> dict[str, Tensor]:
-        """Divergence of every row ``[rows]`` by format; logits exist for a few rows at a time.
 
-        Raises:
-            NumericalError: If a candidate's outputs are not finite.
-        """
-        values: dict[str, list[Tensor]] = {label: [] for label in finals}
-        states = {label: torch.cat(hidden) for label, hidden in finals.items()}
-        compare = kl_divergence if self.stream.task.logits else embedding_error
-        original = torch.cat(self.original)
-        together = self.stream.rows_together(original.shape[1])
-        for first in range(0, len(original), together):
-            part = slice(first, first + together)
-            expected = self._outputs(self.source, self.rows[part], original[part])
-            for label, hidden in states.items():
-                with swap(label):
-                    values[label].append(compare(expected, self._outputs(self.stream, self.rows[part], hidden[part])))
-        stacked = {label: torch.cat(found).cpu() for label, found in values.items()}
-        for label, found in stacked.items():
-            if not bool(torch.isfinite(found).all()):
-                raise NumericalError(f"{unit} at {label}: the model gives outputs that are NaN or Inf")
-        return stacked
-
-    def _outputs(self, stream: ModelStream, rows: Tensor, states: Tensor) -> Tensor:
-        """Log-probabilities ``[rows, outputs, classes]`` or embeddings ``[rows, 1, width]``, float32."""
-        outputs = stream.outputs(rows, states).float()
-        return outputs.log_softmax(-1) if stream.task.logits else outputs
+def joined(finals: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
+    """Last hidden states ``[rows, positions, width]`` by format label, from those of batches."""
+    return {label: torch.cat(list(batches)) for label, batches in finals.items()}

@@ -8,13 +8,15 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
+from hawqtool.evaluation.divergence import OutputComparison
 from hawqtool.records import BlockSpec, Menu, Rows, UnitScores
 from hawqtool.rounding.method import RoundingMethod
 from hawqtool.runtime.store import NOTHING_SAVED, Saved
 from hawqtool.sensitivity.measure import Progress, group_errors
 from hawqtool.sensitivity.measured_kl import (
     Carried,
-    Judge,
+    finite,
+    joined,
     load_scores,
     run_blocks,
     save_scores,
@@ -67,15 +69,15 @@ def swap_divergence(
         known = quantized.embed(calibration.tokens, batch_size, *needs, weights=calibration.weights)
         seen = quantized.embed(scoring, batch_size)
         reference = original.final_hidden(scoring, batch_size, lambda _: None)
-        judge = Judge(original, quantized, scoring, list(reference.split(batch_size)))
-        present = judge.divergence("the plan", {"": run_blocks(modules, seen.calls, list(seen.hidden), 0)})[""]
-        carried: Carried = {}
+        comparison, carried = OutputComparison(original, quantized, scoring, reference), Carried()
+        final = torch.cat(run_blocks(modules, seen.calls, list(seen.hidden), 0))
+        present = finite("the plan", comparison.divergences({"all": final}))["all"]
         for spec, block in zip(quantized.structure.blocks, modules, strict=True):
             if spec.index >= done:
                 with original.block(spec.index) as source:
                     errors = _changes(source, block, spec, known, menu, method, stored_dtypes)
                 for unit, finals in unit_finals(quantized, modules, spec, seen, errors, menu, carried):
-                    changed = judge.divergence(unit, finals)
+                    changed = finite(unit, comparison.divergences(joined(finals)))
                     scores[unit] = {label: mean_score(values - present) for label, values in changed.items()}
                     progress("swaps", sum(map(len, scores.values())), sum(map(len, menu.values())))
                 if not carried:

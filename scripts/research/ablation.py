@@ -49,7 +49,7 @@ from hawqtool.checkpoint.index import fingerprint
 from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.config import RunConfig, load_config
 from hawqtool.errors import HawqError, UsageError
-from hawqtool.evaluation.divergence import evaluate_hidden, standard_error
+from hawqtool.evaluation.divergence import OutputComparison, standard_error
 from hawqtool.pipeline.run.files import read_json, write_json
 from hawqtool.pipeline.run.job import Job, prepare
 from hawqtool.pipeline.search.planner import given_plan
@@ -269,7 +269,7 @@ class Bench:
         job = self.job
         with torch.no_grad():
             hidden = stream.final_hidden(self.rows.tokens, job.batch_size, self._progress(f"evaluating {name}"))
-            return evaluate_hidden(self.stream, stream, self.rows.tokens, self.original, hidden)
+            return OutputComparison(self.stream, stream, self.rows.tokens, self.original).evaluation(hidden)
 
 
 def _betas(layers: Iterable[Mapping[str, Any]]) -> dict[str, int]:

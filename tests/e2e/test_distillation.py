@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hawqtool.evaluation.divergence import OutputComparison
 from hawqtool.export.packed_reader import PACKED
 from hawqtool.export.verify import verify_folder
-from hawqtool.pipeline.stages.distill import OutputJudge
 from hawqtool.pipeline.stages.evaluate import Evaluator
 from hawqtool.pipeline.stages.refine import split_rows
 from hawqtool.pipeline.stages.write import round_to_folder
@@ -83,13 +83,13 @@ def test_gradients_at_the_outputs_are_those_of_the_mean(place: Path) -> None:
     rows = torch.randint(3, 128, (3, 16), generator=torch.Generator().manual_seed(1))
     stream, other = job.stream(), job.stream()
     goals = stream.final_hidden(rows, 3, lambda _: None)
-    judge = OutputJudge(stream, other, [rows], [goals])
-    assert judge.divergence(goals, 0) == pytest.approx(0, abs=1e-6)
+    comparison = OutputComparison(stream, other, rows, goals)
+    assert comparison.divergence(goals).tolist() == pytest.approx([0] * 3, abs=1e-6)
     hidden = goals + 0.3 * torch.randn(goals.shape, generator=torch.Generator().manual_seed(2))
-    gradient = judge.gradient(hidden, 0)
+    gradient = comparison.gradient(hidden)
     direction = torch.randn(goals.shape, generator=torch.Generator().manual_seed(3))
-    slope = (judge.divergence(hidden + 1e-2 * direction, 0) - judge.divergence(hidden - 1e-2 * direction, 0)) / 2e-2
-    assert float((gradient * direction).sum()) == pytest.approx(slope / 3, rel=1e-2)
+    ahead, behind = (comparison.divergence(hidden + step * direction).mean() for step in (1e-2, -1e-2))
+    assert float((gradient * direction).sum()) == pytest.approx(float(ahead - behind) / 2e-2, rel=1e-2)
 
 
 def test_a_whole_distilled_run(run: Run) -> None:

@@ -86,7 +86,7 @@ def test_a_study_writes_its_findings_and_goes_on_where_it_was_cut(
 
 
 def test_plans_are_judged_as_their_written_folders_are(study: Any, place: Path, tmp_path: Path) -> None:
-    from study.plans import Candidate, Judge
+    from study.plans import Candidate, PlanEvaluator
     from study.setting import prepare_setting
 
     values = {"model": str(place / "model"), "calibration": str(place / "a.txt"), "eval_data": str(place / "b.txt")}
@@ -94,7 +94,7 @@ def test_plans_are_judged_as_their_written_folders_are(study: Any, place: Path, 
     setting = prepare_setting(values | more, (2, 8), 6, 16, Silent())
     job = setting.job
     formats = {name: found[number % 2] for number, (name, found) in enumerate(setting.menu.items())}
-    judged = Judge(setting, Silent()).evaluate(Candidate("mixed", "metric", formats))
+    judged = PlanEvaluator(setting, Silent()).evaluate(Candidate("mixed", "metric", formats))
     plan = BitPlan(formats, stored_bytes(job.units, formats), sum(unit.num_weights for unit in job.units))
     evaluator = Evaluator(job, {"report": setting.heldout}, Silent())
     with torch.no_grad():

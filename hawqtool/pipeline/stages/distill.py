@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.config import RunConfig
-from hawqtool.evaluation.divergence import embedding_error, kl_divergence
+from hawqtool.evaluation.divergence import OutputComparison
 from hawqtool.export.layout import Layout
 from hawqtool.export.packed_reader import PACKED, SCALE, packed_parts, relative_weight_error, unpack_parts
 from hawqtool.export.packing import pack_codes
@@ -197,7 +197,7 @@ def distill_model(
             trainable_blocks,
             [states.hidden[0] for states in embedded],
             fitting,
-            OutputJudge(original, stream, parts, goals),
+            [OutputComparison(original, stream, part, goal) for part, goal in zip(parts, goals, strict=True)],
             schedule,
             lambda done: reporter.progress(f"distilling {label}", done, schedule.steps),
             saved,
@@ -262,43 +262,3 @@ def _replace_head(job: Job, stream: ModelStream, rounded: Mapping[str, Quantized
 def _on(device: torch.device, layer: Quantized) -> Quantized:
     zeros = None if layer.zeros is None else layer.zeros.to(device)
     return Quantized(layer.codes.to(device), layer.scales.to(device), zeros)
-
-
-@dataclass(frozen=True)
-class OutputJudge:
-    """Compares models by their outputs, one row at a time, because logits are large.
-
-    Args:
-        original: The original model.
-        stream: The rounded one, of which the part behind the blocks is used.
-        rows: Rows by batch.
-        goals: The original's last hidden states by batch.
-    """
-
-    original: ModelStream
-    stream: ModelStream
-    rows: Sequence[Tensor]
-    goals: Sequence[Tensor]
-
-    def divergence(self, hidden: Tensor, batch: int) -> float:
-        """Sum over the rows of their divergence."""
-        with torch.no_grad():
-            return sum(float(self._compare(batch, n, state)) for n, state in enumerate(hidden))
-
-    def gradient(self, hidden: Tensor, batch: int) -> Tensor:
-        """Gradient of the mean over the rows at ``hidden``."""
-        found = []
-        for number, state in enumerate(hidden):
-            leaf = state.detach().requires_grad_()
-            with torch.enable_grad():
-                found.append(torch.autograd.grad(self._compare(batch, number, leaf), leaf)[0])
-        return torch.stack(found) / len(hidden)
-
-    def _compare(self, batch: int, number: int, state: Tensor) -> Tensor:
-        row = self.rows[batch][number : number + 1]
-        with torch.no_grad():
-            expected = self.original.outputs(row, self.goals[batch][number : number + 1])[0].float()
-        outputs = self.stream.outputs(row, state[None])[0].float()
-        if not self.stream.task.logits:
-            return embedding_error(expected, outputs)
-        return kl_divergence(expected.log_softmax(-1), outputs.log_softmax(-1))

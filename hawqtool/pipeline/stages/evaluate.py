@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from hawqtool.evaluation.divergence import as_evaluation, evaluate_hidden
+from hawqtool.evaluation.divergence import OutputComparison, as_evaluation
 from hawqtool.pipeline.run.job import Job
 from hawqtool.records import Evaluation, Rows
 from hawqtool.runtime.malloc import release_freed_pages
@@ -75,7 +75,7 @@ class Evaluator:
                     states = self._hidden(stream, label, role, saved.part(role))
                 release_freed_pages()  # logits need other sizes than blocks do
                 start = time.perf_counter()
-                found = evaluate_hidden(self.stream, stream, rows.tokens, self.reference[role], states)
+                found = OutputComparison(self.stream, stream, rows.tokens, self.reference[role]).evaluation(states)
                 self.seconds += time.perf_counter() - start
                 saved.save(role, vars(found))
                 saved.part(role).drop()

@@ -59,14 +59,14 @@ class TrainableBlock:
     forward: Forward
 
 
-class Judge(Protocol):
-    """Compares the last block's output of a batch, ``[rows, positions, width]``, with the original model's."""
+class Comparison(Protocol):
+    """Compares the last block's output of one batch, ``[rows, positions, width]``, with the original model's."""
 
-    def divergence(self, hidden: Tensor, batch: int) -> float:
-        """Sum over the rows of their divergence."""
+    def divergence(self, hidden: Tensor) -> Tensor:
+        """Divergence of every row, ``[rows]`` float64."""
 
-    def gradient(self, hidden: Tensor, batch: int) -> Tensor:
-        """Gradient of that sum over the number of rows at the output, of its shape and dtype."""
+    def gradient(self, hidden: Tensor) -> Tensor:
+        """Gradient of the mean over the rows at the output, of its shape and dtype."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def distill(
     trainable_blocks: Sequence[TrainableBlock],
     inputs: Sequence[Tensor],
     fitting: int,
-    judge: Judge,
+    comparisons: Sequence[Comparison],
     schedule: DistillSchedule,
     progress: Callable[[int], None] = lambda _: None,
     saved: Saved = NOTHING_SAVED,
@@ -135,7 +135,7 @@ def distill(
         trainable_blocks: The blocks in order.
         inputs: First block's input ``[rows, positions, width]`` by batch.
         fitting: Number of leading batches to learn from; the others are held out.
-        judge: Compares outputs.
+        comparisons: With the original's outputs, by batch.
         schedule: Steps and rates.
         progress: Called with the number of steps done.
         saved: Keeps where the learning is; one of equal arguments that was cut is gone on with, equal to the bit.
@@ -158,10 +158,11 @@ def distill(
     rows = sum(len(batch) for batch in inputs[fitting:])
 
     def error() -> float:
-        return math.fsum(_divergence(learners, inputs[b], b, judge) for b in range(fitting, len(inputs))) / rows
+        held_out = range(fitting, len(inputs))
+        return math.fsum(_divergence(learners, inputs[b], b, comparisons[b]) for b in held_out) / rows
 
     def step(batch: int) -> None:
-        _gradients(learners, inputs[batch], batch, judge)
+        _gradients(learners, inputs[batch], batch, comparisons[batch])
         with torch.no_grad():
             optimizer.step()
             for flat in flats:
@@ -176,20 +177,21 @@ def distill(
     return Distilled(layers, final, log, time.perf_counter() - begun)
 
 
-def _divergence(learners: Sequence[_Learner], hidden: Tensor, batch: int, judge: Judge) -> float:
+def _divergence(learners: Sequence[_Learner], hidden: Tensor, batch: int, comparison: Comparison) -> float:
+    """Sum over the rows of a batch."""
     with torch.no_grad():
         for learner in learners:
             hidden = learner.run(hidden, batch)
-        return judge.divergence(hidden, batch)
+        return sum(comparison.divergence(hidden).tolist())
 
 
-def _gradients(learners: Sequence[_Learner], hidden: Tensor, batch: int, judge: Judge) -> None:
+def _gradients(learners: Sequence[_Learner], hidden: Tensor, batch: int, comparison: Comparison) -> None:
     """Set the gradients of everything that is learned, from one batch."""
     reached = []
     with torch.no_grad():
         for learner in learners:
             reached.append(hidden)
             hidden = learner.run(hidden, batch)
-    gradient = judge.gradient(hidden, batch)
+    gradient = comparison.gradient(hidden)
     for learner in reversed(learners):
         gradient = learner.back(reached.pop(), batch, gradient)

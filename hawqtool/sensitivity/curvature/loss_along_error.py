@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hawqtool.evaluation.divergence import OutputComparison
 from hawqtool.records import BlockSpec, LinearSpec, Menu, UnitFormats
 from hawqtool.rounding.method import RoundingMethod
 from hawqtool.rounding.statistics import GroupStatistics
 from hawqtool.sensitivity.curvature.hvp import Stage, Tail, Weights
 from hawqtool.sensitivity.measure import Progress, group_errors, rounding_errors
-from hawqtool.sensitivity.measured_kl import Judge, replaced
+from hawqtool.sensitivity.measured_kl import finite, joined, replaced
 from hawqtool.streaming.block import Activations, advance
 from hawqtool.streaming.stream import ModelStream
 
@@ -172,15 +173,16 @@ def _divergence(
     stream: ModelStream, rows: Tensor, scales: Sequence[float], moved: Sequence[Activations], errors: Errors
 ) -> Tensor:
     """``[scales, rows]`` from the last hidden states, of which the first, at 0, are the original's."""
-    judge = Judge(stream, stream, rows, list(moved[0].hidden))
-    finals = {str(scale): list(activations.hidden) for scale, activations in zip(scales, moved, strict=True)}
+    finals = joined({str(scale): activations.hidden for scale, activations in zip(scales, moved, strict=True)})
+    comparison = OutputComparison(stream, stream, rows, finals[str(scales[0])])
     head = stream.structure.head
     if head is None:
-        found = judge.divergence("the rounding error", finals)
+        found = comparison.divergences(finals)
     else:
-        found = judge.divergence(
-            "the rounding error", finals, lambda scale: replaced(stream.model, head, _scaled(errors, float(scale)))
+        found = comparison.divergences(
+            finals, lambda scale: replaced(stream.model, head, _scaled(errors, float(scale)))
         )
+    finite("the rounding error", found)
     return torch.stack([found[str(scale)] for scale in scales])
 
 

@@ -14,7 +14,7 @@ from hawqtool.allocation.baselines import edges_plan, permuted_scores, reversed_
 from hawqtool.allocation.problem import AllocationProblem, build_problem, stored_bytes
 from hawqtool.allocation.uniform import neighbours
 from hawqtool.checkpoint.reader import TensorReader
-from hawqtool.evaluation.divergence import evaluate_hidden, interpolate_log, standard_error
+from hawqtool.evaluation.divergence import OutputComparison, interpolate_log, standard_error
 from hawqtool.formats import parse_label
 from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.search.planner import allocate
@@ -76,7 +76,7 @@ def candidates(
     yield Candidate("edges", "edges", edges_plan(build_problem(units, menu, base, {}), units, budget).formats)
 
 
-class Judge:
+class PlanEvaluator:
     """Rounds plans and compares them with the original on the held-out rows, without writing them.
 
     Args:
@@ -115,7 +115,9 @@ class Judge:
                 head = job.structure.head
                 statistics = stream.head_statistics(calibration.tokens, known)
                 _Rounder(job, formats, stream.model, head, self.weights)(head.input_groups[0], statistics)
-            return evaluate_hidden(self.stream, stream, rows.tokens, self.original, torch.cat(list(held.hidden)))
+            return OutputComparison(self.stream, stream, rows.tokens, self.original).evaluation(
+                torch.cat(list(held.hidden))
+            )
 
     def swap_widths(self, candidate: Candidate, budget: int, expected: UnitScores) -> tuple[UnitFormats, UnitScores]:
         """The plan that swaps at ``candidate`` give, measured on the scoring rows, and the scores behind it."""
@@ -185,7 +187,7 @@ def study_plans(
     scores = {metric: scores_of_pairs(found) for metric, found in findings.data["scores"].items()}
     units = setting.job.units
     weights = sum(unit.num_weights for unit in units)
-    judge: Judge | None = None
+    evaluator: PlanEvaluator | None = None
     for target in budgets:
         budget = AllocationProblem({}, weights).budget_bytes(target)
         listed = findings.data["plans"].get(str(target), [])
@@ -196,14 +198,14 @@ def study_plans(
         for step in (*wanted, *range(1, swaps + 1)):
             if isinstance(step, int):
                 name = f"width swap {step}"
-                judge = judge or Judge(setting, reporter)
+                evaluator = evaluator or PlanEvaluator(setting, reporter)
                 if name in known:
                     labels = next(entry for entry in listed if entry["name"] == name)["evaluation"].split(",")
                     known_labels = zip(units, labels, strict=True)
                     formats: UnitFormats = {u.name: parse_label(label) for u, label in known_labels}
                     expected = scores_of_pairs(findings.data["swapped"][f"{target} {step}"])
                 else:
-                    formats, expected = judge.swap_widths(latest, budget, expected)
+                    formats, expected = evaluator.swap_widths(latest, budget, expected)
                     findings.data["swapped"][f"{target} {step}"] = pairs_of_scores(expected)
                 candidate = latest = Candidate(name, "width swap", formats)
             else:
@@ -213,9 +215,9 @@ def study_plans(
             labels = {unit: fmt.label for unit, fmt in candidate.formats.items()}
             key = ",".join(labels[unit.name] for unit in units)
             if key not in findings.data["evaluations"]:
-                judge = judge or Judge(setting, reporter)
+                evaluator = evaluator or PlanEvaluator(setting, reporter)
                 reporter.say(f"{target} bits: {candidate.name}")
-                evaluation = judge.evaluate(candidate)
+                evaluation = evaluator.evaluate(candidate)
                 findings.data["measure"] = evaluation.measure
                 findings.data["evaluations"][key] = asdict(evaluation)
             listed.append(_entry(candidate, scores, labels, stored_bytes(units, candidate.formats), weights, key))

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.config import RunConfig
 from hawqtool.errors import NumericalError
-from hawqtool.evaluation.divergence import evaluate_hidden
+from hawqtool.evaluation.divergence import OutputComparison
 from hawqtool.formats import QuantFormat
 from hawqtool.pipeline.run.job import Job, prepare
 from hawqtool.records import Rows, UnitScores
@@ -187,7 +187,7 @@ def test_every_kind_of_unit_equals_a_model_with_its_weights_replaced(
         candidate = job.stream(Overlay(job, replaced))
         with torch.no_grad():
             hidden = candidate.final_hidden(rows, 64, lambda _: None)
-        expected = evaluate_hidden(stream, candidate, rows, original, hidden)
+        expected = OutputComparison(stream, candidate, rows, original).evaluation(hidden)
         score = found[unit.name][NARROW.label]
         assert score.value == pytest.approx(expected.divergence, rel=1e-4), unit.name
         assert score.stderr == pytest.approx(expected.stderr, rel=1e-3)

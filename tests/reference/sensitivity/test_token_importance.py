@@ -13,7 +13,7 @@ from hawqtool.allocation.problem import stored_bytes
 from hawqtool.allocation.uniform import uniform_formats
 from hawqtool.config import RunConfig
 from hawqtool.errors import InputError
-from hawqtool.evaluation.divergence import evaluate_hidden
+from hawqtool.evaluation.divergence import OutputComparison
 from hawqtool.export.packed_reader import PackedReader
 from hawqtool.pipeline.run.job import Job, prepare
 from hawqtool.pipeline.stages.refine import BlockRefiner, split_rows
@@ -106,11 +106,11 @@ def test_neither_room_nor_slices_matter(job: Job) -> None:
 def test_how_many_logits_are_held_does_not_matter(job: Job, positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, states = weights_of(job), job.stream().final_hidden(TOKENS, 2, lambda _: None)
     noisy = states + 0.1 * torch.randn(states.shape, generator=torch.Generator().manual_seed(1))
-    expected = evaluate_hidden(job.stream(), job.stream(), TOKENS, states, noisy)
+    expected = OutputComparison(job.stream(), job.stream(), TOKENS, states).evaluation(noisy)
     monkeypatch.setattr(sweep, "_POSITIONS", positions)
     for name, weights in weights_of(job).items():
         torch.testing.assert_close(weights, whole[name], rtol=1e-4, atol=1e-4)
-    found = evaluate_hidden(job.stream(), job.stream(), TOKENS, states, noisy)
+    found = OutputComparison(job.stream(), job.stream(), TOKENS, states).evaluation(noisy)
     assert found.row_divergence == pytest.approx(expected.row_divergence, rel=1e-5)
     assert found.perplexity == pytest.approx(expected.perplexity, rel=1e-6)
     assert found.same_top == pytest.approx(expected.same_top)

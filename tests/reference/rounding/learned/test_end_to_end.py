@@ -86,23 +86,29 @@ def divergences(hidden: Tensor, x: Tensor) -> Tensor:
     return (expected.exp() * (expected - log_q)).sum(-1).mean(-1)
 
 
-class Judge:
-    def __init__(self, batches: list[Tensor]) -> None:
-        self.batches = batches
+class Comparison:
+    """With the original, of one batch."""
 
-    def divergence(self, hidden: Tensor, batch: int) -> float:
-        return float(divergences(hidden, self.batches[batch]).sum())
+    def __init__(self, batch: Tensor) -> None:
+        self.batch = batch
 
-    def gradient(self, hidden: Tensor, batch: int) -> Tensor:
+    def divergence(self, hidden: Tensor) -> Tensor:
+        return divergences(hidden, self.batch)
+
+    def gradient(self, hidden: Tensor) -> Tensor:
         leaf = hidden.detach().double().requires_grad_()
         with torch.enable_grad():
-            found: Tensor = torch.autograd.grad(divergences(leaf, self.batches[batch]).mean(), leaf)[0]
+            found: Tensor = torch.autograd.grad(divergences(leaf, self.batch).mean(), leaf)[0]
         return found.to(hidden.dtype)
+
+
+def comparisons(batches: list[Tensor]) -> list[Comparison]:
+    return [Comparison(batch) for batch in batches]
 
 
 def run(schedule: DistillSchedule, dtype: torch.dtype = torch.bfloat16) -> Distilled:
     batches = inputs(8)
-    return distill(trainable_blocks(dtype), batches, 6, Judge(batches), schedule)
+    return distill(trainable_blocks(dtype), batches, 6, comparisons(batches), schedule)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -134,7 +140,9 @@ def test_gradients_are_those_of_the_whole_model(latent_rate: float, monkeypatch:
 
     monkeypatch.setattr(torch.optim.Adam, "step", capture)
     batches = inputs(2)
-    distill(trainable_blocks(torch.float32), batches, 1, Judge(batches), DistillSchedule(1, latent_rate=latent_rate))
+    distill(
+        trainable_blocks(torch.float32), batches, 1, comparisons(batches), DistillSchedule(1, latent_rate=latent_rate)
+    )
     latents, logs, gains = [], [], []
     hidden = batches[0].double()
     for block in range(2):
@@ -252,4 +260,4 @@ def test_every_batch_comes_before_any_comes_again() -> None:
 def test_outputs_that_are_not_finite_are_an_error() -> None:
     batches = [torch.full((1, 1, WIDTH), torch.inf) for _ in range(2)]
     with pytest.raises(NumericalError, match="rounded model"):
-        distill(trainable_blocks(torch.float32), batches, 1, Judge(batches), DistillSchedule(1))
+        distill(trainable_blocks(torch.float32), batches, 1, comparisons(batches), DistillSchedule(1))

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.config import RunConfig
-from hawqtool.evaluation.divergence import evaluate_hidden
+from hawqtool.evaluation.divergence import OutputComparison
 from hawqtool.formats import QuantFormat
 from hawqtool.pipeline.run.job import Job, prepare
 from hawqtool.rounding.method import RoundingMethod
@@ -176,7 +176,7 @@ def test_at_one_it_is_the_quantized_model(kind: str, settings: dict[str, Any], t
     candidate = job.stream(Overlay(job, weights))
     with torch.no_grad():
         original, hidden = (s.final_hidden(rows, 64, lambda _: None) for s in (stream, candidate))
-    expected = evaluate_hidden(stream, candidate, rows, original, hidden)
+    expected = OutputComparison(stream, candidate, rows, original).evaluation(hidden)
     assert float(found.divergence[0].abs().max()) == 0
     assert found.divergence[-1].tolist() == pytest.approx(list(expected.row_divergence), rel=1e-4, abs=1e-7)
     if kind != "qwen3-moe":  # a token that changes its experts is a jump, which no quadratic has
