@@ -70,7 +70,7 @@ def test_a_swap_is_a_whole_model_with_one_unit_changed(
     formats = {unit.name: QuantFormat(3, 32) for unit in job.units}
     plan = BitPlan(formats, stored_bytes(job.units, formats), sum(u.num_weights for u in job.units))
     runner = TrialRunner(job, sets, tmp_path / "work", Silent(), {})
-    folder = runner.attempt("uniform", plan).folder
+    folder = runner.run_trial("uniform", plan).folder
     menu = {unit.name: (QuantFormat(2, 32), QuantFormat(4, 32)) for unit in job.units}
     tokens = {role: sets[role].tokens for role in ("calibration", "scoring")}
     found = swap_divergence(
@@ -115,7 +115,7 @@ def test_a_swap_for_the_present_format_changes_nothing(job: Job, values: dict[st
     sets = gather_rows(job, Silent())
     formats = {unit.name: QuantFormat(3, 32) for unit in job.units}
     plan = BitPlan(formats, stored_bytes(job.units, formats), sum(u.num_weights for u in job.units))
-    folder = TrialRunner(corrected, sets, tmp_path / "work", Silent(), {}).attempt("uniform", plan).folder
+    folder = TrialRunner(corrected, sets, tmp_path / "work", Silent(), {}).run_trial("uniform", plan).folder
     menu = {unit: (fmt,) for unit, fmt in formats.items()}
     changes = []
     for method in (corrected.method, job.method):
