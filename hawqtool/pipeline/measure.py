@@ -32,10 +32,10 @@ def run_measure(config: RunConfig, output: Path, reporter: Reporter) -> dict[str
         raise UsageError(f"measure makes scores anew; --sensitivity names a metric there, found {config.sensitivity}")
     check_writable(output)
     check_measurements(config)
-    with RunFolder(output.absolute()) as run:
+    with RunFolder(output.absolute(), reporter) as run:
         job = prepare(config, reporter, states=run.path)
         before = stamps(job.index)
-        run.begin(run_identity(job), config.resume, reporter)
+        run.begin(run_identity(job), config.resume)
         menu = format_menu(job.units, config.bits or WIDE_MENU, config)
         sets = gather_rows(job, reporter, run.saved)
         run.check_rows({name: rows.fingerprint for name, rows in sets.items()})

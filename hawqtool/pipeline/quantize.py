@@ -54,7 +54,7 @@ def run_quantize(
     """
     config.require_one_target()
     output = _output(config)
-    with RunFolder(output) as run:
+    with RunFolder(output, reporter) as run:
         resuming = config.resume and run.unfinished
         if not (resuming and run.in_place):
             _check_free(config, output)
@@ -65,7 +65,7 @@ def run_quantize(
             job, warnings = resumed_batch_size(job, run)
         before = stamps(job.index)
         announce(describe(job))
-        run.begin(run_identity(job), config.resume, reporter)
+        run.begin(run_identity(job), config.resume)
         remember_batch_size(job, warnings, run)
         if run.in_place:
             run.finish()

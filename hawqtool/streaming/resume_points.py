@@ -46,6 +46,11 @@ class ResumePoints:
         blocks = self._saved.load(_LAST) or 0
         if blocks > most:
             return 0
+        keys = [_key(blocks, name, i) for name, batches in states.items() if blocks for i in range(len(batches))]
+        # All of them are looked at before any takes the place of a state: one may be damaged.
+        if any(self._saved.load(key) is None for key in keys):
+            self._saved.drop(_LAST, *keys)
+            return 0
         for name, batches in states.items() if blocks else ():
             for position in range(len(batches)):
                 batches[position] = self._saved.load(_key(blocks, name, position)).to(self._device)

@@ -171,7 +171,7 @@ def test_a_read_only_disk_shows_before_the_work(place: Path, read_only: Path, co
 
 def test_two_runs_into_one_output(place: Path, tmp_path: Path) -> None:
     command = ["quantize", str(place / "model"), "-o", str(tmp_path / "out"), "--target-bpw", "4.5"]
-    with RunFolder(tmp_path / "out"):
+    with RunFolder(tmp_path / "out", Silent()):
         done = CliRunner().invoke(app, command)
     assert done.exit_code == 2
     assert "another run into" in done.stderr and len(done.stderr.splitlines()) == 1

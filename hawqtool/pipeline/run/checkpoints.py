@@ -1,11 +1,13 @@
-"""Finished work on disk: one file per key, complete or absent at every moment."""
+"""Finished work on disk: one file per key, complete or absent at every moment, trusted only by checksum."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hawqtool.checkpoint.dtypes import dtype_name, torch_dtype
-from hawqtool.errors import InputError, disk_errors
+from hawqtool.errors import disk_errors
 from hawqtool.pipeline.run.files import PART
 
 SAMPLED = "sampled-rows"
@@ -22,28 +24,31 @@ SAMPLED = "sampled-rows"
 
 SUFFIX = ".state"
 _TENSOR = "$tensor"
-_LENGTH_BYTES = 8
+_LENGTH_BYTES, _DIGEST_BYTES = 8, 32
+_PIECE_BYTES = 64 << 20
+"""Bytes that are read together."""
 
 
 class Checkpoints:
     """Contents by key in a folder (see `hawqtool.runtime.store.Saved`).
 
     A file holds the length of a header, the header (the content as JSON, tensors being replaced by their numbers, and
-    the dtypes and shapes of these) and the bytes of the tensors. It is written beside its place, brought to the disk
-    and renamed, so a process that is killed or a disk that fills leaves the earlier content or none. Nothing in it is
-    executed when it is read.
+    the dtypes and shapes of these), the bytes of the tensors, and a checksum of its name and all of that. It is written
+    beside its place, brought to the disk and renamed, so a process that is killed or a disk that fills leaves the
+    earlier content or none. Nothing in it is executed when it is read.
 
     Args:
         folder: Existing folder.
         prefix: What the names of this part's files begin with.
+        warn: Is told of files that are damaged.
     """
 
-    def __init__(self, folder: Path, prefix: str = "") -> None:
-        self.folder, self.prefix = folder, prefix
+    def __init__(self, folder: Path, prefix: str = "", warn: Callable[[str], None] = lambda _: None) -> None:
+        self.folder, self.prefix, self.warn = folder, prefix, warn
 
     def part(self, name: str) -> Checkpoints:
         """The same folder with keys of its own for one part of the work."""
-        return Checkpoints(self.folder, f"{self.prefix}{name}.")
+        return Checkpoints(self.folder, f"{self.prefix}{name}.", self.warn)
 
     def keys(self) -> list[str]:
         """Keys of this part and of the parts below it, sorted."""
@@ -54,21 +59,18 @@ class Checkpoints:
         return self._path(key).is_file()
 
     def load(self, key: str) -> Any:
-        """What was saved under a key; None where nothing was.
-
-        Raises:
-            InputError: If the file is damaged.
-        """
+        """What was saved under a key; None where nothing was, or where it is damaged: such a file is removed."""
         path = self._path(key)
         if not path.is_file():
             return None
         try:
             with path.open("rb") as stream:
-                return _read(stream)
-        except (OSError, ValueError, LookupError, TypeError, RecursionError, InputError) as error:
-            raise InputError(
-                f"{path}, which an earlier run saved, is damaged ({error}); run without --resume"
-            ) from None
+                return _read(stream, path.name)
+        except (OSError, ValueError) as error:
+            self.warn(f"{path}, which an earlier run saved, is damaged ({error}); that part is done again")
+        with disk_errors(self.folder):
+            path.unlink()
+        return None
 
     def save(self, key: str, content: Any) -> None:
         """Keep a content, in the place of an earlier one.
@@ -81,7 +83,7 @@ class Checkpoints:
         with disk_errors(self.folder):
             try:
                 with temporary.open("wb", buffering=0) as stream:
-                    _write(stream, content)
+                    _write(stream, content, path.name)
                     os.fsync(stream.fileno())
                 temporary.replace(path)
             except OSError:
@@ -99,17 +101,26 @@ class Checkpoints:
         return self.folder / name
 
 
-def _write(stream: BinaryIO, content: Any) -> None:
+def _write(stream: BinaryIO, content: Any, name: str) -> None:
     tensors: list[Tensor] = []
     tree = _flatten(content, tensors)
     described = [{"dtype": dtype_name(t.dtype), "shape": list(t.shape)} for t in tensors]
     header = json.dumps({"content": tree, "tensors": described}).encode()
-    _write_all(stream, len(header).to_bytes(_LENGTH_BYTES, "little"))
-    _write_all(stream, header)
-    for tensor in tensors:
-        flat = tensor.detach().cpu().contiguous().view(-1)
-        if flat.numel():
-            _write_all(stream, flat.view(torch.uint8).numpy().data)
+    digest = _digest_of(name)
+    for data in (len(header).to_bytes(_LENGTH_BYTES, "little"), header, *map(_bytes_of, tensors)):
+        digest.update(data)
+        _write_all(stream, data)
+    _write_all(stream, digest.digest())
+
+
+def _digest_of(name: str) -> hashlib.blake2b:
+    """The checksum of a file so far: of its name, so that files that change places are found."""
+    return hashlib.blake2b(name.encode(), digest_size=_DIGEST_BYTES)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def _write_all(stream: BinaryIO, data: bytes | memoryview) -> None:
@@ -132,15 +143,21 @@ def _flatten(content: Any, tensors: list[Tensor]) -> Any:
     return content
 
 
-def _read(stream: BinaryIO) -> Any:
-    length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
-    size = os.fstat(stream.fileno()).st_size
-    if length > size:
-        raise ValueError(f"a header of {length} bytes in a file of {size}")
-    header = json.loads(stream.read(length))
+def _read(stream: BinaryIO, name: str) -> Any:
+    """The content of a file; its checksum is compared before anything in it is believed.
+
+    Raises:
+        ValueError: If the checksum is another one.
+    """
+    size = os.fstat(stream.fileno()).st_size - _DIGEST_BYTES
+    digest = _digest_of(name)
+    for start in range(0, size, _PIECE_BYTES):
+        digest.update(stream.read(min(_PIECE_BYTES, size - start)))
+    if size < _LENGTH_BYTES or stream.read() != digest.digest():
+        raise ValueError("its checksum differs")
+    stream.seek(0)
+    header = json.loads(stream.read(int.from_bytes(stream.read(_LENGTH_BYTES), "little")))
     tensors = [_read_tensor(stream, torch_dtype(d["dtype"]), d["shape"]) for d in header["tensors"]]
-    if stream.read(1):
-        raise ValueError("bytes after the last tensor")
     return _restore(header["content"], tensors)
 
 

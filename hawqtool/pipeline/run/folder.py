@@ -23,8 +23,9 @@ REMOVED = ".removed"
 
 
 _IDENTITY, _ROWS, _STARTS, _SHIPPED = "identity", "rows", "starts", "shipped"
-_BOOKKEEPING = (_IDENTITY, _ROWS, _STARTS)
-_KEPT = "the finished work is kept in"
+_COPY = "copy"
+_BOOKKEEPING = {prefix + key for key in (_IDENTITY, _ROWS, _STARTS) for prefix in ("", f"{_COPY}.")}
+_KEPT_IN = "the finished work is kept in"
 _SHOWN_CHARACTERS = 40
 
 
@@ -38,17 +39,18 @@ class RunFolder:
 
     Args:
         output: Folder or file that the run makes.
+        reporter: Is told of damaged parts, and what becomes of an unfinished run.
 
     Raises:
         UsageError: If another run into the same output is under way.
         ResourceError: If the folder cannot be made.
     """
 
-    def __init__(self, output: Path) -> None:
-        self.output = output
+    def __init__(self, output: Path, reporter: Reporter) -> None:
+        self.output, self._reporter = output, reporter
         self.path = output.with_name(f".{output.name}.hawqtool")
         self.plans, self._replaced = self.path / "plans", self.path / "replaced"
-        self.saved = Checkpoints(self.path / "saved")
+        self.saved = Checkpoints(self.path / "saved", warn=reporter.warn)
         self.starts = 1
         self._lock = _Lock(self.path, output)
         self._ours = self._finished = False
@@ -86,9 +88,9 @@ class RunFolder:
                 if self.in_place or not self.unfinished:
                     self._remove()
                 elif not isinstance(error, UsageError):
-                    error.add_note(f"{_KEPT} {self.path}; the same command with --resume goes on with it")
+                    error.add_note(f"{_KEPT_IN} {self.path}; the same command with --resume goes on with it")
             elif self._can_go_on(error):
-                error.add_note(f"{_KEPT} {self.path}; the same command with --resume goes on with it")
+                error.add_note(f"{_KEPT_IN} {self.path}; the same command with --resume goes on with it")
             else:
                 self._remove()
         finally:
@@ -97,12 +99,12 @@ class RunFolder:
     def _can_go_on(self, error: BaseException) -> bool:
         """Whether something was saved and the error is none that would come again."""
         again = isinstance(error, HawqError) and not isinstance(error, (ResourceError, InputLostError))
-        return not again and bool(set(self.saved.keys()) - set(_BOOKKEEPING))
+        return not again and bool(set(self.saved.keys()) - _BOOKKEEPING)
 
     @property
     def unfinished(self) -> bool:
         """Whether the folder holds what an earlier run saved."""
-        return self.saved.has(_IDENTITY)
+        return self.saved.has(_IDENTITY) or self.saved.part(_COPY).has(_IDENTITY)
 
     @property
     def finished(self) -> bool:
@@ -110,29 +112,31 @@ class RunFolder:
         moved = self._shipping is not None and not self._shipping.exists() and self.output.exists()
         return self._finished or moved
 
-    def begin(self, identity: dict[str, Any], resume: bool, reporter: Reporter) -> None:
+    def begin(self, identity: dict[str, Any], resume: bool) -> None:
         """Go on with the unfinished run, or remove what it left and start anew.
 
         Args:
             identity: What must be equal for a run to be the same, by name.
             resume: Whether to go on.
-            reporter: Is told what is done.
 
         Raises:
             UsageError: If the unfinished run was another one; names what differs, with both values.
         """
         for folder in self.path.glob(f"{FOLDER_PREFIX}*"):  # of a run that was killed
             shutil.rmtree(folder, ignore_errors=True)
-        if resume and self.unfinished:
-            self._require(self.saved.load(_IDENTITY), identity)
-            self.starts = self.saved.load(_STARTS) + 1
+        known = self._kept(_IDENTITY) if resume else None
+        if known is not None:
+            self._require(known, identity)
+            self.starts = (self._kept(_STARTS) or 1) + 1
             self._clean()
-            reporter.say(f"going on with the unfinished run in {self.path}")
+            self._reporter.say(f"going on with the unfinished run in {self.path}")
         else:
             if self.unfinished:
-                reporter.say(f"an unfinished run into {self.output} was removed; --resume would have gone on with it")
+                self._reporter.say(
+                    f"an unfinished run into {self.output} was removed; --resume would have gone on with it"
+                )
             elif resume:
-                reporter.say(f"there is no unfinished run into {self.output}; this one starts anew")
+                self._reporter.say(f"there is no unfinished run into {self.output}; this one starts anew")
             self.begin_anew(identity)
 
     def begin_anew(self, identity: dict[str, Any], keep: Sequence[str] = ()) -> None:
@@ -147,8 +151,8 @@ class RunFolder:
             self.plans.mkdir()
         for key, content in ((key, content) for key, content in kept.items() if content is not None):
             self.saved.save(key, content)
-        self.saved.save(_STARTS, self.starts)
-        self.saved.save(_IDENTITY, identity)  # last, as it makes the rest an unfinished run
+        self._keep(_STARTS, self.starts)
+        self._keep(_IDENTITY, identity)  # last, as it makes the rest an unfinished run
 
     def check_rows(self, fingerprints: dict[str, str]) -> None:
         """Check that the rows are those of the unfinished run; from here on what is saved belongs to this run.
@@ -156,13 +160,22 @@ class RunFolder:
         Raises:
             UsageError: If they differ; says both fingerprints.
         """
-        known, fingerprints = self.saved.load(_ROWS), {f"{role} rows": found for role, found in fingerprints.items()}
+        known, fingerprints = self._kept(_ROWS), {f"{role} rows": found for role, found in fingerprints.items()}
         if known is None:
-            self.saved.save(_ROWS, fingerprints)
+            self._keep(_ROWS, fingerprints)
         else:
             self._require(known, fingerprints)
-            self.saved.save(_STARTS, self.starts)
+            self._keep(_STARTS, self.starts)
         self._ours = True
+
+    def _keep(self, key: str, content: Any) -> None:
+        """Keep what tells runs apart, and a copy: if it is damaged, nothing else could be believed."""
+        self.saved.part(_COPY).save(key, content)
+        self.saved.save(key, content)
+
+    def _kept(self, key: str) -> Any:
+        known = self.saved.load(key)
+        return self.saved.part(_COPY).load(key) if known is None else known
 
     def _require(self, known: dict[str, Any], found: dict[str, Any]) -> None:
         names = [*known, *(name for name in found if name not in known)]
@@ -185,7 +198,7 @@ class RunFolder:
 
     def ship(self, folder: Path) -> None:
         """Rename a complete folder below this one to the output; an output that it replaces comes back on failure."""
-        self.saved.save(_SHIPPED, weight_hashes(folder))
+        self._keep(_SHIPPED, weight_hashes(folder))
         with disk_errors(self.output):
             if self.output.exists():
                 self.output.rename(self._replaced)
@@ -200,7 +213,7 @@ class RunFolder:
     @property
     def in_place(self) -> bool:
         """Whether an earlier run was killed after it had put its output in place."""
-        shipped = self.saved.load(_SHIPPED)
+        shipped = self._kept(_SHIPPED)
         return shipped is not None and shipped == weight_hashes(self.output)
 
     def finish(self) -> None:

@@ -33,7 +33,7 @@ def swapped(runner: TrialRunner, trial: Trial, budget: int, expected: UnitScores
     if all(len(formats) == 1 for formats in menu.values()):
         return trial.plan, expected
     rows = runner.sets["calibration"], runner.sets["scoring"].tokens
-    saved = runner.saved.part(f"swap_widths-{formats_key(present)}")
+    saved = runner.saved.part(f"width-swap-{formats_key(present)}")
     known = saved.load(_FOUND)
     if known is not None:
         return plan_of_record(known["plan"]), scores_of_pairs(known["scores"])
@@ -75,7 +75,7 @@ def swap_widths(
         saved: Keeps the scores, block by block.
 
     Returns:
-        The plan, and the scores that led to it, to be expected by the next swap_widths.
+        The plan, and the scores that led to it, to be expected by the next swap.
     """
     others = {unit: tuple(fmt for fmt in formats if fmt != present[unit]) for unit, formats in menu.items()}
     measured = swap_divergence(
@@ -101,7 +101,7 @@ def swap_widths(
         unit: tuple(fmt for fmt in formats if fmt.label in changes[unit]) or (present[unit],)
         for unit, formats in menu.items()
     }
-    return solve(build_problem(job.units, choice, changes, job.pins), budget, "swap_widths"), scores
+    return solve(build_problem(job.units, choice, changes, job.pins), budget, "width swap"), scores
 
 
 def _changes(scores: UnitScores, measured: UnitScores, present: Mapping[str, str]) -> UnitScores:

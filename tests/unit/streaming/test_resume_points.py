@@ -9,7 +9,7 @@ import torch
 
 from hawqtool.pipeline.run.checkpoints import Checkpoints
 from hawqtool.runtime.store import NOTHING_SAVED
-from hawqtool.streaming import resume_points as resume_points
+from hawqtool.streaming import resume_points
 from hawqtool.streaming.resume_points import ResumePoints
 
 CPU = torch.device("cpu")
@@ -66,3 +66,15 @@ def test_where_nothing_is_kept_nothing_is_read(monkeypatch: pytest.MonkeyPatch) 
     found = states(0)
     ResumePoints(NOTHING_SAVED, CPU).keep(1, found)
     assert ResumePoints(NOTHING_SAVED, CPU).restore(found, 9) == 0 and equal(found, states(0))
+
+
+def test_one_damaged_state_takes_no_others_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resume_points, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(resume_points, "BYTES_PER_SECOND", 1e12)
+    saved, found = Checkpoints(tmp_path), states(0)
+    ResumePoints(saved, CPU).keep(1, states(1))
+    path = tmp_path / "1-original-0.state"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    assert ResumePoints(saved, CPU).restore(found, 9) == 0 and equal(found, states(0))
+    ResumePoints(saved, CPU).keep(2, states(2))
+    assert ResumePoints(saved, CPU).restore(found, 9) == 2 and equal(found, states(2))

@@ -70,26 +70,45 @@ def test_a_full_disk_leaves_the_earlier_content(saved: Checkpoints, monkeypatch:
     assert [path.name for path in saved.folder.iterdir()] == ["key.state"]
 
 
+def damaged(saved: Checkpoints, key: str, content: bytes) -> bool:
+    """Whether a file of such bytes gives nothing, says so once, and is removed."""
+    said: list[str] = []
+    saved.warn = said.append
+    path = saved.folder / f"{key}.state"
+    path.write_bytes(content)
+    return saved.load(key) is None and not path.exists() and len(said) == 1 and f"{path}, which" in said[0]
+
+
 @pytest.mark.parametrize("length", [0, 5, 30, -1])
-def test_damaged_files_are_refused(saved: Checkpoints, length: int) -> None:
+def test_cut_files_are_not_believed(saved: Checkpoints, length: int) -> None:
     saved.save("key", CONTENT)
-    path = saved.folder / "key.state"
-    content = path.read_bytes()
-    path.write_bytes(content[:length])
-    with pytest.raises(InputError, match="key.state, which an earlier run saved, is damaged"):
-        saved.load("key")
-    path.write_bytes(content + b"x")
-    with pytest.raises(InputError, match="damaged"):
-        saved.load("key")
+    content = (saved.folder / "key.state").read_bytes()
+    assert damaged(saved, "key", content[:length])
+    assert damaged(saved, "key", content + b"x")
+
+
+def test_no_flipped_bit_is_believed(saved: Checkpoints) -> None:
+    saved.save("key", {"weights": torch.tensor([1.0, 2.0]), "seed": 3})
+    content = (saved.folder / "key.state").read_bytes()
+    for bit in range(8 * len(content)):
+        changed = bytearray(content)
+        changed[bit // 8] ^= 1 << bit % 8
+        assert damaged(saved, "key", bytes(changed)), bit
+
+
+def test_files_that_changed_places_are_not_believed(saved: Checkpoints) -> None:
+    saved.save("5-hidden-0", torch.ones(2))
+    saved.save("6-hidden-0", torch.zeros(2))
+    assert damaged(saved, "5-hidden-0", (saved.folder / "6-hidden-0.state").read_bytes())
 
 
 # The folder of a run.
 
 
 def begun(output: Path, identity: dict[str, Any], resume: bool = False) -> RunFolder:
-    run = RunFolder(output).__enter__()
+    run = RunFolder(output, Silent()).__enter__()
     try:
-        run.begin(identity, resume, Silent())
+        run.begin(identity, resume)
         run.check_rows({"calibration": "abc"})
     except BaseException as error:
         run.__exit__(type(error), error, None)
@@ -107,13 +126,13 @@ def cut_short(output: Path, error: BaseException, key: str | None = "work") -> l
 
 
 def test_a_second_run_into_the_same_output_is_refused(tmp_path: Path) -> None:
-    with RunFolder(tmp_path / "out"):
+    with RunFolder(tmp_path / "out", Silent()):
         with pytest.raises(UsageError, match=rf"another run into .*out is under way \(process {os.getpid()}\)"):
-            RunFolder(tmp_path / "out").__enter__()
-        with RunFolder(tmp_path / "other"):
+            RunFolder(tmp_path / "out", Silent()).__enter__()
+        with RunFolder(tmp_path / "other", Silent()):
             pass
     assert list(tmp_path.iterdir()) == []
-    with RunFolder(tmp_path / "out"):
+    with RunFolder(tmp_path / "out", Silent()):
         pass
 
 
@@ -144,7 +163,7 @@ def test_a_signal_at_any_line_of_the_beginning_leaves_no_folder(tmp_path: Path) 
         return False
 
     for at in range(1, 10_000):
-        run = RunFolder(tmp_path / "out")
+        run = RunFolder(tmp_path / "out", Silent())
         if not interrupted(at):
             break
         assert list(tmp_path.iterdir()) == [], at
@@ -200,8 +219,8 @@ def test_without_resume_the_unfinished_run_is_reported_and_removed(tmp_path: Pat
         def say(self, text: str) -> None:
             self.said.append(text)
 
-    with RunFolder(tmp_path / "out") as run:
-        run.begin({"seed": 0}, False, Listening())
+    with RunFolder(tmp_path / "out", Listening()) as run:
+        run.begin({"seed": 0}, False)
         assert run.saved.load("work") is None
     assert len(Listening.said) == 1 and "--resume would have gone on with it" in Listening.said[0]
 
@@ -209,14 +228,25 @@ def test_without_resume_the_unfinished_run_is_reported_and_removed(tmp_path: Pat
 def test_a_replaced_output_comes_back(tmp_path: Path) -> None:
     output = tmp_path / "out"
     (output / "old").mkdir(parents=True)
-    with pytest.raises(ResourceError), RunFolder(output) as run:
-        run.begin({}, False, Silent())
+    with pytest.raises(ResourceError), RunFolder(output, Silent()) as run:
+        run.begin({}, False)
         run.ship(run.plans / "missing")
     assert (output / "old").is_dir()
     # Killed between the two renames: the next run finds the old output in the folder.
     left = tmp_path / ".out.hawqtool"
     left.mkdir()
     output.rename(left / "replaced")
-    with RunFolder(output):
+    with RunFolder(output, Silent()):
         assert (output / "old").is_dir()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("key", ["identity", "rows", "starts"])
+def test_a_damaged_record_of_the_run_costs_no_work(tmp_path: Path, key: str) -> None:
+    cut_short(tmp_path / "out", KeyboardInterrupt())
+    path = tmp_path / ".out.hawqtool" / "saved" / f"{key}.state"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with RunFolder(tmp_path / "out", Silent()) as again:
+        again.begin({"seed": 0, "torch": "1"}, True)
+        again.check_rows({"calibration": "abc"})
+        assert again.saved.load("work") is not None and again.starts == 2
