@@ -8,6 +8,7 @@ import math
 import os
 import re
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -107,7 +108,8 @@ def _write(stream: BinaryIO, content: Any, name: str) -> None:
     described = [{"dtype": dtype_name(t.dtype), "shape": list(t.shape)} for t in tensors]
     header = json.dumps({"content": tree, "tensors": described}).encode()
     digest = _digest_of(name)
-    for data in (len(header).to_bytes(_LENGTH_BYTES, "little"), header, *map(_bytes_of, tensors)):
+    parts: list[bytes | memoryview] = [len(header).to_bytes(_LENGTH_BYTES, "little"), header]
+    for data in chain(parts, map(_bytes_of, tensors)):
         digest.update(data)
         _write_all(stream, data)
     _write_all(stream, digest.digest())

@@ -132,9 +132,7 @@ class RunFolder:
             self._reporter.say(f"going on with the unfinished run in {self.path}")
         else:
             if self.unfinished:
-                self._reporter.say(
-                    f"an unfinished run into {self.output} was removed; --resume would have gone on with it"
-                )
+                self._reporter.say(f"an unfinished run into {self.output} was removed; --resume would go on with it")
             elif resume:
                 self._reporter.say(f"there is no unfinished run into {self.output}; this one starts anew")
             self.begin_anew(identity)

@@ -222,7 +222,7 @@ def test_without_resume_the_unfinished_run_is_reported_and_removed(tmp_path: Pat
     with RunFolder(tmp_path / "out", Listening()) as run:
         run.begin({"seed": 0}, False)
         assert run.saved.load("work") is None
-    assert len(Listening.said) == 1 and "--resume would have gone on with it" in Listening.said[0]
+    assert len(Listening.said) == 1 and "--resume would go on with it" in Listening.said[0]
 
 
 def test_a_replaced_output_comes_back(tmp_path: Path) -> None:
