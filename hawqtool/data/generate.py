@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,50 +11,58 @@ import torch
 from torch import Tensor
 
 from hawqtool.checkpoint.reader import check_finite
-from hawqtool.errors import InputError, NumericalError
+from hawqtool.errors import InputError, NumericalError, one_line
 
 BATCH_ROWS = 64
 
 
+@dataclass(frozen=True)
+class SampledModel:
+    """The whole model that rows are sampled from.
+
+    Args:
+        folder: Checkpoint.
+        tokenizer: Its tokenizer, for the first token.
+        device: Where to run.
+        dtype: dtype of the weights.
+        trust_remote_code: Whether code from the checkpoint may run.
+    """
+
+    folder: Path
+    tokenizer: Any
+    device: torch.device
+    dtype: torch.dtype
+    trust_remote_code: bool = False
+
+
 def generate_rows(
-    folder: Path,
-    tokenizer: Any,
-    num_rows: int,
-    seq_len: int,
-    seed: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    progress: Callable[[int, int], None],
-    trust_remote_code: bool = False,
+    source: SampledModel, num_rows: int, seq_len: int, seed: int, progress: Callable[[int, int], None]
 ) -> Tensor:
     """Sample rows at temperature 1 from the beginning-of-text token, batched, with a key-value cache.
 
     An end-of-text token does not end a row: the model goes on with a new text, as in packed training rows.
 
     Args:
-        folder: Checkpoint.
-        tokenizer: Its tokenizer, for the first token.
+        source: The model.
         num_rows: Rows to sample.
         seq_len: Tokens per row, the first one included.
         seed: Seed of the sampling; the global random state is left as it was.
-        device: Where to run.
-        dtype: dtype of the weights.
         progress: Called after every step with tokens done and tokens in all.
-        trust_remote_code: Whether code from the checkpoint may run.
 
     Returns:
         ``[num_rows, seq_len]`` int64 on the CPU.
 
     Raises:
-        InputError: If the tokenizer names no token to begin with.
+        InputError: If the tokenizer names no token to begin with, or transformers cannot load the model.
         NumericalError: If weights or logits are not finite.
     """
     from transformers import StoppingCriteriaList
 
+    tokenizer, device = source.tokenizer, source.device
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if first is None:
         raise InputError("the tokenizer names no begin or end token to start from; give --calibration a text")
-    model, settings = _load(folder, first, seq_len, device, dtype, trust_remote_code)
+    model, settings = _load(source, first, seq_len)
     parts = []
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), torch.no_grad():
@@ -75,21 +84,30 @@ def generate_rows(
     return torch.cat(parts)
 
 
-def _load(
-    folder: Path, first: int, seq_len: int, device: torch.device, dtype: torch.dtype, trust_remote_code: bool
-) -> tuple[Any, Any]:
+def _load(source: SampledModel, first: int, seq_len: int) -> tuple[Any, Any]:
     """The whole model and the settings of its sampling."""
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
-    )
-    model.to(device).eval()
+    # The checkpoint's own generation settings (an end token, a top-k) must not shape the rows; they are not read.
+    neutral = GenerationConfig(pad_token_id=first)
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            source.folder,
+            dtype=source.dtype,
+            trust_remote_code=source.trust_remote_code,
+            use_safetensors=True,
+            generation_config=neutral,
+        )
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError) as error:
+        raise InputError(
+            f"{source.folder}: transformers cannot load this model to sample rows from it ({one_line(error)}); "
+            "correct that, or give --calibration a text"
+        ) from error
+    model.config.return_dict = True
+    model.to(source.device).eval()
     for name, parameter in model.named_parameters():
         check_finite(name, parameter.detach())
     settings = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=seq_len - 1, pad_token_id=first
     )
-    # The checkpoint's own generation settings (an end token, a top-k) must not shape the rows.
-    model.generation_config = GenerationConfig(pad_token_id=first)
     return model, settings

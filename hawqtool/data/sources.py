@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import re
 from collections.abc import Generator, Iterator
@@ -10,14 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from hawqtool.errors import InputError
-from hawqtool.parsing import ParseError, parse_json, short
+from hawqtool.parsing import MAX_RECORD_BYTES, MAX_RECORD_VALUES, ParseError, parse_json, read_bounded, short
 
 FIELDS = ("text", "messages", "input_ids")
 """What a record may hold; of several the first counts."""
 
 DEFAULT_SPLIT = "train"
-_JSON_SUFFIXES, _PARQUET_SUFFIXES, _TEXT_SUFFIXES = {".jsonl", ".json"}, {".parquet"}, {".txt", ".md", ".text"}
-_FILE_SUFFIXES = _JSON_SUFFIXES | _PARQUET_SUFFIXES | _TEXT_SUFFIXES
+_JSON_SUFFIXES, _PARQUET_SUFFIXES = {".jsonl", ".ndjson", ".json"}, {".parquet"}
+_SEPARATORS = {".csv": ",", ".tsv": "\t"}
+_TEXT_SUFFIXES = {".txt", ".md", ".text"}
+_FILE_SUFFIXES = _JSON_SUFFIXES | _PARQUET_SUFFIXES | _TEXT_SUFFIXES | set(_SEPARATORS)
+_LONGEST_FIELD = 1 << 30
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _BATCH_RECORDS = 256
@@ -45,17 +49,24 @@ class Record:
     value: Any
 
 
-@dataclass(frozen=True)
+@dataclass
 class Source:
     """Records of a source, in its order.
 
     Args:
         label: What the report calls it: a path's last part, or a hub dataset with the commit that was read.
         records: Read lazily.
+        left_out: Records without text among those that were read.
     """
 
     label: str
     records: Generator[Record, None, None]
+    left_out: int = 0
+
+    @property
+    def title(self) -> str:
+        """The label, with what was left out."""
+        return f"{self.label} ({self.left_out} records without text left out)" if self.left_out else self.label
 
 
 def parse_dataset(text: str) -> DatasetSpec:
@@ -86,7 +97,7 @@ def public_name(text: str) -> str:
 
 
 def open_source(text: str) -> Source:
-    """Open a text, JSON lines or parquet file, a folder that ``datasets`` can load, or a dataset of the hub.
+    """Open a text, JSON, CSV or parquet file, a folder that ``datasets`` can load, or a dataset of the hub.
 
     Raises:
         InputError: If there is no such source, it cannot be read, or the library for it is not installed. Reading
@@ -94,8 +105,9 @@ def open_source(text: str) -> Source:
     """
     path = Path(text)
     if os.path.isfile(path):
-        reader = {**dict.fromkeys(_JSON_SUFFIXES, _json_lines), **dict.fromkeys(_PARQUET_SUFFIXES, _parquet)}
-        return Source(path.name, reader.get(path.suffix.lower(), _text_lines)(path))
+        readers = dict.fromkeys(_JSON_SUFFIXES, _json) | dict.fromkeys(_PARQUET_SUFFIXES, _parquet)
+        readers |= dict.fromkeys(_SEPARATORS, _table)
+        return Source(path.name, readers.get(path.suffix.lower(), _text_lines)(path))
     if os.path.isdir(path):
         return _local_dataset(DatasetSpec(text))
     if is_hub(text):
@@ -104,8 +116,8 @@ def open_source(text: str) -> Source:
     if os.path.isdir(name):
         return _local_dataset(parse_dataset(text))
     raise InputError(
-        f"source {short(text)} was not found; give a text, .jsonl or .parquet file, a folder of such files, the name "
-        "of a hub dataset, or (to calibrate) self"
+        f"source {short(text)} was not found; give a text, .jsonl, .csv or .parquet file, a folder of such files, the "
+        "name of a hub dataset, or (to calibrate) self"
     )
 
 
@@ -113,6 +125,39 @@ def _text_lines(path: Path) -> Generator[Record, None, None]:
     """Lines of a text: joined by newlines they are the text again."""
     for number, line in _lines(path):
         yield Record(f"{path}, line {number}", {"text": line})
+
+
+def _json(path: Path) -> Generator[Record, None, None]:
+    """One value a line; a file that begins with a bracket is one array of them."""
+    first = next((line.strip() for _, line in _lines(path) if line.strip()), "")
+    return _json_array(path) if first.startswith("[") else _json_lines(path)
+
+
+def _json_array(path: Path) -> Generator[Record, None, None]:
+    try:
+        text = read_bounded(path, MAX_RECORD_BYTES).decode("utf-8-sig")
+        values = parse_json(text, MAX_RECORD_VALUES)
+    except (ParseError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid JSON ({error}); expected one object a line, or one array") from error
+    for number, value in enumerate(values, 1):
+        yield Record(f"{path}, element {number}", value)
+
+
+def _table(path: Path) -> Generator[Record, None, None]:
+    """Rows of a CSV or TSV file whose first line names the column ``text``."""
+    csv.field_size_limit(_LONGEST_FIELD)  # the default, 131,072 characters, is less than a long document
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            table = csv.DictReader(stream, delimiter=_SEPARATORS[path.suffix.lower()], strict=True)
+            if FIELDS[0] not in (table.fieldnames or ()):
+                found = ", ".join(map(short, table.fieldnames or ())) or "none"
+                raise InputError(f"{path} has the columns {short(found)}; expected one named {FIELDS[0]}")
+            for value in table:
+                yield Record(f"{path}, line {table.line_num}", {FIELDS[0]: value[FIELDS[0]] or None})
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as a table ({error}); save it as UTF-8 CSV or JSON lines") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _json_lines(path: Path) -> Generator[Record, None, None]:
@@ -130,7 +175,7 @@ def _json_lines(path: Path) -> Generator[Record, None, None]:
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     number = 0
     try:
-        with path.open(encoding="utf-8") as stream:
+        with path.open(encoding="utf-8-sig") as stream:  # a byte order mark is no text
             for line in stream:
                 number += 1
                 yield number, line.removesuffix("\n")

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from hawqtool.data.sources import FIELDS, Record, Source
+from hawqtool.data.tokenizer import encode, frame, render
 from hawqtool.errors import InputError
 from hawqtool.records import Rows
 
+_BYTE_ORDER_MARK = "\ufeff"
 CHARACTERS_PER_TOKEN = 16
 """Characters read per token that is needed, at first; four times what common text takes."""
 
@@ -42,7 +44,7 @@ def source_rows(
     Raises:
         InputError: If a record cannot be used.
     """
-    before, after = _frame(tokenizer) if special_tokens else ([], [])
+    before, after = frame(tokenizer) if special_tokens else ([], [])
     length = seq_len - len(before) - len(after)
     if length < 1:
         raise InputError(f"rows of {seq_len} tokens leave no room beside the special tokens; raise --seq-len")
@@ -66,7 +68,7 @@ class _Corpus:
 
     def __init__(self, tokenizer: Any, source: Source, special_tokens: bool) -> None:
         self.tokenizer, self.special_tokens = tokenizer, special_tokens
-        self.records = source.records
+        self.source = source
         self.parts: list[str] = []
         self.ids: list[int] = []
         self.size = 0
@@ -79,19 +81,21 @@ class _Corpus:
         if not self.parts:
             return self.ids[:limit]
         text = "\n".join(self.parts)[:limit]
-        tokens = self.tokenizer(text, add_special_tokens=self.special_tokens, verbose=False).input_ids
-        return list(tokens)
+        return encode(self.tokenizer, text, self.special_tokens)
 
     def exhausted(self, limit: int) -> bool:
         """Whether the first ``limit`` characters are all."""
         return self.ended and self.size <= limit
 
     def _read(self) -> None:
-        record = next(self.records, None)
+        record = next(self.source.records, None)
         if record is None:
             self.ended = True
             return
         part = document(record, self.tokenizer)
+        if part is None:
+            self.source.left_out += 1
+            return
         if self.parts if isinstance(part, list) else self.ids:
             raise InputError(f"{record.place}: text and input_ids are mixed in one source; give them as two sources")
         if isinstance(part, list):
@@ -100,14 +104,6 @@ class _Corpus:
         else:
             self.size += len(part) + bool(self.parts)
             self.parts.append(part)
-
-
-def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Special tokens before and after a sequence, read off an encoded word: fast tokenizers do not tell otherwise."""
-    encoded = tokenizer("a", return_special_tokens_mask=True)
-    ids, special = encoded.input_ids, encoded.special_tokens_mask
-    first, last = special.index(0), len(special) - special[::-1].index(0)
-    return ids[:first], ids[last:]
 
 
 def _repeated(ids: list[int], count: int) -> Tensor:
@@ -131,8 +127,8 @@ def overlap(sets: Mapping[str, Rows]) -> int:
     return shared
 
 
-def document(record: Record, tokenizer: Any) -> str | list[int]:
-    """The text of a record, or its token ids.
+def document(record: Record, tokenizer: Any) -> str | list[int] | None:
+    """The text of a record, or its token ids; None where its fields are null, as tables have them.
 
     Args:
         record: Holds ``text``, ``messages`` (rendered with the chat template) or ``input_ids``.
@@ -146,6 +142,8 @@ def document(record: Record, tokenizer: Any) -> str | list[int]:
         raise InputError(f"{place}: found {type(value).__name__}, expected an object with {', '.join(FIELDS)}")
     field = next((name for name in FIELDS if value.get(name) is not None), None)
     if field is None:
+        if any(name in value for name in FIELDS):
+            return None
         found = f"the keys {', '.join(map(str, value))}" if value else "no key"
         raise InputError(f"{place}: found {found}, expected one of {', '.join(FIELDS)}")
     if field == "input_ids":
@@ -153,6 +151,7 @@ def document(record: Record, tokenizer: Any) -> str | list[int]:
     text = value[field] if field == "text" else _rendered(value[field], tokenizer, place)
     if not isinstance(text, str):
         raise InputError(f"{place}: text is {type(text).__name__}, expected a string")
+    text = text.removeprefix(_BYTE_ORDER_MARK)
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -170,20 +169,17 @@ def _token_ids(ids: Any, vocabulary: int, place: str) -> list[int]:
 
 
 def _rendered(messages: Any, tokenizer: Any, place: str) -> str:
-    from jinja2 import TemplateError
-
     if not isinstance(messages, list) or not messages or not all(_is_message(m) for m in messages):
         raise InputError(f"{place}: messages is no list of objects with role and content")
     if not tokenizer.chat_template:
         raise InputError(f"{place}: holds messages, but the tokenizer has no chat template; give rendered text")
     # Tables fill keys that a message lacks with nulls, which templates would take for given.
-    given = [{key: part for key, part in message.items() if part is not None} for message in messages]
-    try:
-        return str(tokenizer.apply_chat_template(given, tokenize=False))
-    except (TemplateError, ValueError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{place}: the chat template refuses these messages: {reason}") from error
+    given = [{k: part for k, part in message.items() if part is not None or k == "content"} for message in messages]
+    return render(tokenizer, given, place)
 
 
 def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and isinstance(message.get("role"), str) and message.get("content") is not None
+    """Whether it has a role, and content or the calls of tools that stand in its place."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        return False
+    return message.get("content") is not None or bool(message.get("tool_calls"))

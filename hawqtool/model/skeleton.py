@@ -69,6 +69,7 @@ def build_skeleton(folder: Path, dtype: torch.dtype, trust_remote_code: bool = F
     model_task(model)
     model.eval().requires_grad_(False)
     model.config.use_cache = False
+    model.config.return_dict = True
     split_experts(model)
     to_meta(model)
     return model

@@ -19,7 +19,8 @@ from hawqtool.checkpoint.prefetch import Prefetcher
 from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.checkpoint.source import ResolvedModel, hub_id, resolve_model
 from hawqtool.config import RunConfig
-from hawqtool.errors import InputError, UsageError, one_line
+from hawqtool.data.tokenizer import load_tokenizer
+from hawqtool.errors import InputError, UsageError
 from hawqtool.export.layout import Layout, plan_layout
 from hawqtool.export.packed_reader import PackedReader
 from hawqtool.model.discovery import Structure, check_shapes, discover
@@ -175,15 +176,7 @@ class Job:
         Raises:
             InputError: If it cannot be loaded.
         """
-        from transformers import AutoTokenizer
-
-        try:
-            return AutoTokenizer.from_pretrained(self.index.folder, trust_remote_code=self.source.runs_code)
-        except Exception as error:  # a damaged file makes tokenizer classes raise errors of any type
-            raise InputError(
-                f"{self.index.folder} has no tokenizer that transformers can load; expected its files, such as "
-                f"tokenizer.json, beside config.json ({one_line(error)})"
-            ) from error
+        return load_tokenizer(self.index.folder, self.source.runs_code)
 
 
 def prepare(

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from hawqtool.config import SELF
-from hawqtool.data.generate import generate_rows
+from hawqtool.data.generate import SampledModel, generate_rows
 from hawqtool.data.images import image_processor, image_rows
 from hawqtool.data.mixing import SourceRows, mix_rows, quotas, require_rows
 from hawqtool.data.sources import open_source
@@ -122,7 +122,7 @@ def _rows(job: Job, text: str, count: int, seed: int) -> tuple[str, Tensor]:
     # Encoders were trained on sequences between special tokens, language models on running text.
     framed = not job.task.generates
     rows = source_rows(job.tokenizer(), source, count, job.seq_len, seed, special_tokens=framed)
-    return source.label, _known(job, rows)
+    return source.title, _known(job, rows)
 
 
 def _sampled_source(job: Job, quota: dict[str, int], reporter: Reporter, saved: Saved) -> SourceRows:
@@ -131,10 +131,12 @@ def _sampled_source(job: Job, quota: dict[str, int], reporter: Reporter, saved: 
     if known is not None:
         return SourceRows(SELF, known, quota)
     reporter.say(f"sampling {count} rows of {job.seq_len} tokens from the model")
-    tokens = generate_rows(
-        job.index.folder, job.tokenizer(), count, job.seq_len, job.config.seed, job.device, job.dtype,
-        lambda done, total: reporter.progress("sampling tokens", done, total), job.source.runs_code,
-    )  # fmt: skip
+    model = SampledModel(job.index.folder, job.tokenizer(), job.device, job.dtype, job.source.runs_code)
+
+    def tell(done: int, total: int) -> None:
+        reporter.progress("sampling tokens", done, total)
+
+    tokens = generate_rows(model, count, job.seq_len, job.config.seed, tell)
     saved.save(SAMPLED, tokens)
     return SourceRows(SELF, tokens, quota)
 

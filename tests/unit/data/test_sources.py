@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import sys
@@ -52,11 +53,20 @@ def kinds(folder: Path) -> dict[str, Path]:
     json_lines(folder / "set/train.jsonl", records)
     (folder / "columns").mkdir()
     parquet(folder / "columns/train.parquet", records)
+    (folder / "array.json").write_text(json.dumps(records, indent=1))
+    for name, delimiter in (("lines.csv", ","), ("lines.tsv", "\t")):
+        with (folder / name).open("w", newline="") as stream:
+            table = csv.writer(stream, delimiter=delimiter)
+            # An empty field is no record, so the empty line goes with the one before.
+            table.writerows([["id", "text"], ["0", LINES[0] + "\n"], *([n, line] for n, line in enumerate(LINES[2:]))])
     return {
         "text": text(folder / "lines.txt", "\n".join(LINES) + "\n"),
         "no newline at the end": text(folder / "lines.rst", "\n".join(LINES)),
         "json lines": json_lines(folder / "lines.jsonl", records),
         "json": json_lines(folder / "lines.json", records),
+        "json array": folder / "array.json",
+        "table": folder / "lines.csv",
+        "table with tabs": folder / "lines.tsv",
         "parquet": parquet(folder / "lines.parquet", records),
         "folder of json lines": folder / "set",
         "folder of parquet": folder / "columns",
@@ -194,12 +204,49 @@ def test_a_tokenizer_without_special_tokens_adds_none(tmp_path: Path) -> None:
         ({"input_ids": [4]}, "text and input_ids are mixed"),
         ({"messages": CHATS[0]}, "the tokenizer has no chat template"),
         ({"messages": "hello"}, "messages is no list of objects with role and content"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages is no list of objects with role and content"),
         ({"messages": [{"role": "user"}]}, "messages is no list of objects with role and content"),
     ],
 )
 def test_a_record_that_cannot_be_used_is_named(tmp_path: Path, record: Any, said: str) -> None:
     message = refusal(json_lines(tmp_path / "a.jsonl", [{"text": "good"}, record]))
     assert message.startswith(f"{tmp_path}/a.jsonl, line 2: ") and said in message
+
+
+def test_records_without_text_are_left_out_and_counted(tmp_path: Path) -> None:
+    records = [{"text": line} for line in LINES]
+    path = json_lines(tmp_path / "a.jsonl", [records[0], {"text": None}, *records[1:], {"text": None}])
+    source = open_source(str(path))
+    found = source_rows(tiny_tokenizer(), source, 10_000, 16, 0)
+    assert found.tolist() == rows(kinds(tmp_path)["text"], 10_000).tolist()
+    assert source.title == "a.jsonl (2 records without text left out)"
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    expected = fingerprint(rows(kinds(tmp_path)["text"], 10_000))
+    for name in ("lines.txt", "lines.jsonl", "lines.csv"):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + (tmp_path / name).read_bytes())
+        assert fingerprint(rows(tmp_path / name, 10_000)) == expected
+    marked = json_lines(tmp_path / "inside.jsonl", [{"text": "\ufeff" + "a" * 40}])
+    assert rows(marked, 2).tolist() == rows(json_lines(tmp_path / "b.jsonl", [{"text": "a" * 40}]), 2).tolist()
+
+
+def test_a_table_without_a_text_column(tmp_path: Path) -> None:
+    message = refusal(text(tmp_path / "a.csv", "id,body\n1,words\n"))
+    assert "a.csv has the columns id, body; expected one named text" in message
+    assert "cannot be read as a table" in refusal(text(tmp_path / "b.csv", 'text\n"never closed'))
+
+
+def test_a_broken_array_is_named(tmp_path: Path) -> None:
+    assert "expected one object a line, or one array" in refusal(text(tmp_path / "a.json", '[{"text": "a"},\n'))
+    assert "element 2: found int" in refusal(text(tmp_path / "b.json", '[{"text": "a"},\n 3]'))
+
+
+def test_calls_of_tools_stand_in_place_of_content() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ m.tool_calls }}{% endfor %}"
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    assert document(Record("here", {"messages": [call]}), tokenizer) == "None[{'function': {'name': 'f'}}]"
 
 
 def test_a_template_that_refuses_is_quoted(tmp_path: Path) -> None:
@@ -225,7 +272,7 @@ def test_parquet_without_the_columns(tmp_path: Path) -> None:
 
 
 def test_a_parquet_record_is_named_by_its_row(tmp_path: Path) -> None:
-    path = parquet(tmp_path / "a.parquet", [{"text": "a"}, {"text": None}])
+    path = parquet(tmp_path / "a.parquet", [{"input_ids": [1]}, {"input_ids": [VOCAB_SIZE]}])
     assert "a.parquet, row 2: " in refusal(path)
 
 
