@@ -1,4 +1,4 @@
-"""README's workflow file, and the script that runs its steps."""
+"""The workflow file of docs/guides/ci.md, and the script that runs its steps."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ SCRIPT = (ROOT / "scripts/ci_example").read_text(encoding="utf-8")
 
 
 def job() -> dict[str, Any]:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    workflows = [yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL)]
+    page = (ROOT / "docs/guides/ci.md").read_text(encoding="utf-8")
+    workflows = [yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)]
     (workflow,) = [found for found in workflows if "jobs" in found]
     (found,) = workflow["jobs"].values()
     assert isinstance(found, dict)

@@ -11,6 +11,15 @@ from typing import Any
 
 import pytest
 
+from tests.support.pages import (
+    broken_links,
+    figures_without_origin,
+    first_command_line,
+    refused_commands,
+    sections,
+    tables,
+)
+
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 README = ROOT / "README.md"
@@ -85,7 +94,7 @@ def test_every_message_of_the_page_exists(message_page: Any) -> None:
 def test_documented_exit_codes_are_those_of_the_program(message_page: Any) -> None:
     from hawqtool.cli.session import INTERRUPTED, TERMINATED
 
-    table = README.read_text(encoding="utf-8").split("## Exit codes")[1].split("\n## ")[0]
+    table = dict(sections(PAGE.read_text(encoding="utf-8")))["Exit codes"]
     documented = {
         int(code) for cell in re.findall(r"^\| ([\d, ]+) \|", table, re.MULTILINE) for code in cell.split(",")
     }
@@ -107,13 +116,107 @@ def test_a_bug_is_a_traceback_with_exit_code_1() -> None:
     assert done.returncode == 1 and done.stdout == "" and "Traceback" in done.stderr
 
 
-def test_links_between_pages_lead_somewhere() -> None:
-    for page in [README, *DOCS.rglob("*.md")]:
-        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+def pages() -> list[Path]:
+    return [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]
 
 
-def test_the_readme_links_to_the_pages() -> None:
+@pytest.fixture(scope="module")
+def program() -> Any:
+    import typer
+
+    from hawqtool.cli.app import app
+
+    return typer.main.get_command(app)
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    assert not broken_links(page, page.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_are_understood(page: Path, program: Any) -> None:
+    assert not refused_commands(program, page.read_text(encoding="utf-8"))
+
+
+def test_figures_name_commit_machine_and_command() -> None:
+    results = (DOCS / "results.md").read_text(encoding="utf-8")
+    assert sum(len(tables(body)) for _, body in sections(results)) > 0
+    shown = dict(sections(README.read_text(encoding="utf-8")))["Results"]
+    assert not figures_without_origin(results)
+    assert not figures_without_origin(f"## Results\n{shown}")
+
+
+def test_results_of_the_readme_are_those_of_the_page() -> None:
+    results = (DOCS / "results.md").read_text(encoding="utf-8").splitlines()
+    (rows,) = tables(dict(sections(README.read_text(encoding="utf-8")))["Results"])
+    assert 0 < len(rows) <= 5 and set(rows) <= set(results)
+
+
+def test_the_readme_is_short_and_begins_with_a_command() -> None:
     text = README.read_text(encoding="utf-8")
-    for name in ("docs/troubleshooting.md", "docs/determinism.md", "docs/commands/README.md"):
-        assert f"]({name})" in text, name
+    assert len(text.splitlines()) <= 200
+    assert 0 < first_command_line(text) <= 40
+
+
+def test_every_page_can_be_found_from_the_index() -> None:
+    index = (DOCS / "README.md").read_text(encoding="utf-8")
+    generated = {path for path in (DOCS / "commands").iterdir() if path.name != "README.md"}
+    for page in set(DOCS.rglob("*.md")) - generated - {DOCS / "README.md"}:
+        assert f"]({page.relative_to(DOCS)})" in index, page.name
+    assert "](docs/README.md)" in README.read_text(encoding="utf-8")
+
+
+PLANTED_LINKS = {
+    "a lost file": "[a](lost.md)",
+    "a lost picture": "![a](images/lost.svg)",
+    "a lost heading": "# Here\n[a](#there)",
+    "a lost heading of another page": "[a](docs/README.md#no-such-heading)",
+    "a heading in code only": "```\n# There\n```\n[a](#there)",
+}
+
+
+@pytest.mark.parametrize("name", PLANTED_LINKS)
+def test_a_broken_link_is_found(name: str) -> None:
+    assert broken_links(README, PLANTED_LINKS[name])
+
+
+def test_good_links_pass() -> None:
+    text = "# Here, and `there`\n[a](#here-and-there) [b](docs/README.md) [c](https://example.org/x) `[d](lost.md)`"
+    assert not broken_links(README, text)
+
+
+PLANTED_COMMANDS = {
+    "an unknown flag": "hawqtool quantize MODEL -o OUT --targetbpw 3.5",
+    "an unknown command": "hawqtool quantise MODEL",
+    "a number that is none": "hawqtool quantize MODEL -o OUT --target-bpw small",
+    "a flag without its value": "hawqtool quantize MODEL -o",
+    "a missing argument": "hawqtool verify",
+    "a fault in the second line": "hawqtool quantize MODEL \\\n    --outputs OUT",
+    "a fault behind a comment line": "# all\n$ hawqtool quantize MODEL --outputs OUT > x",
+}
+
+
+@pytest.mark.parametrize("name", PLANTED_COMMANDS)
+def test_a_wrong_command_is_found(name: str, program: Any) -> None:
+    assert refused_commands(program, f"```console\n{PLANTED_COMMANDS[name]}\n```\n")
+
+
+def test_right_commands_pass(program: Any) -> None:
+    good = "hawqtool quantize MODEL -o OUT --target-bpw 3.5 --json > report.json  # a comment\nhawqtool verify --help"
+    assert not refused_commands(program, f"```\n{good}\n```\nhawqtool is no command here\n")
+
+
+@pytest.mark.parametrize("missing", ["Commit", "Machine", "Command"])
+def test_a_table_without_its_origin_is_found(missing: str) -> None:
+    lines = {"Commit": "- Commit: `0123abc`", "Machine": "- Machine: two cores", "Command": "- Command: `hawqtool`"}
+    table = "| a | b |\n|---|---|\n| 1 | 2 |\n"
+    assert not figures_without_origin("## One\n" + "\n".join(lines.values()) + "\n\n" + table)
+    left = "\n".join(line for word, line in lines.items() if word != missing)
+    assert figures_without_origin(f"## One\n{left}\n\n{table}")
+    assert figures_without_origin(f"## One\n{left}\n\n{table}\n## Two\n{lines[missing]}\n")
+
+
+def test_the_first_command_is_found() -> None:
+    assert first_command_line("# Title\n\n```bash\nscripts/demo\n```\n") == 4
+    assert first_command_line("scripts/demo\n") == 0
