@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hawqtool.allocation.problem import REGEX_PREFIX
-from hawqtool.config import RunConfig
 from hawqtool.errors import InputError, UsageError
 from hawqtool.formats import MAX_BITS, MIN_BITS, QuantFormat, parse_label
 from hawqtool.parsing import MAX_JSON_BYTES, parse_json, read_bounded, short
@@ -103,41 +102,32 @@ class CostTable:
         return costs
 
 
-def second_cost(
-    config: RunConfig,
-    units: Sequence[Unit],
-    menu: Menu,
-    pins: UnitFormats,
-) -> SecondCost | None:
-    """The second budget of a run; None if it has none.
+def second_cost(costs: Path, max_cost: float, units: Sequence[Unit], menu: Menu, pins: UnitFormats) -> SecondCost:
+    """The second budget of an allocation.
+
+    Args:
+        costs: File of costs (see `CostTable`).
+        max_cost: Most that the formats of all units may cost together.
+        units: Units to allocate for.
+        menu: Formats that each may take.
+        pins: Those that have one format.
 
     Raises:
         InputError: If the file of costs is damaged.
         UsageError: If it lacks costs, or even the cheapest formats exceed the budget.
     """
-    if config.costs is None or config.max_cost is None:
-        return None
     from hawqtool.allocation.exact import SecondCost
 
     allowed = {unit.name: (pins[unit.name],) if unit.name in pins else menu[unit.name] for unit in units}
-    costs = CostTable(Path(config.costs)).of_menu(units, allowed)
-    least, most = (math.fsum(end(by_format.values()) for by_format in costs.values()) for end in (min, max))
-    second = SecondCost(costs, config.max_cost)
-    if not second.allows({unit: min(by_format, key=by_format.__getitem__) for unit, by_format in costs.items()}):
+    by_unit = CostTable(costs).of_menu(units, allowed)
+    least, most = (math.fsum(end(by_format.values()) for by_format in by_unit.values()) for end in (min, max))
+    second = SecondCost(by_unit, max_cost)
+    if not second.allows({unit: min(by_format, key=by_format.__getitem__) for unit, by_format in by_unit.items()}):
         raise UsageError(
-            f"the second budget of {config.max_cost:g} cannot be met: costs from {least:g} to {most:g} are in reach; "
+            f"the second budget of {max_cost:g} cannot be met: costs from {least:g} to {most:g} are in reach; "
             "raise --max-cost, add cheaper widths to --bits, or pin fewer layers"
         )
     return second
-
-
-def meets_second_budget(config: RunConfig, units: Sequence[Unit], formats: UnitFormats) -> bool:
-    """Whether a plan from elsewhere, such as a uniform one, is known to stay within the second budget."""
-    try:
-        second = second_cost(config, units, {unit: (fmt,) for unit, fmt in formats.items()}, {})
-    except UsageError:  # too dear, or a format that the file does not know
-        return False
-    return second is None or second.allows(formats)
 
 
 def _entries(path: Path) -> list[dict[str, Any]]:

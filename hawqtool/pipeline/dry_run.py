@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from hawqtool.allocation.problem import achievable
-from hawqtool.allocation.second_cost import second_cost
 from hawqtool.allocation.uniform import best_uniform
 from hawqtool.config import RunConfig
 from hawqtool.errors import UsageError
 from hawqtool.pipeline.run.job import Job
-from hawqtool.pipeline.run.menu import budget_bytes, job_menu, unquantized_bytes
+from hawqtool.pipeline.run.menu import budget_bytes, job_menu, second_budget, unquantized_bytes
 from hawqtool.pipeline.search.gates import check_gates
 from hawqtool.pipeline.search.planner import given_plan, single_choice_plan
 from hawqtool.pipeline.stages.rows import check_calibration
@@ -41,7 +40,7 @@ def describe(job: Job) -> dict[str, Any]:
         budget = budget_bytes(config, job.units, fixed)
         menu = job_menu(job, budget)
         _check_feasible(job, menu, budget, weights, fixed)
-        second_cost(config, job.units, menu, job.pins)  # what it lacks must be known before the long part
+        second_budget(config, job.units, menu, job.pins)  # what it lacks must be known before the long part
         plan = single_choice_plan(job.units, menu, job.pins, budget, config)
     lowest, highest = achievable(job.units, menu, job.pins)
     expected = plan.stored_bytes if plan else highest if budget is None else min(budget, highest)

@@ -11,6 +11,7 @@ from hawqtool.config import RunConfig
 from hawqtool.errors import InputError
 from hawqtool.evaluation.divergence import as_record
 from hawqtool.export.packed_reader import PackedReader
+from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.job import prepare
 from hawqtool.pipeline.stages.evaluate import Evaluator
 from hawqtool.pipeline.stages.rows import evaluation_rows
@@ -31,7 +32,7 @@ def run_evaluate(config: RunConfig, folder: Path, reporter: Reporter) -> dict[st
     if missing:
         raise InputError(f"{folder} has no layer {missing[0]}; is {config.model} the model that it was made from?")
     rows = evaluation_rows(job, config.eval_data)
-    evaluator = Evaluator(job, {"report": rows}, reporter)
+    evaluator = Evaluator(RunContext(job, reporter), {"report": rows})
     with torch.no_grad():
         original = evaluator.evaluate(None, "original")["report"]
         quantized = evaluator.evaluate(folder, "quantized")["report"]

@@ -7,6 +7,7 @@ from typing import Any
 
 from hawqtool.config import RunConfig
 from hawqtool.errors import UsageError
+from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.files import check_writable, write_json
 from hawqtool.pipeline.run.folder import RunFolder
 from hawqtool.pipeline.run.identity import check_unchanged, run_identity, stamps
@@ -37,10 +38,11 @@ def run_measure(config: RunConfig, output: Path, reporter: Reporter) -> dict[str
         before = stamps(job.index)
         run.begin(run_identity(job), config.resume)
         menu = format_menu(job.units, config.bits or WIDE_MENU, config)
-        sets = gather_rows(job, reporter, run.saved)
+        context = RunContext(job, reporter, run.saved)
+        sets = gather_rows(context)
         run.check_rows({name: rows.fingerprint for name, rows in sets.items()})
         alone = config.sensitivity in SWEEP_METRICS
-        document, _ = measured(job, menu, sets, reporter, run.saved, (config.sensitivity,) if alone else SWEEP_METRICS)
+        document, _ = measured(context, menu, sets, (config.sensitivity,) if alone else SWEEP_METRICS)
         check_unchanged(job.index, before)
         write_json(output, document)
         run.finish()

@@ -14,6 +14,7 @@ from hawqtool.export.verify import verify_folder
 from hawqtool.export.writer import copy_small_files
 from hawqtool.pipeline.dry_run import describe
 from hawqtool.pipeline.report import NEEDS_MATPLOTLIB, matplotlib_installed, write_page
+from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.files import PART, REPORT_SCHEMA, read_json, write_json
 from hawqtool.pipeline.run.fingerprint import config_fingerprint
 from hawqtool.pipeline.run.folder import RunFolder
@@ -72,7 +73,8 @@ def run_quantize(
             return read_json(output / "report.json", REPORT_SCHEMA)
 
         def work(job: Job, warnings: list[str]) -> dict[str, Any]:
-            folder, report = _quantized(job, run, reporter, command, warnings, fingerprint)
+            context = RunContext(job, reporter, run.saved)
+            folder, report = _quantized(context, run, command, warnings, fingerprint)
             check_unchanged(job.index, before)
             run.ship(folder)
             return report
@@ -85,20 +87,20 @@ def run_quantize(
 
 
 def _quantized(
-    job: Job, run: RunFolder, reporter: Reporter, command: str, warnings: list[str], fingerprint: str
+    context: RunContext, run: RunFolder, command: str, warnings: list[str], fingerprint: str
 ) -> tuple[Path, dict[str, Any]]:
     """The complete and verified folder inside the run's, and its report."""
-    timings: dict[str, float] = run.saved.load(TIMINGS) or {}
+    job, timings = context.job, dict[str, float](context.saved.load(TIMINGS) or {})
     with Stopwatch(timings, "rows"):
-        sets = gather_rows(job, reporter, run.saved)
+        sets = gather_rows(context)
     baseline = matching_baseline(job.config, sets["report"])
     run.check_rows({name: rows.fingerprint for name, rows in sets.items()})
     if job.uses_token_importance:
         with Stopwatch(timings, "token importance"):
-            sets["calibration"] = with_token_importance(job, sets["calibration"], reporter, run.saved)
+            sets["calibration"] = with_token_importance(context, sets["calibration"])
     with Stopwatch(timings, "measure"):
-        planner = None if job.config.plan else make_planner(job, sets, reporter, run.saved)
-    runner = TrialRunner(job, sets, run.plans, reporter, timings, run.saved)
+        planner = None if job.config.plan else make_planner(context, sets)
+    runner = TrialRunner(context, sets, run.plans, timings)
     search, plans = _plans(runner, planner)
     selection = try_plans(runner, plans, planner.scores if planner else {})
     shipped = choose(job, selection)
@@ -119,13 +121,13 @@ def _quantized(
         with disk_errors(folder):
             write_page(folder)
     else:
-        reporter.say(f"report.html was not drawn: it {NEEDS_MATPLOTLIB}")
+        context.reporter.say(f"report.html was not drawn: it {NEEDS_MATPLOTLIB}")
     return folder, report
 
 
 def _plans(runner: TrialRunner, planner: Planner | None) -> tuple[dict[str, Any] | None, dict[str, BitPlan]]:
     """The search for a quality target, if there was one, and the plans to try by name."""
-    job = runner.job
+    job = runner.context.job
     if planner is None:
         return None, {"plan": given_plan(job.config, job.units)}
     if job.config.target_kl is not None:
@@ -133,7 +135,7 @@ def _plans(runner: TrialRunner, planner: Planner | None) -> tuple[dict[str, Any]
     budget = budget_bytes(job.config, job.units, unquantized_bytes(job, job_menu(job, None)))
     plans = planner.shortlist(budget)
     for text in (text for plan in plans.values() for text in plan_warnings(plan)):
-        runner.reporter.warn(text)
+        runner.context.reporter.warn(text)
     return None, plans
 
 

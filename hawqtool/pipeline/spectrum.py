@@ -15,7 +15,8 @@ from hawqtool.allocation.uniform import uniform_formats
 from hawqtool.config import RunConfig
 from hawqtool.errors import InputError
 from hawqtool.pipeline.report import NEEDS_MATPLOTLIB, check_plots, matplotlib_installed
-from hawqtool.pipeline.run.job import Job, prepare
+from hawqtool.pipeline.run.context import RunContext
+from hawqtool.pipeline.run.job import prepare
 from hawqtool.pipeline.stages.rows import calibration_rows, check_calibration
 from hawqtool.records import Rows
 from hawqtool.runtime.reporter import Reporter
@@ -63,25 +64,25 @@ def run_spectrum(config: RunConfig, settings: SpectrumSettings, reporter: Report
             raise InputError(f"--plots {NEEDS_MATPLOTLIB}")
         check_plots(settings.plots)
     start = time.perf_counter()
-    job = prepare(config, reporter, writes=False)
-    check_calibration(job)
-    counts = {"scoring": settings.rows} | ({} if config.rounding == "rtn" else {"calibration": job.num_samples})
-    sets = calibration_rows(job, counts, reporter)
+    context = RunContext(prepare(config, reporter, writes=False), reporter)
+    check_calibration(context.job)
+    counts = {"scoring": settings.rows} | ({} if config.rounding == "rtn" else {"calibration": context.job.num_samples})
+    sets = calibration_rows(context, counts)
     # First what takes seconds: its problems show before minutes go into the spectrum.
-    loss = _loss(job, sets, settings.width, reporter)
-    found = _spectrum(job, sets["scoring"], settings, reporter) | {"loss": loss}
+    loss = _loss(context, sets, settings.width)
+    found = _spectrum(context, sets["scoring"], settings) | {"loss": loss}
     found["seconds"] = time.perf_counter() - start
     if settings.plots is not None:
         found["plots"] = [str(path) for path in _draw(found, settings.plots)]
     return found
 
 
-def _spectrum(job: Job, rows: Rows, settings: SpectrumSettings, reporter: Reporter) -> dict[str, Any]:
-    seed = job.config.seed
+def _spectrum(context: RunContext, rows: Rows, settings: SpectrumSettings) -> dict[str, Any]:
+    job, seed = context.job, context.job.config.seed
     together = max(1, _TOKENS_PER_PASS // job.seq_len)
     curvature = Curvature(job.stream(dtype=torch.float32), rows.tokens, seed, together)
     names = {m.name for unit in job.units for m in unit.members}
-    found = spectrum(curvature, names, settings.iterations, settings.starts, seed, reporter.progress)
+    found = spectrum(curvature, names, settings.iterations, settings.starts, seed, context.reporter.progress)
     grid, density = found.density()
     return {
         "labels": curvature.labels,
@@ -107,7 +108,8 @@ def _single(found: Spectrum) -> float:
     return 1 / (found.num_weights * found.deviation() * math.sqrt(2 * math.pi))
 
 
-def _loss(job: Job, sets: dict[str, Rows], width: int, reporter: Reporter) -> dict[str, Any]:
+def _loss(context: RunContext, sets: dict[str, Rows], width: int) -> dict[str, Any]:
+    job = context.job
     formats = uniform_formats(job.units, width, job.config.group_size)
     found = loss_along(
         job.stream(dtype=torch.float32),
@@ -117,7 +119,7 @@ def _loss(job: Job, sets: dict[str, Rows], width: int, reporter: Reporter) -> di
         job.method,
         job.stored_dtypes,
         job.batch_size,
-        reporter.progress,
+        context.reporter.progress,
     )
     scores = [mean_score(rows) for rows in found.divergence]
     quadratic = mean_score(found.quadratic)

@@ -50,6 +50,7 @@ from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.config import RunConfig, load_config
 from hawqtool.errors import HawqError, UsageError
 from hawqtool.evaluation.divergence import OutputComparison, standard_error
+from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.files import read_json, write_json
 from hawqtool.pipeline.run.job import Job, prepare
 from hawqtool.pipeline.search.planner import given_plan
@@ -245,7 +246,9 @@ class Bench:
         schedule = replace(schedule_of(job.config), **rates)
         if not schedule.steps:
             return {}
-        found = distill_model(job, formats, memory.layers, memory.changed, tokens, self.reporter, name, schedule)
+        found = distill_model(
+            RunContext(job, self.reporter), formats, memory.layers, memory.changed, tokens, name, schedule
+        )
         memory.distilled(found)
         return found.record
 
@@ -258,8 +261,8 @@ class Bench:
     def _rows(self, job: Job) -> Rows:
         key = job.config.calibration, job.num_samples, job.seq_len, job.config.seed, job.uses_token_importance
         if key not in self._calibration:
-            found = calibration_rows(job, {"calibration": job.num_samples}, self.reporter)
-            self._calibration[key] = with_token_importance(job, found["calibration"], self.reporter)
+            found = calibration_rows(RunContext(job, self.reporter), {"calibration": job.num_samples})
+            self._calibration[key] = with_token_importance(RunContext(job, self.reporter), found["calibration"])
         return self._calibration[key]
 
     def _evaluate(self, job: Job, memory: Memory, name: str) -> Evaluation:

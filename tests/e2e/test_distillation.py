@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from hawqtool.evaluation.divergence import OutputComparison
 from hawqtool.export.packed_reader import PACKED
 from hawqtool.export.verify import verify_folder
+from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.stages.evaluate import Evaluator
 from hawqtool.pipeline.stages.refine import split_rows
 from hawqtool.pipeline.stages.write import round_to_folder
 from hawqtool.records import Rows
-from hawqtool.runtime.reporter import Silent
 from tests.e2e.test_refinement import job_of, plan_of
 from tests.support.runs import Run, read
 from tests.support.tiny_zoo import calibration_inputs, kind_named, save_kind
@@ -31,10 +31,10 @@ def test_the_folder_has_the_divergence_that_was_reported(name: str, codes: bool,
     kind = kind_named(name)
     job = job_of(save_kind(kind, tmp_path / "source"), refine_steps=0, distill_steps=STEPS, distill_codes=codes)
     rows = torch.cat([calibration_inputs(kind, seed) for seed in range(4, 10)])
-    found = round_to_folder(job, plan_of(job, 3), Rows(rows, "test", "-"), tmp_path / "out", Silent(), "test")
+    found = round_to_folder(RunContext(job), plan_of(job, 3), Rows(rows, "test", "-"), tmp_path / "out", "test")
     record = found["distillation"]
     assert record["error_after"] < record["error_before"] and record["best_step"] > 0
-    evaluator = Evaluator(job, {"held": Rows(split_rows(rows)[1], "test", "-")}, Silent())
+    evaluator = Evaluator(RunContext(job), {"held": Rows(split_rows(rows)[1], "test", "-")})
     with torch.no_grad():
         measured = evaluator.evaluate(tmp_path / "out", "out")["held"].divergence
     assert measured == pytest.approx(record["error_after"], rel=1e-3)
@@ -49,7 +49,7 @@ def test_codes_stay_and_only_scales_and_gains_change(place: Path, tmp_path: Path
     for steps in (0, STEPS):
         job = job_of(place / "model", **{"refine_steps": 0, "distill_steps": steps} | more)
         folder = tmp_path / str(steps)
-        found = round_to_folder(job, plan_of(job, 3), rows, folder, Silent(), "test")
+        found = round_to_folder(RunContext(job), plan_of(job, 3), rows, folder, "test")
         files.append(load_file(folder / "model.safetensors"))
     plain, distilled = files
     changed = {name for name, tensor in plain.items() if not torch.equal(tensor, distilled[name])}
@@ -69,7 +69,7 @@ def test_codes_are_learned_where_that_is_asked_for(symmetric: bool, place: Path,
     for codes in (False, True):
         job = job_of(place / "model", refine_steps=0, distill_steps=STEPS, distill_codes=codes, symmetric=symmetric)
         folder = tmp_path / str(codes)
-        found[codes] = round_to_folder(job, plan_of(job, 2), rows, folder, Silent(), "test")["distillation"]
+        found[codes] = round_to_folder(RunContext(job), plan_of(job, 2), rows, folder, "test")["distillation"]
         files[codes] = load_file(folder / "model.safetensors")
         assert verify_folder(folder, place / "model").problems == ()
     changed = {name for name, tensor in files[False].items() if not torch.equal(tensor, files[True][name])}

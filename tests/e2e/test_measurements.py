@@ -19,6 +19,7 @@ from hawqtool.pipeline.allocate import run_allocate
 from hawqtool.pipeline.measure import run_measure
 from hawqtool.pipeline.report import write_page
 from hawqtool.pipeline.run import measurement_cache as measurements
+from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.job import prepare
 from hawqtool.pipeline.run.measurement_cache import MeasurementFolder, measurement_fingerprint
 from hawqtool.pipeline.run.menu import job_menu
@@ -85,7 +86,9 @@ def test_runs_that_differ_in_budget_measure_once_and_give_what_they_would_alone(
 
 def fingerprint(place: Path, **options: Any) -> str:
     job = prepare(settings(place, **options))
-    return measurement_fingerprint(job, wanted_formats(job, job_menu(job, None)), gather_rows(job, Silent()), Silent())
+    return measurement_fingerprint(
+        job, wanted_formats(job, job_menu(job, None)), gather_rows(RunContext(job)), Silent()
+    )
 
 
 def test_the_fingerprint_holds_what_matters_and_nothing_else(place: Path, tmp_path: Path) -> None:

@@ -17,12 +17,12 @@ from hawqtool.config import RunConfig
 from hawqtool.errors import UsageError
 from hawqtool.export.packed_reader import PackedReader
 from hawqtool.export.verify import verify_folder
+from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.job import Job, prepare
 from hawqtool.pipeline.stages.refine import split_rows
 from hawqtool.pipeline.stages.write import round_to_folder
 from hawqtool.records import BitPlan, Rows
 from hawqtool.rounding.learned.block import output_error
-from hawqtool.runtime.reporter import Silent
 from hawqtool.streaming.block import advance
 from tests.support.runs import PACKED, Run, read
 from tests.support.tiny_zoo import calibration_inputs, kind_named, save_kind
@@ -59,7 +59,7 @@ def test_the_folder_gives_the_errors_that_were_reported(name: str, tmp_path: Pat
     kind = kind_named(name)
     job = job_of(save_kind(kind, tmp_path / "source"))
     rows = torch.cat([calibration_inputs(kind, seed) for seed in range(4, 10)])
-    found = round_to_folder(job, plan_of(job, 3), Rows(rows, "test", "-"), tmp_path / "out", Silent(), "test")
+    found = round_to_folder(RunContext(job), plan_of(job, 3), Rows(rows, "test", "-"), tmp_path / "out", "test")
     record = found["refinement"]
     assert list(record) == [spec.name for spec in job.structure.blocks]
     assert all(block["error_after"] <= block["error_before"] for block in record.values())
@@ -73,7 +73,7 @@ def test_the_folder_gives_the_errors_that_were_reported(name: str, tmp_path: Pat
 def test_asymmetric_layers_are_refined_too(place: Path, tmp_path: Path) -> None:
     job = job_of(place / "model", symmetric=False)
     rows = torch.randint(3, 128, (8, 32), generator=torch.Generator().manual_seed(1))
-    found = round_to_folder(job, plan_of(job, 2), Rows(rows, "test", "-"), tmp_path / "out", Silent(), "test")
+    found = round_to_folder(RunContext(job), plan_of(job, 2), Rows(rows, "test", "-"), tmp_path / "out", "test")
     expected = [block["error_after"] for block in found["refinement"].values()]
     assert block_errors(job, tmp_path / "out", split_rows(rows)[1]) == pytest.approx(expected, rel=1e-3)
     assert verify_folder(tmp_path / "out", place / "model").problems == ()
@@ -84,7 +84,7 @@ def refined(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     job = job_of(place / "model")
     folder = tmp_path_factory.mktemp("refined") / "out"
     rows = torch.randint(3, 128, (16, 32), generator=torch.Generator().manual_seed(1))
-    round_to_folder(job, plan_of(job, 3), Rows(rows, "test", "-"), folder, Silent(), "test")
+    round_to_folder(RunContext(job), plan_of(job, 3), Rows(rows, "test", "-"), folder, "test")
     return folder
 
 
@@ -122,7 +122,7 @@ def test_verification_holds_changed_tensors_to_their_record(place: Path, refined
 def test_no_steps_give_the_rounding_alone(place: Path, tmp_path: Path) -> None:
     rows = Rows(torch.randint(3, 128, (8, 32), generator=torch.Generator().manual_seed(1)), "test", "-")
     job = job_of(place / "model", refine_steps=0)
-    found = round_to_folder(job, plan_of(job, 3), rows, tmp_path / "out", Silent(), "test")
+    found = round_to_folder(RunContext(job), plan_of(job, 3), rows, tmp_path / "out", "test")
     assert found["refinement"] == {} and read(tmp_path / "out/reproduce/checksums.json")["changed"] == []
 
 

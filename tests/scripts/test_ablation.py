@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from hawqtool.allocation.problem import stored_bytes
+from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.job import prepare
 from hawqtool.pipeline.stages.evaluate import Evaluator
 from hawqtool.pipeline.stages.rows import evaluation_rows, gather_rows
@@ -54,10 +55,10 @@ def test_an_ablation_measures_what_folders_give_and_does_only_what_is_missing(
     plan = BitPlan(formats, stored_bytes(job.units, formats), sum(unit.num_weights for unit in job.units))
     bench = ablation.Bench(ablation._parse(arguments(place, tmp_path, CONFIGURATIONS)), Silent())
     rows = bench._rows(bench.job)
-    assert len(gather_rows(job, Silent())["calibration"].tokens) == len(rows.tokens)
+    assert len(gather_rows(RunContext(job))["calibration"].tokens) == len(rows.tokens)
     with torch.no_grad():
-        round_to_folder(job, plan, rows, tmp_path / "plan", Silent(), "plan")
-        evaluator = Evaluator(job, {"report": evaluation_rows(job, str(place / "other.txt"))}, Silent())
+        round_to_folder(RunContext(job), plan, rows, tmp_path / "plan", "plan")
+        evaluator = Evaluator(RunContext(job), {"report": evaluation_rows(job, str(place / "other.txt"))})
         written = evaluator.evaluate(tmp_path / "plan", "plan")["report"]
     assert found["plain"]["row_divergence"] == pytest.approx(written.row_divergence, rel=1e-5)
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from hawqtool.allocation.problem import stored_bytes
+from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.stages.evaluate import Evaluator
 from hawqtool.pipeline.stages.write import round_to_folder
 from hawqtool.records import BitPlan
@@ -96,9 +97,9 @@ def test_plans_are_judged_as_their_written_folders_are(study: Any, place: Path, 
     formats = {name: found[number % 2] for number, (name, found) in enumerate(setting.menu.items())}
     judged = PlanEvaluator(setting, Silent()).evaluate(Candidate("mixed", "metric", formats))
     plan = BitPlan(formats, stored_bytes(job.units, formats), sum(unit.num_weights for unit in job.units))
-    evaluator = Evaluator(job, {"report": setting.heldout}, Silent())
+    evaluator = Evaluator(RunContext(job), {"report": setting.heldout})
     with torch.no_grad():
-        round_to_folder(job, plan, setting.calibration, tmp_path / "plan", Silent(), "plan")
+        round_to_folder(RunContext(job), plan, setting.calibration, tmp_path / "plan", "plan")
         written = evaluator.evaluate(tmp_path / "plan", "plan")["report"]
     assert judged.row_divergence == pytest.approx(written.row_divergence, rel=1e-5)
 

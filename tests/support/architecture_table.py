@@ -17,10 +17,10 @@ from hawqtool.config import RunConfig
 from hawqtool.errors import HawqError
 from hawqtool.export.writer import copy_small_files
 from hawqtool.model.skeleton import build_skeleton
+from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.job import Job, prepare
 from hawqtool.pipeline.stages.write import round_to_folder
 from hawqtool.records import BitPlan, Rows
-from hawqtool.runtime.reporter import Silent
 from tests.support.replay64 import excesses, load, put_in_place, read_packed, replay, run, silence_loaders
 from tests.support.tiny_zoo import SUPPORTED, Kind, calibration_inputs, save_kind
 
@@ -70,7 +70,7 @@ def examine(kind: Kind, place: Path) -> Examined:
     source, folder = save_kind(kind, place / "source", STORED), place / "rounded"
     inputs = calibration_inputs(kind)
     job = prepare_kind(kind, source)
-    round_to_folder(job, mixed_plan(job), Rows(inputs, "test", "-"), folder, Silent(), "test")
+    round_to_folder(RunContext(job), mixed_plan(job), Rows(inputs, "test", "-"), folder, "test")
     copy_small_files(source, folder)
     packed = read_packed(folder)
     formats, scales = ({n: getattr(p, field) for n, p in packed.items()} for field in ("quant_format", "scales"))

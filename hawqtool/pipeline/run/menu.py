@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hawqtool.allocation.problem import AllocationProblem, stored_bytes
+from hawqtool.allocation.second_cost import second_cost
 from hawqtool.allocation.uniform import uniform_formats
 from hawqtool.config import RunConfig
+from hawqtool.errors import UsageError
 from hawqtool.pipeline.run.job import Job
-from hawqtool.records import Menu, Unit
+from hawqtool.records import Menu, Unit, UnitFormats
 from hawqtool.values import parse_size
+
+if TYPE_CHECKING:
+    from hawqtool.allocation.exact import SecondCost
 
 NARROW_MENU, WIDE_MENU = (4, 8), (2, 3, 4, 8)
 
@@ -26,6 +33,27 @@ def budget_bytes(config: RunConfig, units: Sequence[Unit], unquantized_bytes: in
         return AllocationProblem({}, sum(unit.num_weights for unit in units)).budget_bytes(config.target_bpw)
     assert config.target_size is not None  # require_one_target saw to it
     return parse_size(config.target_size) - unquantized_bytes
+
+
+def second_budget(config: RunConfig, units: Sequence[Unit], menu: Menu, pins: UnitFormats) -> SecondCost | None:
+    """The second budget of a run; None if it has none.
+
+    Raises:
+        InputError: If the file of costs is damaged.
+        UsageError: If it lacks costs, or even the cheapest formats exceed the budget.
+    """
+    if config.costs is None or config.max_cost is None:
+        return None
+    return second_cost(Path(config.costs), config.max_cost, units, menu, pins)
+
+
+def meets_second_budget(config: RunConfig, units: Sequence[Unit], formats: UnitFormats) -> bool:
+    """Whether a plan from elsewhere, such as a uniform one, is known to stay within the second budget of a run."""
+    try:
+        second = second_budget(config, units, {unit: (fmt,) for unit, fmt in formats.items()}, {})
+    except UsageError:  # too dear, or a format that the file does not know
+        return False
+    return second is None or second.allows(formats)
 
 
 def widths(config: RunConfig, units: Sequence[Unit], budget: int | None) -> tuple[int, ...]:

@@ -9,11 +9,11 @@ from typing import Any
 
 from hawqtool.allocation.frontier import Frontier, frontier, solve
 from hawqtool.allocation.problem import build_problem, predicted_loss
-from hawqtool.allocation.second_cost import second_cost
 from hawqtool.checkpoint.index import fingerprint
 from hawqtool.config import ASYMMETRIC_PROFILES, RunConfig, asymmetric_refusal, group_size_refusal
 from hawqtool.errors import InputError, UsageError
 from hawqtool.formats import is_served
+from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.files import (
     SENSITIVITY_SCHEMA,
     parse_sensitivity,
@@ -23,12 +23,10 @@ from hawqtool.pipeline.run.files import (
     read_plan,
 )
 from hawqtool.pipeline.run.job import Job
-from hawqtool.pipeline.run.menu import budget_bytes, job_menu, unquantized_bytes
+from hawqtool.pipeline.run.menu import budget_bytes, job_menu, second_budget, unquantized_bytes
 from hawqtool.pipeline.search.shortlist import alternatives
 from hawqtool.pipeline.stages.measure import Origin, measured
 from hawqtool.records import BitPlan, Menu, Rows, SensitivityTable, Unit, UnitFormats, UnitScores
-from hawqtool.runtime.reporter import Reporter
-from hawqtool.runtime.store import NOTHING_SAVED, Saved
 
 EXACT_UNITS = 500
 """Units up to which ``auto`` solves exactly: fractions of a second; from some 800 on it may take 20 s and more."""
@@ -39,18 +37,21 @@ class Planner:
     """Plans of a job for any budget.
 
     Args:
-        job: The model.
+        context: The run; its store keeps plans: a solver that stops by the clock may find another one the next time.
         table: Scores of every unit in every format of the menu; None where no unit has a choice.
         document: Its JSON form.
         origin: Where it comes from; None where there is no table.
-        saved: Keeps plans: a solver that stops by the clock may find another one the next time.
     """
 
-    job: Job
+    context: RunContext
     table: SensitivityTable | None
     document: dict[str, Any] | None
     origin: Origin | None = None
-    saved: Saved = NOTHING_SAVED
+
+    @property
+    def job(self) -> Job:
+        """The model."""
+        return self.context.job
 
     @property
     def metric(self) -> str:
@@ -78,11 +79,11 @@ class Planner:
             fixed = single_choice_plan(job.units, menu, job.pins, budget, job.config)
             assert fixed is not None  # otherwise something was measured
             return fixed
-        known = self.saved.load(f"plan-{budget}")
+        known = self.context.saved.load(f"plan-{budget}")
         if known is not None:
             return plan_of_record(known)
         plan = allocate(job.units, menu, self.scores, job.pins, budget, self.metric, job.config)
-        self.saved.save(f"plan-{budget}", plan_record(plan))
+        self.context.saved.save(f"plan-{budget}", plan_record(plan))
         return plan
 
     def curve(self) -> Frontier:
@@ -108,31 +109,32 @@ class Planner:
         return dict([(self.metric, own), *others.items()][: job.shortlist])
 
 
-def make_planner(job: Job, sets: dict[str, Rows], reporter: Reporter, saved: Saved = NOTHING_SAVED) -> Planner:
+def make_planner(context: RunContext, sets: dict[str, Rows]) -> Planner:
     """Measure, or read what was measured, unless no unit has a choice.
 
     Raises:
         UsageError: If the budget is infeasible, or the file was measured for something else.
     """
+    job = context.job
     menu, budget = job_menu(job, None), None
     if job.config.target_kl is None:
         budget = budget_bytes(job.config, job.units, unquantized_bytes(job, menu))
         menu = job_menu(job, budget)
     if all(len(menu[unit.name]) == 1 or unit.name in job.pins for unit in job.units):
-        return Planner(job, None, None)
+        return Planner(context, None, None)
     if job.config.measures:
         if job.config.measurements is not None:
             # The widths of any budget, so that runs that differ in it alone share one measurement.
             menu = job_menu(job, None)
-        document, origin = measured(job, menu, sets, reporter, saved)
-        return Planner(job, parse_sensitivity(document, "the measurement")[0], document, origin, saved)
+        document, origin = measured(context, menu, sets)
+        return Planner(context, parse_sensitivity(document, "the measurement")[0], document, origin)
     path = Path(job.config.sensitivity)
     document = read_json(path, SENSITIVITY_SCHEMA)
     table, _, _ = parse_sensitivity(document, str(path))
     _check_saved(job, table)
     seconds = table.settings.get("seconds")
     origin = Origin("file", None, seconds if isinstance(seconds, float) else None)
-    return Planner(job, table, document, origin, saved)
+    return Planner(context, table, document, origin)
 
 
 def _check_saved(job: Job, table: SensitivityTable) -> None:
@@ -182,7 +184,7 @@ def allocate(
         NumericalError: If no plan that meets both budgets was found in time.
     """
     problem = build_problem(units, menu, scores, pins)
-    second = second_cost(config, units, menu, pins)
+    second = second_budget(config, units, menu, pins)
     large = second is None and len(problem.choices) > EXACT_UNITS
     if config.solver == "hull" or (config.solver == "auto" and large):
         return solve(problem, budget, metric)
@@ -207,5 +209,5 @@ def single_choice_plan(
         return None
     fixed = {unit.name: pins.get(unit.name, menu[unit.name][0]) for unit in units}
     plan = solve(build_problem(units, {}, {}, fixed), budget)
-    second = second_cost(config, units, menu, fixed)
+    second = second_budget(config, units, menu, fixed)
     return plan if second is None else replace(plan, cost=second.total(fixed), max_cost=second.limit)

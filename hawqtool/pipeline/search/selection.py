@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from hawqtool.allocation.problem import stored_bytes
-from hawqtool.allocation.second_cost import meets_second_budget
 from hawqtool.allocation.uniform import UniformPlan, neighbours
 from hawqtool.evaluation.divergence import as_record, interpolate_log, paired_difference
 from hawqtool.pipeline.run.job import Job
-from hawqtool.pipeline.run.menu import job_menu
+from hawqtool.pipeline.run.menu import job_menu, meets_second_budget
 from hawqtool.pipeline.search.trials import Trial, TrialRunner
 from hawqtool.pipeline.search.width_swap import swapped
 from hawqtool.records import BitPlan, Evaluation
@@ -51,7 +50,7 @@ def try_plans(runner: TrialRunner, plans: dict[str, BitPlan], scores: UnitScores
         runner.keep_only([_best(mixed)])
     _swap(runner, mixed, scores)
     best = _best(mixed)
-    job, plan = runner.job, best.plan
+    job, plan = runner.context.job, best.plan
     # Uniform plans may have what the mixed one has, even where a plan file says more than the configuration.
     kind = plan.symmetric, {*job.config.group_sizes, *(fmt.group_size for fmt in plan.formats.values())}
     below, above = neighbours(job.units, plan.stored_bytes, *kind)
@@ -74,9 +73,9 @@ def _swap(runner: TrialRunner, mixed: dict[str, Trial], scores: UnitScores) -> N
     """
     latest = _best(mixed)
     budget = latest.plan.budget_bytes
-    if runner.job.config.plan is not None or budget is None:
+    if runner.context.job.config.plan is not None or budget is None:
         return
-    for number in range(1, runner.job.swaps + 1):
+    for number in range(1, runner.context.job.swaps + 1):
         plan, scores = swapped(runner, latest, budget, scores)
         if any(plan.formats == trial.plan.formats for trial in mixed.values()):
             break

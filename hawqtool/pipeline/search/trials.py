@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from hawqtool.evaluation.divergence import as_evaluation, as_record
+from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.folder import REMOVED
-from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.stages.evaluate import Evaluator
 from hawqtool.pipeline.stages.write import ROUNDING, round_to_folder
 from hawqtool.records import BitPlan, Evaluation, Rows, UnitFormats
-from hawqtool.runtime.reporter import Reporter
 from hawqtool.runtime.stage_timer import Stopwatch
-from hawqtool.runtime.store import NOTHING_SAVED, Saved
+from hawqtool.runtime.store import Saved
 
 _QUALITY, _EVALUATING, TIMINGS = "quality", "evaluating", "timings"
 
@@ -63,38 +62,27 @@ class TrialRunner:
     """Tries plans; the original is run once, a plan that was tried before is not tried again.
 
     Args:
-        job: The model.
+        context: The run; its store keeps roundings, block by block, and evaluations.
         sets: Rows by role.
         work: Folder for the written trials; the caller removes it.
-        reporter: Progress.
         timings: Seconds by stage, added to.
-        saved: Keeps roundings, block by block, and evaluations.
     """
 
-    def __init__(
-        self,
-        job: Job,
-        sets: dict[str, Rows],
-        work: Path,
-        reporter: Reporter,
-        timings: dict[str, float],
-        saved: Saved = NOTHING_SAVED,
-    ) -> None:
-        self.job, self.sets, self.work, self.reporter, self.timings = job, sets, work, reporter, timings
-        self.saved = saved
+    def __init__(self, context: RunContext, sets: dict[str, Rows], work: Path, timings: dict[str, float]) -> None:
+        self.context, self.sets, self.work, self.timings = context, sets, work, timings
         self._tried: dict[str, Trial] = {}
         with Stopwatch(timings, "evaluate"):
-            self.evaluator = Evaluator(job, {role: sets[role] for role in JUDGED}, reporter, saved)
+            self.evaluator = Evaluator(context, {role: sets[role] for role in JUDGED})
 
     def original(self) -> Evaluation:
         """The original model on the report rows."""
-        return self._evaluated(None, "original", self.saved.part("original"))["report"]
+        return self._evaluated(None, "original", self.context.saved.part("original"))["report"]
 
     def run_trial(self, name: str, plan: BitPlan) -> Trial:
         """Round, write and evaluate a plan, or return what that gave before."""
         key = formats_key(plan.formats)
         if key not in self._tried:
-            saved, folder = self.saved.part(key), self.work / key
+            saved, folder = self.context.saved.part(key), self.work / key
             rounding = saved.load(ROUNDING)
             if rounding is None or not (folder.exists() or saved.load(_QUALITY)):
                 rounding = self._rounded(plan, folder, name)
@@ -109,10 +97,10 @@ class TrialRunner:
         return trial.folder
 
     def _rounded(self, plan: BitPlan, folder: Path, name: str) -> dict[str, Any]:
-        saved = self.saved.part(folder.name)
         with Stopwatch(self.timings, f"round {name}"):
-            rounding = round_to_folder(self.job, plan, self.sets["calibration"], folder, self.reporter, name, saved)
-        self.saved.save(TIMINGS, self.timings)
+            part = self.context.part(folder.name)
+            rounding = round_to_folder(part, plan, self.sets["calibration"], folder, name)
+        self.context.saved.save(TIMINGS, self.timings)
         return rounding
 
     def _evaluated(self, folder: Path | None, name: str, saved: Saved) -> dict[str, Evaluation]:
@@ -123,7 +111,7 @@ class TrialRunner:
             quality = self.evaluator.evaluate(folder, name, saved.part(_EVALUATING))
         saved.save(_QUALITY, {role: vars(evaluation) for role, evaluation in quality.items()})
         saved.part(_EVALUATING).drop()
-        self.saved.save(TIMINGS, self.timings)
+        self.context.saved.save(TIMINGS, self.timings)
         return quality
 
     def keep_only(self, trials: list[Trial]) -> None:

@@ -5,19 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from torch import Tensor
-
 from hawqtool.allocation.frontier import solve
 from hawqtool.allocation.problem import build_problem
 from hawqtool.formats import QuantFormat
+from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.files import plan_of_record, plan_record
-from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.run.menu import job_menu
 from hawqtool.pipeline.search.trials import Trial, TrialRunner, formats_key
 from hawqtool.records import BitPlan, Menu, Rows, Score, UnitFormats, UnitScores
-from hawqtool.runtime.reporter import Reporter
 from hawqtool.runtime.stage_timer import Stopwatch
-from hawqtool.runtime.store import NOTHING_SAVED, Saved
 from hawqtool.sensitivity.measured_kl import pairs_of_scores, scores_of_pairs
 from hawqtool.sensitivity.shrinkage import updated
 from hawqtool.sensitivity.width_swap import swap_divergence
@@ -28,33 +24,29 @@ _FOUND = "found"
 
 def swapped(runner: TrialRunner, trial: Trial, budget: int, expected: UnitScores) -> tuple[BitPlan, UnitScores]:
     """What `swap_widths` gives at a trial, measured on the scoring rows; its own plan where there is no choice."""
-    job, present = runner.job, trial.plan.formats
+    job, present = runner.context.job, trial.plan.formats
     menu = neighbouring(job_menu(job, budget), present, set(job.pins))
     if all(len(formats) == 1 for formats in menu.values()):
         return trial.plan, expected
-    rows = runner.sets["calibration"], runner.sets["scoring"].tokens
-    saved = runner.saved.part(f"width-swap-{formats_key(present)}")
-    known = saved.load(_FOUND)
+    context = runner.context.part(f"width-swap-{formats_key(present)}")
+    known = context.saved.load(_FOUND)
     if known is not None:
         return plan_of_record(known["plan"]), scores_of_pairs(known["scores"])
     with Stopwatch(runner.timings, "width swap"):
         quantized = job.packed_stream(runner.folder(trial))
-        plan, scores = swap_widths(job, quantized, present, menu, *rows, budget, expected, runner.reporter, saved)
-    saved.save(_FOUND, {"plan": plan_record(plan), "scores": pairs_of_scores(scores)})
+        plan, scores = swap_widths(context, quantized, present, menu, runner.sets, budget, expected)
+    context.saved.save(_FOUND, {"plan": plan_record(plan), "scores": pairs_of_scores(scores)})
     return plan, scores
 
 
 def swap_widths(
-    job: Job,
+    context: RunContext,
     quantized: ModelStream,
     present: UnitFormats,
     menu: Menu,
-    calibration: Rows,
-    scoring: Tensor,
+    sets: Mapping[str, Rows],
     budget: int,
     expected: UnitScores,
-    reporter: Reporter,
-    saved: Saved = NOTHING_SAVED,
 ) -> tuple[BitPlan, UnitScores]:
     """The plan of least predicted divergence that takes one format of a small menu per unit.
 
@@ -63,36 +55,34 @@ def swap_widths(
     evaluating the new plan then tests.
 
     Args:
-        job: The original model.
+        context: The run of the original model; its store keeps the scores, block by block.
         quantized: The model under the present plan.
         present: Formats of that plan by unit.
         menu: Formats to choose from, the present one among them (see `neighbouring`).
-        calibration: Rows behind the rounding.
-        scoring: Rows to measure on.
+        sets: The calibration rows, which are behind the rounding, and the scoring rows, which are measured on.
         budget: Most stored bytes.
         expected: Scores by unit and format that are known so far.
-        reporter: Progress.
-        saved: Keeps the scores, block by block.
 
     Returns:
         The plan, and the scores that led to it, to be expected by the next swap.
     """
+    job = context.job
     others = {unit: tuple(fmt for fmt in formats if fmt != present[unit]) for unit, formats in menu.items()}
     measured = swap_divergence(
         job.stream(),
         quantized,
-        calibration,
-        scoring,
+        sets["calibration"],
+        sets["scoring"].tokens,
         {unit: formats for unit, formats in others.items() if formats},
         job.method,
         job.stored_dtypes,
         job.batch_size,
-        reporter.progress,
-        saved,
+        context.reporter.progress,
+        context.saved,
     )
     labels = {unit: fmt.label for unit, fmt in present.items()}
     scores, trust = updated(expected, measured, labels)
-    reporter.say(
+    context.reporter.say(
         f"measured changes are {trust.scale:.2f} times what was expected, give or take {trust.share:.0%} of the scores"
     )
     changes = _changes(scores, measured, labels)

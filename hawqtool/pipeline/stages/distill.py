@@ -19,14 +19,14 @@ from hawqtool.export.packed_reader import PACKED, SCALE, packed_parts, relative_
 from hawqtool.export.packing import pack_codes
 from hawqtool.export.writer import CheckpointWriter, unfinished_reader
 from hawqtool.model.replay import Call
+from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.stages.refine import BATCH_ROWS, BlockForward, norm_gains, split_rows
 from hawqtool.records import BitPlan, BlockSpec, LayerFormats, LinearSpec, UnitFormats
 from hawqtool.rounding.grid import Quantized, dequantize
 from hawqtool.rounding.learned.end_to_end import DistillSchedule, TrainableBlock, distill
 from hawqtool.rounding.learned.fake_quant import InitialRounding
-from hawqtool.runtime.reporter import Reporter
-from hawqtool.runtime.store import NOTHING_SAVED, Saved
+from hawqtool.runtime.store import Saved
 from hawqtool.streaming.block import local_name, read_weight, replace_weight
 from hawqtool.streaming.stream import ModelStream
 
@@ -87,36 +87,33 @@ def learned_names(saved: Saved) -> set[str]:
 
 
 def distill_folder(
-    job: Job,
+    context: RunContext,
     plan: BitPlan,
     layout: Layout,
     folder: Path,
     written: Written,
     rows: Tensor,
-    reporter: Reporter,
     label: str,
-    saved: Saved = NOTHING_SAVED,
 ) -> DistilledModel:
     """Distil into a checkpoint that is written already: its scales and norm gains are replaced in place.
 
     Args:
-        job: The original model.
+        context: The run; its store keeps where the learning is, and its result until that is written.
         plan: Formats by unit.
         layout: Of the checkpoint.
         folder: Where it lies.
         written: What is known of it; brought up to date.
         rows: Rounding rows.
-        reporter: Progress.
         label: Name of the plan in the progress.
-        saved: Keeps where the learning is, and its result until that is written.
     """
+    job, saved = context.job, context.saved
     known = saved.load(_LEARNED)
     if known is None:
         reader = unfinished_reader(layout, folder)
         assert reader is not None  # the caller has seen its files
         rounded = _layers(job, plan.formats, reader)
         changed = {name: reader.tensor(name) for name in written.changed}
-        learned = distill_model(job, plan.formats, rounded, changed, rows, reporter, label, saved=saved)
+        learned = distill_model(context, plan.formats, rounded, changed, rows, label)
         saved.save(_LEARNED, vars(learned))
     else:
         restored = {name: Quantized(*parts) for name, parts in known["layers"].items()}
@@ -147,35 +144,32 @@ def _layers(job: Job, formats: UnitFormats, reader: TensorReader) -> dict[str, Q
 
 
 def distill_model(
-    job: Job,
+    context: RunContext,
     formats: UnitFormats,
     rounded: Mapping[str, Quantized],
     changed: Mapping[str, Tensor],
     rows: Tensor,
-    reporter: Reporter,
     label: str,
     schedule: DistillSchedule | None = None,
-    saved: Saved = NOTHING_SAVED,
 ) -> DistilledModel:
     """Learn scales, norm gains and, if wanted, codes of all blocks; the whole model is on the device.
 
     The rows that refinement holds out are held out here too. A rounded output head takes part and stays as it is.
 
     Args:
-        job: The original model.
+        context: The run; its store keeps where the learning is.
         formats: Formats by unit.
         rounded: Codes, scales and zero points by layer.
         changed: Norm gains that are not the original's any more, by the name of their tensor.
         rows: Rounding rows.
-        reporter: Progress.
         label: Name of the plan in the progress.
         schedule: Steps and rates (default: those of the configuration).
-        saved: Keeps where the learning is.
 
     Raises:
         UsageError: If there is one row only.
         NumericalError: If the rounded model's outputs are not finite.
     """
+    job = context.job
     schedule = schedule or schedule_of(job.config)
     size = BATCH_ROWS[job.device.type]
     sets = [some.split(size) for some in split_rows(rows)]
@@ -199,8 +193,8 @@ def distill_model(
             fitting,
             [OutputComparison(original, stream, part, goal) for part, goal in zip(parts, goals, strict=True)],
             schedule,
-            lambda done: reporter.progress(f"distilling {label}", done, schedule.steps),
-            saved,
+            lambda done: context.reporter.progress(f"distilling {label}", done, schedule.steps),
+            context.saved,
         )
         errors = _weight_errors(job, blocks, found.layers)
     by_block = zip(names, found.gains, strict=True)

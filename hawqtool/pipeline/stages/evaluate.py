@@ -8,10 +8,9 @@ from pathlib import Path
 from torch import Tensor
 
 from hawqtool.evaluation.divergence import OutputComparison, as_evaluation
-from hawqtool.pipeline.run.job import Job
+from hawqtool.pipeline.run.context import RunContext
 from hawqtool.records import Evaluation, Rows
 from hawqtool.runtime.malloc import release_freed_pages
-from hawqtool.runtime.reporter import Reporter
 from hawqtool.runtime.store import NOTHING_SAVED, Saved
 from hawqtool.streaming.stream import ModelStream
 
@@ -23,14 +22,13 @@ class Evaluator:
     """Compares packed folders with the original on fixed sets of rows; the original is run once.
 
     Args:
-        job: The original model.
+        context: The run; its store keeps what the original gave.
         sets: Rows by role; all are run together.
-        reporter: Progress.
-        saved: Keeps what the original gave.
     """
 
-    def __init__(self, job: Job, sets: dict[str, Rows], reporter: Reporter, saved: Saved = NOTHING_SAVED) -> None:
-        self.job, self.sets, self.reporter = job, sets, reporter
+    def __init__(self, context: RunContext, sets: dict[str, Rows]) -> None:
+        job, saved = context.job, context.saved
+        self.job, self.sets, self.reporter = job, sets, context.reporter
         self.seconds = 0.0
         self.stream = job.stream()
         known = saved.load("original-states")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hawqtool.checkpoint.index import fingerprint
+from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.files import sensitivity_document
 from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.run.measurement_cache import MeasurementFolder, measurement_fingerprint
@@ -20,8 +21,6 @@ from hawqtool.pipeline.stages.refine import FormatRefiner
 from hawqtool.pipeline.stages.token_importance import with_token_importance
 from hawqtool.records import SWEEP_METRICS, Menu, Rows, SensitivityTable, UnitScores
 from hawqtool.rounding.learned.block import Schedule
-from hawqtool.runtime.reporter import Reporter
-from hawqtool.runtime.store import NOTHING_SAVED, Saved
 from hawqtool.sensitivity.curvature.hvp import Curvature
 from hawqtool.sensitivity.curvature.lanczos import SUBSETS, top_eigenvalues
 from hawqtool.sensitivity.curvature.trace import curvature_fields, hawq_scores
@@ -51,43 +50,40 @@ class Origin:
 
 
 def measured(
-    job: Job,
+    context: RunContext,
     menu: Menu,
     sets: dict[str, Rows],
-    reporter: Reporter,
-    saved: Saved = NOTHING_SAVED,
     metrics: Sequence[str] = SWEEP_METRICS,
 ) -> tuple[dict[str, Any], Origin]:
-    """The sensitivity document of a menu, taken from the folder of measurements or from ``saved`` where it is there.
+    """The sensitivity document of a menu, taken from the folder of measurements or from the store where it is there.
 
     It has the extra metrics of the configuration, and those of ``metrics``, which come from one pair of sweeps.
     """
-    known = saved.load("table")
+    known = context.saved.load("table")
     if known is None:
-        document, origin = _shared(job, menu, sets, reporter, saved, metrics)
+        document, origin = _shared(context, menu, sets, metrics)
         known = {"document": document, "origin": asdict(origin)}
-        saved.save("table", known)
-        saved.part(_STAGES).drop()
+        context.saved.save("table", known)
+        context.saved.part(_STAGES).drop()
     for text in known["document"]["warnings"]:
-        reporter.warn(text)
+        context.reporter.warn(text)
     return known["document"], Origin(**known["origin"])
 
 
 def _shared(
-    job: Job,
+    context: RunContext,
     menu: Menu,
     sets: dict[str, Rows],
-    reporter: Reporter,
-    saved: Saved,
     metrics: Sequence[str],
 ) -> tuple[dict[str, Any], Origin]:
     """The document from the folder of measurements, if there is one; otherwise measured."""
+    job, reporter = context.job, context.reporter
     if job.config.measurements is None:
-        document = measure_job(job, menu, sets, reporter, saved, metrics)
+        document = measure_job(context, menu, sets, metrics)
         return document, Origin("run", None, document["settings"]["seconds"])
     key = measurement_fingerprint(job, wanted_formats(job, menu), sets, reporter, metrics)
     folder = MeasurementFolder(Path(job.config.measurements), reporter)
-    document, found = folder.take(key, lambda: measure_job(job, menu, sets, reporter, saved, metrics))
+    document, found = folder.take(key, lambda: measure_job(context, menu, sets, metrics))
     if found:
         reporter.say(f"measurement {key[:12]} was taken from {folder.path}")
         document["model"] = job.source.name  # the same weights may have been measured under another name
@@ -103,17 +99,15 @@ def wanted_formats(job: Job, menu: Menu) -> Menu:
 
 
 def measure_job(
-    job: Job,
+    context: RunContext,
     menu: Menu,
     sets: dict[str, Rows],
-    reporter: Reporter,
-    saved: Saved = NOTHING_SAVED,
     metrics: Sequence[str] = SWEEP_METRICS,
 ) -> dict[str, Any]:
-    """Measure and return the sensitivity document; ``saved`` keeps finished stages."""
+    """Measure and return the sensitivity document; the store keeps finished stages."""
     start = time.perf_counter()
-    stages = saved.part(_STAGES)
-    wanted, calibration = wanted_formats(job, menu), with_token_importance(job, sets["calibration"], reporter, saved)
+    job, stages = context.job, context.part(_STAGES)
+    wanted, calibration = wanted_formats(job, menu), with_token_importance(context, sets["calibration"])
     found = measure(
         job.stream(),
         calibration,
@@ -123,20 +117,19 @@ def measure_job(
         job.stored_dtypes,
         job.batch_size,
         job.config.seed,
-        reporter.progress,
-        stages,
+        stages.reporter.progress,
+        stages.saved,
         refiner=_refiner(job, calibration.tokens),
         metrics=metrics,
     )
     curvature = input_fisher_fields(found)
     settings: dict[str, float | int | str] = {}
     if "hawq" in job.config.measured_extras or job.config.eigenvalues:
-        scores, fields, settings = measure_curvature(job, sets["scoring"].tokens, found.error_norms, reporter, stages)
+        scores, fields, settings = measure_curvature(stages, sets["scoring"].tokens, found.error_norms)
         found.scores.update(scores)
         curvature = {unit: values | fields[unit] for unit, values in curvature.items()}
     if "kl" in job.config.measured_extras:
-        rows = calibration, sets["scoring"]
-        found.scores["kl"] = single_unit_scores(job, wanted, *rows, reporter, stages.part("kl"))
+        found.scores["kl"] = single_unit_scores(stages.part("kl"), wanted, calibration, sets["scoring"])
     table = SensitivityTable(
         scores=found.scores,
         rounding=job.config.rounding,
@@ -168,15 +161,9 @@ def _settings(job: Job, sets: dict[str, Rows], found: Measurement) -> dict[str, 
     }
 
 
-def single_unit_scores(
-    job: Job,
-    menu: Menu,
-    calibration: Rows,
-    rows: Rows,
-    reporter: Reporter,
-    saved: Saved = NOTHING_SAVED,
-) -> UnitScores:
+def single_unit_scores(context: RunContext, menu: Menu, calibration: Rows, rows: Rows) -> UnitScores:
     """Metric ``kl``: the divergence on ``rows`` with one unit quantized, by unit and format label."""
+    job = context.job
     return single_unit_divergence(
         job.stream(),
         calibration,
@@ -185,8 +172,8 @@ def single_unit_scores(
         job.method,
         job.stored_dtypes,
         job.batch_size,
-        reporter.progress,
-        saved,
+        context.reporter.progress,
+        context.saved,
         _refiner(job, calibration.tokens),
     )
 
@@ -206,22 +193,19 @@ def input_fisher_fields(measurement: Measurement) -> Fields:
 
 
 def measure_curvature(
-    job: Job,
+    context: RunContext,
     rows: Tensor,
     error_norms: Mapping[str, Mapping[str, float]],
-    reporter: Reporter,
-    saved: Saved = NOTHING_SAVED,
 ) -> tuple[dict[str, UnitScores], Fields, dict[str, float | int | str]]:
     """Scores ``hawq`` and curvature by unit where that is wanted, eigenvalues likewise, and the settings of both.
 
     Args:
-        job: The checkpoint; it computes in float32 here, whatever its own dtype.
+        context: The run; its model computes in float32 here, whatever its own dtype, and its store keeps traces and
+            eigenvalues when they are complete.
         rows: Scoring rows.
         error_norms: ‖D‖² by linear and format label.
-        reporter: Narration.
-        saved: Keeps traces and eigenvalues when they are complete.
     """
-    config = job.config
+    job, config, saved, progress = context.job, context.job.config, context.saved, context.reporter.progress
     curvature = Curvature(job.stream(dtype=torch.float32), rows, config.seed)
     scores: dict[str, UnitScores] = {}
     fields: Fields = {unit.name: {} for unit in job.units}
@@ -229,7 +213,7 @@ def measure_curvature(
     if "hawq" in config.measured_extras:
         known = saved.load("traces")
         if known is None:
-            known = curvature_fields(curvature, job.units, config.probes, config.seed, reporter.progress)
+            known = curvature_fields(curvature, job.units, config.probes, config.seed, progress)
             saved.save("traces", known)
         traces, found = known
         scores["hawq"] = hawq_scores(job.units, traces, error_norms)
@@ -238,7 +222,7 @@ def measure_curvature(
     if config.eigenvalues:
         found = saved.load("eigenvalues")
         if found is None:
-            found = top_eigenvalues(curvature, job.units, config.eigenvalues, config.seed, reporter.progress)
+            found = top_eigenvalues(curvature, job.units, config.eigenvalues, config.seed, progress)
             saved.save("eigenvalues", found)
         fields = {unit: values | found[unit] for unit, values in fields.items()}
         settings |= {"eigenvalue_iterations": config.eigenvalues, "eigenvalue_subsets": min(SUBSETS, len(rows))}

@@ -14,10 +14,9 @@ from hawqtool.data.sources import open_source
 from hawqtool.data.tokens import overlap, source_rows
 from hawqtool.errors import InputError, UsageError
 from hawqtool.pipeline.run.checkpoints import SAMPLED
+from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.job import Job
 from hawqtool.records import Rows
-from hawqtool.runtime.reporter import Reporter
-from hawqtool.runtime.store import NOTHING_SAVED, Saved
 
 ROLES = ("calibration", "scoring", "selection", "report")
 _SMALLEST_SET, _SCORING_SET, _SHORT_ROW, _FEWEST_REPORT_ROWS = 8, 16, 512, 2
@@ -41,20 +40,20 @@ def row_counts(num_samples: int, eval_samples: int, separate_report: bool, lengt
     return counts if separate_report else counts | {"report": eval_samples}
 
 
-def gather_rows(job: Job, reporter: Reporter, saved: Saved = NOTHING_SAVED) -> dict[str, Rows]:
+def gather_rows(context: RunContext) -> dict[str, Rows]:
     """Cut or sample the calibration, scoring, selection and report rows; sampled ones are saved, and read from there.
 
     Raises:
         UsageError: If a source's weight is so small that it gives no row.
         InputError: If a source holds too little text, or sets overlap.
     """
-    config = job.config
+    job, config = context.job, context.job.config
     check_calibration(job)
     length = None if job.takes_images else job.seq_len
     counts = row_counts(job.num_samples, config.eval_samples, config.eval_data is not None, length)
     # Text first: what is wrong with it shows before minutes go into sampling.
     report = {} if config.eval_data is None else {"report": evaluation_rows(job, config.eval_data)}
-    sets = calibration_rows(job, counts, reporter, saved) | report
+    sets = calibration_rows(context, counts) | report
     shared = overlap(sets)
     if shared:
         raise InputError(
@@ -64,22 +63,20 @@ def gather_rows(job: Job, reporter: Reporter, saved: Saved = NOTHING_SAVED) -> d
     return sets
 
 
-def calibration_rows(
-    job: Job, counts: dict[str, int], reporter: Reporter, saved: Saved = NOTHING_SAVED
-) -> dict[str, Rows]:
+def calibration_rows(context: RunContext, counts: dict[str, int]) -> dict[str, Rows]:
     """Sets of so many rows from the calibration sources.
 
     Raises:
         UsageError: If a source's weight is so small that it gives no row.
         InputError: If a source holds too little text.
     """
-    config = job.config
+    job, config = context.job, context.job.config
     names, weights = zip(*config.calibration_weights.items(), strict=True)
     shares = dict(zip(names, quotas(counts, weights), strict=True))
     sources = {name: _given_source(job, name, quota) for name, quota in shares.items() if name != SELF}
     require_rows(list(sources.values()))
     if SELF in shares:
-        sources[SELF] = _sampled_source(job, shares[SELF], reporter, saved)
+        sources[SELF] = _sampled_source(context, shares[SELF])
     return mix_rows([sources[name] for name in names])
 
 
@@ -125,19 +122,15 @@ def _rows(job: Job, text: str, count: int, seed: int) -> tuple[str, Tensor]:
     return source.title, _known(job, rows)
 
 
-def _sampled_source(job: Job, quota: dict[str, int], reporter: Reporter, saved: Saved) -> SourceRows:
-    count = _needed(SELF, quota)
-    known = saved.load(SAMPLED)
+def _sampled_source(context: RunContext, quota: dict[str, int]) -> SourceRows:
+    job, count = context.job, _needed(SELF, quota)
+    known = context.saved.load(SAMPLED)
     if known is not None:
         return SourceRows(SELF, known, quota)
-    reporter.say(f"sampling {count} rows of {job.seq_len} tokens from the model")
+    context.reporter.say(f"sampling {count} rows of {job.seq_len} tokens from the model")
     model = SampledModel(job.index.folder, job.tokenizer(), job.device, job.dtype, job.source.runs_code)
-
-    def tell(done: int, total: int) -> None:
-        reporter.progress("sampling tokens", done, total)
-
-    tokens = generate_rows(model, count, job.seq_len, job.config.seed, tell)
-    saved.save(SAMPLED, tokens)
+    tokens = generate_rows(model, count, job.seq_len, job.config.seed, context.progress("sampling tokens"))
+    context.saved.save(SAMPLED, tokens)
     return SourceRows(SELF, tokens, quota)
 
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from hawqtool.pipeline.run.job import Job
+from hawqtool.pipeline.run.context import RunContext
 from hawqtool.records import Rows
-from hawqtool.runtime.reporter import Reporter
-from hawqtool.runtime.store import NOTHING_SAVED, Saved
 from hawqtool.sensitivity.token_importance import token_importance
 
 _KEY = "token-importance"
@@ -18,18 +16,17 @@ _CPU_BYTES = 2 << 30
 """Most bytes of hidden states that are kept together where no limit was given."""
 
 
-def with_token_importance(job: Job, rows: Rows, reporter: Reporter, saved: Saved = NOTHING_SAVED) -> Rows:
+def with_token_importance(context: RunContext, rows: Rows) -> Rows:
     """The calibration rows with the weights of their tokens, where the configuration wants them and they have none.
 
     Args:
-        job: The model.
+        context: The run, whose store keeps the weights.
         rows: Calibration rows.
-        reporter: Progress.
-        saved: Keeps the weights.
     """
+    job = context.job
     if not job.uses_token_importance or rows.weights is not None:
         return rows
-    weights = saved.load(_KEY)
+    weights = context.saved.load(_KEY)
     if weights is None:
         weights = token_importance(
             job.stream(),
@@ -37,7 +34,7 @@ def with_token_importance(job: Job, rows: Rows, reporter: Reporter, saved: Saved
             min(_ROWS_PER_SLICE[job.device.type], job.batch_size),
             _CPU_BYTES if job.offload is None else job.offload.memory_bytes,
             job.config.seed,
-            lambda done, total: reporter.progress("token importance", done, total),
+            context.progress("token importance"),
         )
-        saved.save(_KEY, dict(weights))
+        context.saved.save(_KEY, dict(weights))
     return replace(rows, weights=weights)

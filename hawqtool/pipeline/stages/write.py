@@ -15,13 +15,13 @@ from hawqtool.export.background_writer import BackgroundWriter
 from hawqtool.export.compressed_tensors import quantization_config
 from hawqtool.export.layout import Layout
 from hawqtool.export.writer import CheckpointWriter, intact, unfinished_reader, write_config
+from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.files import PART, plan_document, write_json
 from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.stages.distill import Written, distill_folder, learned_names
 from hawqtool.pipeline.stages.round_blocks import Findings, Finished, round_blocks
 from hawqtool.records import BitPlan, BlockSpec, Rows
-from hawqtool.runtime.reporter import Reporter
-from hawqtool.runtime.store import NOTHING_SAVED, Saved
+from hawqtool.runtime.store import Saved
 
 ROUNDING = "rounding"
 """Key under which the result of a rounding is saved."""
@@ -30,13 +30,11 @@ _WRITTEN = "written"
 
 
 def round_to_folder(
-    job: Job,
+    context: RunContext,
     plan: BitPlan,
     rows: Rows,
     folder: Path,
-    reporter: Reporter,
     label: str,
-    saved: Saved = NOTHING_SAVED,
 ) -> dict[str, Any]:
     """Round every layer by plan on the quantized prefix and write a packed checkpoint with its records.
 
@@ -44,14 +42,12 @@ def round_to_folder(
     are not rounded again, and those behind which hidden states were kept are not walked either.
 
     Args:
-        job: The model.
+        context: The run; its store keeps what is known of finished blocks, and at the end the result.
         plan: Formats by unit.
         rows: Rounding rows.
         folder: Folder to create; holds weights, config.json, ``reproduce/plan.json`` and ``checksums.json``. Until it
             is complete its name ends in ``.part``.
-        reporter: Progress.
         label: Name of the plan in the progress.
-        saved: Keeps what is known of finished blocks, and at the end the result.
 
     Returns:
         ``layers`` (metrics by layer), ``refinement`` (what it changed by block), ``distillation`` (what it changed in
@@ -59,24 +55,25 @@ def round_to_folder(
     """
     start = time.perf_counter()
     part = folder.with_name(f"{folder.name}{PART}")
-    layout, blocks, learning = job.layout(plan.formats), saved.part("block"), saved.part("distill")
-    written, distillation = _known(layout, part, learning), {}
+    job, layout = context.job, context.job.layout(plan.formats)
+    blocks, learning = context.part("block"), context.part("distill")
+    written, distillation = _known(layout, part, learning.saved), {}
     if written is None:
-        written = _write_blocks(job, plan, layout, part, rows, reporter, label, blocks)
+        written = _write_blocks(blocks, plan, layout, part, rows, label)
     if job.config.distill_steps:
-        learning.save(_WRITTEN, vars(written))
-        learned = distill_folder(job, plan, layout, part, written, rows.tokens, reporter, label, learning)
+        learning.saved.save(_WRITTEN, vars(written))
+        learned = distill_folder(learning, plan, layout, part, written, rows.tokens, label)
         distillation = learned.record
     with disk_errors(part):
         _write_records(job, plan, part, written, layout.total_bytes)
     seconds = written.seconds + time.perf_counter() - start
     findings = {"layers": written.layers, "refinement": written.refinement, "distillation": distillation}
     result = findings | {"seconds": seconds, "total_bytes": layout.total_bytes}
-    saved.save(ROUNDING, result)
+    context.saved.save(ROUNDING, result)
     with disk_errors(folder):
         part.rename(folder)
     for finished in (blocks, learning):
-        finished.drop()
+        finished.saved.drop()
     return result
 
 
@@ -92,17 +89,16 @@ def _known(layout: Layout, part: Path, learning: Saved) -> Written | None:
 
 
 def _write_blocks(
-    job: Job,
+    context: RunContext,
     plan: BitPlan,
     layout: Layout,
     part: Path,
     rows: Rows,
-    reporter: Reporter,
     label: str,
-    blocks: Saved,
 ) -> Written:
-    """Round the blocks that are not finished, and write; the seconds are those of interrupted attempts."""
+    """Round the blocks that are not finished, and write; the seconds are those before an interruption."""
     start = time.perf_counter()
+    job, blocks = context.job, context.saved
     reader = unfinished_reader(layout, part)
     done = [] if reader is None else _intact_blocks(job, reader, blocks)
     if not done:
@@ -123,7 +119,7 @@ def _write_blocks(
             blocks.save(str(spec.index), vars(found) | {"checksums": checksums, "seconds": seconds})
 
         finished = _finished(reader, done, blocks)
-        found = round_blocks(job, plan.formats, rows, sink, reporter, label, finished=finished, keep=keep)
+        found = round_blocks(job, plan.formats, rows, sink, context.reporter, label, finished=finished, keep=keep)
     return Written(writer.checksums, sorted(writer.changed), found.layers, found.refinement, earlier)
 
 

@@ -19,6 +19,7 @@ from hawqtool.errors import NumericalError, UsageError
 from hawqtool.export.packed_reader import PackedReader
 from hawqtool.export.verify import verify_folder
 from hawqtool.export.writer import CheckpointWriter
+from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.files import parse_sensitivity
 from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.run.menu import budget_bytes, job_menu, unquantized_bytes
@@ -136,9 +137,9 @@ class Benchmark:
         """Weights of the tokens; those of the rows behind the scores are made beside the clock."""
         clock = BlockClock()
         found, self.rows["calibration"] = self._timed(
-            "weigh", lambda: with_token_importance(self.job, self.rows["calibration"], clock)
+            "weigh", lambda: with_token_importance(RunContext(self.job, clock), self.rows["calibration"])
         )
-        self.rows["measuring"] = with_token_importance(self.job, self.rows["measuring"], Silent())
+        self.rows["measuring"] = with_token_importance(RunContext(self.job), self.rows["measuring"])
         found.per_block = found.seconds / self.blocks
         found.floor = importance_floor(self.job, self.rates, len(self.rows["calibration"].tokens), self._seq_len)
         return found
@@ -148,7 +149,7 @@ class Benchmark:
         recorder = StageRecorder(self.job.device)
         sets = {"calibration": self.rows["measuring"], "scoring": self.rows["scoring"]}
         job = replace(self.job, recorder=recorder)
-        found, self._document = self._timed("measure", lambda: measure_job(job, menu, sets, clock))
+        found, self._document = self._timed("measure", lambda: measure_job(RunContext(job, clock), menu, sets))
         found.per_block = clock.per_block() or found.seconds / self.blocks
         counts = [len(rows.tokens) for rows in sets.values()]
         found.floor = measuring_floor(self.job, self.rates, counts, self._seq_len, menu)
@@ -159,7 +160,7 @@ class Benchmark:
         if self._document is None:
             raise UsageError("stage allocate needs the scores of stage measure; name both")
         table = parse_sensitivity(self._document, "the measurement")[0]
-        allocator = Planner(self.job, table, self._document)
+        allocator = Planner(RunContext(self.job), table, self._document)
         found, self.plan = self._timed("allocate", lambda: allocator.plan(self._budget()))
         return found
 
@@ -169,7 +170,7 @@ class Benchmark:
         recorder, clock = StageRecorder(self.job.device), BlockClock()
         job, rows = replace(self.job, recorder=recorder), self.rows["calibration"]
         found, result = self._timed(
-            "round", lambda: round_to_folder(job, self.plan, rows, self._written, clock, "benchmark")
+            "round", lambda: round_to_folder(RunContext(job, clock), self.plan, rows, self._written, "benchmark")
         )
         self._layers = result["layers"]
         packed = self.plan.stored_bytes / self.blocks

@@ -16,6 +16,7 @@ from hawqtool.allocation.uniform import neighbours
 from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.evaluation.divergence import OutputComparison, interpolate_log, standard_error
 from hawqtool.formats import parse_label
+from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.search.planner import allocate
 from hawqtool.pipeline.search.width_swap import neighbouring, swap_widths
@@ -125,8 +126,9 @@ class PlanEvaluator:
         self.evaluate(candidate)
         quantized = job.stream(Overlay(TensorReader(job.index), self.weights))
         menu = neighbouring(self.setting.menu, candidate.formats, set())
-        rows = self.setting.calibration, self.setting.scoring.tokens
-        plan, scores = swap_widths(job, quantized, candidate.formats, menu, *rows, budget, expected, self.reporter)
+        sets = {"calibration": self.setting.calibration, "scoring": self.setting.scoring}
+        context = RunContext(job, self.reporter)
+        plan, scores = swap_widths(context, quantized, candidate.formats, menu, sets, budget, expected)
         return plan.formats, scores
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from hawqtool.formats import parse_label
+from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.stages.measure import measure_curvature, single_unit_scores
 from hawqtool.records import SWEEP_METRICS, UnitScores
 from hawqtool.runtime.reporter import Reporter
@@ -41,12 +42,12 @@ def _sweeps(setting: Setting, metrics: Sequence[str], reporter: Reporter) -> Mea
 
 
 def _kl(setting: Setting, _: Measurement, reporter: Reporter) -> UnitScores:
-    return single_unit_scores(setting.job, setting.menu, setting.calibration, setting.scoring, reporter)
+    return single_unit_scores(RunContext(setting.job, reporter), setting.menu, setting.calibration, setting.scoring)
 
 
 def _hawq(setting: Setting, swept: Measurement, reporter: Reporter) -> UnitScores:
     job = replace(setting.job, config=setting.job.config.model_copy(update={"extra_metrics": ("hawq",)}))
-    return measure_curvature(job, setting.scoring.tokens, swept.error_norms, reporter)[0]["hawq"]
+    return measure_curvature(RunContext(job, reporter), setting.scoring.tokens, swept.error_norms)[0]["hawq"]
 
 
 EXTRAS: dict[str, Callable[[Setting, Measurement, Reporter], UnitScores]] = {"hawq": _hawq, "kl": _kl}
@@ -77,7 +78,9 @@ def measure_scores(setting: Setting, metrics: Sequence[str], findings: Findings,
 def measure_truth(setting: Setting, findings: Findings, reporter: Reporter) -> None:
     """Divergence with one unit quantized, on the held-out rows."""
     if findings.data["truth"] is None:
-        found = single_unit_scores(setting.job, setting.menu, setting.calibration, setting.heldout, reporter)
+        found = single_unit_scores(
+            RunContext(setting.job, reporter), setting.menu, setting.calibration, setting.heldout
+        )
         findings.data["truth"] = pairs_of_scores(found)
         findings.save()
 

@@ -15,6 +15,7 @@ from hawqtool.checkpoint.index import fingerprint
 from hawqtool.config import RunConfig
 from hawqtool.data.tokens import fingerprint as rows_fingerprint
 from hawqtool.errors import InputError, UsageError
+from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.files import read_json, write_json
 from hawqtool.pipeline.run.job import Job, prepare
 from hawqtool.pipeline.run.menu import format_menu
@@ -99,12 +100,12 @@ def prepare_setting(
     others = -(-scoring * scoring_len // length)
     extra = max(0, others - 2 * max(8, wanted // 16))
     job = prepare(RunConfig(**{**values, "num_samples": wanted + extra}), reporter)
-    sets = gather_rows(job, reporter)
+    sets = gather_rows(RunContext(job, reporter))
     source, tokens = sets["calibration"].source, sets["calibration"].tokens
     rest = torch.cat([tokens[wanted:], sets["scoring"].tokens, sets["selection"].tokens])
     parts = tokens[:wanted], rest.reshape(-1, scoring_len)[:scoring]
     calibration, judged = (Rows(part.clone(), source, rows_fingerprint(part)) for part in parts)
-    return Setting(job, with_token_importance(job, calibration, reporter), judged, sets["report"], bits)
+    return Setting(job, with_token_importance(RunContext(job, reporter), calibration), judged, sets["report"], bits)
 
 
 class Findings:

@@ -15,6 +15,7 @@ from hawqtool.config import RunConfig
 from hawqtool.errors import InputError
 from hawqtool.evaluation.divergence import OutputComparison
 from hawqtool.export.packed_reader import PackedReader
+from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.job import Job, prepare
 from hawqtool.pipeline.stages.refine import BlockRefiner, split_rows
 from hawqtool.pipeline.stages.token_importance import with_token_importance
@@ -26,7 +27,6 @@ from hawqtool.rounding.layer import round_group
 from hawqtool.rounding.learned.block import Schedule
 from hawqtool.rounding.method import Task
 from hawqtool.rounding.statistics import SETTINGS_HELD_OUT_EVERY, GroupStatistics
-from hawqtool.runtime.reporter import Silent
 from hawqtool.sensitivity import token_importance as weighing_sweeps
 from hawqtool.sensitivity.label_gradients import draw_labels
 from hawqtool.streaming import stream as sweep
@@ -198,7 +198,7 @@ def test_other_tokens_than_were_weighed_are_refused(job: Job) -> None:
 def rounded(job: Job, rows: Rows, folder: Path) -> dict[str, Tensor]:
     formats = menu_of(job, 3)
     plan = BitPlan(formats, stored_bytes(job.units, formats), sum(unit.num_weights for unit in job.units))
-    round_to_folder(job, plan, rows, folder, Silent(), "test")
+    round_to_folder(RunContext(job), plan, rows, folder, "test")
     return {name: PackedReader(folder).codes(name)[0] for name in job.structure.linears}
 
 
@@ -209,7 +209,7 @@ def test_all_roundings_use_them(tmp_path: Path, steps: int) -> None:
     codes = {}
     for kind in ("none", "gradient"):
         job = make_job(source, token_importance=kind, refine_steps=steps)
-        rows = with_token_importance(job, Rows(TOKENS, "test", "-"), Silent())
+        rows = with_token_importance(RunContext(job), Rows(TOKENS, "test", "-"))
         assert (rows.weights is None) == (kind == "none")
         codes[kind] = rounded(job, rows, tmp_path / kind)
     assert any(not torch.equal(codes["none"][name], codes["gradient"][name]) for name in codes["none"])
@@ -237,7 +237,7 @@ def test_other_kinds_of_models(name: str, tmp_path: Path) -> None:
     kind = kind_named(name)
     job = make_job(save_kind(kind, tmp_path / name), profile="vllm")
     rows = calibration_inputs(kind)
-    found = with_token_importance(job, Rows(rows, "test", "-"), Silent()).weights
+    found = with_token_importance(RunContext(job), Rows(rows, "test", "-")).weights
     assert found is not None
     assert set(found) == {name for name in job.structure.linears if ".experts." not in name}
     assert all(float(w.mean()) == pytest.approx(1, rel=1e-5) and len(w) == len(rows) for w in found.values())

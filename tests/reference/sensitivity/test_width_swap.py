@@ -13,6 +13,7 @@ from hawqtool.allocation.problem import stored_bytes
 from hawqtool.config import RunConfig
 from hawqtool.evaluation.divergence import kl_divergence
 from hawqtool.formats import QuantFormat
+from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.job import Job, prepare
 from hawqtool.pipeline.search.trials import TrialRunner
 from hawqtool.pipeline.stages.rows import gather_rows
@@ -21,7 +22,6 @@ from hawqtool.rounding.factor import factorize
 from hawqtool.rounding.grid import dequantize
 from hawqtool.rounding.layer import round_group
 from hawqtool.rounding.method import Task
-from hawqtool.runtime.reporter import Silent
 from hawqtool.sensitivity.width_swap import swap_divergence
 from hawqtool.streaming.stream import ModelStream
 from tests.support.runs import random_text
@@ -66,10 +66,10 @@ def test_a_swap_is_a_whole_model_with_one_unit_changed(
     job: Job, tmp_path: Path, together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ModelStream, "rows_together", lambda *_: together)
-    sets = gather_rows(job, Silent())
+    sets = gather_rows(RunContext(job))
     formats = {unit.name: QuantFormat(3, 32) for unit in job.units}
     plan = BitPlan(formats, stored_bytes(job.units, formats), sum(u.num_weights for u in job.units))
-    runner = TrialRunner(job, sets, tmp_path / "work", Silent(), {})
+    runner = TrialRunner(RunContext(job), sets, tmp_path / "work", {})
     folder = runner.run_trial("uniform", plan).folder
     menu = {unit.name: (QuantFormat(2, 32), QuantFormat(4, 32)) for unit in job.units}
     tokens = {role: sets[role].tokens for role in ("calibration", "scoring")}
@@ -112,10 +112,10 @@ def test_a_swap_is_a_whole_model_with_one_unit_changed(
 def test_a_swap_for_the_present_format_changes_nothing(job: Job, values: dict[str, Any], tmp_path: Path) -> None:
     """Only so if drift and held-out rows are those of the rounding of the plan."""
     corrected = replace(job, config=job.config.model_copy(update=values))
-    sets = gather_rows(job, Silent())
+    sets = gather_rows(RunContext(job))
     formats = {unit.name: QuantFormat(3, 32) for unit in job.units}
     plan = BitPlan(formats, stored_bytes(job.units, formats), sum(u.num_weights for u in job.units))
-    folder = TrialRunner(corrected, sets, tmp_path / "work", Silent(), {}).run_trial("uniform", plan).folder
+    folder = TrialRunner(RunContext(corrected), sets, tmp_path / "work", {}).run_trial("uniform", plan).folder
     menu = {unit: (fmt,) for unit, fmt in formats.items()}
     changes = []
     for method in (corrected.method, job.method):

@@ -14,6 +14,7 @@ from hawqtool.allocation.problem import stored_bytes
 from hawqtool.allocation.uniform import uniform_formats
 from hawqtool.config import RunConfig
 from hawqtool.export.packed_reader import PackedReader
+from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.job import Job, prepare
 from hawqtool.pipeline.stages.write import round_to_folder
 from hawqtool.records import BitPlan, BlockSpec, LinearSpec, Rows
@@ -23,7 +24,6 @@ from hawqtool.rounding.grid import dequantize, nearest_codes, search_scales
 from hawqtool.rounding.layer import round_layers
 from hawqtool.rounding.method import Task
 from hawqtool.rounding.statistics import GroupStatistics
-from hawqtool.runtime.reporter import Silent
 from hawqtool.streaming.block import read_weight, replace_weight
 from hawqtool.streaming.input_statistics import collect_statistics
 from tests.support.tiny import CONFIGS, tiny_model
@@ -116,11 +116,11 @@ def test_codes_equal_a_sequential_replay(kind: str, tmp_path: Path) -> None:
     plan = mixed_plan(whole)
     expected, quantized = replay(whole, plan)
     assert set(expected) == set(whole.structure.linears)
-    round_to_folder(whole, plan, ROWS, tmp_path / "whole", Silent(), "test")
+    round_to_folder(RunContext(whole), plan, ROWS, tmp_path / "whole", "test")
     shares = equal_share(expected, tmp_path / "whole")
     assert min(shares.values()) >= 0.999, shares
 
-    round_to_folder(sliced, plan, ROWS, tmp_path / "sliced", Silent(), "test")
+    round_to_folder(RunContext(sliced), plan, ROWS, tmp_path / "sliced", "test")
     shares = equal_share(expected, tmp_path / "sliced")
     assert sum(shares.values()) / len(shares) >= 0.95, shares
     original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
@@ -136,7 +136,7 @@ def test_a_block_sees_the_rounding_of_the_blocks_before_it(tmp_path: Path) -> No
     wider = BitPlan(plan.formats | {first: uniform_formats(job.units, 8, 32)[first]}, 0, plan.num_weights)
     codes = []
     for name, item in (("a", plan), ("b", wider)):
-        round_to_folder(job, item, ROWS, tmp_path / name, Silent(), name)
+        round_to_folder(RunContext(job), item, ROWS, tmp_path / name, name)
         codes.append(PackedReader(tmp_path / name).codes("model.layers.1.mlp.down_proj")[0])
     assert float((codes[0] != codes[1]).float().mean()) > 0.001
 

@@ -1,0 +1,34 @@
+"""What every stage of a run is given: the job, whom to tell of it, and where finished work is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from hawqtool.pipeline.run.job import Job
+from hawqtool.runtime.reporter import Reporter, Silent
+from hawqtool.runtime.store import NOTHING_SAVED, Saved
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """A job with its reporter and its store.
+
+    Args:
+        job: The model.
+        reporter: Narration and progress (default: none).
+        saved: Keeps finished work for a run that resumes (default: nothing is kept).
+    """
+
+    job: Job
+    reporter: Reporter = field(default_factory=Silent)
+    saved: Saved = NOTHING_SAVED
+
+    def part(self, name: str) -> RunContext:
+        """The same with keys of its own for one part of the work."""
+        return replace(self, saved=self.saved.part(name))
+
+    def progress(self, stage: str) -> Callable[[int, int], None]:
+        """Reports ``done`` of ``total`` steps of a stage."""
+        return partial(self.reporter.progress, stage)
