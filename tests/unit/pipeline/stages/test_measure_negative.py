@@ -32,12 +32,12 @@ def test_the_warning_counts_units_and_names_the_first() -> None:
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A model whose second and later units are given traces below zero."""
 
-    def negative(job: Any, _rows: Any, norms: Any, *_: Any) -> Any:
+    def negative(context: Any, _rows: Any, norms: Any, *_: Any) -> Any:
         scores = {
             unit.name: {label: Score(float(1 - 2 * bool(place)), 0.1) for label in norms[unit.members[0].name]}
-            for place, unit in enumerate(job.units)
+            for place, unit in enumerate(context.job.units)
         }
-        return {"hawq": scores}, {unit.name: {} for unit in job.units}, {}
+        return {"hawq": scores}, {unit.name: {} for unit in context.job.units}, {}
 
     monkeypatch.setattr(measuring, "measure_curvature", negative)
     return tiny_model("llama", tmp_path / "model")
