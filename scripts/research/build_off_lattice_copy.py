@@ -1,7 +1,7 @@
-"""Build the twin of a Llama-type model: the same function, with every weight moved off its lattice.
+"""Build the off-lattice copy of a Llama-type model: the same function, with every weight moved off its lattice.
 
 Checkpoints that were dequantized from a 4-bit file hold few distinct values per group, which flatters some
-roundings. The twin computes the same function with ordinary weights: the gains of the norms are folded
+roundings. The copy computes the same function with ordinary weights: the gains of the norms are folded
 into the linears behind them, random pairs of residual channels are rotated (an RMSNorm of unit gain commutes
 with any orthogonal matrix), and the head gets its own weight.
 
@@ -104,9 +104,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Command line without the program name (default: ``sys.argv[1:]``).
 
     Returns:
-        Exit code: 0, 1 when the twin is not the same function, 4 when the model is not supported.
+        Exit code: 0, 1 when the copy is not the same function, 4 when the model is not supported.
     """
-    parser = argparse.ArgumentParser(description="Build the twin of a Llama-type model.")
+    parser = argparse.ArgumentParser(description="Build the off-lattice copy of a Llama-type model.")
     parser.add_argument("model", type=Path, help="folder of the original")
     parser.add_argument("out", type=Path, help="folder to create (missing or empty)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the rotation (default: %(default)s)")
@@ -123,15 +123,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UnsupportedModelError as error:
         print(f"error: {error}", file=sys.stderr)
         return NOT_SUPPORTED
-    twin = build_off_lattice_copy(original, options.seed)
-    difference = relative_difference(original, twin)
+    copy = build_off_lattice_copy(original, options.seed)
+    difference = relative_difference(original, copy)
     print(f"max |logits difference| / std(logits), float32: {difference:.2e} (at most {TOLERANCE:.0e} accepted)")
     if not difference <= TOLERANCE:
-        print("error: the twin does not compute the same function; nothing was written", file=sys.stderr)
+        print("error: the copy does not compute the same function; nothing was written", file=sys.stderr)
         return FAILED
-    round_weights(twin, DTYPES[options.dtype])
-    print(f"the same with the weights rounded to {options.dtype}: {relative_difference(original, twin):.2e}")
-    save(twin.bfloat16() if options.dtype == "bfloat16" else twin, options.model, out)
+    round_weights(copy, DTYPES[options.dtype])
+    print(f"the same with the weights rounded to {options.dtype}: {relative_difference(original, copy):.2e}")
+    save(copy.bfloat16() if options.dtype == "bfloat16" else copy, options.model, out)
     print(f"{out}: built")
     return 0
 
@@ -154,7 +154,7 @@ def load_original(folder: Path) -> LlamaForCausalLM:
     if config.model_type != "llama":
         raise UnsupportedModelError(f"{folder} is a {config.model_type} model; only Llama-type models are supported")
     if getattr(config, "quantization_config", None) is not None:
-        raise UnsupportedModelError(f"{folder} is quantized; the twin is built from an unquantized model")
+        raise UnsupportedModelError(f"{folder} is quantized; the copy is built from an unquantized model")
     model: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.eval()
     return model
@@ -172,18 +172,18 @@ def build_off_lattice_copy(original: LlamaForCausalLM, seed: int) -> LlamaForCau
     """
     rotation = Rotation.random(original.config.hidden_size, seed)
     tensors = {name: tensor.double() for name, tensor in original.state_dict().items()}
-    twin_tensors = transform(tensors, original.config.num_hidden_layers, rotation)
+    copied_tensors = transform(tensors, original.config.num_hidden_layers, rotation)
     entries = original.config.to_dict() | {"tie_word_embeddings": False}
     entries.pop("_name_or_path", None)
-    twin = LlamaForCausalLM(LlamaConfig(**entries)).float()
-    twin.load_state_dict({name: tensor.float() for name, tensor in twin_tensors.items()})
-    twin.generation_config = original.generation_config
-    twin.eval()
-    return twin
+    copy = LlamaForCausalLM(LlamaConfig(**entries)).float()
+    copy.load_state_dict({name: tensor.float() for name, tensor in copied_tensors.items()})
+    copy.generation_config = original.generation_config
+    copy.eval()
+    return copy
 
 
 def transform(tensors: dict[str, Tensor], blocks: int, rotation: Rotation) -> dict[str, Tensor]:
-    """Tensors of the twin.
+    """Tensors of the copy.
 
     Args:
         tensors: Float64 tensors of the original by name, the head included.
@@ -237,12 +237,12 @@ def round_weights(model: LlamaForCausalLM, dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def relative_difference(original: LlamaForCausalLM, twin: LlamaForCausalLM) -> float:
+def relative_difference(original: LlamaForCausalLM, copy: LlamaForCausalLM) -> float:
     """Largest difference of logits on a short row of random tokens.
 
     Args:
         original: Float32 model.
-        twin: Float32 model to compare with it.
+        copy: Float32 model to compare with it.
 
     Returns:
         max |difference| / standard deviation of the original's logits.
@@ -250,15 +250,15 @@ def relative_difference(original: LlamaForCausalLM, twin: LlamaForCausalLM) -> f
     generator = torch.Generator().manual_seed(0)
     row = torch.randint(original.config.vocab_size, (1, CHECK_TOKENS), generator=generator)
     expected = original(input_ids=row, use_cache=False).logits
-    found = twin(input_ids=row, use_cache=False).logits
+    found = copy(input_ids=row, use_cache=False).logits
     return float((found - expected).abs().max() / expected.std())
 
 
-def save(twin: LlamaForCausalLM, model: Path, out: Path) -> None:
-    """Save the twin with the original's tokenizer; ``out`` appears only when everything is in it.
+def save(copy: LlamaForCausalLM, model: Path, out: Path) -> None:
+    """Save the copy with the original's tokenizer; ``out`` appears only when everything is in it.
 
     Args:
-        twin: Model in the stored dtype.
+        copy: Model in the stored dtype.
         model: Folder of the original.
         out: Folder to create.
     """
@@ -266,7 +266,7 @@ def save(twin: LlamaForCausalLM, model: Path, out: Path) -> None:
     unfinished = out.with_name(f".{out.name}.unfinished-{os.getpid()}")
     unfinished.mkdir()
     try:
-        twin.save_pretrained(unfinished)
+        copy.save_pretrained(unfinished)
         AutoTokenizer.from_pretrained(model).save_pretrained(unfinished)
         unfinished.replace(out)
     finally:

@@ -55,6 +55,12 @@ def broken_links(page: Path, text: str) -> list[str]:
     return wrong
 
 
+def lost_paths(root: Path, text: str) -> list[str]:
+    """Files of the project that a page names, in text or code, and that aren't there."""
+    named = re.findall(r"(?<![\w/.-])(?:scripts|configs|hawqtool|tests|docs)/[\w./-]*\w", text)
+    return [f"{name} is no file" for name in dict.fromkeys(named) if not (root / name).exists()]
+
+
 def commands(text: str) -> Iterator[list[str]]:
     """Arguments of every ``hawqtool`` command in the fenced blocks of a page, without comments and redirections."""
     for block in _FENCE.finditer(text):

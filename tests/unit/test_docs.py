@@ -15,6 +15,7 @@ from tests.support.pages import (
     broken_links,
     figures_without_origin,
     first_command_line,
+    lost_paths,
     refused_commands,
     sections,
     tables,
@@ -135,6 +136,11 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_are_named_exist(page: Path) -> None:
+    assert not lost_paths(ROOT, page.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_are_understood(page: Path, program: Any) -> None:
     assert not refused_commands(program, page.read_text(encoding="utf-8"))
 
@@ -179,6 +185,11 @@ PLANTED_LINKS = {
 @pytest.mark.parametrize("name", PLANTED_LINKS)
 def test_a_broken_link_is_found(name: str) -> None:
     assert broken_links(README, PLANTED_LINKS[name])
+
+
+def test_a_file_that_is_not_there_is_found() -> None:
+    assert lost_paths(ROOT, "Run `scripts/lost.py`.") == lost_paths(ROOT, "```\npython scripts/lost.py\n```")
+    assert lost_paths(ROOT, "Run scripts/lost.py.") and not lost_paths(ROOT, "see `scripts/test`, ./scripts/x, OUT/docs/y")
 
 
 def test_good_links_pass() -> None:
