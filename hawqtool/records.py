@@ -126,6 +126,21 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class MeasurementRows:
+    """Rows of a measurement, and how many of them go through the model together.
+
+    Args:
+        calibration: Rows behind the rounding.
+        scoring: Rows behind the scores, ``[rows, seq_len]`` tokens, or images; disjoint from the others.
+        batch_size: Rows per forward pass.
+    """
+
+    calibration: Rows
+    scoring: Tensor
+    batch_size: int
+
+
+@dataclass(frozen=True)
 class Score:
     """Predicted loss increase in nats per token of one unit in one format, with its standard error."""
 

@@ -19,6 +19,7 @@ from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.job import prepare
 from hawqtool.pipeline.stages.rows import calibration_rows, check_calibration
 from hawqtool.records import Rows
+from hawqtool.rounding.spec import RoundingSpec
 from hawqtool.runtime.reporter import Reporter
 from hawqtool.sensitivity.curvature.hvp import Curvature
 from hawqtool.sensitivity.curvature.loss_along_error import loss_along
@@ -115,9 +116,7 @@ def _loss(context: RunContext, sets: dict[str, Rows], width: int) -> dict[str, A
         job.stream(dtype=torch.float32),
         sets["calibration"].tokens if "calibration" in sets else None,
         sets["scoring"].tokens,
-        formats,
-        job.method,
-        job.stored_dtypes,
+        RoundingSpec.of_plan(job.method, formats, job.stored_dtypes),
         job.batch_size,
         context.reporter.progress,
     )

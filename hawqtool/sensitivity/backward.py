@@ -11,16 +11,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hawqtool.model.block import LoadedBlock
 from hawqtool.model.experts import ExpertLinear
 from hawqtool.model.replay import Call
 from hawqtool.records import BlockSpec, LinearSpec
 from hawqtool.sensitivity.scores import LayerRows
-from hawqtool.streaming.block import Activations, local_name, run_block
+from hawqtool.streaming.block import Activations
 
 
 def block_backward(
-    block: nn.Module,
-    spec: BlockSpec,
+    block: LoadedBlock,
     scoring: Activations,
     gradients: list[Tensor],
     outputs: int,
@@ -30,18 +30,20 @@ def block_backward(
 
     ``input_power`` gains each unit's squared gradients at its inputs, summed over the tokens of a row, ``[rows]``.
     """
-    seen: dict[str, tuple[list[Tensor], list[Tensor]]] = {linear.name: ([], []) for linear in spec.linears}
-    powers: dict[str, list[Tensor]] = {linear.unit: [] for linear in spec.linears}
-    before, reverse = [], _Reverse(block, spec)
+    seen: dict[str, tuple[list[Tensor], list[Tensor]]] = {linear.name: ([], []) for linear in block.spec.linears}
+    powers: dict[str, list[Tensor]] = {linear.unit: [] for linear in block.spec.linears}
+    before, reverse = [], _Reverse(block)
     for position, hidden in enumerate(scoring.hidden):
         rows, positions = hidden.shape[:2]
-        captured, found = reverse.run(hidden, scoring.calls[position][spec.index], gradients[position], _all_watched)
+        captured, found = reverse.run(
+            hidden, scoring.calls[position][block.spec.index], gradients[position], _all_watched
+        )
         before.append(found.pop(0))
         for name, call in captured.calls.items():
             for into, values in zip(seen[name], (call.x.detach(), found.pop(0)), strict=True):
                 into += _by_row(call.module, values, rows, positions)
         for name in seen.keys() - captured.calls.keys():  # an expert that no token of the batch was routed to
-            weight = block.get_parameter(f"{local_name(spec, _linear(spec, name))}.weight")
+            weight = block.parameter(_linear(block.spec, name))
             for into, width in zip(seen[name], reversed(weight.shape), strict=True):
                 into += [weight.new_zeros(0, width)] * rows
         totals = {unit: torch.zeros(rows, dtype=torch.float64) for unit in powers}
@@ -59,13 +61,12 @@ def block_backward(
 
 
 def token_powers(
-    block: nn.Module, spec: BlockSpec, seen: Activations, gradients: Sequence[Tensor]
+    block: LoadedBlock, seen: Activations, gradients: Sequence[Tensor]
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
     """‖g‖² of every token at the outputs of a block's linears, and the gradient at the block's input.
 
     Args:
         block: The loaded block.
-        spec: Its structure.
         seen: Hidden states before the block, in any dtype.
         gradients: Gradient at the block's output, per batch.
 
@@ -73,10 +74,12 @@ def token_powers(
         ``[rows, positions]`` float32 by the name of the linear. Experts are left out.
     """
     powers: dict[str, list[Tensor]] = {}
-    before, reverse = [], _Reverse(block, spec)
+    before, reverse = [], _Reverse(block)
     for position, hidden in enumerate(seen.hidden):
         rows, states = len(hidden), hidden.to(gradients[position].dtype)
-        captured, found = reverse.run(states, seen.calls[position][spec.index], gradients[position], _dense_outputs)
+        captured, found = reverse.run(
+            states, seen.calls[position][block.spec.index], gradients[position], _dense_outputs
+        )
         before.append(found.pop(0))
         for name, gradient in zip(_dense(captured), found, strict=True):
             norms = torch.linalg.vector_norm(gradient, dim=-1, dtype=_at_least_float32(gradient))
@@ -124,9 +127,8 @@ def _all_watched(captured: _Captured) -> list[Tensor]:
 class _Reverse:
     """Differentiates a block, batch by batch, without the product of its last linear where the block only adds it."""
 
-    def __init__(self, block: nn.Module, spec: BlockSpec) -> None:
-        self.block, self.spec = block, spec
-        self.last = last_linear(block, spec)
+    def __init__(self, block: LoadedBlock) -> None:
+        self.block, self.last = block, last_linear(block)
 
     def run(
         self, hidden: Tensor, call: Call, gradient: Tensor, watch: Callable[[_Captured], list[Tensor]]
@@ -153,13 +155,13 @@ class _Reverse:
         self, hidden: Tensor, call: Call, gradient: Tensor, watch: Callable[[_Captured], list[Tensor]]
     ) -> tuple[_Captured, list[Tensor]]:
         leaf = hidden.detach().requires_grad_()
-        with torch.enable_grad(), _captured(self.block, self.spec) as captured:
-            output = run_block(self.block, leaf, call)
+        with torch.enable_grad(), _captured(self.block) as captured:
+            output = self.block.run(leaf, call)
             return captured, list(torch.autograd.grad(output, [leaf, *watch(captured)], gradient))
 
 
 @contextmanager
-def _captured(block: nn.Module, spec: BlockSpec) -> Iterator[_Captured]:
+def _captured(block: LoadedBlock) -> Iterator[_Captured]:
     """Note what the block's linears are called with while the context lasts."""
     captured = _Captured({}, [])
 
@@ -175,8 +177,8 @@ def _captured(block: nn.Module, spec: BlockSpec) -> Iterator[_Captured]:
         captured.calls[name] = _Call(module, inputs[0], output)
 
     hooks = []
-    for linear in spec.linears:
-        module = block.get_submodule(local_name(spec, linear))
+    for linear in block.spec.linears:
+        module = block.linear(linear)
         hooks.append(module.register_forward_pre_hook(partial(share, unit=linear.unit)))
         hooks.append(module.register_forward_hook(partial(capture, name=linear.name)))
     try:
@@ -219,10 +221,10 @@ class _NoProduct(torch.autograd.Function):
         return gradients[0] @ weight, None
 
 
-def last_linear(block: nn.Module, spec: BlockSpec) -> nn.Linear | None:
+def last_linear(block: LoadedBlock) -> nn.Linear | None:
     """The linear that a block calls last, if it is a plain one and alone with its input."""
-    group = spec.input_groups[-1]
-    module = block.get_submodule(local_name(spec, group[0]))
+    group = block.spec.input_groups[-1]
+    module = block.linear(group[0])
     return module if len(group) == 1 and type(module) is nn.Linear else None
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, MutableSequence, Sequence
+from collections.abc import Callable, Iterator, MutableSequence, Sequence
 from copy import copy
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from hawqtool.model.block import LoadedBlock
 from hawqtool.records import BlockSpec, LinearSpec, Menu
+from hawqtool.rounding.spec import InputGroups
 from hawqtool.rounding.statistics import GroupStatistics
 from hawqtool.streaming.block import Activations, advance
 from hawqtool.streaming.input_statistics import equally_important, group_statistics
@@ -35,7 +37,7 @@ class Stored:
     calibration: MutableSequence[Tensor]
     scoring: MutableSequence[Tensor]
 
-    def statistics(self) -> Iterable[tuple[Sequence[LinearSpec], GroupStatistics]]:
+    def statistics(self) -> InputGroups:
         """Groups with their statistics, one in memory at a time; an empty list where none were kept."""
         return _each(self.grams) if self.grams else []
 
@@ -71,25 +73,23 @@ def forward_sweep(
         onward = goes_on and (spec.index < count - 1 or stream.structure.head is not None)
         with stream.block(spec.index) as block:
             if _keeps_statistics(groups, calibration):
-                found = group_statistics(block, spec, calibration, groups, whole=onward)
-                grams = [(group, _put_away(statistics, stream.offload)) for group, statistics in found]
+                collected = group_statistics(block, calibration, groups, whole=onward)
+                grams = [(group, _put_away(statistics, stream.offload)) for group, statistics in collected]
                 stored.append(Stored(grams, known, before))
             else:
                 stored.append(Stored([], copy(calibration.hidden), before))
                 if onward:
-                    advance(block, spec, calibration)
+                    advance(block, calibration)
             if goes_on:
-                advance(block, spec, scoring)
+                advance(block, scoring)
         progress("forward sweep", spec.index + 1, left)
     return stored
 
 
-def wanted_statistics(
-    block: nn.Module, spec: BlockSpec, calibration: Activations, menu: Menu
-) -> Iterable[tuple[Sequence[LinearSpec], GroupStatistics]]:
+def wanted_statistics(block: LoadedBlock, calibration: Activations, menu: Menu) -> InputGroups:
     """Statistics of the groups in which a unit has formats to score."""
-    groups = _wanted_groups(spec, menu)
-    return group_statistics(block, spec, calibration, groups) if groups else ()
+    groups = _wanted_groups(block.spec, menu)
+    return group_statistics(block, calibration, groups) if groups else ()
 
 
 def _wanted_groups(spec: BlockSpec, menu: Menu) -> list[Sequence[LinearSpec]]:

@@ -4,48 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from hawqtool.records import SWEEP_METRICS, BlockSpec, LinearSpec, Menu, Rows, Score, Unit, UnitScores
-from hawqtool.rounding.factor import factorize
-from hawqtool.rounding.grid import dequantize
-from hawqtool.rounding.layer import round_group
-from hawqtool.rounding.learned.fake_quant import InitialRounding
-from hawqtool.rounding.method import RoundingMethod, Task
-from hawqtool.rounding.statistics import GroupStatistics
+from hawqtool.model.block import LoadedBlock
+from hawqtool.records import SWEEP_METRICS, BlockSpec, LinearSpec, MeasurementRows, Score, Unit, UnitScores
+from hawqtool.rounding.spec import RoundingErrors, RoundingSpec
 from hawqtool.runtime.store import NOTHING_SAVED, Saved
 from hawqtool.sensitivity.backward import block_backward
 from hawqtool.sensitivity.forward import Progress, forward_sweep, wanted_statistics
 from hawqtool.sensitivity.gradient_limit import GRADIENT_LIMIT, GradientLimit
 from hawqtool.sensitivity.label_gradients import head_rows, loss_gradients
 from hawqtool.sensitivity.scores import SIGNED, LayerRows, RowValues, add_rows, mean_score, score_rows, to_scores
-from hawqtool.streaming.block import Activations, check_states, read_weight
+from hawqtool.streaming.block import Activations, check_states
 from hawqtool.streaming.input_statistics import group_statistics
 from hawqtool.streaming.stream import ModelStream
 
 _SWEEP = "reverse-sweep"
-
-InitialRoundings = dict[str, dict[str, InitialRounding]]
-"""Rounded layers by linear and format label."""
-
-
-class Refiner(Protocol):
-    """Improves the roundings of a block, each format by itself, as refinement will."""
-
-    def __call__(
-        self, block: nn.Module, spec: BlockSpec, hidden: Sequence[Tensor], starts: InitialRoundings
-    ) -> InitialRoundings:
-        """Roundings that take the place of ``starts``.
-
-        Args:
-            block: The loaded block of the original model; it stays as it is.
-            spec: Its structure.
-            hidden: The original's hidden states before the block on all calibration rows, by batch.
-            starts: What rounding gave.
-        """
 
 
 @dataclass(frozen=True)
@@ -71,75 +48,79 @@ class Measurement:
     shortened_rows: int
 
 
+@dataclass(frozen=True)
+class SweepSettings:
+    """Settings of the two sweeps.
+
+    Args:
+        seed: Seed of the sampled labels.
+        gradient_limit: See `GradientLimit`; infinite for gradients as they are.
+        metrics: Of those that one pair of sweeps gives, the ones wanted.
+    """
+
+    seed: int
+    gradient_limit: float = GRADIENT_LIMIT
+    metrics: Sequence[str] = SWEEP_METRICS
+
+
 def measure(
     stream: ModelStream,
-    calibration: Rows,
-    scoring: Tensor,
-    menu: Menu,
-    method: RoundingMethod,
-    stored_dtypes: Mapping[str, torch.dtype],
-    batch_size: int,
-    seed: int,
+    rows: MeasurementRows,
+    rounding: RoundingSpec,
+    settings: SweepSettings,
     progress: Progress,
     saved: Saved = NOTHING_SAVED,
-    gradient_limit: float = GRADIENT_LIMIT,
-    refiner: Refiner | None = None,
-    metrics: Sequence[str] = SWEEP_METRICS,
 ) -> Measurement:
     """Scores of the original model, on other rows than it is rounded on: errors are 1.4 to 2 times larger there.
 
     Args:
         stream: The original model.
-        calibration: Rows behind the rounding.
-        scoring: Rows behind the scores, ``[rows, seq_len]`` tokens, or images; disjoint from ``calibration``.
-        menu: Unit to the formats to score; units that are missing are skipped.
-        method: Rounding that will be applied.
-        stored_dtypes: Linear to the dtype of its stored scales.
-        batch_size: Rows per forward pass.
-        seed: Seed of the sampled labels.
+        rows: Rows behind rounding and scores.
+        rounding: Rounding that will be applied, with the formats to score; an output head is not refined.
+        settings: Labels, gradients and metrics.
         progress: Called with the phase, blocks done and blocks in all.
         saved: Keeps the reverse sweep by block; one of equal arguments that was cut is gone on with, equal to the bit.
-        gradient_limit: See `GradientLimit`; infinite for gradients as they are.
-        refiner: Improves the roundings of every block before they are scored; an output head's stay as they are.
-        metrics: Of those that one pair of sweeps gives, the ones wanted.
     """
-    begun, method = saved.load(_SWEEP), replace(method, passes=1)  # more make all errors smaller alike
+    begun, method = saved.load(_SWEEP), replace(rounding.method, passes=1)  # more make all errors smaller alike
+    rounding, scoring, size = replace(rounding, method=method), rows.scoring, rows.batch_size
     left = len(stream.structure.blocks) if begun is None else int(begun["left"])
     with stream.keeping_pages():
-        known = stream.embed(calibration.tokens, batch_size, method.needs_held_out, weights=calibration.weights)
-        sets = (known, stream.embed(scoring, batch_size))
-        stored = forward_sweep(stream, *sets, left, menu, progress, keeps_states=refiner is not None)
+        known = stream.embed(rows.calibration.tokens, size, method.needs_held_out, weights=rows.calibration.weights)
+        sets = (known, stream.embed(scoring, size))
+        refined = rounding.refiner is not None
+        stored = forward_sweep(stream, *sets, left, rounding.menu, progress, keeps_states=refined)
         if begun is None:
-            generator = torch.Generator(stream.device).manual_seed(seed)
-            gradients, outputs = loss_gradients(stream, scoring.split(batch_size), sets[1].hidden, generator)
-            growth, found = GradientLimit.of(gradients, gradient_limit), _Found(list(metrics), {}, {}, {})
-            seen = LayerRows(head_rows(stream, scoring, sets[1].hidden, seed), sets[1].hidden[0].shape[1], outputs)
-            _measure_head(stream, calibration.tokens, known, seen, menu, method, stored_dtypes, found)
+            generator = torch.Generator(stream.device).manual_seed(settings.seed)
+            gradients, outputs = loss_gradients(stream, scoring.split(size), sets[1].hidden, generator)
+            limit = GradientLimit.of(gradients, settings.gradient_limit)
+            scores, positions = _Scores(list(settings.metrics), {}, {}, {}), sets[1].hidden[0].shape[1]
+            seen = LayerRows(head_rows(stream, scoring, sets[1].hidden, settings.seed), positions, outputs)
+            _measure_head(stream, rows.calibration.tokens, known, seen, rounding, scores)
         else:
             gradients, outputs = [gradient.to(stream.device) for gradient in begun["gradients"]], begun["outputs"]
-            growth, found = GradientLimit(**begun["growth"]), _Found(**begun["found"])
+            limit, scores = GradientLimit(**begun["limit"]), _Scores(**begun["scores"])
         for spec in reversed(stream.structure.blocks[:left]):
             left_here = stored.pop()
             sets[0].hidden, sets[1].hidden = left_here.calibration, left_here.scoring
             with stream.block(spec.index) as block:
-                groups = left_here.statistics() or wanted_statistics(block, spec, sets[0], menu)
-                errors = _errors(block, spec, groups, menu, method, stored_dtypes, refiner, sets[0].hidden)
+                groups = left_here.statistics() or wanted_statistics(block, sets[0], rounding.menu)
+                errors = rounding.block_errors(block, groups, sets[0].hidden)
                 del left_here, groups
-                layers, gradients = block_backward(block, spec, sets[1], gradients, outputs, found.input_power)
-            check_states(gradients := growth.limited(gradients), f"the gradient at the input of block {spec.name}")
-            found.add_block(spec, layers, errors)
-            saved.save(_SWEEP, _state(spec.index, gradients, outputs, growth, found))
+                layers, gradients = block_backward(block, sets[1], gradients, outputs, scores.input_power)
+            check_states(gradients := limit.limited(gradients), f"the gradient at the input of block {spec.name}")
+            scores.add_block(spec, layers, errors)
+            saved.save(_SWEEP, _state(spec.index, gradients, outputs, limit, scores))
             progress("reverse sweep", left - spec.index, left)
-    return found.measurement(stream.structure.units, outputs, growth.shortened)
+    return scores.measurement(stream.structure.units, outputs, limit.shortened)
 
 
-def _state(left: int, gradients: list[Tensor], outputs: int, growth: GradientLimit, found: _Found) -> dict[str, Any]:
-    return {"left": left, "gradients": gradients, "outputs": outputs, "growth": vars(growth), "found": vars(found)}
+def _state(left: int, gradients: list[Tensor], outputs: int, limit: GradientLimit, scores: _Scores) -> dict[str, Any]:
+    return {"left": left, "gradients": gradients, "outputs": outputs, "limit": vars(limit), "scores": vars(scores)}
 
 
 @dataclass
-class _Found:
-    """What the reverse sweep has found of the metrics: row values and ‖∂loss/∂x‖² of a row by unit, ‖D‖² by linear."""
+class _Scores:
+    """Scores that the reverse sweep has so far: row values and ‖∂loss/∂x‖² of a row by unit, ‖D‖² by linear."""
 
     metrics: list[str]
     unit_rows: dict[str, RowValues]
@@ -175,94 +156,31 @@ class _Found:
         return Measurement(scores, projections, self.error_norms, power, shortened_rows)
 
 
-def rounding_errors(
-    block: nn.Module,
-    spec: BlockSpec,
-    calibration: Activations,
-    menu: Menu,
-    method: RoundingMethod,
-    stored_dtypes: Mapping[str, torch.dtype],
-    refiner: Refiner | None = None,
-) -> dict[str, dict[str, Tensor]]:
+def rounding_errors(block: LoadedBlock, calibration: Activations, rounding: RoundingSpec) -> RoundingErrors:
     """D = Q(W) - W per linear and format label, rounded with the original model's Gram matrices.
 
     Args:
         block: The loaded block.
-        spec: Its structure.
         calibration: The original's hidden states before the block.
-        menu: Unit to the formats to round to; units that are missing are skipped.
-        method: Rounding that will be applied.
-        stored_dtypes: Linear to the dtype of its stored scales.
-        refiner: Improves the roundings.
-
-    Returns:
-        ``[linear][format label]``, each ``[out, in]`` float32.
+        rounding: Rounding that will be applied.
     """
-    groups = group_statistics(block, spec, calibration, spec.input_groups)
-    return _errors(block, spec, groups, menu, method, stored_dtypes, refiner, calibration.hidden)
+    groups = group_statistics(block, calibration, block.spec.input_groups)
+    return rounding.block_errors(block, groups, calibration.hidden)
 
 
-def _errors(
-    block: nn.Module,
-    spec: BlockSpec,
-    groups: Iterable[tuple[Sequence[LinearSpec], GroupStatistics]],
-    menu: Menu,
-    method: RoundingMethod,
-    stored_dtypes: Mapping[str, torch.dtype],
-    refiner: Refiner | None,
-    hidden: Sequence[Tensor],
-) -> dict[str, dict[str, Tensor]]:
-    """D of some input groups ``[linear][format label]``; a refiner needs the hidden states before the block."""
-    starts: InitialRoundings = {}
-    for group, statistics in groups:
-        starts |= _group_starts(block, spec, group, statistics, menu, method, stored_dtypes)
-    return _as_errors(starts if refiner is None else refiner(block, spec, hidden, starts))
+def head_errors(stream: ModelStream, calibration: Tensor, known: Activations, rounding: RoundingSpec) -> RoundingErrors:
+    """Rounding errors of the output head; none where it is not quantized.
 
-
-def _as_errors(starts: InitialRoundings) -> dict[str, dict[str, Tensor]]:
-    """D ``[linear][format label]``, each ``[out, in]`` float32; every rounding is let go when it has been used."""
-    errors: dict[str, dict[str, Tensor]] = {}
-    for name, by_label in starts.items():
-        for label in list(by_label):
-            start = by_label.pop(label)
-            errors.setdefault(name, {})[label] = dequantize(*start.rounded).float() - start.weight
-    return errors
-
-
-def group_errors(
-    block: nn.Module,
-    spec: BlockSpec,
-    group: Sequence[LinearSpec],
-    statistics: GroupStatistics,
-    menu: Menu,
-    method: RoundingMethod,
-    stored_dtypes: Mapping[str, torch.dtype],
-) -> dict[str, dict[str, Tensor]]:
-    """D of one input group ``[linear][format label]``, each ``[out, in]`` float32; unlisted linears are left out."""
-    return _as_errors(_group_starts(block, spec, group, statistics, menu, method, stored_dtypes))
-
-
-def _group_starts(
-    block: nn.Module,
-    spec: BlockSpec,
-    group: Sequence[LinearSpec],
-    statistics: GroupStatistics,
-    menu: Menu,
-    method: RoundingMethod,
-    stored_dtypes: Mapping[str, torch.dtype],
-) -> InitialRoundings:
-    """Roundings of one input group; unlisted linears are left out."""
-    starts: InitialRoundings = {}
-    wanted = [(linear, fmt) for linear in group for fmt in menu.get(linear.unit, ())]
-    if not wanted:
-        return starts
-    factor = factorize(statistics.gram, statistics.num_tokens, method.damping, name=group[0].name)
-    weights = {linear.name: read_weight(block, spec, linear) for linear in group}
-    tasks = [Task(linear.name, weights[linear.name], fmt, stored_dtypes[linear.name]) for linear, fmt in wanted]
-    for task, rounded in zip(tasks, round_group(tasks, factor, method, statistics), strict=True):
-        start = InitialRounding(task.name, task.weight, rounded, task.quant_format)
-        starts.setdefault(task.name, {})[task.quant_format.label] = start
-    return starts
+    Args:
+        stream: The original model.
+        calibration: Rows behind the rounding.
+        known: Their hidden states after the last block.
+        rounding: Rounding that will be applied, without its refiner.
+    """
+    head = stream.head
+    if head is None:
+        return {}
+    return rounding.errors(head, head.spec.linears, stream.head_statistics(calibration, known))
 
 
 def _measure_head(
@@ -270,23 +188,17 @@ def _measure_head(
     calibration: Tensor,
     known: Activations,
     seen: LayerRows,
-    menu: Menu,
-    method: RoundingMethod,
-    stored_dtypes: Mapping[str, torch.dtype],
-    found: _Found,
+    rounding: RoundingSpec,
+    scores: _Scores,
 ) -> None:
     """Add what there is of the output head's unit, nothing where it has no format to score, or is no linear."""
-    head = stream.structure.head
-    if head is None:
-        return
-    statistics = stream.head_statistics(calibration, known)
-    errors = group_errors(stream.model, head, head.linears, statistics, menu, method, stored_dtypes)
-    for linear in head.linears:
-        if linear.name in errors:
+    head, errors = stream.head, head_errors(stream, calibration, known, rounding)
+    for linear in head.spec.linears if head else ():
+        if head and linear.name in errors:
             powers: list[Tensor] = []
-            rows = _seeing_input_power(seen.rows, read_weight(stream.model, head, linear), powers)
-            found.add([linear], [LayerRows(rows, seen.positions, seen.outputs)], [errors[linear.name]])
-            found.input_power[linear.unit] = torch.stack(powers).cpu()
+            rows = _seeing_input_power(seen.rows, head.weight(linear), powers)
+            scores.add([linear], [LayerRows(rows, seen.positions, seen.outputs)], [errors[linear.name]])
+            scores.input_power[linear.unit] = torch.stack(powers).cpu()
 
 
 def _seeing_input_power(

@@ -3,38 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hawqtool.errors import NumericalError
 from hawqtool.evaluation.divergence import OutputComparison
+from hawqtool.model.block import LoadedBlock
 from hawqtool.model.replay import Call
-from hawqtool.records import BlockSpec, LinearSpec, Menu, Rows, Score, UnitScores
-from hawqtool.rounding.method import RoundingMethod
+from hawqtool.records import LinearSpec, MeasurementRows, Menu, Score, Unit, UnitScores
+from hawqtool.rounding.spec import RoundingErrors, RoundingSpec
 from hawqtool.runtime.store import NOTHING_SAVED, Saved
-from hawqtool.sensitivity.measure import Progress, Refiner, group_errors, rounding_errors
+from hawqtool.sensitivity.measure import Progress, head_errors, rounding_errors
 from hawqtool.sensitivity.scores import mean_score
-from hawqtool.streaming.block import Activations, advance, read_weight, replace_weight, run_block
+from hawqtool.streaming.block import Activations, advance
 from hawqtool.streaming.stream import ModelStream
 
 _SCORES = "scores"
-Carried = dict[tuple[str, str], list[Tensor]]
-"""Unit and format label to hidden states, batch by batch."""
 
 
 def single_unit_divergence(
     stream: ModelStream,
-    calibration: Rows,
-    scoring: Tensor,
-    menu: Menu,
-    method: RoundingMethod,
-    stored_dtypes: Mapping[str, torch.dtype],
-    batch_size: int,
+    rows: MeasurementRows,
+    rounding: RoundingSpec,
     progress: Progress,
     saved: Saved = NOTHING_SAVED,
-    refiner: Refiner | None = None,
 ) -> UnitScores:
     """Divergence ``[unit][format label]`` from the original, with its standard error over rows.
 
@@ -44,15 +38,10 @@ def single_unit_divergence(
 
     Args:
         stream: The original model.
-        calibration: Rows behind the rounding.
-        scoring: Rows to measure on: ``[rows, seq_len]`` tokens, or images.
-        menu: Unit to the formats to measure; units that are missing are skipped.
-        method: Rounding that will be applied.
-        stored_dtypes: Linear to the dtype of its stored scales.
-        batch_size: Rows per forward pass.
+        rows: Rows behind the rounding, and rows to measure on.
+        rounding: Rounding that will be applied, with the formats to measure; an output head is not refined.
         progress: Called with the phase, candidates done and candidates in all.
         saved: Keeps the scores after every block; what it has of the same arguments is not measured again.
-        refiner: Improves the roundings of every block; an output head's stay as they are.
 
     Returns:
         Mean KL(original || candidate) in nats per output, or the relative squared error of the embedding.
@@ -60,48 +49,32 @@ def single_unit_divergence(
     Raises:
         NumericalError: If a candidate's outputs are not finite.
     """
-    (done, scores), rounding = load_scores(saved), (menu, method, stored_dtypes)
+    (done, scores), calibration = load_scores(saved), rows.calibration
 
     def keep(unit: str, found: dict[str, Score]) -> None:
         scores[unit] = found
-        progress("single units", sum(map(len, scores.values())), sum(map(len, menu.values())))
+        progress("single units", sum(map(len, scores.values())), sum(map(len, rounding.menu.values())))
 
     with stream.keeping_pages(), ExitStack() as resident, torch.no_grad():
-        modules = [resident.enter_context(stream.block(spec.index)) for spec in stream.structure.blocks]
-        known = stream.embed(calibration.tokens, batch_size, method.needs_held_out, weights=calibration.weights)
-        seen = stream.embed(scoring, batch_size)
-        final = torch.cat(run_blocks(modules, seen.calls, list(seen.hidden), 0))
-        comparison, carried = OutputComparison(stream, stream, scoring, final), Carried()
-        for spec, block in zip(stream.structure.blocks, modules, strict=True):
-            if spec.index >= done:
-                errors = rounding_errors(block, spec, known, *rounding, refiner)
-                for unit, finals in unit_finals(stream, modules, spec, seen, errors, menu, carried):
-                    keep(unit, unit_scores(unit, comparison.divergences(joined(finals))))
-                if not carried:
-                    save_scores(saved, spec.index + 1, scores)
-            advance(block, spec, known)
-            advance(block, spec, seen)
-        for unit, found in _head_scores(comparison, calibration.tokens, known, *rounding):
-            keep(unit, found)
+        blocks = [resident.enter_context(stream.block(spec.index)) for spec in stream.structure.blocks]
+        held_out = rounding.method.needs_held_out
+        known = stream.embed(calibration.tokens, rows.batch_size, held_out, weights=calibration.weights)
+        seen = stream.embed(rows.scoring, rows.batch_size)
+        final = torch.cat(run_blocks(blocks, seen.calls, seen.hidden))
+        comparison = OutputComparison(stream, stream, rows.scoring, final)
+        candidates = CandidateStates(blocks, seen, stream.structure.units, rounding.menu)
+        for block in blocks:
+            if block.spec.index >= done:
+                for unit, finals in candidates.of_block(block, rounding_errors(block, known, rounding)):
+                    keep(unit, unit_scores(unit, comparison.divergences(finals)))
+                if not candidates.carried:
+                    save_scores(saved, block.spec.index + 1, scores)
+            advance(block, known)
+            advance(block, seen)
+        errors = head_errors(stream, calibration.tokens, known, rounding)
+        for linear in (stream.structure.linears[name] for name in errors):
+            keep(linear.unit, head_scores(comparison, linear, errors[linear.name]))
     return {unit.name: scores[unit.name] for unit in stream.structure.units if unit.name in scores}
-
-
-def _head_scores(
-    comparison: OutputComparison,
-    calibration: Tensor,
-    known: Activations,
-    menu: Menu,
-    method: RoundingMethod,
-    stored_dtypes: Mapping[str, torch.dtype],
-) -> Iterator[tuple[str, dict[str, Score]]]:
-    """Scores of the output head's unit, where there is one that has formats to measure."""
-    stream, head = comparison.candidate, comparison.candidate.structure.head
-    if head is None:
-        return
-    statistics = stream.head_statistics(calibration, known)
-    errors = group_errors(stream.model, head, head.linears, statistics, menu, method, stored_dtypes)
-    for linear in (linear for linear in head.linears if linear.name in errors):
-        yield linear.unit, head_scores(comparison, linear, errors[linear.name])
 
 
 def load_scores(saved: Saved) -> tuple[int, UnitScores]:
@@ -127,75 +100,66 @@ def scores_of_pairs(pairs: Mapping[str, Mapping[str, Sequence[float]]]) -> UnitS
     return {u: {n: Score(*pair) for n, pair in found.items()} for u, found in pairs.items()}
 
 
-def unit_finals(
-    stream: ModelStream,
-    modules: Sequence[nn.Module],
-    spec: BlockSpec,
-    seen: Activations,
-    errors: Mapping[str, Mapping[str, Tensor]],
-    menu: Menu,
-    carried: Carried,
-) -> Iterator[tuple[str, dict[str, list[Tensor]]]]:
-    """Last hidden states by format of each unit that ends in a block.
+class CandidateStates:
+    """Hidden states of a model in which one unit takes another format.
 
-    A unit that goes on in later blocks, as experts may, has the states of its formats in ``carried`` until then.
+    Args:
+        blocks: All blocks, loaded.
+        seen: Hidden states of the model as it is, before the block that is asked for.
+        units: Its units.
+        menu: Formats to try by unit; units that are missing are skipped.
+
+    Attributes:
+        carried: Hidden states by batch, by unit and format label, of units that go on in later blocks, as experts may.
     """
-    for unit, last in _open_units(stream, menu, spec.index).items():
-        members = [linear for linear in spec.linears if linear.unit == unit]
-        finals = {}
-        for label in (fmt.label for fmt in menu[unit]):
-            hidden = carried.pop((unit, label), list(seen.hidden))
-            with replaced(modules[spec.index], spec, {linear: errors[linear.name][label] for linear in members}):
-                hidden = run_blocks(modules, seen.calls, hidden, spec.index, spec.index + 1)
-            if last > spec.index:
-                carried[unit, label] = hidden
-            else:
-                finals[label] = run_blocks(modules, seen.calls, hidden, spec.index + 1)
-        if finals:
-            yield unit, finals
 
+    def __init__(self, blocks: Sequence[LoadedBlock], seen: Activations, units: Sequence[Unit], menu: Menu) -> None:
+        self.blocks, self.seen, self.menu = blocks, seen, menu
+        places = {unit.name: [m.block for m in unit.members] for unit in units if menu.get(unit.name)}
+        self._spans = {name: (min(found), max(found)) for name, found in places.items()}
+        self.carried: dict[tuple[str, str], list[Tensor]] = {}
 
-def _open_units(stream: ModelStream, menu: Menu, index: int) -> dict[str, int]:
-    """Units to measure that begin at or before a block and end at or after it, with the last block of each."""
-    spans = {u.name: [m.block for m in u.members] for u in stream.structure.units if menu.get(u.name)}
-    return {name: max(span) for name, span in spans.items() if min(span) <= index <= max(span)}
+    def of_block(self, block: LoadedBlock, errors: RoundingErrors) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Last hidden states ``[rows, positions, width]`` by format of each unit that ends in a block.
+
+        Args:
+            block: The block, which comes next after those that were asked for.
+            errors: What is added to its weights, by linear and format label.
+        """
+        index = block.spec.index
+        for unit, (_, last) in ((u, span) for u, span in self._spans.items() if span[0] <= index <= span[1]):
+            members, finals = [linear.name for linear in block.spec.linears if linear.unit == unit], {}
+            for label in (fmt.label for fmt in self.menu[unit]):
+                hidden = self.carried.pop((unit, label), list(self.seen.hidden))
+                with block.with_weights(block.shifted({name: errors[name][label] for name in members})):
+                    hidden = run_blocks([block], self.seen.calls, hidden)
+                if last > index:
+                    self.carried[unit, label] = hidden
+                else:
+                    finals[label] = torch.cat(run_blocks(self.blocks[index + 1 :], self.seen.calls, hidden))
+            if finals:
+                yield unit, finals
 
 
 def run_blocks(
-    modules: Sequence[nn.Module],
-    calls: Sequence[Sequence[Call]],
-    states: list[Tensor],
-    first: int,
-    end: int | None = None,
+    blocks: Sequence[LoadedBlock], calls: Sequence[Sequence[Call]], states: Sequence[Tensor]
 ) -> list[Tensor]:
-    """Hidden states after blocks ``first`` to ``end`` (exclusive; None: all), batch by batch."""
-    for index in range(first, len(modules) if end is None else end):
-        states = [run_block(modules[index], state, calls[p][index]) for p, state in enumerate(states)]
+    """Hidden states behind some blocks, batch by batch, from those before them."""
+    states = list(states)
+    for block in blocks:
+        states = [block.run(state, calls[batch][block.spec.index]) for batch, state in enumerate(states)]
     return states
-
-
-@contextmanager
-def replaced(block: nn.Module, spec: BlockSpec, errors: Mapping[LinearSpec, Tensor]) -> Iterator[None]:
-    """While the context lasts, the weights are W + D; afterwards they are W to the bit."""
-    originals = {linear: read_weight(block, spec, linear).clone() for linear in errors}
-    try:
-        for linear, error in errors.items():
-            replace_weight(block, spec, linear, originals[linear] + error)
-        yield
-    finally:
-        for linear, weight in originals.items():
-            replace_weight(block, spec, linear, weight)
 
 
 def head_scores(comparison: OutputComparison, linear: LinearSpec, errors: Mapping[str, Tensor]) -> dict[str, Score]:
     """Scores of the output head's linear, from its rounding errors by format label."""
-    stream = comparison.candidate
-    head = stream.structure.head
+    head = comparison.candidate.head
     assert head is not None  # the caller saw to it
-    found = comparison.divergences(
-        dict.fromkeys(errors, comparison.states), lambda label: replaced(stream.model, head, {linear: errors[label]})
+    divergences = comparison.divergences(
+        dict.fromkeys(errors, comparison.states),
+        lambda label: head.with_weights(head.shifted({linear.name: errors[label]})),
     )
-    return unit_scores(linear.unit, found)
+    return unit_scores(linear.unit, divergences)
 
 
 def unit_scores(unit: str, divergences: Mapping[str, Tensor]) -> dict[str, Score]:
@@ -217,8 +181,3 @@ def finite(name: str, divergences: Mapping[str, Tensor]) -> Mapping[str, Tensor]
         if not bool(torch.isfinite(rows).all()):
             raise NumericalError(f"{name} at {label}: the model gives outputs that are NaN or Inf")
     return divergences
-
-
-def joined(finals: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
-    """Last hidden states ``[rows, positions, width]`` by format label, from those of batches."""
-    return {label: torch.cat(list(batches)) for label, batches in finals.items()}

@@ -75,7 +75,7 @@ def token_importance(
         for spec in blocks:
             stored.append(_kept(stream, seen.hidden))
             with stream.block(spec.index) as block:
-                advance(block, spec, seen)
+                advance(block, seen)
             progress(done := done + 1, total)
         # Logits need memory in other sizes than blocks do.
         release_freed_pages()
@@ -85,7 +85,7 @@ def token_importance(
         for spec in reversed(blocks):
             seen.hidden = stored.pop()
             with stream.block(spec.index) as block:
-                found, gradients = order.run(partial(token_powers, block, spec, seen, gradients))
+                found, gradients = order.run(partial(token_powers, block, seen, gradients))
             check_states(gradients, f"the gradient at the input of block {spec.name}")
             for name, power in found.items():
                 powers.setdefault(name, []).append(power.cpu())

@@ -1,4 +1,4 @@
-"""One block in memory: its hidden states, its weights, and how it is run."""
+"""Hidden states between blocks: how a block advances them, and whether they are finite."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from collections.abc import Iterable, MutableSequence, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hawqtool.errors import NumericalError
+from hawqtool.model.block import LoadedBlock
 from hawqtool.model.replay import Call
-from hawqtool.records import BlockSpec, LinearSpec, TokenImportance
+from hawqtool.records import TokenImportance
 from hawqtool.runtime.stage_timer import UNRECORDED, Recorder
 from hawqtool.streaming.resume_points import States
 
@@ -42,25 +43,19 @@ class Activations:
         return {"hidden": self.hidden} | ({} if self.original is None else {"original": self.original})
 
 
-def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
-    """Output hidden state of one block call."""
-    output = block(hidden, *call[0], **call[1])
-    return output[0] if isinstance(output, tuple) else output
-
-
-def advance(block: nn.Module, spec: BlockSpec, activations: Activations) -> None:
+def advance(block: LoadedBlock, activations: Activations) -> None:
     """Replace the hidden states by the block's output, batch by batch.
 
     Raises:
         NumericalError: If a value is NaN or Inf; names the block.
     """
     with torch.no_grad(), activations.recorder.stage("forward"):
-        found = []
+        limits = []
         for position, hidden in enumerate(activations.hidden):
-            output = run_block(block, hidden, activations.calls[position][spec.index])
-            found.append(extremes(output))
+            output = block.run(hidden, activations.calls[position][block.spec.index])
+            limits.append(extremes(output))
             activations.hidden[position] = output
-        check_extremes(found, f"the output of block {spec.name}")
+        check_extremes(limits, f"the output of block {block.spec.name}")
 
 
 def extremes(state: Tensor) -> Tensor:
@@ -77,32 +72,15 @@ def check_states(states: Iterable[Tensor], what: str) -> None:
     check_extremes([extremes(state) for state in states], what)
 
 
-def check_extremes(found: Sequence[Tensor], what: str) -> None:
+def check_extremes(limits: Sequence[Tensor], what: str) -> None:
     """Check that the `extremes` of some tensors are finite; for tensors that are not to be read once more.
 
     Raises:
         NumericalError: Naming ``what`` holds NaN or Inf.
     """
     # Brought to the host together: on a GPU each number fetched alone would wait for all work before it.
-    if not bool(torch.stack(list(found)).isfinite().all()):
+    if not bool(torch.stack(list(limits)).isfinite().all()):
         raise NumericalError(
-            f"{what} holds NaN or Inf, expected finite values: the checkpoint is damaged, or {found[0].dtype} is too "
+            f"{what} holds NaN or Inf, expected finite values: the checkpoint is damaged, or {limits[0].dtype} is too "
             "narrow for it; check the original model's own output"
         )
-
-
-def local_name(block: BlockSpec, linear: LinearSpec) -> str:
-    """Name of a linear inside its block."""
-    return linear.module_name.removeprefix(f"{block.name}.")
-
-
-def read_weight(block: nn.Module, spec: BlockSpec, linear: LinearSpec) -> Tensor:
-    """Weight of a linear, ``[out, in]`` float32."""
-    weight = block.get_parameter(f"{local_name(spec, linear)}.weight").float()
-    return weight.t().contiguous() if linear.transposed else weight
-
-
-def replace_weight(block: nn.Module, spec: BlockSpec, linear: LinearSpec, weight: Tensor) -> None:
-    """Put a weight ``[out, in]`` in the place of the loaded one."""
-    with torch.no_grad():
-        block.get_parameter(f"{local_name(spec, linear)}.weight").copy_(weight.t() if linear.transposed else weight)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -13,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from hawqtool.errors import InputError
+from hawqtool.model.block import LoadedBlock
 from hawqtool.model.experts import ExpertLinear, counting_experts
-from hawqtool.model.replay import Call
 from hawqtool.records import BlockSpec, LinearSpec, TokenImportance
 from hawqtool.rounding.statistics import GroupStatistics, is_held_out, second_moments
-from hawqtool.streaming.block import Activations, advance, check_extremes, extremes, local_name, run_block
+from hawqtool.streaming.block import Activations, advance, check_extremes, extremes
 
 
 class _StageReached(Exception):
@@ -25,12 +24,16 @@ class _StageReached(Exception):
 
 
 GroupVisitor = Callable[[Sequence[LinearSpec], GroupStatistics], None]
+"""Takes an input group with its statistics."""
+
+InputVisitor = Callable[[Sequence[LinearSpec], Tensor, int], None]
+"""Takes an input group, its inputs ``[tokens, in]``, and how many of the leading tokens belong there."""
 
 
-def collect_statistics(block: nn.Module, spec: BlockSpec, activations: Activations, visit: GroupVisitor) -> None:
+def collect_statistics(block: LoadedBlock, activations: Activations, visit: GroupVisitor) -> None:
     """Show every input group's statistics in call order, each after the groups before it may have changed.
 
-    Linears of one input whose tokens have weights of their own are shown one by one.
+    Linears of one input whose tokens have importances of their own are shown one by one.
 
     ``visit`` may replace the weights of the group; later groups, and the block's output that replaces the
     hidden states, see the new weights (truly sequential rounding). One batch needs one forward pass; several
@@ -39,58 +42,58 @@ def collect_statistics(block: nn.Module, spec: BlockSpec, activations: Activatio
     its weights, run beside it.
     """
     if len(activations.hidden) == 1:
-        part, others = _Batch.of(activations, 0, activations.hidden[0]), _original_inputs(block, spec, activations)
+        part, others = _Batch.of(activations, 0, activations.hidden[0]), _original_inputs(block, activations)
 
         def see(group: Sequence[LinearSpec], x: Tensor, routed: int) -> None:
             original_x = others.pop(group[0].name, None)
             for alike in equally_important(group, activations.importance):
                 with activations.recorder.stage("gram"):
-                    found = part.statistics(block, spec, alike, x, routed, original_x)
-                visit(alike, found)
+                    statistics = part.statistics(block, alike, x, routed, original_x)
+                visit(alike, statistics)
 
-        with group_inputs(block, spec, see):
-            _advance_counted(block, spec, activations)
+        with group_inputs(block, see):
+            _advance_counted(block, activations)
         return
-    original = None if activations.original is None else copy.deepcopy(block)
-    for stage in stages(spec):
-        for group, statistics in group_statistics(block, spec, activations, stage, original):
+    original = None if activations.original is None else block.copy()
+    for stage in stages(block.spec):
+        for group, statistics in group_statistics(block, activations, stage, original):
             visit(group, statistics)
-    advance(block, spec, activations)
-    _advance_original(original, spec, activations)
+    advance(block, activations)
+    _advance_original(original, activations)
 
 
-def replay_rounded(block: nn.Module, spec: BlockSpec, activations: Activations, replace: Callable[[], None]) -> None:
+def replay_rounded(block: LoadedBlock, activations: Activations, replace: Callable[[], None]) -> None:
     """Leave what `collect_statistics` does, to the bit, where ``replace`` puts all weights in place that it would."""
-    _advance_original(block, spec, activations)
+    _advance_original(block, activations)
     replace()
-    _advance_counted(block, spec, activations)
+    _advance_counted(block, activations)
 
 
-def _original_inputs(block: nn.Module, spec: BlockSpec, activations: Activations) -> dict[str, Tensor]:
+def _original_inputs(block: LoadedBlock, activations: Activations) -> dict[str, Tensor]:
     """The original's inputs ``[tokens, in]`` of one batch by their group's first linear, where they are wanted.
 
     The block still has the original's weights. The original's hidden states become its output.
     """
-    found: dict[str, Tensor] = {}
+    inputs: dict[str, Tensor] = {}
     if activations.original is not None:
-        with group_inputs(block, spec, lambda group, x, _: found.update({group[0].name: x})):
-            _advance_original(block, spec, activations)
-    return found
+        with group_inputs(block, lambda group, x, _: inputs.update({group[0].name: x})):
+            _advance_original(block, activations)
+    return inputs
 
 
-def _advance_original(block: nn.Module | None, spec: BlockSpec, activations: Activations) -> None:
+def _advance_original(block: LoadedBlock | None, activations: Activations) -> None:
     """Replace the original's hidden states, where there are any, by the output of the block with its own weights."""
     if block is not None and activations.original is not None:
-        advance(block, spec, Activations(activations.original, activations.calls, recorder=activations.recorder))
+        advance(block, Activations(activations.original, activations.calls, recorder=activations.recorder))
 
 
-def _advance_counted(block: nn.Module, spec: BlockSpec, activations: Activations) -> None:
+def _advance_counted(block: LoadedBlock, activations: Activations) -> None:
     """Replace the hidden states by the block's output.
 
     Experts are shown further tokens in a single pass, as it gives statistics and output at once.
     """
-    with counting_experts(block, 1) if len(activations.hidden) == 1 else nullcontext():
-        advance(block, spec, activations)
+    with counting_experts(block.module, 1) if len(activations.hidden) == 1 else nullcontext():
+        advance(block, activations)
 
 
 @dataclass(frozen=True)
@@ -101,13 +104,13 @@ class _Batch:
         first: Number of its first row among all rows.
         shape: Its rows and the positions of a row.
         holds_out: Whether some rows are kept apart.
-        weights: How much each token of all rows counts.
+        importance: How much each token of all rows counts; None where all count alike.
     """
 
     first: int
     shape: tuple[int, int]
     holds_out: bool
-    weights: TokenImportance | None
+    importance: TokenImportance | None
 
     @classmethod
     def of(cls, activations: Activations, first: int, hidden: Tensor) -> _Batch:
@@ -116,25 +119,24 @@ class _Batch:
 
     def statistics(
         self,
-        block: nn.Module,
-        spec: BlockSpec,
+        block: LoadedBlock,
         group: Sequence[LinearSpec],
         x: Tensor,
         routed: int,
         original: Tensor | None = None,
     ) -> GroupStatistics:
-        """Statistics of the inputs ``[tokens, in]`` of a group; the others are arguments of `seen`."""
-        linear = block.get_submodule(local_name(spec, group[0]))
+        """Statistics of the inputs ``[tokens, in]`` of a group; the others are those of `second_moments`."""
+        linear = block.linear(group[0])
         held_out = held_out_tokens(linear, x, self.first, *self.shape) if self.holds_out else None
-        weights = None if self.weights is None else self.weights.get(group[0].name)
-        if weights is not None:
-            weights = batch_importance(weights[self.first : self.first + self.shape[0]], x)
-        return second_moments(x, routed, held_out, original, weights)
+        importance = None if self.importance is None else self.importance.get(group[0].name)
+        if importance is not None:
+            importance = batch_importance(importance[self.first : self.first + self.shape[0]], x)
+        return second_moments(x, routed, held_out, original, importance)
 
 
-def equally_important(group: Sequence[LinearSpec], weights: TokenImportance | None) -> list[Sequence[LinearSpec]]:
-    """Parts of an input group that share a Gram matrix: the whole of it, or linears with weights of their own."""
-    if weights is None or group[0].name not in weights:
+def equally_important(group: Sequence[LinearSpec], importance: TokenImportance | None) -> list[Sequence[LinearSpec]]:
+    """Parts of an input group that share a Gram matrix: all of it, or single linears, each with its own importances."""
+    if importance is None or group[0].name not in importance:
         return [group]
     return [(linear,) for linear in group]
 
@@ -149,18 +151,16 @@ def stages(spec: BlockSpec) -> list[list[Sequence[LinearSpec]]]:
 
 
 def group_statistics(
-    block: nn.Module,
-    spec: BlockSpec,
+    block: LoadedBlock,
     activations: Activations,
     groups: Sequence[Sequence[LinearSpec]],
-    original: nn.Module | None = None,
+    original: LoadedBlock | None = None,
     whole: bool = False,
 ) -> Iterator[tuple[Sequence[LinearSpec], GroupStatistics]]:
-    """Statistics of some groups over all batches, of linears one by one where each has weights of its own.
+    """Statistics of some groups over all batches, of linears one by one where each has importances of its own.
 
     Args:
         block: The loaded block.
-        spec: Its structure.
         activations: Hidden states before the block.
         groups: Input groups, in call order.
         original: The block with the original weights where the drift from its inputs is wanted, which also needs the
@@ -171,96 +171,96 @@ def group_statistics(
     Raises:
         NumericalError: If a value of the output is NaN or Inf; names the block.
     """
-    totals: dict[str, GroupStatistics] = {}
-
-    def walk() -> None:
-        found, first = [], 0
-        # Each batch is asked for once: it may come from the disk.
-        for position, hidden in enumerate(activations.hidden):
-            part = _Batch.of(activations, first, hidden)
-            output = _add_batch(totals, block, spec, activations, position, hidden, part, groups, original, whole)
-            if output is not None:
-                found.append(extremes(output))
-                activations.hidden[position] = output
-            first += len(hidden)
-        if whole:
-            check_extremes(found, f"the output of block {spec.name}")
-
-    walk()  # a function of its own, so that no batch stays in memory while the groups are visited
+    totals = _Totals(activations, groups, {})
+    totals.add_batches(block, original, whole)
     for group in groups:
         for alike in equally_important(group, activations.importance):
-            yield alike, totals.pop(alike[0].name)
+            yield alike, totals.statistics.pop(alike[0].name)
 
 
-def _add_batch(
-    totals: dict[str, GroupStatistics],
-    block: nn.Module,
-    spec: BlockSpec,
-    activations: Activations,
-    position: int,
-    hidden: Tensor,
-    part: _Batch,
-    groups: Sequence[Sequence[LinearSpec]],
-    original: nn.Module | None,
-    whole: bool,
-) -> Tensor | None:
-    """Add one batch to the totals of some groups; gives the block's output where the pass is to be whole."""
-    call, batches = activations.calls[position][spec.index], len(activations.hidden)
-    others: dict[str, Tensor] = {}
+@dataclass(frozen=True)
+class _Totals:
+    """Statistics of some input groups, added up batch by batch.
 
-    def keep(group: Sequence[LinearSpec], x: Tensor, _routed: int) -> None:
-        others[group[0].name] = x
+    Args:
+        activations: Hidden states before the block.
+        groups: The groups, in call order.
+        statistics: By name of the first of the linears that share them.
+    """
 
-    def accumulate(group: Sequence[LinearSpec], x: Tensor, routed: int) -> None:
+    activations: Activations
+    groups: Sequence[Sequence[LinearSpec]]
+    statistics: dict[str, GroupStatistics]
+
+    def add_batches(self, block: LoadedBlock, original: LoadedBlock | None, whole: bool) -> None:
+        """Add all batches; no one of them stays in memory. The arguments are those of `group_statistics`."""
+        limits, first = [], 0
+        # Each batch is asked for once: it may come from the disk.
+        for position, hidden in enumerate(self.activations.hidden):
+            batch = _Batch.of(self.activations, first, hidden)
+            others = {} if original is None else self._original_inputs(original, position)
+            with self.activations.recorder.stage("forward"):
+                output = self._run(block, position, hidden, partial(self._add, block, batch, others), whole)
+            if output is not None:
+                limits.append(extremes(output))
+                self.activations.hidden[position] = output
+            first += len(hidden)
+        if whole:
+            check_extremes(limits, f"the output of block {block.spec.name}")
+
+    def _original_inputs(self, original: LoadedBlock, position: int) -> dict[str, Tensor]:
+        """The original's inputs ``[tokens, in]`` of one batch by their group's first linear, where they are wanted."""
+        inputs: dict[str, Tensor] = {}
+        if self.activations.original is not None:
+            hidden = self.activations.original[position]
+            with self.activations.recorder.stage("forward"):
+                self._run(original, position, hidden, lambda group, x, _: inputs.update({group[0].name: x}))
+        return inputs
+
+    def _add(
+        self,
+        block: LoadedBlock,
+        batch: _Batch,
+        others: dict[str, Tensor],
+        group: Sequence[LinearSpec],
+        x: Tensor,
+        routed: int,
+    ) -> None:
+        """Add the inputs of a group in one batch; ``others`` are the original's."""
         original_x = others.pop(group[0].name, None)
-        for alike in equally_important(group, activations.importance):
+        for alike in equally_important(group, self.activations.importance):
             name = alike[0].name
-            with activations.recorder.stage("gram"):
-                found = part.statistics(block, spec, alike, x, routed, original_x)
-            if name in totals:
-                totals[name] += found
+            with self.activations.recorder.stage("gram"):
+                statistics = batch.statistics(block, alike, x, routed, original_x)
+            if name in self.statistics:
+                self.statistics[name] += statistics
             else:
-                totals[name] = found
+                self.statistics[name] = statistics
 
-    with activations.recorder.stage("forward"):
-        if original is not None and activations.original is not None:
-            _run_to(groups, original, spec, activations.original[position], call, batches, keep)
-        return _run_to(groups, block, spec, hidden, call, batches, accumulate, whole)
+    def _run(
+        self, block: LoadedBlock, position: int, hidden: Tensor, see: InputVisitor, whole: bool = False
+    ) -> Tensor | None:
+        """Show the inputs of the groups in one batch; stop behind the last of them, or give the output if whole."""
 
+        def see_wanted(group: Sequence[LinearSpec], x: Tensor, routed: int) -> None:
+            if group not in self.groups:
+                return
+            see(group, x, routed)
+            if group is self.groups[-1] and not whole:
+                raise _StageReached
 
-def _run_to(
-    groups: Sequence[Sequence[LinearSpec]],
-    block: nn.Module,
-    spec: BlockSpec,
-    hidden: Tensor,
-    call: Call,
-    batches: int,
-    see: Callable[[Sequence[LinearSpec], Tensor, int], None],
-    whole: bool = False,
-) -> Tensor | None:
-    """Show the inputs of some groups in one batch; the pass stops behind the last, or gives the output if whole."""
-
-    def see_wanted(group: Sequence[LinearSpec], x: Tensor, routed: int) -> None:
-        if group not in groups:
-            return
-        see(group, x, routed)
-        if group is groups[-1] and not whole:
-            raise _StageReached
-
-    with (
-        counting_experts(block, batches),
-        group_inputs(block, spec, see_wanted),
-        torch.no_grad(),
-        suppress(_StageReached),
-    ):
-        return run_block(block, hidden, call)
-    return None
+        with (
+            counting_experts(block.module, len(self.activations.hidden)),
+            group_inputs(block, see_wanted),
+            torch.no_grad(),
+            suppress(_StageReached),
+        ):
+            return block.run(hidden, self.activations.calls[position][block.spec.index])
+        return None
 
 
 @contextmanager
-def group_inputs(
-    block: nn.Module, spec: BlockSpec, see: Callable[[Sequence[LinearSpec], Tensor, int], None]
-) -> Iterator[None]:
+def group_inputs(block: LoadedBlock, see: InputVisitor) -> Iterator[None]:
     """While the context lasts, call ``see(group, inputs [tokens, in], routed)`` before each group's first linear.
 
     ``routed`` is the number of leading tokens that belong there; the rest only add to an expert's statistics.
@@ -271,9 +271,8 @@ def group_inputs(
         see(group, x, len(module.positions) if isinstance(module, ExpertLinear) else len(x))
 
     hooks = []
-    for group in spec.input_groups:
-        module = block.get_submodule(local_name(spec, group[0]))
-        hooks.append(module.register_forward_pre_hook(partial(hook, group=group)))
+    for group in block.spec.input_groups:
+        hooks.append(block.linear(group[0]).register_forward_pre_hook(partial(hook, group=group)))
     try:
         yield
     finally:
@@ -306,17 +305,17 @@ def held_out_tokens(linear: nn.Module, x: Tensor, first_row: int, rows: int, pos
     return is_held_out(first_row + row)
 
 
-def batch_importance(weights: Tensor, x: Tensor) -> Tensor:
-    """Weights of the inputs of a linear, ``[tokens]`` float32.
+def batch_importance(importance: Tensor, x: Tensor) -> Tensor:
+    """Importance of the inputs of a linear, ``[tokens]`` float32.
 
     Args:
-        weights: ``[rows, positions]`` float32 of the batch.
+        importance: ``[rows, positions]`` float32 of the batch.
         x: The inputs ``[tokens, in]``, in order of the rows.
 
     Raises:
         InputError: If the inputs are not those whose gradients were taken.
     """
-    flat = weights.to(x.device).flatten()
+    flat = importance.to(x.device).flatten()
     if len(flat) != len(x):
         raise InputError(
             f"{len(x)} inputs of a linear, expected the {len(flat)} whose gradients were taken: this model gives its "

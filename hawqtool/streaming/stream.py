@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, MutableMapping, MutableSequence, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
+from dataclasses import dataclass
 from itertools import repeat
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from hawqtool.checkpoint.prefetch import Prefetcher
 from hawqtool.checkpoint.reader import check_finite
 from hawqtool.errors import InputError
+from hawqtool.model.block import LoadedBlock
 from hawqtool.model.discovery import Structure
 from hawqtool.model.replay import replayed_blocks
 from hawqtool.model.skeleton import find_blocks, to_meta
@@ -50,6 +52,22 @@ class WeightSource(Protocol):
     def __contains__(self, name: object) -> bool: ...
 
 
+@dataclass(frozen=True)
+class StreamMemory:
+    """Where a stream keeps what is no block's.
+
+    Args:
+        offload: Keeps the hidden states between blocks; None keeps all of them on the device.
+        matrices: Loaded matrices outside the blocks by stored name, which streams of one dtype share while one of them
+            lives: an embedding may be larger than a block. Nothing may change them. None where nothing is shared.
+        owns: Whether those are of this stream's source; else each is compared before it is taken.
+    """
+
+    offload: Offload | None = None
+    matrices: MutableMapping[str, nn.Parameter] | None = None
+    owns: bool = True
+
+
 class ModelStream:
     """A model whose blocks are loaded when they are walked and dropped afterwards.
 
@@ -59,11 +77,8 @@ class ModelStream:
         source: Where the weights come from.
         device: Where to compute.
         dtype: dtype of weights and activations while computing.
+        memory: Where it keeps what is no block's.
         recorder: Takes note of the stages of walks.
-        offload: Keeps the hidden states between blocks; None keeps all of them on the device.
-        matrices: Loaded matrices outside the blocks by stored name, which streams of one dtype share while one of them
-            lives: an embedding may be larger than a block. Nothing may change them.
-        owns: Whether those are of this stream's source; else each is compared before it is taken.
     """
 
     def __init__(
@@ -73,17 +88,15 @@ class ModelStream:
         source: WeightSource,
         device: torch.device,
         dtype: torch.dtype,
+        memory: StreamMemory | None = None,
         recorder: Recorder = UNRECORDED,
-        offload: Offload | None = None,
-        matrices: MutableMapping[str, nn.Parameter] | None = None,
-        owns: bool = True,
     ) -> None:
         self.model: Any = model
         self.structure, self.source, self.recorder = structure, source, recorder
         self.task = model_task(model)
         self.device, self.dtype = device, dtype
-        self.offload = offload
-        self._matrices, self._owns = matrices, owns
+        memory = memory or StreamMemory()
+        self.offload, self._matrices, self._owns = memory.offload, memory.matrices, memory.owns
         self._last_index: int | None = None
         self.blocks_name, self.blocks = find_blocks(model)
         to_meta(model)
@@ -166,18 +179,23 @@ class ModelStream:
         return parameter if all(torch.equal(known, part.to(known)) for known, part in parts) else None
 
     @contextmanager
-    def block(self, index: int) -> Iterator[nn.Module]:
+    def block(self, index: int) -> Iterator[LoadedBlock]:
         """The block with its weights loaded; they are dropped when the context ends."""
         module = self.blocks[index]
         with self.recorder.stage("load"):
             self._load(module, f"{self.blocks_name}.{index}.")
         self._expect_after(index)
         try:
-            yield module
+            yield LoadedBlock(module, self.structure.blocks[index])
         finally:
             to_meta(module)
             if self.device.type == "cpu" and index % _BLOCKS_BETWEEN_TRIMS == 0:
                 release_freed_pages()
+
+    @property
+    def head(self) -> LoadedBlock | None:
+        """The whole model as the block of its output head, where that is quantized."""
+        return None if self.structure.head is None else LoadedBlock(self.model, self.structure.head)
 
     def keeping_pages(self) -> AbstractContextManager[None]:
         """A context for sweeps over many batches, in which a CPU's heap keeps what is freed (see `kept_pages`)."""
@@ -287,7 +305,7 @@ class ModelStream:
         first = resume_points.restore(activations.states, len(self.blocks))
         for spec in self.structure.blocks[first:]:
             with self.block(spec.index) as block:
-                advance(block, spec, activations)
+                advance(block, activations)
             resume_points.keep(spec.index + 1, activations.states)
             progress(spec.index)
         return torch.cat(list(activations.hidden))

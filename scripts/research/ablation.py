@@ -34,6 +34,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +208,9 @@ class Bench:
         rows = self._rows(job)
         self.reporter.say(f"{name}, seed {seed}")
         with Meter(job.device) as meter:
-            record = round_blocks(job, formats, rows, memory, self.reporter, name, schedule)
+            record = round_blocks(
+                job, formats, rows, memory, partial(self.reporter.progress, f"rounding {name}"), schedule
+            )
             rates = dict(overrides.get("distill_schedule") or {})
             distillation = self._distill(job, formats, memory, rows.tokens, name, rates)
         return {

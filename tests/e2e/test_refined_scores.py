@@ -11,11 +11,11 @@ from torch import Tensor
 from hawqtool.formats import QuantFormat
 from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.stages.refine import FormatRefiner, split_rows
-from hawqtool.records import Menu, Rows
+from hawqtool.records import MeasurementRows, Menu, Rows
 from hawqtool.rounding.learned.block import Schedule, output_error
-from hawqtool.sensitivity.measure import measure, rounding_errors
+from hawqtool.sensitivity.measure import SweepSettings, measure, rounding_errors
 from hawqtool.sensitivity.measured_kl import single_unit_divergence
-from hawqtool.streaming.block import advance, read_weight, replace_weight, run_block
+from hawqtool.streaming.block import advance
 from tests.e2e.test_refinement import job_of
 from tests.support.runs import Run, read
 from tests.support.tiny_zoo import calibration_inputs, kind_named, save_kind
@@ -42,31 +42,29 @@ def test_errors_are_those_of_a_block_with_a_smaller_output_error(name: str, tmp_
     rows = torch.cat([calibration_inputs(kind, seed) for seed in range(4, 10)])
     menu, stream, held = menu_of(job, 2, 3), job.stream(), split_rows(rows)[1]
     known, seen = stream.embed(rows, 16), stream.embed(held, len(held))
-    spec = job.structure.blocks[0]
+    linears = job.structure.blocks[0].linears
     with stream.block(0) as block, torch.no_grad():
-        originals = {linear: read_weight(block, spec, linear).clone() for linear in spec.linears}
-        arguments = block, spec, known, menu, job.method, job.stored_dtypes
-        target = run_block(block, seen.hidden[0], seen.calls[0][0])
+        originals = {linear: block.weight(linear).clone() for linear in linears}
+        target = block.run(seen.hidden[0], seen.calls[0][0])
         for label in ("w2g32", "w3g32"):
             found = []
             for refiner in (None, refiner_of(job, rows)):
-                errors = rounding_errors(*arguments, refiner)
-                assert all(torch.equal(read_weight(block, spec, linear), w) for linear, w in originals.items())
-                for linear, weight in originals.items():
-                    replace_weight(block, spec, linear, weight + errors[linear.name][label])
-                found.append(float(output_error(run_block(block, seen.hidden[0], seen.calls[0][0]), target)))
-                for linear, weight in originals.items():
-                    replace_weight(block, spec, linear, weight)
+                errors = rounding_errors(block, known, job.rounding(menu, refiner))
+                assert all(torch.equal(block.weight(linear), w) for linear, w in originals.items())
+                with block.with_weights({m.name: w + errors[m.name][label] for m, w in originals.items()}):
+                    found.append(float(output_error(block.run(seen.hidden[0], seen.calls[0][0]), target)))
+                assert all(torch.equal(block.weight(linear), w) for linear, w in originals.items())
             assert found[1] < found[0]
 
 
 def test_no_steps_change_nothing(place: Path) -> None:
     job = job_of(place / "model", refine_steps=0)
-    rows, stream, spec = rows_of(8), job.stream(), job.structure.blocks[1]
+    rows, stream, menu = rows_of(8), job.stream(), menu_of(job, 3)
     known = stream.embed(rows, 4)
     with stream.block(1) as block:
-        arguments = block, spec, known, menu_of(job, 3), job.method, job.stored_dtypes
-        plain, same = rounding_errors(*arguments), rounding_errors(*arguments, refiner_of(job, rows, 0))
+        plain, same = (
+            rounding_errors(block, known, job.rounding(menu, refiner)) for refiner in (None, refiner_of(job, rows, 0))
+        )
     assert all(torch.equal(plain[name]["w3g32"], same[name]["w3g32"]) for name in plain)
 
 
@@ -75,24 +73,24 @@ def test_what_is_scored_are_those_errors(place: Path, batch_size: int) -> None:
     """In the sweeps, with Gram matrices kept or found again, and one unit at a time."""
     job = job_of(place / "model", refine_steps=0)
     calibration, scoring, menu = rows_of(16), rows_of(4, 2), menu_of(job, 2)
-    rounding, known_rows = (job.method, job.stored_dtypes, batch_size), Rows(calibration, "test", "-")
+    rows = MeasurementRows(Rows(calibration, "test", "-"), scoring, batch_size)
     stream = job.stream()
     known, norms = stream.embed(calibration, batch_size), dict[str, float]()
     with torch.no_grad():
         for spec in job.structure.blocks:
             with stream.block(spec.index) as block:
                 refiner = refiner_of(job, calibration)
-                errors = rounding_errors(block, spec, known, menu, job.method, job.stored_dtypes, refiner)
+                errors = rounding_errors(block, known, job.rounding(menu, refiner))
                 norms |= {name: float(by_label["w2g32"].square().sum()) for name, by_label in errors.items()}
-                advance(block, spec, known)
+                advance(block, known)
     found = [
-        measure(job.stream(), known_rows, scoring, menu, *rounding, 0, lambda *_: None, refiner=some)
+        measure(job.stream(), rows, job.rounding(menu, some), SweepSettings(0), lambda *_: None)
         for some in (refiner_of(job, calibration), None)
     ]
     for name, expected in norms.items():
         assert found[0].error_norms[name]["w2g32"] == pytest.approx(expected, rel=1e-5)
     single = [
-        single_unit_divergence(job.stream(), known_rows, scoring, menu, *rounding, lambda *_: None, refiner=some)
+        single_unit_divergence(job.stream(), rows, job.rounding(menu, some), lambda *_: None)
         for some in (refiner_of(job, calibration), None)
     ]
     # Where no step is better, a block keeps its rounding; not so in every block of this model.

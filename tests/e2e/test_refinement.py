@@ -49,7 +49,7 @@ def block_errors(job: Job, folder: Path, rows: Tensor) -> list[float]:
     for spec in job.structure.blocks:
         for stream, state in zip((original, written), states, strict=True):
             with stream.block(spec.index) as block:
-                advance(block, spec, state)
+                advance(block, state)
         found.append(float(output_error(states[1].hidden[0], states[0].hidden[0])))
     return found
 

@@ -27,13 +27,14 @@ from hawqtool.model.discovery import Structure, check_shapes, discover
 from hawqtool.model.skeleton import build_skeleton, max_positions
 from hawqtool.model.tasks import ModelTask, model_task
 from hawqtool.pipeline.run.memory_budget import Work, choose_batch_size, make_offload
-from hawqtool.records import LayerFormats, Unit, UnitFormats
+from hawqtool.records import LayerFormats, Menu, Unit, UnitFormats
 from hawqtool.rounding.method import RoundingMethod
+from hawqtool.rounding.spec import Refiner, RoundingSpec
 from hawqtool.rounding.statistics import SETTINGS_HELD_OUT_EVERY
 from hawqtool.runtime.reporter import Reporter, Silent
 from hawqtool.runtime.stage_timer import UNRECORDED, Recorder
 from hawqtool.streaming.offload import Offload
-from hawqtool.streaming.stream import ModelStream, WeightSource
+from hawqtool.streaming.stream import ModelStream, StreamMemory, WeightSource
 
 _SHORTLIST = {"cpu": 2, "cuda": 4}
 _EXCHANGES = {"cpu": 0, "cuda": 2}
@@ -127,6 +128,10 @@ class Job:
         """Dtype in which each linear's scales are stored: that of its source weight."""
         return {n: torch_dtype(self.index.tensors[f"{n}.weight"].dtype) for n in self.structure.linears}
 
+    def rounding(self, menu: Menu, refiner: Refiner | None = None) -> RoundingSpec:
+        """How units are rounded to the formats of a menu."""
+        return RoundingSpec(self.method, menu, self.stored_dtypes, refiner)
+
     @property
     def unquantized_linears(self) -> tuple[str, ...]:
         """Linears that stay as they are: ignored ones and those outside the blocks."""
@@ -140,17 +145,8 @@ class Job:
         skeleton = copy.deepcopy(self.skeleton)
         # A head that is quantized is replaced in place.
         shares = dtype in (None, self.dtype) and self.structure.head is None
-        return ModelStream(
-            skeleton,
-            self.structure,
-            reader,
-            self.device,
-            dtype or self.dtype,
-            self.recorder,
-            self.offload,
-            self.matrices if shares else None,
-            owns=source is None,
-        )
+        memory = StreamMemory(self.offload, self.matrices if shares else None, owns=source is None)
+        return ModelStream(skeleton, self.structure, reader, self.device, dtype or self.dtype, memory, self.recorder)
 
     def _reader(self) -> WeightSource:
         """Reads the checkpoint; on a GPU ahead, as there the host has time to."""

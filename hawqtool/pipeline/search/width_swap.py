@@ -12,7 +12,7 @@ from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.files import plan_of_record, plan_record
 from hawqtool.pipeline.run.menu import job_menu
 from hawqtool.pipeline.search.trials import Trial, TrialRunner, formats_key
-from hawqtool.records import BitPlan, Menu, Rows, Score, UnitFormats, UnitScores
+from hawqtool.records import BitPlan, MeasurementRows, Menu, Rows, Score, UnitFormats, UnitScores
 from hawqtool.runtime.stage_timer import Stopwatch
 from hawqtool.sensitivity.measured_kl import pairs_of_scores, scores_of_pairs
 from hawqtool.sensitivity.shrinkage import updated
@@ -71,12 +71,8 @@ def swap_widths(
     measured = swap_divergence(
         job.stream(),
         quantized,
-        sets["calibration"],
-        sets["scoring"].tokens,
-        {unit: formats for unit, formats in others.items() if formats},
-        job.method,
-        job.stored_dtypes,
-        job.batch_size,
+        MeasurementRows(sets["calibration"], sets["scoring"].tokens, job.batch_size),
+        job.rounding({unit: formats for unit, formats in others.items() if formats}),
         context.reporter.progress,
         context.saved,
     )

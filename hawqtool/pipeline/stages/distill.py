@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.config import RunConfig
@@ -18,16 +18,16 @@ from hawqtool.export.layout import Layout
 from hawqtool.export.packed_reader import PACKED, SCALE, packed_parts, relative_weight_error, unpack_parts
 from hawqtool.export.packing import pack_codes
 from hawqtool.export.writer import CheckpointWriter, unfinished_reader
+from hawqtool.model.block import LoadedBlock
 from hawqtool.model.replay import Call
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.stages.refine import BATCH_ROWS, BlockForward, norm_gains, split_rows
-from hawqtool.records import BitPlan, BlockSpec, LayerFormats, LinearSpec, UnitFormats
+from hawqtool.records import BitPlan, LayerFormats, UnitFormats
 from hawqtool.rounding.grid import Quantized, dequantize
 from hawqtool.rounding.learned.end_to_end import DistillSchedule, TrainableBlock, distill
-from hawqtool.rounding.learned.fake_quant import InitialRounding
+from hawqtool.rounding.spec import InitialRounding
 from hawqtool.runtime.store import Saved
-from hawqtool.streaming.block import local_name, read_weight, replace_weight
 from hawqtool.streaming.stream import ModelStream
 
 CODE_RATE = 6e-3
@@ -181,11 +181,11 @@ def distill_model(
     _replace_head(job, stream, rounded)
     with ExitStack() as resident:
         blocks = [resident.enter_context(stream.block(spec.index)) for spec in job.structure.blocks]
-        names = [norm_gains(job, block, spec) for block, spec in zip(blocks, job.structure.blocks, strict=True)]
-        linears = job.layer_formats(formats)
+        names = [norm_gains(job, block) for block in blocks]
+        layer_formats = job.layer_formats(formats)
         trainable_blocks = [
-            _piece(block, spec, _starts(job, block, spec, rounded, linears), found, changed, calls)
-            for block, spec, found in zip(blocks, job.structure.blocks, names, strict=True)
+            _trainable(block, _initial(job, block, rounded, layer_formats), gains, changed, calls)
+            for block, gains in zip(blocks, names, strict=True)
         ]
         found = distill(
             trainable_blocks,
@@ -196,61 +196,55 @@ def distill_model(
             lambda done: context.reporter.progress(f"distilling {label}", done, schedule.steps),
             context.saved,
         )
-        errors = _weight_errors(job, blocks, found.layers)
+        errors = _weight_errors(blocks, found.layers)
     by_block = zip(names, found.gains, strict=True)
     gains = {tensors[name][0]: gain for tensors, learned in by_block for name, gain in learned.items()}
     return DistilledModel(found.layers, gains, errors, found.log.record | {"seconds": found.seconds})
 
 
-def _weight_errors(job: Job, blocks: Sequence[nn.Module], layers: Mapping[str, Quantized]) -> dict[str, float]:
+def _weight_errors(blocks: Sequence[LoadedBlock], layers: Mapping[str, Quantized]) -> dict[str, float]:
     """Of every layer as it is now, against the block's own weights, which are the original's."""
     return {
-        linear.name: relative_weight_error(read_weight(block, spec, linear), dequantize(*layers[linear.name]))
-        for block, spec in zip(blocks, job.structure.blocks, strict=True)
-        for linear in spec.linears
+        linear.name: relative_weight_error(block.weight(linear), dequantize(*layers[linear.name]))
+        for block in blocks
+        for linear in block.spec.linears
         if linear.name in layers
     }
 
 
-def _starts(
-    job: Job,
-    block: nn.Module,
-    spec: BlockSpec,
-    rounded: Mapping[str, Quantized],
-    formats: LayerFormats,
-) -> list[tuple[LinearSpec, InitialRounding]]:
+def _initial(
+    job: Job, block: LoadedBlock, rounded: Mapping[str, Quantized], formats: LayerFormats
+) -> list[InitialRounding]:
     """Rounded layers of a block, with the original's weights as the block holds them."""
-    found = []
-    for linear in (linear for linear in spec.linears if linear.name in rounded):
-        weight = block.get_parameter(f"{local_name(spec, linear)}.weight").detach()
+    layers = []
+    for linear in (linear for linear in block.spec.linears if linear.name in rounded):
+        weight = block.parameter(linear).detach()
         weight = weight.t() if linear.transposed else weight
         layer = _on(job.device, rounded[linear.name])
-        found.append((linear, InitialRounding(linear.name, weight, layer, formats[linear.name])))
-    return found
+        layers.append(InitialRounding(linear.name, weight, layer, formats[linear.name]))
+    return layers
 
 
-def _piece(
-    block: nn.Module,
-    spec: BlockSpec,
-    starts: Sequence[tuple[LinearSpec, InitialRounding]],
+def _trainable(
+    block: LoadedBlock,
+    initial: Sequence[InitialRounding],
     names: Mapping[str, tuple[str, torch.dtype]],
     changed: Mapping[str, Tensor],
     calls: Sequence[Sequence[Call]],
 ) -> TrainableBlock:
-    device = next(block.parameters()).device
+    device = next(block.module.parameters()).device
     gains = {
-        name: (changed.get(tensor, block.get_parameter(name).detach()).to(device), dtype)
+        name: (changed.get(tensor, block.module.get_parameter(name).detach()).to(device), dtype)
         for name, (tensor, dtype) in names.items()
     }
-    linears = {linear.name: linear for linear, _ in starts}
-    return TrainableBlock([start for _, start in starts], gains, BlockForward(block, spec, calls, linears))
+    return TrainableBlock(initial, gains, BlockForward(block, calls))
 
 
 def _replace_head(job: Job, stream: ModelStream, rounded: Mapping[str, Quantized]) -> None:
-    head = job.structure.head
-    for linear in head.linears if head else ():
+    head = stream.head
+    for linear in head.spec.linears if head else ():
         if head and linear.name in rounded:
-            replace_weight(stream.model, head, linear, dequantize(*_on(job.device, rounded[linear.name])))
+            head.set_weight(linear, dequantize(*_on(job.device, rounded[linear.name])))
 
 
 def _on(device: torch.device, layer: Quantized) -> Quantized:

@@ -19,12 +19,12 @@ from hawqtool.pipeline.run.measurement_cache import MeasurementFolder, measureme
 from hawqtool.pipeline.run.menu import unquantized_bytes
 from hawqtool.pipeline.stages.refine import FormatRefiner
 from hawqtool.pipeline.stages.token_importance import with_token_importance
-from hawqtool.records import SWEEP_METRICS, Menu, Rows, SensitivityTable, UnitScores
+from hawqtool.records import SWEEP_METRICS, MeasurementRows, Menu, Rows, SensitivityTable, UnitScores
 from hawqtool.rounding.learned.block import Schedule
 from hawqtool.sensitivity.curvature.hvp import Curvature
 from hawqtool.sensitivity.curvature.lanczos import SUBSETS, top_eigenvalues
 from hawqtool.sensitivity.curvature.trace import curvature_fields, hawq_scores
-from hawqtool.sensitivity.measure import Measurement, measure
+from hawqtool.sensitivity.measure import Measurement, SweepSettings, measure
 from hawqtool.sensitivity.measured_kl import single_unit_divergence
 
 Fields = dict[str, dict[str, float]]
@@ -110,17 +110,11 @@ def measure_job(
     wanted, calibration = wanted_formats(job, menu), with_token_importance(context, sets["calibration"])
     found = measure(
         job.stream(),
-        calibration,
-        sets["scoring"].tokens,
-        wanted,
-        job.method,
-        job.stored_dtypes,
-        job.batch_size,
-        job.config.seed,
+        MeasurementRows(calibration, sets["scoring"].tokens, job.batch_size),
+        job.rounding(wanted, _refiner(job, calibration.tokens)),
+        SweepSettings(job.config.seed, metrics=metrics),
         stages.reporter.progress,
         stages.saved,
-        refiner=_refiner(job, calibration.tokens),
-        metrics=metrics,
     )
     curvature = input_fisher_fields(found)
     settings: dict[str, float | int | str] = {}
@@ -166,15 +160,10 @@ def single_unit_scores(context: RunContext, menu: Menu, calibration: Rows, rows:
     job = context.job
     return single_unit_divergence(
         job.stream(),
-        calibration,
-        rows.tokens,
-        menu,
-        job.method,
-        job.stored_dtypes,
-        job.batch_size,
+        MeasurementRows(calibration, rows.tokens, job.batch_size),
+        job.rounding(menu, _refiner(job, calibration.tokens)),
         context.reporter.progress,
         context.saved,
-        _refiner(job, calibration.tokens),
     )
 
 

@@ -13,14 +13,14 @@ from hawqtool.checkpoint.dtypes import torch_dtype
 from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.errors import UsageError
 from hawqtool.export.tensor_checks import is_gain
+from hawqtool.model.block import LoadedBlock
 from hawqtool.model.discovery import is_norm
 from hawqtool.model.replay import Call
 from hawqtool.pipeline.run.job import Job
-from hawqtool.records import BlockSpec, LinearSpec, Rows, TokenImportance
+from hawqtool.records import Rows, TokenImportance
 from hawqtool.rounding.learned.block import Batches, Refined, Schedule, refine
-from hawqtool.rounding.learned.fake_quant import InitialRounding
-from hawqtool.sensitivity.measure import InitialRoundings
-from hawqtool.streaming.block import Activations, advance, local_name
+from hawqtool.rounding.spec import InitialRounding, InitialRoundings
+from hawqtool.streaming.block import Activations, advance
 from hawqtool.streaming.resume_points import States
 from hawqtool.streaming.stream import ModelStream
 
@@ -104,34 +104,31 @@ class BlockRefiner:
             "original": self.original.hidden,
         }
 
-    def begin(self, block: nn.Module, spec: BlockSpec) -> None:
+    def begin(self, block: LoadedBlock) -> None:
         """Take the original's outputs of a block, whose weights are still the original's."""
         self.inputs = [*torch.cat(list(self.walked.hidden)).split(self.batch_rows), *self.held_out.hidden]
         self.share_original()
-        advance(block, spec, self.original)
+        advance(block, self.original)
 
     def finish(
         self,
-        block: nn.Module,
-        spec: BlockSpec,
-        starts: Sequence[tuple[LinearSpec, InitialRounding]],
+        block: LoadedBlock,
+        initial: Sequence[InitialRounding],
         progress: Callable[[int], None],
     ) -> RefinedBlock:
         """Refine a rounded block, put the result in its place, and run it.
 
         Args:
             block: The block, holding the rounded weights.
-            spec: Its linears.
-            starts: Its rounded layers.
+            initial: Its rounded layers.
             progress: Called with the number of steps done.
         """
-        gains = norm_gains(self.job, block, spec)
-        forward = BlockForward(block, spec, self.calls, {s.name: linear for linear, s in starts})
+        gains = norm_gains(self.job, block)
         targets = self.original.hidden
         result = refine(
-            [start for _, start in starts],
-            {name: (block.get_parameter(name).detach(), dtype) for name, (_, dtype) in gains.items()},
-            forward,
+            initial,
+            {name: (block.module.get_parameter(name).detach(), dtype) for name, (_, dtype) in gains.items()},
+            BlockForward(block, self.calls),
             Batches(self.inputs[: self.count], targets[: self.count]),
             Batches(self.inputs[self.count :], targets[self.count :]),
             self.schedule,
@@ -139,19 +136,19 @@ class BlockRefiner:
         )
         with torch.no_grad():
             for name, gain in result.gains.items():
-                block.get_parameter(name).copy_(gain)
+                block.module.get_parameter(name).copy_(gain)
         return RefinedBlock(result, {gains[name][0]: gain for name, gain in result.gains.items()})
 
-    def put_gains(self, block: nn.Module, spec: BlockSpec, reader: TensorReader) -> None:
+    def put_gains(self, block: LoadedBlock, reader: TensorReader) -> None:
         """Put gains in place that were learned before, from where they were written."""
         with torch.no_grad():
-            for name, (stored, _) in norm_gains(self.job, block, spec).items():
-                block.get_parameter(name).copy_(reader.tensor(stored))
+            for name, (stored, _) in norm_gains(self.job, block).items():
+                block.module.get_parameter(name).copy_(reader.tensor(stored))
 
-    def advance(self, block: nn.Module, spec: BlockSpec) -> None:
+    def advance(self, block: LoadedBlock) -> None:
         """Outputs of the block as it is now, which later blocks are rounded and refined on."""
         outputs = Activations(self.inputs, self.calls)
-        advance(block, spec, outputs)
+        advance(block, outputs)
         self.walked.hidden = list(torch.cat(list(outputs.hidden[: self.count])).split(self.job.batch_size))
         self.held_out.hidden = outputs.hidden[self.count :]
         self.inputs = []
@@ -180,23 +177,19 @@ class FormatRefiner:
         sets = [stream.embed(part, self.batch_rows) for part in split_rows(rows)]
         self.calls, self.count = [call for part in sets for call in part.calls], len(sets[0].hidden)
 
-    def __call__(
-        self, block: nn.Module, spec: BlockSpec, hidden: Sequence[Tensor], starts: InitialRoundings
-    ) -> InitialRoundings:
-        """Refined roundings; see `hawqtool.sensitivity.measure.Refiner`."""
+    def __call__(self, block: LoadedBlock, hidden: Sequence[Tensor], initial: InitialRoundings) -> InitialRoundings:
+        """Refined roundings; see `hawqtool.rounding.spec.Refiner`."""
         inputs = [batch for part in split_rows(torch.cat(list(hidden))) for batch in part.split(self.batch_rows)]
         outputs = Activations(list(inputs), self.calls)
-        advance(block, spec, outputs)
+        advance(block, outputs)
         fitting = Batches(inputs[: self.count], outputs.hidden[: self.count])
         held_out = Batches(inputs[self.count :], outputs.hidden[self.count :])
-        linears = {linear.name: linear for linear in spec.linears}
-        refined: InitialRoundings = {name: dict(by_label) for name, by_label in starts.items()}
-        for label in sorted({label for by_label in starts.values() for label in by_label}):
-            some = [by_label[label] for by_label in starts.values() if label in by_label]
-            forward = BlockForward(block, spec, self.calls, {start.name: linears[start.name] for start in some})
-            found = refine(some, {}, forward, fitting, held_out, self.schedule)
-            for start in some:
-                refined[start.name][label] = replace(start, rounded=found.layers[start.name])
+        refined: InitialRoundings = {name: dict(by_label) for name, by_label in initial.items()}
+        for label in sorted({label for by_label in initial.values() for label in by_label}):
+            layers = [by_label[label] for by_label in initial.values() if label in by_label]
+            result = refine(layers, {}, BlockForward(block, self.calls), fitting, held_out, self.schedule)
+            for layer in layers:
+                refined[layer.name][label] = replace(layer, rounded=result.layers[layer.name])
         return refined
 
 
@@ -204,31 +197,21 @@ class FormatRefiner:
 class BlockForward:
     """Runs a block with other weights; names are those of linears, or of the block's own parameters."""
 
-    block: nn.Module
-    spec: BlockSpec
+    block: LoadedBlock
     calls: Sequence[Sequence[Call]]
-    linears: Mapping[str, LinearSpec]
 
     def __call__(self, weights: Mapping[str, Tensor], hidden: Tensor, batch: int) -> Tensor:
         """Output for the hidden states of a batch, whose number says which other arguments the call has."""
-        values = {}
-        for name, weight in weights.items():
-            linear = self.linears.get(name)
-            if linear is None:
-                values[name] = weight
-            else:
-                values[f"{local_name(self.spec, linear)}.weight"] = weight.t() if linear.transposed else weight
-        args, kwargs = self.calls[batch][self.spec.index]
-        output: Any = torch.func.functional_call(self.block, values, (hidden, *args), kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        with self.block.with_weights(weights):
+            return self.block.run(hidden, self.calls[batch][self.block.spec.index])
 
 
-def norm_gains(job: Job, block: nn.Module, spec: BlockSpec) -> dict[str, tuple[str, torch.dtype]]:
+def norm_gains(job: Job, block: LoadedBlock) -> dict[str, tuple[str, torch.dtype]]:
     """Norm gains by name inside the block: name and dtype of the stored tensor."""
-    found = {}
-    for path, module in block.named_modules():
-        full = f"{spec.name}.{path}.weight"
+    gains = {}
+    for path, module in block.module.named_modules():
+        full = f"{block.spec.name}.{path}.weight"
         stored = job.structure.stored_names.get(full, full)
         if is_norm(module) and isinstance(getattr(module, "weight", None), nn.Parameter) and is_gain(stored):
-            found[f"{path}.weight"] = (stored, torch_dtype(job.index.tensors[stored].dtype))
-    return found
+            gains[f"{path}.weight"] = (stored, torch_dtype(job.index.tensors[stored].dtype))
+    return gains

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +118,11 @@ def _write_blocks(
             seconds = earlier + time.perf_counter() - start
             blocks.save(str(spec.index), vars(found) | {"checksums": checksums, "seconds": seconds})
 
-        finished = _finished(reader, done, blocks)
-        found = round_blocks(job, plan.formats, rows, sink, context.reporter, label, finished=finished, keep=keep)
+        known_findings = [Findings(block["layers"], block["refinement"]) for block in done]
+        finished = Finished(reader, known_findings, blocks.part("states"), keep)
+        stage = "rounding and refining" if job.config.refine_steps else "rounding"
+        progress = partial(context.reporter.progress, f"{stage} {label}")
+        found = round_blocks(job, plan.formats, rows, sink, progress, finished=finished)
     return Written(writer.checksums, sorted(writer.changed), found.layers, found.refinement, earlier)
 
 
@@ -139,11 +142,6 @@ def _intact_blocks(job: Job, reader: TensorReader, blocks: Saved) -> list[dict[s
             break
         done.append(known)
     return done
-
-
-def _finished(reader: TensorReader | None, done: Sequence[dict[str, Any]], blocks: Saved) -> Finished:
-    findings = [Findings(block["layers"], block["refinement"]) for block in done]
-    return Finished(reader, findings, blocks.part("states"))
 
 
 def _write_records(

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from hawqtool.rounding.grid import Quantized
-from hawqtool.rounding.learned.fake_quant import FlatLayers, InitialRounding, by_kind
+from hawqtool.rounding.learned.fake_quant import FlatLayers, by_kind
 from hawqtool.rounding.learned.training import Gain, TrainingLog, batch_order, learn
+from hawqtool.rounding.spec import InitialRounding
 
 Forward = Callable[[Mapping[str, Tensor], Tensor, int], Tensor]
 """Output ``[rows, positions, width]`` of the block with weights and gains by name, from the input of a batch."""

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from hawqtool.rounding.grid import Quantized
 from hawqtool.rounding.learned.block import Forward
-from hawqtool.rounding.learned.fake_quant import FlatLayers, FlatScales, InitialRounding, by_kind
+from hawqtool.rounding.learned.fake_quant import FlatLayers, FlatScales, by_kind
 from hawqtool.rounding.learned.training import Gain, TrainingLog, batch_order, learn
+from hawqtool.rounding.spec import InitialRounding
 from hawqtool.runtime.store import NOTHING_SAVED, Saved
 
 

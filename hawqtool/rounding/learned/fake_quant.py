@@ -8,36 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hawqtool.formats import QuantFormat
 from hawqtool.rounding.grid import Quantized, expand_scales
+from hawqtool.rounding.spec import InitialRounding
 
 EDGE = 0.499
 """Largest distance of a latent from the middle of its rounding cell at the start and in the outermost cells."""
 
 MAX_SCALE_CHANGE = math.log(2)
 """Scales keep their sign and stay within a factor of 2 of the start."""
-
-
-@dataclass(frozen=True)
-class InitialRounding:
-    """A rounded layer that learning starts from.
-
-    Args:
-        name: Its name.
-        weight: ``[out, in]``, the weight before rounding.
-        rounded: Codes, scales and zero points.
-        quant_format: Format.
-    """
-
-    name: str
-    weight: Tensor
-    rounded: Quantized
-    quant_format: QuantFormat
 
 
 def fake_quantize(

@@ -7,20 +7,20 @@ needs only its own weights, its input and that input's tangent.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hawqtool.errors import NumericalError
+from hawqtool.model.block import LoadedBlock
 from hawqtool.model.replay import Call
-from hawqtool.records import BlockSpec, LinearSpec
-from hawqtool.streaming.block import local_name
+from hawqtool.records import LinearSpec
 from hawqtool.streaming.stream import ModelStream
 
 DATA, SAMPLED, OWN_OUTPUT = "next tokens of the rows", "sampled from the model", "the model's own embedding"
@@ -80,9 +80,8 @@ class Curvature:
 
     def advance(self, index: int, hidden: Sequence[Tensor]) -> list[Tensor]:
         """Hidden states behind a block from those before it."""
-        spec = self.stream.structure.blocks[index]
         with torch.no_grad(), self.stream.block(index) as block:
-            return [Stage(block, spec, "", self.calls[i][index]).plain(h) for i, h in enumerate(hidden)]
+            return [block.run(state, self.calls[i][index]) for i, state in enumerate(hidden)]
 
     def tail(self, part: int, hidden: Tensor) -> Stage:
         """From the last block's output to the summed loss of a part's rows."""
@@ -90,8 +89,8 @@ class Curvature:
             outputs = self.stream.outputs(self.parts[part], hidden)
         if not bool(torch.isfinite(outputs).all()):
             raise NumericalError("the original model gives outputs that are NaN or Inf; check its weights")
-        call: Call = ((self.parts[part], self._loss(part, outputs)), {})
-        return Stage(Tail(self.stream), self.stream.structure.head, "model.", call)
+        loss = self._loss(part, outputs)
+        return Stage(self.stream.head, lambda state: loss(self.stream.outputs(self.parts[part], state)))
 
     def _loss(self, part: int, outputs: Tensor) -> Loss:
         if self.labels == OWN_OUTPUT:
@@ -110,54 +109,34 @@ class Curvature:
         return torch.multinomial(outputs.float().softmax(-1), 1, generator=generator)[:, 0]
 
 
-class Tail(nn.Module):
-    """What follows the blocks, up to the loss."""
-
-    def __init__(self, stream: ModelStream) -> None:
-        super().__init__()
-        self.model, self._stream = stream.model, stream
-
-    def forward(self, hidden: Tensor, rows: Tensor, loss: Loss) -> Tensor:
-        """Loss of the rows from the last block's output."""
-        return loss(self._stream.outputs(rows, hidden))
-
-
 @dataclass(frozen=True)
 class Stage:
-    """A block or the tail with the arguments of its call.
+    """A block, or what follows the blocks, as a function of the hidden state before it.
 
     Args:
-        module: What is called.
-        spec: Its linears; None where it has none that count.
-        prefix: Before the names of linears, to be theirs inside ``module``.
-        call: Arguments behind the hidden state.
+        block: Holds the linears that count; None where there are none.
+        function: Output from the hidden state.
     """
 
-    module: nn.Module
-    spec: BlockSpec | None
-    prefix: str
-    call: Call
+    block: LoadedBlock | None
+    function: Callable[[Tensor], Tensor]
+
+    @classmethod
+    def of_block(cls, block: LoadedBlock, call: Call) -> Stage:
+        """A block with the other arguments of its call."""
+        return cls(block, partial(block.run, call=call))
 
     @property
     def linears(self) -> tuple[LinearSpec, ...]:
         """Its linears."""
-        return self.spec.linears if self.spec else ()
+        return self.block.spec.linears if self.block else ()
 
-    @property
-    def groups(self) -> tuple[tuple[LinearSpec, ...], ...]:
-        """Those of them that share an input, together."""
-        return self.spec.input_groups if self.spec else ()
-
-    def name(self, linear: LinearSpec) -> str:
-        """Name of a linear inside the module."""
-        assert self.spec is not None  # it has the linear
-        return self.prefix + local_name(self.spec, linear)
-
-    def plain(self, hidden: Tensor, weights: dict[str, Tensor] | None = None) -> Tensor:
-        """Output, with other weights where they are given."""
-        args, kwargs = self.call
-        output = torch.func.functional_call(self.module, weights or {}, (hidden, *args), kwargs)
-        return output[0] if isinstance(output, tuple) else output
+    def run(self, hidden: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Output, with other weights where they are given, as `LoadedBlock.with_weights` takes them."""
+        if self.block is None or not weights:
+            return self.function(hidden)
+        with self.block.with_weights(weights):
+            return self.function(hidden)
 
 
 class Variables(Protocol):
@@ -175,12 +154,14 @@ class Weights:
 
     def values(self, stage: Stage, hidden: Tensor) -> dict[str, Tensor]:
         """Weights of the stage."""
-        return {m.name: stage.module.get_parameter(f"{stage.name(m)}.weight") for m in stage.linears}
+        return {m.name: stage.block.parameter(m) for m in stage.linears} if stage.block else {}
 
     def run(self, stage: Stage, values: dict[str, Tensor], hidden: Tensor) -> Tensor:
         """Output with these weights."""
-        weights = {f"{stage.name(m)}.weight": values[m.name] for m in stage.linears if m.name in values}
-        return stage.plain(hidden, weights)
+        if stage.block is None:
+            return stage.run(hidden)
+        local = stage.block.local_name
+        return stage.run(hidden, {f"{local(m)}.weight": values[m.name] for m in stage.linears if m.name in values})
 
 
 class Inputs:
@@ -197,13 +178,13 @@ class Inputs:
             found[name] = torch.zeros_like(x)
 
         with torch.no_grad(), self._hooks(stage, see):
-            stage.plain(hidden)
+            stage.run(hidden)
         return found
 
     def run(self, stage: Stage, values: dict[str, Tensor], hidden: Tensor) -> Tensor:
         """Output with these perturbations."""
         with self._hooks(stage, lambda x, name: x + values[name] if name in values else None):
-            return stage.plain(hidden)
+            return stage.run(hidden)
 
     @contextmanager
     def _hooks(self, stage: Stage, act: Callable[[Tensor, str], Tensor | None]) -> Iterator[None]:
@@ -211,18 +192,30 @@ class Inputs:
             changed = act(inputs[0], name)
             return None if changed is None else (changed, *inputs[1:])
 
-        hooks = []
-        for group in stage.groups:
+        hooks, block = [], stage.block
+        for group in block.spec.input_groups if block else ():
             names: dict[str, str] = {}
             for linear in group:
                 name = names.setdefault(linear.unit, linear.name)
-                module = stage.module.get_submodule(stage.name(linear))
-                hooks.append(module.register_forward_pre_hook(partial(hook, name=name)))
+                assert block is not None  # it has the group
+                hooks.append(block.linear(linear).register_forward_pre_hook(partial(hook, name=name)))
         try:
             yield
         finally:
             for handle in hooks:
                 handle.remove()
+
+
+class Prefix(NamedTuple):
+    """The blocks before those that are walked.
+
+    Args:
+        blocks: Their number.
+        hidden: Hidden states behind them, per part.
+    """
+
+    blocks: int
+    hidden: Sequence[Tensor]
 
 
 def products(
@@ -231,8 +224,7 @@ def products(
     passes: Sequence[Pass],
     direction: Direction,
     visit: Visit,
-    start: int = 0,
-    hidden: Sequence[Tensor] | None = None,
+    begin: Prefix | None = None,
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> None:
     """One Hessian-vector product of a part's summed loss per pass.
@@ -243,14 +235,14 @@ def products(
         passes: Parts and directions; every part occurs.
         direction: The directions; asked twice for every variable, so it must repeat itself.
         visit: Takes the products of every variable that has a tangent.
-        start: First block; no variable before it has a tangent.
-        hidden: Hidden states before that block, per part; those behind the embedding by default.
+        begin: Where the sweep begins; no variable before it has a tangent (default: at the first block).
         progress: Called with the blocks done, both ways together, and those in all.
     """
     stream = curvature.stream
-    states = list(curvature.first_hidden if hidden is None else hidden)
+    begin = begin or Prefix(0, curvature.first_hidden)
+    states = list(begin.hidden)
     tangents = [torch.zeros_like(states[p.row]) for p in passes]
-    blocks = stream.structure.blocks[start:]
+    blocks = stream.structure.blocks[begin.blocks :]
     stored: list[tuple[list[Tensor], list[Tensor]]] = []
     # The backward passes of fused attention kernels have no derivative of their own.
     with sdpa_kernel(SDPBackend.MATH):
@@ -259,7 +251,7 @@ def products(
             states = list(states)
             with stream.block(spec.index) as block:
                 for i, p in enumerate(passes):
-                    stage = Stage(block, spec, "", curvature.calls[p.row][spec.index])
+                    stage = Stage.of_block(block, curvature.calls[p.row][spec.index])
                     point = _point(stage, variables, direction, p, stored[-1][0][p.row], tangents[i])
                     states[p.row], tangents[i] = _tangent(*point)
             progress(done + 1, 2 * len(blocks))
@@ -273,7 +265,7 @@ def products(
             states, tangents = stored.pop()
             with stream.block(spec.index) as block:
                 for i, p in enumerate(passes):
-                    stage = Stage(block, spec, "", curvature.calls[p.row][spec.index])
+                    stage = Stage.of_block(block, curvature.calls[p.row][spec.index])
                     point = _point(stage, variables, direction, p, states[p.row], tangents[i])
                     gradients[i] = _pull(point, *gradients[i], p, visit)
             progress(len(blocks) + done + 1, 2 * len(blocks))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hawqtool.records import Unit
-from hawqtool.sensitivity.curvature.hvp import Curvature, Pass, Weights, products
+from hawqtool.sensitivity.curvature.hvp import Curvature, Pass, Prefix, Weights, products
 from hawqtool.sensitivity.curvature.trace import Progress, random_signs
 
 SUBSETS = 4
@@ -126,7 +126,7 @@ class _UnitRecurrences:
             held.add_(product, alpha=1 / (self.curvature.outputs * len(group)))
 
         passes = [Pass(row, tag) for tag, (_, group) in enumerate(self.keys) for row in self.groups[group]]
-        products(self.curvature, Weights(), passes, direction, visit, start, hidden)
+        products(self.curvature, Weights(), passes, direction, visit, Prefix(start, hidden))
         for tag, product in enumerate(sums):
             self.found.setdefault(tag, Recurrence(vectors[tag])).add(product)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hawqtool.evaluation.divergence import OutputComparison
-from hawqtool.records import BlockSpec, LinearSpec, Menu, UnitFormats
-from hawqtool.rounding.method import RoundingMethod
+from hawqtool.model.block import LoadedBlock
+from hawqtool.records import LinearSpec
+from hawqtool.rounding.spec import RoundingErrors, RoundingSpec
 from hawqtool.rounding.statistics import GroupStatistics
-from hawqtool.sensitivity.curvature.hvp import Stage, Tail, Weights
-from hawqtool.sensitivity.measure import Progress, group_errors, rounding_errors
-from hawqtool.sensitivity.measured_kl import finite, joined, replaced
+from hawqtool.sensitivity.curvature.hvp import Stage, Weights
+from hawqtool.sensitivity.measure import Progress, head_errors, rounding_errors
+from hawqtool.sensitivity.measured_kl import finite
 from hawqtool.streaming.block import Activations, advance
 from hawqtool.streaming.stream import ModelStream
 
@@ -55,9 +56,7 @@ def loss_along(
     stream: ModelStream,
     calibration: Tensor | None,
     rows: Tensor,
-    formats: UnitFormats,
-    method: RoundingMethod,
-    stored_dtypes: Mapping[str, torch.dtype],
+    rounding: RoundingSpec,
     batch_size: int,
     progress: Progress,
     scales: Sequence[float] = SCALES,
@@ -73,9 +72,7 @@ def loss_along(
         calibration: Rows whose Gram matrices in the original model guide the rounding; None for plain rounding, with
             the scales of least squared error of the weights.
         rows: Rows to measure on: ``[rows, seq_len]`` tokens, or images.
-        formats: Unit to format; units that are missing keep their weights.
-        method: Rounding, plain where there are no calibration rows.
-        stored_dtypes: Linear to the dtype of its stored scales.
+        rounding: One format for every unit that is rounded, and the method, plain where there are no calibration rows.
         batch_size: Rows per forward pass.
         progress: Called with the phase, blocks done and blocks in all.
         scales: Values of a, rising from 0.
@@ -83,49 +80,39 @@ def loss_along(
     Raises:
         NumericalError: If outputs are not finite.
     """
-    rounding = ({unit: (fmt,) for unit, fmt in formats.items()}, method, stored_dtypes)
     seen = stream.embed(rows, batch_size)
-    known = None if calibration is None else stream.embed(calibration, batch_size, method.needs_held_out)
+    known = None if calibration is None else stream.embed(calibration, batch_size, rounding.method.needs_held_out)
     moved = [Activations(list(seen.hidden), seen.calls) for _ in scales]
     changes = [torch.zeros_like(hidden) for hidden in seen.hidden]
     for spec in stream.structure.blocks:
         with stream.block(spec.index) as block, torch.no_grad():
-            errors = _errors(block, spec, known, *rounding)
+            errors = _errors(block, known, rounding)
             for position, hidden in enumerate(seen.hidden):
-                stage = Stage(block, spec, "", seen.calls[position][spec.index])
+                stage = Stage.of_block(block, seen.calls[position][spec.index])
                 seen.hidden[position], changes[position] = _derivative(stage, errors, hidden, changes[position])
             for scale, activations in zip(scales, moved, strict=True):
-                with replaced(block, spec, _scaled(errors, scale)):
-                    advance(block, spec, activations)
+                with block.with_weights(block.shifted(_scaled(errors, scale))):
+                    advance(block, activations)
             if known:
-                advance(block, spec, known)
+                advance(block, known)
         progress("loss along the rounding error", spec.index + 1, len(stream.structure.blocks))
     with torch.no_grad():
-        errors = _head_errors(stream, calibration, known, *rounding)
+        errors = _head_errors(stream, calibration, known, rounding)
         divergence = _divergence(stream, rows, scales, moved, errors)
         quadratic = _quadratic(stream, rows, torch.cat(list(seen.hidden)), torch.cat(changes), errors)
     return LossAlong(tuple(scales), divergence, quadratic)
 
 
-Errors = dict[LinearSpec, Tensor]
+Errors = dict[str, Tensor]
+"""D by linear, ``[out, in]`` float32."""
 
 
-def _errors(
-    block: nn.Module,
-    spec: BlockSpec,
-    known: Activations | None,
-    menu: Menu,
-    method: RoundingMethod,
-    stored_dtypes: Mapping[str, torch.dtype],
-) -> Errors:
+def _errors(block: LoadedBlock, known: Activations | None, rounding: RoundingSpec) -> Errors:
     """D of every linear of a block that is rounded."""
-    found: dict[str, dict[str, Tensor]] = {}
     if known is not None:
-        found = rounding_errors(block, spec, known, menu, method, stored_dtypes)
-    else:
-        for group in spec.input_groups:
-            found |= group_errors(block, spec, group, _unweighted(group, block), menu, method, stored_dtypes)
-    return {linear: error for linear in spec.linears for error in found.get(linear.name, {}).values()}
+        return _only(rounding_errors(block, known, rounding))
+    groups = ((group, _unweighted(group, block.module)) for group in block.spec.input_groups)
+    return _only(rounding.block_errors(block, groups, ()))
 
 
 def _unweighted(group: Sequence[LinearSpec], module: nn.Module) -> GroupStatistics:
@@ -135,33 +122,31 @@ def _unweighted(group: Sequence[LinearSpec], module: nn.Module) -> GroupStatisti
 
 
 def _head_errors(
-    stream: ModelStream,
-    calibration: Tensor | None,
-    known: Activations | None,
-    menu: Menu,
-    method: RoundingMethod,
-    stored_dtypes: Mapping[str, torch.dtype],
+    stream: ModelStream, calibration: Tensor | None, known: Activations | None, rounding: RoundingSpec
 ) -> Errors:
-    head = stream.structure.head
+    head = stream.head
+    if calibration is not None and known is not None:
+        return _only(head_errors(stream, calibration, known, rounding))
     if head is None:
         return {}
-    if calibration is not None and known is not None:
-        statistics = stream.head_statistics(calibration, known)
-    else:
-        statistics = _unweighted(head.linears, stream.model.get_output_embeddings())
-    found = group_errors(stream.model, head, head.linears, statistics, menu, method, stored_dtypes)
-    return {linear: error for linear in head.linears for error in found.get(linear.name, {}).values()}
+    statistics = _unweighted(head.spec.linears, stream.model.get_output_embeddings())
+    return _only(rounding.errors(head, head.spec.linears, statistics))
+
+
+def _only(errors: RoundingErrors) -> Errors:
+    """Errors by linear where each has one format."""
+    return {name: error for name, by_label in errors.items() for error in by_label.values()}
 
 
 def _scaled(errors: Errors, scale: float) -> Errors:
-    return {linear: scale * error for linear, error in errors.items()}
+    return {name: scale * error for name, error in errors.items()}
 
 
 def _derivative(stage: Stage, errors: Errors, hidden: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
     """Output of a stage and its derivative in a, at a = 0, from those of its input."""
-    weights, held = Weights(), {linear.name: linear for linear in errors}
-    values = {n: w.detach() for n, w in weights.values(stage, hidden).items() if n in held}
-    directions = {n: errors[held[n]].t() if held[n].transposed else errors[held[n]] for n in values}
+    weights, transposed = Weights(), {linear.name for linear in stage.linears if linear.transposed}
+    values = {n: w.detach() for n, w in weights.values(stage, hidden).items() if n in errors}
+    directions = {n: errors[n].t() if n in transposed else errors[n] for n in values}
     directions = {n: d.to(values[n].dtype) for n, d in directions.items()}
     # Fused attention kernels have no forward-mode derivative.
     with sdpa_kernel(SDPBackend.MATH):
@@ -173,14 +158,13 @@ def _divergence(
     stream: ModelStream, rows: Tensor, scales: Sequence[float], moved: Sequence[Activations], errors: Errors
 ) -> Tensor:
     """``[scales, rows]`` from the last hidden states, of which the first, at 0, are the original's."""
-    finals = joined({str(scale): activations.hidden for scale, activations in zip(scales, moved, strict=True)})
-    comparison = OutputComparison(stream, stream, rows, finals[str(scales[0])])
-    head = stream.structure.head
+    finals = {str(a): torch.cat(list(activations.hidden)) for a, activations in zip(scales, moved, strict=True)}
+    comparison, head = OutputComparison(stream, stream, rows, finals[str(scales[0])]), stream.head
     if head is None:
         found = comparison.divergences(finals)
     else:
         found = comparison.divergences(
-            finals, lambda scale: replaced(stream.model, head, _scaled(errors, float(scale)))
+            finals, lambda scale: head.with_weights(head.shifted(_scaled(errors, float(scale))))
         )
     finite("the rounding error", found)
     return torch.stack([found[str(scale)] for scale in scales])
@@ -190,7 +174,7 @@ def _quadratic(stream: ModelStream, rows: Tensor, hidden: Tensor, changes: Tenso
     """``[rows]`` float64, row by row because outputs are large."""
     found = []
     for row, state, change in zip(rows, hidden, changes, strict=True):
-        stage = Stage(Tail(stream), stream.structure.head, "model.", ((row[None], lambda outputs: outputs), {}))
+        stage = Stage(stream.head, partial(stream.outputs, row[None]))
         outputs, moved = _derivative(stage, errors, state[None], change[None])
         if stream.task.logits:
             p = outputs.softmax(-1)

@@ -11,7 +11,6 @@ import torch
 
 from hawqtool.pipeline.run.job import Job
 from hawqtool.records import Rows
-from hawqtool.streaming.block import run_block
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"
@@ -61,16 +60,16 @@ def forward_backward(job: Job, rows: Rows) -> dict[str, Any]:
     stream = job.stream()
     blocks = stream.structure.blocks
     with stream.keeping_pages(), ExitStack() as resident, torch.enable_grad():
-        modules = [resident.enter_context(stream.block(spec.index)) for spec in blocks]
-        for module in modules:
-            module.requires_grad_(True)
+        loaded = [resident.enter_context(stream.block(spec.index)) for spec in blocks]
+        for block in loaded:
+            block.module.requires_grad_(True)
         parts = rows.tokens.split(min(PLAIN_ROWS, job.batch_size))
 
         def once(part: torch.Tensor) -> None:
             activations = stream.embed(part, len(part))
             hidden = activations.hidden[0]
-            for spec, module in zip(blocks, modules, strict=True):
-                hidden = run_block(module, hidden, activations.calls[0][spec.index])
+            for block in loaded:
+                hidden = block.run(hidden, activations.calls[0][block.spec.index])
             outputs = stream.outputs(part, hidden).float()
             # Any loss of all outputs will do.
             (-outputs.log_softmax(-1)[..., 0].sum() if job.task.logits else outputs.square().sum()).backward()

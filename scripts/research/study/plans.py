@@ -16,19 +16,17 @@ from hawqtool.allocation.uniform import neighbours
 from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.evaluation.divergence import OutputComparison, interpolate_log, standard_error
 from hawqtool.formats import parse_label
+from hawqtool.model.block import LoadedBlock
 from hawqtool.pipeline.run.context import RunContext
-from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.search.planner import allocate
 from hawqtool.pipeline.search.width_swap import neighbouring, swap_widths
-from hawqtool.records import BlockSpec, Evaluation, LinearSpec, UnitFormats, UnitScores
-from hawqtool.rounding.factor import factorize
+from hawqtool.records import Evaluation, LinearSpec, UnitFormats, UnitScores
 from hawqtool.rounding.grid import dequantize
-from hawqtool.rounding.layer import round_group
-from hawqtool.rounding.method import Task
+from hawqtool.rounding.spec import RoundingSpec
 from hawqtool.rounding.statistics import GroupStatistics
 from hawqtool.runtime.reporter import Reporter
 from hawqtool.sensitivity.measured_kl import pairs_of_scores, scores_of_pairs
-from hawqtool.streaming.block import advance, read_weight, replace_weight
+from hawqtool.streaming.block import advance
 from hawqtool.streaming.input_statistics import collect_statistics
 from hawqtool.streaming.stream import WeightSource
 from study.scores import predicted_sums
@@ -105,17 +103,16 @@ class PlanEvaluator:
         calibration, needs = self.setting.calibration, (job.method.needs_held_out, job.method.needs_drift)
         known = stream.embed(calibration.tokens, job.batch_size, *needs, calibration.weights)
         held = stream.embed(rows.tokens, job.batch_size)
-        formats = job.layer_formats(candidate.formats)
+        rounding = RoundingSpec.of_plan(job.method, candidate.formats, job.stored_dtypes)
         with torch.no_grad():
             for spec in job.structure.blocks:
                 with stream.block(spec.index) as block:
-                    collect_statistics(block, spec, known, _Rounder(job, formats, block, spec, self.weights))
-                    advance(block, spec, held)
+                    collect_statistics(block, known, _Rounder(rounding, block, self.weights))
+                    advance(block, held)
                 progress(spec.index)
-            if job.structure.head:
-                head = job.structure.head
+            if stream.head:
                 statistics = stream.head_statistics(calibration.tokens, known)
-                _Rounder(job, formats, stream.model, head, self.weights)(head.input_groups[0], statistics)
+                _Rounder(rounding, stream.head, self.weights)(stream.head.spec.input_groups[0], statistics)
             return OutputComparison(self.stream, stream, rows.tokens, self.original).evaluation(
                 torch.cat(list(held.hidden))
             )
@@ -152,24 +149,16 @@ class Overlay:
 class _Rounder:
     """Puts rounded weights in the place of those of an input group."""
 
-    job: Job
-    formats: UnitFormats
-    block: Any
-    spec: BlockSpec
+    rounding: RoundingSpec
+    block: LoadedBlock
     weights: dict[str, Tensor]
 
     def __call__(self, group: Sequence[LinearSpec], statistics: GroupStatistics) -> None:
-        planned = [linear for linear in group if linear.name in self.formats]
-        if not planned:
-            return
-        method, dtypes = self.job.method, self.job.stored_dtypes
-        factor = factorize(statistics.gram, statistics.num_tokens, method.damping, name=planned[0].name)
-        tasks = [
-            Task(m.name, read_weight(self.block, self.spec, m), self.formats[m.name], dtypes[m.name]) for m in planned
-        ]
-        for linear, rounded in zip(planned, round_group(tasks, factor, method, statistics), strict=True):
-            weight = dequantize(*rounded)
-            replace_weight(self.block, self.spec, linear, weight)
+        roundings = self.rounding.roundings(self.block, group, statistics)
+        for linear in (linear for linear in group if linear.name in roundings):
+            (found,) = roundings[linear.name].values()
+            weight = dequantize(*found.rounded)
+            self.block.set_weight(linear, weight)
             self.weights[linear.name] = (weight.t() if linear.transposed else weight).cpu()
 
 

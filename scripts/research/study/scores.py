@@ -13,9 +13,9 @@ from scipy.stats import rankdata
 from hawqtool.formats import parse_label
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.stages.measure import measure_curvature, single_unit_scores
-from hawqtool.records import SWEEP_METRICS, UnitScores
+from hawqtool.records import SWEEP_METRICS, MeasurementRows, UnitScores
 from hawqtool.runtime.reporter import Reporter
-from hawqtool.sensitivity.measure import Measurement, measure
+from hawqtool.sensitivity.measure import Measurement, SweepSettings, measure
 from hawqtool.sensitivity.measured_kl import pairs_of_scores, scores_of_pairs
 from study.cost import Meter
 from study.setting import Findings, Setting
@@ -29,15 +29,10 @@ def _sweeps(setting: Setting, metrics: Sequence[str], reporter: Reporter) -> Mea
     job = setting.job
     return measure(
         job.stream(),
-        setting.calibration,
-        setting.scoring.tokens,
-        setting.menu,
-        job.method,
-        job.stored_dtypes,
-        job.batch_size,
-        job.config.seed,
+        MeasurementRows(setting.calibration, setting.scoring.tokens, job.batch_size),
+        job.rounding(setting.menu),
+        SweepSettings(job.config.seed, metrics=metrics),
         reporter.progress,
-        metrics=metrics,
     )
 
 

@@ -16,11 +16,12 @@ from hawqtool.errors import UsageError
 from hawqtool.formats import QuantFormat
 from hawqtool.model.experts import ExpertLinear, SplitExperts, counting_experts, split_experts
 from hawqtool.pipeline.run.job import Job, prepare
-from hawqtool.records import Rows
+from hawqtool.records import MeasurementRows, Rows
 from hawqtool.rounding.method import RoundingMethod
+from hawqtool.rounding.spec import RoundingSpec
 from hawqtool.rounding.statistics import GroupStatistics
 from hawqtool.sensitivity.backward import _by_row
-from hawqtool.sensitivity.measure import measure
+from hawqtool.sensitivity.measure import SweepSettings, measure
 from hawqtool.sensitivity.scores import LayerRows, score_rows
 from hawqtool.streaming.input_statistics import group_statistics, stages
 from tests.reference.sensitivity.test_scores import METRICS, slow_scores
@@ -133,7 +134,7 @@ def statistics_of(job: Job, tokens: Tensor, batch_size: int, held_out: bool = Fa
         return {
             group[0].name: statistics
             for stage in stages(spec)
-            for group, statistics in group_statistics(block, spec, activations, stage)
+            for group, statistics in group_statistics(block, activations, stage)
         }
 
 
@@ -201,10 +202,9 @@ def test_scores_do_not_depend_on_slices_with_experts(job: Job) -> None:
 
     def measured(batch_size: int) -> Any:
         menu = {unit.name: formats for unit in job.units}
-        method, known = RoundingMethod("rtn"), Rows(rows(4, 24), "test", "-")
-        return measure(
-            job.stream(), known, rows(7, 24), menu, method, job.stored_dtypes, batch_size, 7, lambda *_: None
-        ).scores
+        rounding = RoundingSpec(RoundingMethod("rtn"), menu, job.stored_dtypes)
+        sets = MeasurementRows(Rows(rows(4, 24), "test", "-"), rows(7, 24), batch_size)
+        return measure(job.stream(), sets, rounding, SweepSettings(7), lambda *_: None).scores
 
     whole, sliced = measured(24), measured(8)
     for metric in METRICS:

@@ -31,15 +31,14 @@ def test_gradients_are_those_of_the_whole_block(name: str, tmp_path: Path, monke
     job = prepare(RunConfig.model_validate({"model": str(folder), "group_size": 32, "device": "cpu"}), writes=False)
     stream, left_out = job.stream(), []
     seen = stream.embed(calibration_inputs(kind)[:4], 2)
-    spec = job.structure.blocks[0]
     generator = torch.Generator().manual_seed(0)
     gradients = [torch.randn(h.shape, generator=generator, dtype=h.dtype) for h in seen.hidden]
 
     def differentiated():
         powers: dict[str, torch.Tensor] = {}
         with stream.block(0) as block:
-            layers, before = backward.block_backward(block, spec, seen, gradients, 1, powers)
-            tokens, same = backward.token_powers(block, spec, seen, gradients)
+            layers, before = backward.block_backward(block, seen, gradients, 1, powers)
+            tokens, same = backward.token_powers(block, seen, gradients)
         assert all(torch.equal(a, b) for a, b in zip(before, same, strict=True))
         rows = [tensor for layer in layers.values() for row in layer.rows for tensor in row]
         return [*before, *powers.values(), *tokens.values(), *rows]

@@ -10,9 +10,10 @@ from transformers import AutoModelForCausalLM
 from hawqtool.config import RunConfig
 from hawqtool.formats import QuantFormat
 from hawqtool.pipeline.run.job import Job, prepare
-from hawqtool.records import Rows, Unit
+from hawqtool.records import MeasurementRows, Rows, Unit
 from hawqtool.rounding.method import RoundingMethod
-from hawqtool.sensitivity.measure import Measurement, measure
+from hawqtool.rounding.spec import RoundingSpec
+from hawqtool.sensitivity.measure import Measurement, SweepSettings, measure
 from tests.support.tiny import tiny_model
 
 VOCAB, LENGTH, ROWS = 24, 5, 600
@@ -37,8 +38,9 @@ def row() -> Tensor:
 
 def measured(job: Job, rows: Tensor, batch_size: int) -> Measurement:
     menu = {unit.name: (QuantFormat(4, 32),) for unit in job.units}
-    method, known = RoundingMethod("rtn"), Rows(rows[:4], "test", "-")
-    return measure(job.stream(), known, rows, menu, method, job.stored_dtypes, batch_size, 3, lambda *_: None)
+    rounding = RoundingSpec(RoundingMethod("rtn"), menu, job.stored_dtypes)
+    sets = MeasurementRows(Rows(rows[:4], "test", "-"), rows, batch_size)
+    return measure(job.stream(), sets, rounding, SweepSettings(3), lambda *_: None)
 
 
 def exact_trace(model: nn.Module, row: Tensor, unit: Unit) -> float:

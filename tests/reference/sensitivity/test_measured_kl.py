@@ -17,9 +17,10 @@ from hawqtool.errors import NumericalError
 from hawqtool.evaluation.divergence import OutputComparison
 from hawqtool.formats import QuantFormat
 from hawqtool.pipeline.run.job import Job, prepare
-from hawqtool.records import Rows, UnitScores
+from hawqtool.records import MeasurementRows, Rows, UnitScores
 from hawqtool.rounding.method import RoundingMethod
-from hawqtool.sensitivity.measure import group_errors, rounding_errors
+from hawqtool.rounding.spec import RoundingSpec
+from hawqtool.sensitivity.measure import head_errors, rounding_errors
 from hawqtool.sensitivity.measured_kl import single_unit_divergence
 from hawqtool.streaming.block import advance
 from tests.reference.sensitivity.test_scores import CALIBRATION, FORMATS, SCORING, Watch, whole_model_errors
@@ -42,12 +43,8 @@ def measured(
     into = [] if seen is None else seen
     return single_unit_divergence(
         job.stream(),
-        Rows(calibration, "test", "-"),
-        rows,
-        menu,
-        GPTQ,
-        job.stored_dtypes,
-        batches,
+        MeasurementRows(Rows(calibration, "test", "-"), rows, batches),
+        RoundingSpec(GPTQ, menu, job.stored_dtypes),
         lambda *step: into.append(step),
     )
 
@@ -97,10 +94,9 @@ def test_neither_order_nor_slices_nor_other_units_matter(job: Job, found: UnitSc
     for unit, by_label in measured(other, CALIBRATION, SCORING, (WIDE, NARROW), batches=2).items():
         assert by_label["w2g32"].value == pytest.approx(found[unit]["w2g32"].value, rel=1e-4)
     last = job.units[-1].name
-    known = Rows(CALIBRATION, "test", "-")
-    alone = single_unit_divergence(
-        job.stream(), known, SCORING, {last: [NARROW]}, GPTQ, job.stored_dtypes, 4, lambda *_: None
-    )
+    rows = MeasurementRows(Rows(CALIBRATION, "test", "-"), SCORING, 4)
+    rounding = RoundingSpec(GPTQ, {last: [NARROW]}, job.stored_dtypes)
+    alone = single_unit_divergence(job.stream(), rows, rounding, lambda *_: None)
     # To the bit: weights that were not restored exactly would show.
     assert alone == {last: {"w2g32": found[last]["w2g32"]}}
 
@@ -137,16 +133,13 @@ class Overlay(TensorReader):
 
 
 def errors_of(job: Job, calibration: Tensor) -> dict[str, dict[str, Tensor]]:
-    stream, menu = job.stream(), {unit.name: [NARROW] for unit in job.units}
+    stream, rounding = job.stream(), RoundingSpec(GPTQ, {u.name: [NARROW] for u in job.units}, job.stored_dtypes)
     known, errors = stream.embed(calibration, 64), {}
     for spec in job.structure.blocks:
         with stream.block(spec.index) as block:
-            errors |= rounding_errors(block, spec, known, menu, GPTQ, job.stored_dtypes)
-            advance(block, spec, known)
-    if job.structure.head:
-        head, statistics = job.structure.head, stream.head_statistics(calibration, known)
-        errors |= group_errors(stream.model, head, head.linears, statistics, menu, GPTQ, job.stored_dtypes)
-    return errors
+            errors |= rounding_errors(block, known, rounding)
+            advance(block, known)
+    return errors | head_errors(stream, calibration, known, rounding)
 
 
 @pytest.mark.parametrize(

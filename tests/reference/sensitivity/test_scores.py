@@ -14,16 +14,17 @@ from transformers import AutoModelForCausalLM
 from hawqtool.config import RunConfig
 from hawqtool.formats import QuantFormat
 from hawqtool.pipeline.run.job import Job, prepare
-from hawqtool.records import SWEEP_METRICS, Rows, UnitScores
+from hawqtool.records import SWEEP_METRICS, MeasurementRows, Rows, UnitScores
 from hawqtool.rounding.factor import factorize
 from hawqtool.rounding.gram import GRAM_PANEL, gram
 from hawqtool.rounding.grid import dequantize
 from hawqtool.rounding.layer import round_group
 from hawqtool.rounding.method import RoundingMethod, Task
+from hawqtool.rounding.spec import RoundingSpec
 from hawqtool.sensitivity import forward as sweeps
 from hawqtool.sensitivity import scores
 from hawqtool.sensitivity.label_gradients import draw_labels
-from hawqtool.sensitivity.measure import measure
+from hawqtool.sensitivity.measure import SweepSettings, measure
 from hawqtool.sensitivity.scores import SIGNED, LayerRows, score_rows, to_scores
 from tests.support.tiny import tiny_model
 
@@ -269,15 +270,10 @@ def measured(job: Job, method: str, batch_size: int) -> dict[str, UnitScores]:
     menu = {unit.name: FORMATS for unit in job.units}
     return measure(
         job.stream(),
-        Rows(CALIBRATION, "test", "-"),
-        SCORING,
-        menu,
-        RoundingMethod(method),
-        job.stored_dtypes,
-        batch_size,
-        SEED,
+        MeasurementRows(Rows(CALIBRATION, "test", "-"), SCORING, batch_size),
+        RoundingSpec(RoundingMethod(method), menu, job.stored_dtypes),
+        SweepSettings(SEED, math.inf),
         lambda *_: None,
-        gradient_limit=math.inf,
     ).scores
 
 
@@ -361,15 +357,10 @@ def test_wider_formats_score_lower_and_units_can_be_skipped(job: Job) -> None:
     kept = job.units[0].name
     found = measure(
         job.stream(),
-        Rows(CALIBRATION, "test", "-"),
-        SCORING,
-        {kept: FORMATS},
-        RoundingMethod("gptq"),
-        job.stored_dtypes,
-        3,
-        SEED,
+        MeasurementRows(Rows(CALIBRATION, "test", "-"), SCORING, 3),
+        RoundingSpec(RoundingMethod("gptq"), {kept: FORMATS}, job.stored_dtypes),
+        SweepSettings(SEED, math.inf),
         lambda *_: None,
-        gradient_limit=math.inf,
     ).scores
     for metric in METRICS:
         scores = found[metric][kept]

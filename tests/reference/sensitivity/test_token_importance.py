@@ -127,11 +127,11 @@ def statistics_of(
     job: Job, per_batch: int, weights: TokenImportance | None, held_out: bool
 ) -> dict[str, GroupStatistics]:
     """Of the first block, as rounding sees them, through both ways of walking a block."""
-    stream, spec = job.stream(), job.structure.blocks[0]
+    stream = job.stream()
     found: dict[str, GroupStatistics] = {}
     known = stream.embed(TOKENS, per_batch, held_out, weights=weights)
     with stream.block(0) as block:
-        collect_statistics(block, spec, known, lambda group, statistics: found.update({group[0].name: statistics}))
+        collect_statistics(block, known, lambda group, statistics: found.update({group[0].name: statistics}))
     return found
 
 
@@ -220,8 +220,8 @@ def test_refinement_rounds_with_the_weights_of_its_own_rows(job: Job) -> None:
     walked = BlockRefiner(job, job.stream(), Rows(TOKENS, "test", "-", weights), Schedule(2)).walked
     fitting = split_rows(TOKENS)[0]
     kept = [next(i for i, row in enumerate(TOKENS) if torch.equal(row, some)) for some in fitting]
-    assert len(kept) < ROWS and walked.weights is not None
-    assert all(torch.equal(walked.weights[name], values[kept]) for name, values in weights.items())
+    assert len(kept) < ROWS and walked.importance is not None
+    assert all(torch.equal(walked.importance[name], values[kept]) for name, values in weights.items())
 
 
 def test_auto_leaves_plain_rounding_alone(tmp_path: Path) -> None:
@@ -244,5 +244,5 @@ def test_other_kinds_of_models(name: str, tmp_path: Path) -> None:
     stream, spec = job.stream(), job.structure.blocks[0]
     known = stream.embed(rows, 4, weights=found)
     with stream.block(0) as block:
-        for group, statistics in group_statistics(block, spec, known, spec.input_groups):
+        for group, statistics in group_statistics(block, known, spec.input_groups):
             assert bool(torch.isfinite(statistics.gram).all()), group[0].name

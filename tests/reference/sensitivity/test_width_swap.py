@@ -17,7 +17,7 @@ from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.job import Job, prepare
 from hawqtool.pipeline.search.trials import TrialRunner
 from hawqtool.pipeline.stages.rows import gather_rows
-from hawqtool.records import BitPlan
+from hawqtool.records import BitPlan, MeasurementRows
 from hawqtool.rounding.factor import factorize
 from hawqtool.rounding.grid import dequantize
 from hawqtool.rounding.layer import round_group
@@ -73,10 +73,8 @@ def test_a_swap_is_a_whole_model_with_one_unit_changed(
     folder = runner.run_trial("uniform", plan).folder
     menu = {unit.name: (QuantFormat(2, 32), QuantFormat(4, 32)) for unit in job.units}
     tokens = {role: sets[role].tokens for role in ("calibration", "scoring")}
-    found = swap_divergence(
-        job.stream(), job.packed_stream(folder), sets["calibration"], tokens["scoring"], menu, job.method,
-        job.stored_dtypes, 3, lambda *_: None,
-    )  # fmt: skip
+    rows = MeasurementRows(sets["calibration"], tokens["scoring"], 3)
+    found = swap_divergence(job.stream(), job.packed_stream(folder), rows, job.rounding(menu), lambda *_: None)
     assert set(found) == {unit.name for unit in job.units}
 
     packed, source = job.packed_stream(folder).source, job.stream().source
@@ -118,10 +116,8 @@ def test_a_swap_for_the_present_format_changes_nothing(job: Job, values: dict[st
     folder = TrialRunner(RunContext(corrected), sets, tmp_path / "work", {}).run_trial("uniform", plan).folder
     menu = {unit: (fmt,) for unit, fmt in formats.items()}
     changes = []
-    for method in (corrected.method, job.method):
-        found = swap_divergence(
-            job.stream(), job.packed_stream(folder), sets["calibration"], sets["scoring"].tokens, menu, method,
-            job.stored_dtypes, job.batch_size, lambda *_: None,
-        )  # fmt: skip
+    rows = MeasurementRows(sets["calibration"], sets["scoring"].tokens, job.batch_size)
+    for some in (corrected, job):
+        found = swap_divergence(job.stream(), job.packed_stream(folder), rows, some.rounding(menu), lambda *_: None)
         changes.append(sum(abs(scores["w3g32"].value) for scores in found.values()))
     assert changes[0] <= 1e-3 * changes[1]

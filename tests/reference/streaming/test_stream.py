@@ -14,17 +14,17 @@ from hawqtool.allocation.problem import stored_bytes
 from hawqtool.allocation.uniform import uniform_formats
 from hawqtool.config import RunConfig
 from hawqtool.export.packed_reader import PackedReader
+from hawqtool.model.block import LoadedBlock
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.job import Job, prepare
 from hawqtool.pipeline.stages.write import round_to_folder
-from hawqtool.records import BitPlan, BlockSpec, LinearSpec, Rows
+from hawqtool.records import BitPlan, LinearSpec, Rows
 from hawqtool.rounding.factor import factorize
 from hawqtool.rounding.gram import gram
 from hawqtool.rounding.grid import dequantize, nearest_codes, search_scales
 from hawqtool.rounding.layer import round_layers
 from hawqtool.rounding.method import Task
 from hawqtool.rounding.statistics import GroupStatistics
-from hawqtool.streaming.block import read_weight, replace_weight
 from hawqtool.streaming.input_statistics import collect_statistics
 from tests.support.tiny import CONFIGS, tiny_model
 
@@ -152,17 +152,16 @@ def walked_statistics(job: Job, plan: BitPlan) -> dict[str, GroupStatistics]:
             def visit(
                 group: Sequence[LinearSpec],
                 statistics: GroupStatistics,
-                block: nn.Module = block,
-                spec: BlockSpec = spec,
+                block: LoadedBlock = block,
             ) -> None:
                 found[group[0].name] = statistics
                 for linear in group:
-                    weight = read_weight(block, spec, linear)
+                    weight = block.weight(linear)
                     ones, fmt = torch.ones(weight.shape[1]), formats[linear.name]
                     scales = search_scales(weight, ones, fmt, torch.bfloat16, both_signs=True)
-                    replace_weight(block, spec, linear, dequantize(nearest_codes(weight, scales, fmt), scales))
+                    block.set_weight(linear, dequantize(nearest_codes(weight, scales, fmt), scales))
 
-            collect_statistics(block, spec, activations, visit)
+            collect_statistics(block, activations, visit)
     return found
 
 

@@ -50,8 +50,8 @@ def test_a_walk_reads_ahead_in_its_direction(source: Path, order: range) -> None
     watched.here.clear()
     for index in (walked := list(order)):
         with stream.block(index) as block, plain.block(index) as expected:
-            for name, parameter in expected.named_parameters():
-                assert torch.equal(block.get_parameter(name), parameter), name
+            for name, parameter in expected.module.named_parameters():
+                assert torch.equal(block.module.get_parameter(name), parameter), name
     # The first block is read when it is needed; a reverse walk shows its direction with the second one.
     waited = walked[:1] if walked[0] == 0 else walked[:2]
     assert {block_of(name) for name in watched.here} == set(waited)

@@ -14,8 +14,9 @@ from hawqtool.formats import QuantFormat
 from hawqtool.rounding.grid import Quantized, dequantize, nearest_codes, search_grid
 from hawqtool.rounding.learned.block import Forward
 from hawqtool.rounding.learned.end_to_end import Distilled, DistillSchedule, TrainableBlock, distill
-from hawqtool.rounding.learned.fake_quant import FlatLayers, FlatScales, InitialRounding
+from hawqtool.rounding.learned.fake_quant import FlatLayers, FlatScales
 from hawqtool.rounding.learned.training import batch_order
+from hawqtool.rounding.spec import InitialRounding
 from hawqtool.runtime.determinism import FixedOrder
 
 WIDTH, ROWS, POSITIONS, CLASSES = 64, 4, 8, 11

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.config import RunConfig
 from hawqtool.evaluation.divergence import OutputComparison
 from hawqtool.formats import QuantFormat
+from hawqtool.model.block import LoadedBlock
 from hawqtool.pipeline.run.job import Job, prepare
 from hawqtool.rounding.method import RoundingMethod
-from hawqtool.sensitivity.curvature import loss_along_error as direction
+from hawqtool.rounding.spec import RoundingSpec
 from hawqtool.sensitivity.curvature.loss_along_error import SCALES, LossAlong, loss_along
-from hawqtool.sensitivity.measured_kl import replaced
 from tests.reference.sensitivity.test_measured_kl import NARROW, Overlay, errors_of
 from tests.support.tiny import tiny_model
 from tests.support.tiny_zoo import kind_named, save_kind
@@ -29,7 +30,7 @@ VOCAB, LENGTH, ROWS, BITS = 24, 6, 3, 3
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
-    folder = tmp_path_factory.mktemp("direction") / "model"
+    folder = tmp_path_factory.mktemp("along") / "model"
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2}
     tiny_model("llama", folder, dtype=torch.float32, vocab_size=VOCAB, initializer_range=0.3, **sizes)
     return prepare(RunConfig(model=str(folder), device="cpu", group_size="channel", quantize_lm_head=True))
@@ -46,10 +47,8 @@ def whole(job: Job) -> nn.Module:
 
 
 def along(job: Job, rows: Tensor, **changes: Any) -> LossAlong:
-    formats = {unit.name: QuantFormat(BITS, 0) for unit in job.units}
-    return loss_along(
-        job.stream(dtype=torch.float64), None, rows, formats, RTN, job.stored_dtypes, 2, lambda *_: None, **changes
-    )
+    rounding = RoundingSpec.of_plan(RTN, {unit.name: QuantFormat(BITS, 0) for unit in job.units}, job.stored_dtypes)
+    return loss_along(job.stream(dtype=torch.float64), None, rows, rounding, 2, lambda *_: None, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -62,12 +61,13 @@ def errors(job: Job, tokens: Tensor) -> dict[str, Tensor]:
     """The D that is followed, by name of the weight."""
     seen: dict[str, Tensor] = {}
 
-    def watching(block: Any, spec: Any, changes: dict[Any, Tensor]) -> Any:
-        seen.update({f"{member.name}.weight": change.double() for member, change in changes.items()})
-        return replaced(block, spec, changes)
+    def watching(block: LoadedBlock, changes: dict[str, Tensor]) -> dict[str, Tensor]:
+        seen.update({f"{name}.weight": change.double() for name, change in changes.items()})
+        return shifted(block, changes)
 
+    shifted = LoadedBlock.shifted
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(direction, "replaced", watching)
+        patch.setattr(LoadedBlock, "shifted", watching)
         along(job, tokens[:1], scales=(0.0, 1.0))
     return seen
 
@@ -82,7 +82,7 @@ def least_error(weight: Tensor) -> Tensor:
     return least
 
 
-def test_the_direction_is_the_rounding_error_of_the_best_scales(
+def test_what_is_followed_is_the_rounding_error_of_the_best_scales(
     job: Job, whole: nn.Module, errors: dict[str, Tensor]
 ) -> None:
     assert set(errors) == {f"{m.name}.weight" for unit in job.units for m in unit.members}
@@ -164,10 +164,9 @@ def test_at_one_it_is_the_quantized_model(kind: str, settings: dict[str, Any], t
         calibration, rows = (torch.randn(n, 3, size, size, generator=generator) for n in (8, 5))
     else:
         calibration, rows = (torch.randint(2, 120, (n, 32), generator=generator) for n in (8, 5))
-    found = loss_along(
-        job.stream(), calibration, rows, {unit.name: NARROW for unit in job.units}, RoundingMethod("gptq"),
-        job.stored_dtypes, 64, lambda *_: None, (0.0, 1 / 64, 1.0),
-    )  # fmt: skip
+    rounding = job.rounding({unit.name: (NARROW,) for unit in job.units})
+    rounding = replace(rounding, method=RoundingMethod("gptq"))
+    found = loss_along(job.stream(), calibration, rows, rounding, 64, lambda *_: None, (0.0, 1 / 64, 1.0))
     reader, stream, rounded = TensorReader(job.index), job.stream(), errors_of(job, calibration)
     weights = {}
     for member in (m for unit in job.units for m in unit.members):

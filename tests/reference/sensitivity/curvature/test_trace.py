@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from hawqtool.config import RunConfig
 from hawqtool.pipeline.run.job import Job, prepare
 from hawqtool.records import Unit
-from hawqtool.sensitivity.curvature.hvp import Curvature, Inputs, Pass, Weights, products
+from hawqtool.sensitivity.curvature.hvp import Curvature, Inputs, Pass, Prefix, Weights, products
 from hawqtool.sensitivity.curvature.lanczos import top_eigenvalues
 from hawqtool.sensitivity.curvature.spectral_density import spectrum
 from hawqtool.sensitivity.curvature.trace import hawq_scores, probe_traces, trace_fields, unit_traces
@@ -147,8 +147,7 @@ def test_products_of_one_unit_are_its_block_of_the_hessian(
                 random_like(name, like) if name in names else None
             ),
             lambda p, name, v, product, into=found: into.__setitem__((p.row, name), (v, product)),
-            1,
-            hidden,
+            Prefix(1, hidden),
         )
         for row in range(ROWS):
             v = torch.cat([found[row, m.name][0].flatten() for m in unit.members])

@@ -1,0 +1,147 @@
+"""How a model is rounded: method, formats and stored dtypes, applied to the input groups of a block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hawqtool.formats import QuantFormat
+from hawqtool.model.block import LoadedBlock
+from hawqtool.records import LinearSpec, Menu, UnitFormats
+from hawqtool.rounding.factor import Factor, factorize
+from hawqtool.rounding.grid import Quantized, dequantize
+from hawqtool.rounding.layer import round_group
+from hawqtool.rounding.method import RoundingMethod, Task
+from hawqtool.rounding.statistics import GroupStatistics
+
+
+@dataclass(frozen=True)
+class InitialRounding:
+    """A rounded layer that learning starts from.
+
+    Args:
+        name: Its name.
+        weight: ``[out, in]``, the weight before rounding.
+        rounded: Codes, scales and zero points.
+        quant_format: Format.
+    """
+
+    name: str
+    weight: Tensor
+    rounded: Quantized
+    quant_format: QuantFormat
+
+
+InitialRoundings = dict[str, dict[str, InitialRounding]]
+"""Rounded layers by linear and format label."""
+
+RoundingErrors = dict[str, dict[str, Tensor]]
+"""D = Q(W) - W by linear and format label, each ``[out, in]`` float32."""
+
+InputGroups = Iterable[tuple[Sequence[LinearSpec], GroupStatistics]]
+"""Linears that share an input, with the statistics of that input."""
+
+
+class Refiner(Protocol):
+    """Improves the roundings of a block, each format by itself, as refinement will."""
+
+    def __call__(self, block: LoadedBlock, hidden: Sequence[Tensor], initial: InitialRoundings) -> InitialRoundings:
+        """Roundings that take the place of ``initial``.
+
+        Args:
+            block: The loaded block of the original model; it stays as it is.
+            hidden: The original's hidden states before the block on all calibration rows, by batch.
+            initial: What rounding gave.
+        """
+
+
+@dataclass(frozen=True)
+class RoundingSpec:
+    """How the linears of a model are rounded.
+
+    Args:
+        method: Rounding method.
+        menu: Formats by unit; linears of other units are left as they are.
+        stored_dtypes: dtype of the stored scales by linear.
+        refiner: Improves the roundings of a whole block; None for roundings as they are. It has no say in those of an
+            output head.
+    """
+
+    method: RoundingMethod
+    menu: Menu
+    stored_dtypes: Mapping[str, torch.dtype]
+    refiner: Refiner | None = None
+
+    @classmethod
+    def of_plan(
+        cls, method: RoundingMethod, formats: UnitFormats, stored_dtypes: Mapping[str, torch.dtype]
+    ) -> RoundingSpec:
+        """One format for every unit, as a plan has it."""
+        return cls(method, {unit: (fmt,) for unit, fmt in formats.items()}, stored_dtypes)
+
+    def formats_of(self, linear: LinearSpec) -> Sequence[QuantFormat]:
+        """Formats of a linear; none where it is left as it is."""
+        return self.menu.get(linear.unit, ())
+
+    def tasks(self, block: LoadedBlock, group: Sequence[LinearSpec]) -> list[Task]:
+        """The linears of an input group to be rounded, once for each of their formats."""
+        wanted = [linear for linear in group if self.formats_of(linear)]
+        weights = {linear.name: block.weight(linear) for linear in wanted}
+        return [
+            Task(linear.name, weights[linear.name], fmt, self.stored_dtypes[linear.name])
+            for linear in wanted
+            for fmt in self.formats_of(linear)
+        ]
+
+    def factor(self, tasks: Sequence[Task], statistics: GroupStatistics) -> Factor:
+        """Factor of the Gram matrix behind some tasks.
+
+        Raises:
+            NumericalError: If there is none; names the first of the layers.
+        """
+        return factorize(statistics.gram, statistics.num_tokens, self.method.damping, name=tasks[0].name)
+
+    def roundings(
+        self, block: LoadedBlock, group: Sequence[LinearSpec], statistics: GroupStatistics
+    ) -> InitialRoundings:
+        """Roundings of one input group in all its formats, not refined."""
+        found: InitialRoundings = {}
+        tasks = self.tasks(block, group)
+        if not tasks:
+            return found
+        factor = self.factor(tasks, statistics)
+        for task, rounded in zip(tasks, round_group(tasks, factor, self.method, statistics), strict=True):
+            rounding = InitialRounding(task.name, task.weight, rounded, task.quant_format)
+            found.setdefault(task.name, {})[task.quant_format.label] = rounding
+        return found
+
+    def errors(self, block: LoadedBlock, group: Sequence[LinearSpec], statistics: GroupStatistics) -> RoundingErrors:
+        """Rounding errors of one input group in all its formats, not refined."""
+        return _as_errors(self.roundings(block, group, statistics))
+
+    def block_errors(self, block: LoadedBlock, groups: InputGroups, hidden: Sequence[Tensor]) -> RoundingErrors:
+        """Rounding errors of a block, refined where that is asked for.
+
+        Args:
+            block: The loaded block of the original model.
+            groups: Its input groups, those of which no linear is rounded may be missing.
+            hidden: Hidden states before it, for the refiner.
+        """
+        found: InitialRoundings = {}
+        for group, statistics in groups:
+            found |= self.roundings(block, group, statistics)
+        return _as_errors(found if self.refiner is None else self.refiner(block, hidden, found))
+
+
+def _as_errors(roundings: InitialRoundings) -> RoundingErrors:
+    """D of each rounding, which is let go when it has been used."""
+    errors: RoundingErrors = {}
+    for name, by_label in roundings.items():
+        for label in list(by_label):
+            rounding = by_label.pop(label)
+            errors.setdefault(name, {})[label] = dequantize(*rounding.rounded).float() - rounding.weight
+    return errors
