@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,13 +92,14 @@ def _load(source: SampledModel, first: int, seq_len: int) -> tuple[Any, Any]:
     # The checkpoint's own generation settings (an end token, a top-k) must not shape the rows; they are not read.
     neutral = GenerationConfig(pad_token_id=first)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            source.folder,
-            dtype=source.dtype,
-            trust_remote_code=source.trust_remote_code,
-            use_safetensors=True,
-            generation_config=neutral,
-        )
+        with _no_progress_bars():
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                source.folder,
+                dtype=source.dtype,
+                trust_remote_code=source.trust_remote_code,
+                use_safetensors=True,
+                generation_config=neutral,
+            )
     except (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError) as error:
         raise InputError(
             f"{source.folder}: transformers cannot load this model to sample rows from it ({one_line(error)}); "
@@ -111,3 +113,18 @@ def _load(source: SampledModel, first: int, seq_len: int) -> tuple[Any, Any]:
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=seq_len - 1, pad_token_id=first
     )
     return model, settings
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """While the context lasts, transformers draws no bars: nothing is printed but by the caller."""
+    from transformers.utils import logging
+
+    if not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()

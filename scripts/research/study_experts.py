@@ -28,10 +28,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 from transformers.utils import logging as transformers_logging
 
-from hawqtool.config import RunConfig
+import hawqtool
 from hawqtool.export.packed_reader import PackedReader
-from hawqtool.pipeline.quantize import run_quantize
-from hawqtool.runtime.reporter import Silent
 from tests.support.tiny import VOCAB_SIZE, tiny_tokenizer
 
 SEQ_LEN, BATCH, LEARNING_RATE = 128, 8, 2e-3
@@ -121,12 +119,12 @@ def study(options: argparse.Namespace, model: Path, profile: str, target: float)
     folder = model.with_name(f"{model.name}-{profile}-{target:g}")
     shutil.rmtree(folder, ignore_errors=True)
     values: dict[str, Any] = {
-        "model": str(model), "output": str(folder), "target_bpw": target, "bits": "2,3,4,5,6,8", "group_size": 64,
-        "profile": profile, "calibration": str(options.calibration), "eval_data": str(options.eval_data),
+        "target_bpw": target, "bits": "2,3,4,5,6,8", "group_size": 64,
+        "profile": profile, "calibration": options.calibration, "eval_data": options.eval_data,
         "num_samples": options.num_samples, "seq_len": SEQ_LEN, "device": "cpu",
     }  # fmt: skip
     start = time.perf_counter()
-    report = run_quantize(RunConfig(**values), "hawqtool quantize", Silent(), lambda _: None)
+    report = hawqtool.quantize(model, folder, **values).report
     seconds = time.perf_counter() - start
     bits = {entry["unit"]: entry["bits"] for entry in report["plan"]}
     return {
