@@ -16,31 +16,13 @@ from hawqtool.export.compressed_tensors import module_format
 from hawqtool.export.packing import unpack_codes, unpack_zeros
 from hawqtool.formats import QuantFormat
 from hawqtool.parsing import ParseError, load_json
+from hawqtool.rounding.grid import dequantize
 
 PACKED, SCALE, ZERO_POINT = ".weight_packed", ".weight_scale", ".weight_zero_point"
 """Suffixes of the tensors that hold a packed weight; zero points exist on asymmetric grids only."""
 
 _SLICE_WEIGHTS = {"cpu": 1 << 17, "cuda": 1 << 24}
 """Weights that are compared at a time: on a CPU, intermediates of more leave its cache, which takes twice as long."""
-
-
-def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
-    """Weights as loaders compute them: code, less its zero point if there is one, times scale, in the scale's dtype.
-
-    Args:
-        codes: ``[out, in]`` int8.
-        scales: ``[out, groups]`` in the stored dtype.
-        zeros: ``[out, groups]`` int8; None on a symmetric grid.
-
-    Returns:
-        ``[out, in]`` in the scale's dtype.
-    """
-    rows, columns = codes.shape
-    grouped = codes.to(scales.dtype).view(rows, scales.shape[1], columns // max(scales.shape[1], 1))
-    if zeros is not None:
-        # Exact even in bf16: 8-bit differences lie within ±255.
-        grouped = grouped - zeros.to(scales.dtype).unsqueeze(-1)
-    return (grouped * scales.unsqueeze(-1)).view(rows, columns)
 
 
 def relative_weight_error(weight: Tensor, restored: Tensor) -> float:

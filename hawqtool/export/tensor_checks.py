@@ -20,7 +20,6 @@ from hawqtool.export.packed_reader import (
     PACKED,
     SCALE,
     ZERO_POINT,
-    dequantize,
     packed_parts,
     packed_weight_error,
     unpack_parts,
@@ -28,6 +27,7 @@ from hawqtool.export.packed_reader import (
 from hawqtool.export.packing import pack_zeros, unpack_zeros
 from hawqtool.formats import CHANNEL, QuantFormat
 from hawqtool.records import LayerFormats
+from hawqtool.rounding.grid import dequantize
 
 MAX_GROUP_ERROR = 1.5
 """Squared error over squared weights of one scale's weights that is not plausible; dropping them gives 1.

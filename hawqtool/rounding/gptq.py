@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import repeat
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hawqtool.rounding.factor import Factor
+from hawqtool.rounding.kernels.column_block import ColumnBlock
 from hawqtool.rounding.kernels.dispatch import column_loop
 
 BLOCK_SIZE = 32
@@ -22,15 +24,28 @@ _LONG_COLUMN = 8192
 """Rows from which the loop uses all CPU threads; two took up to 1.8 times as long as one with 576 to 3072 rows."""
 
 
+class RowGrids(NamedTuple):
+    """The grids of stacked rows.
+
+    Args:
+        steps: ``[rows, groups]`` float32, the scale of each group of columns (may be negative).
+        lowest: ``[rows]`` float32, smallest code of each row.
+        highest: ``[rows]`` float32, largest code of each row.
+        zeros: ``[rows, groups]`` float32, the zero point of each group, an integer; None for symmetric grids.
+    """
+
+    steps: Tensor
+    lowest: Tensor
+    highest: Tensor
+    zeros: Tensor | None = None
+
+
 def round_compensated(
     weight: Tensor,
-    step: Tensor,
-    lowest: Tensor,
-    highest: Tensor,
+    grids: RowGrids,
     factor: Factor,
     beta: float = 0.0,
     block_size: int | None = None,
-    zero: Tensor | None = None,
     column_errors: Tensor | None = None,
 ) -> Tensor:
     """Round column by column, spreading each error over the columns still to come.
@@ -39,20 +54,17 @@ def round_compensated(
     ``q_j = round(w0_j + (1-β) c_j)``, ``e_j = [w0_j + (1-β)² c_j - q_j] / U_jj``, ``c_k -= e_j U_jk`` for k > j.
     β = 0 is GPTQ (Frantar et al. 2023, Algorithm 1); β > 0 is FOEM (arXiv 2507.11017, eq. 19 applied to each
     column once, just before it is rounded, so the block size does not matter); β = 1 is plain rounding. Here q_j is
-    the nearest value of the grid, ``step * code``, or ``step * (code - zero)``.
+    the nearest value of the grid, ``scale * code``, or ``scale * (code - zero)``.
 
     Rows are independent: layers that share inputs, and several formats of one layer, may be stacked.
 
     Args:
         weight: ``[rows, in]`` float32; compiled kernels take no other dtype, the eager loop float64 too.
-        step: ``[rows, groups]`` float32, the scale of each group of columns (may be negative).
-        lowest: ``[rows]`` float32, smallest code of each row.
-        highest: ``[rows]`` float32, largest code of each row.
+        grids: Scales, zero points and ranges of codes.
         factor: Factor of the Gram matrix of the inputs.
         beta: FOEM's pull towards the original weights, 0 to 1.
         block_size: Columns whose updates to later columns are applied together; None: `BLOCK_SIZE`, or what the
             kernel likes best; Triton's takes at most 128.
-        zero: ``[rows, groups]`` float32, the zero point of each group, an integer; None for symmetric grids.
         column_errors: ``[in, rows]`` like the weight, written: e_j of every column in visiting order; None where
             nobody wants to know. With β = 0 the sum of their squares in a row is that row's damped loss D (H + λI) Dᵀ.
 
@@ -61,21 +73,29 @@ def round_compensated(
     """
     # Columns in visiting order, each a contiguous row: the loop goes through them one by one.
     target = _transposed(weight).index_select(0, factor.order)
-    steps, zeros = _visited(step, factor), None if zero is None else _visited(zero, factor)
+    steps, zeros = _visited(grids.steps, factor), None if grids.zeros is None else _visited(grids.zeros, factor)
     fused = column_loop(weight.device) if weight.dtype == torch.float32 else None
     size, round_block = (BLOCK_SIZE, _round_block) if fused is None else (fused.BLOCK_COLUMNS, fused.round_block)
     size = block_size or size
     feedback = torch.zeros_like(target)
     codes = torch.empty_like(target, dtype=torch.int8)
     scratch = torch.empty_like(target[:size]) if column_errors is None else column_errors
-    for block in _blocks(len(target), size):
-        errors = scratch[: block.stop - block.start] if column_errors is None else column_errors[block]
-        block_zeros = None if zeros is None else zeros[block]
-        upper, later = factor.upper[block, block], factor.upper[block, block.stop :]
-        parts = (target[block], feedback[block], steps[block], block_zeros, upper)
-        round_block(*parts, lowest, highest, codes[block], errors, beta)
+    for part in _blocks(len(target), size):
+        block = ColumnBlock(
+            target=target[part],
+            feedback=feedback[part],
+            steps=steps[part],
+            zeros=None if zeros is None else zeros[part],
+            upper=factor.upper[part, part],
+            lowest=grids.lowest,
+            highest=grids.highest,
+            codes=codes[part],
+            errors=scratch[: part.stop - part.start] if column_errors is None else column_errors[part],
+        )
+        round_block(block, beta)
+        later = factor.upper[part, part.stop :]
         if later.shape[1]:
-            feedback[block.stop :].addmm_(later.t(), errors, alpha=-1.0)
+            feedback[part.stop :].addmm_(later.t(), block.errors, alpha=-1.0)
     result = torch.empty_like(codes)
     result[factor.order] = codes
     return _transposed(result)
@@ -144,19 +164,9 @@ def _blocks(columns: int, size: int) -> Iterator[slice]:
         yield slice(first, min(first + size, columns))
 
 
-def _round_block(
-    target: Tensor,
-    feedback: Tensor,
-    steps: Tensor,
-    zeros: Tensor | None,
-    upper: Tensor,
-    lowest: Tensor,
-    highest: Tensor,
-    codes: Tensor,
-    errors: Tensor,
-    beta: float,
-) -> None:
-    """One block of columns, each a contiguous row; arguments as for `triton_columns.round_block`."""
+def _round_block(block: ColumnBlock, beta: float) -> None:
+    """One block of columns by torch's own operations."""
+    target, feedback, steps, zeros, upper, lowest, highest, codes, errors = block
     keep, keep_squared = 1.0 - beta, (1.0 - beta) ** 2
     levels = torch.empty_like(errors)
     limits = repeat((lowest, highest)) if zeros is None else zip(lowest - zeros, highest - zeros, strict=True)

@@ -274,18 +274,22 @@ def clamped_codes(levels: Tensor, quant_format: QuantFormat, zeros: Tensor | Non
 
 
 def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
-    """Weights as loaders compute them: (codes - zeros) * scales in the dtype of the scales, ``[out, in]``."""
+    """Weights as loaders compute them: code, less its zero point if there is one, times scale, in the scale's dtype.
+
+    Args:
+        codes: ``[out, in]`` int8.
+        scales: ``[out, groups]`` in the stored dtype; in float32 for the values of the grid as rounding sees them.
+        zeros: ``[out, groups]`` int8; None on a symmetric grid.
+
+    Returns:
+        ``[out, in]`` in the scale's dtype.
+    """
     rows, columns = codes.shape
-    grouped = codes.to(scales.dtype).view(rows, scales.shape[1], -1)
+    grouped = codes.to(scales.dtype).view(rows, scales.shape[1], columns // max(scales.shape[1], 1))
     if zeros is not None:
         # Exact even in bf16: 8-bit differences lie within ±255.
         grouped = grouped - zeros.to(scales.dtype).unsqueeze(-1)
     return (grouped * scales.unsqueeze(-1)).view(rows, columns)
-
-
-def taken(codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
-    """Values of the grid in float32, ``[out, in]``, as the column loop sees them: less rounded than `dequantize`'s."""
-    return dequantize(codes, scales.float(), zeros)
 
 
 def refit_scales(rounded: Quantized, target: Tensor, gram: Tensor) -> Quantized:
@@ -318,7 +322,7 @@ def refit_scales(rounded: Quantized, target: Tensor, gram: Tensor) -> Quantized:
         change = dequantize(codes[:, part], scale.unsqueeze(1), zero).float() - target[:, part] - error[:, part]
         gain = 2 * (pull * change).sum(1) + ((change @ block) * change).sum(1)
         # A scale keeps its sign, and is never zero.
-        taken = (gain < 0) & torch.isfinite(scale) & (scale.sign() == old.sign())
-        found[:, group] = torch.where(taken, scale, old)
-        error[:, part] += torch.where(taken.unsqueeze(1), change, 0.0)
+        better = (gain < 0) & torch.isfinite(scale) & (scale.sign() == old.sign())
+        found[:, group] = torch.where(better, scale, old)
+        error[:, part] += torch.where(better.unsqueeze(1), change, 0.0)
     return Quantized(codes, found, zeros)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from hawqtool.rounding.factor import Factor
-from hawqtool.rounding.gptq import round_compensated, row_losses, targets_at_turn
-from hawqtool.rounding.grid import Quantized, expand_scales, refit_scales, search_grid, taken
+from hawqtool.rounding.gptq import RowGrids, round_compensated, row_losses, targets_at_turn
+from hawqtool.rounding.grid import Quantized, dequantize, expand_scales, refit_scales, search_grid
 from hawqtool.rounding.input_drift import full_shift, gptaq_problem
 from hawqtool.rounding.method import Grid, LayerSettings, RoundingMethod, Task
 from hawqtool.rounding.statistics import GroupStatistics
@@ -106,7 +106,7 @@ def _searched_again(
     least = _row_losses(problem, targets, first, beta, column_errors)
     for _ in range(problem.passes - 1):
         with problem.recorder.stage("column loop"):
-            rounded = torch.cat([taken(*result) for result in latest])
+            rounded = _loop_values(latest)
             met = targets_at_turn(targets, rounded, column_errors, problem.factor, beta)
         grids = [problem.search(task, target) for task, target in zip(tasks, met.split(heights), strict=True)]
         latest = _looped(problem, tasks, targets, grids, beta, column_errors)
@@ -125,19 +125,16 @@ def _looped(
     beta: float,
     column_errors: Tensor | None,
 ) -> list[Quantized]:
-    """The column loop over stacked tasks; writes the errors that it column_errors where there is room for them."""
+    """The column loop over stacked tasks; writes its errors where there is room for them."""
     heights, groups = [len(task.weight) for task in tasks], max(scales.shape[1] for scales, _ in grids)
     with problem.recorder.stage("column loop"):
-        codes = round_compensated(
-            targets,
+        stacked = RowGrids(
             torch.cat([expand_scales(scales, groups) for scales, _ in grids]),
             _per_row([t.quant_format.min_code for t in tasks], heights, targets),
             _per_row([t.quant_format.max_code for t in tasks], heights, targets),
-            problem.factor,
-            beta,
-            zero=_stacked_zeros(grids, groups),
-            column_errors=column_errors,
+            _stacked_zeros(grids, groups),
         )
+        codes = round_compensated(targets, stacked, problem.factor, beta, column_errors=column_errors)
     return [Quantized(part, *grid) for part, grid in zip(codes.split(heights), grids, strict=True)]
 
 
@@ -151,7 +148,12 @@ def _row_losses(
     with problem.recorder.stage("column loop"):
         if beta == 0:
             return column_errors.square().sum(0)
-        return row_losses(targets, torch.cat([taken(*result) for result in results]), problem.factor)
+        return row_losses(targets, _loop_values(results), problem.factor)
+
+
+def _loop_values(results: Sequence[Quantized]) -> Tensor:
+    """Values of the grids as the column loop sees them, ``[rows, in]`` float32: not rounded to the stored dtype."""
+    return torch.cat([dequantize(codes, scales.float(), zeros) for codes, scales, zeros in results])
 
 
 def _merged(rows: Tensor, new: Quantized, old: Quantized) -> Quantized:

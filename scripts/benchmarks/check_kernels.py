@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hawqtool.formats import QuantFormat
 from hawqtool.rounding.factor import Factor, factorize
-from hawqtool.rounding.gptq import round_compensated
+from hawqtool.rounding.gptq import RowGrids, round_compensated
 from hawqtool.rounding.gram import quadratic_form
 from hawqtool.rounding.grid import dequantize, expand_scales, nearest_codes, search_grid
 from hawqtool.rounding.kernels.dispatch import EAGER, VARIABLE, kernel_for
@@ -81,7 +81,7 @@ def compare(
         low, high = (weight.new_full((rows,), float(c)) for c in (fmt.min_code, fmt.max_code))
         for beta in (0.0, 0.1):
             # The same block for both, so that only the arithmetic inside a block can differ.
-            call = partial(round_compensated, weight, step, low, high, factor, beta, 128, zero)
+            call = partial(round_compensated, weight, RowGrids(step, low, high, zero), factor, beta, 128)
             codes, seconds = zip(*(_timed(call, k, weight.device) for k in (EAGER, kernel)), strict=True)
             errors = [dequantize(c, scales, zeros).float() - weight for c in codes]
             losses = [float(quadratic_form(error, gram)) for error in errors]

@@ -15,10 +15,11 @@ from hawqtool.checkpoint.index import CheckpointIndex, read_index
 from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.export.compressed_tensors import quantization_config
 from hawqtool.export.layout import DEFAULT_SHARD_BYTES, Layout, plan_layout
-from hawqtool.export.packed_reader import dequantize, relative_weight_error
+from hawqtool.export.packed_reader import relative_weight_error
 from hawqtool.export.writer import CheckpointWriter, copy_small_files, write_config
 from hawqtool.formats import QuantFormat, parse_label
 from hawqtool.records import LayerFormats, LayerMetrics, LinearSpec, RoundedLayer
+from hawqtool.rounding.grid import dequantize
 
 MIX = ("w4g32", "w3g64", "w8ch", "w2g32", "w5g64", "w6ch", "w7g32")
 METRICS = LayerMetrics(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)

@@ -189,7 +189,9 @@ def test_a_broken_link_is_found(name: str) -> None:
 
 def test_a_file_that_is_not_there_is_found() -> None:
     assert lost_paths(ROOT, "Run `scripts/lost.py`.") == lost_paths(ROOT, "```\npython scripts/lost.py\n```")
-    assert lost_paths(ROOT, "Run scripts/lost.py.") and not lost_paths(ROOT, "see `scripts/test`, ./scripts/x, OUT/docs/y")
+    assert lost_paths(ROOT, "Run scripts/lost.py.") and not lost_paths(
+        ROOT, "see `scripts/test`, ./scripts/x, OUT/docs/y"
+    )
 
 
 def test_good_links_pass() -> None:

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hawqtool.rounding.kernels.column_block import ColumnBlock
+
 BLOCK_COLUMNS = 128
 """Columns of a block: fewer wake the other threads more often, more take longer in their own updates."""
 
@@ -31,25 +33,22 @@ _ROUND = np.float32(12582912.0)
 """1.5 · 2^23: a sum with it has no bits below one, so it rounds half to even."""
 
 
-def round_block(
-    target: Tensor,
-    feedback: Tensor,
-    steps: Tensor,
-    zeros: Tensor | None,
-    upper: Tensor,
-    lowest: Tensor,
-    highest: Tensor,
-    codes: Tensor,
-    errors: Tensor,
-    beta: float,
-) -> None:
-    """Round the columns of one block; arguments as for `triton_columns.round_block`, of any width."""
-    columns = [tensor.numpy() for tensor in (target, feedback, steps, target if zeros is None else zeros)]
-    shared = [tensor.contiguous().numpy() for tensor in (upper, lowest, highest)]
-    shared += [codes.numpy(), errors.numpy()]
+def round_block(block: ColumnBlock, beta: float) -> None:
+    """Round the columns of one block of any width.
+
+    Args:
+        block: Its tensors.
+        beta: FOEM's β.
+    """
+    target, zeros = block.target, block.zeros
+    columns = [t.numpy() for t in (target, block.feedback, block.steps, target if zeros is None else zeros)]
+    shared = [tensor.contiguous().numpy() for tensor in (block.upper, block.lowest, block.highest)]
+    shared += [block.codes.numpy(), block.errors.numpy()]
     keeps = np.float32(1 - beta), np.float32((1 - beta) ** 2)
     _by_rows(
-        len(lowest), _SHARED_ROWS, lambda *rows: _round_columns(*columns, zeros is not None, *shared, *keeps, *rows)
+        len(block.lowest),
+        _SHARED_ROWS,
+        lambda *rows: _round_columns(*columns, zeros is not None, *shared, *keeps, *rows),
     )
 
 

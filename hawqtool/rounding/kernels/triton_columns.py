@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+
+from hawqtool.rounding.kernels.column_block import ColumnBlock
 
 BLOCK_COLUMNS = 128
 """Columns of a block, the height of the kernel's tile (a power of two)."""
@@ -38,7 +39,7 @@ def _round_block_kernel(  # type: ignore[no-untyped-def]
     column = tl.arange(0, COLUMNS)
     is_column = column < WIDTH
     inside = is_column[:, None] & is_row[None, :]
-    drifts = tl.load(feedback + column[:, None] * rows + row[None, :], mask=inside, other=0.0)
+    carried = tl.load(feedback + column[:, None] * rows + row[None, :], mask=inside, other=0.0)
     low = tl.load(lowest + row, mask=is_row, other=0.0)
     high = tl.load(highest + row, mask=is_row, other=0.0)
     for j in range(0, WIDTH):
@@ -47,7 +48,7 @@ def _round_block_kernel(  # type: ignore[no-untyped-def]
         step = tl.load(steps + place, mask=is_row, other=1.0)
         factors = tl.load(upper + j * WIDTH + column, mask=is_column & (column > j), other=0.0)
         pivot = tl.load(upper + j * WIDTH + j)
-        current = tl.sum(tl.where(column[:, None] == j, drifts, 0.0), axis=0)
+        current = tl.sum(tl.where(column[:, None] == j, carried, 0.0), axis=0)
         level = tl.div_rn(tl.fma(current, keep, value), step)
         if HAS_ZEROS:
             zero = tl.load(zeros + place, mask=is_row, other=0.0)
@@ -63,50 +64,32 @@ def _round_block_kernel(  # type: ignore[no-untyped-def]
             tl.store(codes + place, (level + zero).to(tl.int8), mask=is_row)
         else:
             tl.store(codes + place, level.to(tl.int8), mask=is_row)
-        drifts = tl.fma(-factors[:, None], error[None, :], drifts)
+        carried = tl.fma(-factors[:, None], error[None, :], carried)
 
 
-def round_block(
-    target: Tensor,
-    feedback: Tensor,
-    steps: Tensor,
-    zeros: Tensor | None,
-    upper: Tensor,
-    lowest: Tensor,
-    highest: Tensor,
-    codes: Tensor,
-    errors: Tensor,
-    beta: float,
-) -> None:
-    """Round the columns of one block; the arithmetic is that of `compensate.round_compensated`.
+def round_block(block: ColumnBlock, beta: float) -> None:
+    """Round the columns of one block; the arithmetic is that of `hawqtool.rounding.gptq.round_compensated`.
 
     Products are fused into sums, as CUDA's own ``add``, ``addcmul`` and ``addr`` do; division is IEEE, rounding
     half to even.
 
     Args:
-        target: ``[width, rows]`` float32, original weights, a column of the layer in each row; width ≤ 128.
-        feedback: ``[width, rows]`` float32, what earlier blocks left; other kernels change it.
-        steps: ``[width, rows]`` float32.
-        zeros: ``[width, rows]`` float32 integers, or None.
-        upper: ``[width, width]`` float32, the block of U on its diagonal; any strides.
-        lowest: ``[rows]`` float32.
-        highest: ``[rows]`` float32.
-        codes: ``[width, rows]`` int8, written.
-        errors: ``[width, rows]`` float32, written: e_j, for the update of later blocks.
+        block: Its tensors, float32; at most `BLOCK_COLUMNS` columns.
         beta: FOEM's β.
     """
+    target, zeros = block.target, block.zeros
     width, rows = target.shape
     with torch.cuda.device_of(target):
         _round_block_kernel[(triton.cdiv(rows, _TILE_ROWS),)](
             target,
-            feedback,
-            steps,
+            block.feedback,
+            block.steps,
             target if zeros is None else zeros,
-            upper.contiguous(),
-            lowest,
-            highest,
-            codes,
-            errors,
+            block.upper.contiguous(),
+            block.lowest,
+            block.highest,
+            block.codes,
+            block.errors,
             rows,
             1.0 - beta,
             (1.0 - beta) ** 2,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hawqtool.rounding.grid import Quantized
 from hawqtool.rounding.learned.fake_quant import FlatLayers, by_kind
-from hawqtool.rounding.learned.training import Gain, TrainingLog, batch_order, learn
+from hawqtool.rounding.learned.training import Gain, Objective, TrainingLog, batch_order, learn
 from hawqtool.rounding.spec import InitialRounding
 
 Forward = Callable[[Mapping[str, Tensor], Tensor, int], Tensor]
@@ -80,12 +80,12 @@ class _State:
 
     def __init__(
         self,
-        starts: Sequence[InitialRounding],
+        initial: Sequence[InitialRounding],
         gains: Mapping[str, tuple[Tensor, torch.dtype]],
         reach: float,
         dtype: torch.dtype,
     ) -> None:
-        self.flats = [FlatLayers(some, reach) for some in by_kind(starts)]
+        self.flats = [FlatLayers(some, reach) for some in by_kind(initial)]
         self.gains = {name: Gain(*found) for name, found in gains.items()}
         self.dtype = dtype
 
@@ -120,7 +120,7 @@ class _State:
 
 
 def refine(
-    starts: Sequence[InitialRounding],
+    initial: Sequence[InitialRounding],
     gains: Mapping[str, tuple[Tensor, torch.dtype]],
     forward: Forward,
     fitting: Batches,
@@ -131,7 +131,7 @@ def refine(
     """Learn what brings the block's outputs closest to the targets; the best held-out error is kept.
 
     Args:
-        starts: The block's rounded layers.
+        initial: The block's rounded layers.
         gains: Norm gains of the block with the dtype in which they are stored.
         forward: Runs the block.
         fitting: What is learned from.
@@ -146,15 +146,17 @@ def refine(
         NumericalError: If the start's error is not finite.
     """
     start = time.perf_counter()
-    state = _State(starts, gains, schedule.reach, fitting.inputs[0].dtype)
+    state = _State(initial, gains, schedule.reach, fitting.inputs[0].dtype)
     optimizer = state.optimizer(schedule)
     log = learn(
-        f"{starts[0].name}: the rounded block",
+        Objective(
+            f"{initial[0].name}: the rounded block",
+            lambda batch: _learn(state, forward, fitting, batch, optimizer),
+            lambda: _error(state, forward, held_out, len(fitting.inputs)),
+        ),
         state.learned,
         optimizer,
         batch_order(len(fitting.inputs), schedule.steps, schedule.seed),
-        lambda batch: _learn(state, forward, fitting, batch, optimizer),
-        lambda: _error(state, forward, held_out, len(fitting.inputs)),
         progress,
     )
     with torch.no_grad():

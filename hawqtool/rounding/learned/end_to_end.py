@@ -19,7 +19,7 @@ from torch import Tensor
 from hawqtool.rounding.grid import Quantized
 from hawqtool.rounding.learned.block import Forward
 from hawqtool.rounding.learned.fake_quant import FlatLayers, FlatScales, by_kind
-from hawqtool.rounding.learned.training import Gain, TrainingLog, batch_order, learn
+from hawqtool.rounding.learned.training import Gain, Objective, TrainingLog, batch_order, learn
 from hawqtool.rounding.spec import InitialRounding
 from hawqtool.runtime.store import NOTHING_SAVED, Saved
 
@@ -162,7 +162,7 @@ def distill(
         held_out = range(fitting, len(inputs))
         return math.fsum(_divergence(learners, inputs[b], b, comparisons[b]) for b in held_out) / rows
 
-    def step(batch: int) -> None:
+    def learn_from(batch: int) -> None:
         _gradients(learners, inputs[batch], batch, comparisons[batch])
         with torch.no_grad():
             optimizer.step()
@@ -171,7 +171,7 @@ def distill(
 
     order = batch_order(fitting, schedule.steps, schedule.seed)
     learned = [tensor for group in groups for tensor in group["params"]]
-    log = learn("the rounded model", learned, optimizer, order, step, error, progress, saved)
+    log = learn(Objective("the rounded model", learn_from, error), learned, optimizer, order, progress, saved)
     with torch.no_grad():
         layers = {name: found for flat in flats for name, found in flat.rounded().items()}
         final = [{name: gain.stored() for name, gain in learner.gains.items()} for learner in learners]

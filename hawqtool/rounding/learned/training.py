@@ -67,25 +67,36 @@ class TrainingState:
     idle: int
 
 
+@dataclass(frozen=True)
+class Objective:
+    """What learning lowers.
+
+    Args:
+        name: What gives the outputs, for errors.
+        learn_from: Takes a training step on a batch; one that failed before it changed anything is taken again.
+        held_out_error: Held-out error of the present values.
+    """
+
+    name: str
+    learn_from: Callable[[int], None]
+    held_out_error: Callable[[], float]
+
+
 def learn(
-    what: str,
+    objective: Objective,
     learned: Sequence[Tensor],
     optimizer: torch.optim.Optimizer,
     order: Sequence[int],
-    step: Callable[[int], None],
-    error: Callable[[], float],
     progress: Callable[[int], None],
     saved: Saved = NOTHING_SAVED,
 ) -> TrainingLog:
     """Take steps at rates that fall linearly to zero, and end with the values of the least held-out error.
 
     Args:
-        what: What gives the outputs, for errors.
+        objective: Training step and held-out error.
         learned: What the steps change.
         optimizer: Its parameters are those tensors.
         order: Batch of every step.
-        step: Takes a step on a batch; one that failed before it changed anything is taken again.
-        error: Held-out error of the present values.
         progress: Called with the number of steps done, when the error was looked at.
         saved: Keeps where the learning is when the error was looked at, if it did so long enough ago for the size; one
             that was cut is gone on with.
@@ -96,9 +107,9 @@ def learn(
     rates, steps = [group["lr"] for group in optimizer.param_groups], len(order)
     known = saved.load(_STATE)
     if known is None:
-        start = error()
+        start = objective.held_out_error()
         if not math.isfinite(start):
-            raise NumericalError(f"{what} gives outputs that are NaN or Inf; check its weights")
+            raise NumericalError(f"{objective.name} gives outputs that are NaN or Inf; check its weights")
         at, kept = TrainingState(start, start, 0, 0, 0), [tensor.clone() for tensor in learned]
     else:
         at, kept = _restored(known, learned, optimizer)
@@ -108,13 +119,13 @@ def learn(
     while at.done < steps and at.idle < PATIENCE:
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * (1 - at.done / steps)
-        fixed.run(partial(step, order[at.done]))
+        fixed.run(partial(objective.learn_from, order[at.done]))
         at.done += 1
         if at.done % interval == 0 or at.done == steps:
-            found = error()
+            error = objective.held_out_error()
             at.idle += 1
-            if found < at.best:
-                at.best, at.best_step, at.idle = found, at.done, 0
+            if error < at.best:
+                at.best, at.best_step, at.idle = error, at.done, 0
                 kept = [tensor.clone() for tensor in learned]
             if time.monotonic() - since >= size / BYTES_PER_SECOND:
                 saved.save(_STATE, _training_state(at, kept, learned, optimizer))

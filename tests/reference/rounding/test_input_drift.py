@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hawqtool.formats import CHANNEL, QuantFormat
 from hawqtool.rounding.factor import Factor, factorize
-from hawqtool.rounding.gptq import round_compensated
+from hawqtool.rounding.gptq import RowGrids, round_compensated
 from hawqtool.rounding.gram import quadratic_form
 from hawqtool.rounding.grid import Quantized, dequantize, expand_scales, refit_scales, search_grid, search_scales
 from hawqtool.rounding.input_drift import best_shift, full_shift, gptaq_problem
@@ -84,7 +84,7 @@ def test_foem_gives_exactly_the_codes_of_its_published_rule(bits: int, beta: flo
     factor = replace(case.factor, upper=torch.from_numpy(oracles.upper_factor(reference.hessian)))
     weight, step = case.weight.double(), expand_scales(scales, 256).double()
     lowest, highest = (weight.new_full((24,), float(v)) for v in (fmt.min_code, fmt.max_code))
-    codes = round_compensated(weight, step, lowest, highest, factor, beta)
+    codes = round_compensated(weight, RowGrids(step, lowest, highest), factor, beta)
     assert np.array_equal(codes.numpy()[:, reference.order], published)
 
 
@@ -102,7 +102,7 @@ def test_gptaq_equals_the_reference_loop(rows: int, columns: int, group_size: in
     expected = oracles.gptaq(reference.weight, reference.grid, reference.hessian, drift, alpha)
     target, factor = gptaq_problem(layer.weight, statistics.drift, case.factor, alpha)
     lowest, highest = (layer.weight.new_full((rows,), float(v)) for v in (fmt.min_code, fmt.max_code))
-    codes = round_compensated(target, expand_scales(scales, columns), lowest, highest, factor)
+    codes = round_compensated(target, RowGrids(expand_scales(scales, columns), lowest, highest), factor)
     assert_matches(codes, expected, reference)
     plain = oracles.gptq(reference.weight, reference.grid, reference.hessian)[0]
     assert (plain != expected[0]).mean() > 0.005, "the correction must show"
@@ -193,7 +193,7 @@ def test_refit_equals_the_reference(rows: int, columns: int, group_size: int, bi
     step, zero = (None if part is None else expand_scales(part, columns) for part in grid)
     assert step is not None
     lowest, highest = (case.weight.new_full((rows,), float(v)) for v in (fmt.min_code, fmt.max_code))
-    codes = round_compensated(case.weight, step, lowest, highest, case.factor, zero=zero)
+    codes = round_compensated(case.weight, RowGrids(step, lowest, highest, zero), case.factor)
     rounded = Quantized(codes, *grid)
     gram = torch.from_numpy(oracles.damped(case.gram.double().numpy(), DAMPING)).float()
     found = refit_scales(rounded, case.weight, gram)

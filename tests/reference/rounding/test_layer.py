@@ -13,7 +13,7 @@ from torch import Tensor
 from hawqtool.errors import NumericalError
 from hawqtool.formats import CHANNEL, QuantFormat
 from hawqtool.rounding.factor import Factor, default_damping, factorize, inverse_cholesky
-from hawqtool.rounding.gptq import round_compensated, row_losses, targets_at_turn
+from hawqtool.rounding.gptq import RowGrids, round_compensated, row_losses, targets_at_turn
 from hawqtool.rounding.gram import quadratic_form
 from hawqtool.rounding.grid import (
     COARSE_STEPS,
@@ -22,7 +22,6 @@ from hawqtool.rounding.grid import (
     expand_scales,
     nearest_codes,
     search_scales,
-    taken,
 )
 from hawqtool.rounding.kernels.dispatch import EAGER, VARIABLE
 from hawqtool.rounding.layer import round_group, round_layers
@@ -77,7 +76,8 @@ def run(
     highest = case.weight.new_full((len(case.weight),), float(fmt.max_code))
     step = expand_scales(scales, case.weight.shape[1])
     zero = None if zeros is None else expand_scales(zeros, case.weight.shape[1])
-    return round_compensated(case.weight, step, lowest, highest, case.factor, beta, block_size, zero, spread)
+    grids = RowGrids(step, lowest, highest, zero)
+    return round_compensated(case.weight, grids, case.factor, beta, block_size, spread)
 
 
 def scales_of(case: Case, fmt: QuantFormat) -> Tensor:
@@ -174,7 +174,7 @@ def test_the_loop_tells_what_it_spread_and_rounded(beta: float) -> None:
     codes = run(case, fmt, scales, beta, column_errors=spread)
     alike = (codes.numpy()[:, reference.order] == expected).all(axis=1)  # a tie changes the rest of its row
     assert alike.mean() > 0.8
-    rounded = taken(codes, scales)
+    rounded = dequantize(codes, scales.float())
     met = targets_at_turn(case.weight, rounded, spread, case.factor, beta).numpy()[:, reference.order]
     # `targets` are in steps.
     wanted = (targets * reference.grid.step)[alike]
@@ -208,7 +208,10 @@ def test_a_second_pass_makes_no_row_worse_and_the_whole_better(bits: int, symmet
     for passes in (1, 2, 3):
         weighted = replace(case.statistics, weighted=True)
         (result,) = round_group(tasks, case.factor, RoundingMethod("gptq", passes=passes), weighted)
-        error = taken(*result).double().numpy() - case.weight.double().numpy()
+        error = (
+            dequantize(result.codes, result.scales.float(), result.zeros).double().numpy()
+            - case.weight.double().numpy()
+        )
         losses.append(np.einsum("ri,ij,rj->r", error, hessian, error))
     assert (losses[1] <= losses[0] * (1 + 1e-5)).all() and (losses[2] <= losses[1] * (1 + 1e-5)).all()
     assert losses[1].sum() < 0.99 * losses[0].sum()
@@ -222,9 +225,8 @@ def test_block_size_does_not_matter(beta: float) -> None:
     factor = replace(base.factor, upper=base.factor.upper.double())
     weight, step = base.weight.double(), expand_scales(scales, 320).double()
     lowest, highest = (weight.new_full((16,), float(v)) for v in (fmt.min_code, fmt.max_code))
-    results = [
-        round_compensated(weight, step, lowest, highest, factor, beta, size) for size in (320, 1, 7, 64, 128, 1000)
-    ]
+    grids = RowGrids(step, lowest, highest)
+    results = [round_compensated(weight, grids, factor, beta, size) for size in (320, 1, 7, 64, 128, 1000)]
     assert all(torch.equal(result, results[0]) for result in results[1:])
 
 
@@ -528,5 +530,5 @@ def test_the_eager_column_loop_leaves_the_threads_as_they_were(monkeypatch: pyte
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     gram = torch.eye(32)
     ones = torch.ones(4, 32)
-    round_compensated(ones, ones, -4 * ones[:, 0], 3 * ones[:, 0], factorize(gram, 64))
+    round_compensated(ones, RowGrids(ones, -4 * ones[:, 0], 3 * ones[:, 0]), factorize(gram, 64))
     assert threads == [1, 2]

@@ -23,12 +23,13 @@ from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.errors import InputError, NumericalError
 from hawqtool.export.compressed_tensors import module_format, quantization_config
 from hawqtool.export.layout import plan_layout
-from hawqtool.export.packed_reader import PackedReader, dequantize
+from hawqtool.export.packed_reader import PackedReader
 from hawqtool.export.packing import pack_codes, pack_zeros, unpack_zeros
 from hawqtool.export.verify import verify_folder
 from hawqtool.export.writer import CheckpointWriter
 from hawqtool.formats import CHANNEL, QuantFormat
 from hawqtool.records import LayerFormats
+from hawqtool.rounding.grid import dequantize
 from tests.support.packed_folder import linear_specs, mixed_formats, round_nearest, write_packed
 from tests.support.tiny import tiny_model
 

@@ -19,7 +19,6 @@ from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.errors import InputError
 from hawqtool.export import packed_reader as module
 from hawqtool.export.packed_reader import (
-    dequantize,
     packed_parts,
     packed_weight_error,
     relative_weight_error,
@@ -28,6 +27,7 @@ from hawqtool.export.packed_reader import (
 from hawqtool.export.tensor_checks import _group_problems
 from hawqtool.export.verify import VerifyReport, verify_folder
 from hawqtool.formats import QuantFormat, parse_label
+from hawqtool.rounding.grid import dequantize
 from tests.support.packed_folder import linear_specs, mixed_formats, write_packed
 from tests.support.tiny import tiny_model
 

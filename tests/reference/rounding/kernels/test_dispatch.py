@@ -11,7 +11,7 @@ from torch import Tensor
 from hawqtool.errors import UsageError
 from hawqtool.formats import QuantFormat
 from hawqtool.rounding.factor import Factor, factorize
-from hawqtool.rounding.gptq import round_compensated
+from hawqtool.rounding.gptq import RowGrids, round_compensated
 from hawqtool.rounding.grid import dequantize, nearest_codes, search_grid
 from hawqtool.rounding.kernels.dispatch import EAGER, VARIABLE, column_loop, kernel_for, scale_search
 
@@ -36,7 +36,7 @@ def both_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     return call
 
 
-def case(rows: int, columns: int, bits: int, asymmetric: bool) -> tuple[Factor, dict[str, Tensor | None]]:
+def case(rows: int, columns: int, bits: int, asymmetric: bool) -> tuple[Factor, Tensor, RowGrids]:
     generator = torch.Generator().manual_seed(rows + columns + bits)
     inputs = torch.randn(4 * columns, columns, generator=generator)
     inputs[:, ::5] *= 3
@@ -46,7 +46,7 @@ def case(rows: int, columns: int, bits: int, asymmetric: bool) -> tuple[Factor, 
     lowest, highest = torch.full((rows,), -(2.0 ** (bits - 1))), torch.full((rows,), 2.0 ** (bits - 1) - 1)
     highest[::3] -= 1
     factor = factorize(inputs.t() @ inputs / len(inputs), len(inputs))
-    return factor, {"weight": weight, "step": step, "zero": zero, "lowest": lowest, "highest": highest}
+    return factor, weight, RowGrids(step, lowest, highest, zero)
 
 
 @pytest.mark.parametrize("asymmetric", [False, True])
@@ -55,18 +55,18 @@ def case(rows: int, columns: int, bits: int, asymmetric: bool) -> tuple[Factor, 
     ("rows", "columns", "bits"), [(13, 150, 2), (8, 128, 3), (21, 40, 4), (5, 300, 8), (150, 70, 3)]
 )
 def test_same_codes(both_kernels, rows: int, columns: int, bits: int, beta: float, asymmetric: bool) -> None:
-    factor, arguments = case(rows, columns, bits, asymmetric)
-    eager, fused = both_kernels(lambda: round_compensated(**arguments, factor=factor, beta=beta, block_size=128))
+    factor, weight, grids = case(rows, columns, bits, asymmetric)
+    eager, fused = both_kernels(lambda: round_compensated(weight, grids, factor, beta, block_size=128))
     # Sums that lie on a tie up to float32 may round either way, and change the rest of their row.
     assert (eager != fused).float().mean() < 0.01
-    assert fused.dtype == torch.int8 and fused.shape == arguments["weight"].shape
+    assert fused.dtype == torch.int8 and fused.shape == weight.shape
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize(("columns", "group_size"), [(96, 32), (192, 64), (300, 0), (40, 0)])
 def test_same_scales(both_kernels, columns: int, group_size: int, symmetric: bool) -> None:
-    factor, arguments = case(11, columns, 3, False)
-    weight, fmt = arguments["weight"], QuantFormat(3, group_size, symmetric)
+    factor, weight, _ = case(11, columns, 3, False)
+    fmt = QuantFormat(3, group_size, symmetric)
     weight[0] = 0
     eager, fused = both_kernels(lambda: search_grid(weight, factor.diagonal, fmt, torch.bfloat16, symmetric))
     losses = [
@@ -97,14 +97,14 @@ def test_choice_of_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_threads_share_the_rows_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("numba")
     monkeypatch.setenv(VARIABLE, "numba")
-    factor, arguments = case(333, 90, 3, True)
+    factor, weight, grids = case(333, 90, 3, True)
     fmt, threads = QuantFormat(3, 30, False), torch.get_num_threads()
     found = []
     try:
         for number in (1, 3):
             torch.set_num_threads(number)
-            codes = round_compensated(**arguments, factor=factor)
-            found.append((codes, *search_grid(arguments["weight"], factor.diagonal, fmt, torch.bfloat16, False)))
+            codes = round_compensated(weight, grids, factor)
+            found.append((codes, *search_grid(weight, factor.diagonal, fmt, torch.bfloat16, False)))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

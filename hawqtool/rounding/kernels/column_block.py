@@ -1,0 +1,33 @@
+"""What the column loop of a block of columns works on, whichever kernel runs it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class ColumnBlock(NamedTuple):
+    """Tensors of one block of columns, in visiting order; each column of the layer is a contiguous row here.
+
+    Args:
+        target: ``[width, rows]`` float32 (the eager loop takes float64 too), original weights.
+        feedback: ``[width, rows]`` like the target, what earlier blocks left; changed.
+        steps: ``[width, rows]`` like the target, scales.
+        zeros: ``[width, rows]`` like the target, integers; None for symmetric grids.
+        upper: ``[width, width]`` float32, the block of U on its diagonal; any strides.
+        lowest: ``[rows]`` like the target, smallest code of each row.
+        highest: ``[rows]`` like the target, largest code of each row.
+        codes: ``[width, rows]`` int8, written.
+        errors: ``[width, rows]`` like the target, written: e_j, for the update of later blocks.
+    """
+
+    target: Tensor
+    feedback: Tensor
+    steps: Tensor
+    zeros: Tensor | None
+    upper: Tensor
+    lowest: Tensor
+    highest: Tensor
+    codes: Tensor
+    errors: Tensor
