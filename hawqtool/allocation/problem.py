@@ -10,9 +10,12 @@ from dataclasses import dataclass
 
 from hawqtool.errors import InputError, UsageError
 from hawqtool.formats import MAX_BITS, MIN_BITS, QuantFormat
+from hawqtool.parsing import shown
 from hawqtool.records import Menu, Score, Unit, UnitFormats, UnitScores
 
 REGEX_PREFIX = "re:"
+_HEAD = "lm_head"
+"""Name of the output head in the recipes of other tools, whatever a model calls it."""
 
 
 @dataclass(frozen=True)
@@ -175,24 +178,47 @@ def resolve_pins(
     return pins
 
 
-def resolve_ignored(patterns: Sequence[str], units: Sequence[Unit]) -> frozenset[str]:
+def resolve_ignored(patterns: Sequence[str], units: Sequence[Unit], others: Sequence[str] = ()) -> frozenset[str]:
     """Names of the units that ``--ignore`` leaves unquantized; an ignored member ignores its whole unit.
 
     Args:
         patterns: Names or ``re:`` patterns, as for `resolve_pins`.
         units: All units of the model.
+        others: Linears that are never quantized; naming one, as recipes of other tools do, changes nothing.
 
     Raises:
         UsageError: If a pattern is malformed or matches nothing.
     """
-    return frozenset(unit.name for pattern in patterns for unit in _matching_units(pattern, units, "--ignore"))
+    ignored: set[str] = set()
+    for pattern in patterns:
+        matches = _matcher(pattern, "--ignore")
+        found = any(matches(name) for name in (_HEAD, *others))
+        ignored |= {unit.name for unit in _matching_units(pattern, units, "--ignore", required=not found)}
+    return frozenset(ignored)
+
+
+def ignored_along(patterns: Sequence[str], units: Sequence[Unit]) -> list[str]:
+    """Units that ``--ignore`` names in part, one line each: their other members stay unquantized too."""
+    matchers = [_matcher(pattern, "--ignore") for pattern in patterns]
+    lines = []
+    for unit in units:
+        if any(matches(unit.name) for matches in matchers):
+            continue
+        named = [m.name for m in unit.members if any(matches(m.name) for matches in matchers)]
+        rest = len(unit.members) - len(named)
+        if named and rest:
+            lines.append(
+                f"--ignore names {len(named)} of the {len(unit.members)} layers of {unit.name} (first {named[0]}); "
+                f"engines run them as one, so the other {rest} stay unquantized too"
+            )
+    return lines
 
 
 def _parse_pin(option: str) -> tuple[str, int]:
     # From the right: a regular expression may hold "=" itself.
     pattern, equals, width = option.rpartition("=")
-    if not equals or not pattern or not re.fullmatch(r"\d+", width.strip()):
-        raise UsageError(f"--pin {option!r} is not NAME=WIDTH; write for example --pin 're:.*down_proj=8'")
+    if not equals or not pattern or not re.fullmatch(r"[0-9]{1,9}", width.strip()):
+        raise UsageError(f"--pin {shown(option)} is not NAME=WIDTH; write for example --pin 're:.*down_proj=8'")
     bits = int(width)
     if bits == 16:
         raise UsageError(
@@ -205,10 +231,10 @@ def _parse_pin(option: str) -> tuple[str, int]:
     return pattern.strip(), bits
 
 
-def _matching_units(pattern: str, units: Sequence[Unit], flag: str) -> list[Unit]:
+def _matching_units(pattern: str, units: Sequence[Unit], flag: str, required: bool = True) -> list[Unit]:
     matches = _matcher(pattern, flag)
     found = [unit for unit in units if any(matches(name) for name in _names(unit))]
-    if not found:
+    if not found and required:
         raise UsageError(
             f"{flag} {pattern} matches none of the {len(units)} units or their layers; {_suggestion(pattern, units)}"
         )

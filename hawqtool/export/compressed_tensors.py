@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ def quantization_config(
     units: Mapping[str, str],
     other_linears: Sequence[str],
     aliases: Mapping[str, str],
+    others: Iterable[str] = (),
 ) -> dict[str, Any]:
     """Build the ``quantization_config`` of ``config.json``.
 
@@ -42,6 +43,7 @@ def quantization_config(
         other_linears: Names of the linears that stay unquantized, such as ``lm_head``.
         aliases: Quantized module to its name in the model that transformers builds, where that differs: transformers
             matches its own names, other engines the stored ones.
+        others: Further matrices of the checkpoint, such as a draft head's; those that a target hits are ignored too.
 
     Raises:
         InputError: If a unit mixes formats, or names are ambiguous without their prefix.
@@ -50,9 +52,10 @@ def quantization_config(
     by_format: dict[QuantFormat, list[str]] = defaultdict(list)
     for module, quant_format in formats.items():
         by_format[quant_format] += [module, aliases[module]] if module in aliases else [module]
+    bare = _bare_roles((*formats, *aliases.values()))
     groups = {
         quant_format.label: {
-            "targets": sorted(_targets(modules)),
+            "targets": sorted(_targets(modules, bare)),
             "weights": _weights(quant_format),
             "input_activations": None,
             "output_activations": None,
@@ -69,6 +72,9 @@ def quantization_config(
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
+    quantized = {*formats, *aliases.values()}
+    strays = {name for name in others if name not in quantized and matching_targets(config, name)}
+    config["ignore"] = sorted(strays | set(other_linears))
     for module in (*formats, *aliases.values()):
         hit = matching_targets(config, module)
         if len(hit) != 1 or is_ignored(config, module):
@@ -163,21 +169,43 @@ def _weights(quant_format: QuantFormat) -> dict[str, Any]:
     }
 
 
-def _targets(modules: Iterable[str]) -> list[str]:
+@dataclass(frozen=True)
+class _Place:
+    """A name in a list: from the outermost list to the last index, that index, and the rest."""
+
+    role: tuple[str, str]
+    index: int
+    prefixed: bool
+
+
+def _place(module: str) -> _Place | None:
+    parts = module.split(".")
+    numbers = [place for place, part in enumerate(parts) if part.isdecimal()]
+    if not numbers or numbers[0] == 0:
+        return None
+    # The name from the outermost list on: the inner index alone (an expert) would not tell blocks apart.
+    start, last = numbers[0] - 1, numbers[-1]
+    return _Place((".".join(parts[start:last]), ".".join(parts[last + 1 :])), int(parts[last]), start > 0)
+
+
+def _bare_roles(modules: Iterable[str]) -> frozenset[tuple[str, str]]:
+    """Roles that some name has without a prefix: it is optional there, so that one target serves both names."""
+    return frozenset(place.role for place in map(_place, modules) if place and not place.prefixed)
+
+
+def _targets(modules: Iterable[str], bare: Collection[tuple[str, str]]) -> list[str]:
     """One regex per role: what surrounds the last index of a name, with the indices joined."""
     roles: dict[tuple[str, str], set[int]] = defaultdict(set)
     plain: list[str] = []
     for module in modules:
-        parts = module.split(".")
-        numbers = [place for place, part in enumerate(parts) if part.isdecimal()]
-        if not numbers or numbers[0] == 0:
+        place = _place(module)
+        if place is None:
             plain.append(rf"re:(.*\.)?{re.escape(module)}$")
-            continue
-        # The name from the outermost list on: the inner index alone (an expert) would not tell blocks apart.
-        start, last = numbers[0] - 1, numbers[-1]
-        head = (r".*\." if start else r"(.*\.)?") + re.escape(".".join(parts[start:last]))
-        roles[head, re.escape(".".join(parts[last + 1 :]))].add(int(parts[last]))
+        else:
+            roles[place.role].add(place.index)
     return plain + [
-        rf"re:{head}\.({'|'.join(map(str, sorted(indices)))})" + (rf"\.{tail}$" if tail else "$")
+        ("re:(.*\\.)?" if (head, tail) in bare else "re:.*\\.")
+        + rf"{re.escape(head)}\.({'|'.join(map(str, sorted(indices)))})"
+        + (rf"\.{re.escape(tail)}$" if tail else "$")
         for (head, tail), indices in roles.items()
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,8 +111,13 @@ def _model_config_problems(config: dict[str, Any], source: dict[str, Any]) -> li
     return [
         f"config.json has {key} {config.get(key)!r}; the source has {source.get(key)!r}; expected equal; restore it"
         for key in keys
-        if config.get(key) != source.get(key)
+        if _text(config.get(key)) != _text(source.get(key))
     ]
+
+
+def _text(value: Any) -> str:
+    """A value of JSON as text: NaN, which Python's JSON knows, is equal to itself there."""
+    return json.dumps(value, sort_keys=True)
 
 
 def _record(folder: Path, name: str, is_valid: Any) -> tuple[dict[str, Any] | None, list[str]]:

@@ -126,7 +126,7 @@ def discover(
         for position, block in enumerate(blocks)
     ]
     units = {n: unit_name(n, experts_per_block, fuses) for spec in specs for n in (m.name for m in spec.linears)}
-    specs = [_with_units(spec, units) for spec in specs]
+    specs = [_without_narrow(_with_units(spec, units)) for spec in specs]
     obstacle = next((text for m in blocks.modules() for kind, text in _OBSTACLES.items() if kind in _classes(m)), None)
     head = _head(model, len(blocks), stored, index) if quantize_head else None
     walked = (*specs, head) if head else specs
@@ -261,8 +261,6 @@ def _discover_block(
     groups: list[tuple[Tensor, list[LinearSpec]]] = []
     for linear, tensor in seen:
         spec = _linear_spec(f"{name}.{linear}", linears[linear], position, stored, index)
-        if spec.out_features < _LEAST_OUTPUTS:
-            continue
         for held, members in groups:
             if held is tensor:
                 members.append(spec)
@@ -301,6 +299,13 @@ def _with_units(spec: BlockSpec, units: dict[str, str]) -> BlockSpec:
     """The block with its linears in other allocation units, by the name of the linear."""
     groups = tuple(tuple(replace(linear, unit=units[linear.name]) for linear in group) for group in spec.input_groups)
     return replace(spec, input_groups=groups)
+
+
+def _without_narrow(spec: BlockSpec) -> BlockSpec:
+    """The block without gates; whatever an engine fuses with one stays as it is too, for it is stored in one format."""
+    narrow = {linear.unit for linear in spec.linears if linear.out_features < _LEAST_OUTPUTS}
+    groups = (tuple(linear for linear in group if linear.unit not in narrow) for group in spec.input_groups)
+    return replace(spec, input_groups=tuple(filter(None, groups)))
 
 
 def check_shapes(model: nn.Module, structure: Structure, index: CheckpointIndex) -> None:

@@ -13,6 +13,7 @@ from hawqtool.pipeline.run.menu import budget_bytes, job_menu, second_budget, un
 from hawqtool.pipeline.search.gates import check_gates
 from hawqtool.pipeline.search.planner import given_plan, single_choice_plan
 from hawqtool.pipeline.stages.rows import check_calibration
+from hawqtool.pipeline.stages.write import target_config
 from hawqtool.records import Menu
 
 
@@ -42,6 +43,7 @@ def describe(job: Job) -> dict[str, Any]:
         _check_feasible(job, menu, budget, weights, fixed)
         second_budget(config, job.units, menu, job.pins)  # what it lacks must be known before the long part
         plan = single_choice_plan(job.units, menu, job.pins, budget, config)
+    target_config(job, {unit.name: menu[unit.name][0] for unit in job.units})  # what engines cannot tell apart
     lowest, highest = achievable(job.units, menu, job.pins)
     expected = plan.stored_bytes if plan else highest if budget is None else min(budget, highest)
     symmetric = plan.symmetric if plan else config.symmetric

@@ -10,7 +10,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from hawqtool.allocation.problem import resolve_ignored, resolve_pins
+from hawqtool.allocation.problem import ignored_along, resolve_ignored, resolve_pins
 from hawqtool.allocation.uniform import uniform_formats
 from hawqtool.checkpoint.dtypes import torch_dtype
 from hawqtool.checkpoint.fusion import is_expert
@@ -205,10 +205,11 @@ def prepare(
         raise InputError(f"{config.model}: no linear layer was found in its blocks")
     stored = torch_dtype(index.tensors[f"{next(iter(structure.linears))}.weight"].dtype)
     dtype = torch.float32 if device.type == "cpu" else stored
-    ignored = resolve_ignored(config.ignore, structure.units)
+    ignored = resolve_ignored(config.ignore, structure.units, structure.other_linears)
+    for line in ignored_along(config.ignore, structure.units):
+        (reporter or Silent()).warn(line)
     units = tuple(unit for unit in structure.units if unit.name not in ignored)
-    sizes = {name: fmt.group_size for name, fmt in uniform_formats(units, 8, config.group_size).items()}
-    pins = resolve_pins(config.pin, units, sizes, config.symmetric)
+    pins = _pins(config, units) if config.pin else {}
     longest = max_positions(probe)
     if config.seq_len and longest and config.seq_len > longest:
         raise UsageError(f"--seq-len {config.seq_len} exceeds the model's {longest} positions; lower it")
@@ -218,6 +219,12 @@ def prepare(
     work = Work(config, index, structure, device, dtype, job.num_samples, job.seq_len)
     job = replace(job, batch_size=config.batch_size or choose_batch_size(work))
     return replace(job, offload=make_offload(work, job.batch_size, (reporter or Silent()).warn, states))
+
+
+def _pins(config: RunConfig, units: tuple[Unit, ...]) -> UnitFormats:
+    """Formats that ``--pin`` fixes, each at the group size that its unit takes."""
+    sizes = {name: fmt.group_size for name, fmt in uniform_formats(units, 8, config.group_size).items()}
+    return resolve_pins(config.pin, units, sizes, config.symmetric)
 
 
 def _check_method(job: Job) -> None:

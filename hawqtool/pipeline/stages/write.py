@@ -13,6 +13,7 @@ from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.errors import disk_errors
 from hawqtool.export.background_writer import BackgroundWriter
 from hawqtool.export.compressed_tensors import quantization_config
+from hawqtool.export.config_checks import dense_matrices
 from hawqtool.export.layout import Layout
 from hawqtool.export.writer import CheckpointWriter, intact, unfinished_reader, write_config
 from hawqtool.pipeline.run.context import RunContext
@@ -20,7 +21,7 @@ from hawqtool.pipeline.run.files import PART, plan_document, write_json
 from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.stages.distill import Written, distill_folder, learned_names
 from hawqtool.pipeline.stages.round_blocks import Findings, Finished, round_blocks
-from hawqtool.records import BitPlan, BlockSpec, Rows
+from hawqtool.records import BitPlan, BlockSpec, Rows, UnitFormats
 from hawqtool.runtime.store import Saved
 
 ROUNDING = "rounding"
@@ -75,6 +76,18 @@ def round_to_folder(
     for finished in (blocks, learning):
         finished.saved.drop()
     return result
+
+
+def target_config(job: Job, formats: UnitFormats) -> dict[str, Any]:
+    """The ``quantization_config`` for formats by unit.
+
+    Raises:
+        InputError: If the names of the model's layers are ambiguous to engines.
+    """
+    units = {m.name: unit.name for unit in job.units for m in unit.members}
+    aliases = {m.name: m.module for unit in job.units for m in unit.members if m.module and not is_expert(m.name)}
+    others = dense_matrices(job.index)
+    return quantization_config(job.layer_formats(formats), units, job.unquantized_linears, aliases, others)
 
 
 def _known(layout: Layout, part: Path, learning: Saved) -> Written | None:
@@ -151,15 +164,12 @@ def _write_records(
     written: Written,
     total_bytes: int,
 ) -> None:
-    others = job.unquantized_linears
-    units = {m.name: unit.name for unit in job.units for m in unit.members}
-    aliases = {m.name: m.module for unit in job.units for m in unit.members if m.module and not is_expert(m.name)}
-    config = quantization_config(job.layer_formats(plan.formats), units, others, aliases)
+    config = target_config(job, plan.formats)
     write_config(job.index.folder, folder, config)
     sizes = {"total_bytes": total_bytes, "transformers_obstacle": job.structure.obstacle}
     reproduce = folder / "reproduce"
     reproduce.mkdir(exist_ok=True)
-    write_json(reproduce / "plan.json", plan_document(plan, job.units, others) | sizes)
+    write_json(reproduce / "plan.json", plan_document(plan, job.units, job.unquantized_linears) | sizes)
     errors = {name: values["weight_error"] for name, values in written.layers.items()}
     record = {"tensors": written.checksums, "weight_error": errors, "changed": written.changed}
     write_json(reproduce / "checksums.json", record)

@@ -11,7 +11,14 @@ from dataclasses import replace
 import pytest
 
 from hawqtool.allocation.frontier import efficient_choices, frontier, solve
-from hawqtool.allocation.problem import AllocationProblem, Choice, build_problem, resolve_ignored, resolve_pins
+from hawqtool.allocation.problem import (
+    AllocationProblem,
+    Choice,
+    build_problem,
+    ignored_along,
+    resolve_ignored,
+    resolve_pins,
+)
 from hawqtool.allocation.uniform import best_uniform, neighbours, uniform_formats, uniform_plans
 from hawqtool.errors import InputError, UsageError
 from hawqtool.formats import CHANNEL, QuantFormat
@@ -294,8 +301,21 @@ def test_resolve_ignored() -> None:
         "model.layers.1.mlp.down_proj",
     }
     assert resolve_ignored([], units) == frozenset()
-    with pytest.raises(UsageError, match="--ignore lm_head matches none"):
-        resolve_ignored(["lm_head"], units)
+    with pytest.raises(UsageError, match="--ignore head matches none"):
+        resolve_ignored(["head"], units)
+
+
+@pytest.mark.parametrize("pattern", ["lm_head", "re:.*lm_head", "visual.fc", "re:visual"])
+def test_what_is_never_quantized_may_be_ignored(pattern: str) -> None:
+    assert resolve_ignored([pattern], make_block(0), ["visual.fc"]) == frozenset()
+
+
+def test_units_ignored_in_part_are_named() -> None:
+    units = [*make_block(0), *make_block(1)]
+    (line,) = ignored_along(["model.layers.0.self_attn.q_proj", "re:.*down_proj"], units)
+    assert line.startswith("--ignore names 1 of the 3 layers of model.layers.0.self_attn.qkv_proj (first ")
+    assert "the other 2 stay unquantized too" in line
+    assert ignored_along(["re:.*self_attn"], units) == []
 
 
 def test_uniform_formats_fall_and_refuse() -> None:

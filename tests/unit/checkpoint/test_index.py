@@ -119,7 +119,10 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         ),
         "a is in both x.safetensors and y.safetensors",
     ),
-    "index disagrees": (lambda f: sharded(f, {"c": "x.safetensors"}, x=F32), "places tensor c in x.safetensors"),
+    "index disagrees": (
+        lambda f: sharded(f, {"a": "y.safetensors", "b": "x.safetensors"}, x=F32, y={"b": F32["a"]}),
+        "places tensor a in y.safetensors, but x.safetensors holds it",
+    ),
 }
 
 
@@ -176,6 +179,11 @@ def test_links_of_a_hub_cache_and_within_the_folder_work(tmp_path: Path) -> None
         (folder / "circle").symlink_to(target)
         with pytest.raises(InputError, match="circle is a link that leaves"):
             read_index(folder)
+
+
+def test_an_index_may_name_what_no_shard_holds(tmp_path: Path) -> None:
+    sharded(tmp_path, {"a": "x.safetensors", "gone": "x.safetensors"}, x=F32)
+    assert list(read_index(tmp_path).tensors) == ["a"]
 
 
 def same_as_library(index: CheckpointIndex) -> None:

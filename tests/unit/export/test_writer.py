@@ -297,6 +297,21 @@ def test_config_of_roots_heads_and_experts() -> None:
     assert config["config_groups"]["w3g32"]["targets"] == [r"re:.*\.layers\.0\.experts\.(0|1)\.w1$"]
 
 
+def test_config_serves_a_list_with_and_without_its_prefix() -> None:
+    formats = {"layers.0.fc": QuantFormat(4, 32), "layers.1.fc": QuantFormat(3, 32)}
+    aliases = {name: f"model.{name}" for name in formats}
+    config = quantization_config(formats, {name: name for name in formats}, [], aliases)
+    assert config["config_groups"]["w4g32"]["targets"] == [r"re:(.*\.)?layers\.(0)\.fc$"]
+    assert all(module_format(config, aliases[name]) == fmt for name, fmt in formats.items())
+
+
+def test_config_ignores_further_matrices_that_a_target_hits() -> None:
+    formats = {"model.layers.0.fc": QuantFormat(4, 32)}
+    others = ["model.layers.0.fc", "mtp.layers.0.fc", "mtp.embed"]
+    config = quantization_config(formats, {name: name for name in formats}, ["lm_head"], {}, others)
+    assert config["ignore"] == ["lm_head", "mtp.layers.0.fc"]
+
+
 def test_config_refuses_split_units_and_ambiguous_names() -> None:
     names = ("m.layers.0.self_attn.q_proj", "m.layers.0.self_attn.k_proj")
     with pytest.raises(InputError, match=r"fuse them into m.layers.0.self_attn.qkv_proj"):
