@@ -116,13 +116,13 @@ class Rows:
         tokens: ``[num_rows, seq_len]`` int64, or ``[num_rows, channels, height, width]`` float32.
         source: Where they come from, for the report.
         fingerprint: SHA-256 of the tokens.
-        weights: How much each token counts where layers are rounded on these rows; None where all count alike.
+        importance: How much each token counts where layers are rounded on these rows; None where all count alike.
     """
 
     tokens: Tensor
     source: str
     fingerprint: str
-    weights: TokenImportance | None = None
+    importance: TokenImportance | None = None
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ class SplitExperts(nn.Module):
 def counting_experts(block: nn.Module, batches: int) -> Iterator[None]:
     """While the context lasts, every expert sees in each batch its share of one token per hidden channel.
 
-    An expert that the calibration rows never reach would otherwise have no statistics at all. Slices are judged one
+    An expert that the calibration rows never reach would otherwise have no statistics at all. Batches are judged one
     by one, so an expert may be lent tokens in one although all batches together give it enough; where experts' inner
     width exceeds the hidden one, ``down_proj`` still sees fewer tokens than columns.
 

@@ -28,13 +28,13 @@ class RowGrids(NamedTuple):
     """The grids of stacked rows.
 
     Args:
-        steps: ``[rows, groups]`` float32, the scale of each group of columns (may be negative).
+        scales: ``[rows, groups]`` float32, of each group of columns (may be negative).
         lowest: ``[rows]`` float32, smallest code of each row.
         highest: ``[rows]`` float32, largest code of each row.
         zeros: ``[rows, groups]`` float32, the zero point of each group, an integer; None for symmetric grids.
     """
 
-    steps: Tensor
+    scales: Tensor
     lowest: Tensor
     highest: Tensor
     zeros: Tensor | None = None
@@ -73,7 +73,7 @@ def round_compensated(
     """
     # Columns in visiting order, each a contiguous row: the loop goes through them one by one.
     target = _transposed(weight).index_select(0, factor.order)
-    steps, zeros = _visited(grids.steps, factor), None if grids.zeros is None else _visited(grids.zeros, factor)
+    scales, zeros = _visited(grids.scales, factor), None if grids.zeros is None else _visited(grids.zeros, factor)
     fused = column_loop(weight.device) if weight.dtype == torch.float32 else None
     size, round_block = (BLOCK_SIZE, _round_block) if fused is None else (fused.BLOCK_COLUMNS, fused.round_block)
     size = block_size or size
@@ -84,7 +84,7 @@ def round_compensated(
         block = ColumnBlock(
             target=target[part],
             feedback=feedback[part],
-            steps=steps[part],
+            scales=scales[part],
             zeros=None if zeros is None else zeros[part],
             upper=factor.upper[part, part],
             lowest=grids.lowest,
@@ -166,16 +166,16 @@ def _blocks(columns: int, size: int) -> Iterator[slice]:
 
 def _round_block(block: ColumnBlock, beta: float) -> None:
     """One block of columns by torch's own operations."""
-    target, feedback, steps, zeros, upper, lowest, highest, codes, errors = block
+    target, feedback, scales, zeros, upper, lowest, highest, codes, errors = block
     keep, keep_squared = 1.0 - beta, (1.0 - beta) ** 2
     levels = torch.empty_like(errors)
     limits = repeat((lowest, highest)) if zeros is None else zip(lowest - zeros, highest - zeros, strict=True)
     # Views of all columns at once: taking them one by one costs as much as the arithmetic.
-    columns = zip(target, feedback, steps, levels, errors, limits, upper.diagonal().tolist(), strict=False)
+    columns = zip(target, feedback, scales, levels, errors, limits, upper.diagonal().tolist(), strict=False)
     with _threads_for(target):
-        for j, (weight, moved, step, level, error, (low, high), pivot) in enumerate(columns, 1):
+        for j, (weight, moved, scale, level, error, (low, high), pivot) in enumerate(columns, 1):
             # Codes less their zeros: a zero is an integer, so it moves the range and nothing else.
-            torch.add(weight, moved, alpha=keep, out=level).div_(step).round_().clamp_(low, high)
-            torch.add(weight, moved, alpha=keep_squared, out=error).addcmul_(level, step, value=-1.0).div_(pivot)
+            torch.add(weight, moved, alpha=keep, out=level).div_(scale).round_().clamp_(low, high)
+            torch.add(weight, moved, alpha=keep_squared, out=error).addcmul_(level, scale, value=-1.0).div_(pivot)
             feedback[j:].addr_(upper[j - 1, j:], error, alpha=-1.0)
     codes.copy_(levels if zeros is None else levels.add_(zeros))

@@ -31,7 +31,7 @@ def gram(inputs: Tensor, roots: Tensor | None = None) -> Tensor:
 
     Args:
         inputs: ``[tokens, in]``.
-        roots: ``[tokens]`` float32, roots of the tokens' weights: then it is the mean of w x xᵀ. In half precision
+        roots: ``[tokens]`` float32, roots of the tokens' importance w: then it is the mean of w x xᵀ. In half precision
             these round the inputs once more, far below the damping of the matrix.
     """
     width = inputs.shape[1]
@@ -80,7 +80,7 @@ def _quadratic_form(error: Tensor, gram: Tensor) -> Tensor:
 def mean_product(left: Tensor, right: Tensor, roots: Tensor | None = None) -> Tensor:
     """Mean of l rᵀ over tokens, ``[m, n]`` float32, from ``[tokens, m]`` and ``[tokens, n]`` of one dtype.
 
-    With the roots ``[tokens]`` of the tokens' weights it is the mean of w l rᵀ.
+    With the roots ``[tokens]`` of the tokens' importance w it is the mean of w l rᵀ.
     """
     total = torch.zeros(left.shape[1], right.shape[1], dtype=torch.float32, device=left.device)
     for first, second in zip(_scaled_parts(left, roots), _scaled_parts(right, roots), strict=True):
@@ -89,7 +89,7 @@ def mean_product(left: Tensor, right: Tensor, roots: Tensor | None = None) -> Te
 
 
 def _scaled_parts(inputs: Tensor, roots: Tensor | None) -> Iterator[Tensor]:
-    """Some tokens ``[tokens, in]`` at a time, times the roots of their weights."""
+    """Some tokens ``[tokens, in]`` at a time, times the roots of their importance."""
     tokens = _TOKENS[inputs.device.type]
     if roots is None:
         yield from inputs.split(tokens)

@@ -34,8 +34,8 @@ def round_group(
     """Codes, scales and zero points of every task, in order; all share the inputs behind ``factor``.
 
     Grids are searched on what is rounded, the original weights or their shifted targets, and stay fixed (static
-    groups); where tokens have weights, they are searched again on what the columns had become. Compensated tasks of one
-    β are stacked by rows and rounded in one loop.
+    groups); where tokens count by importance, they are searched again on what the columns had become. Compensated tasks
+    of one β are stacked by rows and rounded in one loop.
 
     Args:
         tasks: The layers, each in its format; a layer may occur in several.

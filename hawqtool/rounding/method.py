@@ -17,7 +17,7 @@ BETAS = (0.0, 0.05, 0.1, 0.2, 0.4)
 """What ``auto`` chooses FOEM's β from."""
 
 PASSES = 2
-"""Scale searches of a layer whose tokens have weights.
+"""Passes of the two-pass scale search of a layer whose tokens count by importance.
 
 KL of SmolLM2 and its off-lattice copy at 3 bits (128 rows of 2048 tokens): 0.387 and 0.466 after one, 0.377 and
 0.450 after two, 0.373 and 0.446 after three, 0.375 and 0.451 after five, when all rows took the last; two with each
@@ -38,7 +38,7 @@ class RoundingMethod:
         alpha: GPTAQ's α; ignored by the others.
         shift: Share of the target shift (see `full_shift`), 0 for none, or ``auto``: by held-out rows, layer by layer.
         refit: Refit the scales of each layer whose error on held-out rows that lowers.
-        passes: How often compensated rounding searches scales where tokens have weights: after the first time on
+        passes: How often compensated rounding searches scales where tokens count by importance: after the first time on
             what the columns had become when they were rounded, keeping each row's best.
     """
 

@@ -17,13 +17,13 @@ class GroupStatistics:
     """Second moments of an input group.
 
     Args:
-        gram: ``[in, in]`` float32, mean of x xᵀ over the tokens, by their weights where they have any.
+        gram: ``[in, in]`` float32, mean of x xᵀ over the tokens, by their importance where they have one.
         num_tokens: Tokens behind it.
         num_routed: Those of them that the model really sends here; fewer only in experts (see `counting_experts`).
         drift: ``[in, in]`` float32, mean of (x0 - x) xᵀ with x0 the original model's input of the same token; None
             where it is not wanted, or x is x0.
         held_out: The same of the tokens of the held-out rows, which are among those above; None where there are none.
-        weighted: Whether tokens have weights.
+        weighted: Whether tokens count by their importance.
     """
 
     gram: Tensor
@@ -65,7 +65,7 @@ def second_moments(
     routed: int,
     held_out: Tensor | None = None,
     original: Tensor | None = None,
-    weights: Tensor | None = None,
+    importance: Tensor | None = None,
 ) -> GroupStatistics:
     """Statistics of inputs ``[tokens, in]``.
 
@@ -74,14 +74,15 @@ def second_moments(
         routed: How many of them the model really sends there.
         held_out: ``[tokens]`` bool, those of held-out rows; None where nothing is chosen on them.
         original: ``[tokens, in]``, the original model's inputs.
-        weights: ``[tokens]`` float32, how much each counts; None where all count alike.
+        importance: ``[tokens]`` float32, how much each counts; None where all count alike.
     """
-    roots = None if weights is None else weights.sqrt()
+    roots = None if importance is None else importance.sqrt()
     drift = None if original is None else mean_product(original - x, x, roots)
-    found = GroupStatistics(gram(x, roots), x.shape[0], routed, drift, weighted=weights is not None)
+    found = GroupStatistics(gram(x, roots), x.shape[0], routed, drift, weighted=importance is not None)
     if held_out is not None and bool(held_out.any()):
         kept, others = x[held_out], None if original is None else original[held_out]
-        found.held_out = second_moments(kept, len(kept), None, others, None if weights is None else weights[held_out])
+        kept_importance = None if importance is None else importance[held_out]
+        found.held_out = second_moments(kept, len(kept), None, others, kept_importance)
     return found
 
 

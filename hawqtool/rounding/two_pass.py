@@ -1,4 +1,7 @@
-"""Grids and the column loop of stacked layers, gone through a set number of times; each row keeps its best."""
+"""The two-pass scale search: grids, the column loop, grids for what the loop met, and the loop again.
+
+Layers are stacked by rows, and each row keeps its best. More than two passes gain little (see `PASSES`).
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ class Problem:
             whose loop is given the rest of the correction as it goes.
         grids: Scales and zero points.
         search: Finds the grid of a layer for other values.
-        passes: How often grids are searched.
+        passes: How often grids are searched and the loop is run: two in the two-pass scale search.
         factor: Factor with the feedback of the loop; its diagonal is that of the damped Gram matrix.
         recorder: Takes note of the searches and the loop.
     """

@@ -125,7 +125,10 @@ def _all_watched(captured: _Captured) -> list[Tensor]:
 
 
 class _Reverse:
-    """Differentiates a block, batch by batch, without the product of its last linear where the block only adds it."""
+    """Differentiates a block, batch by batch.
+
+    The last-linear shortcut leaves out the product of its last linear where the block only adds that to something.
+    """
 
     def __init__(self, block: LoadedBlock) -> None:
         self.block, self.last = block, last_linear(block)

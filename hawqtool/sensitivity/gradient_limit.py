@@ -49,7 +49,7 @@ class GradientLimit:
         factors = torch.where(growth > allowed, (allowed / growth).sqrt(), 1.0)
         self.share = self.share * factors
         parts = factors.split([len(gradient) for gradient in gradients])
-        # OffloadedBatches without such a row stay as they are, to the bit and without a copy.
+        # Batches without such a row stay as they are, to the bit and without a copy.
         return [
             gradient if bool((part == 1).all()) else gradient * part.to(gradient)[:, None, None]
             for gradient, part in zip(gradients, parts, strict=True)

@@ -30,7 +30,7 @@ def loss_gradients(
 
     Args:
         stream: The original model.
-        rows: OffloadedBatches of ``[rows, seq_len]`` tokens, or images.
+        rows: Batches of ``[rows, seq_len]`` tokens, or images.
         hidden: The last block's output per batch.
         generator: Draws the labels.
         together: Positions whose logits are computed together on a CPU.

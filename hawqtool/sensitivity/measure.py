@@ -85,7 +85,9 @@ def measure(
     rounding, scoring, size = replace(rounding, method=method), rows.scoring, rows.batch_size
     left = len(stream.structure.blocks) if begun is None else int(begun["left"])
     with stream.keeping_pages():
-        known = stream.embed(rows.calibration.tokens, size, method.needs_held_out, weights=rows.calibration.weights)
+        known = stream.embed(
+            rows.calibration.tokens, size, method.needs_held_out, importance=rows.calibration.importance
+        )
         sets = (known, stream.embed(scoring, size))
         refined = rounding.refiner is not None
         stored = forward_sweep(stream, *sets, left, rounding.menu, progress, keeps_states=refined)

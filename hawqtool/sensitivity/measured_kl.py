@@ -58,7 +58,7 @@ def single_unit_divergence(
     with stream.keeping_pages(), ExitStack() as resident, torch.no_grad():
         blocks = [resident.enter_context(stream.block(spec.index)) for spec in stream.structure.blocks]
         held_out = rounding.method.needs_held_out
-        known = stream.embed(calibration.tokens, rows.batch_size, held_out, weights=calibration.weights)
+        known = stream.embed(calibration.tokens, rows.batch_size, held_out, importance=calibration.importance)
         seen = stream.embed(rows.scoring, rows.batch_size)
         final = torch.cat(run_blocks(blocks, seen.calls, seen.hidden))
         comparison = OutputComparison(stream, stream, rows.scoring, final)

@@ -19,11 +19,11 @@ from hawqtool.streaming.offload import OffloadedBatches, total_bytes
 from hawqtool.streaming.stream import ModelStream
 
 EXPONENT = 0.5
-"""Power of ‖g‖² that is taken for the weight, hence ‖g‖.
+"""Power of ‖g‖² that is taken for the importance, hence ‖g‖.
 
 One is what the Fisher matrix asks for, if gradients were known and errors small. But each is known from one draw of the
 labels, and a few tokens have most of the power (in some layers of SmolLM2 the first position has 99 % of it), so that
-the weighted Gram matrix rests on few tokens. 3 bits, 48 rows of 512 tokens, KL: 0.500 without weights, 0.431 with
+the weighted Gram matrix rests on few tokens. 3 bits, 48 rows of 512 tokens, KL: 0.500 without importance, 0.431 with
 exponent 1, 0.414 with ½, 0.419 with 0.35, each for all linears of an input together; 0.402 with ½ for each alone.
 """
 
@@ -44,12 +44,13 @@ def token_importance(
     progress: Callable[[int, int], None],
     exponent: float = EXPONENT,
 ) -> TokenImportance:
-    """Weights of the tokens in the Gram matrices behind rounding, ``[rows, positions]`` float32 with mean 1.
+    """Importance of the tokens in the Gram matrices behind rounding, ``[rows, positions]`` float32 with mean 1.
 
     The loss grows by ½ Σ_t (g_t · D x_t)² to second order, g_t being the gradient at a layer's output for labels drawn
-    from the model. Compensated rounding makes Σ_t ‖D x_t‖² small; with the weight ‖g_t‖² of every token it makes the
-    loss small as far as g_t has no preferred direction. GuidedQuant (arXiv 2505.07004) does so, for groups of output
-    channels apart; the exponent is ours. Experts, whose tokens change with rounding, and an output head have none.
+    from the model. Compensated rounding makes Σ_t ‖D x_t‖² small; with the importance ‖g_t‖² of every token it makes
+    the loss small as far as g_t has no preferred direction. GuidedQuant (arXiv 2505.07004) does so, for groups of
+    output channels apart; the exponent is ours. Experts, whose tokens change with rounding, and an output head have
+    none.
 
     Args:
         stream: The original model.
@@ -90,7 +91,7 @@ def token_importance(
             for name, power in found.items():
                 powers.setdefault(name, []).append(power.cpu())
             progress(done := done + 1, total)
-    return {name: _weights(torch.cat(found), exponent) for name, found in powers.items()}
+    return {name: _importance(torch.cat(found), exponent) for name, found in powers.items()}
 
 
 def _kept(stream: ModelStream, hidden: MutableSequence[Tensor]) -> MutableSequence[Tensor]:
@@ -103,8 +104,8 @@ def _kept(stream: ModelStream, hidden: MutableSequence[Tensor]) -> MutableSequen
     return kept
 
 
-def _weights(power: Tensor, exponent: float) -> Tensor:
-    """Weights with mean 1 from ``[rows, positions]`` float32; all alike where no gradient arrives at all."""
-    weights = power.double().pow(exponent)
-    mean = weights.mean()
-    return (weights / mean if mean > 0 else torch.ones_like(weights)).float()
+def _importance(power: Tensor, exponent: float) -> Tensor:
+    """Importance with mean 1 from ``[rows, positions]`` float32; all alike where no gradient arrives at all."""
+    importance = power.double().pow(exponent)
+    mean = importance.mean()
+    return (importance / mean if mean > 0 else torch.ones_like(importance)).float()

@@ -49,7 +49,7 @@ def swap_divergence(
     with quantized.keeping_pages(), ExitStack() as resident, torch.no_grad():
         blocks = [resident.enter_context(quantized.block(spec.index)) for spec in quantized.structure.blocks]
         needs = method.needs_held_out, method.needs_drift
-        known = quantized.embed(rows.calibration.tokens, size, *needs, weights=rows.calibration.weights)
+        known = quantized.embed(rows.calibration.tokens, size, *needs, importance=rows.calibration.importance)
         seen = quantized.embed(rows.scoring, size)
         reference = original.final_hidden(rows.scoring, size, lambda _: None)
         comparison = OutputComparison(original, quantized, rows.scoring, reference)
@@ -63,7 +63,7 @@ def swap_divergence(
                 for unit, finals in candidates.of_block(block, changes):
                     divergences = finite(unit, comparison.divergences(finals))
                     scores[unit] = {label: mean_score(values - present) for label, values in divergences.items()}
-                    progress("swaps", sum(map(len, scores.values())), sum(map(len, rounding.menu.values())))
+                    progress("width swaps", sum(map(len, scores.values())), sum(map(len, rounding.menu.values())))
                 if not candidates.carried:
                     save_scores(saved, block.spec.index + 1, scores)
             elif known.original is not None:

@@ -164,7 +164,7 @@ def _pieces(tensor: Tensor) -> Sequence[Tensor]:
 
 
 class OffloadedBatches(MutableSequence[Tensor]):
-    """Tensors on a offload as a sequence; a copy shares what it holds until entries are replaced.
+    """Offloaded tensors as a sequence; a copy shares what it holds until entries are replaced.
 
     Args:
         offload: Keeps them.
@@ -206,5 +206,5 @@ class OffloadedBatches(MutableSequence[Tensor]):
 
 
 def total_bytes(states: Sequence[Tensor]) -> int:
-    """Bytes of hidden states, which are not read where they lie on a offload."""
+    """Bytes of hidden states, which are not read where they are offloaded."""
     return states.nbytes if isinstance(states, OffloadedBatches) else sum(state.nbytes for state in states)

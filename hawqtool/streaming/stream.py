@@ -220,7 +220,7 @@ class ModelStream:
         batch_size: int,
         held_out: bool = False,
         with_original: bool = False,
-        weights: TokenImportance | None = None,
+        importance: TokenImportance | None = None,
     ) -> Activations:
         """Run what comes before the first block on ``rows``: ``[rows, seq_len]`` tokens, or images.
 
@@ -236,7 +236,7 @@ class ModelStream:
             hidden.append(recorded[0][0][0])
             calls.append([(args[1:], kwargs) for args, kwargs in recorded])
         original = copy(hidden) if with_original else None
-        return Activations(hidden, calls, original, held_out, self.recorder, weights)
+        return Activations(hidden, calls, original, held_out, self.recorder, importance)
 
     def outputs(self, rows: Tensor, hidden: Tensor) -> Tensor:
         """What the model is judged by, from the last block's output through the model's own head.

@@ -51,10 +51,10 @@ def _is_held_out(count: int) -> Tensor:
     return torch.arange(count) % TRAINING_HELD_OUT_EVERY == min(TRAINING_HELD_OUT_EVERY, count) - 1
 
 
-def _fitting_weights(rows: Rows) -> TokenImportance | None:
-    """Weights of the tokens of the rows that are not held out."""
+def _fitting_importance(rows: Rows) -> TokenImportance | None:
+    """Importance of the tokens of the rows that are not held out."""
     fitting = ~_is_held_out(len(rows.tokens))
-    return None if rows.weights is None else {name: weights[fitting] for name, weights in rows.weights.items()}
+    return None if rows.importance is None else {name: by_row[fitting] for name, by_row in rows.importance.items()}
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class BlockRefiner:
         self.schedule = schedule
         self.job, self.batch_rows = job, BATCH_ROWS[job.device.type]
         fitting, held_out = split_rows(rows.tokens)
-        self.walked = stream.embed(fitting, job.batch_size, weights=_fitting_weights(rows))
+        self.walked = stream.embed(fitting, job.batch_size, importance=_fitting_importance(rows))
         self.held_out = stream.embed(held_out, self.batch_rows)
         batches = stream.embed(fitting, self.batch_rows)
         self.calls = [*batches.calls, *self.held_out.calls]

@@ -133,7 +133,7 @@ def round_blocks(
 def _walked(job: Job, stream: ModelStream, rows: Rows) -> Activations:
     """Hidden states of all rows before the first block, with what the method wants to know of them."""
     needs = job.method.needs_held_out, job.method.needs_drift
-    activations = stream.embed(rows.tokens, job.batch_size, *needs, rows.weights)
+    activations = stream.embed(rows.tokens, job.batch_size, *needs, rows.importance)
     stream.release_ends()
     return activations
 

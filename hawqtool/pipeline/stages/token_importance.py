@@ -9,7 +9,7 @@ from hawqtool.records import Rows
 from hawqtool.sensitivity.token_importance import token_importance
 
 _KEY = "token-importance"
-_ROWS_PER_SLICE = {"cpu": 2, "cuda": 8}
+_BATCH_ROWS = {"cpu": 2, "cuda": 8}
 """Rows of a pass with gradients, whose memory they set; fixed per kind of device, because they change sums."""
 
 _CPU_BYTES = 2 << 30
@@ -17,24 +17,24 @@ _CPU_BYTES = 2 << 30
 
 
 def with_token_importance(context: RunContext, rows: Rows) -> Rows:
-    """The calibration rows with the weights of their tokens, where the configuration wants them and they have none.
+    """The calibration rows with the importance of their tokens, where the configuration wants them and they have none.
 
     Args:
-        context: The run, whose store keeps the weights.
+        context: The run, whose store keeps it.
         rows: Calibration rows.
     """
     job = context.job
-    if not job.uses_token_importance or rows.weights is not None:
+    if not job.uses_token_importance or rows.importance is not None:
         return rows
-    weights = context.saved.load(_KEY)
-    if weights is None:
-        weights = token_importance(
+    importance = context.saved.load(_KEY)
+    if importance is None:
+        importance = token_importance(
             job.stream(),
             rows.tokens,
-            min(_ROWS_PER_SLICE[job.device.type], job.batch_size),
+            min(_BATCH_ROWS[job.device.type], job.batch_size),
             _CPU_BYTES if job.offload is None else job.offload.memory_bytes,
             job.config.seed,
             context.progress("token importance"),
         )
-        context.saved.save(_KEY, dict(weights))
-    return replace(rows, weights=weights)
+        context.saved.save(_KEY, dict(importance))
+    return replace(rows, importance=importance)

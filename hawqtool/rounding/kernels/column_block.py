@@ -13,7 +13,7 @@ class ColumnBlock(NamedTuple):
     Args:
         target: ``[width, rows]`` float32 (the eager loop takes float64 too), original weights.
         feedback: ``[width, rows]`` like the target, what earlier blocks left; changed.
-        steps: ``[width, rows]`` like the target, scales.
+        scales: ``[width, rows]`` like the target.
         zeros: ``[width, rows]`` like the target, integers; None for symmetric grids.
         upper: ``[width, width]`` float32, the block of U on its diagonal; any strides.
         lowest: ``[rows]`` like the target, smallest code of each row.
@@ -24,7 +24,7 @@ class ColumnBlock(NamedTuple):
 
     target: Tensor
     feedback: Tensor
-    steps: Tensor
+    scales: Tensor
     zeros: Tensor | None
     upper: Tensor
     lowest: Tensor

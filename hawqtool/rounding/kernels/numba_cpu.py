@@ -41,7 +41,7 @@ def round_block(block: ColumnBlock, beta: float) -> None:
         beta: FOEM's β.
     """
     target, zeros = block.target, block.zeros
-    columns = [t.numpy() for t in (target, block.feedback, block.steps, target if zeros is None else zeros)]
+    columns = [t.numpy() for t in (target, block.feedback, block.scales, target if zeros is None else zeros)]
     shared = [tensor.contiguous().numpy() for tensor in (block.upper, block.lowest, block.highest)]
     shared += [block.codes.numpy(), block.errors.numpy()]
     keeps = np.float32(1 - beta), np.float32((1 - beta) ** 2)

@@ -83,7 +83,7 @@ def round_block(block: ColumnBlock, beta: float) -> None:
         _round_block_kernel[(triton.cdiv(rows, _TILE_ROWS),)](
             target,
             block.feedback,
-            block.steps,
+            block.scales,
             target if zeros is None else zeros,
             block.upper.contiguous(),
             block.lowest,

@@ -76,7 +76,7 @@ class Distilled:
 
     Args:
         layers: Codes, scales and zero points by layer.
-        gains: By piece, norm gains by name, in their stored dtype.
+        gains: By block, norm gains by name, in their stored dtype.
         log: How it went; errors are mean divergences of the held-out rows.
         seconds: Time that it took.
     """
@@ -88,17 +88,17 @@ class Distilled:
 
 
 class _Learner:
-    """What is learned of one piece."""
+    """What is learned of one block."""
 
-    def __init__(self, piece: TrainableBlock, dtype: torch.dtype, schedule: DistillSchedule) -> None:
-        kinds = by_kind(piece.layers)
+    def __init__(self, block: TrainableBlock, dtype: torch.dtype, schedule: DistillSchedule) -> None:
+        kinds = by_kind(block.layers)
         self.flats: list[FlatLayers] | list[FlatScales]
         if schedule.latent_rate:
-            self.flats = [FlatLayers(starts, schedule.reach) for starts in kinds]
+            self.flats = [FlatLayers(kind, schedule.reach) for kind in kinds]
         else:
-            self.flats = [FlatScales(starts) for starts in kinds]
-        self.gains = {name: Gain(*found) for name, found in piece.gains.items()}
-        self.forward, self.dtype = piece.forward, dtype
+            self.flats = [FlatScales(kind) for kind in kinds]
+        self.gains = {name: Gain(*found) for name, found in block.gains.items()}
+        self.forward, self.dtype = block.forward, dtype
 
     def run(self, hidden: Tensor, batch: int, differentiable: bool = False) -> Tensor:
         weights = {name: gain.weight(self.dtype, differentiable) for name, gain in self.gains.items()}
@@ -107,7 +107,7 @@ class _Learner:
         return self.forward(weights, hidden, batch)
 
     def back(self, hidden: Tensor, batch: int, gradient: Tensor) -> Tensor:
-        """Run the piece again for its gradients; the one at its input."""
+        """Run the block again for its gradients; the one at its input."""
         leaf = hidden.detach().requires_grad_()
         with torch.enable_grad():
             self.run(leaf, batch, differentiable=True).backward(gradient)
@@ -148,7 +148,7 @@ def distill(
         NumericalError: If the start's outputs are not finite.
     """
     begun = time.perf_counter()
-    learners = [_Learner(piece, inputs[0].dtype, schedule) for piece in trainable_blocks]
+    learners = [_Learner(block, inputs[0].dtype, schedule) for block in trainable_blocks]
     flats = [flat for learner in learners for flat in learner.flats]
     groups: list[dict[str, Any]] = [
         {"params": [latent for flat in flats for latent in flat.latents], "lr": schedule.latent_rate},

@@ -64,7 +64,7 @@ class FlatLayers:
     """All layers of a block whose groups have one width and whose scales have one dtype.
 
     Args:
-        starts: The layers; their codes give the start exactly.
+        initial: The layers; their codes give the start exactly.
         reach: How far latents may move, in codes.
 
     Attributes:
@@ -73,15 +73,15 @@ class FlatLayers:
         leaf: ``[groups, width]``, the latest differentiable weights, which gradients are taken of.
     """
 
-    def __init__(self, starts: Sequence[InitialRounding], reach: float) -> None:
-        self.starts = starts
-        self.stored_dtype = starts[0].rounded.scales.dtype
-        self.width = _width(starts[0].rounded)
-        self.scale_start = torch.cat([s.rounded.scales.float().view(-1, 1) for s in starts])
-        self.zero = torch.cat([_zeros(s.rounded).view(-1, 1) for s in starts])
-        self.low = self._per_group([s.quant_format.min_code for s in starts])
-        self.high = self._per_group([s.quant_format.max_code for s in starts])
-        self.latent = torch.cat([_start_latent(s).view(-1, self.width) for s in starts])
+    def __init__(self, initial: Sequence[InitialRounding], reach: float) -> None:
+        self.initial = initial
+        self.stored_dtype = initial[0].rounded.scales.dtype
+        self.width = _width(initial[0].rounded)
+        self.scale_start = torch.cat([s.rounded.scales.float().view(-1, 1) for s in initial])
+        self.zero = torch.cat([_zeros(s.rounded).view(-1, 1) for s in initial])
+        self.low = self._per_group([s.quant_format.min_code for s in initial])
+        self.high = self._per_group([s.quant_format.max_code for s in initial])
+        self.latent = torch.cat([_start_latent(s).view(-1, self.width) for s in initial])
         self.lowest = torch.maximum(self.latent - reach, self.low - EDGE)
         self.highest = torch.minimum(self.latent + reach, self.high + EDGE)
         self.log_change = torch.zeros_like(self.scale_start)
@@ -93,7 +93,7 @@ class FlatLayers:
         return [self.latent]
 
     def _per_group(self, values: Sequence[int]) -> Tensor:
-        parts = [torch.full((s.rounded.scales.numel(), 1), float(v)) for s, v in zip(self.starts, values, strict=True)]
+        parts = [torch.full((s.rounded.scales.numel(), 1), float(v)) for s, v in zip(self.initial, values, strict=True)]
         return torch.cat(parts).to(self.scale_start.device)
 
     @property
@@ -107,7 +107,7 @@ class FlatLayers:
         value = value.to(dtype).requires_grad_(differentiable)
         if differentiable:  # otherwise those of a whole model would stay in memory
             self.leaf, self.levels = value, levels
-        return _by_layer(self.starts, value)
+        return _by_layer(self.initial, value)
 
     def collect(self) -> None:
         """Set the gradients of latents and log_change from that of `leaf`, where it has one, and let both go."""
@@ -122,12 +122,12 @@ class FlatLayers:
 
     def rounded(self) -> dict[str, Quantized]:
         """Codes, scales and zero points of every layer as they are now."""
-        counts = [s.rounded.scales.numel() for s in self.starts]
+        counts = [s.rounded.scales.numel() for s in self.initial]
         codes = self.latent.round().clamp_(self.low, self.high).to(torch.int8).split(counts)
         scales = self.scale.to(self.stored_dtype).split(counts)
         return {
             s.name: Quantized(c.reshape(s.rounded.codes.shape), f.reshape(s.rounded.scales.shape), s.rounded.zeros)
-            for s, c, f in zip(self.starts, codes, scales, strict=True)
+            for s, c, f in zip(self.initial, codes, scales, strict=True)
         }
 
 
@@ -135,7 +135,7 @@ class FlatScales:
     """Layers as those of `FlatLayers`, whose codes are fixed.
 
     Args:
-        starts: The layers; their weights before rounding do not matter.
+        initial: The layers; their weights before rounding do not matter.
 
     Attributes:
         log_change: ``[groups, 1]`` float32, logarithm of scale over starting scale.
@@ -143,11 +143,11 @@ class FlatScales:
 
     latents: Sequence[Tensor] = ()
 
-    def __init__(self, starts: Sequence[InitialRounding]) -> None:
-        self.starts = starts
-        self.stored_dtype = starts[0].rounded.scales.dtype
-        self.scale_start = torch.cat([s.rounded.scales.float().view(-1, 1) for s in starts])
-        self.levels = torch.cat([_levels(s.rounded) for s in starts])
+    def __init__(self, initial: Sequence[InitialRounding]) -> None:
+        self.initial = initial
+        self.stored_dtype = initial[0].rounded.scales.dtype
+        self.scale_start = torch.cat([s.rounded.scales.float().view(-1, 1) for s in initial])
+        self.levels = torch.cat([_levels(s.rounded) for s in initial])
         self.log_change = torch.zeros_like(self.scale_start)
         self._leaf = self.scale_start
 
@@ -162,7 +162,7 @@ class FlatScales:
         value = value.to(dtype).requires_grad_(differentiable)
         if differentiable:
             self._leaf = value
-        return _by_layer(self.starts, value)
+        return _by_layer(self.initial, value)
 
     def collect(self) -> None:
         """Set the gradient of `log_change` from that of the latest weights, and let both go.
@@ -180,25 +180,25 @@ class FlatScales:
 
     def rounded(self) -> dict[str, Quantized]:
         """Codes, scales and zero points of every layer as they are now."""
-        parts = self.scale.to(self.stored_dtype).split([s.rounded.scales.numel() for s in self.starts])
+        parts = self.scale.to(self.stored_dtype).split([s.rounded.scales.numel() for s in self.initial])
         return {
             s.name: s.rounded._replace(scales=part.reshape(s.rounded.scales.shape))
-            for s, part in zip(self.starts, parts, strict=True)
+            for s, part in zip(self.initial, parts, strict=True)
         }
 
 
-def by_kind(starts: Iterable[InitialRounding]) -> list[list[InitialRounding]]:
+def by_kind(initial: Iterable[InitialRounding]) -> list[list[InitialRounding]]:
     """Layers by width of their groups and dtype of their scales."""
     kinds: dict[tuple[int, torch.dtype], list[InitialRounding]] = {}
-    for start in starts:
-        kinds.setdefault((_width(start.rounded), start.rounded.scales.dtype), []).append(start)
+    for layer in initial:
+        kinds.setdefault((_width(layer.rounded), layer.rounded.scales.dtype), []).append(layer)
     return list(kinds.values())
 
 
-def _by_layer(starts: Sequence[InitialRounding], flat: Tensor) -> dict[str, Tensor]:
+def _by_layer(initial: Sequence[InitialRounding], flat: Tensor) -> dict[str, Tensor]:
     """Views ``[out, in]`` of flat weights by layer."""
-    parts = flat.split([s.rounded.scales.numel() for s in starts])
-    return {s.name: part.view(s.rounded.codes.shape) for s, part in zip(starts, parts, strict=True)}
+    parts = flat.split([s.rounded.scales.numel() for s in initial])
+    return {s.name: part.view(s.rounded.codes.shape) for s, part in zip(initial, parts, strict=True)}
 
 
 def _width(rounded: Quantized) -> int:

@@ -146,11 +146,10 @@ def _derivative(stage: Stage, errors: Errors, hidden: Tensor, change: Tensor) ->
     """Output of a stage and its derivative in a, at a = 0, from those of its input."""
     weights, transposed = Weights(), {linear.name for linear in stage.linears if linear.transposed}
     values = {n: w.detach() for n, w in weights.values(stage, hidden).items() if n in errors}
-    directions = {n: errors[n].t() if n in transposed else errors[n] for n in values}
-    directions = {n: d.to(values[n].dtype) for n, d in directions.items()}
+    tangents = {n: (errors[n].t() if n in transposed else errors[n]).to(w.dtype) for n, w in values.items()}
     # Fused attention kernels have no forward-mode derivative.
     with sdpa_kernel(SDPBackend.MATH):
-        found: Any = torch.func.jvp(partial(weights.run, stage), (values, hidden), (directions, change))
+        found: Any = torch.func.jvp(partial(weights.run, stage), (values, hidden), (tangents, change))
     return found[0], found[1]
 
 

@@ -101,7 +101,7 @@ class PlanEvaluator:
         progress = self._progress(f"judging {candidate.name}")
         stream = job.stream()
         calibration, needs = self.setting.calibration, (job.method.needs_held_out, job.method.needs_drift)
-        known = stream.embed(calibration.tokens, job.batch_size, *needs, calibration.weights)
+        known = stream.embed(calibration.tokens, job.batch_size, *needs, calibration.importance)
         held = stream.embed(rows.tokens, job.batch_size)
         rounding = RoundingSpec.of_plan(job.method, candidate.formats, job.stored_dtypes)
         with torch.no_grad():

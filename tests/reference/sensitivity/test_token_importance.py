@@ -129,7 +129,7 @@ def statistics_of(
     """Of the first block, as rounding sees them, through both ways of walking a block."""
     stream = job.stream()
     found: dict[str, GroupStatistics] = {}
-    known = stream.embed(TOKENS, per_batch, held_out, weights=weights)
+    known = stream.embed(TOKENS, per_batch, held_out, importance=weights)
     with stream.block(0) as block:
         collect_statistics(block, known, lambda group, statistics: found.update({group[0].name: statistics}))
     return found
@@ -210,7 +210,7 @@ def test_all_roundings_use_them(tmp_path: Path, steps: int) -> None:
     for kind in ("none", "gradient"):
         job = make_job(source, token_importance=kind, refine_steps=steps)
         rows = with_token_importance(RunContext(job), Rows(TOKENS, "test", "-"))
-        assert (rows.weights is None) == (kind == "none")
+        assert (rows.importance is None) == (kind == "none")
         codes[kind] = rounded(job, rows, tmp_path / kind)
     assert any(not torch.equal(codes["none"][name], codes["gradient"][name]) for name in codes["none"])
 
@@ -237,12 +237,12 @@ def test_other_kinds_of_models(name: str, tmp_path: Path) -> None:
     kind = kind_named(name)
     job = make_job(save_kind(kind, tmp_path / name), profile="vllm")
     rows = calibration_inputs(kind)
-    found = with_token_importance(RunContext(job), Rows(rows, "test", "-")).weights
+    found = with_token_importance(RunContext(job), Rows(rows, "test", "-")).importance
     assert found is not None
     assert set(found) == {name for name in job.structure.linears if ".experts." not in name}
     assert all(float(w.mean()) == pytest.approx(1, rel=1e-5) and len(w) == len(rows) for w in found.values())
     stream, spec = job.stream(), job.structure.blocks[0]
-    known = stream.embed(rows, 4, weights=found)
+    known = stream.embed(rows, 4, importance=found)
     with stream.block(0) as block:
         for group, statistics in group_statistics(block, known, spec.input_groups):
             assert bool(torch.isfinite(statistics.gram).all()), group[0].name
