@@ -1,4 +1,4 @@
-"""The run configuration: defaults < YAML file < command line, strict at every step."""
+"""The run configuration: defaults < preset < YAML file < command line, strict at every step."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import difflib
 import math
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     ConfigDict,
     Field,
     ValidationError,
@@ -20,80 +20,26 @@ from pydantic import (
 )
 
 from hawqtool.errors import UsageError
+from hawqtool.fields import SELF, Fields
 from hawqtool.formats import GROUP_STEP, MAX_BITS, MIN_BITS, is_served
 from hawqtool.parsing import MAX_YAML_BYTES, ParseError, parse_yaml, read_bounded, shown
+from hawqtool.presets import find_preset
 from hawqtool.records import EXTRA_METRICS, SCORE_METRICS
+from hawqtool.settings import Affects, Setting, flag_of, settings_of
 from hawqtool.values import parse_group_size, parse_share, parse_size, split_weight
-
-SELF = "self"
-"""Calibration source: rows sampled from the model."""
 
 ASYMMETRIC_PROFILES = ("vllm", "transformers")
 """Profiles that take grids with zero points; transformers only in versions that README names."""
 
 _GroupSize = Annotated[int, Field(gt=0, multiple_of=GROUP_STEP)] | Literal["channel"]
+DEFAULT, PRESET, FILE, FLAG = "default", "preset", "file", "flag"
+"""Where the value of a setting comes from; a later one wins."""
 
 
-class RunConfig(BaseModel):
-    """Every setting of a run; each is a flag of the same name and a key in YAML."""
+class RunConfig(Fields):
+    """Every setting of a run, checked."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    model: str = Field(min_length=1)
-    output: str | None = Field(None, min_length=1)
-    target_bpw: float | None = Field(None, gt=0, allow_inf_nan=False)
-    target_size: str | None = None
-    target_kl: float | None = Field(None, gt=0, allow_inf_nan=False)
-    plan: str | None = None
-    costs: str | None = None
-    max_cost: float | None = Field(None, ge=0, allow_inf_nan=False)
-    max_kl: float | None = Field(None, gt=0, allow_inf_nan=False)
-    max_ppl_increase: float | None = Field(None, ge=0, allow_inf_nan=False)
-    min_same_top: float | None = Field(None, ge=0, le=1)
-    max_size: str | None = None
-    max_fallbacks: int | None = Field(None, ge=0)
-    baseline: str | None = Field(None, min_length=1)
-    max_regression: float | None = Field(None, ge=0, allow_inf_nan=False)
-    bits: tuple[int, ...] | None = None
-    group_size: int = 128
-    extra_group_sizes: tuple[int, ...] = ()
-    symmetric: bool = True
-    profile: Literal["auto", "portable", "vllm", "transformers"] = "auto"
-    scale_sign: Literal["auto", "both", "positive"] = "auto"
-    calibration: tuple[str, ...] = (SELF,)
-    num_samples: int | None = Field(None, ge=1)
-    seq_len: int | None = Field(None, ge=8)
-    eval_data: str | None = None
-    eval_samples: int = Field(32, ge=2)
-    sensitivity: str = "auto"
-    measurements: str | None = Field(None, min_length=1)
-    shortlist: int | None = Field(None, ge=1)
-    swaps: int | None = Field(None, ge=0)
-    extra_metrics: tuple[str, ...] = ()
-    probes: int = Field(4, ge=1)
-    eigenvalues: int = Field(0, ge=0)
-    solver: Literal["auto", "hull", "exact"] = "auto"
-    rounding: Literal["rtn", "gptq", "foem", "gptaq"] = "gptq"
-    foem_beta: float | Literal["auto"] = 0.1
-    gptaq_alpha: float = Field(0.25, ge=0, le=1)
-    target_shift: float | Literal["auto"] = 0.0
-    scale_refit: bool = False
-    token_importance: Literal["auto", "gradient", "none"] = "auto"
-    damping: float | None = Field(None, gt=0, allow_inf_nan=False)
-    refine_steps: int = Field(0, ge=0)
-    sensitivity_steps: int = Field(0, ge=0)
-    distill_steps: int = Field(0, ge=0)
-    distill_codes: bool = False
-    pin: tuple[str, ...] = ()
-    ignore: tuple[str, ...] = ()
-    quantize_lm_head: bool = False
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    batch_size: int | None = Field(None, ge=1)
-    max_memory: str = "auto"
-    seed: int = Field(0, ge=0, lt=2**63)
-    trust_remote_code: bool = False
-    overwrite: bool = False
-    resume: bool = False
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     @field_validator("bits", mode="before", json_schema_input_type=str | int | list[int] | None)
     @classmethod
@@ -286,12 +232,12 @@ class RunConfig(BaseModel):
         Raises:
             UsageError: Otherwise.
         """
-        given = [n for n in ("target_bpw", "target_size", "target_kl", "plan") if getattr(self, n) is not None]
+        targets = names_affecting(Affects.TARGET)
+        given = [name for name in targets if getattr(self, name) is not None]
         if len(given) != 1:
-            found = " and ".join(f"--{n.replace('_', '-')}" for n in given) or "none"
-            raise UsageError(
-                f"exactly one of --target-bpw, --target-size, --target-kl and --plan is needed, found {found}"
-            )
+            *first, last = map(flag_of, targets)
+            found = " and ".join(map(flag_of, given)) or "none"
+            raise UsageError(f"exactly one of {', '.join(first)} and {last} is needed, found {found}")
 
     @property
     def measures(self) -> bool:
@@ -315,6 +261,15 @@ class RunConfig(BaseModel):
         return "fisher" if self.rounding == "rtn" else "projection"
 
 
+SETTINGS: Mapping[str, Setting] = settings_of(RunConfig)
+"""What each setting says of itself, by name."""
+
+
+def names_affecting(*affected: Affects) -> tuple[str, ...]:
+    """Names of the settings that change one of these, in the order of the fields."""
+    return tuple(name for name, setting in SETTINGS.items() if setting.affects in affected)
+
+
 def asymmetric_refusal(profile: str) -> str:
     """Why a profile does not take asymmetric grids, and which do."""
     return (
@@ -331,21 +286,55 @@ def group_size_refusal(group_size: int) -> str:
     )
 
 
-def load_config(path: Path | None, flags: dict[str, Any]) -> RunConfig:
-    """Merge a YAML file and the flags that were given.
+def load_config(path: Path | None, flags: Mapping[str, Any], preset: str | None = None) -> RunConfig:
+    """Merge a preset, a YAML file and the flags that were given; a later one wins.
+
+    Args:
+        path: A YAML file; a name without a folder and without ``.yaml`` is that of a preset.
+        flags: Values by name; None and the empty tuple say nothing.
+        preset: Name of a preset.
 
     Raises:
         UsageError: Naming every problem at once, unknown keys with the nearest valid one.
     """
-    values: dict[str, Any] = {}
-    if path is not None:
-        values = read_yaml(path)
-    values.update({k: v for k, v in flags.items() if v is not None and v != ()})
+    given = {k: v for k, v in flags.items() if v is not None and v != ()}
+    values, _ = merge_sources(path, given, preset)
     origin = f" in {path}" if path else ""
     try:
         return RunConfig(**values)
     except ValidationError as error:
         raise UsageError("; ".join(describe_problem(e, origin) for e in error.errors())) from error
+
+
+def merge_sources(
+    path: Path | None, given: Mapping[str, Any], preset: str | None
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Values by name, unchecked, and where each comes from; the target of a preset gives way to any other target."""
+    presets, file = preset_and_file(path, preset)
+    from_presets: dict[str, Any] = {}
+    for name in presets:
+        from_presets |= read_yaml(find_preset(name))
+    sources = {PRESET: from_presets, FILE: read_yaml(file) if file is not None else {}, FLAG: dict(given)}
+    targets = names_affecting(Affects.TARGET)
+    if any((sources[FILE] | sources[FLAG]).get(name) is not None for name in targets):
+        sources[PRESET] = {name: value for name, value in sources[PRESET].items() if name not in targets}
+    values: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for source, found in sources.items():
+        values |= found
+        origin |= dict.fromkeys(found, source)
+    return values, origin
+
+
+def preset_and_file(path: Path | None, preset: str | None) -> tuple[tuple[str, ...], Path | None]:
+    """Presets of ``--preset`` and ``-c`` in the order in which they apply, and the file of ``-c``.
+
+    A name without a folder and without ``.yaml`` is that of a preset, also where a file has it.
+    """
+    presets = () if preset is None else (preset,)
+    if path is not None and path.parent == Path() and path.suffix not in (".yaml", ".yml"):
+        return (*presets, path.name), None
+    return presets, path
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

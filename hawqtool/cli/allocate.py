@@ -4,31 +4,24 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Optional
 
 import typer
 
 from hawqtool.cli import options as o
 from hawqtool.cli.session import decide_hub_access, print_json, session
+from hawqtool.config import load_config
+from hawqtool.errors import UsageError
 
 
+@o.with_settings
 def allocate(
     sensitivity_file: Annotated[Path, typer.Argument(metavar="SENSITIVITY", help="A sensitivity.json.")],
+    values: o.Values,
     output: Annotated[str, typer.Option("--output", "-o", help="File to write.")] = "plan.json",
-    target_bpw: o.TargetBpw = None,
-    target_size: o.TargetSize = None,
-    costs: o.Costs = None,
-    max_cost: o.MaxCost = None,
-    bits: o.Bits = None,
-    group_size: o.GroupSize = None,
-    extra_group_sizes: o.ExtraGroupSizes = None,
-    profile: o.Profile = None,
-    pin: o.Pin = None,
-    ignore: o.Ignore = None,
     sensitivity: Annotated[
-        str | None, typer.Option("--sensitivity", help="auto, fisher, kron, projection, hawq-ggn, hawq or kl.")
+        Optional[str], o.narrowed("sensitivity", "auto, fisher, kron, projection, hawq-ggn, hawq or kl.")
     ] = None,
-    solver: o.Solver = None,
     frontier: Annotated[
         Path | None,
         typer.Option("--frontier", metavar="FILE", help="Write every budget's prediction (.csv or .json), no plan."),
@@ -36,7 +29,7 @@ def allocate(
     frontier_points: Annotated[
         int | None,
         typer.Option(
-            "--frontier-points", min=2, show_default=False, help="Points \\[default: all in CSV, 200 in JSON]."
+            "--frontier-points", min=2, show_default=False, help=o.escaped("Points [default: all in CSV, 200 in JSON].")
         ),
     ] = None,
     json: o.Json = False,
@@ -48,14 +41,10 @@ def allocate(
 
     Example: hawqtool allocate sensitivity.json --group-size 64 --frontier frontier.csv
     """
-    values: dict[str, Any] = {k: v for k, v in locals().items() if k not in _NOT_CONFIG}
     with session(debug=debug, json=json) as terminal:
         decide_hub_access()
-        from hawqtool.config import load_config
+        settings = load_config(None, values | {"model": str(sensitivity_file), "sensitivity": sensitivity})
 
-        settings = load_config(None, values | {"model": str(sensitivity_file)})
-
-        from hawqtool.errors import UsageError
         from hawqtool.pipeline.allocate import run_allocate, run_frontier
 
         if frontier is None:
@@ -70,9 +59,6 @@ def allocate(
             print(_plan_text(document, output))
         else:
             print(f"{len(document['points'])} points in {frontier}")
-
-
-_NOT_CONFIG = {"sensitivity_file", "output", "frontier", "frontier_points", "json", "debug"}
 
 
 def _plan_text(document: dict[str, Any], output: str) -> str:

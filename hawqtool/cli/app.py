@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 import typer
 
 from hawqtool import __version__
-from hawqtool.cli import allocate, batch, config, evaluate, inspect, measure, quantize, report, verify
+from hawqtool.cli import allocate, batch, config, evaluate, inspect, measure, presets, quantize, report, verify
 
 app = typer.Typer(
     name="hawqtool",
@@ -27,6 +27,7 @@ app.command("inspect")(inspect.inspect)
 app.command("batch")(batch.batch)
 app.command("report")(report.report)
 app.command("config")(config.config)
+app.command("presets")(presets.presets)
 
 
 def _version(wanted: bool) -> None:

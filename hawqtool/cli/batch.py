@@ -43,7 +43,7 @@ def batch(
     The exit code is 3 if any gate failed, else the largest of the jobs. A result counts as there when its report.json
     has the fingerprint of the job's settings and inputs.
 
-    Example: hawqtool batch configs/batch-example.yaml --dry-run
+    Example: hawqtool batch jobs.yaml --dry-run
 
     Example: hawqtool batch jobs.yaml -o runs --jobs 4
     """

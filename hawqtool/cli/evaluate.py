@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from hawqtool.cli import options as o
 from hawqtool.cli.render import quality_lines
 from hawqtool.cli.session import decide_hub_access, print_json, session
+from hawqtool.config import load_config
 
 
+@o.with_settings
 def evaluate(
     folder: Annotated[Path, typer.Argument(help="A quantized folder.")],
     against: Annotated[str, typer.Option("--against", help="The original: a folder or a hub id.", metavar="MODEL")],
-    eval_data: o.EvalData = None,
-    eval_samples: o.EvalSamples = None,
-    seq_len: o.SeqLen = None,
-    device: o.Device = None,
-    batch_size: o.BatchSize = None,
-    max_memory: o.MaxMemory = None,
-    trust_remote_code: o.TrustRemoteCode = None,
+    values: o.Values,
     json: o.Json = False,
     quiet: o.Quiet = False,
     debug: o.Debug = False,
@@ -30,12 +26,7 @@ def evaluate(
 
     Example: hawqtool evaluate ./out --against ./model --eval-data text.txt
     """
-    values: dict[str, Any] = {
-        k: v for k, v in locals().items() if k not in {"folder", "against", "json", "quiet", "debug"}
-    }
     with session(quiet, debug, json) as terminal:
-        from hawqtool.config import load_config
-
         settings = load_config(None, values | {"model": against})
         decide_hub_access(settings.data_sources)
 

@@ -9,13 +9,16 @@ import typer
 
 from hawqtool.cli import options as o
 from hawqtool.cli.session import decide_hub_access, print_json, session
+from hawqtool.config import load_config
 from hawqtool.errors import UsageError
 
 PANEL = "Spectrum"
 
 
+@o.with_settings
 def inspect(
     model: Annotated[str, typer.Argument(help="A checkpoint, original or quantized: a folder, or org/name of a hub.")],
+    values: o.Values,
     spectrum: Annotated[
         bool,
         typer.Option(
@@ -55,7 +58,6 @@ def inspect(
             "--plots", help="Write figures as PNG files into this folder.", metavar="DIR", rich_help_panel=PANEL
         ),
     ] = None,
-    group_size: o.GroupSize = None,
     rounding: Annotated[
         Optional[str],
         typer.Option(
@@ -64,11 +66,6 @@ def inspect(
             rich_help_panel=PANEL,
         ),
     ] = "rtn",
-    calibration: o.Calibration = None,
-    num_samples: o.NumSamples = None,
-    seq_len: o.SeqLen = None,
-    device: o.Device = None,
-    seed: o.Seed = None,
     json: o.Json = False,
     quiet: o.Quiet = False,
     debug: o.Debug = False,
@@ -81,16 +78,10 @@ def inspect(
 
     Example: hawqtool inspect ./model --spectrum --calibration text.txt --seq-len 64 --plots ./figures
     """
-    values = {
-        "calibration": calibration, "num_samples": num_samples, "seq_len": seq_len, "group_size": group_size,
-        "rounding": rounding, "device": device, "seed": seed,
-    }  # fmt: skip
     with session(quiet, debug, json) as terminal:
-        from hawqtool.config import load_config
-
         if plots is not None and not spectrum:
             raise UsageError("--plots draws what --spectrum measures; give both")
-        settings = load_config(None, {"model": model, **values})
+        settings = load_config(None, values | {"model": model, "rounding": rounding})
         decide_hub_access(settings.data_sources if spectrum else ())
 
         from hawqtool.cli.render_inspect import print_description, print_spectrum

@@ -14,68 +14,19 @@ from hawqtool.cli.junit import recorded_run
 from hawqtool.cli.render import announcement, print_report
 from hawqtool.cli.session import decide_hub_access, print_json, session
 from hawqtool.cli.terminal import Terminal
+from hawqtool.config import SETTINGS, load_config
 from hawqtool.data.sources import public_name
 from hawqtool.errors import QualityError
 from hawqtool.parsing import printable
 from hawqtool.report.wording import gate_found
+from hawqtool.settings import flag_of
+from hawqtool.values import split_weight
 
 
+@o.with_settings
 def quantize(
-    model: o.Model = None,
-    output: o.Output = None,
-    target_bpw: o.TargetBpw = None,
-    target_size: o.TargetSize = None,
-    target_kl: o.TargetKl = None,
-    plan: o.Plan = None,
-    costs: o.Costs = None,
-    max_cost: o.MaxCost = None,
-    max_kl: o.MaxKl = None,
-    max_ppl_increase: o.MaxPplIncrease = None,
-    min_same_top: o.MinSameTop = None,
-    max_size: o.MaxSize = None,
-    max_fallbacks: o.MaxFallbacks = None,
-    baseline: o.Baseline = None,
-    max_regression: o.MaxRegression = None,
-    bits: o.Bits = None,
-    group_size: o.GroupSize = None,
-    extra_group_sizes: o.ExtraGroupSizes = None,
-    symmetric: o.Symmetric = None,
-    profile: o.Profile = None,
-    pin: o.Pin = None,
-    ignore: o.Ignore = None,
-    quantize_lm_head: o.QuantizeLmHead = None,
-    calibration: o.Calibration = None,
-    num_samples: o.NumSamples = None,
-    seq_len: o.SeqLen = None,
-    eval_data: o.EvalData = None,
-    eval_samples: o.EvalSamples = None,
-    sensitivity: o.Sensitivity = None,
-    measurements: o.Measurements = None,
-    shortlist: o.Shortlist = None,
-    swaps: o.Swaps = None,
-    extra_metrics: o.ExtraMetrics = None,
-    probes: o.Probes = None,
-    eigenvalues: o.Eigenvalues = None,
-    solver: o.Solver = None,
-    rounding: o.Rounding = None,
-    foem_beta: o.FoemBeta = None,
-    gptaq_alpha: o.GptaqAlpha = None,
-    target_shift: o.TargetShift = None,
-    scale_refit: o.ScaleRefit = None,
-    token_importance: o.TokenImportance = None,
-    damping: o.Damping = None,
-    refine_steps: o.RefineSteps = None,
-    sensitivity_steps: o.SensitivitySteps = None,
-    distill_steps: o.DistillSteps = None,
-    distill_codes: o.DistillCodes = None,
-    scale_sign: o.ScaleSign = None,
-    device: o.Device = None,
-    batch_size: o.BatchSize = None,
-    max_memory: o.MaxMemory = None,
-    seed: o.Seed = None,
-    trust_remote_code: o.TrustRemoteCode = None,
-    overwrite: o.Overwrite = None,
-    resume: o.Resume = None,
+    values: o.Values,
+    preset: o.Preset = None,
     config: o.Config = None,
     dry_run: o.DryRun = False,
     junit: o.Junit = None,
@@ -87,15 +38,14 @@ def quantize(
 
     Example: hawqtool quantize ./model -o ./out --target-bpw 3.5
 
+    Example: hawqtool quantize ./model -o ./out --preset fast
+
     Example: hawqtool quantize ./model -o ./out --bits 4 --target-bpw 4.25 --group-size 64 --calibration text.txt
     """
-    values: dict[str, Any] = {k: v for k, v in locals().items() if k not in _NOT_CONFIG}
     if dry_run:
         gc.disable()  # nearly all of its time goes to imports, which collections only make longer
     with session(quiet, debug, json) as terminal, recorded_run(junit, terminal) as record:
-        from hawqtool.config import load_config
-
-        settings = load_config(config, values)
+        settings = load_config(config, values, preset)
         record.model = settings.model
         decide_hub_access(settings.data_sources)
         settings.require_one_target()
@@ -154,10 +104,7 @@ def _advice(gates: list[dict[str, Any]]) -> str:
     return f"{', '.join(advice)}, or change the limit"
 
 
-_NOT_CONFIG = {"config", "dry_run", "junit", "json", "quiet", "debug"}
-
-
-_DATA_FLAGS = ("--calibration", "--eval-data")
+_DATA_FLAGS = tuple(flag_of(name) for name, setting in SETTINGS.items() if setting.names == "source")
 
 
 def shortened(arguments: Sequence[str]) -> list[str]:
@@ -172,8 +119,6 @@ def _short(argument: str, previous: str) -> str:
     if "/" not in argument or argument.startswith("re:"):
         return argument
     if previous in _DATA_FLAGS:
-        from hawqtool.values import split_weight
-
         name = split_weight(argument)[0]
         return public_name(name) + argument.removeprefix(name)
     return Path(argument).name

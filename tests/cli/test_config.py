@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 from hawqtool.cli.app import app
 from hawqtool.config import RunConfig, load_config
 
-FOLDER = Path(__file__).resolve().parents[2] / "configs"
-CONFIGS = sorted(path for path in FOLDER.glob("*.yaml") if not path.stem.startswith("batch"))
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = [ROOT / "configs/default.yaml", *sorted((ROOT / "hawqtool/presets").glob("*.yaml"))]
 EVERYTHING = """\
 model: org/name@main
 max-ppl-increase: 5%
@@ -59,6 +59,14 @@ def test_every_value_has_its_origin(tmp_path: Path) -> None:
     assert comments == origin
 
 
+def test_a_preset_is_an_origin_of_its_own() -> None:
+    document = json.loads(invoke("--preset", "fast", "--target-kl", "0.1", "--json").stdout)
+    assert document["presets"] == ["fast"] and document["file"] is None
+    assert document["origin"]["rounding"] == "preset" and document["origin"]["target_bpw"] == "default"
+    assert document["config"]["target_bpw"] is None and document["config"]["rounding"] == "rtn"
+    assert "# preset fast" in invoke("-c", "fast").stdout
+
+
 def test_what_is_printed_is_a_file_of_the_same_configuration(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(EVERYTHING)
@@ -84,7 +92,7 @@ def test_the_schema_explains_every_key() -> None:
     properties = schema()["properties"]
     assert set(properties) == set(RunConfig.model_fields)
     for key, entry in properties.items():
-        assert entry["description"].endswith((".", "].")), key
+        assert entry["description"].endswith("."), key
         assert "\\[" not in entry["description"]
     assert "[default: 128]" in properties["group_size"]["description"]
 

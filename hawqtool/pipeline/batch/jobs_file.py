@@ -15,15 +15,16 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from hawqtool.config import RunConfig, describe_problem, load_config, read_yaml
+from hawqtool.config import SETTINGS, RunConfig, describe_problem, load_config, names_affecting, read_yaml
 from hawqtool.errors import UsageError
 from hawqtool.parsing import shown
+from hawqtool.settings import Affects
 
 JOBS, MEASUREMENTS, SUMMARY_JSON, SUMMARY_CSV = "jobs", "measurements", "summary.json", "summary.csv"
 """What lies in the folder of a batch beside the folders of its results."""
 
 _KEYS = ("output", "measurements", "defaults", "matrix", "jobs")
-_BATCH_WIDE = {"output": "name", "overwrite": "--overwrite", "measurements": "measurements at the top"}
+_BATCH_WIDE = {name: setting.in_batch for name, setting in SETTINGS.items() if setting.in_batch}
 """Settings that jobs do not have, and what takes their place."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _LONGEST_NAME, _LONGEST_PROBLEM, _MOST_PROBLEMS = 120, 300, 12
@@ -236,6 +237,7 @@ def _some(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more jobs"
 
 
-def budget_free(config: RunConfig) -> Mapping[str, Any]:
-    """The settings without targets and output: jobs that are equal in these share a measurement."""
-    return config.model_dump(exclude={"output", "target_bpw", "target_size", "target_kl", "costs", "max_cost"})
+def measured_settings(config: RunConfig) -> Mapping[str, Any]:
+    """The settings that a measurement may depend on: jobs that are equal in these share one."""
+    without = (Affects.PLACE, Affects.GATES, Affects.TARGET, Affects.PLAN, Affects.WEIGHTS)
+    return config.model_dump(exclude={*names_affecting(*without)}) | {"measures": config.measures}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hawqtool.errors import HawqError, UsageError, one_line
-from hawqtool.pipeline.batch.jobs_file import JOBS, Batch, BatchJob, budget_free
+from hawqtool.pipeline.batch.jobs_file import JOBS, Batch, BatchJob, measured_settings
 from hawqtool.pipeline.batch.processes import Outcome, Program, run_programs
 from hawqtool.pipeline.batch.summary import GATE_FAILED, Row, empty_row, result, summarize, write_summary
 from hawqtool.pipeline.report import NEEDS_MATPLOTLIB
@@ -105,7 +105,7 @@ class _BatchRun:
                 write_text(file, settings)
                 command: tuple[str, ...] = (sys.executable, "-m", "hawqtool", "quantize", "-c", str(file), "--json")
                 command += ("--resume",) if begun else ()
-                kind = repr(budget_free(job.config))
+                kind = repr(measured_settings(job.config))
                 programs.append(Program(job.name, command, self.logs / f"{job.name}.log", kind))
         return programs
 

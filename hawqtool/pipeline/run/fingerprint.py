@@ -7,13 +7,10 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from hawqtool.config import RunConfig
+from hawqtool.config import SETTINGS, RunConfig, names_affecting
+from hawqtool.settings import Affects
 from hawqtool.values import split_weight
 
-ELSEWHERE = frozenset({"output", "overwrite", "resume", "measurements", "max_memory"})
-"""Settings that say where things lie and how to begin, not what they are."""
-
-_FILES = ("plan", "costs", "sensitivity", "eval_data", "baseline")
 _SAMPLED_PIECES, _PIECE_BYTES = 64, 4096
 
 
@@ -23,12 +20,13 @@ def config_fingerprint(config: RunConfig) -> str:
     Of weights, 64 pieces of each file count; of other folders the names and sizes of their files; of a hub id or of
     what is not there only its name.
     """
-    values = config.model_dump(mode="json", exclude=set(ELSEWHERE))
+    values = config.model_dump(mode="json", exclude={*names_affecting(Affects.PLACE)})
     values["model"] = _model(Path(config.model)) if Path(config.model).is_dir() else config.model
-    for name in _FILES:
-        if values[name] is not None:
+    for name in (name for name in values if SETTINGS[name].names is not None):
+        if isinstance(values[name], list):
+            values[name] = [[_content(source), weight] for source, weight in map(split_weight, values[name])]
+        elif values[name] is not None:
             values[name] = _content(values[name])
-    values["calibration"] = [[_content(name), weight] for name, weight in map(split_weight, config.calibration)]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

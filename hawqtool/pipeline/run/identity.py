@@ -11,18 +11,16 @@ import torch
 
 from hawqtool import __version__
 from hawqtool.checkpoint.index import CheckpointIndex, fingerprint
+from hawqtool.config import SETTINGS, names_affecting
 from hawqtool.data.sources import public_name
 from hawqtool.errors import InputLostError
 from hawqtool.pipeline.run.files import file_hash
 from hawqtool.pipeline.run.job import Job
+from hawqtool.settings import Affects
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scipy")
-_ELSEWHERE = {
-    *("model", "output", "overwrite", "resume", "measurements", "trust_remote_code", "device", "max_memory"),
-    *("max_kl", "max_ppl_increase", "min_same_top", "max_size", "max_fallbacks", "baseline", "max_regression"),
-}
-"""Settings that change no weight, and those that stand in the identity in another form."""
-_FILES = ("plan", "costs", "sensitivity")
+_WITHOUT_EFFECT = (Affects.PLACE, Affects.GATES)
+_IN_ANOTHER_FORM = (Affects.MODEL, Affects.MACHINE)
 _SAMPLED_PIECES, _PIECE_BYTES = 64, 4096
 
 Stamps = dict[str, tuple[int, int]]
@@ -35,8 +33,8 @@ def run_identity(job: Job) -> dict[str, Any]:
     On a CPU the number of threads is one of them, because sums are split by it.
     """
     config = job.config
-    values = config.model_dump(mode="json", exclude=_ELSEWHERE)
-    for name in _FILES:
+    values = config.model_dump(mode="json", exclude={*names_affecting(*_WITHOUT_EFFECT, *_IN_ANOTHER_FORM)})
+    for name in (name for name in values if SETTINGS[name].names == "file"):
         if values[name] and Path(values[name]).is_file():
             values[name] = file_hash(Path(values[name]))
     # Where texts lie does not matter: the rows that they give have fingerprints of their own.

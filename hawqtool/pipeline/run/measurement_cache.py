@@ -17,36 +17,16 @@ import torch
 
 from hawqtool import __version__
 from hawqtool.checkpoint.index import fingerprint
-from hawqtool.config import RunConfig
+from hawqtool.config import RunConfig, names_affecting
 from hawqtool.errors import InputError, UsageError
 from hawqtool.pipeline.run.files import SENSITIVITY_SCHEMA, parse_sensitivity, read_json
 from hawqtool.pipeline.run.job import Job
 from hawqtool.records import SWEEP_METRICS, Menu, Rows
 from hawqtool.rounding.kernels.dispatch import kernel_for
 from hawqtool.runtime.reporter import Reporter
+from hawqtool.settings import Affects
 
 Document = dict[str, Any]
-
-OTHERWISE_COVERED = frozenset(
-    (
-        *("model", "trust_remote_code", "device", "batch_size"),
-        *("calibration", "num_samples", "seq_len", "eval_data", "eval_samples"),
-        *("bits", "group_size", "extra_group_sizes", "symmetric", "profile", "scale_sign"),
-        *("pin", "ignore", "quantize_lm_head"),
-        *("sensitivity", "extra_metrics"),
-    )
-)
-"""Settings whose effect on a measurement the fingerprint holds in another form: weights, rows, formats, metrics."""
-
-WITHOUT_EFFECT = frozenset(
-    (
-        *("output", "overwrite", "resume", "measurements", "solver", "shortlist", "swaps", "max_memory"),
-        *("distill_steps",),
-        *("target_bpw", "target_size", "target_kl", "plan", "costs", "max_cost"),
-        *("max_kl", "max_ppl_increase", "min_same_top", "max_size", "max_fallbacks", "baseline", "max_regression"),
-    )
-)
-"""Settings that change no measurement. All others are in the fingerprint, so that a new one errs towards measuring."""
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
 
@@ -85,7 +65,8 @@ def measurement_fingerprint(
         ],
         "method": asdict(job.method),
         "metrics": [*metrics, *job.config.measured_extras],
-        "settings": job.config.model_dump(mode="json", exclude=set(OTHERWISE_COVERED | WITHOUT_EFFECT)),
+        # Rows, formats and metrics stand above by their content; targets and gates change no score.
+        "settings": job.config.model_dump(mode="json", include={*names_affecting(Affects.SCORES)}),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

@@ -1,0 +1,300 @@
+"""Every setting of a run, each with all that is said of it; `hawqtool.config` has the rules."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from hawqtool.settings import (
+    CALIBRATION,
+    FORMATS,
+    GATES,
+    METHOD,
+    MODEL,
+    OUTPUT,
+    RUN,
+    TARGET,
+    Affects,
+    ByDevice,
+    Setting,
+)
+
+SELF = "self"
+"""Calibration source: rows sampled from the model."""
+
+
+# fmt: off
+class Fields(BaseModel):
+    """Each field is a flag of the same name and a key in YAML."""
+
+    model_config = ConfigDict(defer_build=True)  # help pages need no validators
+
+    model: Annotated[str, Setting(
+        help="Checkpoint: a folder (config.json and safetensors) or a hub id org/name[@revision].",
+        detail="A relative path starts at the current folder; what a hub id names is fetched.",
+        panel=MODEL, affects=Affects.MODEL, commands=("measure",), example="path/to/model",
+    )] = Field(min_length=1)
+    output: Annotated[str | None, Setting(
+        help="Folder to create.", detail="It must not exist or must be empty.", panel=OUTPUT, affects=Affects.PLACE,
+        metavar="DIR", flags=("--output", "-o"), example="path/to/output", in_batch="name",
+    )] = Field(default=None, min_length=1)
+    overwrite: Annotated[bool, Setting(
+        help="Replace a folder that hawqtool made.", detail="Its report.json says whether hawqtool did.",
+        panel=OUTPUT, affects=Affects.PLACE, in_batch="--overwrite",
+    )] = False
+    resume: Annotated[bool, Setting(
+        help="Go on with an unfinished run into the same output, if there is one.",
+        detail="The result is equal to that of an undisturbed run. A run with other settings, versions or rows is "
+        "refused.", panel=OUTPUT, affects=Affects.PLACE, commands=("measure",),
+    )] = False
+
+    target_bpw: Annotated[float | None, Setting(
+        help="Stored bits per weight of the quantized linears, scales included.",
+        panel=TARGET, affects=Affects.TARGET, commands=("allocate",), example=3.5,
+    )] = Field(default=None, gt=0, allow_inf_nan=False)
+    target_size: Annotated[str | None, Setting(
+        help="Size of the weight files, such as 90MB or 3.2GiB.", detail="Headers count.",
+        panel=TARGET, affects=Affects.TARGET, commands=("allocate",),
+    )] = None
+    target_kl: Annotated[float | None, Setting(
+        help="Find the smallest size whose measured KL in nats per token (relative error for embedding models) is at "
+        "most this; exit code 3 if none is.", detail="It holds on the selection rows and on the report rows.",
+        panel=TARGET, affects=Affects.TARGET,
+    )] = Field(default=None, gt=0, allow_inf_nan=False)
+    plan: Annotated[str | None, Setting(
+        help="A plan.json to carry out.", detail="It comes from hawqtool allocate, or is edited by hand.",
+        panel=TARGET, affects=Affects.TARGET, metavar="FILE", names="file",
+    )] = None
+    costs: Annotated[str | None, Setting(
+        help="CSV or JSON of a second cost, such as microseconds.", detail="It has one for every unit and format.",
+        panel=TARGET, affects=Affects.PLAN, metavar="FILE", names="file", commands=("allocate",),
+    )] = None
+    max_cost: Annotated[float | None, Setting(
+        help="Most that the second costs may add up to.", detail="It is needed with costs.",
+        panel=TARGET, affects=Affects.PLAN, commands=("allocate",),
+    )] = Field(default=None, ge=0, allow_inf_nan=False)
+
+    max_kl: Annotated[float | None, Setting(
+        help="Most KL to the original on the report rows, in nats per token (relative error for embedding models).",
+        panel=GATES, affects=Affects.GATES,
+    )] = Field(default=None, gt=0, allow_inf_nan=False)
+    max_ppl_increase: Annotated[float | None, Setting(
+        help="Most that perplexity may rise over the original's: 5% or 0.05.",
+        panel=GATES, affects=Affects.GATES, metavar="SHARE", as_text=True,
+    )] = Field(default=None, ge=0, allow_inf_nan=False)
+    min_same_top: Annotated[float | None, Setting(
+        help="Least share of outputs whose likeliest token (or class) is the original's: 90% or 0.9.",
+        panel=GATES, affects=Affects.GATES, metavar="SHARE", as_text=True,
+    )] = Field(default=None, ge=0, le=1)
+    max_size: Annotated[str | None, Setting(
+        help="Most bytes of the weight files, such as 90MB or 3.2GiB.",
+        panel=GATES, affects=Affects.GATES, metavar="SIZE",
+    )] = None
+    max_fallbacks: Annotated[int | None, Setting(
+        help="Most layers that may need a fallback: experts that too few calibration tokens reach.",
+        panel=GATES, affects=Affects.GATES,
+    )] = Field(default=None, ge=0)
+    baseline: Annotated[str | None, Setting(
+        help="report.json of an earlier run on the same report rows; needs --max-regression.",
+        panel=GATES, affects=Affects.GATES, metavar="FILE", names="file",
+    )] = Field(default=None, min_length=1)
+    max_regression: Annotated[float | None, Setting(
+        help="Most that KL, perplexity and size may each rise over the baseline's: 5% or 0.05.",
+        detail="It is needed with baseline.", panel=GATES, affects=Affects.GATES, metavar="SHARE", as_text=True,
+    )] = Field(default=None, ge=0, allow_inf_nan=False)
+
+    bits: Annotated[tuple[int, ...] | None, Setting(
+        help="Widths to choose from, from 2 to 8.",
+        default="4,8 where the target allows it, else 2,3,4,8",
+        detail="Profile portable takes 4 and 8 only.",
+        panel=FORMATS, affects=Affects.FORMATS, as_text=True, commands=("measure", "allocate"),
+    )] = None
+    group_size: Annotated[int, Setting(
+        help="Inputs per scale: 128, 64, 32 or channel, with --profile transformers any multiple of 16; falls to the "
+        "largest smaller one of these that divides a layer.",
+        detail="Channel is the whole row. The run says where it falls.",
+        panel=FORMATS, affects=Affects.FORMATS, as_text=True, commands=("measure", "allocate", "inspect"),
+    )] = 128
+    extra_group_sizes: Annotated[tuple[int, ...], Setting(
+        help="Further ones that a plan may give to units: 32,channel.",
+        detail="They give a finer choice of sizes between two widths, for more measuring. Pins and memory estimates "
+        "keep to group_size.", panel=FORMATS, affects=Affects.FORMATS, as_text=True, commands=("measure", "allocate"),
+    )] = ()
+    symmetric: Annotated[bool, Setting(
+        help="Grids without or with zero points; asymmetric needs --profile vllm.", default="symmetric",
+        detail="Symmetric is scale * code. Asymmetric is scale * (code - zero): smaller errors for one zero point more "
+        "per scale. Profile transformers takes it too, for transformers 5.17.", panel=FORMATS, affects=Affects.FORMATS,
+        flags=("--symmetric/--asymmetric",), commands=("measure",),
+    )] = True
+    profile: Annotated[Literal["auto", "portable", "vllm", "transformers"], Setting(
+        help="auto, portable (4 and 8 bit, positive scales), vllm, transformers (q, k, v apart).",
+        detail="It says where the result shall load. Serving engines fuse q, k, v and gate, up, which then share a "
+        "format; transformers does not.",
+        panel=FORMATS, affects=Affects.FORMATS, commands=("measure", "allocate"),
+    )] = "auto"
+    scale_sign: Annotated[Literal["auto", "both", "positive"], Setting(
+        help="both (a little more exact) or positive.", default="by profile",
+        detail="Asymmetric grids have positive scales.",
+        panel=FORMATS, affects=Affects.FORMATS, commands=("measure",),
+    )] = "auto"
+    pin: Annotated[tuple[str, ...], Setting(
+        help="Fix a width: 're:.*down_proj=8' or a layer's name; repeatable.",
+        detail="A pin on one of a fused set (q, k, v or gate, up) pins the set.", panel=FORMATS,
+        affects=Affects.FORMATS, metavar="NAME=BITS", commands=("measure", "allocate"),
+    )] = ()
+    ignore: Annotated[tuple[str, ...], Setting(
+        help="Layers to leave as they are; repeatable.", detail="Names, or patterns that begin with re:.",
+        panel=FORMATS, affects=Affects.FORMATS, metavar="NAME", commands=("measure", "allocate"),
+    )] = ()
+    quantize_lm_head: Annotated[bool, Setting(
+        help="Quantize the output head too, where it is not tied to the embedding.",
+        panel=FORMATS, affects=Affects.FORMATS, commands=("measure",),
+    )] = False
+
+    calibration: Annotated[tuple[str, ...], Setting(
+        help="Text, .jsonl or .parquet file, folder of them, hub dataset NAME[:CONFIG][:SPLIT][@REVISION], or self: "
+        "rows sampled from the model; repeatable, SOURCE=2 gives twice the rows.",
+        detail="Records of .jsonl and .parquet files hold text, messages or input_ids.",
+        panel=CALIBRATION, affects=Affects.ROWS, metavar="SOURCE[=WEIGHT]", names="source",
+        commands=("measure", "inspect"),
+    )] = (SELF,)
+    num_samples: Annotated[int | None, Setting(
+        help="Calibration rows.", by_device=ByDevice(cuda=128, cpu=16),
+        panel=CALIBRATION, affects=Affects.ROWS, commands=("measure", "inspect"),
+    )] = Field(default=None, ge=1)
+    seq_len: Annotated[int | None, Setting(
+        help="Tokens per row.", by_device=ByDevice(cuda=2048, cpu=256),
+        panel=CALIBRATION, affects=Affects.ROWS, commands=("measure", "evaluate", "inspect"),
+    )] = Field(default=None, ge=8)
+    eval_data: Annotated[str | None, Setting(
+        help="Text to evaluate on, of any kind but self.", default="further rows of the calibration sources",
+        detail="The report calls further rows of the calibration sources in-domain.", panel=CALIBRATION,
+        affects=Affects.ROWS, metavar="SOURCE", names="source", commands=("evaluate",),
+    )] = None
+    eval_samples: Annotated[int, Setting(
+        help="Evaluation rows.", detail="There are fewer where the text is shorter.", panel=CALIBRATION,
+        affects=Affects.ROWS, commands=("evaluate",),
+    )] = Field(default=32, ge=2)
+
+    sensitivity: Annotated[str, Setting(
+        help="auto (fisher for rtn, else projection), fisher, kron, projection, hawq-ggn, hawq, kl, or a saved "
+        "sensitivity.json.", detail="Allocation compares these scores.",
+        panel=METHOD, affects=Affects.METRICS, names="file",
+    )] = "auto"
+    measurements: Annotated[str | None, Setting(
+        help="Folder of measurements that runs share: taken from it where one of the same model, rows and settings is "
+        "there, else measured (in all widths that any budget may use) and kept.", default="none", panel=METHOD,
+        affects=Affects.PLACE, metavar="DIR", commands=("measure",), in_batch="measurements at the top",
+    )] = Field(default=None, min_length=1)
+    shortlist: Annotated[int | None, Setting(
+        help="Mixed plans to round and evaluate, the metric's own among them; the best on the selection rows competes "
+        "with uniform.", by_device=ByDevice(cuda=4, cpu=2), detail="With max_cost it is the metric's own alone.",
+        panel=METHOD, affects=Affects.PLAN,
+    )] = Field(default=None, ge=1)
+    swaps: Annotated[int | None, Setting(
+        help="Rounds that improve the best mixed plan: the divergence of moving every unit one width up or down is "
+        "measured at the plan, and the best moves are taken, each round from the last one's plan and measurements; the "
+        "best of all is kept; holds the whole model on the device.", by_device=ByDevice(cuda=2, cpu=0),
+        detail="With target_kl or max_cost there are none.", panel=METHOD, affects=Affects.PLAN, metavar="ROUNDS",
+    )] = Field(default=None, ge=0)
+    extra_metrics: Annotated[tuple[str, ...], Setting(
+        help="Scores to measure beside the four cheap ones: hawq (true Hessian), kl (measured, one unit at a time; "
+        "holds the whole model on the device).", default="none",
+        detail="hawq takes sweeps of its own, kl a part of a forward pass per unit and format.",
+        panel=METHOD, affects=Affects.METRICS, metavar="NAMES", as_text=True, commands=("measure",),
+    )] = ()
+    probes: Annotated[int, Setting(
+        help="Random probes per row of a Hessian's trace.", detail="They estimate the traces of hawq.",
+        panel=METHOD, affects=Affects.SCORES, commands=("measure",),
+    )] = Field(default=4, ge=1)
+    eigenvalues: Annotated[int, Setting(
+        help="Lanczos iterations for the top Hessian eigenvalue of each unit; slow.", default="0, none",
+        panel=METHOD, affects=Affects.SCORES, metavar="ITERATIONS", commands=("measure",),
+    )] = Field(default=0, ge=0)
+    solver: Annotated[Literal["auto", "hull", "exact"], Setting(
+        help="hull (the frontier, fast at any size), exact (HiGHS, optimum to 1e-4), auto (exact up to 500 units, "
+        "or with --costs).", detail="exact stops after 60 s.",
+        panel=METHOD, affects=Affects.PLAN, commands=("allocate",),
+    )] = "auto"
+    rounding: Annotated[Literal["rtn", "gptq", "foem", "gptaq"], Setting(
+        help="rtn, gptq, foem or gptaq.",
+        detail="rtn is to nearest, gptq compensates errors, foem is gptq with a first-order term, gptaq is gptq with a "
+        "correction for inputs that differ from the original's because the layers before are rounded.",
+        panel=METHOD, affects=Affects.SCORES, commands=("measure",),
+    )] = "gptq"
+    foem_beta: Annotated[float | Literal["auto"], Setting(
+        help="FOEM's pull towards the original weights, or auto: by held-out rows, layer by layer.",
+        detail="It is from 0 to 1; auto tries 0, 0.05, 0.1, 0.2 and 0.4 on every fourth calibration row. Only foem "
+        "uses it.", panel=METHOD, affects=Affects.SCORES, metavar="FLOAT|auto", as_text=True, commands=("measure",),
+    )] = 0.1
+    gptaq_alpha: Annotated[float, Setting(
+        help="GPTAQ's share of the correction for rounded inputs.", detail="Only gptaq uses it.",
+        panel=METHOD, affects=Affects.SCORES, commands=("measure",),
+    )] = Field(default=0.25, ge=0, le=1)
+    target_shift: Annotated[float | Literal["auto"], Setting(
+        help="Share of each weight's shift towards the original output on rounded inputs: auto (by held-out rows, "
+        "layer by layer), a number from 0 to 1, or off.", default="off", panel=METHOD, affects=Affects.SCORES,
+        metavar="auto|FLOAT|off", as_text=True, commands=("measure",),
+    )] = 0.0
+    scale_refit: Annotated[bool, Setting(
+        help="Refit scales after rounding where held-out rows gain by it.",
+        detail="Every fourth calibration row is held out.",
+        panel=METHOD, affects=Affects.SCORES, commands=("measure",),
+    )] = False
+    token_importance: Annotated[Literal["auto", "gradient", "none"], Setting(
+        help="gradient: tokens count in rounding by the loss's gradient; none: all alike.",
+        default="gradient; none for rtn",
+        detail="The gradient is that at the layer's output; it takes one more pass over the calibration rows forwards "
+        "and backwards.", panel=METHOD, affects=Affects.SCORES, commands=("measure",),
+    )] = "auto"
+    damping: Annotated[float | None, Setting(
+        help="Fraction of the mean diagonal that is added to the Gram matrix.",
+        default="0.05, 0.2 below 8 tokens per column",
+        panel=METHOD, affects=Affects.SCORES, commands=("measure",),
+    )] = Field(default=None, gt=0, allow_inf_nan=False)
+    refine_steps: Annotated[int, Setting(
+        help="Learn rounding, scales and norm gains of every block in so many steps after rounding it.",
+        detail="Its output then comes closer to the original's. One calibration row of 8 is held out.",
+        panel=METHOD, affects=Affects.WEIGHTS,
+    )] = Field(default=0, ge=0)
+    sensitivity_steps: Annotated[int, Setting(
+        help="Learn the rounding of every block and width in so many steps before scoring it, for plans that are "
+        "carried out with --refine-steps.", detail="Layers that refinement rescues then count as rescued.",
+        panel=METHOD, affects=Affects.SCORES, commands=("measure",),
+    )] = Field(default=0, ge=0)
+    distill_steps: Annotated[int, Setting(
+        help="Learn scales and norm gains of the whole rounded model in so many steps, on its divergence from the "
+        "original.", detail="It holds the model on the device, and one calibration row of 8 out.",
+        panel=METHOD, affects=Affects.WEIGHTS,
+    )] = Field(default=0, ge=0)
+    distill_codes: Annotated[bool, Setting(
+        help="Let distillation move codes too, by two at most; takes 28 bytes of the device's memory per weight.",
+        panel=METHOD, affects=Affects.WEIGHTS,
+    )] = False
+
+    device: Annotated[Literal["auto", "cpu", "cuda"], Setting(
+        help="auto (cuda where there is one), cpu or cuda.",
+        panel=RUN, affects=Affects.MACHINE, commands=("measure", "evaluate", "inspect"),
+    )] = "auto"
+    batch_size: Annotated[int | None, Setting(
+        help="Rows per forward pass; lower it when memory is short.",
+        default="the most of 128, 64 and 32 that fit into --max-memory, on a CPU 16",
+        detail="It changes floating-point sums and so some codes, which is why free memory does not decide it.",
+        panel=RUN, affects=Affects.MACHINE, commands=("measure", "evaluate"),
+    )] = Field(default=None, ge=1)
+    max_memory: Annotated[str, Setting(
+        help="Memory to use, such as 12GiB: hidden states that do not fit beside the work lie in the host's memory "
+        "(beside a GPU), then on the disk, but for refinement, distillation, swaps and kl; changes no result "
+        "but through the default of --batch-size.", default="auto, 90 % of a GPU; on a CPU no limit",
+        detail="In the host's memory lie at most 6 GiB and half of this.",
+        panel=RUN, affects=Affects.PLACE, metavar="SIZE", commands=("measure", "evaluate"),
+    )] = "auto"
+    seed: Annotated[int, Setting(
+        help="Seed of rows and sampled labels.",
+        panel=RUN, affects=Affects.SCORES, commands=("measure", "inspect"),
+    )] = Field(default=0, ge=0, lt=2**63)
+    trust_remote_code: Annotated[bool, Setting(
+        help="Execute code that the checkpoint brings along; read it first.",
+        panel=RUN, affects=Affects.MODEL, commands=("measure", "evaluate"),
+    )] = False
