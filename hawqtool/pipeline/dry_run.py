@@ -49,6 +49,7 @@ def describe(job: Job) -> dict[str, Any]:
     symmetric = plan.symmetric if plan else config.symmetric
     limit = budget if budget is not None else expected
     uniform = best_uniform(job.units, limit, symmetric, config.group_sizes)
+    length = "images" if job.takes_images else f"rows of {job.settings.seq_len} tokens"
     return {
         "model": job.source.spec,
         "blocks": len(job.structure.blocks),
@@ -66,7 +67,7 @@ def describe(job: Job) -> dict[str, Any]:
         "expected_is_exact": plan is not None,
         "best_uniform": uniform.label if uniform else None,
         "device": str(job.device),
-        "calibration": f"{job.num_samples} {'images' if job.takes_images else f'rows of {job.seq_len} tokens'}",
+        "calibration": f"{job.settings.num_samples} {length}",
         "rounding": ", ".join([config.rounding, *_learning(config)]),
         "seed": config.seed,
     }

@@ -95,7 +95,7 @@ def _quantized(
         sets = gather_rows(context)
     baseline = matching_baseline(job.config, sets["report"])
     run.check_rows({name: rows.fingerprint for name, rows in sets.items()})
-    if job.uses_token_importance:
+    if job.settings.uses_token_importance:
         with Stopwatch(timings, "token importance"):
             sets["calibration"] = with_token_importance(context, sets["calibration"])
     with Stopwatch(timings, "measure"):

@@ -67,7 +67,8 @@ def run_spectrum(config: RunConfig, settings: SpectrumSettings, reporter: Report
     start = time.perf_counter()
     context = RunContext(prepare(config, reporter, writes=False), reporter)
     check_calibration(context.job)
-    counts = {"scoring": settings.rows} | ({} if config.rounding == "rtn" else {"calibration": context.job.num_samples})
+    rounded = {} if config.rounding == "rtn" else {"calibration": context.job.settings.num_samples}
+    counts = {"scoring": settings.rows} | rounded
     sets = calibration_rows(context, counts)
     # First what takes seconds: its problems show before minutes go into the spectrum.
     loss = _loss(context, sets, settings.width)
@@ -80,7 +81,7 @@ def run_spectrum(config: RunConfig, settings: SpectrumSettings, reporter: Report
 
 def _spectrum(context: RunContext, rows: Rows, settings: SpectrumSettings) -> dict[str, Any]:
     job, seed = context.job, context.job.config.seed
-    together = max(1, _TOKENS_PER_PASS // job.seq_len)
+    together = max(1, _TOKENS_PER_PASS // job.settings.seq_len)
     curvature = Curvature(job.stream(dtype=torch.float32), rows.tokens, seed, together)
     names = {m.name for unit in job.units for m in unit.members}
     found = spectrum(curvature, names, settings.iterations, settings.starts, seed, context.reporter.progress)
@@ -116,8 +117,8 @@ def _loss(context: RunContext, sets: dict[str, Rows], width: int) -> dict[str, A
         job.stream(dtype=torch.float32),
         sets["calibration"].tokens if "calibration" in sets else None,
         sets["scoring"].tokens,
-        RoundingSpec.of_plan(job.method, formats, job.stored_dtypes),
-        job.batch_size,
+        RoundingSpec.of_plan(job.settings.method, formats, job.stored_dtypes),
+        job.settings.batch_size,
         context.reporter.progress,
     )
     scores = [mean_score(rows) for rows in found.divergence]

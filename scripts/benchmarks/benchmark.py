@@ -207,15 +207,15 @@ def _head(options: argparse.Namespace, shape: Shape, job: Job, rates: Rates) -> 
         "threads": torch.get_num_threads(),
         "rows": options.rows,
         "seq_len": options.seq_len,
-        "batch_size": job.batch_size,
-        "token_importance": job.uses_token_importance,
+        "batch_size": job.settings.batch_size,
+        "token_importance": job.settings.uses_token_importance,
         "target_shift": job.config.target_shift,
         "gram_products": products,
         "rates": rates.record(),
     }
     print(f"{name}, torch {torch.__version__}, {facts['threads']} threads; Gram matrices from {products} products")
     print(f"{shape.name}: {shape.blocks} blocks of width {shape.hidden}, {shape.vocabulary} tokens")
-    print(f"{options.rows} x {options.seq_len} tokens, {job.batch_size} rows per batch")
+    print(f"{options.rows} x {options.seq_len} tokens, {job.settings.batch_size} rows per batch")
     for rate, value in rates.record().items():
         product = rate in ("bfloat16", "float32", "coarse", "float64")
         print(f"  {rate:12} {value / 1e12:9.3f} TFLOP/s" if product else f"  {rate:12} {value / 1e9:9.2f} GB/s")

@@ -167,7 +167,7 @@ class Bench:
         self.rows = evaluation_rows(self.job, options.eval_data)
         self.stream = self.job.stream()
         progress = self._progress("evaluating original")
-        self.original = self.stream.final_hidden(self.rows.tokens, self.job.batch_size, progress)
+        self.original = self.stream.final_hidden(self.rows.tokens, self.job.settings.batch_size, progress)
         self._calibration: dict[tuple[Any, ...], Rows] = {}
 
     def _progress(self, stage: str) -> Any:
@@ -192,8 +192,8 @@ class Bench:
             "bits": self.options.bits,
             "group_size": self.job.config.group_size,
             "calibration": Path(self.options.calibration).name,
-            "rows": [self.job.num_samples, self.job.seq_len],
-            "batch_size": self.job.batch_size,
+            "rows": [self.job.settings.num_samples, self.job.settings.seq_len],
+            "batch_size": self.job.settings.batch_size,
             "evaluation_rows": self.rows.fingerprint,
         }
 
@@ -222,7 +222,7 @@ class Bench:
             **_quality(self._evaluate(job, memory, name)),
             "refinement": record.refinement,
             "distillation": distillation,
-            "betas": _betas(record.layers.values()) if job.method.feedback_beta == "auto" else {},
+            "betas": _betas(record.layers.values()) if job.settings.method.feedback_beta == "auto" else {},
         }
 
     def _measure_tool(
@@ -262,9 +262,15 @@ class Bench:
         return uniform_formats(job.units, bits, job.config.group_size, job.config.symmetric)
 
     def _rows(self, job: Job) -> Rows:
-        key = job.config.calibration, job.num_samples, job.seq_len, job.config.seed, job.uses_token_importance
+        key = (
+            job.config.calibration,
+            job.settings.num_samples,
+            job.settings.seq_len,
+            job.config.seed,
+            job.settings.uses_token_importance,
+        )
         if key not in self._calibration:
-            found = calibration_rows(RunContext(job, self.reporter), {"calibration": job.num_samples})
+            found = calibration_rows(RunContext(job, self.reporter), {"calibration": job.settings.num_samples})
             self._calibration[key] = with_token_importance(RunContext(job, self.reporter), found["calibration"])
         return self._calibration[key]
 
@@ -274,7 +280,9 @@ class Bench:
     def _judge(self, stream: ModelStream, name: str) -> Evaluation:
         job = self.job
         with torch.no_grad():
-            hidden = stream.final_hidden(self.rows.tokens, job.batch_size, self._progress(f"evaluating {name}"))
+            hidden = stream.final_hidden(
+                self.rows.tokens, job.settings.batch_size, self._progress(f"evaluating {name}")
+            )
             return OutputComparison(self.stream, stream, self.rows.tokens, self.original).evaluation(hidden)
 
 

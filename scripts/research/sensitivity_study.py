@@ -141,7 +141,7 @@ def run(options: argparse.Namespace) -> None:
     narrator = Narrator()
     length = options.scoring_len or options.seq_len
     setting = prepare_setting(values, options.bits, options.scoring_samples, length, narrator)
-    reference = options.reference or setting.job.config.metric
+    reference = options.reference or setting.job.settings.metric
     if "plans" in options.parts and reference not in options.metrics:
         raise UsageError(f"--reference {reference} is not among --metrics; add it")
     options.out.mkdir(parents=True, exist_ok=True)

@@ -103,7 +103,7 @@ def scarce(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
     hidden = Evaluator._hidden
 
     def failing(self: Evaluator, *arguments: Any) -> Any:
-        tried.append(self.job.batch_size)
+        tried.append(self.job.settings.batch_size)
         if tried[-1] > most:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
         return hidden(self, *arguments)

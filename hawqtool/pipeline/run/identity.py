@@ -40,7 +40,8 @@ def run_identity(job: Job) -> dict[str, Any]:
     # Where texts lie does not matter: the rows that they give have fingerprints of their own.
     values["calibration"] = {public_name(name): weight for name, weight in config.calibration_weights.items()}
     values["eval_data"] = public_name(config.eval_data) if config.eval_data else None
-    values |= {"num_samples": job.num_samples, "seq_len": job.seq_len, "batch_size": job.batch_size}
+    found = job.settings
+    values |= {"num_samples": found.num_samples, "seq_len": found.seq_len, "batch_size": found.batch_size}
     cuda = job.device.type == "cuda"
     machine = torch.cuda.get_device_name(job.device) if cuda else f"cpu with {torch.get_num_threads()} threads"
     versions = {name: metadata.version(name) for name in _PACKAGES}

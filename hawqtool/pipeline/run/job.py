@@ -27,18 +27,14 @@ from hawqtool.model.discovery import Structure, check_shapes, discover
 from hawqtool.model.skeleton import build_skeleton, max_positions
 from hawqtool.model.tasks import ModelTask, model_task
 from hawqtool.pipeline.run.memory_budget import Work, choose_batch_size, make_offload
+from hawqtool.pipeline.run.resolved import ResolvedSettings, resolve_settings
 from hawqtool.records import LayerFormats, Menu, Unit, UnitFormats
-from hawqtool.rounding.method import RoundingMethod
 from hawqtool.rounding.spec import Refiner, RoundingSpec
 from hawqtool.rounding.statistics import SETTINGS_HELD_OUT_EVERY
 from hawqtool.runtime.reporter import Reporter, Silent
 from hawqtool.runtime.stage_timer import UNRECORDED, Recorder
 from hawqtool.streaming.offload import Offload
 from hawqtool.streaming.stream import ModelStream, StreamMemory, WeightSource
-
-_SHORTLIST = {"cpu": 2, "cuda": 4}
-_EXCHANGES = {"cpu": 0, "cuda": 2}
-_DEFAULT_ROWS = {"cpu": (16, 256), "cuda": (128, 2048)}
 
 
 @dataclass(frozen=True)
@@ -47,6 +43,7 @@ class Job:
 
     Args:
         config: The run's configuration.
+        settings: What it leaves to the device and the model, resolved.
         source: Where the checkpoint comes from.
         index: Headers of the checkpoint.
         skeleton: The model without weights; streams work on copies.
@@ -55,13 +52,13 @@ class Job:
         pins: Unit name to its fixed format.
         device: Where to compute.
         dtype: dtype of weights and activations while computing: float32 on a CPU.
-        batch_size: Rows per forward pass.
         recorder: Takes note of the stages of walks; nothing by default.
         offload: Keeps hidden states between blocks; None where all stay on the device.
         matrices: Embeddings and heads that streams of the original have loaded, while they live.
     """
 
     config: RunConfig
+    settings: ResolvedSettings
     source: ResolvedModel
     index: CheckpointIndex
     skeleton: Any
@@ -70,7 +67,6 @@ class Job:
     pins: UnitFormats
     device: torch.device
     dtype: torch.dtype
-    batch_size: int = 0
     recorder: Recorder = UNRECORDED
     offload: Offload | None = None
     matrices: WeakValueDictionary[str, Any] = field(default_factory=WeakValueDictionary, compare=False)
@@ -85,43 +81,9 @@ class Job:
         """Whether rows are images, not tokens."""
         return bool(self.skeleton.main_input_name == "pixel_values")
 
-    @property
-    def num_samples(self) -> int:
-        """Calibration rows."""
-        return self.config.num_samples or _DEFAULT_ROWS[self.device.type][0]
-
-    @property
-    def seq_len(self) -> int:
-        """Tokens per row."""
-        default = _DEFAULT_ROWS[self.device.type][1]
-        return self.config.seq_len or min(default, max_positions(self.skeleton) or default)
-
-    @property
-    def shortlist(self) -> int:
-        """Mixed plans to round and evaluate at a budget; only the metric's own is sure to keep a second one."""
-        if self.config.max_cost is not None:
-            return 1
-        return self.config.shortlist or _SHORTLIST[self.device.type]
-
-    @property
-    def swaps(self) -> int:
-        """Rounds of measured swaps at the best mixed plan; they know neither quality targets nor second budgets."""
-        if self.config.target_kl is not None or self.config.max_cost is not None:
-            return 0
-        return _EXCHANGES[self.device.type] if self.config.swaps is None else self.config.swaps
-
-    @property
-    def method(self) -> RoundingMethod:
-        """Rounding method of the configuration."""
-        c = self.config
-        corrections = (c.gptaq_alpha, c.target_shift, c.scale_refit)
-        return RoundingMethod(c.rounding, c.foem_beta, c.both_signs, c.damping, *corrections)
-
-    @property
-    def uses_token_importance(self) -> bool:
-        """Whether tokens count by their gradients; ``auto`` is so where rounding compensates errors."""
-        wanted = self.config.token_importance
-        return wanted == "gradient" or (wanted == "auto" and self.config.rounding != "rtn")
+    def with_batch_size(self, rows: int) -> Job:
+        """The job with another number of rows per forward pass."""
+        return replace(self, settings=replace(self.settings, batch_size=rows))
 
     @property
     def stored_dtypes(self) -> dict[str, torch.dtype]:
@@ -130,7 +92,7 @@ class Job:
 
     def rounding(self, menu: Menu, refiner: Refiner | None = None) -> RoundingSpec:
         """How units are rounded to the formats of a menu."""
-        return RoundingSpec(self.method, menu, self.stored_dtypes, refiner)
+        return RoundingSpec(self.settings.method, menu, self.stored_dtypes, refiner)
 
     @property
     def unquantized_linears(self) -> tuple[str, ...]:
@@ -214,11 +176,12 @@ def prepare(
     if config.seq_len and longest and config.seq_len > longest:
         raise UsageError(f"--seq-len {config.seq_len} exceeds the model's {longest} positions; lower it")
     skeleton = build_skeleton(index.folder, dtype, source.runs_code)
-    job = Job(config, source, index, skeleton, structure, units, pins, device, dtype)
+    settings = resolve_settings(config, device.type, longest)
+    job = Job(config, settings, source, index, skeleton, structure, units, pins, device, dtype)
     _check_method(job)
-    work = Work(config, index, structure, device, dtype, job.num_samples, job.seq_len)
-    job = replace(job, batch_size=config.batch_size or choose_batch_size(work))
-    return replace(job, offload=make_offload(work, job.batch_size, (reporter or Silent()).warn, states))
+    work = Work(config, index, structure, device, dtype, settings.num_samples, settings.seq_len)
+    job = job.with_batch_size(settings.batch_size or choose_batch_size(work))
+    return replace(job, offload=make_offload(work, job.settings.batch_size, (reporter or Silent()).warn, states))
 
 
 def _pins(config: RunConfig, units: tuple[Unit, ...]) -> UnitFormats:
@@ -233,16 +196,17 @@ def _check_method(job: Job) -> None:
     Raises:
         UsageError: Otherwise.
     """
+    method, rows = job.settings.method, job.settings.num_samples
     expert = next((m.name for unit in job.units for m in unit.members if is_expert(m.name)), None)
-    if job.method.needs_drift and expert:
+    if method.needs_drift and expert:
         raise UsageError(
             f"{expert} is an expert, which after rounding gets other tokens than before, so that --rounding gptaq and "
             "--target-shift have nothing to compare; use --rounding gptq or foem without a shift"
         )
-    if job.method.needs_held_out and job.num_samples < SETTINGS_HELD_OUT_EVERY:
+    if method.needs_held_out and rows < SETTINGS_HELD_OUT_EVERY:
         raise UsageError(
             f"--foem-beta auto, --target-shift auto and --scale-refit choose on every {SETTINGS_HELD_OUT_EVERY}th "
-            f"calibration row, found --num-samples {job.num_samples}; raise it to {SETTINGS_HELD_OUT_EVERY} or more"
+            f"calibration row, found --num-samples {rows}; raise it to {SETTINGS_HELD_OUT_EVERY} or more"
         )
 
 

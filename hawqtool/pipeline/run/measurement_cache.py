@@ -57,13 +57,13 @@ def measurement_fingerprint(
         "machine": torch.cuda.get_device_name(job.device) if cuda else f"cpu, {torch.get_num_threads()} threads",
         "kernel": kernel_for(job.device),
         "dtype": str(job.dtype),
-        "batch_size": job.batch_size,
+        "batch_size": job.settings.batch_size,
         "rows": {role: sets[role].fingerprint for role in ("calibration", "scoring")},
         "units": [
             [unit.name, [member.name for member in unit.members], [fmt.label for fmt in formats[unit.name]]]
             for unit in job.units
         ],
-        "method": asdict(job.method),
+        "method": asdict(job.settings.method),
         "metrics": [*metrics, *job.config.measured_extras],
         # Rows, formats and metrics stand above by their content; targets and gates change no score.
         "settings": job.config.model_dump(mode="json", include={*names_affecting(Affects.SCORES)}),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -50,13 +49,13 @@ def halving_batch_size(job: Job, warnings: list[str], run: RunFolder, reporter: 
         # Only here, outside the handler, are the frames gone that hold the tensors of the attempt.
         gc.collect()
         torch.cuda.empty_cache()
-        rows = job.batch_size
+        rows = job.settings.batch_size
         if fixed or not left or rows == 1:
             break
         text = f"out of GPU memory with {rows} rows per batch: everything was done again with {rows // 2}"
         reporter.warn(text)
         warnings = [*warnings, text]
-        job = replace(job, batch_size=rows // 2)
+        job = job.with_batch_size(rows // 2)
         run.begin_anew(run_identity(job), keep=(SAMPLED,))
         remember_batch_size(job, warnings, run)
     raise ResourceError(
@@ -67,7 +66,7 @@ def halving_batch_size(job: Job, warnings: list[str], run: RunFolder, reporter: 
 
 def remember_batch_size(job: Job, warnings: list[str], run: RunFolder) -> None:
     """Keep the rows per batch for a run that resumes, perhaps with another limit of memory."""
-    run.saved.save(_BATCHES, {"batch_size": job.batch_size, "warnings": warnings})
+    run.saved.save(_BATCHES, {"batch_size": job.settings.batch_size, "warnings": warnings})
 
 
 def resumed_batch_size(job: Job, run: RunFolder) -> tuple[Job, list[str]]:
@@ -75,4 +74,4 @@ def resumed_batch_size(job: Job, run: RunFolder) -> tuple[Job, list[str]]:
     known = run.saved.load(_BATCHES)
     if known is None or job.config.batch_size is not None:
         return job, []
-    return replace(job, batch_size=known["batch_size"]), known["warnings"]
+    return job.with_batch_size(known["batch_size"]), known["warnings"]

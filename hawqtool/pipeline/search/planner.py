@@ -56,7 +56,7 @@ class Planner:
     @property
     def metric(self) -> str:
         """Metric of the configuration."""
-        return self.job.config.metric
+        return self.job.settings.metric
 
     @property
     def scores(self) -> UnitScores:
@@ -106,7 +106,7 @@ class Planner:
             return {"uniform menu": own}
         job = self.job
         others = alternatives(job.units, job_menu(job, budget), self.table, job.pins, own, budget)
-        return dict([(self.metric, own), *others.items()][: job.shortlist])
+        return dict([(self.metric, own), *others.items()][: job.settings.shortlist])
 
 
 def make_planner(context: RunContext, sets: dict[str, Rows]) -> Planner:

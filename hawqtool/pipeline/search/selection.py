@@ -75,7 +75,7 @@ def _swap(runner: TrialRunner, mixed: dict[str, Trial], scores: UnitScores) -> N
     budget = latest.plan.budget_bytes
     if runner.context.job.config.plan is not None or budget is None:
         return
-    for number in range(1, runner.context.job.swaps + 1):
+    for number in range(1, runner.context.job.settings.swaps + 1):
         plan, scores = swapped(runner, latest, budget, scores)
         if any(plan.formats == trial.plan.formats for trial in mixed.values()):
             break

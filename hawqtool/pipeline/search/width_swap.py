@@ -71,7 +71,7 @@ def swap_widths(
     measured = swap_divergence(
         job.stream(),
         quantized,
-        MeasurementRows(sets["calibration"], sets["scoring"].tokens, job.batch_size),
+        MeasurementRows(sets["calibration"], sets["scoring"].tokens, job.settings.batch_size),
         job.rounding({unit: formats for unit, formats in others.items() if formats}),
         context.reporter.progress,
         context.saved,

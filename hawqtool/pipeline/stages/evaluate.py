@@ -48,7 +48,7 @@ class Evaluator:
         def tell(index: int) -> None:
             self.reporter.progress(f"evaluating {label}", first + index + 1, total)
 
-        together = self.job.batch_size
+        together = self.job.settings.batch_size
         if self.job.device.type == "cpu":
             together = min(together, _CPU_ROWS)
         states = stream.final_hidden(rows, together, tell, saved)

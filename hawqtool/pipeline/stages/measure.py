@@ -110,7 +110,7 @@ def measure_job(
     wanted, calibration = wanted_formats(job, menu), with_token_importance(context, sets["calibration"])
     found = measure(
         job.stream(),
-        MeasurementRows(calibration, sets["scoring"].tokens, job.batch_size),
+        MeasurementRows(calibration, sets["scoring"].tokens, job.settings.batch_size),
         job.rounding(wanted, _refiner(job, calibration.tokens)),
         SweepSettings(job.config.seed, metrics=metrics),
         stages.reporter.progress,
@@ -142,15 +142,15 @@ def measure_job(
 def _settings(job: Job, sets: dict[str, Rows], found: Measurement) -> dict[str, float | int | str]:
     """What the scores depend on beside rows, formats and rounding, for the record."""
     return {
-        "num_samples": job.num_samples,
-        "seq_len": job.seq_len,
+        "num_samples": job.settings.num_samples,
+        "seq_len": job.settings.seq_len,
         "scoring_samples": len(sets["scoring"].tokens),
         "shortened_rows": found.shortened_rows,
-        "batch_size": job.batch_size,
+        "batch_size": job.settings.batch_size,
         "seed": job.config.seed,
         "per_row": job.task.per_row,
-        "foem_beta": job.method.feedback_beta,
-        "token_importance": "gradient" if job.uses_token_importance else "none",
+        "foem_beta": job.settings.method.feedback_beta,
+        "token_importance": "gradient" if job.settings.uses_token_importance else "none",
         "sensitivity_steps": job.config.sensitivity_steps,
     }
 
@@ -160,7 +160,7 @@ def single_unit_scores(context: RunContext, menu: Menu, calibration: Rows, rows:
     job = context.job
     return single_unit_divergence(
         job.stream(),
-        MeasurementRows(calibration, rows.tokens, job.batch_size),
+        MeasurementRows(calibration, rows.tokens, job.settings.batch_size),
         job.rounding(menu, _refiner(job, calibration.tokens)),
         context.reporter.progress,
         context.saved,

@@ -87,7 +87,7 @@ class BlockRefiner:
         self.schedule = schedule
         self.job, self.batch_rows = job, BATCH_ROWS[job.device.type]
         fitting, held_out = split_rows(rows.tokens)
-        self.walked = stream.embed(fitting, job.batch_size, importance=_fitting_importance(rows))
+        self.walked = stream.embed(fitting, job.settings.batch_size, importance=_fitting_importance(rows))
         self.held_out = stream.embed(held_out, self.batch_rows)
         batches = stream.embed(fitting, self.batch_rows)
         self.calls = [*batches.calls, *self.held_out.calls]
@@ -149,15 +149,15 @@ class BlockRefiner:
         """Outputs of the block as it is now, which later blocks are rounded and refined on."""
         outputs = Activations(self.inputs, self.calls)
         advance(block, outputs)
-        self.walked.hidden = list(torch.cat(list(outputs.hidden[: self.count])).split(self.job.batch_size))
+        self.walked.hidden = list(torch.cat(list(outputs.hidden[: self.count])).split(self.job.settings.batch_size))
         self.held_out.hidden = outputs.hidden[self.count :]
         self.inputs = []
 
     def share_original(self) -> None:
         """Show rounding the original's hidden states, where it wants to see them."""
-        if self.job.method.needs_drift:
+        if self.job.settings.method.needs_drift:
             fitting = torch.cat(list(self.original.hidden[: self.count]))
-            self.walked.original = list(fitting.split(self.job.batch_size))
+            self.walked.original = list(fitting.split(self.job.settings.batch_size))
 
 
 class FormatRefiner:

@@ -83,7 +83,7 @@ def build_report(
             for name, rows in sets.items()
         }
         | {"overlap": overlap(sets), "report_in_domain": job.config.eval_data is None},
-        "batch_size": job.batch_size,
+        "batch_size": job.settings.batch_size,
         "evaluation": evaluation,
         "shipped": shipped,
         "timings": timings,
@@ -164,9 +164,9 @@ def public_config(job: Job) -> dict[str, Any]:
     values["eval_data"] = public_name(job.config.eval_data) if job.config.eval_data else None
     resolved = {
         "model": job.source.spec,
-        "num_samples": job.num_samples,
-        "seq_len": job.seq_len,
-        "batch_size": job.batch_size,
+        "num_samples": job.settings.num_samples,
+        "seq_len": job.settings.seq_len,
+        "batch_size": job.settings.batch_size,
     }
     return values | resolved | {"device": job.device.type}
 

@@ -94,7 +94,7 @@ def round_blocks(
         schedule: Steps and rates of the refinement (default: steps and seed of the configuration).
         finished: Blocks that are left out, or walked with their weights read back where no later states were kept.
     """
-    stream, rounding = job.stream(), RoundingSpec.of_plan(job.method, formats, job.stored_dtypes)
+    stream, rounding = job.stream(), RoundingSpec.of_plan(method, formats, job.stored_dtypes)
     schedule = schedule or Schedule(job.config.refine_steps, job.config.seed)
     refiner = BlockRefiner(job, stream, rows, schedule) if schedule.steps else None
     finished = finished or Finished()
@@ -132,8 +132,8 @@ def round_blocks(
 
 def _walked(job: Job, stream: ModelStream, rows: Rows) -> Activations:
     """Hidden states of all rows before the first block, with what the method wants to know of them."""
-    needs = job.method.needs_held_out, job.method.needs_drift
-    activations = stream.embed(rows.tokens, job.batch_size, *needs, rows.importance)
+    needs = job.settings.method.needs_held_out, job.settings.method.needs_drift
+    activations = stream.embed(rows.tokens, job.settings.batch_size, *needs, rows.importance)
     stream.release_ends()
     return activations
 

@@ -49,8 +49,8 @@ def gather_rows(context: RunContext) -> dict[str, Rows]:
     """
     job, config = context.job, context.job.config
     check_calibration(job)
-    length = None if job.takes_images else job.seq_len
-    counts = row_counts(job.num_samples, config.eval_samples, config.eval_data is not None, length)
+    length = None if job.takes_images else job.settings.seq_len
+    counts = row_counts(job.settings.num_samples, config.eval_samples, config.eval_data is not None, length)
     # Text first: what is wrong with it shows before minutes go into sampling.
     report = {} if config.eval_data is None else {"report": evaluation_rows(job, config.eval_data)}
     sets = calibration_rows(context, counts) | report
@@ -118,7 +118,7 @@ def _rows(job: Job, text: str, count: int, seed: int) -> tuple[str, Tensor]:
     source = open_source(text)
     # Encoders were trained on sequences between special tokens, language models on running text.
     framed = not job.task.generates
-    rows = source_rows(job.tokenizer(), source, count, job.seq_len, seed, special_tokens=framed)
+    rows = source_rows(job.tokenizer(), source, count, job.settings.seq_len, seed, special_tokens=framed)
     return source.title, _known(job, rows)
 
 
@@ -127,9 +127,9 @@ def _sampled_source(context: RunContext, quota: dict[str, int]) -> SourceRows:
     known = context.saved.load(SAMPLED)
     if known is not None:
         return SourceRows(SELF, known, quota)
-    context.reporter.say(f"sampling {count} rows of {job.seq_len} tokens from the model")
+    context.reporter.say(f"sampling {count} rows of {job.settings.seq_len} tokens from the model")
     model = SampledModel(job.index.folder, job.tokenizer(), job.device, job.dtype, job.source.runs_code)
-    tokens = generate_rows(model, count, job.seq_len, job.config.seed, context.progress("sampling tokens"))
+    tokens = generate_rows(model, count, job.settings.seq_len, job.config.seed, context.progress("sampling tokens"))
     context.saved.save(SAMPLED, tokens)
     return SourceRows(SELF, tokens, quota)
 

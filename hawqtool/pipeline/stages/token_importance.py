@@ -24,14 +24,14 @@ def with_token_importance(context: RunContext, rows: Rows) -> Rows:
         rows: Calibration rows.
     """
     job = context.job
-    if not job.uses_token_importance or rows.importance is not None:
+    if not job.settings.uses_token_importance or rows.importance is not None:
         return rows
     importance = context.saved.load(_KEY)
     if importance is None:
         importance = token_importance(
             job.stream(),
             rows.tokens,
-            min(_BATCH_ROWS[job.device.type], job.batch_size),
+            min(_BATCH_ROWS[job.device.type], job.settings.batch_size),
             _CPU_BYTES if job.offload is None else job.offload.memory_bytes,
             job.config.seed,
             context.progress("token importance"),

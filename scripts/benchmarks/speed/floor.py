@@ -49,17 +49,18 @@ def block_work(job: Job, rows: int, seq_len: int) -> Work:
     weights = sum(linear.num_weights for linear in spec.linears)
     config = job.skeleton.config
     attention_width = config.num_attention_heads * (config.head_dim or config.hidden_size // config.num_attention_heads)
-    alike = [[linear] for linear in spec.linears] if job.uses_token_importance else spec.input_groups
+    alike = [[linear] for linear in spec.linears] if job.settings.uses_token_importance else spec.input_groups
     widths = [group[0].in_features for group in alike]
     updates = float(sum(linear.out_features * linear.in_features**2 for linear in spec.linears))
-    candidates = (2 if job.method.both_signs else 1) * COARSE_STEPS + 2 * FINE_STEPS
+    method = job.settings.method
+    candidates = (2 if method.both_signs else 1) * COARSE_STEPS + 2 * FINE_STEPS
     return Work(
         forward=2.0 * weights * tokens + 2.0 * tokens * seq_len * attention_width,
         gram=float(tokens * sum(width * (width + 1) for width in widths)),
         factor=2 / 3 * sum(width**3 for width in widths),
         search=float(weights * candidates * _OPERATIONS_PER_CANDIDATE),
         columns=updates,
-        passes=job.method.passes if job.uses_token_importance and job.method.compensates else 1,
+        passes=method.passes if job.settings.uses_token_importance and method.compensates else 1,
         losses=6 * updates,
         weights=weights,
     )

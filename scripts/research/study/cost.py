@@ -63,7 +63,7 @@ def forward_backward(job: Job, rows: Rows) -> dict[str, Any]:
         loaded = [resident.enter_context(stream.block(spec.index)) for spec in blocks]
         for block in loaded:
             block.module.requires_grad_(True)
-        parts = rows.tokens.split(min(PLAIN_ROWS, job.batch_size))
+        parts = rows.tokens.split(min(PLAIN_ROWS, job.settings.batch_size))
 
         def once(part: torch.Tensor) -> None:
             activations = stream.embed(part, len(part))

@@ -87,7 +87,7 @@ class PlanEvaluator:
         self.setting, self.reporter = setting, reporter
         self.stream = setting.job.stream()
         self.original = self.stream.final_hidden(
-            setting.heldout.tokens, setting.job.batch_size, self._progress("evaluating original")
+            setting.heldout.tokens, setting.job.settings.batch_size, self._progress("evaluating original")
         )
 
     def _progress(self, phase: str) -> Any:
@@ -100,10 +100,11 @@ class PlanEvaluator:
         self.weights: dict[str, Tensor] = {}
         progress = self._progress(f"judging {candidate.name}")
         stream = job.stream()
-        calibration, needs = self.setting.calibration, (job.method.needs_held_out, job.method.needs_drift)
-        known = stream.embed(calibration.tokens, job.batch_size, *needs, calibration.importance)
-        held = stream.embed(rows.tokens, job.batch_size)
-        rounding = RoundingSpec.of_plan(job.method, candidate.formats, job.stored_dtypes)
+        calibration, method = self.setting.calibration, job.settings.method
+        needs = method.needs_held_out, method.needs_drift
+        known = stream.embed(calibration.tokens, job.settings.batch_size, *needs, calibration.importance)
+        held = stream.embed(rows.tokens, job.settings.batch_size)
+        rounding = RoundingSpec.of_plan(method, candidate.formats, job.stored_dtypes)
         with torch.no_grad():
             for spec in job.structure.blocks:
                 with stream.block(spec.index) as block:

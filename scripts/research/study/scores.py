@@ -29,7 +29,7 @@ def _sweeps(setting: Setting, metrics: Sequence[str], reporter: Reporter) -> Mea
     job = setting.job
     return measure(
         job.stream(),
-        MeasurementRows(setting.calibration, setting.scoring.tokens, job.batch_size),
+        MeasurementRows(setting.calibration, setting.scoring.tokens, job.settings.batch_size),
         job.rounding(setting.menu),
         SweepSettings(job.config.seed, metrics=metrics),
         reporter.progress,

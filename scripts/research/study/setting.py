@@ -65,12 +65,12 @@ class Setting:
             "extra_group_sizes": list(config.extra_group_sizes),
             "rounding": config.rounding,
             "target_shift": config.target_shift,
-            "token_importance": self.job.uses_token_importance,
+            "token_importance": self.job.settings.uses_token_importance,
             "profile": config.profile,
             "ignore": list(config.ignore),
             "seed": config.seed,
             "probes": config.probes,
-            "batch_size": self.job.batch_size,
+            "batch_size": self.job.settings.batch_size,
             "rows": {
                 role: {"source": rows.source, "shape": list(rows.tokens.shape), "fingerprint": rows.fingerprint}
                 for role, rows in (

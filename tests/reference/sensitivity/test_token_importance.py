@@ -176,7 +176,7 @@ def test_the_weighted_error_of_a_layer_gets_smaller(job: Job) -> None:
         for is_weighted, statistics in ((False, plain[first]), (True, weighted[linear.name])):
             weight = reader.tensor(f"{linear.name}.weight").float()
             task = Task(linear.name, weight, menu_of(job, 3)[linear.unit], torch.float32)
-            rounded = round_group([task], factorize(statistics.gram, statistics.num_tokens), job.method)[0]
+            rounded = round_group([task], factorize(statistics.gram, statistics.num_tokens), job.settings.method)[0]
             moved = x[linear.name] @ (dequantize(*rounded) - weight).double().t()
             errors[is_weighted] += float((moved.square().sum(-1) * weights[linear.name]).sum())
     assert errors[True] < errors[False]
@@ -227,8 +227,8 @@ def test_refinement_rounds_with_the_weights_of_its_own_rows(job: Job) -> None:
 def test_auto_leaves_plain_rounding_alone(tmp_path: Path) -> None:
     source = tiny_model("llama", tmp_path / "m")
     wanted = {"rtn": False, "gptq": True, "foem": True, "gptaq": True}
-    assert {name: make_job(source, rounding=name).uses_token_importance for name in wanted} == wanted
-    assert make_job(source, rounding="rtn", token_importance="gradient").uses_token_importance
+    assert {name: make_job(source, rounding=name).settings.uses_token_importance for name in wanted} == wanted
+    assert make_job(source, rounding="rtn", token_importance="gradient").settings.uses_token_importance
 
 
 @pytest.mark.parametrize("name", ["mixtral", "bert", "vit", "gpt2"])

@@ -15,6 +15,7 @@ from hawqtool.evaluation.divergence import kl_divergence
 from hawqtool.formats import QuantFormat
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.job import Job, prepare
+from hawqtool.pipeline.run.resolved import resolve_settings
 from hawqtool.pipeline.search.trials import TrialRunner
 from hawqtool.pipeline.stages.rows import gather_rows
 from hawqtool.records import BitPlan, MeasurementRows
@@ -94,7 +95,7 @@ def test_a_swap_is_a_whole_model_with_one_unit_changed(
                 factor = factorize(gram, tokens["calibration"].numel())
                 weight = source.tensor(f"{member.name}.weight").float()
                 task = Task(member.name, weight, fmt, job.stored_dtypes[member.name])
-                changed[member.name] = dequantize(*round_group([task], factor, job.method)[0]).float()
+                changed[member.name] = dequantize(*round_group([task], factor, job.settings.method)[0]).float()
             values = divergence(changed) - start
             score = found[unit.name][fmt.label]
             assert score.value == pytest.approx(float(values.mean()), rel=0.02, abs=2e-6), (unit.name, fmt.label)
@@ -109,14 +110,15 @@ def test_a_swap_is_a_whole_model_with_one_unit_changed(
 )
 def test_a_swap_for_the_present_format_changes_nothing(job: Job, values: dict[str, Any], tmp_path: Path) -> None:
     """Only so if drift and held-out rows are those of the rounding of the plan."""
-    corrected = replace(job, config=job.config.model_copy(update=values))
+    config = job.config.model_copy(update=values)
+    corrected = replace(job, config=config, settings=resolve_settings(config, "cpu", None))
     sets = gather_rows(RunContext(job))
     formats = {unit.name: QuantFormat(3, 32) for unit in job.units}
     plan = BitPlan(formats, stored_bytes(job.units, formats), sum(u.num_weights for u in job.units))
     folder = TrialRunner(RunContext(corrected), sets, tmp_path / "work", {}).run_trial("uniform", plan).folder
     menu = {unit: (fmt,) for unit, fmt in formats.items()}
     changes = []
-    rows = MeasurementRows(sets["calibration"], sets["scoring"].tokens, job.batch_size)
+    rows = MeasurementRows(sets["calibration"], sets["scoring"].tokens, job.settings.batch_size)
     for some in (corrected, job):
         found = swap_divergence(job.stream(), job.packed_stream(folder), rows, some.rounding(menu), lambda *_: None)
         changes.append(sum(abs(scores["w3g32"].value) for scores in found.values()))

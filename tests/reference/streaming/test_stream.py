@@ -71,7 +71,9 @@ def round_live(job: Job, model: nn.Module, plan: BitPlan, group: tuple[LinearSpe
         for m in group
         for weight in [model.get_submodule(m.name).weight]
     ]
-    layers = round_layers(tasks, GroupStatistics(matrix, len(x), len(x)), factorize(matrix, len(x)), job.method)
+    layers = round_layers(
+        tasks, GroupStatistics(matrix, len(x), len(x)), factorize(matrix, len(x)), job.settings.method
+    )
     for layer in layers:
         with torch.no_grad():
             model.get_submodule(layer.name).weight.copy_(dequantize(layer.codes, layer.scales))
@@ -145,7 +147,7 @@ def walked_statistics(job: Job, plan: BitPlan) -> dict[str, GroupStatistics]:
     """Statistics that the walk shows while each group is rounded by plan."""
     found: dict[str, GroupStatistics] = {}
     stream, formats = job.stream(), job.layer_formats(plan.formats)
-    activations = stream.embed(TOKENS, job.batch_size, held_out=True, with_original=True)
+    activations = stream.embed(TOKENS, job.settings.batch_size, held_out=True, with_original=True)
     for spec in job.structure.blocks:
         with stream.block(spec.index) as block:
 

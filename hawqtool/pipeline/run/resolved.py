@@ -1,0 +1,75 @@
+"""The settings that the configuration leaves to the device and the model, resolved once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hawqtool.config import SETTINGS, RunConfig
+from hawqtool.rounding.method import RoundingMethod
+
+
+@dataclass(frozen=True)
+class ResolvedSettings:
+    """What the stages work with, where the configuration may say null or auto.
+
+    Args:
+        num_samples: Calibration rows.
+        seq_len: Tokens per row.
+        batch_size: Rows per forward pass; 0 until the memory is known.
+        shortlist: Mixed plans to round and evaluate at a budget.
+        swaps: Rounds of measured swaps at the best mixed plan.
+        metric: Scores that allocation compares.
+        method: Rounding method.
+        uses_token_importance: Whether tokens count by their gradients.
+    """
+
+    num_samples: int
+    seq_len: int
+    batch_size: int
+    shortlist: int
+    swaps: int
+    metric: str
+    method: RoundingMethod
+    uses_token_importance: bool
+
+
+def resolve_settings(config: RunConfig, device_type: str, longest: int | None) -> ResolvedSettings:
+    """Settings of a run on a kind of device.
+
+    Args:
+        config: The configuration.
+        device_type: ``cpu`` or ``cuda``.
+        longest: Positions of the model, which bound the default length of rows; None where nothing does.
+    """
+    seq_len = _default("seq_len", device_type)
+    corrections = (config.gptaq_alpha, config.target_shift, config.scale_refit)
+    wanted = config.token_importance
+    return ResolvedSettings(
+        config.num_samples or _default("num_samples", device_type),
+        config.seq_len or min(seq_len, longest or seq_len),
+        config.batch_size or 0,
+        _shortlist(config, device_type),
+        _swaps(config, device_type),
+        config.metric,
+        RoundingMethod(config.rounding, config.foem_beta, config.both_signs, config.damping, *corrections),
+        # Plain rounding compensates no errors, so that no token can count for more in it.
+        wanted == "gradient" or (wanted == "auto" and config.rounding != "rtn"),
+    )
+
+
+def _shortlist(config: RunConfig, device_type: str) -> int:
+    # Only the metric's own plan is sure to keep a second budget.
+    return 1 if config.max_cost is not None else config.shortlist or _default("shortlist", device_type)
+
+
+def _swaps(config: RunConfig, device_type: str) -> int:
+    # Swaps know neither quality targets nor second budgets.
+    if config.target_kl is not None or config.max_cost is not None:
+        return 0
+    return _default("swaps", device_type) if config.swaps is None else config.swaps
+
+
+def _default(name: str, device_type: str) -> int:
+    by_device = SETTINGS[name].by_device
+    assert by_device is not None, name
+    return by_device.on(device_type)

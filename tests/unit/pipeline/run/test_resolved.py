@@ -1,0 +1,45 @@
+"""What the configuration leaves open is resolved by device and model, once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from hawqtool.config import SETTINGS, RunConfig
+from hawqtool.pipeline.run.resolved import ResolvedSettings, resolve_settings
+
+
+def resolved(device_type: str = "cpu", longest: int | None = None, **values: Any) -> ResolvedSettings:
+    return resolve_settings(RunConfig(model="m", **values), device_type, longest)
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", (16, 256, 2, 0)), ("cuda", (128, 2048, 4, 2))])
+def test_defaults_are_those_that_the_help_names(device: str, expected: tuple[int, ...]) -> None:
+    found = resolved(device)
+    assert (found.num_samples, found.seq_len, found.shortlist, found.swaps) == expected
+    for name in ("num_samples", "seq_len", "shortlist", "swaps"):
+        by_device = SETTINGS[name].by_device
+        assert by_device is not None and getattr(found, name) == by_device.on(device)
+
+
+def test_what_is_given_wins_and_the_model_bounds_the_default_length() -> None:
+    found = resolved(num_samples=3, seq_len=8, shortlist=1, swaps=1, batch_size=5, longest=100)
+    assert (found.num_samples, found.seq_len, found.shortlist, found.swaps, found.batch_size) == (3, 8, 1, 1, 5)
+    assert resolved(longest=100).seq_len == 100 and resolved(longest=1000).seq_len == 256
+    assert resolved(swaps=0, device_type="cuda").swaps == 0 and resolved().batch_size == 0
+
+
+def test_quality_targets_and_second_budgets_take_the_metrics_own_plan() -> None:
+    assert resolved("cuda", target_kl=0.1).swaps == 0
+    found = resolved("cuda", costs="c.csv", max_cost=1.0)
+    assert (found.shortlist, found.swaps) == (1, 0)
+
+
+def test_metric_method_and_token_importance_follow_the_rounding() -> None:
+    assert resolved().metric == "projection" and resolved(rounding="rtn").metric == "fisher"
+    assert resolved(rounding="gptaq", gptaq_alpha=0.5).method.needs_drift
+    found = {name: resolved(rounding=name).uses_token_importance for name in ("rtn", "gptq", "foem", "gptaq")}
+    assert found == {"rtn": False, "gptq": True, "foem": True, "gptaq": True}
+    assert resolved(rounding="rtn", token_importance="gradient").uses_token_importance
+    assert not resolved(token_importance="none").uses_token_importance
