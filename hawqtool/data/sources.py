@@ -268,7 +268,7 @@ def _import_datasets(spec: DatasetSpec) -> Any:
 
 
 def _missing_extra(source: object, library: str) -> InputError:
-    return InputError(f"{source} needs {library}, which is not installed; run: pip install 'hawqtool[data]'")
+    return InputError(f"{source} needs {library}, which is not installed; run: pip install datasets pyarrow")
 
 
 def _first_line(error: Exception) -> str:

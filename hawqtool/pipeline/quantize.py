@@ -13,7 +13,7 @@ from hawqtool.errors import InputError, NumericalError, UsageError, disk_errors
 from hawqtool.export.verify import verify_folder
 from hawqtool.export.writer import copy_small_files
 from hawqtool.pipeline.dry_run import describe
-from hawqtool.pipeline.report import NEEDS_MATPLOTLIB, matplotlib_installed, write_page
+from hawqtool.pipeline.report import write_page
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.files import PART, REPORT_SCHEMA, read_json, write_json
 from hawqtool.pipeline.run.fingerprint import config_fingerprint
@@ -117,11 +117,8 @@ def _quantized(
     with Stopwatch(timings, "verify"), disk_errors(folder):
         _complete(job, folder, planner.document if planner else None, report)
     write_json(folder / "report.json", report)
-    if matplotlib_installed():
-        with disk_errors(folder):
-            write_page(folder)
-    else:
-        context.reporter.say(f"report.html was not drawn: it {NEEDS_MATPLOTLIB}")
+    with disk_errors(folder):
+        write_page(folder)
     return folder, report
 
 

@@ -13,7 +13,6 @@ from hawqtool.report.page.figure_data import figure_data
 from hawqtool.report.page.html import page
 
 PAGE = "report.html"
-NEEDS_MATPLOTLIB = "needs matplotlib, which is not installed; run: pip install 'hawqtool[plot]'"
 
 
 def run_report(folder: Path, plots: Path | None = None) -> list[Path]:
@@ -27,7 +26,7 @@ def run_report(folder: Path, plots: Path | None = None) -> list[Path]:
         The files that were written, the page first.
 
     Raises:
-        InputError: If the folder is not ours or its records are damaged, or matplotlib is missing.
+        InputError: If the folder is not ours or its records are damaged.
         UsageError: If the folder for the figures cannot be made.
     """
     if not (folder / "report.json").is_file():
@@ -35,8 +34,6 @@ def run_report(folder: Path, plots: Path | None = None) -> list[Path]:
             f"{folder} has no report.json, so it is no output folder of hawqtool; give one that hawqtool quantize made"
         )
     report = read_json(folder / "report.json", REPORT_SCHEMA)
-    if not matplotlib_installed():
-        raise InputError(f"hawqtool report {NEEDS_MATPLOTLIB}")
     if plots is not None:
         check_plots(plots)
     try:
@@ -49,7 +46,7 @@ def run_report(folder: Path, plots: Path | None = None) -> list[Path]:
 
 
 def write_page(folder: Path) -> None:
-    """Write ``report.html`` into a folder that has all its records; needs matplotlib."""
+    """Write ``report.html`` into a folder that has all its records."""
     _write(folder, read_json(folder / "report.json", REPORT_SCHEMA), None)
 
 
@@ -65,16 +62,8 @@ def check_plots(folder: Path) -> None:
         raise UsageError(f"the parent folder of {folder} does not exist; create it first")
 
 
-def matplotlib_installed() -> bool:
-    """Whether matplotlib can be loaded; it is slow to load, so this is for when something is to be drawn."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
 def _write(folder: Path, report: dict[str, Any], plots: Path | None) -> list[Path]:
+    # Matplotlib is slow to load, and most commands draw nothing.
     from hawqtool.report.page.drawing import as_svg, save_png
     from hawqtool.report.page.figures import FIGURES, TITLES
 

@@ -13,8 +13,7 @@ import torch
 
 from hawqtool.allocation.uniform import uniform_formats
 from hawqtool.config import RunConfig
-from hawqtool.errors import InputError
-from hawqtool.pipeline.report import NEEDS_MATPLOTLIB, check_plots, matplotlib_installed
+from hawqtool.pipeline.report import check_plots
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.job import prepare
 from hawqtool.pipeline.stages.rows import calibration_rows, check_calibration
@@ -57,12 +56,10 @@ def run_spectrum(config: RunConfig, settings: SpectrumSettings, reporter: Report
         over starts, and ``loss``: measured divergence at ``scales`` with its prediction.
 
     Raises:
-        InputError: If matplotlib is wanted and missing, or a source holds too little.
+        InputError: If a source holds too little.
         UsageError: If the folder for the figures cannot be made.
     """
     if settings.plots is not None:
-        if not matplotlib_installed():
-            raise InputError(f"--plots {NEEDS_MATPLOTLIB}")
         check_plots(settings.plots)
     start = time.perf_counter()
     context = RunContext(prepare(config, reporter, writes=False), reporter)

@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     kernel = kernel_for(device)
     if kernel == EAGER:
         print(
-            f"error: no kernels for --device {device.type}: install numba for a CPU, triton for a GPU", file=sys.stderr
+            f"error: no kernels for --device {device.type}: a GPU needs triton; unset HAWQTOOL_KERNEL", file=sys.stderr
         )
         return 2
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"

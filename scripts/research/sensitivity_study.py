@@ -11,7 +11,7 @@ of equal bytes.
 cost: seconds and peak memory of each metric, and as a multiple of a plain forward and backward pass over its rows.
 
 OUT/study.json is written after each step; a run that was cut goes on where it stopped, with the same settings.
-Beside it: scores.csv, plans.csv, study.md, and with matplotlib scatter.png, spearman.png and plans.png. The metric kl
+Beside it: scores.csv, plans.csv, study.md, and scatter.png, spearman.png and plans.png. The metric kl
 and the truth hold the whole model on the device.
 """
 
@@ -28,7 +28,6 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from hawqtool.errors import HawqError, UsageError
-from hawqtool.pipeline.report import matplotlib_installed
 from hawqtool.records import SCORE_METRICS, SWEEP_METRICS
 from hawqtool.runtime.malloc import configure_allocators
 from study.cost import forward_backward
@@ -150,10 +149,9 @@ def run(options: argparse.Namespace) -> None:
     for part in options.parts:
         carry_out(part, options, setting, reference, findings, narrator)
         write_tables(options.out, findings.data)
-    if matplotlib_installed():
-        from study.plots import write_plots
+    from study.plots import write_plots
 
-        write_plots(options.out, findings.data)
+    write_plots(options.out, findings.data)
     print((options.out / "study.md").read_text(encoding="utf-8"), end="")
 
 

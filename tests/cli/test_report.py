@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 from pathlib import Path
 
 import pytest
@@ -35,7 +34,6 @@ def quantize(place: Path, output: Path, *options: object) -> Result:
 
 
 def test_quantize_leaves_the_page_that_report_draws(place: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     out, plots = tmp_path / "out", tmp_path / "plots"
     assert quantize(place, out, "--bits", "2,4,8", "--target-bpw", "5").exit_code == 0
     first = (out / "report.html").read_bytes()
@@ -45,16 +43,6 @@ def test_quantize_leaves_the_page_that_report_draws(place: Path, tmp_path: Path)
     assert files[0] == str(out / "report.html") and len(files) == 9 and all(Path(f).is_file() for f in files)
     assert (out / "report.html").read_bytes() == first
     assert invoke("verify", out).exit_code == 0
-
-
-def test_quantize_goes_on_without_matplotlib(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    result = quantize(place, tmp_path / "out", "--bits", "4", "--target-bpw", "5")
-    assert result.exit_code == 0
-    assert "pip install 'hawqtool[plot]'" in result.stderr
-    assert not (tmp_path / "out/report.html").exists() and (tmp_path / "out/report.json").is_file()
-    refused = invoke("report", tmp_path / "out")
-    assert refused.exit_code == 4 and len(refused.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("name", ["nowhere", "model"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 from pathlib import Path
 
 import pytest
@@ -56,7 +55,6 @@ def test_compensated_rounding_loses_less(place: Path) -> None:
 
 
 def test_for_people_with_figures(place: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     result = inspect(place, *SMALL, "--plots", tmp_path / "figures")
     assert result.exit_code == 0, result.output
     assert "½ DᵀFD" in result.stdout and "KL in nats per output at W + a D" in result.stdout
@@ -82,12 +80,3 @@ def test_for_people_with_figures(place: Path, tmp_path: Path) -> None:
 def test_wrong_use_is_refused(place: Path, options: tuple[object, ...], code: int, said: str) -> None:
     result = inspect(place, *options)
     assert result.exit_code == code and said in result.stderr, result.output
-
-
-def test_figures_without_matplotlib_name_the_extra(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    result = inspect(place, *SMALL, "--plots", tmp_path / "figures")
-    assert result.exit_code == 4 and "hawqtool[plot]" in result.stderr
-    assert not (tmp_path / "figures").exists()

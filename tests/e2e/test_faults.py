@@ -30,7 +30,7 @@ SMALL: dict[str, Any] = {"bits": "4", "target_bpw": 4.5, "num_samples": 8, "seq_
 
 @pytest.fixture(autouse=True)
 def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "matplotlib_installed", lambda: False)
+    monkeypatch.setattr(module, "write_page", lambda _: None)
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_halved_batches_are_remembered(config: RunConfig, monkeypatch: pytest.Mo
     with pytest.raises(KeyboardInterrupt):
         quantize(config)
     monkeypatch.undo()
-    monkeypatch.setattr(module, "matplotlib_installed", lambda: False)
+    monkeypatch.setattr(module, "write_page", lambda _: None)
     report = quantize(config, resume=True)
     assert report["batch_size"] == 8 and "done again with 8" in report["warnings"][-1]
 

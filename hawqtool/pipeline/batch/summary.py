@@ -14,7 +14,6 @@ from typing import Any
 from hawqtool import __version__
 from hawqtool.config import RunConfig
 from hawqtool.pipeline.batch.jobs_file import SUMMARY_CSV, SUMMARY_JSON, BatchJob
-from hawqtool.pipeline.report import matplotlib_installed
 from hawqtool.pipeline.run.files import write_json, write_text
 
 BATCH_SCHEMA = "hawqtool.batch/1"
@@ -152,28 +151,22 @@ def _plot_names(models: Iterable[str]) -> dict[str, str]:
     return names
 
 
-def write_summary(folder: Path, summary: dict[str, Any]) -> bool:
-    """Write summary.json, summary.csv and a figure per model.
+def write_summary(folder: Path, summary: dict[str, Any]) -> None:
+    """Write summary.json, summary.csv and a figure per model."""
+    # Matplotlib is slow to load, and a dry run draws nothing.
+    from hawqtool.report.page.batch_figures import pareto
+    from hawqtool.report.page.drawing import save_png
 
-    Returns:
-        Whether figures were drawn; they need matplotlib.
-    """
     rows = summary["jobs"]
-    drawn = matplotlib_installed()
-    if drawn:
-        from hawqtool.report.page.batch_figures import pareto
-        from hawqtool.report.page.drawing import save_png
-
-        for model in summary["models"]:
-            of_model = [row for row in rows if row["model"] == model["model"] and row["divergence"] is not None]
-            save_png(partial(pareto, _figure(of_model, model)), folder / model["plot"])
+    for model in summary["models"]:
+        of_model = [row for row in rows if row["model"] == model["model"] and row["divergence"] is not None]
+        save_png(partial(pareto, _figure(of_model, model)), folder / model["plot"])
     write_json(folder / SUMMARY_JSON, summary)
     text = io.StringIO()
     writer = csv.DictWriter(text, [k for k in rows[0] if k not in _NOT_IN_CSV], extrasaction="ignore")
     writer.writeheader()
     writer.writerows(rows)
     write_text(folder / SUMMARY_CSV, text.getvalue())
-    return drawn
 
 
 def _figure(rows: list[Row], model: dict[str, Any]) -> dict[str, Any]:

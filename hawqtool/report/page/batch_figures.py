@@ -1,4 +1,4 @@
-"""The figure of a batch, drawn from plain numbers; needs matplotlib."""
+"""The figure of a batch, drawn from plain numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How figures look, and how they become SVG inside a page or PNG files; needs matplotlib."""
+"""How figures look, and how they become SVG inside a page or PNG files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The figures of a report, each drawn from plain numbers; needs matplotlib."""
+"""The figures of a report, each drawn from plain numbers."""
 
 from __future__ import annotations
 

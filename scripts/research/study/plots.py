@@ -1,4 +1,4 @@
-"""Figures of a study, as PNG files; needs matplotlib."""
+"""Figures of a study, as PNG files."""
 
 from __future__ import annotations
 

@@ -298,11 +298,11 @@ def test_a_missing_file_is_not_looked_for_on_the_hub(name: str) -> None:
 
 
 @pytest.mark.parametrize("library", ["datasets", "pyarrow"])
-def test_a_missing_library_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str) -> None:
+def test_a_missing_library_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str) -> None:
     paths = kinds(tmp_path)
     monkeypatch.setitem(sys.modules, library, None)
     message = refusal(paths["parquet"] if library == "pyarrow" else paths["folder of parquet"])
-    assert f"needs {library}, which is not installed; run: pip install 'hawqtool[data]'" in message
+    assert f"needs {library}, which is not installed; run: pip install datasets pyarrow" in message
 
 
 # The hub.

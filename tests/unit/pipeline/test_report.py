@@ -147,7 +147,6 @@ def written(folder: Path, report: dict[str, Any], scores: bool = True) -> Path:
 
 
 def page_of(folder: Path) -> str:
-    pytest.importorskip("matplotlib")
     return run_report(folder)[0].read_text(encoding="utf-8")
 
 
@@ -233,7 +232,6 @@ def test_equal_records_give_equal_bytes(tmp_path: Path) -> None:
 
 
 def test_pngs_are_written_beside_the_page(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     out, plots = written(tmp_path / "out", a_report()), tmp_path / "plots"
     page, *pngs = run_report(out, plots)
     assert page == out / "report.html" and sorted(pngs) == sorted(plots.iterdir()) and len(pngs) == 8
@@ -334,7 +332,6 @@ def test_gates_pass_or_fail(tmp_path: Path, passed: bool) -> None:
 
 
 def test_negative_scores_are_shown(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     from hawqtool.report.page.figures import bars, frontier, predicted_measured
 
     report = a_report()
@@ -360,7 +357,6 @@ def test_negative_scores_are_shown(tmp_path: Path) -> None:
 
 
 def test_labels_of_crowded_points_do_not_overlap() -> None:
-    pytest.importorskip("matplotlib")
     from matplotlib.figure import Figure
     from matplotlib.text import Text
 
@@ -403,7 +399,6 @@ def test_values_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [None, "{}", "no json", '{"schema": "hawqtool.report/1"}'])
 def test_a_folder_that_is_not_ours_is_refused(tmp_path: Path, content: str | None) -> None:
-    pytest.importorskip("matplotlib")
     if content is not None:
         (tmp_path / "report.json").write_text(content)
     with pytest.raises(InputError):
@@ -412,15 +407,8 @@ def test_a_folder_that_is_not_ours_is_refused(tmp_path: Path, content: str | Non
 
 
 def test_a_place_for_plots_that_cannot_be_is_refused_before_the_work(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     out = written(tmp_path / "out", a_report())
     for plots in (out / "report.json", tmp_path / "a/b"):
         with pytest.raises(UsageError):
             run_report(out, plots)
     assert not (out / "report.html").exists()
-
-
-def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report_page, "matplotlib_installed", lambda: False)
-    with pytest.raises(InputError, match=r"hawqtool\[plot\]"):
-        run_report(written(tmp_path / "out", a_report()))
