@@ -2,7 +2,7 @@
 
 They write nothing to the terminal, and every expected failure is a `hawqtool.errors.HawqError`. Settings are those of
 the configuration (`hawqtool.config.RunConfig`), checked as the command line checks them: paths or texts, sequences or
-texts with commas.
+texts with commas; ``preset`` names settings to begin with.
 """
 
 from __future__ import annotations
@@ -169,8 +169,8 @@ class _Callback(Silent):
             self._progress(stage, done, total)
 
 
-def _config(**settings: Any) -> RunConfig:
-    return load_config(None, {name: _plain(value) for name, value in settings.items()})
+def _config(preset: str | None = None, **settings: Any) -> RunConfig:
+    return load_config(None, {name: _plain(value) for name, value in settings.items()}, preset)
 
 
 def _plain(value: Any) -> Any:
