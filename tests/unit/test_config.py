@@ -156,8 +156,8 @@ def test_a_bare_name_is_that_of_a_preset(tmp_path: Path, monkeypatch: pytest.Mon
     assert found["fast"] == "rtn" and found["fast.yaml"] == "gptaq"
     assert load_config(tmp_path / "fast", {"model": "m"}).rounding == "foem"
     # Both at once: the name of -c wins over --preset, and its target gives way like that of --preset.
-    config = load_config(Path("fast"), {"model": "m", "target_kl": 0.1}, "balanced")
-    assert (config.rounding, config.num_samples, config.target_bpw, config.target_shift) == ("rtn", 8, None, 0.5)
+    config = load_config(Path("balanced"), {"model": "m", "target_size": "1GB"}, "best")
+    assert (config.num_samples, config.refine_steps, config.target_bpw) == (32, 200, None)
 
 
 def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path: Path) -> None:
