@@ -112,6 +112,7 @@ def test_a_swap_for_the_present_format_changes_nothing(job: Job, values: dict[st
     """Only so if drift and held-out rows are those of the rounding of the plan."""
     config = job.config.model_copy(update=values)
     corrected = replace(job, config=config, settings=resolve_settings(config, "cpu", None))
+    corrected = corrected.with_batch_size(job.settings.batch_size)
     sets = gather_rows(RunContext(job))
     formats = {unit.name: QuantFormat(3, 32) for unit in job.units}
     plan = BitPlan(formats, stored_bytes(job.units, formats), sum(u.num_weights for u in job.units))
