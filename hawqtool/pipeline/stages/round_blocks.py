@@ -94,7 +94,7 @@ def round_blocks(
         schedule: Steps and rates of the refinement (default: steps and seed of the configuration).
         finished: Blocks that are left out, or walked with their weights read back where no later states were kept.
     """
-    stream, rounding = job.stream(), RoundingSpec.of_plan(method, formats, job.stored_dtypes)
+    stream, rounding = job.stream(), RoundingSpec.of_plan(job.settings.method, formats, job.stored_dtypes)
     schedule = schedule or Schedule(job.config.refine_steps, job.config.seed)
     refiner = BlockRefiner(job, stream, rows, schedule) if schedule.steps else None
     finished = finished or Finished()
