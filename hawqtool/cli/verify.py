@@ -19,7 +19,9 @@ def verify(
     json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
-    """Check every tensor, the sizes, the fused sets and the targets of a written folder; exit 0 or 4.
+    """Check every file, tensor, size, fused set and target of a written folder; exit 0 or 4.
+
+    Problems are printed one a line.
 
     Example: hawqtool verify ./out --against ./model
     """
@@ -28,6 +30,7 @@ def verify(
         from hawqtool.checkpoint.source import locate
         from hawqtool.errors import InputError
         from hawqtool.export.verify import verify_folder
+        from hawqtool.parsing import printable
 
         report = verify_folder(folder, None if against is None else locate(against).folder)
         if json:
@@ -41,4 +44,7 @@ def verify(
                 "no problem found"
             )
         if report.problems:
-            raise InputError(f"{len(report.problems)} problems in {folder}:\n  " + "\n  ".join(report.problems))
+            if not json:
+                for problem in report.problems:
+                    print(printable(problem))
+            raise InputError(f"{len(report.problems)} problems in {folder}, first: {report.problems[0]}")

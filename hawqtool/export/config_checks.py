@@ -27,6 +27,14 @@ from hawqtool.export.packed_reader import PACKED, SCALE, ZERO_POINT, shape_probl
 from hawqtool.formats import QuantFormat
 from hawqtool.records import LayerFormats
 
+_TOP_KEYS = {
+    *("quant_method", "format", "quantization_status", "config_groups", "ignore"),
+    *("kv_cache_scheme", "global_compression_ratio"),
+}
+_GROUP_KEYS = {"targets", "weights", "input_activations", "output_activations", "format"}
+_WEIGHT_KEYS = {"num_bits", "type", "symmetric", "strategy", "group_size", "dynamic"}
+"""What is written; anything else, such as ``actorder`` or ``sparsity_config``, tells loaders to compute otherwise."""
+
 _PARTS = (PACKED, SCALE, ".weight_shape")
 
 
@@ -87,7 +95,15 @@ def field_problems(config: Mapping[str, Any]) -> list[str]:
     for place, holder in where.items():
         if holder.get("format") != FORMAT:
             problems.append(f"format of {place} is {holder.get('format')!r}; expected {FORMAT!r}; set it")
+    problems += _unknown_keys("quantization_config", config, _TOP_KEYS)
+    for key in ("kv_cache_scheme", "global_compression_ratio"):
+        if config.get(key) is not None:
+            problems.append(
+                f"{key} of quantization_config is set; expected null: only weights are quantized; remove it"
+            )
     for name, group in config["config_groups"].items():
+        problems += _unknown_keys(f"config group {name}", group, _GROUP_KEYS)
+        problems += _unknown_keys(f"weights of config group {name}", group["weights"], _WEIGHT_KEYS)
         for key in ("input_activations", "output_activations"):
             if group.get(key) is not None:
                 problems.append(f"{key} of config group {name} is set; expected null: only weights are quantized")
@@ -96,6 +112,12 @@ def field_problems(config: Mapping[str, Any]) -> list[str]:
         except InputError as error:
             problems.append(f"config group {name}: {error}")
     return problems
+
+
+def _unknown_keys(place: str, holder: Mapping[str, Any], known: set[str]) -> list[str]:
+    """Keys with a value that hawqtool never writes there; null and empty ones say nothing."""
+    odd = [key for key, value in holder.items() if key not in known and value not in (None, {}, [])]
+    return [f"{place} has {key}; expected no such key, which loaders act on; remove it" for key in odd]
 
 
 def target_problems(config: Mapping[str, Any], modules: Sequence[str]) -> list[str]:
@@ -151,7 +173,7 @@ def module_problems(
 
 
 def ignore_problems(config: Mapping[str, Any], index: CheckpointIndex, other_linears: Iterable[str]) -> list[str]:
-    """Unquantized linears that are missing from ``ignore`` or hit by a target."""
+    """Unquantized linears that are missing from ``ignore`` or hit by a target, and entries that name none of them."""
     packed = set(packed_modules(index))
     dense = dense_matrices(index)
     linears = dict.fromkeys(other_linears) | dict.fromkeys(m for m in dense if m.rpartition(".")[2] == "lm_head")
@@ -164,7 +186,9 @@ def ignore_problems(config: Mapping[str, Any], index: CheckpointIndex, other_lin
         elif matching_targets(config, module):
             found = _describe(matching_targets(config, module))
             problems.append(f"{module}.weight is not packed but hit by {found}; loaders expect it packed; fix that")
-    return problems
+    known = {*linears, *dense, *packed}
+    unknown = [entry for entry in config["ignore"] if not any(hits(entry, module) for module in known)]
+    return problems + [f"ignore names {entry}, which is no unquantized linear; remove it" for entry in unknown]
 
 
 def fused_problems(formats: LayerFormats, index: CheckpointIndex, units: Mapping[str, str]) -> list[str]:

@@ -21,6 +21,7 @@ from hawqtool.export.config_checks import (
     structure_problems,
     target_problems,
 )
+from hawqtool.export.manifest import MANIFEST_FILE, is_manifest, manifest_problems, source_file_problems
 from hawqtool.export.packed_reader import read_config
 from hawqtool.export.tensor_checks import (
     checksum_problems,
@@ -54,14 +55,17 @@ class VerifyReport:
     total_bytes: int
 
 
-def verify_folder(folder: Path, against: Path | None = None, device: torch.device | str = "cpu") -> VerifyReport:
-    """Check a packed checkpoint: config, names, shapes, scales, zeros, checksums, plan, and optionally the source.
+def verify_folder(
+    folder: Path, against: Path | None = None, device: torch.device | str = "cpu", sealed: bool = True
+) -> VerifyReport:
+    """Check a packed checkpoint: files, config, names, shapes, scales, zeros, checksums, plan, optionally the source.
 
     Args:
         folder: A written checkpoint.
-        against: Folder of the original model; then unquantized tensors must be byte-equal to it and packed
-            ones must approximate it as recorded.
+        against: Folder of the original model; then copied files and unquantized tensors must be byte-equal to it and
+            packed ones must approximate it as recorded.
         device: Where that is computed.
+        sealed: Whether the folder has its manifest and its report, which are written last.
 
     Raises:
         InputError: If one of the folders or a file's header cannot be read at all.
@@ -75,6 +79,11 @@ def verify_folder(folder: Path, against: Path | None = None, device: torch.devic
     layers = plan["layers"] if plan else []
     checksums, found = _record(folder, CHECKSUM_FILE, _is_checksums)
     problems += found
+    if sealed:
+        manifest, found = _record(folder, MANIFEST_FILE, is_manifest)
+        problems += found
+        if manifest:
+            problems += manifest_problems(folder, index, manifest, hash_all=checksums is None)
     if not packed:
         problems.append(f"{folder} has no packed module; expected *.weight_packed tensors; pass an output folder")
 
@@ -99,6 +108,7 @@ def verify_folder(folder: Path, against: Path | None = None, device: torch.devic
     if against is not None:
         source = TensorReader(read_index(Path(against)))
         problems += _model_config_problems(model_config, read_config(Path(against)))
+        problems += source_file_problems(folder, Path(against), index)
         problems += copy_problems(reader, source, (checksums or {}).get("changed", []))
         transposed = {layer["name"] for layer in layers if layer.get("transposed")}
         recorded = (checksums or {}).get("weight_error", {})

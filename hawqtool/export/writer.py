@@ -233,7 +233,7 @@ def packed_tensors(layer: RoundedLayer) -> dict[str, Tensor]:
 
 
 def copy_small_files(source: Path, target: Path) -> tuple[str, ...]:
-    """Copy the tokenizer and the other small files, never weights, folders, hidden files or what we write ourselves.
+    """Copy the tokenizer and the other small files (see `small_files`).
 
     Links are followed, because a hub cache holds links only.
 
@@ -243,15 +243,22 @@ def copy_small_files(source: Path, target: Path) -> tuple[str, ...]:
     Raises:
         NumericalError: If a file cannot be copied.
     """
-    copied = []
     with disk_errors(target):
-        for path in sorted(source.iterdir()):
-            name = path.name.lower()
-            skipped = name.startswith(".") or name in OWN_FILES or any(fnmatch(name, p) for p in WEIGHT_PATTERNS)
-            if path.is_file() and not skipped:
-                shutil.copyfile(path, target / path.name)
-                copied.append(path.name)
-    return tuple(copied)
+        copied = small_files(source)
+        for name in copied:
+            shutil.copyfile(source / name, target / name)
+    return copied
+
+
+def small_files(source: Path) -> tuple[str, ...]:
+    """Names of a checkpoint's files beside its weights, sorted: never folders, hidden files or what we write."""
+    found = []
+    for path in sorted(source.iterdir()):
+        name = path.name.lower()
+        skipped = name.startswith(".") or name in OWN_FILES or any(fnmatch(name, p) for p in WEIGHT_PATTERNS)
+        if path.is_file() and not skipped:
+            found.append(path.name)
+    return tuple(found)
 
 
 def write_config(source: Path, target: Path, quantization_config: dict[str, Any]) -> None:

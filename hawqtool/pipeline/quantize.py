@@ -10,12 +10,13 @@ from typing import Any
 from hawqtool.allocation.exact import plan_warnings
 from hawqtool.config import RunConfig
 from hawqtool.errors import InputError, NumericalError, UsageError, disk_errors
+from hawqtool.export.manifest import seal
 from hawqtool.export.verify import verify_folder
 from hawqtool.export.writer import copy_small_files
 from hawqtool.pipeline.dry_run import describe
 from hawqtool.pipeline.report import write_page
 from hawqtool.pipeline.run.context import RunContext
-from hawqtool.pipeline.run.files import PART, REPORT_SCHEMA, read_json, write_json
+from hawqtool.pipeline.run.files import PART, REPORT_SCHEMA, read_json
 from hawqtool.pipeline.run.fingerprint import config_fingerprint
 from hawqtool.pipeline.run.folder import RunFolder
 from hawqtool.pipeline.run.identity import check_unchanged, run_identity, stamps
@@ -116,9 +117,18 @@ def _quantized(
         report["warnings"] += planner.table.warnings
     with Stopwatch(timings, "verify"), disk_errors(folder):
         _complete(job, folder, planner.document if planner else None, report)
+<<<<<<< HEAD
     write_json(folder / "report.json", report)
     with disk_errors(folder):
         write_page(folder)
+=======
+    report = seal(folder, report)
+    if matplotlib_installed():
+        with disk_errors(folder):
+            write_page(folder)
+    else:
+        context.reporter.say(f"report.html was not drawn: it {NEEDS_MATPLOTLIB}")
+>>>>>>> ee06754 (Verify finds any changed, added or lost file, and keys that are never written)
     return folder, report
 
 
@@ -163,12 +173,12 @@ def _check_free(config: RunConfig, output: Path) -> None:
 
 
 def _complete(job: Job, folder: Path, sensitivity: dict[str, Any] | None, report: dict[str, Any]) -> None:
-    """Add the small files, the card and the records, then reopen and verify what was written."""
+    """Add the small files, the card and the records, then reopen and verify what was written, before it is sealed."""
     for left in folder.rglob(f".*{PART}"):  # by a run that was killed while it wrote them
         left.unlink()
     copy_small_files(job.index.folder, folder)
     write_card(job.index.folder, folder, report)
     write_reproduce(job, folder, sensitivity)
-    problems = verify_folder(folder, job.index.folder, job.device).problems
+    problems = verify_folder(folder, job.index.folder, job.device, sealed=False).problems
     if problems:
         raise NumericalError(f"the written folder failed verification: {problems[0]} ({len(problems)} problems)")

@@ -63,8 +63,8 @@ def timed(output: Path, arguments: Sequence[str], limit: float | None = None) ->
 
 def weights(output: Path) -> dict[str, str]:
     """SHA-256 of the weight files of an output, as it records them."""
-    found: dict[str, str] = json.loads((output / "reproduce" / "sha256.json").read_text(encoding="utf-8"))
-    return found
+    files = json.loads((output / "reproduce" / "manifest.json").read_text(encoding="utf-8"))["files"]
+    return {name: entry["sha256"] for name, entry in files.items() if name.endswith(".safetensors")}
 
 
 if __name__ == "__main__":

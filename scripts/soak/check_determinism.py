@@ -66,7 +66,8 @@ def run(model: str, device: str, options: list[str], threads: int | None) -> dic
         done = subprocess.run([*command, *options], env=environment, stdout=subprocess.DEVNULL, check=False)
         if done.returncode:
             raise SystemExit(f"the run failed with exit code {done.returncode}")
-        weights = json.loads((output / "reproduce/sha256.json").read_text(encoding="utf-8"))
+        files = json.loads((output / "reproduce/manifest.json").read_text(encoding="utf-8"))["files"]
+        weights = {name: entry["sha256"] for name, entry in files.items() if name.endswith(".safetensors")}
         plan = json.loads((output / "reproduce/plan.json").read_text(encoding="utf-8"))
         formats = {layer["name"]: (layer["bits"], layer["group_size"]) for layer in plan["layers"]}
         table = output / "reproduce/sensitivity.json"

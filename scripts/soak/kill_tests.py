@@ -295,11 +295,12 @@ def result(output: Path) -> dict[str, Any] | None:
     import hashlib
 
     try:
-        recorded = json.loads((output / "reproduce/sha256.json").read_text())
+        listed = json.loads((output / "reproduce/manifest.json").read_text())["files"]
         plan = json.loads((output / "reproduce/plan.json").read_text()) | {"seconds": None}
         json.loads((output / "report.json").read_text())
     except (OSError, ValueError):
         return None
+    recorded = {name: entry["sha256"] for name, entry in listed.items() if name.endswith(".safetensors")}
     files = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in output.glob("*.safetensors")}
     return {"files": files, "plan": plan} if files == recorded else None
 

@@ -259,6 +259,10 @@ def test_verify_exits_0_or_4(place: Path, packed: Path, tmp_path: Path) -> None:
     good = invoke("verify", packed, "--against", place / "model")
     assert good.exit_code == 0
     assert "no problem found" in good.stdout
+    plain = invoke("verify", tampered(packed, tmp_path / "worse"))
+    lines = plain.stdout.splitlines()
+    assert plain.exit_code == 4 and len(lines) >= 1 and "\\n" not in plain.output
+    assert f"{len(lines)} problems in" in plain.stderr and len(plain.stderr.splitlines()) == 1
     bad = invoke("verify", tampered(packed, tmp_path / "bad"), "--against", place / "model", "--json")
     assert bad.exit_code == 4
     assert "up_proj" in bad.stderr

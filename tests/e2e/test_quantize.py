@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hawqtool.errors import UsageError
+from hawqtool.export.manifest import weight_hashes
 from hawqtool.export.packed_reader import PackedReader
 from hawqtool.export.verify import verify_folder
 from hawqtool.pipeline.dry_run import describe
@@ -109,9 +110,8 @@ def test_sizes_equal_the_files(mixed: tuple[Path, Report]) -> None:
 
 def test_hashes_and_files_of_the_folder(place: Path, mixed: tuple[Path, Report]) -> None:
     folder = mixed[0]
-    hashes = read(folder / "reproduce/sha256.json")
-    assert hashes == {"model.safetensors": file_hash(folder / "model.safetensors")}
-    for name in ("config.yaml", "plan.json", "sensitivity.json", "checksums.json", "packages.json"):
+    assert weight_hashes(folder) == {"model.safetensors": file_hash(folder / "model.safetensors")}
+    for name in ("config.yaml", "plan.json", "sensitivity.json", "checksums.json", "manifest.json", "packages.json"):
         assert (folder / "reproduce" / name).is_file()
     assert (folder / "tokenizer.json").read_bytes() == (place / "model/tokenizer.json").read_bytes()
     assert not list(place.glob(".*hawqtool*"))

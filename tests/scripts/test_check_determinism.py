@@ -47,7 +47,8 @@ def test_the_script_sees_a_difference(place: Path, tmp_path: Path) -> None:
         "import json, os, pathlib, sys\n"
         "out = pathlib.Path(sys.argv[sys.argv.index('-o') + 1]) / 'reproduce'\n"
         "out.mkdir(parents=True)\n"
-        "(out / 'sha256.json').write_text(json.dumps({'model.safetensors': os.urandom(8).hex()}))\n"
+        "files = {'config.json': {}, 'model.safetensors': {'sha256': os.urandom(8).hex()}}\n"
+        "(out / 'manifest.json').write_text(json.dumps({'files': files}))\n"
         "(out / 'plan.json').write_text(json.dumps({'layers': []}))\n"
     )
     (changing / "__init__.py").write_text("")

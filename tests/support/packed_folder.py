@@ -15,6 +15,7 @@ from hawqtool.checkpoint.index import CheckpointIndex, read_index
 from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.export.compressed_tensors import quantization_config
 from hawqtool.export.layout import DEFAULT_SHARD_BYTES, Layout, plan_layout
+from hawqtool.export.manifest import seal
 from hawqtool.export.packed_reader import relative_weight_error
 from hawqtool.export.writer import CheckpointWriter, copy_small_files, write_config
 from hawqtool.formats import QuantFormat, parse_label
@@ -90,6 +91,7 @@ def write_packed(
     others = sorted({"lm_head", *specs} - set(chosen))
     write_config(source, folder, quantization_config(chosen, units, others, {}))
     write_records(folder, layout, chosen, specs, others, writer.checksums, errors)
+    seal(folder, {"schema": "hawqtool.report/1"})
     return layout
 
 

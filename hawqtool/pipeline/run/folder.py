@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from hawqtool.errors import HawqError, InputLostError, ResourceError, UsageError, disk_errors
+from hawqtool.export.manifest import weight_hashes
 from hawqtool.pipeline.run.checkpoints import Checkpoints
 from hawqtool.pipeline.run.files import PART
 from hawqtool.runtime.reporter import Reporter
@@ -280,15 +280,6 @@ class _Lock:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, str(os.getpid()).encode(), 0)
         return current
-
-
-def weight_hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of the weight files of an output, as it records them; empty where there is no such record."""
-    try:
-        found = json.loads((folder / "reproduce" / "sha256.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _shown(value: Any) -> str:

@@ -22,7 +22,7 @@ from hawqtool.data.tokens import overlap
 from hawqtool.export.engines import engines
 from hawqtool.formats import SHAPE_TENSOR_BYTES, parse_label
 from hawqtool.parsing import ParseError, load_json
-from hawqtool.pipeline.run.files import REPORT_SCHEMA, file_hash, write_json
+from hawqtool.pipeline.run.files import REPORT_SCHEMA, write_json
 from hawqtool.pipeline.run.job import Job
 from hawqtool.records import BitPlan, Rows
 from hawqtool.report.card import model_card
@@ -177,7 +177,7 @@ def _costs_name(path: str) -> str:
 
 
 def write_reproduce(job: Job, folder: Path, sensitivity: dict[str, Any] | None) -> None:
-    """Add config.yaml, sensitivity.json, the file of costs, package versions and file hashes to ``reproduce/``."""
+    """Add config.yaml, sensitivity.json, the file of costs and package versions to ``reproduce/``."""
     target = folder / "reproduce"
     # The baseline is no part of the output, and without it a regression cannot be judged.
     left_out = {"baseline", "max_regression"}
@@ -192,7 +192,6 @@ def write_reproduce(job: Job, folder: Path, sensitivity: dict[str, Any] | None) 
         target / "packages.json",
         {"hawqtool": __version__, "python": platform.python_version(), "machine": platform.machine(), **versions},
     )
-    write_json(target / "sha256.json", {f.name: file_hash(f) for f in sorted(folder.glob("model*.safetensors"))})
 
 
 def write_card(source: Path, folder: Path, report: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from hawqtool.checkpoint.index import read_index
 from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.errors import InputError
 from hawqtool.export import packed_reader as module
+from hawqtool.export.manifest import seal
 from hawqtool.export.packed_reader import (
     packed_parts,
     packed_weight_error,
@@ -55,10 +56,16 @@ def folder(clean: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(clean, tmp_path / "out"))
 
 
+def reseal(folder: Path) -> None:
+    """A manifest that agrees with what the folder holds: the checks below it must do without its help."""
+    seal(folder, json.loads((folder / "report.json").read_text()))
+
+
 def edit_json(path: Path, change: Callable[[Any], Any]) -> None:
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
+    reseal(path.parent.parent if path.parent.name == "reproduce" else path.parent)
 
 
 def edit_config(folder: Path, change: Callable[[Any], Any]) -> None:
@@ -75,6 +82,7 @@ def edit_tensor(folder: Path, name: str, change: Callable[[Tensor], Any], checks
     stored = tensor.view(-1).view(torch.uint8).numpy().tobytes()
     data[info.start : info.start + info.num_bytes] = stored
     info.file.write_bytes(data)
+    reseal(folder)
     if checksum:
         digest = hashlib.sha256(stored).hexdigest()
         edit_json(folder / "reproduce/checksums.json", lambda record: record["tensors"].update({name: digest}))
@@ -234,6 +242,35 @@ def test_group_fields(folder: Path, source: Path) -> None:
     only(verify_folder(folder), f"config group {label}", "int-quantized")
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("kv_cache_scheme", {"num_bits": 8, "type": "float"}),
+        ("global_compression_ratio", 2.0),
+        ("transform_config", {"config_groups": {"R1": {"type": "hadamard"}}}),
+        ("sparsity_config", {"format": "sparse-24-bitmask"}),
+        ("run_compressed", True),
+    ],
+)
+def test_keys_that_are_never_written(folder: Path, key: str, value: object) -> None:
+    edit_config(folder, lambda c: c.update({key: value}))
+    only(verify_folder(folder), key, "remove it")
+
+
+@pytest.mark.parametrize(("key", "value"), [("actorder", "group"), ("zp_dtype", "int8"), ("observer", "mse")])
+def test_keys_of_weights_that_are_never_written(folder: Path, source: Path, key: str, value: object) -> None:
+    label = label_of(source, DOWN)
+    edit_config(folder, lambda c: c["config_groups"][label]["weights"].update({key: value}))
+    only(verify_folder(folder), f"weights of config group {label} has {key}")
+    edit_config(folder, lambda c: c["config_groups"][label]["weights"].update({key: None}))
+    assert verify_folder(folder).problems == ()
+
+
+def test_ignore_of_a_module_that_does_not_exist(folder: Path) -> None:
+    edit_config(folder, lambda c: c["ignore"].append("model.router"))
+    only(verify_folder(folder), "ignore names model.router, which is no unquantized linear")
+
+
 @pytest.mark.parametrize("key", ["symmetric", "type", "dynamic", "strategy"])
 def test_weights_fields(folder: Path, source: Path, key: str) -> None:
     label = label_of(source, DOWN)
@@ -325,12 +362,16 @@ def test_records(folder: Path) -> None:
     edit_json(plan, lambda p: p.update(total_bytes=5))
     some(verify_folder(folder), "reproduce/plan.json says 5")
     plan.write_text("{}")
+    reseal(folder)
     only(verify_folder(folder), "reproduce/plan.json does not have the expected fields")
     plan.write_text("{")
+    reseal(folder)
     only(verify_folder(folder), "reproduce/plan.json is not readable JSON")
     plan.unlink()
+    reseal(folder)
     only(verify_folder(folder), "reproduce/plan.json is missing")
     (folder / "reproduce/checksums.json").unlink()
+    reseal(folder)
     some(verify_folder(folder), "reproduce/checksums.json is missing")
 
 
