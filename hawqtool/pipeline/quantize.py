@@ -117,18 +117,9 @@ def _quantized(
         report["warnings"] += planner.table.warnings
     with Stopwatch(timings, "verify"), disk_errors(folder):
         _complete(job, folder, planner.document if planner else None, report)
-<<<<<<< HEAD
-    write_json(folder / "report.json", report)
+    report = seal(folder, report)
     with disk_errors(folder):
         write_page(folder)
-=======
-    report = seal(folder, report)
-    if matplotlib_installed():
-        with disk_errors(folder):
-            write_page(folder)
-    else:
-        context.reporter.say(f"report.html was not drawn: it {NEEDS_MATPLOTLIB}")
->>>>>>> ee06754 (Verify finds any changed, added or lost file, and keys that are never written)
     return folder, report
 
 
