@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,30 @@ def relative_weight_error(weight: Tensor, restored: Tensor) -> float:
         weight: ``[out, in]`` in the source's dtype.
         restored: ``[out, in]`` from `dequantize`, in the scale's dtype.
     """
-    return _ratio([_row_errors(weight, restored)])
+    original = weight.float()
+    squares = torch.stack([(restored.float() - original).square_(), original.square()])
+    return _ratio([squares.sum(-1).double()])
 
 
-def packed_weight_error(
+@dataclass(frozen=True)
+class PackedErrors:
+    """How a packed module differs from the source's weight.
+
+    Args:
+        relative: As `relative_weight_error`.
+        error: Squared error per scale, ``[out, groups]`` float32.
+        energy: Squared weights per scale, ``[out, groups]`` float32.
+    """
+
+    relative: float
+    error: Tensor
+    energy: Tensor
+
+
+def packed_errors(
     weight: Tensor, parts: Mapping[str, Tensor], quant_format: QuantFormat, device: torch.device
-) -> float:
-    """`relative_weight_error` of a packed module, a few rows at a time.
+) -> PackedErrors:
+    """Errors of a packed module, a few rows at a time.
 
     Args:
         weight: ``[out, in]`` in the source's dtype.
@@ -49,25 +67,24 @@ def packed_weight_error(
     rows, columns = weight.shape
     zeros = None if quant_format.symmetric else unpack_zeros(parts[ZERO_POINT], quant_format.bits, rows)
     step = max(1, _SLICE_WEIGHTS.get(device.type, 1 << 20) // max(columns, 1))
-    found = []
+    groups = parts[SCALE].shape[1]
+    found, by_scale = [], []
     for start in range(0, max(rows, 1), step):
         some = slice(start, start + step)
         codes = unpack_codes(parts[PACKED][some].to(device), quant_format.bits, columns)
         shifts = None if zeros is None else zeros[some].to(device)
         restored = dequantize(codes, parts[SCALE][some].to(device), shifts)
-        found.append(_row_errors(weight[some].to(device), restored))
-    return _ratio(found)
-
-
-def _row_errors(weight: Tensor, restored: Tensor) -> Tensor:
-    """Squared error and squared weights of every row: ``[2, out]`` float64."""
-    original = weight.float()
-    # Products round to the scale's dtype in every loader: at 8 bits that rounding is part of the error.
-    error = (restored.float() - original).square_().sum(-1)
-    return torch.stack([error, original.square().sum(-1)]).double()
+        original = weight[some].to(device).float()
+        # Products round to the scale's dtype in every loader: at 8 bits that rounding is part of the error.
+        squares = torch.stack([(restored.float() - original).square_(), original.square()])
+        found.append(squares.sum(-1).double())
+        by_scale.append(squares.view(2, len(original), groups, -1).sum(-1).cpu())
+    error, energy = torch.cat(by_scale, 1)
+    return PackedErrors(_ratio(found), error, energy)
 
 
 def _ratio(rows: list[Tensor]) -> float:
+    """Of squared errors and squared weights by row, ``[2, rows]`` float64 each."""
     error, energy = torch.cat(rows, 1).sum(1)
     return float(error / energy.clamp_min(torch.finfo(torch.float64).tiny))
 

@@ -20,25 +20,13 @@ from hawqtool.export.packed_reader import (
     PACKED,
     SCALE,
     ZERO_POINT,
+    packed_errors,
     packed_parts,
-    packed_weight_error,
-    unpack_parts,
 )
 from hawqtool.export.packing import pack_zeros, unpack_zeros
+from hawqtool.export.plausibility import error_bound_problems, gain_problems, half_step_bounds
 from hawqtool.formats import CHANNEL, QuantFormat
 from hawqtool.records import LayerFormats
-from hawqtool.rounding.grid import dequantize
-
-MAX_GROUP_ERROR = 1.5
-"""Squared error over squared weights of one scale's weights that is not plausible; dropping them gives 1.
-
-Only for modules without a recorded error, which is the exact check: compensated rounding at 2 bits in groups of 32
-reached 2.8 in two groups of a real encoder."""
-
-QUIET_GROUP = 0.25
-"""Groups with less than this share of their row's mean energy are judged as if they had it.
-
-Feedback may fill a quiet group: at 2 bits its error can be several times its energy, and is still harmless."""
 
 _THREADS = 4
 """Tensors that are checked at a time. Each worker may hold a weight of the source."""
@@ -150,7 +138,7 @@ def copy_problems(reader: TensorReader, source: TensorReader, changed: Collectio
     Args:
         reader: The packed folder.
         source: The original.
-        changed: Norm gains that were learned: finite tensors of another value; nothing else may be among them.
+        changed: Norm gains that were learned: finite tensors near the source's; nothing else may be among them.
     """
     index, packed = reader.index, set(packed_modules(reader.index))
 
@@ -161,7 +149,7 @@ def copy_problems(reader: TensorReader, source: TensorReader, changed: Collectio
         if _kind(found) != _kind(info):
             return [f"tensor {name} is {_kind(found)}; the source has {_kind(info)}; write it again"]
         if name in changed:
-            return _gain_problems(reader, name)
+            return _gain_problems(reader, source, name)
         if any(a != b for a, b in zip(reader.chunks(name), source.chunks(name), strict=True)):
             return [f"tensor {name} differs from the source's; expected equal bytes; write it again"]
         return []
@@ -176,12 +164,13 @@ def copy_problems(reader: TensorReader, source: TensorReader, changed: Collectio
     ]
 
 
-def _gain_problems(reader: TensorReader, name: str) -> list[str]:
+def _gain_problems(reader: TensorReader, source: TensorReader, name: str) -> list[str]:
     if not is_gain(name):
         return [f"tensor {name} is recorded as changed; expected norm gains alone to be; write it again"]
-    if not bool(torch.isfinite(reader.tensor(name)).all()):
+    gain = reader.tensor(name)
+    if not bool(torch.isfinite(gain).all()):
         return [f"tensor {name} holds NaN or Inf; expected finite gains; write it again"]
-    return []
+    return gain_problems(name, gain, source.tensor(name))
 
 
 def error_problems(
@@ -192,13 +181,13 @@ def error_problems(
     transposed: Collection[str],
     device: torch.device,
 ) -> list[str]:
-    """Packed modules that do not approximate the source's weight as recorded.
+    """Packed modules that do not approximate the source's weight as recorded, or as rounding cannot.
 
     Args:
         reader: The packed folder.
         source: The original.
         formats: Formats of the consistent packed modules.
-        recorded: Relative squared weight error by module; modules that are absent are judged by groups only.
+        recorded: Relative squared weight error by module.
         transposed: Modules whose weight the source stores as ``[in, out]``.
         device: Where weights are compared.
     """
@@ -224,35 +213,16 @@ def _error_problems(
     if found != ([columns, rows] if module in transposed else [rows, columns]):
         return [f"{module}.weight_shape is {[rows, columns]}; the source's weight has {found}"]
     weight = source.tensor(name).t() if module in transposed else source.tensor(name)
-    parts = packed_parts(reader, module)
-    if module not in recorded:
-        restored = dequantize(*unpack_parts(parts, quant_format, (rows, columns)))
-        return _group_problems(module, weight, restored, quant_format.num_groups(columns))
-    measured, expected = packed_weight_error(weight, parts, quant_format, device), float(recorded[module])
-    if math.isclose(measured, expected, rel_tol=ERROR_TOLERANCE, abs_tol=1e-12):
-        return []
+    found_errors = packed_errors(weight, packed_parts(reader, module), quant_format, device)
+    measured, expected = found_errors.relative, recorded.get(module)
+    if expected is None:
+        return [f"{module} has no weight_error in reproduce/checksums.json; expected one; write it again"]
+    if math.isclose(measured, float(expected), rel_tol=ERROR_TOLERANCE, abs_tol=1e-12):
+        bound = half_step_bounds(weight, quant_format)
+        return error_bound_problems(module, found_errors.error, found_errors.energy, bound)
     return [
         f"{module}: relative squared weight error is {measured:.6g}; reproduce/checksums.json says {expected:.6g}; "
         "codes or scales of this module changed"
-    ]
-
-
-def _group_problems(module: str, weight: torch.Tensor, restored: torch.Tensor, groups: int) -> list[str]:
-    rows = weight.shape[0]
-    original = weight.float().reshape(rows, groups, -1)
-    error = (restored.float().view(rows, groups, -1) - original).square().sum(-1)
-    energy = original.square().sum(-1)
-    floor = (QUIET_GROUP * energy.mean(-1, keepdim=True)).clamp_min(torch.finfo(torch.float32).tiny)
-    relative = error / torch.maximum(energy, floor)
-    # Not "relative > limit": a NaN must count as a problem.
-    bad = (~(relative <= MAX_GROUP_ERROR)).nonzero()
-    if not len(bad):
-        return []
-    row, group = bad[0].tolist()
-    worst = float(relative[row, group])
-    return [
-        f"{module}: row {row}, group {group} ({len(bad)} such groups) has relative squared error {worst:.3g}; "
-        + f"expected at most {MAX_GROUP_ERROR}; its scale or codes are wrong, write it again"
     ]
 
 

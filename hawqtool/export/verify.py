@@ -21,7 +21,7 @@ from hawqtool.export.config_checks import (
     structure_problems,
     target_problems,
 )
-from hawqtool.export.manifest import MANIFEST_FILE, is_manifest, manifest_problems, source_file_problems
+from hawqtool.export.manifest import MANIFEST_FILE, REPORT_FILE, is_manifest, manifest_problems, source_file_problems
 from hawqtool.export.packed_reader import read_config
 from hawqtool.export.tensor_checks import (
     checksum_problems,
@@ -31,7 +31,7 @@ from hawqtool.export.tensor_checks import (
     scale_problems,
     zero_point_problems,
 )
-from hawqtool.parsing import ParseError, load_json
+from hawqtool.parsing import MAX_RECORD_BYTES, MAX_RECORD_VALUES, ParseError, load_json
 from hawqtool.records import LayerFormats
 
 PLAN_FILE = "reproduce/plan.json"
@@ -84,6 +84,7 @@ def verify_folder(
         problems += found
         if manifest:
             problems += manifest_problems(folder, index, manifest, hash_all=checksums is None)
+        problems += _learned_problems(folder, (checksums or {}).get("changed", []))
     if not packed:
         problems.append(f"{folder} has no packed module; expected *.weight_packed tensors; pass an output folder")
 
@@ -128,6 +129,19 @@ def _model_config_problems(config: dict[str, Any], source: dict[str, Any]) -> li
 def _text(value: Any) -> str:
     """A value of JSON as text: NaN, which Python's JSON knows, is equal to itself there."""
     return json.dumps(value, sort_keys=True)
+
+
+def _learned_problems(folder: Path, changed: list[str]) -> list[str]:
+    """Learned norm gains in a folder whose report tells of no training."""
+    try:
+        report = load_json(folder / REPORT_FILE, MAX_RECORD_BYTES, MAX_RECORD_VALUES)
+    except ParseError:
+        return []  # a problem of the manifest
+    config = report.get("config") if isinstance(report, dict) else None
+    steps = config if isinstance(config, dict) else {}
+    if not changed or steps.get("refine_steps") or steps.get("distill_steps"):
+        return []
+    return [f"tensor {changed[0]} is recorded as learned, but {REPORT_FILE} has no training steps; write it again"]
 
 
 def _record(folder: Path, name: str, is_valid: Any) -> tuple[dict[str, Any] | None, list[str]]:

@@ -20,12 +20,12 @@ from hawqtool.errors import InputError
 from hawqtool.export import packed_reader as module
 from hawqtool.export.manifest import seal
 from hawqtool.export.packed_reader import (
+    packed_errors,
     packed_parts,
-    packed_weight_error,
     relative_weight_error,
     unpack_parts,
 )
-from hawqtool.export.tensor_checks import _group_problems
+from hawqtool.export.packing import pack_codes
 from hawqtool.export.verify import VerifyReport, verify_folder
 from hawqtool.formats import QuantFormat, parse_label
 from hawqtool.rounding.grid import dequantize
@@ -324,22 +324,72 @@ def test_one_scale_too_large_is_caught_by_the_error_alone(folder: Path, source: 
     only(verify_folder(folder, source), f"{Q}: relative squared weight error")
 
 
-def test_feedback_into_a_quiet_group_is_no_problem() -> None:
-    # What compensated rounding does at 2 bits: errors of loud groups move into one that was nearly zero.
-    weight = torch.ones(4, 64)
-    weight[:, 32:] *= 0.1
-    restored = weight.clone()
-    restored[:, 32:] += 0.2
-    assert _group_problems("m", weight, restored, 2) == []
-    restored[:, 32:] += 0.8
-    assert "m: row 0, group 1" in _group_problems("m", weight, restored, 2)[0]
-
-
-def test_one_wrong_group_is_named_without_a_recorded_error(folder: Path, source: Path) -> None:
-    edit_tensor(folder, f"{Q}.weight_scale", lambda t: t[5, -1].mul_(-1), checksum=True)
-    edit_json(folder / "reproduce/checksums.json", lambda record: record.pop("weight_error"))
+def test_a_weight_without_a_recorded_error(folder: Path, source: Path) -> None:
+    edit_json(folder / "reproduce/checksums.json", lambda record: record["weight_error"].pop(Q))
     assert verify_folder(folder).problems == ()
-    only(verify_folder(folder, source), f"{Q}: row 5, group")
+    only(verify_folder(folder, source), f"{Q} has no weight_error")
+
+
+def forge(folder: Path, source: Path, module: str, change: Callable[[Tensor], Any], part: str) -> None:
+    """Change a packed module and all records of it, as someone would who knows them."""
+    edit_tensor(folder, f"{module}{part}", change, checksum=True)
+    fmt = mixed_formats(linear_specs(read_index(source)))[module]
+    weight = TensorReader(read_index(source)).tensor(f"{module}.weight")
+    parts = packed_parts(TensorReader(read_index(folder)), module)
+    error = packed_errors(weight, parts, fmt, torch.device("cpu")).relative
+    edit_json(folder / "reproduce/checksums.json", lambda record: record["weight_error"].update({module: error}))
+    assert verify_folder(folder).problems == ()
+
+
+@pytest.mark.parametrize("layer", range(7))
+@pytest.mark.parametrize("role", ["self_attn.q_proj", "mlp.down_proj"])
+def test_random_codes_with_forged_records(folder: Path, source: Path, layer: int, role: str) -> None:
+    """At every width: the cycle of formats meets all seven."""
+    module = f"model.layers.{layer}.{role}"
+    fmt = mixed_formats(linear_specs(read_index(source)))[module]
+
+    def change(packed: Tensor) -> None:
+        columns = 128 if "down" in role else 64
+        codes = torch.randint(fmt.min_code, fmt.max_code + 1, (len(packed), columns), dtype=torch.int8)
+        packed.copy_(pack_codes(codes, fmt.bits))
+
+    forge(folder, source, module, change, ".weight_packed")
+    only(verify_folder(folder, source), f"{module}: the module has relative squared weight error", "at most")
+
+
+def test_one_wrong_group_with_forged_records(folder: Path, source: Path) -> None:
+    forge(folder, source, DOWN, lambda t: t[5, -1].mul_(-1), ".weight_scale")
+    only(verify_folder(folder, source), f"{DOWN}: row 5 has" if label_of(source, DOWN)[-2:] == "ch" else f"{DOWN}: row")
+
+
+def test_one_zeroed_row_with_forged_records(folder: Path, source: Path) -> None:
+    module = next(n for n, f in mixed_formats(linear_specs(read_index(source))).items() if f.bits == 4)
+    forge(folder, source, module, lambda t: t[5].mul_(1e-6), ".weight_scale")
+    only(verify_folder(folder, source), f"{module}: row 5")
+
+
+NORM = "model.norm.weight"
+
+
+def learned(folder: Path, change: Callable[[Tensor], Any]) -> None:
+    """A norm's gain that is recorded as learned, in a run that trained."""
+    edit_tensor(folder, NORM, change, checksum=True)
+    edit_json(folder / "reproduce/checksums.json", lambda record: record.update(changed=[NORM]))
+    edit_json(folder / "report.json", lambda report: report.update(config={"refine_steps": 8}))
+
+
+def test_learned_gains(folder: Path, source: Path) -> None:
+    learned(folder, lambda t: t.mul_(1.05))
+    assert verify_folder(folder, source).problems == ()
+    edit_json(folder / "report.json", lambda report: report.update(config={"refine_steps": 0}))
+    only(verify_folder(folder), f"{NORM} is recorded as learned, but report.json has no training steps")
+
+
+@pytest.mark.parametrize("change", [lambda t: t.zero_(), lambda t: t.mul_(2), lambda t: t[:1].mul_(-1)])
+def test_gains_that_no_training_gives(folder: Path, source: Path, change: Callable[[Tensor], Any]) -> None:
+    learned(folder, change)
+    assert verify_folder(folder).problems == ()
+    only(verify_folder(folder, source), f"tensor {NORM} is recorded as learned and differs by")
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
@@ -423,4 +473,6 @@ def test_errors_of_a_few_rows_at_a_time_are_those_of_the_whole(
     for name, fmt in mixed_formats(linear_specs(read_index(source))).items():
         weight, parts = original.tensor(f"{name}.weight"), packed_parts(reader, name)
         restored = dequantize(*unpack_parts(parts, fmt, (len(weight), weight.shape[1])))
-        assert packed_weight_error(weight, parts, fmt, torch.device("cpu")) == relative_weight_error(weight, restored)
+        assert packed_errors(weight, parts, fmt, torch.device("cpu")).relative == relative_weight_error(
+            weight, restored
+        )

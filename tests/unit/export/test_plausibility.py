@@ -1,0 +1,74 @@
+"""Bounds on rounding: nearest rounding keeps them by their derivation, and what is no rounding does not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hawqtool.export.plausibility import GAIN_LIMIT, error_bound_problems, gain_problems, half_step_bounds
+from hawqtool.formats import QuantFormat
+from tests.support.packed_folder import round_nearest
+
+ROWS, COLUMNS = 8, 128
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_nearest_rounding_keeps_the_bound_of_its_grid(bits: int, symmetric: bool, scale: float) -> None:
+    """On the grid that spans the range: whatever the weights, no scale's error is above n s² / 4."""
+    quant_format = QuantFormat(bits, 32, symmetric)
+    for seed in range(5):
+        weight = scale * torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(seed)).pow(3)
+        grouped = weight.view(ROWS, -1, 32).double()
+        low, high = grouped.amin(-1).clamp_max(0), grouped.amax(-1).clamp_min(0)
+        if symmetric:
+            high = grouped.abs().amax(-1)
+            low = -high
+        step = ((high - low) / (2**bits - 1)).unsqueeze(-1)
+        centred = (grouped - low.unsqueeze(-1)) / step  # levels 0 to 2^b - 1, whose ends are the range's
+        error = (centred.round().clamp(0, 2**bits - 1) - centred).mul(step).square().sum(-1)
+        assert (error <= half_step_bounds(weight, quant_format) * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("group_size", [32, 64, 0])
+def test_plain_rounding_is_no_problem_and_other_weights_are(bits: int, group_size: int) -> None:
+    quant_format = QuantFormat(bits, group_size)
+    weight = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(bits))
+    layer = round_nearest("m", weight, quant_format)
+    groups = quant_format.num_groups(COLUMNS)
+    restored = (layer.codes.view(ROWS, groups, -1) * layer.scales.unsqueeze(-1)).view_as(weight)
+    for other, bad in ((weight, False), (weight.flip(0), True), (-weight, True)):
+        error = (restored - other).square().view(ROWS, groups, -1).sum(-1)
+        energy = other.square().view(ROWS, groups, -1).sum(-1)
+        found = error_bound_problems("m", error, energy, half_step_bounds(other, quant_format))
+        assert bool(found) == bad and len(found) <= 1
+        assert not found or found[0].startswith("m: the module has relative squared weight error")
+
+
+def test_nan_is_a_problem() -> None:
+    one = torch.ones(2, 2)
+    assert error_bound_problems("m", one * float("nan"), one, one)
+
+
+def test_weights_that_are_zero_are_no_problem() -> None:
+    zero = torch.zeros(2, 2)
+    assert error_bound_problems("m", zero, zero, zero) == []
+
+
+def test_feedback_into_a_quiet_group_is_no_problem() -> None:
+    # Compensated rounding at 2 bits: errors of loud groups move into one that was nearly zero.
+    energy = torch.tensor([[32.0, 0.32]]).repeat(4, 1)
+    bound = 0.5 * energy
+    assert error_bound_problems("m", torch.tensor([[3.0, 4.0]]).repeat(4, 1), energy, bound) == []
+    assert error_bound_problems("m", torch.tensor([[40.0, 40.0]]).repeat(4, 1), energy, bound)
+
+
+def test_gains() -> None:
+    gain = torch.tensor([1.0, 0.5, -1.0, 0.0])
+    assert gain_problems("n", gain * 1.2, gain) == []
+    assert gain_problems("n", gain + GAIN_LIMIT / 2, gain) == []
+    assert "differs by 1 of" in gain_problems("n", torch.zeros(4), gain)[0]
+    assert gain_problems("n", torch.full((4,), float("nan")), gain)
+    assert gain_problems("n", torch.zeros(0), torch.zeros(0)) == []
