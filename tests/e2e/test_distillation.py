@@ -18,7 +18,7 @@ from hawqtool.pipeline.stages.refine import split_rows
 from hawqtool.pipeline.stages.write import round_to_folder
 from hawqtool.records import Rows
 from tests.e2e.test_refinement import job_of, plan_of
-from tests.support.runs import Run, read
+from tests.support.runs import Run, completed, read
 from tests.support.tiny_zoo import calibration_inputs, kind_named, save_kind
 
 KINDS = ("qwen3", "gpt2", "mixtral", "bert")
@@ -38,7 +38,8 @@ def test_the_folder_has_the_divergence_that_was_reported(name: str, codes: bool,
     with torch.no_grad():
         measured = evaluator.evaluate(tmp_path / "out", "out")["held"].divergence
     assert measured == pytest.approx(record["error_after"], rel=1e-3)
-    assert verify_folder(tmp_path / "out", tmp_path / "source").problems == ()
+    folder = completed(tmp_path / "out", tmp_path / "source", distill_steps=STEPS)
+    assert verify_folder(folder, tmp_path / "source").problems == ()
     assert sum(f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors")) == found["total_bytes"]
 
 
@@ -59,7 +60,8 @@ def test_codes_stay_and_only_scales_and_gains_change(place: Path, tmp_path: Path
     assert gains <= set(read(tmp_path / f"{STEPS}/reproduce/checksums.json")["changed"])
     assert any(name.endswith(PACKED) for name in plain)
     assert found["distillation"]["error_after"] < found["distillation"]["error_before"]
-    assert verify_folder(tmp_path / str(STEPS), place / "model").problems == ()
+    folder = completed(tmp_path / str(STEPS), place / "model", distill_steps=STEPS)
+    assert verify_folder(folder, place / "model").problems == ()
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -71,6 +73,7 @@ def test_codes_are_learned_where_that_is_asked_for(symmetric: bool, place: Path,
         folder = tmp_path / str(codes)
         found[codes] = round_to_folder(RunContext(job), plan_of(job, 2), rows, folder, "test")["distillation"]
         files[codes] = load_file(folder / "model.safetensors")
+        completed(folder, place / "model", distill_steps=STEPS)
         assert verify_folder(folder, place / "model").problems == ()
     changed = {name for name, tensor in files[False].items() if not torch.equal(tensor, files[True][name])}
     assert any(name.endswith(PACKED) for name in changed)

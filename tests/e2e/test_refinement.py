@@ -24,7 +24,7 @@ from hawqtool.pipeline.stages.write import round_to_folder
 from hawqtool.records import BitPlan, Rows
 from hawqtool.rounding.learned.block import output_error
 from hawqtool.streaming.block import advance
-from tests.support.runs import PACKED, Run, read
+from tests.support.runs import PACKED, Run, completed, read
 from tests.support.tiny_zoo import calibration_inputs, kind_named, save_kind
 
 KINDS = ("qwen3", "gpt2", "mixtral", "bert")
@@ -66,7 +66,8 @@ def test_the_folder_gives_the_errors_that_were_reported(name: str, tmp_path: Pat
     assert any(block["best_step"] > 0 for block in record.values())
     expected = [block["error_after"] for block in record.values()]
     assert block_errors(job, tmp_path / "out", split_rows(rows)[1]) == pytest.approx(expected, rel=1e-3)
-    assert verify_folder(tmp_path / "out", tmp_path / "source").problems == ()
+    folder = completed(tmp_path / "out", tmp_path / "source", refine_steps=STEPS)
+    assert verify_folder(folder, tmp_path / "source").problems == ()
     assert sum(f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors")) == found["total_bytes"]
 
 
@@ -76,7 +77,8 @@ def test_asymmetric_layers_are_refined_too(place: Path, tmp_path: Path) -> None:
     found = round_to_folder(RunContext(job), plan_of(job, 2), Rows(rows, "test", "-"), tmp_path / "out", "test")
     expected = [block["error_after"] for block in found["refinement"].values()]
     assert block_errors(job, tmp_path / "out", split_rows(rows)[1]) == pytest.approx(expected, rel=1e-3)
-    assert verify_folder(tmp_path / "out", place / "model").problems == ()
+    folder = completed(tmp_path / "out", place / "model", refine_steps=STEPS)
+    assert verify_folder(folder, place / "model").problems == ()
 
 
 @pytest.fixture(scope="module")

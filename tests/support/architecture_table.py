@@ -15,13 +15,13 @@ from hawqtool.allocation.problem import stored_bytes
 from hawqtool.allocation.uniform import uniform_formats
 from hawqtool.config import RunConfig
 from hawqtool.errors import HawqError
-from hawqtool.export.writer import copy_small_files
 from hawqtool.model.skeleton import build_skeleton
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.job import Job, prepare
 from hawqtool.pipeline.stages.write import round_to_folder
 from hawqtool.records import BitPlan, Rows
 from tests.support.replay64 import excesses, load, put_in_place, read_packed, replay, run, silence_loaders
+from tests.support.runs import completed
 from tests.support.tiny_zoo import SUPPORTED, Kind, calibration_inputs, save_kind
 
 WIDTHS = (3, 4, 2, 8)
@@ -71,7 +71,7 @@ def examine(kind: Kind, place: Path) -> Examined:
     inputs = calibration_inputs(kind)
     job = prepare_kind(kind, source)
     round_to_folder(RunContext(job), mixed_plan(job), Rows(inputs, "test", "-"), folder, "test")
-    copy_small_files(source, folder)
+    completed(folder, source)
     packed = read_packed(folder)
     formats, scales = ({n: getattr(p, field) for n, p in packed.items()} for field in ("quant_format", "scales"))
     expected = replay(kind, source, inputs, formats, STORED, scales)

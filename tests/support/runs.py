@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from hawqtool.config import RunConfig
+from hawqtool.export.manifest import seal
 from hawqtool.export.packed_reader import PackedReader
+from hawqtool.export.writer import copy_small_files
 from hawqtool.pipeline import quantize
 from hawqtool.pipeline.measure import run_measure
 from hawqtool.pipeline.quantize import run_quantize
@@ -98,6 +100,13 @@ def edited(source: Path, target: Path, change: Callable[[dict[str, Any]], None])
     change(document)
     target.write_text(json.dumps(document))
     return target
+
+
+def completed(folder: Path, source: Path, **config: Any) -> Path:
+    """A folder that was only rounded, with what a whole run adds: the small files, a report, the manifest."""
+    copy_small_files(source, folder)
+    seal(folder, {"schema": "hawqtool.report/1", "config": config})
+    return folder
 
 
 def plan_bits(folder: Path) -> dict[str, int]:
