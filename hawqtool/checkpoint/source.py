@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hawqtool.checkpoint.companions import left_folders
 from hawqtool.checkpoint.links import check_links
 from hawqtool.errors import InputError, NumericalError, one_line
 from hawqtool.parsing import ParseError, load_json, short
@@ -29,7 +30,11 @@ ALLOW_PATTERNS = (
     "NOTICE*",
 )
 IGNORE_PATTERNS = (
-    "*/*",  # original/, onnx/ and the like: a checkpoint lies in the repository's top folder
+    "[!0-9a]*/*",  # original/, onnx/ and the like; modules of sentence encoders are 1_Pooling/, 2_Dense/ ...
+    "[0-9][!0-9_]*/*",
+    "a[!d]*/*",  # ... and additional_chat_templates/ holds named chat templates
+    "adapter*/*",
+    "*/*/*",
     "consolidated*",
     "model.*.safetensors",  # variants such as model.fp16.safetensors
     "model-*.*.safetensors",
@@ -60,9 +65,15 @@ class ResolvedModel:
     @property
     def warnings(self) -> list[str]:
         """What the user must know of where the model comes from."""
-        if not self.runs_code:
-            return []
-        return [f"--trust-remote-code: code that {self.spec} brings along was executed on this machine"]
+        found = []
+        if self.runs_code:
+            found.append(f"--trust-remote-code: code that {self.spec} brings along was executed on this machine")
+        folders = left_folders(self.folder)
+        if folders:
+            found.append(f"folders of the source that are not copied: {short(', '.join(folders))}")
+        if (self.folder / "adapter_config.json").is_file():
+            found.append("the source's adapter_config.json is not copied: its adapter is no part of the weights")
+        return found
 
 
 def hub_id(spec: str) -> tuple[str, str | None] | None:

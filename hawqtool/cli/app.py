@@ -8,6 +8,10 @@ import typer
 
 from hawqtool import __version__
 from hawqtool.cli import allocate, batch, config, evaluate, inspect, measure, presets, quantize, report, verify
+from hawqtool.runtime.stdout import accept_any_character, flush_streams
+
+CLOSED_PIPE = 141
+"""Exit code of a command whose reader is gone, as shells know it."""
 
 app = typer.Typer(
     name="hawqtool",
@@ -16,7 +20,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     epilog="Exit codes: 0 done, 2 usage or infeasible target, 3 gate failed, 4 input or model, 5 numerical, memory or "
-    "disk, 130 interrupted, 143 terminated.",
+    "disk, 130 interrupted, 141 closed pipe, 143 terminated.",
 )
 app.command("quantize")(quantize.quantize)
 app.command("measure")(measure.measure)
@@ -47,4 +51,11 @@ def _root(
 
 def main() -> None:
     """Entry point of the console script."""
-    app()
+    accept_any_character()
+    try:
+        app()
+    except SystemExit as end:
+        # typer and rich turn a closed pipe into exit code 1, which stands for bugs.
+        if flush_streams() and not isinstance(end.__context__, BrokenPipeError):
+            raise
+    raise SystemExit(CLOSED_PIPE)

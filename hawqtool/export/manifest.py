@@ -13,9 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hawqtool.checkpoint.companions import companion_files
 from hawqtool.checkpoint.index import INDEX_FILE, CheckpointIndex, read_header
 from hawqtool.errors import disk_errors
-from hawqtool.export.writer import small_files
+
 from hawqtool.parsing import MAX_RECORD_BYTES, MAX_RECORD_VALUES, ParseError, load_json
 
 MANIFEST_FILE = "reproduce/manifest.json"
@@ -125,7 +126,7 @@ def manifest_problems(folder: Path, index: CheckpointIndex, manifest: Mapping[st
 
 def source_file_problems(folder: Path, source: Path, index: CheckpointIndex) -> list[str]:
     """Small files that differ from the source's, and files that neither the source nor hawqtool has."""
-    copied = small_files(source)
+    copied = companion_files(source)
     problems = []
     for name in copied:
         if name in FREE_FILES:

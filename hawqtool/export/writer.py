@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from fnmatch import fnmatch
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -16,6 +15,7 @@ from typing import Any, BinaryIO, Self
 import torch
 from torch import Tensor
 
+from hawqtool.checkpoint.companions import companion_files
 from hawqtool.checkpoint.dtypes import dtype_name
 from hawqtool.checkpoint.index import INDEX_FILE, CheckpointIndex, read_header
 from hawqtool.checkpoint.reader import CHUNK_BYTES, TensorReader
@@ -24,30 +24,6 @@ from hawqtool.export.layout import Entry, Layout
 from hawqtool.export.packing import pack_codes, pack_zeros
 from hawqtool.parsing import ParseError, load_json
 from hawqtool.records import RoundedLayer
-
-WEIGHT_PATTERNS = (
-    "*.safetensors*",
-    "*.index.json",
-    "*.bin",
-    "*.pth",
-    "*.pt",
-    "*.ckpt*",
-    "*.pkl",
-    "*.gguf",
-    "*.ggml",
-    "*.onnx",
-    "*.onnx_data",
-    "*.h5",
-    "*.msgpack",
-    "*.npz",
-    "*.ot",
-    "*.tflite",
-    "consolidated*",
-)
-"""Weights in any form: the packed files replace them."""
-
-OWN_FILES = ("config.json", "readme.md", "report.json", "report.html")
-"""Files that the pipeline writes itself."""
 
 
 class CheckpointWriter:
@@ -233,32 +209,23 @@ def packed_tensors(layer: RoundedLayer) -> dict[str, Tensor]:
 
 
 def copy_small_files(source: Path, target: Path) -> tuple[str, ...]:
-    """Copy the tokenizer and the other small files (see `small_files`).
+    """Copy the tokenizer and the other files that belong to a checkpoint (see `companion_files`).
 
     Links are followed, because a hub cache holds links only.
 
     Returns:
-        Names of the files copied, sorted.
+        Paths of the files copied, relative to the folder, sorted.
 
     Raises:
+        InputError: As `companion_files`.
         NumericalError: If a file cannot be copied.
     """
+    names = companion_files(source)
     with disk_errors(target):
-        copied = small_files(source)
-        for name in copied:
+        for name in names:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, target / name)
-    return copied
-
-
-def small_files(source: Path) -> tuple[str, ...]:
-    """Names of a checkpoint's files beside its weights, sorted: never folders, hidden files or what we write."""
-    found = []
-    for path in sorted(source.iterdir()):
-        name = path.name.lower()
-        skipped = name.startswith(".") or name in OWN_FILES or any(fnmatch(name, p) for p in WEIGHT_PATTERNS)
-        if path.is_file() and not skipped:
-            found.append(path.name)
-    return tuple(found)
+    return names
 
 
 def write_config(source: Path, target: Path, quantization_config: dict[str, Any]) -> None:
