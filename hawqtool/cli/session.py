@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json as json_text
 import math
 import os
@@ -15,7 +16,7 @@ from hawqtool.cli.signals import Terminated, ending_signals
 from hawqtool.cli.terminal import Terminal
 from hawqtool.data.sources import is_hub
 from hawqtool.errors import DISK_ERRORS, HawqError, QualityError, one_line
-from hawqtool.parsing import printable
+from hawqtool.parsing import printable, short
 from hawqtool.runtime.malloc import configure_allocators
 
 INTERRUPTED, TERMINATED = 130, 143
@@ -51,11 +52,12 @@ def session(quiet: bool = False, debug: bool = False, json: bool = False) -> Ite
         code, failure = INTERRUPTED, f"interrupted: {_left(error)}"
     except Terminated as error:
         code, failure = TERMINATED, f"terminated: {_left(error)}"
-    except (MemoryError, RuntimeError, OSError) as error:
-        reason = None if debug else _resource_reason(error)
+    except (MemoryError, RuntimeError, OSError, ValueError) as error:
+        path = None if debug else _path_reason(error)
+        reason = path if debug or path else _resource_reason(error)
         if reason is None:
             raise
-        code, failure = 5, "; ".join([f"error: {reason}", *_notes(error)])
+        code, failure = 2 if path else 5, "; ".join([f"error: {reason}", *_notes(error)])
     finally:
         terminal.close()
     if code:
@@ -75,6 +77,16 @@ def _notes(error: BaseException) -> list[str]:
 
 def _left(error: BaseException) -> str:
     return "; ".join(_notes(error)) or "nothing was left behind"
+
+
+def _path_reason(error: BaseException) -> str | None:
+    """One line for a path that no file system takes; None for all else."""
+    advice = "expected the path of a file or folder; check the arguments"
+    if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        return f"{short(str(error.filename))} is no path to use ({error.strerror}); {advice}"
+    if isinstance(error, ValueError) and "embedded null" in str(error):
+        return f"a path holds a null character; {advice}"
+    return None
 
 
 def _resource_reason(error: BaseException) -> str | None:

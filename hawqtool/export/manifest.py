@@ -16,7 +16,6 @@ from typing import Any
 from hawqtool.checkpoint.companions import companion_files
 from hawqtool.checkpoint.index import INDEX_FILE, CheckpointIndex, read_header
 from hawqtool.errors import disk_errors
-
 from hawqtool.parsing import MAX_RECORD_BYTES, MAX_RECORD_VALUES, ParseError, load_json
 
 MANIFEST_FILE = "reproduce/manifest.json"

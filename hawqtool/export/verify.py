@@ -168,6 +168,7 @@ def _is_plan(content: Any) -> bool:
         isinstance(layer, dict)
         and isinstance(layer.get("name"), str)
         and isinstance(layer.get("unit", ""), str)
+        and isinstance(layer.get("module", ""), str)
         and isinstance(layer.get("bits"), int)
         and (isinstance(layer.get("group_size"), int) or layer.get("group_size") == "channel")
         and isinstance(layer.get("symmetric"), bool)

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from hawqtool.checkpoint.dtypes import DTYPE_BYTES
 from hawqtool.checkpoint.fusion import unit_name
 from hawqtool.checkpoint.index import CheckpointIndex
-from hawqtool.errors import InputError, UsageError
+from hawqtool.errors import InputError, UsageError, one_line
 from hawqtool.model.replay import Call, replayed_blocks
 from hawqtool.model.skeleton import find_blocks
 from hawqtool.model.stored_names import stored_names
@@ -179,8 +179,14 @@ def _block_calls(model: Any, blocks: nn.ModuleList) -> tuple[list[Call], int | N
             f"{type(model).__name__}: the part before the blocks cannot be traced: {str(error).splitlines()[0]}"
         ) from error
     args, kwargs = _on_meta(calls[0])
-    with torch.no_grad():
-        output = blocks[0].to("meta")(*args, **kwargs)
+    try:
+        with torch.no_grad():
+            output = blocks[0].to("meta")(*args, **kwargs)
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+        raise InputError(
+            f"{type(model).__name__}: block 0 cannot be run as config.json describes it ({one_line(error)}); "
+            "check its sizes, such as num_key_value_heads"
+        ) from error
     extra = len(output) - 1 if isinstance(output, tuple) else None
     unread = type(blocks[0]).__name__ in _RETURN_ATTENTION
     if not unread and any(isinstance(value, Tensor) for value in (output[1:] if extra else ())):

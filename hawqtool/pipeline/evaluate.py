@@ -10,7 +10,8 @@ import torch
 from hawqtool.config import RunConfig
 from hawqtool.errors import InputError
 from hawqtool.evaluation.divergence import as_record
-from hawqtool.export.packed_reader import PackedReader
+from hawqtool.export.config_checks import structure_problems
+from hawqtool.export.packed_reader import PackedReader, read_config
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.job import prepare
 from hawqtool.pipeline.stages.evaluate import Evaluator
@@ -28,6 +29,9 @@ def run_evaluate(config: RunConfig, folder: Path, reporter: Reporter) -> dict[st
         raise InputError("--eval-data is needed: text that was not used for calibration")
     job = prepare(config, reporter, writes=False)
     candidate = PackedReader(folder)
+    broken = structure_problems(read_config(folder).get("quantization_config"))
+    if broken:
+        raise InputError(f"{folder}/config.json cannot be used: {broken[0]}")
     missing = [n for n in job.structure.linears if f"{n}.weight" not in candidate]
     if missing:
         raise InputError(f"{folder} has no layer {missing[0]}; is {config.model} the model that it was made from?")

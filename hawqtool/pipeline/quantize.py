@@ -141,6 +141,8 @@ def _output(config: RunConfig) -> Path:
     if config.output is None:
         raise UsageError("--output is needed: the folder to create")
     output = Path(config.output).absolute()
+    if not output.name or output.name == "..":
+        raise UsageError(f"--output {config.output} is no folder that can be created; expected one with a name")
     if not output.parent.is_dir():
         raise UsageError(f"the parent folder of {config.output} does not exist; create it first")
     return output

@@ -34,6 +34,8 @@ def kernel_for(device: torch.device) -> str:
             raise UsageError(f"{VARIABLE}={forced}: must be one of {', '.join(KERNELS)}")
         if forced == "numba" and device.type != "cpu":
             raise UsageError(f"{VARIABLE}=numba: runs on a CPU only, found --device {device.type}; unset it")
+        if forced != EAGER and not importlib.util.find_spec(forced):
+            raise UsageError(f"{VARIABLE}={forced}: {forced} is not installed; unset it")
         return forced
     kernel = _BY_DEVICE.get(device.type, EAGER)
     return kernel if importlib.util.find_spec(kernel) else EAGER
