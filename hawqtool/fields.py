@@ -52,7 +52,7 @@ class Fields(BaseModel):
     target_bpw: Annotated[float | None, Setting(
         help="Stored bits per weight of the quantized linears, scales included.",
         panel=TARGET, affects=Affects.TARGET, commands=("allocate",), example=3.5,
-    )] = Field(default=None, gt=0, allow_inf_nan=False)
+    )] = Field(default=None, gt=0, le=64, allow_inf_nan=False)
     target_size: Annotated[str | None, Setting(
         help="Size of the weight files, such as 90MB or 3.2GiB.", detail="Headers count.",
         panel=TARGET, affects=Affects.TARGET, commands=("allocate",),

@@ -50,16 +50,15 @@ def quantize(
         decide_hub_access(settings.data_sources)
         settings.require_one_target()
 
-        from hawqtool.pipeline.dry_run import describe
+        from hawqtool.pipeline.dry_run import dry_run as described
         from hawqtool.pipeline.quantize import run_quantize
-        from hawqtool.pipeline.run.job import prepare
 
         def announce(description: dict[str, Any]) -> None:
             for line in announcement(description):
                 terminal.say(line)
 
         if dry_run:
-            description = describe(prepare(settings, terminal))
+            description = described(settings, terminal)
             if json:
                 print_json({"schema": "hawqtool.dryrun/1", **description})
             else:

@@ -2,19 +2,72 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from hawqtool.allocation.problem import achievable
 from hawqtool.allocation.uniform import best_uniform
 from hawqtool.config import RunConfig
 from hawqtool.errors import UsageError
-from hawqtool.pipeline.run.job import Job
+from hawqtool.pipeline.run.files import REPORT_SCHEMA
+from hawqtool.pipeline.run.job import Job, prepare
 from hawqtool.pipeline.run.menu import budget_bytes, job_menu, second_budget, unquantized_bytes
 from hawqtool.pipeline.search.gates import check_gates
 from hawqtool.pipeline.search.planner import given_plan, single_choice_plan
-from hawqtool.pipeline.stages.rows import check_calibration
+from hawqtool.pipeline.stages.report import is_our_folder
+from hawqtool.pipeline.stages.rows import check_calibration, check_sources
 from hawqtool.pipeline.stages.write import target_config
 from hawqtool.records import Menu
+from hawqtool.runtime.reporter import Reporter
+
+
+def dry_run(config: RunConfig, reporter: Reporter) -> dict[str, Any]:
+    """``hawqtool quantize --dry-run``: what a run would do, after refusing what it would refuse.
+
+    Rows of texts on this machine are cut; nothing is fetched but the model, and nothing is sampled.
+
+    Raises:
+        HawqError: As the run would, before its work.
+    """
+    if config.output is not None and not config.resume:
+        check_free(config, output_folder(config))
+    job = prepare(config, reporter)
+    description = describe(job)
+    check_sources(job)
+    return description
+
+
+def output_folder(config: RunConfig) -> Path:
+    """The folder that a run creates.
+
+    Raises:
+        UsageError: If none is given, it has no name, or its parent does not exist.
+    """
+    if config.output is None:
+        raise UsageError("--output is needed: the folder to create")
+    output = Path(config.output).absolute()
+    if not output.name or output.name == "..":
+        raise UsageError(f"--output {config.output} is no folder that can be created; expected one with a name")
+    if not output.parent.is_dir():
+        raise UsageError(f"the parent folder of {config.output} does not exist; create it first")
+    return output
+
+
+def check_free(config: RunConfig, output: Path) -> None:
+    """Check that the output does not exist, is empty, or may be replaced.
+
+    Raises:
+        UsageError: Otherwise.
+    """
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not config.overwrite:
+        raise UsageError(f"{config.output} exists and is not empty; choose another folder or give --overwrite")
+    if not is_our_folder(output):
+        raise UsageError(
+            f"{config.output} has no report.json of schema {REPORT_SCHEMA}, so it was not made by hawqtool and "
+            "--overwrite leaves it alone; choose another folder"
+        )
 
 
 def describe(job: Job) -> dict[str, Any]:
@@ -81,6 +134,12 @@ def _learning(config: RunConfig) -> list[str]:
 
 def _check_feasible(job: Job, menu: Menu, budget: int, weights: int, fixed: int) -> None:
     lowest, highest = achievable(job.units, menu, job.pins)
+    original = sum(member.num_weights * member.scale_bytes for unit in job.units for member in unit.members)
+    if job.config.target_bpw is not None and budget >= original:
+        raise UsageError(
+            f"target of {job.config.target_bpw:g} bits per weight is no less than the original's "
+            f"{8 * original / weights:g}; the widths reach {8 * highest / weights:.3f}; lower the target"
+        )
     if budget < lowest:
         raise UsageError(
             f"target of {8 * budget / weights:.3f} bits per weight ({budget + fixed:,} bytes in all) is below what the "

@@ -9,11 +9,11 @@ from typing import Any
 
 from hawqtool.allocation.exact import plan_warnings
 from hawqtool.config import RunConfig
-from hawqtool.errors import InputError, NumericalError, UsageError, disk_errors
+from hawqtool.errors import InputError, NumericalError, disk_errors
 from hawqtool.export.manifest import seal
 from hawqtool.export.verify import verify_folder
 from hawqtool.export.writer import copy_small_files
-from hawqtool.pipeline.dry_run import describe
+from hawqtool.pipeline.dry_run import check_free, describe, output_folder
 from hawqtool.pipeline.report import write_page
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.files import PART, REPORT_SCHEMA, read_json
@@ -29,7 +29,7 @@ from hawqtool.pipeline.search.planner import Planner, given_plan, make_planner
 from hawqtool.pipeline.search.quality_target import find_smallest
 from hawqtool.pipeline.search.selection import choose, compare, try_plans
 from hawqtool.pipeline.search.trials import TIMINGS, TrialRunner
-from hawqtool.pipeline.stages.report import build_report, is_our_folder, write_card, write_reproduce
+from hawqtool.pipeline.stages.report import build_report, write_card, write_reproduce
 from hawqtool.pipeline.stages.rows import gather_rows
 from hawqtool.pipeline.stages.token_importance import with_token_importance
 from hawqtool.records import BitPlan
@@ -55,11 +55,11 @@ def run_quantize(
         HawqError: With a note where finished work is kept (see `RunFolder`); else nothing is left behind.
     """
     config.require_one_target()
-    output = _output(config)
+    output = output_folder(config)
     with RunFolder(output, reporter) as run:
         resuming = config.resume and run.unfinished
         if not (resuming and run.in_place):
-            _check_free(config, output)
+            check_free(config, output)
         check_measurements(config)
         fingerprint = config_fingerprint(config)  # of the files as the run begins
         job, warnings = prepare(config, reporter, states=run.path), list[str]()
@@ -135,34 +135,6 @@ def _plans(runner: TrialRunner, planner: Planner | None) -> tuple[dict[str, Any]
     for text in (text for plan in plans.values() for text in plan_warnings(plan)):
         runner.context.reporter.warn(text)
     return None, plans
-
-
-def _output(config: RunConfig) -> Path:
-    if config.output is None:
-        raise UsageError("--output is needed: the folder to create")
-    output = Path(config.output).absolute()
-    if not output.name or output.name == "..":
-        raise UsageError(f"--output {config.output} is no folder that can be created; expected one with a name")
-    if not output.parent.is_dir():
-        raise UsageError(f"the parent folder of {config.output} does not exist; create it first")
-    return output
-
-
-def _check_free(config: RunConfig, output: Path) -> None:
-    """Check that the output does not exist, is empty, or may be replaced.
-
-    Raises:
-        UsageError: Otherwise.
-    """
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    if not config.overwrite:
-        raise UsageError(f"{config.output} exists and is not empty; choose another folder or give --overwrite")
-    if not is_our_folder(output):
-        raise UsageError(
-            f"{config.output} has no report.json of schema {REPORT_SCHEMA}, so it was not made by hawqtool and "
-            "--overwrite leaves it alone; choose another folder"
-        )
 
 
 def _complete(job: Job, folder: Path, sensitivity: dict[str, Any] | None, report: dict[str, Any]) -> None:

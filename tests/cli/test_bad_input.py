@@ -287,7 +287,27 @@ CASES: dict[str, Case] = {
     "conflicting pins": Case(2, "qkv_proj", (*MIXED, "--pin", "re:.*q_proj=4", "--pin", "re:.*k_proj=2")),
     "everything ignored": Case(2, "--ignore", (*TARGET, "--ignore", "re:.*")),
     "no CUDA device": Case(2, "no CUDA device", (*TARGET, "--device", "cuda")),
+    "target of a number without end": Case(2, "less than or equal to 64", ("--target-bpw", "1e308")),
+    "target above the original": Case(2, "no less than the original's 16", ("--target-bpw", "16")),
+    "target above the original, dry": Case(2, "the original's 16", ("--target-bpw", "35", "--dry-run")),
+    "pin of thousands of digits": Case(2, "NAME=WIDTH", (*TARGET, "--pin", "re:.*=" + "9" * 5000)),
+    "calibration of thousands of characters": Case(
+        2, "is no path to use", (*TARGET, "--calibration", "/" + "a" * 5000)
+    ),
+    "missing calibration, dry": Case(4, "was not found", (*TARGET, "--dry-run"), spoil=lambda p: p.text.unlink()),
+    "missing evaluation text, dry": Case(4, "was not found", (*TARGET, "--eval-data", "none.txt", "--dry-run")),
+    "short calibration, dry": Case(
+        4, "holds 2 rows of 16 tokens", (*TARGET, "--dry-run"), spoil=write("text.txt", b"abcd" * 9)
+    ),
+    "key heads that do not divide": Case(
+        4,
+        "block 0 cannot be run",
+        spoil=lambda p: p.edit("model/config.json", lambda c: c.update(num_key_value_heads=3)),
+    ),
     # output
+    "output not empty, dry": Case(2, "not empty", (*TARGET, "--dry-run"), spoil=in_use),
+    "output is the root": Case(2, "no folder that can be created", (*TARGET, "-o", "/")),
+    "output with a null": Case(2, "null character", (*TARGET, "-o", "a\0b")),
     "output not empty": Case(2, "not empty", spoil=in_use),
     "overwrite of another's folder": Case(2, "not made by hawqtool", (*TARGET, "--overwrite"), spoil=in_use),
     "parent of the output missing": Case(2, "does not exist", (*TARGET, "-o", "none/out")),

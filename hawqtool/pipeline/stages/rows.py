@@ -10,7 +10,7 @@ from hawqtool.config import SELF
 from hawqtool.data.generate import SampledModel, generate_rows
 from hawqtool.data.images import image_processor, image_rows
 from hawqtool.data.mixing import SourceRows, mix_rows, quotas, require_rows
-from hawqtool.data.sources import open_source
+from hawqtool.data.sources import is_hub, open_source
 from hawqtool.data.tokens import overlap, source_rows
 from hawqtool.errors import InputError, UsageError
 from hawqtool.pipeline.run.checkpoints import SAMPLED
@@ -49,8 +49,7 @@ def gather_rows(context: RunContext) -> dict[str, Rows]:
     """
     job, config = context.job, context.job.config
     check_calibration(job)
-    length = None if job.takes_images else job.settings.seq_len
-    counts = row_counts(job.settings.num_samples, config.eval_samples, config.eval_data is not None, length)
+    counts = _counts(job)
     # Text first: what is wrong with it shows before minutes go into sampling.
     report = {} if config.eval_data is None else {"report": evaluation_rows(job, config.eval_data)}
     sets = calibration_rows(context, counts) | report
@@ -61,6 +60,28 @@ def gather_rows(context: RunContext) -> dict[str, Rows]:
             "give text without repetitions, or another --eval-data"
         )
     return sets
+
+
+def check_sources(job: Job) -> None:
+    """Cut the rows of all sources on this machine, and keep none.
+
+    Raises:
+        UsageError: If a source's weight is so small that it gives no row.
+        InputError: If a source cannot be read or holds too little text.
+    """
+    config = job.config
+    names, weights = zip(*config.calibration_weights.items(), strict=True)
+    shares = zip(names, quotas(_counts(job), weights), strict=True)
+    require_rows([_given_source(job, name, quota) for name, quota in shares if name != SELF and not is_hub(name)])
+    if config.eval_data is not None and not is_hub(config.eval_data):
+        evaluation_rows(job, config.eval_data)
+
+
+def _counts(job: Job) -> dict[str, int]:
+    """Rows of each set that the calibration sources give."""
+    length = None if job.takes_images else job.settings.seq_len
+    separate = job.config.eval_data is not None
+    return row_counts(job.settings.num_samples, job.config.eval_samples, separate, length)
 
 
 def calibration_rows(context: RunContext, counts: dict[str, int]) -> dict[str, Rows]:
