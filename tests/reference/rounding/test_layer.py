@@ -70,14 +70,14 @@ def run(
     beta: float,
     block_size: int = 128,
     zeros: Tensor | None = None,
-    spread: Tensor | None = None,
+    column_errors: Tensor | None = None,
 ) -> Tensor:
     lowest = case.weight.new_full((len(case.weight),), float(fmt.min_code))
     highest = case.weight.new_full((len(case.weight),), float(fmt.max_code))
     step = expand_scales(scales, case.weight.shape[1])
     zero = None if zeros is None else expand_scales(zeros, case.weight.shape[1])
     grids = RowGrids(step, lowest, highest, zero)
-    return round_compensated(case.weight, grids, case.factor, beta, block_size, spread)
+    return round_compensated(case.weight, grids, case.factor, beta, block_size, column_errors)
 
 
 def scales_of(case: Case, fmt: QuantFormat) -> Tensor:

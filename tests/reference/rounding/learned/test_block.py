@@ -88,7 +88,7 @@ def slow_weights(latent: Tensor, scale: Tensor, zero: Tensor, low: Tensor, high:
 def test_fake_weights_are_those_of_the_file() -> None:
     for flat in [FlatLayers(some, reach=1) for some in by_kind(STARTS)]:
         found, kept = flat.weights(torch.bfloat16, False), flat.rounded()
-        for s in flat.starts:
+        for s in flat.initial:
             assert torch.equal(found[s.name], dequantize(*s.rounded))
             assert torch.equal(kept[s.name].codes, s.rounded.codes)
             assert torch.equal(kept[s.name].scales, s.rounded.scales)
