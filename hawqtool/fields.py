@@ -43,10 +43,11 @@ class Fields(BaseModel):
         help="Replace a folder that hawqtool made.", detail="Its report.json says whether hawqtool did.",
         panel=OUTPUT, affects=Affects.PLACE, in_batch="--overwrite",
     )] = False
-    resume: Annotated[bool, Setting(
-        help="Go on with an unfinished run into the same output, if there is one.",
-        detail="The result is equal to that of an undisturbed run. A run with other settings, versions or rows is "
-        "refused.", panel=OUTPUT, affects=Affects.PLACE, commands=("measure",),
+    restart: Annotated[bool, Setting(
+        help="Discard an unfinished run into the same output; without this a rerun goes on with it.",
+        detail="The result is equal to that of an undisturbed run. Where settings, versions or rows are others, a "
+        "rerun is refused.", panel=OUTPUT, affects=Affects.PLACE, commands=("measure",),
+        flags=("--restart/--resume",),
     )] = False
 
     target_bpw: Annotated[float | None, Setting(

@@ -95,6 +95,17 @@ def weight_hashes(folder: Path) -> dict[str, str]:
     return {name: str(entry.get("sha256")) for name, entry in files.items() if name.endswith(".safetensors")}
 
 
+def unlisted_files(folder: Path) -> tuple[str, ...]:
+    """Files of an output that its manifest does not list, but for `FREE_FILES`; all of them where there is none."""
+    try:
+        found = load_json(folder / MANIFEST_FILE)
+    except ParseError:
+        found = None
+    listed = found["files"] if is_manifest(found) else {}
+    own = {MANIFEST_FILE, REPORT_FILE, *FREE_FILES, *listed}
+    return tuple(name for name in files_below(folder) if name not in own)
+
+
 def manifest_problems(folder: Path, index: CheckpointIndex, manifest: Mapping[str, Any], hash_all: bool) -> list[str]:
     """Differences between a folder and its manifest, one line each.
 

@@ -9,6 +9,7 @@ from hawqtool.allocation.problem import achievable
 from hawqtool.allocation.uniform import best_uniform
 from hawqtool.config import RunConfig
 from hawqtool.errors import UsageError
+from hawqtool.export.manifest import unlisted_files
 from hawqtool.pipeline.run.files import REPORT_SCHEMA
 from hawqtool.pipeline.run.job import Job, prepare
 from hawqtool.pipeline.run.menu import budget_bytes, job_menu, second_budget, unquantized_bytes
@@ -38,23 +39,28 @@ def dry_run(config: RunConfig, reporter: Reporter) -> dict[str, Any]:
 
 
 def output_folder(config: RunConfig) -> Path:
-    """The folder that a run creates.
+    """Where the output goes: a link to a folder is followed.
 
     Raises:
-        UsageError: If none is given, it has no name, or its parent does not exist.
+        UsageError: If nothing can be put there by a rename at the end.
     """
     if config.output is None:
         raise UsageError("--output is needed: the folder to create")
-    output = Path(config.output).absolute()
-    if not output.name or output.name == "..":
-        raise UsageError(f"--output {config.output} is no folder that can be created; expected one with a name")
+    try:
+        output = Path(config.output).resolve()
+    except (OSError, RuntimeError) as error:  # links that lead to themselves, names that are too long
+        raise UsageError(f"--output {config.output} cannot be used ({error}); choose another folder") from error
     if not output.parent.is_dir():
         raise UsageError(f"the parent folder of {config.output} does not exist; create it first")
+    if output.is_mount():
+        raise UsageError(
+            f"{config.output} is a mount point, which a finished folder cannot replace; name a folder inside it"
+        )
     return output
 
 
 def check_free(config: RunConfig, output: Path) -> None:
-    """Check that the output does not exist, is empty, or may be replaced.
+    """Check that the output does not exist, is empty, or may be replaced: all in it is ours, and the model is not.
 
     Raises:
         UsageError: Otherwise.
@@ -63,10 +69,22 @@ def check_free(config: RunConfig, output: Path) -> None:
         return
     if not config.overwrite:
         raise UsageError(f"{config.output} exists and is not empty; choose another folder or give --overwrite")
+    model = Path(config.model)
+    if model.exists() and model.resolve().is_relative_to(output):
+        raise UsageError(
+            f"{config.model} lies in {config.output}, which --overwrite would remove with the model; choose another "
+            "--output"
+        )
     if not is_our_folder(output):
         raise UsageError(
             f"{config.output} has no report.json of schema {REPORT_SCHEMA}, so it was not made by hawqtool and "
             "--overwrite leaves it alone; choose another folder"
+        )
+    strange = unlisted_files(output)
+    if strange:
+        raise UsageError(
+            f"{config.output} holds {strange[0]}, which hawqtool did not write and --overwrite would remove; move it "
+            "away, or choose another folder"
         )
 
 

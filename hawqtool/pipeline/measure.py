@@ -36,7 +36,7 @@ def run_measure(config: RunConfig, output: Path, reporter: Reporter) -> dict[str
     with RunFolder(output.absolute(), reporter) as run:
         job = prepare(config, reporter, states=run.path)
         before = stamps(job.index)
-        run.begin(run_identity(job), config.resume)
+        run.begin(run_identity(job), config.restart)
         menu = format_menu(job.units, config.bits or WIDE_MENU, config)
         context = RunContext(job, reporter, run.saved)
         sets = gather_rows(context)

@@ -57,7 +57,7 @@ def run_quantize(
     config.require_one_target()
     output = output_folder(config)
     with RunFolder(output, reporter) as run:
-        resuming = config.resume and run.unfinished
+        resuming = run.unfinished and not config.restart
         if not (resuming and run.in_place):
             check_free(config, output)
         check_measurements(config)
@@ -67,7 +67,7 @@ def run_quantize(
             job, warnings = resumed_batch_size(job, run)
         before = stamps(job.index)
         announce(describe(job))
-        run.begin(run_identity(job), config.resume)
+        run.begin(run_identity(job), config.restart)
         remember_batch_size(job, warnings, run)
         if run.in_place:
             run.finish()

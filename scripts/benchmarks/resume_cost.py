@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"undisturbed   {whole:8.1f} s", flush=True)
     killed = timed(options.work / "resumed", options.quantize, limit=options.at * whole)
     print(f"killed after  {killed:8.1f} s", flush=True)
-    rest = timed(options.work / "resumed", [*options.quantize, "--resume"])
+    rest = timed(options.work / "resumed", options.quantize)
     print(f"went on for   {rest:8.1f} s, {rest / whole:.1%} of the undisturbed run")
     same = weights(options.work / "undisturbed") == weights(options.work / "resumed")
     print("the weights are the same" if same else "THE WEIGHTS DIFFER")

@@ -1,4 +1,4 @@
-"""Kill runs at random moments and fill their disks, go on with --resume, and compare with an undisturbed run.
+"""Kill runs at random moments and fill their disks, run them again, and compare with an undisturbed run.
 
 A tiny model is quantized (sampled rows, measurement, short list, one round of swaps, distillation, uniform plans).
 Every run is a fork of this process, which has imported everything beforehand, so that moments fall into the work, not
@@ -54,7 +54,7 @@ OPTIONS = (
     ),
 )
 WITHOUT_RESUME = 5
-"""Every trial of this number is run again without --resume."""
+"""Every trial of this number is run again with --restart."""
 
 AGAIN = 0.5
 """Share of the resumed runs that are killed once more."""
@@ -197,7 +197,7 @@ class Bench:
         ended = self.run(output, after=self.moments.uniform(0, self.whole), number=kind)
         self.check_end(ended, output, kind)
         if number % WITHOUT_RESUME != WITHOUT_RESUME - 1 and self.moments.random() < AGAIN:
-            ended = self.run(output, "--resume", after=self.moments.uniform(0, self.whole), number=kind)
+            ended = self.run(output, after=self.moments.uniform(0, self.whole), number=kind)
             self.check_end(ended, output, kind)
         self.finish(output, row, resume=number % WITHOUT_RESUME != WITHOUT_RESUME - 1)
         shutil.rmtree(folder)
@@ -233,7 +233,7 @@ class Bench:
         """Run to the end, unless it came there before, and compare."""
         folder = output.parent / f".{output.name}.hawqtool"
         early = output.exists() and not folder.exists()
-        ended = self.run(output, *(["--resume"] if resume else []))
+        ended = self.run(output, *([] if resume else ["--restart"]))
         if output.exists() and ended.code == 2 and "is not empty" in ended.text:
             early = True
         elif ended.code:

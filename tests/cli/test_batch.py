@@ -128,9 +128,9 @@ def test_jobs_that_were_begun_are_gone_on_with_unless_their_settings_changed(pla
         batch.folder.mkdir(exist_ok=True)
         return [tuple(program.command) for program in _BatchRun(batch, Silent()).prepare()]
 
-    assert not any("--resume" in command for command in commands())
-    assert all(command[-1] == "--resume" for command in commands())
-    assert not any("--resume" in command for command in commands(seed=3))
+    assert not any("--restart" in command for command in commands())
+    assert not any("--restart" in command for command in commands())
+    assert all(command[-1] == "--restart" for command in commands(seed=3))
 
 
 def test_problems_are_told_before_any_work(place: Path, tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def test_halved_batches_are_remembered(config: RunConfig, monkeypatch: pytest.Mo
         quantize(config)
     monkeypatch.undo()
     monkeypatch.setattr(module, "write_page", lambda _: None)
-    report = quantize(config, resume=True)
+    report = quantize(config)
     assert report["batch_size"] == 8 and "done again with 8" in report["warnings"][-1]
 
 

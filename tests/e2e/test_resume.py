@@ -31,10 +31,11 @@ INSTALLED = Path(sys.executable).parent / "hawqtool"
 
 
 class Interrupt:
-    """Interrupts once so many contents were saved, copies aside; the last one is complete then."""
+    """Interrupts once so many contents, copies aside, or one of such a key were saved; the last is complete then."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.left: int | None = None
+        self.stop: str | None = None
         self.keys: list[str] = []
         save = Checkpoints.save
 
@@ -43,6 +44,8 @@ class Interrupt:
             if store.prefix == "copy.":
                 return
             self.keys.append(store.prefix + key)
+            if self.stop is not None and self.keys[-1].endswith(self.stop):
+                raise KeyboardInterrupt
             if self.left is not None:
                 self.left -= 1
                 if self.left == 0:
@@ -61,6 +64,12 @@ def result(folder: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
     scores = read(folder / "reproduce/sensitivity.json")
     scores["settings"].pop("seconds")
     return file_hash(folder / "model.safetensors"), plan, scores
+
+
+def result_without_scores(folder: Path) -> tuple[str, dict[str, Any], Any]:
+    """Hash of the weights, plan and divergence."""
+    plan = read(folder / "reproduce/plan.json") | {"seconds": None}
+    return file_hash(folder / "model.safetensors"), plan, read(folder / "report.json")["evaluation"]["mixed"]["kl"]
 
 
 CHAINS: dict[str, dict[str, Any]] = {
@@ -102,10 +111,10 @@ def test_interrupted_again_and_again(place: Path, tmp_path: Path, monkeypatch: p
         monkeypatch.setattr(resume_points, "LEAST_SECONDS", (0.0, math.inf)[starts // 2 % 2])
         try:
             # Where hidden states lie may differ from start to start.
-            report = quantize(config, resume=True, max_memory=("auto", "1KiB")[starts % 2])
+            report = quantize(config, max_memory=("auto", "1KiB")[starts % 2])
         except KeyboardInterrupt as error:
             assert not (folder / "out").exists()
-            assert any("--resume" in note for note in getattr(error, "__notes__", ())) or starts < 3
+            assert any("the same command goes on" in note for note in getattr(error, "__notes__", ())) or starts < 3
             continue
         break
     assert report["starts"] == starts > 4
@@ -138,9 +147,31 @@ def test_another_run_is_refused(place: Path, tmp_path: Path, monkeypatch: pytest
         ({"calibration": (str(moved),)}, "scoring rows was"),
     ):
         with pytest.raises(UsageError) as caught:
-            quantize(config, resume=True, **changes)
+            quantize(config, **changes)
         assert said in str(caught.value)
-    assert quantize(config, resume=True)["starts"] == 2
+    assert quantize(config)["starts"] == 2
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "reproduce/checksums.json"])
+def test_a_plan_that_was_damaged_is_rounded_again(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    config = settings(place, bits="4", target_bpw=4.5, output=tmp_path / "out", num_samples=8, seq_len=16)
+    quantize(config, output=str(tmp_path / "undisturbed"))
+    with monkeypatch.context() as patch:
+        interrupt = Interrupt(patch)
+        interrupt.stop = ".as-written"
+        with pytest.raises(KeyboardInterrupt):
+            quantize(config)
+        assert interrupt.keys[-1].endswith(".as-written")
+    (part,) = (tmp_path / ".out.hawqtool/plans").iterdir()
+    folder = part.rename(part.with_name(part.name.removesuffix(".part")))  # as a moment later
+    content = bytearray((folder / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / name).write_bytes(content)
+    report = quantize(config)
+    assert report["starts"] == 2
+    assert result_without_scores(tmp_path / "out") == result_without_scores(tmp_path / "undisturbed")
 
 
 def test_measure_goes_on(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +183,7 @@ def test_measure_goes_on(place: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         run_measure(config, tmp_path / "s.json", Silent())
     interrupt.left = None
     assert interrupt.keys[-1] == "measure.reverse-sweep"
-    run_measure(config.model_copy(update={"resume": True}), tmp_path / "s.json", Silent())
+    run_measure(config, tmp_path / "s.json", Silent())
     found, expected = read(tmp_path / "s.json"), read(tmp_path / "undisturbed.json")
     assert found | {"settings": None} == expected | {"settings": None}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["s.json", "undisturbed.json"]
@@ -170,7 +201,7 @@ def test_a_signal_keeps_the_work_and_says_so(place: Path, tmp_path: Path) -> Non
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 143, error
     assert error.startswith("terminated: the finished work is kept in ") and len(error.splitlines()) == 1
-    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert read(tmp_path / "out/report.json")["starts"] == 2

@@ -99,11 +99,11 @@ class _BatchRun:
                 self._settle(job.name, {"status": "failed", "exit_code": UsageError.exit_code, "error": said}, "")
             else:
                 file, settings = self.logs / f"{job.name}.yaml", job.yaml()
-                # A job that was cut short is gone on with; one whose settings changed since then starts anew.
-                begun = file.is_file() and file.read_text(encoding="utf-8") == settings
+                # A job that was cut short goes on by itself; one whose settings changed since then starts anew.
+                changed = file.is_file() and file.read_text(encoding="utf-8") != settings
                 write_text(file, settings)
                 command: tuple[str, ...] = (sys.executable, "-m", "hawqtool", "quantize", "-c", str(file), "--json")
-                command += ("--resume",) if begun else ()
+                command += ("--restart",) if changed else ()
                 kind = repr(measured_settings(job.config))
                 programs.append(Program(job.name, command, self.logs / f"{job.name}.log", kind))
         return programs

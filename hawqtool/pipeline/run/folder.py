@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from hawqtool.errors import HawqError, InputLostError, ResourceError, UsageError, disk_errors
-from hawqtool.export.manifest import weight_hashes
+from hawqtool.export.manifest import file_hash
 from hawqtool.pipeline.run.checkpoints import Checkpoints
 from hawqtool.pipeline.run.files import PART
 from hawqtool.runtime.reporter import Reporter
@@ -42,7 +42,7 @@ class RunFolder:
         reporter: Is told of damaged parts, and what becomes of an unfinished run.
 
     Raises:
-        UsageError: If another run into the same output is under way.
+        UsageError: If another run into the same output is under way, or a link has the folder's name.
         ResourceError: If the folder cannot be made.
     """
 
@@ -88,9 +88,9 @@ class RunFolder:
                 if self.in_place or not self.unfinished:
                     self._remove()
                 elif not isinstance(error, UsageError):
-                    error.add_note(f"{_KEPT_IN} {self.path}; the same command with --resume goes on with it")
+                    error.add_note(f"{_KEPT_IN} {self.path}; the same command goes on with it")
             elif self._can_go_on(error):
-                error.add_note(f"{_KEPT_IN} {self.path}; the same command with --resume goes on with it")
+                error.add_note(f"{_KEPT_IN} {self.path}; the same command goes on with it")
             else:
                 self._remove()
         finally:
@@ -112,19 +112,19 @@ class RunFolder:
         moved = self._shipping is not None and not self._shipping.exists() and self.output.exists()
         return self._finished or moved
 
-    def begin(self, identity: dict[str, Any], resume: bool) -> None:
-        """Go on with the unfinished run, or remove what it left and start anew.
+    def begin(self, identity: dict[str, Any], restart: bool) -> None:
+        """Go on with the unfinished run, if there is one, or remove what it left and start anew.
 
         Args:
             identity: What must be equal for a run to be the same, by name.
-            resume: Whether to go on.
+            restart: Whether to start anew.
 
         Raises:
             UsageError: If the unfinished run was another one; names what differs, with both values.
         """
         for folder in self.path.glob(f"{FOLDER_PREFIX}*"):  # of a run that was killed
             shutil.rmtree(folder, ignore_errors=True)
-        known = self._kept(_IDENTITY) if resume else None
+        known = None if restart else self._kept(_IDENTITY)
         if known is not None:
             self._require(known, identity)
             self.starts = (self._kept(_STARTS) or 1) + 1
@@ -132,9 +132,7 @@ class RunFolder:
             self._reporter.say(f"going on with the unfinished run in {self.path}")
         else:
             if self.unfinished:
-                self._reporter.say(f"an unfinished run into {self.output} was removed; --resume would go on with it")
-            elif resume:
-                self._reporter.say(f"there is no unfinished run into {self.output}; this one starts anew")
+                self._reporter.say(f"the unfinished run into {self.output} was removed")
             self.begin_anew(identity)
 
     def begin_anew(self, identity: dict[str, Any], keep: Sequence[str] = ()) -> None:
@@ -184,8 +182,8 @@ class RunFolder:
         ]
         if differences:
             raise UsageError(
-                f"--resume cannot go on with the unfinished run in {self.path}, which was another one: "
-                f"{'; '.join(differences)}; give what it was given, or drop --resume to remove it and start anew"
+                f"the unfinished run in {self.path} was another one: {'; '.join(differences)}; give what it was given, "
+                "or --restart to remove it and start anew"
             )
 
     def _clean(self) -> None:
@@ -196,7 +194,7 @@ class RunFolder:
 
     def ship(self, folder: Path) -> None:
         """Rename a complete folder below this one to the output; an output that it replaces comes back on failure."""
-        self._keep(_SHIPPED, weight_hashes(folder))
+        self._keep(_SHIPPED, _report_hash(folder))
         with disk_errors(self.output):
             if self.output.exists():
                 self.output.rename(self._replaced)
@@ -212,7 +210,7 @@ class RunFolder:
     def in_place(self) -> bool:
         """Whether an earlier run was killed after it had put its output in place."""
         shipped = self._kept(_SHIPPED)
-        return shipped is not None and shipped == weight_hashes(self.output)
+        return shipped is not None and shipped == _report_hash(self.output)
 
     def finish(self) -> None:
         """The output is in place: nothing needs to be kept."""
@@ -245,11 +243,15 @@ class _Lock:
         """Make the folder and lock it for this process.
 
         Raises:
-            UsageError: If another run has the lock.
+            UsageError: If another run has the lock, or the folder is a link.
             OSError: If the folder cannot be made or written.
         """
         while self._descriptor is None:
             self.folder.mkdir(exist_ok=True)
+            if self.folder.is_symlink():
+                raise UsageError(
+                    f"{self.folder} is a link, expected a folder of our own; remove it or choose another --output"
+                )
             # The run that had the folder may have just removed it.
             with suppress(FileNotFoundError):
                 self._descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -280,6 +282,14 @@ class _Lock:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, str(os.getpid()).encode(), 0)
         return current
+
+
+def _report_hash(folder: Path) -> str | None:
+    """SHA-256 of an output's report, which no other run wrote: it has times in it. None where there is no report."""
+    try:
+        return file_hash(folder / "report.json")
+    except OSError:
+        return None
 
 
 def _shown(value: Any) -> str:

@@ -12,7 +12,7 @@ from hawqtool.evaluation.divergence import as_evaluation, as_record
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.folder import REMOVED
 from hawqtool.pipeline.stages.evaluate import Evaluator
-from hawqtool.pipeline.stages.write import ROUNDING, round_to_folder
+from hawqtool.pipeline.stages.write import ROUNDING, is_as_written, round_to_folder
 from hawqtool.records import BitPlan, Evaluation, Rows, UnitFormats
 from hawqtool.runtime.stage_timer import Stopwatch
 from hawqtool.runtime.store import Saved
@@ -83,12 +83,22 @@ class TrialRunner:
         key = formats_key(plan.formats)
         if key not in self._tried:
             saved, folder = self.context.saved.part(key), self.work / key
+            if folder.exists():
+                self._check_written(plan, folder)
             rounding = saved.load(ROUNDING)
             if rounding is None or not (folder.exists() or saved.load(_QUALITY)):
                 rounding = self._rounded(plan, folder, name)
             quality = self._evaluated(folder, name, saved)
             self._tried[key] = Trial(name, plan, folder, rounding, quality)
         return self._tried[key]
+
+    def _check_written(self, plan: BitPlan, folder: Path) -> None:
+        """Remove a folder of an earlier start that is not as it was written, so that it is written again."""
+        part = self.context.part(folder.name)
+        if not is_as_written(part, plan, folder):
+            self.context.reporter.warn(f"{folder}, which an earlier run wrote, is damaged; it is written again")
+            self._remove(folder)
+            part.saved.drop(ROUNDING, _QUALITY)
 
     def folder(self, trial: Trial) -> Path:
         """The written folder of a trial; it is written again where `keep_only` removed it."""
@@ -118,10 +128,14 @@ class TrialRunner:
         """Remove the folders of all other trials: each is as large as the result."""
         kept = {trial.folder for trial in trials}
         for folder in (c.folder for c in self._tried.values() if c.folder not in kept and c.folder.exists()):
-            # Renamed first, so that a folder under its name is complete at every moment.
-            removed = folder.with_name(f"{folder.name}{REMOVED}")
-            folder.rename(removed)
-            shutil.rmtree(removed, ignore_errors=True)
+            self._remove(folder)
+
+    @staticmethod
+    def _remove(folder: Path) -> None:
+        """Remove a folder; it is renamed first, so that one under its name is complete at every moment."""
+        removed = folder.with_name(f"{folder.name}{REMOVED}")
+        folder.rename(removed)
+        shutil.rmtree(removed, ignore_errors=True)
 
 
 def formats_key(formats: UnitFormats) -> str:

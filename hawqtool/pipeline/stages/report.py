@@ -151,7 +151,7 @@ def warnings(job: Job, rounding: dict[str, Any], shipped: str, evaluation: dict[
 
 def public_config(job: Job) -> dict[str, Any]:
     """The resolved configuration; paths are shortened to their last part."""
-    values = job.config.model_dump(mode="json", exclude={"resume"})
+    values = job.config.model_dump(mode="json", exclude={"restart"})
     for key in ("output", "plan", "sensitivity", "baseline"):
         if values[key]:
             values[key] = Path(values[key]).name

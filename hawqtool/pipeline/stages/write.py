@@ -15,6 +15,7 @@ from hawqtool.export.background_writer import BackgroundWriter
 from hawqtool.export.compressed_tensors import quantization_config
 from hawqtool.export.config_checks import dense_matrices
 from hawqtool.export.layout import Layout
+from hawqtool.export.manifest import file_hash
 from hawqtool.export.writer import CheckpointWriter, intact, unfinished_reader, write_config
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.files import PART, plan_document, write_json
@@ -27,7 +28,8 @@ from hawqtool.runtime.store import Saved
 ROUNDING = "rounding"
 """Key under which the result of a rounding is saved."""
 
-_WRITTEN = "written"
+_WRITTEN, _AS_WRITTEN = "written", "as-written"
+_RECORDS = ("config.json", "reproduce/plan.json", "reproduce/checksums.json")
 
 
 def round_to_folder(
@@ -71,11 +73,25 @@ def round_to_folder(
     findings = {"layers": written.layers, "refinement": written.refinement, "distillation": distillation}
     result = findings | {"seconds": seconds, "total_bytes": layout.total_bytes}
     context.saved.save(ROUNDING, result)
+    context.saved.save(_AS_WRITTEN, {"tensors": written.checksums, "records": _record_hashes(part)})
     with disk_errors(folder):
         part.rename(folder)
     for finished in (blocks, learning):
         finished.saved.drop()
     return result
+
+
+def is_as_written(context: RunContext, plan: BitPlan, folder: Path) -> bool:
+    """Whether a folder that an earlier start of the run wrote has the bytes that were written then."""
+    known = context.saved.load(_AS_WRITTEN)
+    reader = unfinished_reader(context.job.layout(plan.formats), folder)
+    if known is None or reader is None or known["records"] != _record_hashes(folder):
+        return False
+    return intact(reader, known["tensors"])
+
+
+def _record_hashes(folder: Path) -> dict[str, str]:
+    return {name: file_hash(folder / name) for name in _RECORDS if (folder / name).is_file()}
 
 
 def target_config(job: Job, formats: UnitFormats) -> dict[str, Any]:

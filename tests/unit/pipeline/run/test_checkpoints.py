@@ -105,10 +105,10 @@ def test_files_that_changed_places_are_not_believed(saved: Checkpoints) -> None:
 # The folder of a run.
 
 
-def begun(output: Path, identity: dict[str, Any], resume: bool = False) -> RunFolder:
+def begun(output: Path, identity: dict[str, Any], restart: bool = False) -> RunFolder:
     run = RunFolder(output, Silent()).__enter__()
     try:
-        run.begin(identity, resume)
+        run.begin(identity, restart)
         run.check_rows({"calibration": "abc"})
     except BaseException as error:
         run.__exit__(type(error), error, None)
@@ -177,8 +177,8 @@ def test_a_signal_at_any_line_of_the_beginning_leaves_no_folder(tmp_path: Path) 
 )
 def test_finished_work_is_kept_and_gone_on_with(tmp_path: Path, error: BaseException) -> None:
     notes = cut_short(tmp_path / "out", error)
-    assert len(notes) == 1 and "--resume" in notes[0]
-    run = begun(tmp_path / "out", {"seed": 0, "torch": "1"}, resume=True)
+    assert len(notes) == 1 and "the same command goes on" in notes[0]
+    run = begun(tmp_path / "out", {"seed": 0, "torch": "1"})
     assert run.saved.load("work") == 1 and run.starts == 2
     run.finish()
     run.__exit__(None, None, None)
@@ -202,9 +202,9 @@ def test_what_cannot_be_gone_on_with_is_removed(tmp_path: Path, error: BaseExcep
 def test_another_run_is_refused_with_both_values_and_its_work_stays(tmp_path: Path) -> None:
     cut_short(tmp_path / "out", KeyboardInterrupt())
     with pytest.raises(UsageError) as caught:
-        begun(tmp_path / "out", {"seed": 7, "torch": "1"}, resume=True)
+        begun(tmp_path / "out", {"seed": 7, "torch": "1"})
     assert "seed was 0, is 7" in str(caught.value) and "torch" not in str(caught.value)
-    run = begun(tmp_path / "out", {"seed": 0, "torch": "1"}, resume=True)
+    run = begun(tmp_path / "out", {"seed": 0, "torch": "1"})
     with pytest.raises(UsageError, match="calibration rows was abc, is def"):
         run.check_rows({"calibration": "def"})
     run.__exit__(None, None, None)
@@ -220,9 +220,9 @@ def test_without_resume_the_unfinished_run_is_reported_and_removed(tmp_path: Pat
             self.said.append(text)
 
     with RunFolder(tmp_path / "out", Listening()) as run:
-        run.begin({"seed": 0}, False)
+        run.begin({"seed": 0}, True)
         assert run.saved.load("work") is None
-    assert len(Listening.said) == 1 and "--resume would go on with it" in Listening.said[0]
+    assert len(Listening.said) == 1 and "was removed" in Listening.said[0]
 
 
 def test_a_replaced_output_comes_back(tmp_path: Path) -> None:
@@ -247,6 +247,6 @@ def test_a_damaged_record_of_the_run_costs_no_work(tmp_path: Path, key: str) -> 
     path = tmp_path / ".out.hawqtool" / "saved" / f"{key}.state"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     with RunFolder(tmp_path / "out", Silent()) as again:
-        again.begin({"seed": 0, "torch": "1"}, True)
+        again.begin({"seed": 0, "torch": "1"}, False)
         again.check_rows({"calibration": "abc"})
         assert again.saved.load("work") is not None and again.starts == 2
