@@ -182,11 +182,11 @@ def _block_calls(model: Any, blocks: nn.ModuleList) -> tuple[list[Call], int | N
     try:
         with torch.no_grad():
             output = blocks[0].to("meta")(*args, **kwargs)
-    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as raised:
         raise InputError(
-            f"{type(model).__name__}: block 0 cannot be run as config.json describes it ({one_line(error)}); "
+            f"{type(model).__name__}: block 0 cannot be run as config.json describes it ({one_line(raised)}); "
             "check its sizes, such as num_key_value_heads"
-        ) from error
+        ) from raised
     extra = len(output) - 1 if isinstance(output, tuple) else None
     unread = type(blocks[0]).__name__ in _RETURN_ATTENTION
     if not unread and any(isinstance(value, Tensor) for value in (output[1:] if extra else ())):
