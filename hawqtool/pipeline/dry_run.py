@@ -30,7 +30,7 @@ def dry_run(config: RunConfig, reporter: Reporter) -> dict[str, Any]:
     Raises:
         HawqError: As the run would, before its work.
     """
-    if config.output is not None and not config.resume:
+    if config.output is not None:
         check_free(config, output_folder(config))
     job = prepare(config, reporter)
     description = describe(job)
