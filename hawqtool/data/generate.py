@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -127,4 +128,5 @@ def _no_progress_bars() -> Iterator[None]:
     try:
         yield
     finally:
-        logging.enable_progress_bar()
+        with warnings.catch_warnings(action="ignore"):  # the hub's library says so where its own bars stay off
+            logging.enable_progress_bar()
