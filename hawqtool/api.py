@@ -11,9 +11,11 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from hawqtool.config import RunConfig, load_config
+from hawqtool.report.documents import EvaluationDocument, PlanDocument, SensitivityDocument
+from hawqtool.report.schema import Report
 from hawqtool.runtime.reporter import Silent
 
 if TYPE_CHECKING:
@@ -35,8 +37,8 @@ class Result:
     """
 
     folder: Path
-    report: dict[str, Any]
-    plan: dict[str, Any]
+    report: Report
+    plan: PlanDocument
 
     @property
     def passed(self) -> bool:
@@ -70,10 +72,13 @@ def quantize(model: Location, output: Location, *, progress: Progress | None = N
 
     report = run_quantize(config, _call("quantize", config), _Callback(progress), lambda _: None)
     folder = Path(output)
-    return Result(folder, report, read_json(folder / "reproduce" / "plan.json", PLAN_SCHEMA))
+    plan = cast(PlanDocument, read_json(folder / "reproduce" / "plan.json", PLAN_SCHEMA))
+    return Result(folder, report, plan)
 
 
-def measure(model: Location, output: Location, *, progress: Progress | None = None, **settings: Any) -> dict[str, Any]:
+def measure(
+    model: Location, output: Location, *, progress: Progress | None = None, **settings: Any
+) -> SensitivityDocument:
     """Measure the sensitivity of every unit to every format.
 
     Args:
@@ -94,7 +99,7 @@ def measure(model: Location, output: Location, *, progress: Progress | None = No
     return run_measure(config, Path(output), _Callback(progress))
 
 
-def allocate(sensitivity: Location, output: Location, **settings: Any) -> dict[str, Any]:
+def allocate(sensitivity: Location, output: Location, **settings: Any) -> PlanDocument:
     """Allocate bits within a budget by a saved measurement; the model is not needed.
 
     Args:
@@ -116,7 +121,7 @@ def allocate(sensitivity: Location, output: Location, **settings: Any) -> dict[s
 
 def evaluate(
     folder: Location, model: Location, eval_data: Location, *, progress: Progress | None = None, **settings: Any
-) -> dict[str, Any]:
+) -> EvaluationDocument:
     """Evaluate a quantized checkpoint against its original: divergence, perplexity, agreement of the likeliest token.
 
     Args:

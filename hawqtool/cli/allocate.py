@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Optional
 
 import typer
 
@@ -12,6 +12,7 @@ from hawqtool.cli import options as o
 from hawqtool.cli.session import decide_hub_access, print_json, session
 from hawqtool.config import load_config
 from hawqtool.errors import UsageError
+from hawqtool.report.documents import PlanDocument
 
 
 @o.with_settings
@@ -47,21 +48,21 @@ def allocate(
 
         from hawqtool.pipeline.allocate import run_allocate, run_frontier
 
+        if frontier is None and frontier_points is not None:
+            raise UsageError("--frontier-points needs --frontier FILE; add it or drop the points")
         if frontier is None:
-            if frontier_points is not None:
-                raise UsageError("--frontier-points needs --frontier FILE; add it or drop the points")
-            document = run_allocate(settings, sensitivity_file, Path(output), terminal)
+            plan = run_allocate(settings, sensitivity_file, Path(output), terminal)
+            text = _plan_text(plan, output)
         else:
-            document = run_frontier(settings, sensitivity_file, frontier, frontier_points)
+            curve = run_frontier(settings, sensitivity_file, frontier, frontier_points)
+            text = f"{len(curve['points'])} points in {frontier}"
         if json:
-            print_json(document)
-        elif frontier is None:
-            print(_plan_text(document, output))
+            print_json(plan if frontier is None else curve)
         else:
-            print(f"{len(document['points'])} points in {frontier}")
+            print(text)
 
 
-def _plan_text(document: dict[str, Any], output: str) -> str:
+def _plan_text(document: PlanDocument, output: str) -> str:
     """The plan in a line, and how it was found in another."""
     histogram = Counter(entry["bits"] for entry in document["layers"])
     shares = ", ".join(f"{count} linears at {bits} bits" for bits, count in sorted(histogram.items()))

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
 from hawqtool.cli.terminal import Terminal
 from hawqtool.errors import NumericalError, QualityError
 from hawqtool.report.escape import one_line
+from hawqtool.report.schema import Gate
 from hawqtool.report.wording import gate_found
 
 _LONGEST = 2000
@@ -28,7 +28,7 @@ class RunRecord:
     """
 
     model: str = ""
-    gates: list[dict[str, Any]] = field(default_factory=list)
+    gates: list[Gate] = field(default_factory=list)
 
 
 @contextmanager

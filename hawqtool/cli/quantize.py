@@ -7,7 +7,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from hawqtool.cli import options as o
 from hawqtool.cli.junit import recorded_run
@@ -18,6 +17,8 @@ from hawqtool.config import SETTINGS, load_config
 from hawqtool.data.sources import public_name
 from hawqtool.errors import QualityError
 from hawqtool.parsing import printable
+from hawqtool.report.documents import DryRun
+from hawqtool.report.schema import Gate, Report
 from hawqtool.report.wording import gate_found
 from hawqtool.settings import flag_of
 from hawqtool.values import split_weight
@@ -53,7 +54,7 @@ def quantize(
         from hawqtool.pipeline.dry_run import dry_run as described
         from hawqtool.pipeline.quantize import run_quantize
 
-        def announce(description: dict[str, Any]) -> None:
+        def announce(description: DryRun) -> None:
             for line in announcement(description):
                 terminal.say(line)
 
@@ -75,7 +76,7 @@ def quantize(
         _check_gates(report, terminal)
 
 
-def _check_gates(report: dict[str, Any], terminal: Terminal) -> None:
+def _check_gates(report: Report, terminal: Terminal) -> None:
     """Say that all gates passed, or raise a QualityError with those that did not; the output is in place by now."""
     gates = report["gates"]
     failed = tuple(gate_found(gate) for gate in gates if not gate["passed"])
@@ -89,7 +90,7 @@ def _check_gates(report: dict[str, Any], terminal: Terminal) -> None:
         terminal.say(f"gates       {len(gates)} of {len(gates)} passed: {'; '.join(map(gate_found, gates))}")
 
 
-def _advice(gates: list[dict[str, Any]]) -> str:
+def _advice(gates: list[Gate]) -> str:
     """What to change, by what failed: sizes and quality pull at opposite ends."""
     failed = {gate["name"] for gate in gates if not gate["passed"]}
     advice = []

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter
-from typing import Any
+from typing import cast
 
 from rich.console import Console
 from rich.table import Table
 
 from hawqtool.parsing import printable
+from hawqtool.report.documents import DryRun, EvaluationDocument
+from hawqtool.report.schema import Gate, PlanComparison, Quality, Report, Search
 from hawqtool.report.wording import (
     MEASURES,
     gate_text,
@@ -25,7 +27,7 @@ _LABEL = 12
 _ROOMY = 96
 
 
-def announcement(description: dict[str, Any]) -> list[str]:
+def announcement(description: DryRun) -> list[str]:
     """The screen before the long part."""
     low, high = description["achievable_bpw"]
     budget = description["budget_bpw"]
@@ -51,7 +53,7 @@ def announcement(description: dict[str, Any]) -> list[str]:
     return lines + [f"note        {text}" for text in description["group_falls"]]
 
 
-def print_report(report: dict[str, Any], output: str) -> None:
+def print_report(report: Report, output: str) -> None:
     """The result: sizes, histogram, quality against uniform."""
     console = Console(highlight=False)
     evaluation = report["evaluation"]
@@ -65,8 +67,7 @@ def print_report(report: dict[str, Any], output: str) -> None:
     original = report["sizes"]["original_bytes"]
     table.add_row("original", "", "", size(original), *(show(evaluation["original"]) for show in columns.values()))
     alone = same_plan(evaluation["mixed"], evaluation["uniform"])
-    for name in ("uniform", "mixed"):
-        values = evaluation[name]
+    for name, values in (("uniform", evaluation["uniform"]), ("mixed", evaluation["mixed"])):
         if values is None or (name == "mixed" and alone):
             continue
         cells = (" ".join(values["formats"]), f"{values['bpw_linears']:.3f}", size(values["total_bytes"]))
@@ -74,7 +75,8 @@ def print_report(report: dict[str, Any], output: str) -> None:
     interpolated = evaluation["uniform_interpolated"]
     if interpolated and not alone:
         bits = f"{evaluation['mixed']['bpw_linears']:.3f}"
-        shown = [show(interpolated) if name in MEASURES.values() else "" for name, show in columns.items()]
+        between = cast(Quality, interpolated)  # of which only the divergence is shown
+        shown = [show(between) if name in MEASURES.values() else "" for name, show in columns.items()]
         table.add_row("uniform, interpolated", "", bits, "", *shown)
     console.print(table)
     for line in result_lines(report):
@@ -89,7 +91,7 @@ def hanging(line: str, width: int) -> str:
     return "\n".join(textwrap.wrap(line, width, subsequent_indent=" " * _LABEL, break_on_hyphens=False)) or line
 
 
-def result_lines(report: dict[str, Any]) -> list[str]:
+def result_lines(report: Report) -> list[str]:
     """What is said below the table: the plan, sizes, comparisons, gates, seconds."""
     evaluation, sizes = report["evaluation"], report["sizes"]
     histogram = Counter(entry["bits"] for entry in report["plan"])
@@ -116,12 +118,12 @@ def result_lines(report: dict[str, Any]) -> list[str]:
     return [*lines, "time        " + ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in spent.items())]
 
 
-def gate_lines(gates: list[dict[str, Any]]) -> list[str]:
+def gate_lines(gates: list[Gate]) -> list[str]:
     """Limits and whether the shipped plan is within them."""
     return [f"gate        {gate_text(gate)}" for gate in gates]
 
 
-def tried_lines(evaluation: dict[str, Any]) -> list[str]:
+def tried_lines(evaluation: PlanComparison) -> list[str]:
     """The mixed plans that were tried, selection rows; empty where there was one plan."""
     tried, measure = evaluation["tried"], evaluation["measure"]
     if len(tried) < 2:
@@ -137,7 +139,7 @@ def tried_lines(evaluation: dict[str, Any]) -> list[str]:
     return [*lines, f"            {MEASURES[measure]} on the selection rows, which choose"]
 
 
-def search_lines(search: dict[str, Any] | None) -> list[str]:
+def search_lines(search: Search | None) -> list[str]:
     """What the search for a quality target measured, by size."""
     if search is None:
         return []
@@ -145,11 +147,11 @@ def search_lines(search: dict[str, Any] | None) -> list[str]:
         f"searched    {entry['bpw_linears']:.3f} bits: "
         + ", ".join(f"{value:.4f} on the {role} rows" for role, value in entry["divergence"].items())
         + (", misses" if max(entry["divergence"].values()) > search["bound"] else ", meets the target")
-        for entry in sorted(search["attempts"], key=lambda entry: entry["stored_bytes"])
+        for entry in sorted(search["trials"], key=lambda entry: entry["stored_bytes"])
     ]
 
 
-def quality_lines(evaluation: dict[str, Any]) -> list[str]:
+def quality_lines(evaluation: EvaluationDocument) -> list[str]:
     """One line per measure of an evaluation of ``original`` and ``quantized``."""
     original, quantized = evaluation["original"], evaluation["quantized"]
     return [

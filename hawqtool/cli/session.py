@@ -7,7 +7,7 @@ import json as json_text
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -125,7 +125,7 @@ def decide_hub_access(sources: Iterable[str] = ()) -> None:
         os.environ[MAY_FETCH] = "1"
 
 
-def print_json(document: dict[str, Any]) -> None:
+def print_json(document: Mapping[str, object]) -> None:
     """One strict JSON document on stdout; NaN, which JSON lacks, becomes null."""
     print(json_text.dumps(_without_nan(document), indent=1, allow_nan=False), flush=True)
 

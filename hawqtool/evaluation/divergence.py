@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hawqtool.errors import NumericalError
 from hawqtool.records import Evaluation
+from hawqtool.report.schema import Quality
 from hawqtool.streaming.stream import ModelStream
 
 HeadSwap = Callable[[str], AbstractContextManager[None]]
@@ -205,11 +206,17 @@ def as_evaluation(values: dict[str, Any]) -> Evaluation:
     return Evaluation(**values | {"row_divergence": tuple(values["row_divergence"])})
 
 
-def as_record(evaluation: Evaluation) -> dict[str, Any]:
+def as_record(evaluation: Evaluation) -> Quality:
     """JSON form of an evaluation: the divergence under the name of its measure, without the row values."""
-    others = {name: getattr(evaluation, name) for name in ("perplexity", "same_top", "cosine")}
-    return {
-        evaluation.measure: evaluation.divergence,
-        f"{evaluation.measure}_stderr": evaluation.stderr,
-        "num_tokens": evaluation.num_tokens,
-    } | {name: value for name, value in others.items() if value is not None}
+    found: Quality = {"num_tokens": evaluation.num_tokens}
+    if evaluation.measure == "kl":
+        found |= {"kl": evaluation.divergence, "kl_stderr": evaluation.stderr}
+    else:
+        found |= {"embedding_error": evaluation.divergence, "embedding_error_stderr": evaluation.stderr}
+    if evaluation.perplexity is not None:
+        found["perplexity"] = evaluation.perplexity
+    if evaluation.same_top is not None:
+        found["same_top"] = evaluation.same_top
+    if evaluation.cosine is not None:
+        found["cosine"] = evaluation.cosine
+    return found

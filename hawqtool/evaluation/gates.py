@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from hawqtool.report.schema import Gate
 
 AT_MOST, AT_LEAST = "at most", "at least"
 
 
-def judge(name: str, limit: float, found: float, sense: str = AT_MOST) -> dict[str, Any]:
+def judge(name: str, limit: float, found: float, sense: str = AT_MOST) -> Gate:
     """The record of a gate: ``{name, sense, limit, found, passed}``. What is found as NaN passes nothing."""
     passed = found >= limit if sense == AT_LEAST else found <= limit
     return {"name": name, "sense": sense, "limit": limit, "found": found, "passed": passed}
 
 
-def judge_change(name: str, before: float, share: float, found: float) -> dict[str, Any]:
+def judge_change(name: str, before: float, share: float, found: float) -> Gate:
     """The gate of a value that may rise by a share of what it was; the record has that as ``baseline`` too.
 
     Args:
@@ -23,4 +23,4 @@ def judge_change(name: str, before: float, share: float, found: float) -> dict[s
         share: 0.05 for 5 %.
         found: Value of this run.
     """
-    return judge(name, before + share * abs(before), found) | {"baseline": before}
+    return {**judge(name, before + share * abs(before), found), "baseline": before}

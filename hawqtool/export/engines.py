@@ -8,11 +8,11 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any
 
 from hawqtool.checkpoint.fusion import unit_name
 from hawqtool.formats import CHANNEL, is_served
 from hawqtool.records import LayerFormats
+from hawqtool.report.schema import Engine
 
 TRANSFORMERS, VLLM, VLLM_CPU, SGLANG = (
     "transformers with compressed-tensors",
@@ -37,9 +37,7 @@ Verdict = tuple[bool, str]
 """Whether an engine loads the checkpoint, and why."""
 
 
-def engines(
-    formats: LayerFormats, shapes: Mapping[str, tuple[int, int]], obstacle: str | None = None
-) -> list[dict[str, Any]]:
+def engines(formats: LayerFormats, shapes: Mapping[str, tuple[int, int]], obstacle: str | None = None) -> list[Engine]:
     """What each engine does with a checkpoint, from formats and shapes alone.
 
     Args:
@@ -50,7 +48,7 @@ def engines(
     Returns:
         One ``{engine, minimum_version, loads, reason}`` per engine.
     """
-    found = []
+    found: list[Engine] = []
     for engine, judge in (
         (TRANSFORMERS, _transformers),
         (VLLM, _vllm),

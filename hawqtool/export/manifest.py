@@ -17,6 +17,7 @@ from hawqtool.checkpoint.companions import companion_files
 from hawqtool.checkpoint.index import INDEX_FILE, CheckpointIndex, read_header
 from hawqtool.errors import disk_errors
 from hawqtool.parsing import MAX_RECORD_BYTES, MAX_RECORD_VALUES, ParseError, load_json
+from hawqtool.report.schema import Report
 
 MANIFEST_FILE = "reproduce/manifest.json"
 MANIFEST_SCHEMA = "hawqtool.manifest/1"
@@ -34,7 +35,7 @@ _COSTS = ("costs.csv", "costs.json")
 _LENGTH_BYTES = 8
 
 
-def seal(folder: Path, report: Mapping[str, Any]) -> dict[str, Any]:
+def seal(folder: Path, report: Report) -> Report:
     """Write the manifest of a complete folder, then ``report.json`` with the hash of the manifest.
 
     Args:
@@ -56,7 +57,7 @@ def seal(folder: Path, report: Mapping[str, Any]) -> dict[str, Any]:
             "report": _content_hash({key: value for key, value in report.items() if key != "manifest"}),
         }
         _write(folder / MANIFEST_FILE, manifest)
-        sealed = {**report, "manifest": {"file": MANIFEST_FILE, "sha256": file_hash(folder / MANIFEST_FILE)}}
+        sealed: Report = {**report, "manifest": {"file": MANIFEST_FILE, "sha256": file_hash(folder / MANIFEST_FILE)}}
         _write(folder / REPORT_FILE, sealed)
     return sealed
 

@@ -6,7 +6,6 @@ import csv
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hawqtool.allocation.exact import plan_warnings
 from hawqtool.allocation.frontier import CurvePoint, curve_points, uniform_points
@@ -27,6 +26,7 @@ from hawqtool.pipeline.run.menu import budget_bytes, format_menu, widths
 from hawqtool.pipeline.search.planner import allocate
 from hawqtool.pipeline.stages.measure import score_warnings
 from hawqtool.records import Menu, Unit, UnitFormats, UnitScores
+from hawqtool.report.documents import FrontierDocument, FrontierPoint, PlanDocument
 from hawqtool.runtime.reporter import Reporter, Silent
 
 FRONTIER_SCHEMA = "hawqtool.frontier/1"
@@ -57,9 +57,7 @@ class _Saved:
     pins: UnitFormats
 
 
-def run_allocate(
-    config: RunConfig, sensitivity: Path, output: Path, reporter: Reporter | None = None
-) -> dict[str, Any]:
+def run_allocate(config: RunConfig, sensitivity: Path, output: Path, reporter: Reporter | None = None) -> PlanDocument:
     """``hawqtool allocate``: write plan.json for a budget without touching the model.
 
     Raises:
@@ -78,7 +76,7 @@ def run_allocate(
     return document
 
 
-def run_frontier(config: RunConfig, sensitivity: Path, output: Path, count: int | None) -> dict[str, Any]:
+def run_frontier(config: RunConfig, sensitivity: Path, output: Path, count: int | None) -> FrontierDocument:
     """``hawqtool allocate --frontier``: every budget at once, as ``.csv`` or ``.json``.
 
     The widths are those asked for, else all that were measured. Formats of all layers are in the JSON form only.
@@ -107,16 +105,10 @@ def run_frontier(config: RunConfig, sensitivity: Path, output: Path, count: int 
     points = curve_points(problem, count if count is not None or as_csv else JSON_POINTS)
     points += uniform_points(problem, menu, saved.pins)
     rows = [_row(point, problem.bpw(point.stored_bytes)) for point in points]
-    document = {
-        "schema": FRONTIER_SCHEMA,
-        "metric": saved.metric,
-        "points": [
-            row | {"formats": {m.name: point.formats[u.name].label for u in saved.units for m in u.members}}
-            for row, point in zip(rows, points, strict=True)
-        ]
-        if not as_csv
-        else rows,
-    }
+    document: FrontierDocument = {"schema": FRONTIER_SCHEMA, "metric": saved.metric, "points": rows}
+    if not as_csv:
+        for row, point in zip(rows, points, strict=True):
+            row["formats"] = {m.name: point.formats[u.name].label for u in saved.units for m in u.members}
     if as_csv:
         text = io.StringIO()
         writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
@@ -156,7 +148,7 @@ def _measured_widths(saved: _Saved) -> tuple[int, ...]:
     return tuple(sorted(common))
 
 
-def _row(point: CurvePoint, bpw: float) -> dict[str, Any]:
+def _row(point: CurvePoint, bpw: float) -> FrontierPoint:
     return {
         "kind": point.kind,
         "bits": point.bits,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from hawqtool.allocation.problem import achievable
 from hawqtool.allocation.uniform import best_uniform
@@ -19,10 +18,11 @@ from hawqtool.pipeline.stages.report import is_our_folder
 from hawqtool.pipeline.stages.rows import check_calibration, check_sources
 from hawqtool.pipeline.stages.write import target_config
 from hawqtool.records import Menu
+from hawqtool.report.documents import DryRun
 from hawqtool.runtime.reporter import Reporter
 
 
-def dry_run(config: RunConfig, reporter: Reporter) -> dict[str, Any]:
+def dry_run(config: RunConfig, reporter: Reporter) -> DryRun:
     """``hawqtool quantize --dry-run``: what a run would do, after refusing what it would refuse.
 
     Rows of texts on this machine are cut; nothing is fetched but the model, and nothing is sampled.
@@ -88,7 +88,7 @@ def check_free(config: RunConfig, output: Path) -> None:
         )
 
 
-def describe(job: Job) -> dict[str, Any]:
+def describe(job: Job) -> DryRun:
     """Model, menu, achievable range, budget and expected size; reads nothing but headers.
 
     Raises:

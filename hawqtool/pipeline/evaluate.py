@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,10 +15,11 @@ from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.job import prepare
 from hawqtool.pipeline.stages.evaluate import Evaluator
 from hawqtool.pipeline.stages.rows import evaluation_rows
+from hawqtool.report.documents import EvaluationDocument
 from hawqtool.runtime.reporter import Reporter
 
 
-def run_evaluate(config: RunConfig, folder: Path, reporter: Reporter) -> dict[str, Any]:
+def run_evaluate(config: RunConfig, folder: Path, reporter: Reporter) -> EvaluationDocument:
     """``hawqtool evaluate``: perplexity and KL of a written folder against its original.
 
     Raises:
@@ -42,7 +42,7 @@ def run_evaluate(config: RunConfig, folder: Path, reporter: Reporter) -> dict[st
         quantized = evaluator.evaluate(folder, "quantized")["report"]
     return {
         "schema": "hawqtool.evaluation/1",
-        "measure": original.measure,
+        "measure": "kl" if original.measure == "kl" else "embedding_error",
         "rows": {"source": rows.source, "fingerprint": rows.fingerprint, "count": len(rows.tokens)},
         "original": as_record(original),
         "quantized": as_record(quantized),

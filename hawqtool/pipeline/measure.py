@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from hawqtool.config import RunConfig
 from hawqtool.errors import UsageError
@@ -17,10 +16,11 @@ from hawqtool.pipeline.run.menu import WIDE_MENU, format_menu
 from hawqtool.pipeline.stages.measure import measured
 from hawqtool.pipeline.stages.rows import gather_rows
 from hawqtool.records import SCORE_METRICS, SWEEP_METRICS
+from hawqtool.report.documents import SensitivityDocument
 from hawqtool.runtime.reporter import Reporter
 
 
-def run_measure(config: RunConfig, output: Path, reporter: Reporter) -> dict[str, Any]:
+def run_measure(config: RunConfig, output: Path, reporter: Reporter) -> SensitivityDocument:
     """``hawqtool measure``: write sensitivity.json for the widths asked for (default 2,3,4,8).
 
     A metric of the common sweeps that the configuration names is measured alone.

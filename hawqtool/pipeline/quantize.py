@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from hawqtool.allocation.exact import plan_warnings
 from hawqtool.config import RunConfig
@@ -16,7 +14,7 @@ from hawqtool.export.writer import copy_small_files
 from hawqtool.pipeline.dry_run import check_free, describe, output_folder
 from hawqtool.pipeline.report import write_page
 from hawqtool.pipeline.run.context import RunContext
-from hawqtool.pipeline.run.files import PART, REPORT_SCHEMA, read_json
+from hawqtool.pipeline.run.files import PART, read_report
 from hawqtool.pipeline.run.fingerprint import config_fingerprint
 from hawqtool.pipeline.run.folder import RunFolder
 from hawqtool.pipeline.run.identity import check_unchanged, run_identity, stamps
@@ -29,17 +27,17 @@ from hawqtool.pipeline.search.planner import Planner, given_plan, make_planner
 from hawqtool.pipeline.search.quality_target import find_smallest
 from hawqtool.pipeline.search.selection import choose, compare, try_plans
 from hawqtool.pipeline.search.trials import TIMINGS, TrialRunner
-from hawqtool.pipeline.stages.report import build_report, write_card, write_reproduce
+from hawqtool.pipeline.stages.report import Outcome, build_report, write_card, write_reproduce
 from hawqtool.pipeline.stages.rows import gather_rows
 from hawqtool.pipeline.stages.token_importance import with_token_importance
 from hawqtool.records import BitPlan
+from hawqtool.report.documents import DryRun, SensitivityDocument
+from hawqtool.report.schema import Report, Search
 from hawqtool.runtime.reporter import Reporter
 from hawqtool.runtime.stage_timer import Stopwatch
 
 
-def run_quantize(
-    config: RunConfig, command: str, reporter: Reporter, announce: Callable[[dict[str, Any]], None]
-) -> dict[str, Any]:
+def run_quantize(config: RunConfig, command: str, reporter: Reporter, announce: Callable[[DryRun], None]) -> Report:
     """``hawqtool quantize``: from a checkpoint to a verified quantized folder.
 
     Args:
@@ -49,7 +47,7 @@ def run_quantize(
         announce: Called with what will happen, before the long part.
 
     Returns:
-        The report (`hawqtool.report/1`).
+        The report (`hawqtool.report/2`).
 
     Raises:
         HawqError: With a note where finished work is kept (see `RunFolder`); else nothing is left behind.
@@ -71,9 +69,9 @@ def run_quantize(
         remember_batch_size(job, warnings, run)
         if run.in_place:
             run.finish()
-            return read_json(output / "report.json", REPORT_SCHEMA)
+            return read_report(output / "report.json")
 
-        def work(job: Job, warnings: list[str]) -> dict[str, Any]:
+        def work(job: Job, warnings: list[str]) -> Report:
             context = RunContext(job, reporter, run.saved)
             folder, report = _quantized(context, run, command, warnings, fingerprint)
             check_unchanged(job.index, before)
@@ -89,7 +87,7 @@ def run_quantize(
 
 def _quantized(
     context: RunContext, run: RunFolder, command: str, warnings: list[str], fingerprint: str
-) -> tuple[Path, dict[str, Any]]:
+) -> tuple[Path, Report]:
     """The complete and verified folder inside the run's, and its report."""
     job, timings = context.job, dict[str, float](context.saved.load(TIMINGS) or {})
     with Stopwatch(timings, "rows"):
@@ -108,9 +106,10 @@ def _quantized(
     evaluation = compare(selection, runner.original(), planner.predicted if planner else lambda _: {})
     winner = selection.mixed[selection.best] if shipped == "mixed" else selection.uniform["uniform"]
     folder = runner.folder(winner)
-    report = build_report(job, sets, winner.plan, winner.rounding, evaluation, shipped, timings, command)
+    outcome = Outcome(winner.plan, winner.rounding, evaluation, shipped)
+    report = build_report(job, sets, outcome, timings, command)
     report |= {"search": search, "gates": judge_gates(job.config, winner, report, baseline), "starts": run.starts}
-    origin = asdict(planner.origin) if planner and planner.origin else None
+    origin = planner.origin.record if planner and planner.origin else None
     report |= {"config_fingerprint": fingerprint, "measurement": origin}
     report["warnings"] += warnings
     if planner and planner.table:
@@ -123,7 +122,7 @@ def _quantized(
     return folder, report
 
 
-def _plans(runner: TrialRunner, planner: Planner | None) -> tuple[dict[str, Any] | None, dict[str, BitPlan]]:
+def _plans(runner: TrialRunner, planner: Planner | None) -> tuple[Search | None, dict[str, BitPlan]]:
     """The search for a quality target, if there was one, and the plans to try by name."""
     job = runner.context.job
     if planner is None:
@@ -137,7 +136,7 @@ def _plans(runner: TrialRunner, planner: Planner | None) -> tuple[dict[str, Any]
     return None, plans
 
 
-def _complete(job: Job, folder: Path, sensitivity: dict[str, Any] | None, report: dict[str, Any]) -> None:
+def _complete(job: Job, folder: Path, sensitivity: SensitivityDocument | None, report: Report) -> None:
     """Add the small files, the card and the records, then reopen and verify what was written, before it is sealed."""
     for left in folder.rglob(f".*{PART}"):  # by a run that was killed while it wrote them
         left.unlink()

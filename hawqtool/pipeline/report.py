@@ -8,9 +8,10 @@ from typing import Any
 
 from hawqtool.errors import InputError, UsageError
 from hawqtool.parsing import ParseError, load_json
-from hawqtool.pipeline.run.files import REPORT_SCHEMA, read_json, read_sensitivity
+from hawqtool.pipeline.run.files import read_report, read_sensitivity
 from hawqtool.report.page.figure_data import figure_data
 from hawqtool.report.page.html import page
+from hawqtool.report.schema import Report
 
 PAGE = "report.html"
 
@@ -33,7 +34,7 @@ def run_report(folder: Path, plots: Path | None = None) -> list[Path]:
         raise InputError(
             f"{folder} has no report.json, so it is no output folder of hawqtool; give one that hawqtool quantize made"
         )
-    report = read_json(folder / "report.json", REPORT_SCHEMA)
+    report = read_report(folder / "report.json")
     if plots is not None:
         check_plots(plots)
     try:
@@ -47,7 +48,7 @@ def run_report(folder: Path, plots: Path | None = None) -> list[Path]:
 
 def write_page(folder: Path) -> None:
     """Write ``report.html`` into a folder that has all its records."""
-    _write(folder, read_json(folder / "report.json", REPORT_SCHEMA), None)
+    _write(folder, read_report(folder / "report.json"), None)
 
 
 def check_plots(folder: Path) -> None:
@@ -62,7 +63,7 @@ def check_plots(folder: Path) -> None:
         raise UsageError(f"the parent folder of {folder} does not exist; create it first")
 
 
-def _write(folder: Path, report: dict[str, Any], plots: Path | None) -> list[Path]:
+def _write(folder: Path, report: Report, plots: Path | None) -> list[Path]:
     # Matplotlib is slow to load, and most commands draw nothing.
     from hawqtool.report.page.drawing import as_svg, save_png
     from hawqtool.report.page.figures import FIGURES, TITLES

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from typing import Any
 
 from hawqtool.report.escape import code, escape, fenced, table
 from hawqtool.report.front_matter import SourceFacts, Value, merged, read_source
+from hawqtool.report.schema import PlanEntry, Report, Search
 from hawqtool.report.wording import (
     EXPLANATIONS,
     GATES,
@@ -27,13 +27,13 @@ model = {model_class}.from_pretrained("path/to/this/folder")
 {inputs} = {input_class}.from_pretrained("path/to/this/folder")"""
 
 
-def model_card(report: dict[str, Any], source_readme: str | None) -> str:
+def model_card(report: Report, source_readme: str | None) -> str:
     """Text of the card.
 
     Names, licences and whatever else comes from a checkpoint are shown as they are, never as markup.
 
     Args:
-        report: Of schema ``hawqtool.report/1``.
+        report: Of schema ``hawqtool.report/2``.
         source_readme: Text of the source's ``README.md``, None if it has none. Its front matter is merged, its
             body is not repeated.
     """
@@ -52,14 +52,14 @@ def model_card(report: dict[str, Any], source_readme: str | None) -> str:
     return merged(facts, _base_model(report, facts)) + "\n" + "\n\n".join(sections) + "\n"
 
 
-def _base_model(report: dict[str, Any], facts: SourceFacts) -> Value:
+def _base_model(report: Report, facts: SourceFacts) -> Value:
     """The hub id, else what the source says it was made from, else the source's name."""
     if report["model_revision"]:
         return str(report["model"])
     return facts.values.get("base_model") or str(report["model"])
 
 
-def _title(report: dict[str, Any]) -> str:
+def _title(report: Report) -> str:
     name, bits = escape(report["model"]), report["sizes"]["bpw_linears"]
     kind = "one format" if len(_formats(report)) == 1 else "mixed precision"
     return (
@@ -92,16 +92,16 @@ def _words(value: Value) -> str:
     return ", ".join(code(item) for item in ([value] if isinstance(value, str) else value))
 
 
-def _formats(report: dict[str, Any]) -> list[str]:
+def _formats(report: Report) -> list[str]:
     return sorted({_format(entry) for entry in report["plan"]})
 
 
-def _format(entry: dict[str, Any]) -> str:
+def _format(entry: PlanEntry) -> str:
     size = entry["group_size"]
     return f"{entry['bits']} bit, " + ("one scale per row" if size == "channel" else f"groups of {size}")
 
 
-def _method(report: dict[str, Any]) -> str:
+def _method(report: Report) -> str:
     config, rows = report["config"], report["rows"]
     calibration = rows["calibration"]
     lines = [
@@ -122,7 +122,7 @@ def _method(report: dict[str, Any]) -> str:
     return "## Method\n\n" + "\n".join(f"- {line}" for line in lines)
 
 
-def _refinement(report: dict[str, Any]) -> str:
+def _refinement(report: Report) -> str:
     blocks = report["refinement"].values()
     before, after = (sum(b[key] for b in blocks) / len(blocks) for key in ("error_before", "error_after"))
     return (
@@ -131,7 +131,7 @@ def _refinement(report: dict[str, Any]) -> str:
     )
 
 
-def _distillation(report: dict[str, Any]) -> str:
+def _distillation(report: Report) -> str:
     found = report["distillation"]
     what = "codes, scales and norm gains" if report["config"].get("distill_codes") else "scales and norm gains"
     return (
@@ -140,7 +140,7 @@ def _distillation(report: dict[str, Any]) -> str:
     )
 
 
-def _choice(report: dict[str, Any]) -> str:
+def _choice(report: Report) -> str:
     if report["config"].get("plan"):
         return f"as given by the plan {code(report['config']['plan'])}"
     evaluation, tried = report["evaluation"], list(report["evaluation"]["tried"])
@@ -163,8 +163,8 @@ def _choice(report: dict[str, Any]) -> str:
     )
 
 
-def _searched(search: dict[str, Any], metric: str) -> str:
-    count = len(search["attempts"])
+def _searched(search: Search, metric: str) -> str:
+    count = len(search["trials"])
     plans = "1 plan that was" if count == 1 else f"{count} plans that were"
     bound = f"a divergence of at most {search['bound']:g} on the selection and the report rows"
     found = f"the smallest with {bound}" if search["met"] else f"the best one, as none has {bound}"
@@ -180,7 +180,7 @@ def _enumerated(tried: list[str]) -> str:
     return f"the plans {', '.join(names[:-1])} and {names[-1]}"
 
 
-def _plan(report: dict[str, Any]) -> str:
+def _plan(report: Report) -> str:
     formats = _formats(report)
     roles: dict[str, Counter[str]] = defaultdict(Counter)
     for entry in report["plan"]:
@@ -189,7 +189,7 @@ def _plan(report: dict[str, Any]) -> str:
     return f"## Plan\n\nLayers of each role by format:\n\n{table(['role', *formats], rows)}"
 
 
-def _sizes(report: dict[str, Any]) -> str:
+def _sizes(report: Report) -> str:
     sizes = report["sizes"]
     before, after = sizes["original_bytes"], sizes["quantized_bytes"]
     rows = [
@@ -201,7 +201,7 @@ def _sizes(report: dict[str, Any]) -> str:
     return f"## Size\n\n{table(['', 'value'], rows)}"
 
 
-def _evaluation(report: dict[str, Any]) -> str:
+def _evaluation(report: Report) -> str:
     evaluation, source = report["evaluation"], report["rows"]["report"]
     uniform, mixed, measure = evaluation["uniform"], evaluation["mixed"], evaluation["measure"]
     shown = {report["shipped"]: mixed} if same_plan(mixed, uniform) else {"uniform": uniform, "mixed": mixed}
@@ -243,7 +243,7 @@ def _origin(source: str) -> str:
     return "sampled from the model itself" if source == "self" else code(source)
 
 
-def _loading(report: dict[str, Any]) -> str:
+def _loading(report: Report) -> str:
     rows = [["hawqtool", escape(report["hawqtool_version"]), "yes", "verified: every tensor was read back in this run"]]
     for entry in report["engines"]:
         rows.append(
@@ -264,7 +264,7 @@ def _load_code(architecture: str) -> str:
     return _LOAD.format(model_class=architecture, input_class="AutoProcessor", inputs="processor")
 
 
-def _reproduction(report: dict[str, Any]) -> str:
+def _reproduction(report: Report) -> str:
     return (
         f"## Reproduce\n\n{fenced(report['command'], 'sh')}\n\n"
         f"hawqtool {escape(report['hawqtool_version'])}, {escape(report['device'])}. The versions of all packages are "
@@ -273,7 +273,7 @@ def _reproduction(report: dict[str, Any]) -> str:
     )
 
 
-def _limits(report: dict[str, Any]) -> str:
+def _limits(report: Report) -> str:
     lines = [f"warning: {escape(text)}" for text in report["warnings"]]
     lines += [
         "quality was measured on the rows above only; other tasks and languages may lose more",

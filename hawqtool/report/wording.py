@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from hawqtool.report.schema import Gate, Measured, PlanQuality, Quality, Report, RowSet, shipped_plan
+
 MEASURES = {"kl": "KL (nats)", "embedding_error": "relative error"}
 """Heading of what a model is judged by."""
 
@@ -35,7 +37,7 @@ _SHARES = ("max_ppl_increase", "min_same_top")
 _BYTES = ("max_size", "regression_size")
 
 
-def gate_values(gate: dict[str, Any]) -> tuple[str, str]:
+def gate_values(gate: Gate) -> tuple[str, str]:
     """Limit and found value of a gate for people, with as many digits as tell them apart."""
     limit, found = gate["limit"], gate["found"]
     if gate["name"] in _BYTES:
@@ -48,23 +50,25 @@ def gate_values(gate: dict[str, Any]) -> tuple[str, str]:
     return shown[0], shown[1]
 
 
-def gate_found(gate: dict[str, Any]) -> str:
+def gate_found(gate: Gate) -> str:
     """Limit and finding of a gate in one line, such as ``max_kl at most 0.1, found 0.0312``."""
     limit, found = gate_values(gate)
     return f"{gate['name']} {gate['sense']} {limit}, found {found}"
 
 
-def gate_text(gate: dict[str, Any]) -> str:
+def gate_text(gate: Gate) -> str:
     """A gate and its verdict, such as ``max_kl at most 0.1, found 0.0312: passed``."""
     return f"{gate_found(gate)}: {'passed' if gate['passed'] else 'FAILED'}"
 
 
-def same_plan(first: dict[str, Any], second: dict[str, Any] | None) -> bool:
+def same_plan(first: PlanQuality, second: PlanQuality | None) -> bool:
     """Whether two records are of one plan, where one of them at least is of a uniform plan."""
-    return second is not None and all(first[key] == second[key] for key in ("stored_bytes", "formats"))
+    if second is None:
+        return False
+    return first["stored_bytes"] == second["stored_bytes"] and first["formats"] == second["formats"]
 
 
-def tried_plans(report: dict[str, Any]) -> list[dict[str, Any]]:
+def tried_plans(report: Report) -> list[dict[str, Any]]:
     """Every plan of the report that was rounded and evaluated at its budget, mixed ones first.
 
     Returns:
@@ -72,10 +76,10 @@ def tried_plans(report: dict[str, Any]) -> list[dict[str, Any]]:
         plan), the kind ``mixed`` or ``uniform``.
     """
     evaluation, shipped = report["evaluation"], report["shipped"]
-    uniform: list[dict[str, Any]] = []
-    for record in (evaluation["uniform"], *evaluation["neighbours"].values()):
-        if record is not None and not any(same_plan(record, known) for known in uniform):
-            uniform.append(record)
+    uniform: list[PlanQuality] = []
+    for candidate in (evaluation["uniform"], *evaluation["neighbours"].values()):
+        if candidate is not None and not any(same_plan(candidate, known) for known in uniform):
+            uniform.append(candidate)
     found: list[dict[str, Any]] = []
     for name, record in evaluation["tried"].items():
         if not any(same_plan(record, known) for known in uniform):
@@ -83,25 +87,25 @@ def tried_plans(report: dict[str, Any]) -> list[dict[str, Any]]:
             plan = {"mark": str(len(found) + 1), "name": name, "kind": "mixed", "record": record, "shipped": chosen}
             found.append(plan)
     for record in uniform:
-        mark, chosen = " ".join(record["formats"]), same_plan(record, evaluation[shipped])
+        mark, chosen = " ".join(record["formats"]), same_plan(record, shipped_plan(report))
         found.append({"mark": mark, "name": f"uniform {mark}", "kind": "uniform", "record": record, "shipped": chosen})
     return found
 
 
-def shown_metric(report: dict[str, Any]) -> str | None:
+def shown_metric(report: Report) -> str | None:
     """Metric whose predictions are shown: that of the shipped plan, else the run's; None where there are none."""
     predicted = report["evaluation"]["mixed"]["predicted"]
     return next((name for name in (report["metric"], *report["evaluation"]["tried"]) if name in predicted), None)
 
 
-def measurement_text(report: dict[str, Any]) -> str | None:
+def measurement_text(report: Report) -> str | None:
     """Where the scores come from, unless the run measured them itself or needed none."""
     origin = report.get("measurement")
     if origin is None or origin["source"] == "run":
         return None
     if origin["source"] == "file":
         return "scores from a saved measurement"
-    return f"scores from a shared measurement, fingerprint {origin['fingerprint'][:12]}"
+    return f"scores from a shared measurement, fingerprint {str(origin['fingerprint'])[:12]}"
 
 
 def size(num_bytes: float) -> str:
@@ -113,14 +117,14 @@ def size(num_bytes: float) -> str:
     raise AssertionError
 
 
-def quality_columns(evaluation: dict[str, Any]) -> dict[str, Callable[[dict[str, Any]], str]]:
+def quality_columns(evaluation: Measured) -> dict[str, Callable[[Quality], str]]:
     """Heading and content of the columns that this kind of model has.
 
     Args:
         evaluation: Has ``measure`` and the record ``original``.
     """
     measure = evaluation["measure"]
-    columns: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    columns: dict[str, tuple[str, Callable[[Quality], str]]] = {
         "perplexity": ("perplexity", lambda values: f"{values['perplexity']:.2f}"),
         MEASURES[measure]: (measure, lambda values: f"{values[measure]:.4f}{plus_minus(values, measure)}"),
         "same top-1": ("same_top", lambda values: f"{100 * values['same_top']:.1f} %"),
@@ -129,13 +133,13 @@ def quality_columns(evaluation: dict[str, Any]) -> dict[str, Callable[[dict[str,
     return {name: show for name, (key, show) in columns.items() if key in evaluation["original"]}
 
 
-def plus_minus(values: dict[str, Any], measure: str) -> str:
+def plus_minus(values: Mapping[str, object], measure: str) -> str:
     """Standard error of a measure, empty where it is not known."""
     stderr = values.get(f"{measure}_stderr")
-    return "" if stderr is None or math.isnan(stderr) else f" ± {stderr:.4f}"
+    return "" if not isinstance(stderr, float) or math.isnan(stderr) else f" ± {stderr:.4f}"
 
 
-def rows_text(record: dict[str, Any]) -> str:
+def rows_text(record: RowSet) -> str:
     """Number and shape of rows, such as ``16 rows of 256 tokens``."""
     shape = record["shape"]
     if len(shape) == 1:

@@ -60,6 +60,7 @@ from hawqtool.pipeline.stages.round_blocks import round_blocks
 from hawqtool.pipeline.stages.rows import calibration_rows, evaluation_rows
 from hawqtool.pipeline.stages.token_importance import with_token_importance
 from hawqtool.records import Evaluation, RoundedLayer, Rows, UnitFormats
+from hawqtool.report.schema import Training
 from hawqtool.rounding.grid import Quantized, dequantize
 from hawqtool.rounding.layer import quantized
 from hawqtool.rounding.learned.block import Schedule
@@ -245,7 +246,7 @@ class Bench:
         tokens: Tensor,
         name: str,
         rates: dict[str, Any],
-    ) -> dict[str, Any]:
+    ) -> Training:
         schedule = replace(schedule_of(job.config), **rates)
         if not schedule.steps:
             return {}

@@ -277,7 +277,7 @@ def test_the_result_is_printed_on_stdout_and_narration_is_not(packed: Path, plac
     assert "budget" in result.stderr and "budget" not in result.stdout
     quiet = quantize(place, tmp_path / "quiet", *TARGET, "--quiet", "--json")
     assert quiet.stderr == ""
-    assert json.loads(quiet.stdout)["schema"] == "hawqtool.report/1"
+    assert json.loads(quiet.stdout)["schema"] == "hawqtool.report/2"
 
 
 def parsed(*arguments: object) -> dict[str, Any]:

@@ -121,7 +121,7 @@ def other_kind(report: dict[str, Any]) -> None:
 
 
 SPOILT: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "another schema": (lambda r: r.update(schema="hawqtool.plan/1"), "expected 'hawqtool.report/1'"),
+    "another schema": (lambda r: r.update(schema="hawqtool.plan/1"), "expected 'hawqtool.report/2'"),
     "no evaluation": (lambda r: r.pop("evaluation"), "is damaged"),
     "another kind of model": (other_kind, "its measure is embedding_error"),
     "other rows": (lambda r: r["rows"]["report"].update(fingerprint="ab" * 32), "other report rows: fingerprint abab"),

@@ -229,7 +229,7 @@ def test_method_and_quality_come_from_the_report(model: Path, tmp_path: Path) ->
     assert found["sizes"]["bpw_file"] == report["sizes"]["bpw_file"]
     assert found["engines"] == report["engines"]
     assert "same top-1" in invoke(tmp_path / "out").stdout
-    for damaged, said in (("{}", "schema"), ('{"schema": "hawqtool.report/1"}', "damaged"), ("{", "not valid JSON")):
+    for damaged, said in (("{}", "schema"), ('{"schema": "hawqtool.report/2"}', "damaged"), ("{", "not valid JSON")):
         (tmp_path / "out/report.json").write_text(damaged)
         found = described(tmp_path / "out")
         assert found["supported"] and found["recorded"] is None and said in found["recorded_note"]

@@ -38,7 +38,7 @@ from tests.support.tiny import tiny_llama
 def test_report_has_the_documented_keys(mixed: tuple[Path, Report]) -> None:
     folder, report = mixed
     stored = read(folder / "report.json")
-    assert stored["schema"] == "hawqtool.report/1"
+    assert stored["schema"] == "hawqtool.report/2"
     expected = "model hawqtool_version command config sizes plan layers rows evaluation shipped timings "
     assert set((expected + "peak_memory_bytes warnings").split()) <= set(stored)
     assert {"original_bytes", "quantized_bytes", "bpw_linears", "bpw_file"} <= set(stored["sizes"])

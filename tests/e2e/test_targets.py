@@ -26,7 +26,7 @@ def test_the_smallest_plan_that_meets_a_bound(run: Run, bound: float) -> None:
     # Between the two lies at most one step of one unit.
     assert 0 < report["sizes"]["stored_bytes_linears"] - missed["stored_bytes"] <= 2048
     assert max(missed["divergence"].values()) > bound
-    assert len(search["attempts"]) <= 8
+    assert len(search["trials"]) <= 8
     assert read(folder / "report.json")["search"] == search
     assert report["sizes"]["quantized_bytes"] == (folder / "model.safetensors").stat().st_size
 
@@ -43,7 +43,7 @@ def test_a_bound_out_of_reach_leaves_the_best_plan_and_a_failed_gate(run: Run) -
 def test_a_loose_bound_takes_the_smallest_plan_at_once(run: Run) -> None:
     _, report = run(bits="2,3", target_kl=100.0)
     assert {entry["bits"] for entry in report["plan"]} == {2}
-    assert len(report["search"]["attempts"]) == 1
+    assert len(report["search"]["trials"]) == 1
 
 
 def test_a_bound_with_one_width_is_only_checked(run: Run) -> None:

@@ -20,7 +20,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 TESTS = sorted(path for kind in ("unit", "reference") for path in (ROOT / "tests" / kind).rglob("test_*.py"))
 
 LAYERS = (
-    *("errors", "formats", "records", "parsing", "values", "settings", "fields", "presets", "config"),
+    *("errors", "formats", "records", "report.schema", "report.documents"),
+    *("parsing", "values", "settings", "fields", "presets", "config"),
     *("runtime",),
     *("checkpoint", "model", "rounding.kernels", "rounding", "rounding.learned", "streaming", "data"),
     *("evaluation", "sensitivity", "sensitivity.curvature", "allocation", "export", "report", "report.page"),

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hawqtool.errors import HawqError, UsageError, one_line
 from hawqtool.pipeline.batch.jobs_file import JOBS, Batch, BatchJob, measured_settings
@@ -16,6 +16,7 @@ from hawqtool.pipeline.batch.processes import Outcome, Program, run_programs
 from hawqtool.pipeline.batch.summary import GATE_FAILED, Row, empty_row, result, summarize, write_summary
 from hawqtool.pipeline.run.files import REPORT_SCHEMA, write_text
 from hawqtool.pipeline.run.fingerprint import config_fingerprint
+from hawqtool.report.schema import Report
 from hawqtool.report.wording import MEASURES
 from hawqtool.runtime.reporter import Reporter
 
@@ -27,7 +28,7 @@ TO_DO, DONE, CHANGED = "to do", "done", "other settings"
 """Whether a job's folder holds its result."""
 
 
-def job_state(job: BatchJob) -> tuple[str, dict[str, Any] | None]:
+def job_state(job: BatchJob) -> tuple[str, Report | None]:
     """Whether a job is done, and its report where it is; a folder that is not ours is left for the job to refuse."""
     report = _report(Path(str(job.config.output)) / "report.json")
     if report is None:
@@ -37,12 +38,12 @@ def job_state(job: BatchJob) -> tuple[str, dict[str, Any] | None]:
     return (TO_DO if job.config.overwrite else CHANGED), None
 
 
-def _report(path: Path) -> dict[str, Any] | None:
+def _report(path: Path) -> Report | None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) and found.get("schema") == REPORT_SCHEMA else None
+    return cast(Report, found) if isinstance(found, dict) and found.get("schema") == REPORT_SCHEMA else None
 
 
 def check_batch(batch: Batch) -> None:

@@ -15,6 +15,7 @@ from hawqtool import __version__
 from hawqtool.config import RunConfig
 from hawqtool.pipeline.batch.jobs_file import SUMMARY_CSV, SUMMARY_JSON, BatchJob
 from hawqtool.pipeline.run.files import write_json, write_text
+from hawqtool.report.schema import Report, shipped_plan
 
 BATCH_SCHEMA = "hawqtool.batch/1"
 GATE_FAILED = 3
@@ -54,10 +55,10 @@ def target_text(config: RunConfig) -> str:
     return config.target_size or f"plan {Path(config.plan or '').name}"
 
 
-def result(report: dict[str, Any]) -> Row:
+def result(report: Report) -> Row:
     """What a row takes from a report; ``exit_code`` is 3 where a gate failed."""
     evaluation, sizes = report["evaluation"], report["sizes"]
-    measure, chosen, uniform = evaluation["measure"], evaluation[report["shipped"]], evaluation["uniform"]
+    measure, chosen, uniform = evaluation["measure"], shipped_plan(report), evaluation["uniform"]
     failed = [gate for gate in report["gates"] if not gate["passed"]]
     origin = report["measurement"]
     return {
@@ -71,7 +72,7 @@ def result(report: dict[str, Any]) -> Row:
         "shipped": report["shipped"],
         "measure": measure,
         "divergence": _finite(chosen[measure]),
-        "divergence_stderr": _finite(chosen.get(f"{measure}_stderr")),
+        "divergence_stderr": _finite(chosen.get("kl_stderr", chosen.get("embedding_error_stderr"))),
         "uniform_divergence": _finite(uniform[measure]) if uniform else None,
         "uniform_bytes": uniform["total_bytes"] if uniform else None,
         "perplexity": _finite(chosen.get("perplexity")),

@@ -6,9 +6,10 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError, field_validator
 
@@ -16,6 +17,8 @@ from hawqtool.errors import InputError, ResourceError, UsageError, disk_errors
 from hawqtool.formats import MAX_BITS, MIN_BITS, QuantFormat, parse_label
 from hawqtool.parsing import MAX_RECORD_BYTES, MAX_RECORD_VALUES, ParseError, load_json, short, shown
 from hawqtool.records import BitPlan, LinearSpec, Score, SensitivityTable, Unit, UnitScores
+from hawqtool.report.documents import MemberRecord, PlanDocument, SensitivityDocument
+from hawqtool.report.schema import PlanEntry, Report
 from hawqtool.values import parse_group_size
 
 MAX_FEATURES = 1 << 40
@@ -27,7 +30,7 @@ Name = Annotated[StrictStr, Field(min_length=1, max_length=1000)]
 
 SENSITIVITY_SCHEMA = "hawqtool.sensitivity/1"
 PLAN_SCHEMA = "hawqtool.plan/1"
-REPORT_SCHEMA = "hawqtool.report/1"
+REPORT_SCHEMA = "hawqtool.report/2"
 PART = ".part"
 """Ending of the hidden file beside its place that a text is in until it is complete."""
 
@@ -47,7 +50,7 @@ def check_writable(path: Path, flag: str = "--output") -> None:
         raise ResourceError(f"{flag} {path} cannot be written: its folder is read-only; choose another place")
 
 
-def write_json(path: Path, document: dict[str, Any]) -> None:
+def write_json(path: Path, document: Mapping[str, object]) -> None:
     """Write a document by atomic rename."""
     write_text(path, json.dumps(document, indent=1) + "\n")
 
@@ -86,7 +89,18 @@ def read_json(path: Path, schema: str) -> dict[str, Any]:
     return document
 
 
-def sensitivity_document(table: SensitivityTable, units: tuple[Unit, ...], unquantized_bytes: int) -> dict[str, Any]:
+def read_report(path: Path) -> Report:
+    """Read a report.json.
+
+    Raises:
+        InputError: If the file is missing, no JSON, or of another schema.
+    """
+    return cast(Report, read_json(path, REPORT_SCHEMA))
+
+
+def sensitivity_document(
+    table: SensitivityTable, units: tuple[Unit, ...], unquantized_bytes: int
+) -> SensitivityDocument:
     """JSON form of a table; it carries the units' shapes, so allocation needs nothing else.
 
     Args:
@@ -104,7 +118,7 @@ def sensitivity_document(table: SensitivityTable, units: tuple[Unit, ...], unqua
         "settings": table.settings,
         "rows": table.rows,
         "unquantized_bytes": unquantized_bytes,
-        "units": {unit.name: [asdict(member) for member in unit.members] for unit in units},
+        "units": {unit.name: [cast(MemberRecord, asdict(member)) for member in unit.members] for unit in units},
         "scores": {
             metric: {
                 unit: {label: [s.value, None if math.isnan(s.stderr) else s.stderr] for label, s in scores.items()}
@@ -130,7 +144,7 @@ def read_sensitivity(path: Path) -> tuple[SensitivityTable, tuple[Unit, ...], in
     return parse_sensitivity(read_json(path, SENSITIVITY_SCHEMA), str(path))
 
 
-def parse_sensitivity(document: dict[str, Any], name: str) -> tuple[SensitivityTable, tuple[Unit, ...], int]:
+def parse_sensitivity(document: Mapping[str, Any], name: str) -> tuple[SensitivityTable, tuple[Unit, ...], int]:
     """Table, units and plan-independent bytes of the JSON form of a table.
 
     Raises:
@@ -181,24 +195,26 @@ def metric_scores(table: SensitivityTable, metric: str, path: Path) -> UnitScore
     return table.scores[metric]
 
 
-def plan_document(plan: BitPlan, units: tuple[Unit, ...], other_linears: tuple[str, ...]) -> dict[str, Any]:
+def plan_entry(linear: LinearSpec, quant_format: QuantFormat) -> PlanEntry:
+    """What plans and reports say of the format of a linear."""
+    return {
+        "name": linear.name,
+        "unit": linear.unit,
+        "bits": quant_format.bits,
+        "group_size": quant_format.group_size or "channel",
+        "symmetric": quant_format.symmetric,
+        "bytes": linear.stored_bytes(quant_format),
+    }
+
+
+def plan_document(plan: BitPlan, units: tuple[Unit, ...], other_linears: tuple[str, ...]) -> PlanDocument:
     """JSON form of a plan, one entry per layer, editable by hand."""
-    layers = []
-    for unit in units:
-        fmt = plan.formats[unit.name]
-        layers += [
-            {
-                "name": member.name,
-                "unit": unit.name,
-                "bits": fmt.bits,
-                "group_size": fmt.group_size or "channel",
-                "symmetric": fmt.symmetric,
-                "bytes": member.stored_bytes(fmt),
-            }
-            | ({"module": member.module} if member.module else {})
-            | ({"transposed": True} if member.transposed else {})
-            for member in unit.members
-        ]
+    layers = [plan_entry(member, plan.formats[unit.name]) for unit in units for member in unit.members]
+    for entry, member in zip(layers, (member for unit in units for member in unit.members), strict=True):
+        if member.module:
+            entry["module"] = member.module
+        if member.transposed:
+            entry["transposed"] = True
     return {
         "schema": PLAN_SCHEMA,
         "bpw_linears": plan.bpw,

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 
@@ -22,11 +22,12 @@ from hawqtool.errors import InputError, UsageError
 from hawqtool.pipeline.run.files import SENSITIVITY_SCHEMA, parse_sensitivity, read_json
 from hawqtool.pipeline.run.job import Job
 from hawqtool.records import SWEEP_METRICS, Menu, Rows
+from hawqtool.report.documents import SensitivityDocument
 from hawqtool.rounding.kernels.dispatch import kernel_for
 from hawqtool.runtime.reporter import Reporter
 from hawqtool.settings import Affects
 
-Document = dict[str, Any]
+Document = SensitivityDocument
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
 
@@ -120,7 +121,8 @@ class MeasurementFolder:
             found = self._read(key)
             if found is not None:
                 return found, True
-            made = measure() | {"fingerprint": key}
+            made = measure()
+            made["fingerprint"] = key
             self._keep(key, made)
             return made, False
 
@@ -132,7 +134,7 @@ class MeasurementFolder:
         if not file.exists():
             return None
         try:
-            document = read_json(file, SENSITIVITY_SCHEMA)
+            document = cast(SensitivityDocument, read_json(file, SENSITIVITY_SCHEMA))
             parse_sensitivity(document, str(file))
             if document.get("fingerprint") != key:
                 raise InputError(f"{file} holds the measurement of another fingerprint")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -13,6 +12,7 @@ from hawqtool.pipeline.run.checkpoints import SAMPLED
 from hawqtool.pipeline.run.folder import RunFolder
 from hawqtool.pipeline.run.identity import run_identity
 from hawqtool.pipeline.run.job import Job
+from hawqtool.report.schema import Report
 from hawqtool.runtime.reporter import Reporter
 
 MOST_HALVINGS = 2
@@ -21,10 +21,10 @@ MOST_HALVINGS = 2
 _BATCHES = "batches"
 
 
-Work = Callable[[Job, list[str]], dict[str, Any]]
+Work = Callable[[Job, list[str]], Report]
 
 
-def halving_batch_size(job: Job, warnings: list[str], run: RunFolder, reporter: Reporter, work: Work) -> dict[str, Any]:
+def halving_batch_size(job: Job, warnings: list[str], run: RunFolder, reporter: Reporter, work: Work) -> Report:
     """Do the work; when GPU memory runs out, do all of it again with half the rows per batch, at most twice.
 
     Rows per batch change floating-point sums, so no result may mix two values: the work starts anew, every halving is

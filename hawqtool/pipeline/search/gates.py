@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hawqtool.config import RunConfig
 from hawqtool.errors import InputError, UsageError
@@ -15,6 +15,7 @@ from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.search.selection import worst_divergence
 from hawqtool.pipeline.search.trials import Trial
 from hawqtool.records import Rows
+from hawqtool.report.schema import Gate, Report, shipped_plan
 from hawqtool.values import parse_size
 
 
@@ -101,9 +102,7 @@ def check_gates(job: Job) -> None:
         )
 
 
-def judge_gates(
-    config: RunConfig, shipped: Trial, report: dict[str, Any], baseline: Baseline | None
-) -> list[dict[str, Any]]:
+def judge_gates(config: RunConfig, shipped: Trial, report: Report, baseline: Baseline | None) -> list[Gate]:
     """Records ``{name, sense, limit, found, passed}`` of every gate of the configuration.
 
     Args:
@@ -112,7 +111,7 @@ def judge_gates(
         report: Its report so far.
         baseline: An earlier result on the same report rows.
     """
-    result = report["evaluation"][report["shipped"]]
+    result = shipped_plan(report)
     original = report["evaluation"]["original"]
     divergence: float = result[report["evaluation"]["measure"]]
     size: int = report["sizes"]["quantized_bytes"]
@@ -132,7 +131,7 @@ def judge_gates(
             limit = parse_size(limit) if name == "max_size" else limit
             gates.append(judge(name, limit, figure(), *((AT_LEAST,) if name == "min_same_top" else ())))
     if baseline is not None and config.max_regression is not None:
-        now = {"divergence": divergence, "perplexity": result.get("perplexity"), "size": size}
+        now = {"divergence": divergence, "perplexity": result.get("perplexity", math.nan), "size": size}
         gates += [
             judge_change(f"regression_{name}", before, config.max_regression, now[name])
             for name, before in baseline.values.items()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from hawqtool.allocation.frontier import Frontier, frontier, solve
 from hawqtool.allocation.problem import build_problem, predicted_loss
@@ -27,6 +27,7 @@ from hawqtool.pipeline.run.menu import budget_bytes, job_menu, second_budget, un
 from hawqtool.pipeline.search.shortlist import alternatives
 from hawqtool.pipeline.stages.measure import Origin, measured
 from hawqtool.records import BitPlan, Menu, Rows, SensitivityTable, Unit, UnitFormats, UnitScores
+from hawqtool.report.documents import SensitivityDocument
 
 EXACT_UNITS = 500
 """Units up to which ``auto`` solves exactly: fractions of a second; from some 800 on it may take 20 s and more."""
@@ -45,7 +46,7 @@ class Planner:
 
     context: RunContext
     table: SensitivityTable | None
-    document: dict[str, Any] | None
+    document: SensitivityDocument | None
     origin: Origin | None = None
 
     @property
@@ -129,12 +130,12 @@ def make_planner(context: RunContext, sets: dict[str, Rows]) -> Planner:
         document, origin = measured(context, menu, sets)
         return Planner(context, parse_sensitivity(document, "the measurement")[0], document, origin)
     path = Path(job.config.sensitivity)
-    document = read_json(path, SENSITIVITY_SCHEMA)
-    table, _, _ = parse_sensitivity(document, str(path))
+    given = cast(SensitivityDocument, read_json(path, SENSITIVITY_SCHEMA))
+    table, _, _ = parse_sensitivity(given, str(path))
     _check_saved(job, table)
     seconds = table.settings.get("seconds")
     origin = Origin("file", None, seconds if isinstance(seconds, float) else None)
-    return Planner(context, table, document, origin)
+    return Planner(context, table, given, origin)
 
 
 def _check_saved(job: Job, table: SensitivityTable) -> None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from hawqtool.allocation.quality_target import Attempt, smallest_meeting
 from hawqtool.pipeline.search.planner import Planner
 from hawqtool.pipeline.search.selection import worst_divergence
 from hawqtool.pipeline.search.trials import Trial, TrialRunner
 from hawqtool.records import BitPlan
+from hawqtool.report.schema import Search, SearchTrial
 
 
-def find_smallest(runner: TrialRunner, planner: Planner, bound: float) -> tuple[dict[str, Any], dict[str, BitPlan]]:
+def find_smallest(runner: TrialRunner, planner: Planner, bound: float) -> tuple[Search, dict[str, BitPlan]]:
     """Search the frontier with real roundings and evaluations.
 
     A plan meets the bound when its divergence does on the selection rows and on the report rows, so that the figure
@@ -35,16 +34,16 @@ def find_smallest(runner: TrialRunner, planner: Planner, bound: float) -> tuple[
     found = smallest_meeting(planner.curve().points, measure, bound)
     chosen = found.met or min(found.attempts, key=lambda attempt: attempt.measured)
     missed = found.missed if found.met else None
-    record = {
+    record: Search = {
         "bound": bound,
         "met": found.met is not None,
         "largest_that_misses": None if missed is None else _entry(missed, tried[missed]),
-        "attempts": [_entry(attempt, tried[attempt]) for attempt in found.attempts],
+        "trials": [_entry(attempt, tried[attempt]) for attempt in found.attempts],
     }
     return record, {planner.metric if planner.table else "uniform menu": tried[chosen].plan}
 
 
-def _entry(attempt: Attempt, trial: Trial) -> dict[str, Any]:
+def _entry(attempt: Attempt, trial: Trial) -> SearchTrial:
     return {
         "stored_bytes": attempt.stored_bytes,
         "bpw_linears": trial.plan.bpw,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from hawqtool.allocation.problem import stored_bytes
 from hawqtool.allocation.uniform import UniformPlan, neighbours
@@ -14,6 +13,7 @@ from hawqtool.pipeline.run.menu import job_menu, meets_second_budget
 from hawqtool.pipeline.search.trials import Trial, TrialRunner
 from hawqtool.pipeline.search.width_swap import swapped
 from hawqtool.records import BitPlan, Evaluation
+from hawqtool.report.schema import Divergence, Interpolated, PlanComparison, PlanQuality, Shipped
 from hawqtool.sensitivity.measured_kl import UnitScores
 
 DECISIVE = 2.0
@@ -92,7 +92,7 @@ def _as_plan(job: Job, trial: UniformPlan) -> BitPlan:
     return BitPlan(trial.formats, stored_bytes(job.units, trial.formats), weights)
 
 
-def choose(job: Job, selection: Selection) -> str:
+def choose(job: Job, selection: Selection) -> Shipped:
     """``mixed`` or ``uniform``: what is shipped; a plan file is shipped as given.
 
     Uniform wins ties: the best mixed plan must be better on the selection rows by more than `DECISIVE` paired standard
@@ -137,7 +137,7 @@ def obeys(job: Job, plan: BitPlan) -> bool:
 
 def compare(
     selection: Selection, original: Evaluation, predict: Callable[[BitPlan], dict[str, float]]
-) -> dict[str, Any]:
+) -> PlanComparison:
     """The report's ``evaluation``: every plan that was tried, on the report rows, with paired differences.
 
     Args:
@@ -146,44 +146,47 @@ def compare(
         predict: Gives the predicted loss of a plan by metric.
     """
     mixed, uniform = selection.mixed[selection.best], selection.uniform.get("uniform")
-    measure = original.measure
 
-    def record(trial: Trial) -> dict[str, Any]:
-        chose = as_record(trial.quality["selection"])
-        return trial.record() | {"selection": chose, "predicted": predict(trial.plan)}
+    def record(trial: Trial) -> PlanQuality:
+        return trial.record(predict(trial.plan))
 
-    result: dict[str, Any] = {
-        "measure": measure,
+    result: PlanComparison = {
+        "measure": "kl" if original.measure == "kl" else "embedding_error",
         "original": as_record(original),
-        "mixed": record(mixed) | {"chosen_by": selection.best},
-        "uniform": None,
+        "mixed": {**record(mixed), "chosen_by": selection.best},
+        "uniform": None if uniform is None else record(uniform),
+        "uniform_interpolated": _interpolated(selection, mixed),
+        "neighbours": {n: record(selection.uniform[n]) for n in ("below", "above") if n in selection.uniform},
+        "tried": {
+            name: {
+                **record(trial),
+                "minus_uniform": {role: _paired(trial, uniform, role) for role in trial.quality} if uniform else {},
+                "predicted_loss": trial.plan.predicted_loss,
+            }
+            for name, trial in selection.mixed.items()
+        },
     }
-    points = {c.plan.stored_bytes: c.quality["report"].divergence for c in selection.uniform.values()}
-    value = interpolate_log(sorted(points.items()), mixed.plan.stored_bytes)
-    interpolated = None if value is None else {measure: value, "stored_bytes": mixed.plan.stored_bytes}
-    result["uniform_interpolated"] = interpolated
-    result["neighbours"] = {n: record(selection.uniform[n]) for n in ("below", "above") if n in selection.uniform}
-    result["tried"] = {name: record(trial) | _differences(trial, uniform) for name, trial in selection.mixed.items()}
     if uniform is not None:
-        result["uniform"] = record(uniform)
         result["mixed_minus_uniform"] = _paired(mixed, uniform, "report")
-        result["selection"] = {
-            "mixed_minus_uniform": (chosen := _paired(mixed, uniform, "selection"))[measure],
-            "stderr": chosen[f"{measure}_stderr"],
-        }
+        difference, stderr = paired_difference(mixed.quality["selection"], uniform.quality["selection"])
+        result["selection"] = {"mixed_minus_uniform": difference, "stderr": stderr}
     return result
 
 
-def _differences(trial: Trial, uniform: Trial | None) -> dict[str, Any]:
-    """Paired differences to uniform by set of rows, and the predicted loss in the scores that made the plan."""
-    roles = trial.quality if uniform is not None else ()
-    return {
-        "minus_uniform": {role: _paired(trial, uniform, role) for role in roles if uniform is not None},
-        "predicted_loss": trial.plan.predicted_loss,
-    }
+def _interpolated(selection: Selection, mixed: Trial) -> Interpolated | None:
+    """The uniform curve at the mixed plan's bytes; None where these lie outside it."""
+    points = {c.plan.stored_bytes: c.quality["report"].divergence for c in selection.uniform.values()}
+    value = interpolate_log(sorted(points.items()), mixed.plan.stored_bytes)
+    if value is None:
+        return None
+    if mixed.quality["report"].measure == "kl":
+        return {"kl": value, "stored_bytes": mixed.plan.stored_bytes}
+    return {"embedding_error": value, "stored_bytes": mixed.plan.stored_bytes}
 
 
-def _paired(first: Trial, second: Trial, role: str) -> dict[str, float]:
-    measure = first.quality[role].measure
-    difference, stderr = paired_difference(first.quality[role], second.quality[role])
-    return {measure: difference, f"{measure}_stderr": stderr}
+def _paired(first: Trial, second: Trial, role: str) -> Divergence:
+    """Difference of two plans on a set of rows, with its standard error."""
+    value, stderr = paired_difference(first.quality[role], second.quality[role])
+    if first.quality[role].measure == "kl":
+        return {"kl": value, "kl_stderr": stderr}
+    return {"embedding_error": value, "embedding_error_stderr": stderr}

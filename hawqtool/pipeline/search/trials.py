@@ -6,7 +6,6 @@ import hashlib
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hawqtool.evaluation.divergence import as_evaluation, as_record
 from hawqtool.pipeline.run.context import RunContext
@@ -14,6 +13,7 @@ from hawqtool.pipeline.run.folder import REMOVED
 from hawqtool.pipeline.stages.evaluate import Evaluator
 from hawqtool.pipeline.stages.write import ROUNDING, is_as_written, round_to_folder
 from hawqtool.records import BitPlan, Evaluation, Rows, UnitFormats
+from hawqtool.report.schema import PlanQuality, RoundingResult
 from hawqtool.runtime.stage_timer import Stopwatch
 from hawqtool.runtime.store import Saved
 
@@ -38,7 +38,7 @@ class Trial:
     name: str
     plan: BitPlan
     folder: Path
-    rounding: dict[str, Any]
+    rounding: RoundingResult
     quality: dict[str, Evaluation]
 
     @property
@@ -46,15 +46,21 @@ class Trial:
         """Divergence on the selection rows."""
         return self.quality["selection"].divergence
 
-    def record(self) -> dict[str, Any]:
-        """JSON form: quality on the report rows, sizes, formats."""
-        labels = sorted({fmt.label for fmt in self.plan.formats.values()})
-        return as_record(self.quality["report"]) | {
-            "formats": labels,
+    def record(self, predicted: dict[str, float]) -> PlanQuality:
+        """JSON form: quality on report and selection rows, sizes, formats.
+
+        Args:
+            predicted: Predicted loss by metric.
+        """
+        return {
+            **as_record(self.quality["report"]),
+            "formats": sorted({fmt.label for fmt in self.plan.formats.values()}),
             "stored_bytes": self.plan.stored_bytes,
             "bpw_linears": self.plan.bpw,
             "total_bytes": self.rounding["total_bytes"],
             "rounding_seconds": self.rounding["seconds"],
+            "selection": as_record(self.quality["selection"]),
+            "predicted": predicted,
         }
 
 
@@ -106,7 +112,7 @@ class TrialRunner:
             self._rounded(trial.plan, trial.folder, trial.name)
         return trial.folder
 
-    def _rounded(self, plan: BitPlan, folder: Path, name: str) -> dict[str, Any]:
+    def _rounded(self, plan: BitPlan, folder: Path, name: str) -> RoundingResult:
         with Stopwatch(self.timings, f"round {name}"):
             part = self.context.part(folder.name)
             rounding = round_to_folder(part, plan, self.sets["calibration"], folder, name)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.stages.refine import BATCH_ROWS, BlockForward, norm_gains, split_rows
 from hawqtool.records import BitPlan, LayerFormats, UnitFormats
+from hawqtool.report.schema import Training
 from hawqtool.rounding.grid import Quantized, dequantize
 from hawqtool.rounding.learned.end_to_end import DistillSchedule, TrainableBlock, distill
 from hawqtool.rounding.spec import InitialRounding
@@ -50,7 +51,7 @@ class DistilledModel:
     layers: dict[str, Quantized]
     gains: dict[str, Tensor]
     weight_errors: dict[str, float]
-    record: dict[str, Any]
+    record: Training
 
 
 @dataclass
@@ -199,7 +200,7 @@ def distill_model(
         errors = _weight_errors(blocks, found.layers)
     by_block = zip(names, found.gains, strict=True)
     gains = {tensors[name][0]: gain for tensors, learned in by_block for name, gain in learned.items()}
-    return DistilledModel(found.layers, gains, errors, found.log.record | {"seconds": found.seconds})
+    return DistilledModel(found.layers, gains, errors, cast(Training, found.log.record | {"seconds": found.seconds}))
 
 
 def _weight_errors(blocks: Sequence[LoadedBlock], layers: Mapping[str, Quantized]) -> dict[str, float]:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +19,8 @@ from hawqtool.pipeline.run.menu import unquantized_bytes
 from hawqtool.pipeline.stages.refine import FormatRefiner
 from hawqtool.pipeline.stages.token_importance import with_token_importance
 from hawqtool.records import SWEEP_METRICS, MeasurementRows, Menu, Rows, SensitivityTable, UnitScores
+from hawqtool.report.documents import SensitivityDocument
+from hawqtool.report.schema import MeasurementOrigin
 from hawqtool.rounding.learned.block import Schedule
 from hawqtool.sensitivity.curvature.hvp import Curvature
 from hawqtool.sensitivity.curvature.lanczos import SUBSETS, top_eigenvalues
@@ -48,13 +49,18 @@ class Origin:
     fingerprint: str | None = None
     seconds: float | None = None
 
+    @property
+    def record(self) -> MeasurementOrigin:
+        """What the report says of it."""
+        return {"source": self.source, "fingerprint": self.fingerprint, "seconds": self.seconds}
+
 
 def measured(
     context: RunContext,
     menu: Menu,
     sets: dict[str, Rows],
     metrics: Sequence[str] = SWEEP_METRICS,
-) -> tuple[dict[str, Any], Origin]:
+) -> tuple[SensitivityDocument, Origin]:
     """The sensitivity document of a menu, taken from the folder of measurements or from the store where it is there.
 
     It has the extra metrics of the configuration, and those of ``metrics``, which come from one pair of sweeps.
@@ -75,19 +81,24 @@ def _shared(
     menu: Menu,
     sets: dict[str, Rows],
     metrics: Sequence[str],
-) -> tuple[dict[str, Any], Origin]:
+) -> tuple[SensitivityDocument, Origin]:
     """The document from the folder of measurements, if there is one; otherwise measured."""
     job, reporter = context.job, context.reporter
     if job.config.measurements is None:
         document = measure_job(context, menu, sets, metrics)
-        return document, Origin("run", None, document["settings"]["seconds"])
+        return document, Origin("run", None, _seconds(document))
     key = measurement_fingerprint(job, wanted_formats(job, menu), sets, reporter, metrics)
     folder = MeasurementFolder(Path(job.config.measurements), reporter)
     document, found = folder.take(key, lambda: measure_job(context, menu, sets, metrics))
     if found:
         reporter.say(f"measurement {key[:12]} was taken from {folder.path}")
         document["model"] = job.source.name  # the same weights may have been measured under another name
-    return document, Origin("shared" if found else "run", key, document["settings"]["seconds"])
+    return document, Origin("shared" if found else "run", key, _seconds(document))
+
+
+def _seconds(document: SensitivityDocument) -> float:
+    """What measuring took."""
+    return float(document["settings"]["seconds"])
 
 
 def wanted_formats(job: Job, menu: Menu) -> Menu:
@@ -103,7 +114,7 @@ def measure_job(
     menu: Menu,
     sets: dict[str, Rows],
     metrics: Sequence[str] = SWEEP_METRICS,
-) -> dict[str, Any]:
+) -> SensitivityDocument:
     """Measure and return the sensitivity document; the store keeps finished stages."""
     start = time.perf_counter()
     job, stages = context.job, context.part(_STAGES)

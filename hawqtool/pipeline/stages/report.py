@@ -7,6 +7,7 @@ import resource
 import shutil
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,29 +23,56 @@ from hawqtool.data.tokens import overlap
 from hawqtool.export.engines import engines
 from hawqtool.formats import SHAPE_TENSOR_BYTES, parse_label
 from hawqtool.parsing import ParseError, load_json
-from hawqtool.pipeline.run.files import REPORT_SCHEMA, write_json
+from hawqtool.pipeline.run.files import REPORT_SCHEMA, plan_entry, write_json
 from hawqtool.pipeline.run.job import Job
 from hawqtool.records import BitPlan, Rows
 from hawqtool.report.card import model_card
+from hawqtool.report.documents import SensitivityDocument
+from hawqtool.report.schema import (
+    LayerRecord,
+    PlanComparison,
+    Report,
+    RoundingResult,
+    RowSet,
+    RowSets,
+    Shipped,
+)
 
 _PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "numpy", "pydantic", "PyYAML", "typer", "rich")
 _KIB = 1024
 _MAX_README_BYTES = 1 << 20
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What a run ships.
+
+    Args:
+        plan: Formats by unit.
+        rounding: What rounding by the plan gave.
+        evaluation: The plans that were tried.
+        shipped: Which of them is written.
+    """
+
+    plan: BitPlan
+    rounding: RoundingResult
+    evaluation: PlanComparison
+    shipped: Shipped
+
+
 def build_report(
     job: Job,
     sets: dict[str, Rows],
-    plan: BitPlan,
-    rounding: dict[str, Any],
-    evaluation: dict[str, Any],
-    shipped: str,
+    outcome: Outcome,
     timings: dict[str, float],
     command: str,
-) -> dict[str, Any]:
-    """The report of the shipped plan (schema ``hawqtool.report/1``)."""
-    total = rounding["total_bytes"]
-    layers = _plan_entries(job, plan)
+) -> Report:
+    """The report of the shipped plan (schema ``hawqtool.report/2``).
+
+    The caller fills in what only it knows: search, gates, starts, fingerprint of the configuration, measurement.
+    """
+    plan, rounding, total = outcome.plan, outcome.rounding, outcome.rounding["total_bytes"]
+    layers = [plan_entry(m, plan.formats[unit.name]) for unit in job.units for m in unit.members]
     return {
         "schema": REPORT_SCHEMA,
         "model": job.source.name,
@@ -62,7 +90,12 @@ def build_report(
             "bpw_file": 8 * total / _num_parameters(job),
         },
         "plan": layers,
-        **_prediction(plan),
+        "predicted_loss": plan.predicted_loss,
+        "metric": plan.metric,
+        "solver": plan.solver,
+        "gap": plan.gap,
+        "cost": plan.cost,
+        "max_cost": plan.max_cost,
         "engines": engines(
             job.layer_formats(plan.formats),
             {m.name: (m.out_features, m.in_features) for unit in job.units for m in unit.members},
@@ -73,55 +106,45 @@ def build_report(
         "distillation": rounding["distillation"],
         "fallbacks": sum(metrics["fallback"] is not None for metrics in rounding["layers"].values()),
         "experts": routed_tokens(rounding["layers"]),
-        "rows": {
-            name: {
-                "source": rows.source,
-                "count": len(rows.tokens),
-                "shape": list(rows.tokens.shape[1:]),
-                "fingerprint": rows.fingerprint,
-            }
-            for name, rows in sets.items()
-        }
-        | {"overlap": overlap(sets), "report_in_domain": job.config.eval_data is None},
+        "rows": _row_sets(job, sets),
         "batch_size": job.settings.batch_size,
-        "evaluation": evaluation,
-        "shipped": shipped,
+        "evaluation": outcome.evaluation,
+        "shipped": outcome.shipped,
         "timings": timings,
         "peak_memory_bytes": _peak_memory(job),
         "device": str(job.device),
-        "warnings": plan_warnings(plan) + warnings(job, rounding, shipped, evaluation),
+        "warnings": plan_warnings(plan) + warnings(job, outcome),
+        "search": None,
+        "gates": [],
+        "starts": 1,
+        "config_fingerprint": "",
+        "measurement": None,
     }
 
 
-def _prediction(plan: BitPlan) -> dict[str, Any]:
-    """What was predicted of a plan and how it was found; all null for plans from a file and uniform ones."""
-    return {
-        "predicted_loss": plan.predicted_loss,
-        "metric": plan.metric,
-        "solver": plan.solver,
-        "gap": plan.gap,
-        "cost": plan.cost,
-        "max_cost": plan.max_cost,
-    }
-
-
-def _plan_entries(job: Job, plan: BitPlan) -> list[dict[str, Any]]:
-    return [
-        {
-            "name": member.name,
-            "unit": unit.name,
-            "bits": plan.formats[unit.name].bits,
-            "group_size": plan.formats[unit.name].group_size or "channel",
-            "symmetric": plan.formats[unit.name].symmetric,
-            "bytes": member.stored_bytes(plan.formats[unit.name]),
+def _row_sets(job: Job, sets: dict[str, Rows]) -> RowSets:
+    found: dict[str, RowSet] = {
+        name: {
+            "source": rows.source,
+            "count": len(rows.tokens),
+            "shape": list(rows.tokens.shape[1:]),
+            "fingerprint": rows.fingerprint,
         }
-        for unit in job.units
-        for member in unit.members
-    ]
+        for name, rows in sets.items()
+    }
+    return {
+        "calibration": found["calibration"],
+        "scoring": found["scoring"],
+        "selection": found["selection"],
+        "report": found["report"],
+        "overlap": overlap(sets),
+        "report_in_domain": job.config.eval_data is None,
+    }
 
 
-def warnings(job: Job, rounding: dict[str, Any], shipped: str, evaluation: dict[str, Any]) -> list[str]:
+def warnings(job: Job, outcome: Outcome) -> list[str]:
     """What the user should know: raised damping, experts without tokens, odd shapes, a mixed plan that did not pay."""
+    rounding, evaluation, shipped = outcome.rounding, outcome.evaluation, outcome.shipped
     found = list(job.source.warnings)
     retried = [n for n, m in rounding["layers"].items() if m["damping_retries"]]
     if retried:
@@ -139,7 +162,8 @@ def warnings(job: Job, rounding: dict[str, Any], shipped: str, evaluation: dict[
             "asymmetric layers load in transformers 5.17, but transformers 5.23 with compressed-tensors up to 0.20 "
             "fails on their zero points"
         )
-    if shipped == "uniform" and evaluation["mixed"]["formats"] != evaluation["uniform"]["formats"]:
+    uniform = evaluation["uniform"]
+    if shipped == "uniform" and uniform is not None and evaluation["mixed"]["formats"] != uniform["formats"]:
         found.append("the mixed plan was not better than the uniform one on the selection rows, so uniform was shipped")
     selection = evaluation.get("selection")
     if shipped == "mixed" and selection and selection["mixed_minus_uniform"] > 0:
@@ -176,7 +200,7 @@ def _costs_name(path: str) -> str:
     return "costs.csv" if path.lower().endswith(".csv") else "costs.json"
 
 
-def write_reproduce(job: Job, folder: Path, sensitivity: dict[str, Any] | None) -> None:
+def write_reproduce(job: Job, folder: Path, sensitivity: SensitivityDocument | None) -> None:
     """Add config.yaml, sensitivity.json, the file of costs and package versions to ``reproduce/``."""
     target = folder / "reproduce"
     # The baseline is no part of the output, and without it a regression cannot be judged.
@@ -194,7 +218,7 @@ def write_reproduce(job: Job, folder: Path, sensitivity: dict[str, Any] | None) 
     )
 
 
-def write_card(source: Path, folder: Path, report: dict[str, Any]) -> None:
+def write_card(source: Path, folder: Path, report: Report) -> None:
     """Write ``README.md``: the model card, with what the source's own card states."""
     found = sorted(path for path in source.iterdir() if path.name.lower() == "readme.md" and path.is_file())
     readme = None
@@ -233,7 +257,7 @@ def _peak_memory(job: Job) -> dict[str, int]:
     return peak
 
 
-def routed_tokens(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, list[int]]:
+def routed_tokens(layers: Mapping[str, LayerRecord]) -> dict[str, list[int]]:
     """Calibration tokens that the router sent to every expert, by block; empty for dense models.
 
     Args:
@@ -250,7 +274,7 @@ def routed_tokens(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, list[int
     return {name: [tokens[number] for number in sorted(tokens)] for name, tokens in found.items()}
 
 
-def routing_warnings(layers: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def routing_warnings(layers: Mapping[str, LayerRecord]) -> list[str]:
     """One line on the experts that lacked calibration tokens, one on those that saw none at all."""
     counts = routed_tokens(layers)
     total = sum(map(len, counts.values()))

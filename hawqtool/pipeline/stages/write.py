@@ -23,6 +23,7 @@ from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.stages.distill import Written, distill_folder, learned_names
 from hawqtool.pipeline.stages.round_blocks import Findings, Finished, round_blocks
 from hawqtool.records import BitPlan, BlockSpec, Rows, UnitFormats
+from hawqtool.report.schema import RoundingResult, Training
 from hawqtool.runtime.store import Saved
 
 ROUNDING = "rounding"
@@ -38,7 +39,7 @@ def round_to_folder(
     rows: Rows,
     folder: Path,
     label: str,
-) -> dict[str, Any]:
+) -> RoundingResult:
     """Round every layer by plan on the quantized prefix and write a packed checkpoint with its records.
 
     An interrupted rounding is gone on with: blocks whose layers lie in the unfinished files, as their checksums tell,
@@ -60,7 +61,7 @@ def round_to_folder(
     part = folder.with_name(f"{folder.name}{PART}")
     job, layout = context.job, context.job.layout(plan.formats)
     blocks, learning = context.part("block"), context.part("distill")
-    written, distillation = _known(layout, part, learning.saved), {}
+    written, distillation = _known(layout, part, learning.saved), Training()
     if written is None:
         written = _write_blocks(blocks, plan, layout, part, rows, label)
     if job.config.distill_steps:
@@ -70,8 +71,13 @@ def round_to_folder(
     with disk_errors(part):
         _write_records(job, plan, part, written, layout.total_bytes)
     seconds = written.seconds + time.perf_counter() - start
-    findings = {"layers": written.layers, "refinement": written.refinement, "distillation": distillation}
-    result = findings | {"seconds": seconds, "total_bytes": layout.total_bytes}
+    result: RoundingResult = {
+        "layers": written.layers,
+        "refinement": written.refinement,
+        "distillation": distillation,
+        "seconds": seconds,
+        "total_bytes": layout.total_bytes,
+    }
     context.saved.save(ROUNDING, result)
     context.saved.save(_AS_WRITTEN, {"tensors": written.checksums, "records": _record_hashes(part)})
     with disk_errors(folder):

@@ -10,6 +10,7 @@ from typing import Any
 
 from hawqtool.records import SensitivityTable, Unit
 from hawqtool.report.page.score_figures import score_figures
+from hawqtool.report.schema import LayerRecord, PlanEntry, Report, Search
 from hawqtool.report.wording import MEASURES, role, same_plan, tried_plans
 
 Data = dict[str, Any]
@@ -22,12 +23,12 @@ _SCORE_FIGURES = ("frontier", "predicted", "sensitivity", "roles")
 
 
 def figure_data(
-    report: Data, measured: tuple[SensitivityTable, tuple[Unit, ...]] | None
+    report: Report, measured: tuple[SensitivityTable, tuple[Unit, ...]] | None
 ) -> tuple[dict[str, Data], dict[str, str]]:
     """Data of each figure, and why others cannot be drawn, both by name of the figure.
 
     Args:
-        report: Of schema ``hawqtool.report/1``.
+        report: Of schema ``hawqtool.report/2``.
         measured: The scores and the units that they belong to, None where nothing was measured.
     """
     figures, missing = dict[str, Data](), dict[str, str]()
@@ -45,7 +46,7 @@ def figure_data(
         missing["layers"] = "no layer inside a block has a finite error."
     figures["timings"] = _timings(report["timings"])
     if report["search"] is not None:
-        figures["search"] = _search(report)
+        figures["search"] = _search(report["search"], MEASURES[report["evaluation"]["measure"]])
     if measured is None:
         missing |= dict.fromkeys(_SCORE_FIGURES, _not_measured(report["config"]))
     else:
@@ -54,7 +55,7 @@ def figure_data(
     return figures, missing
 
 
-def measured_points(report: Data) -> list[Data]:
+def measured_points(report: Report) -> list[Data]:
     """The plans that were rounded and evaluated, and the uniform curve at the mixed plan's bytes.
 
     Returns:
@@ -87,14 +88,13 @@ def _point(plan: Data, measure: str) -> Data:
     }
 
 
-def _search(report: Data) -> Data:
-    search = report["search"]
-    attempts = sorted(search["attempts"], key=lambda attempt: attempt["stored_bytes"])
+def _search(search: Search, measure: str) -> Data:
+    attempts = sorted(search["trials"], key=lambda attempt: attempt["stored_bytes"])
     return {
         "bound": search["bound"],
         "bpw": [attempt["bpw_linears"] for attempt in attempts],
         "series": {role: [a["divergence"][role] for a in attempts] for role in attempts[0]["divergence"]},
-        "measure": MEASURES[report["evaluation"]["measure"]],
+        "measure": measure,
     }
 
 
@@ -111,7 +111,7 @@ def _places(names: Iterable[str]) -> dict[str, Place]:
     }
 
 
-def _bits(plan: list[Data], places: dict[str, Place]) -> Data:
+def _bits(plan: list[PlanEntry], places: dict[str, Place]) -> Data:
     cells: dict[Place, set[int]] = defaultdict(set)
     stored: dict[int, int] = defaultdict(int)
     for entry in plan:
@@ -127,7 +127,7 @@ def _bits(plan: list[Data], places: dict[str, Place]) -> Data:
     }
 
 
-def _layer_errors(layers: dict[str, Data], places: dict[str, Place]) -> dict[str, list[list[float]]]:
+def _layer_errors(layers: dict[str, LayerRecord], places: dict[str, Place]) -> dict[str, list[list[float]]]:
     """Role to ``[block, error, error of plain rounding]``; layers that share a place, as experts do, are averaged."""
     found: dict[str, dict[int, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     for name, values in layers.items():

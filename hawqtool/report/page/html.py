@@ -19,6 +19,7 @@ from hawqtool.report.page.html_tables import (
     versions_table,
     worst_table,
 )
+from hawqtool.report.schema import Gate, Report, shipped_plan
 from hawqtool.report.wording import EXPLANATIONS, MEASURES, measurement_text, plus_minus, size
 
 _SEARCH = "Search for the smallest plan"
@@ -131,13 +132,11 @@ code,pre{font:.85rem/1.45 ui-monospace,monospace}
 pre{background:var(--box);padding:.7rem .9rem;border-radius:6px;white-space:pre-wrap;overflow-wrap:anywhere}"""
 
 
-def page(
-    report: dict[str, Any], figures: Mapping[str, str], missing: Mapping[str, str], versions: Mapping[str, Any]
-) -> str:
+def page(report: Report, figures: Mapping[str, str], missing: Mapping[str, str], versions: Mapping[str, Any]) -> str:
     """Text of the page; equal arguments give equal text.
 
     Args:
-        report: Of schema ``hawqtool.report/1``. Names, paths and commands in it are shown, never interpreted.
+        report: Of schema ``hawqtool.report/2``. Names, paths and commands in it are shown, never interpreted.
         figures: Name to SVG element, safe already.
         missing: Name to the reason why a figure is left out.
         versions: Package to version.
@@ -156,7 +155,7 @@ def page(
     for heading, introduction, content in SECTIONS:
         if any(name in known for name, _ in content):
             parts.append(_section(heading, introduction, content, figures, missing))
-            if heading == _SEARCH:
+            if heading == _SEARCH and report["search"] is not None:
                 parts.append(search_table(report["search"], report["evaluation"]["measure"]))
     parts.append(_tables(report, versions))
     return head + "\n".join(parts) + "\n</body>\n</html>\n"
@@ -166,10 +165,10 @@ def _text(value: object, longest: int = 300) -> str:
     return html.escape(one_line(value, longest))
 
 
-def _header(report: dict[str, Any], title: str) -> str:
+def _header(report: Report, title: str) -> str:
     sizes, evaluation, shipped = report["sizes"], report["evaluation"], report["shipped"]
     before, after = sizes["original_bytes"], sizes["quantized_bytes"]
-    measure, chosen = evaluation["measure"], evaluation[shipped]
+    measure, chosen = evaluation["measure"], shipped_plan(report)
     widths = sorted({entry["bits"] for entry in report["plan"]})
     kind = f"uniform, {widths[0]} bit" if len(widths) == 1 else f"{shipped}, {', '.join(map(str, widths))} bit"
     tiles = {
@@ -193,7 +192,7 @@ def _header(report: dict[str, Any], title: str) -> str:
     return f'<h1>{title}</h1>\n<p class="note">{about}.</p>\n<div class="tiles">\n{boxes}\n</div>\n{_warnings(report)}'
 
 
-def _warnings(report: dict[str, Any]) -> str:
+def _warnings(report: Report) -> str:
     found = [f"<li>{_text(warning, 1000)}</li>" for warning in report["warnings"]]
     if not found:
         return '<p class="note">The run had no warnings.</p>'
@@ -201,7 +200,7 @@ def _warnings(report: dict[str, Any]) -> str:
     return f'<div class="warnings"><b>{heading}</b>\n<ul>\n' + "\n".join(found) + "\n</ul></div>"
 
 
-def _quality(report: dict[str, Any]) -> str:
+def _quality(report: Report) -> str:
     rows = report["rows"]["report"]
     domain = " They come from the calibration source (in-domain), which flatters." * report["rows"]["report_in_domain"]
     return (
@@ -215,7 +214,7 @@ def _quality(report: dict[str, Any]) -> str:
     )
 
 
-def _gates(gates: list[dict[str, Any]]) -> str:
+def _gates(gates: list[Gate]) -> str:
     if not gates:
         return ""
     failed = sum(not gate["passed"] for gate in gates)
@@ -243,7 +242,7 @@ def _section(
     return "\n".join(parts)
 
 
-def _tables(report: dict[str, Any], versions: Mapping[str, Any]) -> str:
+def _tables(report: Report, versions: Mapping[str, Any]) -> str:
     overlap = report["rows"]["overlap"]
     return "\n".join(
         (

@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import html
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, cast
 
 from hawqtool.report.escape import one_line
+from hawqtool.report.schema import (
+    Divergence,
+    Gate,
+    Measure,
+    PlanComparison,
+    PlanQuality,
+    Quality,
+    Report,
+    Search,
+    named_rows,
+    shipped_plan,
+)
 from hawqtool.report.wording import (
     GATES,
     MEASURES,
@@ -26,9 +38,9 @@ _LONGEST = 500
 _TWO_STDERR = 2
 
 
-def quality_table(report: dict[str, Any]) -> str:
+def quality_table(report: Report) -> str:
     """Original and plans in the columns of their kind of model; the shipped plan stands out."""
-    evaluation, shipped = report["evaluation"], report["shipped"]
+    evaluation, shipped = report["evaluation"], shipped_plan(report)
     columns = quality_columns(evaluation)
     mixed, uniform = evaluation["mixed"], evaluation["uniform"]
     rows = [["original", "", "", size(report["sizes"]["original_bytes"])] + _shown(evaluation["original"], columns)]
@@ -38,23 +50,23 @@ def quality_table(report: dict[str, Any]) -> str:
     for name, record in records.items():
         if record is None:
             continue
-        if record == evaluation[shipped]:
+        if record == shipped:
             chosen, name = len(rows), f"{name} (shipped)"
         cells = [name, " ".join(record["formats"]), f"{record['bpw_linears']:.3f}", size(record["total_bytes"])]
         rows.append(cells + _shown(record, columns))
     between = evaluation["uniform_interpolated"]
     if between and not same_plan(mixed, uniform):
-        shown = [show(between) if name in MEASURES.values() else "" for name, show in columns.items()]
+        shown = [show(cast(Quality, between)) if name in MEASURES.values() else "" for name, show in columns.items()]
         rows.append(["uniform, interpolated", "", f"{mixed['bpw_linears']:.3f}", "", *shown])
     heading = ["plan", "formats", "bits/weight", "weight files", *columns]
     return _table(heading, rows, numbers=range(2, len(heading)), chosen=chosen)
 
 
-def _shown(record: dict[str, Any], columns: Mapping[str, Any]) -> list[str]:
+def _shown(record: Quality, columns: Mapping[str, Callable[[Quality], str]]) -> list[str]:
     return [show(record) for show in columns.values()]
 
 
-def verdict(evaluation: dict[str, Any]) -> str:
+def verdict(evaluation: PlanComparison) -> str:
     """Whether mixing widths paid, by the paired difference to the best uniform plan that fits."""
     mixed, uniform, measure = evaluation["mixed"], evaluation["uniform"], evaluation["measure"]
     if uniform is None:
@@ -62,7 +74,8 @@ def verdict(evaluation: dict[str, Any]) -> str:
     if same_plan(mixed, uniform):
         return "The plan is uniform, so there is no mixed one to compare it with."
     difference = evaluation["mixed_minus_uniform"]
-    value, stderr = difference[measure], difference.get(f"{measure}_stderr")
+    value = difference[measure]
+    stderr = difference.get("kl_stderr", difference.get("embedding_error_stderr"))
     text = f"Mixed minus uniform, paired: {value:+.4f}{plus_minus(difference, measure)} {MEASURES[measure]}; "
     # Written so that a standard error of NaN decides nothing.
     if stderr is None or not abs(value) > _TWO_STDERR * stderr:
@@ -71,7 +84,7 @@ def verdict(evaluation: dict[str, Any]) -> str:
     return text + f"the {better} plan is better than the {worse} one by more than two standard errors."
 
 
-def tried_table(report: dict[str, Any]) -> str:
+def tried_table(report: Report) -> str:
     """Every plan that was tried: size, prediction, quality on both sets of rows, paired differences to uniform."""
     measure, metric = report["evaluation"]["measure"], shown_metric(report)
     plans, rows, chosen = tried_plans(report), list[list[str]](), None
@@ -97,19 +110,18 @@ def tried_table(report: dict[str, Any]) -> str:
     return _table(heading, rows, numbers=range(2, len(heading)), names=(1,), chosen=chosen)
 
 
-def _minus(record: dict[str, Any], role: str) -> dict[str, Any] | None:
+def _minus(record: PlanQuality, role: str) -> Divergence | None:
     """Paired difference of a mixed plan to uniform on a set of rows, None where there is none."""
-    differences: dict[str, dict[str, Any]] = record.get("minus_uniform", {})
-    return differences.get(role)
+    return record.get("minus_uniform", {}).get(role)
 
 
-def _difference(values: dict[str, Any] | None, measure: str) -> str:
+def _difference(values: Divergence | None, measure: Measure) -> str:
     return "" if values is None else f"{values[measure]:+.4f}{plus_minus(values, measure)}"
 
 
-def search_table(search: dict[str, Any], measure: str) -> str:
+def search_table(search: Search, measure: str) -> str:
     """The plans of a search for a quality target by size; the smallest that meets the bound stands out."""
-    attempts = sorted(search["attempts"], key=lambda attempt: attempt["stored_bytes"])
+    attempts = sorted(search["trials"], key=lambda attempt: attempt["stored_bytes"])
     roles = list(attempts[0]["divergence"])
     meets = [max(attempt["divergence"].values()) <= search["bound"] for attempt in attempts]
     rows = [
@@ -123,7 +135,7 @@ def search_table(search: dict[str, Any], measure: str) -> str:
     return _table(heading, rows, numbers=range(len(heading) - 1), chosen=chosen)
 
 
-def gates_table(gates: Sequence[dict[str, Any]]) -> str:
+def gates_table(gates: Sequence[Gate]) -> str:
     """Limits, the values of the shipped plan, and whether it is within them."""
     rows = [
         [
@@ -139,7 +151,7 @@ def gates_table(gates: Sequence[dict[str, Any]]) -> str:
     return _table(["gate", "value of", "limit", "found", "result"], rows, numbers=(2, 3))
 
 
-def formats_table(report: dict[str, Any]) -> str:
+def formats_table(report: Report) -> str:
     """Layers and stored bytes of each format."""
     counts: dict[tuple[int, str, str], int] = defaultdict(int)
     stored: dict[tuple[int, str, str], int] = defaultdict(int)
@@ -156,7 +168,7 @@ def formats_table(report: dict[str, Any]) -> str:
     return _table(["bits", "scales", "grid", "linears", "stored bytes", "share"], rows, numbers=(0, 3, 4, 5))
 
 
-def worst_table(report: dict[str, Any]) -> str:
+def worst_table(report: Report) -> str:
     """The layers with the largest relative output error, beside plain rounding."""
     worst = sorted(report["layers"].items(), key=lambda item: (-item[1]["output_error"], item[0]))[:_WORST]
     rows = [
@@ -172,7 +184,7 @@ def worst_table(report: dict[str, Any]) -> str:
     return _table(["layer", "format", "relative error", "plain rounding", "fallback"], rows, numbers=(2, 3))
 
 
-def engines_table(report: dict[str, Any]) -> str:
+def engines_table(report: Report) -> str:
     """Which engines load the folder."""
     rows = [
         [entry["engine"], "yes" if entry["loads"] else "no", entry["minimum_version"], entry["reason"]]
@@ -181,12 +193,11 @@ def engines_table(report: dict[str, Any]) -> str:
     return _table(["engine", "loads", "version, at least", "why"], rows, wide=(3,))
 
 
-def rows_table(report: dict[str, Any]) -> str:
+def rows_table(report: Report) -> str:
     """Sets of rows with their fingerprints."""
     rows = [
         [name, record["source"], rows_text(record), record["fingerprint"]]
-        for name, record in report["rows"].items()
-        if isinstance(record, dict)
+        for name, record in named_rows(report).items()
     ]
     return _table(["set", "source", "rows", "fingerprint (SHA-256)"], rows, code=(3,))
 

@@ -13,6 +13,7 @@ from hawqtool.allocation.uniform import uniform_plans
 from hawqtool.errors import HawqError
 from hawqtool.formats import parse_label
 from hawqtool.records import Score, SensitivityTable, Unit, UnitFormats, UnitScores
+from hawqtool.report.schema import Report
 from hawqtool.report.wording import MEASURES, role, shown_metric, tried_plans
 
 Data = dict[str, Any]
@@ -22,12 +23,12 @@ _TOP_UNITS = 30
 
 
 def score_figures(
-    report: Data, points: list[Data], table: SensitivityTable, units: tuple[Unit, ...]
+    report: Report, points: list[Data], table: SensitivityTable, units: tuple[Unit, ...]
 ) -> tuple[dict[str, Data], dict[str, str]]:
     """Data of the figures that need scores, and why others of them cannot be drawn.
 
     Args:
-        report: Of schema ``hawqtool.report/1``.
+        report: Of schema ``hawqtool.report/2``.
         points: Plans with measured quality (`figure_data.measured_points`).
         table: The scores.
         units: Units that were measured.
@@ -80,9 +81,9 @@ def _problem(
     return build_problem(units, menu, scores, pins), pins
 
 
-def _searched(report: Data, predictions: Mapping[int, float]) -> list[Data]:
+def _searched(report: Report, predictions: Mapping[int, float]) -> list[Data]:
     """The attempts of a search for a quality target as points, except those that are points already."""
-    attempts = report["search"]["attempts"] if report["search"] else []
+    attempts = report["search"]["trials"] if report["search"] else []
     shown = {plan["record"]["stored_bytes"] for plan in tried_plans(report)}
     return [
         {"mark": "", "label": "tried in the search", "kind": "searched", "shipped": False, "stderr": None}

@@ -28,6 +28,7 @@ from hawqtool.pipeline.stages.measure import measure_job
 from hawqtool.pipeline.stages.token_importance import with_token_importance
 from hawqtool.pipeline.stages.write import round_to_folder
 from hawqtool.records import BitPlan, LayerMetrics, RoundedLayer, Rows
+from hawqtool.report.documents import SensitivityDocument
 from hawqtool.runtime.reporter import Silent
 from hawqtool.runtime.stage_timer import StageRecorder
 from speed.floor import block_floor, importance_floor, measuring_floor, rounding_floor
@@ -92,7 +93,7 @@ class Benchmark:
         self.job, self.rates, self.rows, self.folder = job, rates, rows, folder
         self.blocks = len(job.structure.blocks)
         self.plan = uniform_plan(job)
-        self._document: dict[str, Any] | None = None
+        self._document: SensitivityDocument | None = None
         self._layers: dict[str, Any] | None = None
 
     def run(self, stage: str) -> Measured:

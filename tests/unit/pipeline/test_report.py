@@ -62,7 +62,7 @@ def a_search() -> dict[str, Any]:
         }
         for bits, selection, report in found
     ]
-    search = {"bound": 0.35, "met": True, "attempts": attempts[::-1], "largest_that_misses": attempts[0]}
+    search = {"bound": 0.35, "met": True, "trials": attempts[::-1], "largest_that_misses": attempts[0]}
     gate = judge("target_kl", 0.35, 0.3)
     return {"search": search, "gates": [gate]}
 
@@ -78,7 +78,7 @@ def a_report(measure: str = "kl", prefix: str = "model.layers", **changes: Any) 
     errors = {"output_error": 0.01, "rtn_error": 0.03, "fallback": None}
     rows = {"source": "text.txt", "count": 8, "shape": [64], "fingerprint": "ab" * 32}
     report: dict[str, Any] = {
-        "schema": "hawqtool.report/1",
+        "schema": "hawqtool.report/2",
         "model": "tiny",
         "model_revision": None,
         "architecture": "LlamaForCausalLM",
@@ -397,7 +397,7 @@ def test_values_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
     assert "no difference beyond two standard errors" in page_of(written(tmp_path / "out", report))
 
 
-@pytest.mark.parametrize("content", [None, "{}", "no json", '{"schema": "hawqtool.report/1"}'])
+@pytest.mark.parametrize("content", [None, "{}", "no json", '{"schema": "hawqtool.report/2"}'])
 def test_a_folder_that_is_not_ours_is_refused(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "report.json").write_text(content)

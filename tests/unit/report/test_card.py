@@ -41,7 +41,7 @@ def a_report(**changes: Any) -> dict[str, Any]:
     entry = {"unit": "u", "symmetric": True, "bytes": 10}
     names = [f"model.layers.{block}.{leaf}" for block in range(2) for leaf in ("attn.q_proj", "mlp.down_proj")]
     report: dict[str, Any] = {
-        "schema": "hawqtool.report/1",
+        "schema": "hawqtool.report/2",
         "model": "tiny-llama",
         "model_revision": None,
         "architecture": "LlamaForCausalLM",
@@ -259,7 +259,7 @@ def test_a_card_names_the_short_list_and_the_gates() -> None:
 
 def test_a_card_tells_of_a_search() -> None:
     attempts = [{"stored_bytes": 1, "bpw_linears": 3.0, "divergence": {"selection": 0.2, "report": 0.2}}] * 3
-    search = {"bound": 0.25, "met": True, "attempts": attempts, "largest_that_misses": None}
+    search = {"bound": 0.25, "met": True, "trials": attempts, "largest_that_misses": None}
     body = split(model_card(a_report(search=search), None))[1]
     assert "of 3 plans that were rounded and measured, the smallest with a divergence of at most 0.25" in body
     body = split(model_card(a_report(search=search | {"met": False}), None))[1]

@@ -1,0 +1,140 @@
+"""Types of the other JSON documents, with the meaning of every key; docs/output.md is made from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Literal, NotRequired, TypedDict
+
+from hawqtool.report.schema import Measured, PlanEntry, Quality
+
+
+class MemberRecord(TypedDict):
+    """One linear of a unit."""
+
+    name: Annotated[str, "Linear."]
+    out_features: Annotated[int, "Rows of the weight."]
+    in_features: Annotated[int, "Columns of the weight."]
+    block: Annotated[int, "Number of its block."]
+    unit: Annotated[str, "Unit that it belongs to."]
+    scale_bytes: Annotated[int, "Bytes of a stored scale."]
+    module: Annotated[str | None, "Name that engines know it by, where it differs."]
+    transposed: Annotated[bool, "Whether the original stores it transposed."]
+
+
+class SensitivityDocument(TypedDict):
+    """Scores of every unit in every format (sensitivity.json)."""
+
+    schema: Annotated[str, "`hawqtool.sensitivity/1`."]
+    model: Annotated[str, "Name of the original."]
+    model_fingerprint: Annotated[str, "SHA-256 of names, dtypes and shapes of its tensors."]
+    rounding: Annotated[str, "Rounding whose errors were scored."]
+    symmetric: Annotated[bool, "Whether grids had no zero points."]
+    settings: Annotated[Mapping[str, float | int | str | bool], "What else the scores depend on, and `seconds`."]
+    rows: Annotated[dict[str, str], "Fingerprint of each set of rows."]
+    unquantized_bytes: Annotated[int, "Bytes of the output files that no plan changes."]
+    units: Annotated[dict[str, list[MemberRecord]], "Linears of every unit."]
+    scores: Annotated[
+        dict[str, dict[str, dict[str, list[float | None]]]],
+        "Metric, unit and format label to score and standard error (null for one row).",
+    ]
+    projections: Annotated[dict[str, dict[str, list[float]]], "Projection of every row's gradient, by unit and format."]
+    curvature: Annotated[dict[str, dict[str, float | None]], "Input Fisher, traces and eigenvalues of every unit."]
+    warnings: Annotated[list[str], "What the user should know of the scores."]
+    fingerprint: NotRequired[Annotated[str, "Name in the folder of measurements."]]
+
+
+class PlanDocument(TypedDict):
+    """Formats of all linears (plan.json); may be edited by hand and given as `--plan`."""
+
+    schema: Annotated[str, "`hawqtool.plan/1`."]
+    bpw_linears: Annotated[float, "Stored bits per weight of the linears."]
+    stored_bytes: Annotated[int, "Bytes of codes, scales and zero points."]
+    budget_bytes: Annotated[int | None, "Most such bytes that the target allowed."]
+    predicted_loss: Annotated[float | None, "Predicted loss; null for a uniform plan."]
+    metric: Annotated[str | None, "Scores that the prediction is in."]
+    solver: Annotated[str | None, "`hull` or `exact`."]
+    lower_bound: Annotated[float | None, "Proved lower bound of the loss within the budget."]
+    gap: Annotated[float | None, "Most by which the loss may exceed the optimum, relative to it."]
+    seconds: Annotated[float | None, "Seconds that the solver took."]
+    cost: Annotated[float | None, "Second cost of the plan."]
+    max_cost: Annotated[float | None, "Limit of the second cost."]
+    layers: Annotated[list[PlanEntry], "Format of every linear."]
+    other_linears: Annotated[list[str], "Linears that stay as they are."]
+    total_bytes: NotRequired[Annotated[int, "Bytes of all weight files; of a written folder."]]
+    transformers_obstacle: NotRequired[Annotated[str | None, "Why transformers cannot load the folder."]]
+
+
+class FrontierPoint(TypedDict):
+    """One plan of the frontier."""
+
+    kind: Annotated[str, "`frontier` or `uniform`."]
+    bits: Annotated[int | None, "Width of a uniform plan."]
+    stored_bytes: Annotated[int, "Bytes of the linears."]
+    bpw_linears: Annotated[float, "Stored bits per weight."]
+    predicted_loss: Annotated[float, "Predicted loss."]
+    formats: NotRequired[Annotated[dict[str, str], "Format of every linear; JSON only."]]
+
+
+class FrontierDocument(TypedDict):
+    """Plans of least predicted loss for every budget (`hawqtool allocate --frontier`)."""
+
+    schema: Annotated[str, "`hawqtool.frontier/1`."]
+    metric: Annotated[str, "Scores that the predictions are in."]
+    points: Annotated[list[FrontierPoint], "The frontier by size, then uniform plans."]
+
+
+class EvaluatedRows(TypedDict):
+    """Rows of an evaluation."""
+
+    source: Annotated[str, "Where they come from."]
+    fingerprint: Annotated[str, "SHA-256 of the rows."]
+    count: Annotated[int, "Rows."]
+
+
+class EvaluationDocument(Measured):
+    """Quality of a written folder against its original (`hawqtool evaluate --json`)."""
+
+    schema: Annotated[str, "`hawqtool.evaluation/1`."]
+    rows: Annotated[EvaluatedRows, "Rows that were evaluated."]
+    quantized: Annotated[Quality, "The quantized model."]
+
+
+class DryRun(TypedDict):
+    """What a run would do (`hawqtool quantize --dry-run --json`)."""
+
+    schema: NotRequired[Annotated[str, "`hawqtool.dryrun/1`."]]
+    model: Annotated[str, "The original as it was given."]
+    blocks: Annotated[int, "Transformer blocks."]
+    linears: Annotated[int, "Linears that are quantized."]
+    units: Annotated[int, "Units of the plan."]
+    quantized_weights: Annotated[int, "Weights of these linears."]
+    widths: Annotated[list[int], "Bits to choose from."]
+    symmetric: Annotated[bool, "Whether grids have no zero points."]
+    group_falls: Annotated[list[str], "Group sizes that do not divide, and what takes their place."]
+    achievable_bpw: Annotated[list[float], "Least and most stored bits per weight."]
+    target_kl: Annotated[float | None, "Quality target."]
+    budget_bpw: Annotated[float | None, "Budget in stored bits per weight."]
+    original_bytes: Annotated[int, "Bytes of the original's weight files."]
+    expected_bytes: Annotated[int, "Bytes of the files to be written."]
+    expected_is_exact: Annotated[bool, "Whether that is exact, not an upper bound."]
+    best_uniform: Annotated[str | None, "Best uniform plan within the budget."]
+    device: Annotated[str, "Device that would compute."]
+    calibration: Annotated[str, "Rows in words."]
+    rounding: Annotated[str, "Rounding in words."]
+    seed: Annotated[int, "Seed."]
+
+
+class VerifyDocument(TypedDict):
+    """What `hawqtool verify --json` found."""
+
+    schema: Annotated[str, "`hawqtool.verify/1`."]
+    problems: Annotated[list[str], "What is wrong; empty if all is well."]
+    tensors: Annotated[int, "Tensors that were looked at."]
+
+
+class ErrorDocument(TypedDict):
+    """What a command with `--json` prints when it fails."""
+
+    schema: Annotated[Literal["hawqtool.error/1"], "`hawqtool.error/1`."]
+    error: Annotated[str, "What was found, what was expected, what to do next."]
+    exit_code: Annotated[int, "Exit code of the command."]

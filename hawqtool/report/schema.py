@@ -1,0 +1,266 @@
+"""Types of report.json and of its parts, with the meaning of every key; docs/output.md is made from them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
+
+Measure = Literal["kl", "embedding_error"]
+Shipped = Literal["mixed", "uniform"]
+
+
+class Divergence(TypedDict):
+    """Divergence from the original, or the paired difference of two such on the same rows."""
+
+    kl: NotRequired[Annotated[float, "Mean KL divergence, nats per output; models with logits."]]
+    kl_stderr: NotRequired[Annotated[float, "Standard error of `kl` over rows."]]
+    embedding_error: NotRequired[Annotated[float, "Squared error of the embedding over its square; encoders."]]
+    embedding_error_stderr: NotRequired[Annotated[float, "Standard error of `embedding_error` over rows."]]
+
+
+class Quality(Divergence):
+    """Quality of one model on a set of rows, against the original."""
+
+    num_tokens: Annotated[int, "Positions of all rows."]
+    perplexity: NotRequired[Annotated[float, "Perplexity of the next token; causal language models."]]
+    same_top: NotRequired[Annotated[float, "Share of outputs whose likeliest class is the original's; logits."]]
+    cosine: NotRequired[Annotated[float, "Mean cosine to the original's embedding; encoders."]]
+
+
+class Interpolated(Divergence):
+    """The uniform curve at the mixed plan's bytes."""
+
+    stored_bytes: Annotated[int, "Bytes of the linears."]
+
+
+class PlanQuality(Quality):
+    """A plan that was rounded, written and evaluated; the figures are those of the report rows."""
+
+    formats: Annotated[list[str], "Labels of the formats that the plan uses, such as `w4g32`."]
+    stored_bytes: Annotated[int, "Bytes of codes, scales and zero points of the linears."]
+    bpw_linears: Annotated[float, "Stored bits per weight of the linears."]
+    total_bytes: Annotated[int, "Bytes of all weight files."]
+    rounding_seconds: Annotated[float, "Seconds that rounding and writing took."]
+    selection: Annotated[Quality, "Quality on the selection rows, which plans are chosen by."]
+    predicted: Annotated[dict[str, float], "Predicted loss by metric, where all scores are known."]
+    chosen_by: NotRequired[Annotated[str, "Name of the plan among `tried`; of `mixed` only."]]
+    minus_uniform: NotRequired[Annotated[dict[str, Divergence], "Difference to uniform by set of rows; of `tried`."]]
+    predicted_loss: NotRequired[Annotated[float | None, "Predicted loss in the scores that made it; of `tried`."]]
+
+
+class SelectionDifference(TypedDict):
+    """The best mixed plan less the uniform one on the selection rows."""
+
+    mixed_minus_uniform: Annotated[float, "Mean difference in divergence."]
+    stderr: Annotated[float, "Its paired standard error."]
+
+
+class Measured(TypedDict):
+    """What models are compared by, and the original's own quality."""
+
+    measure: Annotated[Measure, "What the divergence is: `kl` or `embedding_error`."]
+    original: Annotated[Quality, "The original model."]
+
+
+class PlanComparison(Measured):
+    """Every plan that was tried, beside the original."""
+
+    mixed: Annotated[PlanQuality, "The best mixed plan."]
+    uniform: Annotated[PlanQuality | None, "The largest uniform plan within the budget."]
+    uniform_interpolated: Annotated[Interpolated | None, "Divergence of uniform plans at the mixed plan's bytes."]
+    neighbours: Annotated[dict[str, PlanQuality], "Uniform plans `below` and `above` the mixed plan's bytes."]
+    tried: Annotated[dict[str, PlanQuality], "All mixed plans by name."]
+    mixed_minus_uniform: NotRequired[Annotated[Divergence, "Difference of the two on the report rows."]]
+    selection: NotRequired[Annotated[SelectionDifference, "Difference of the two on the selection rows."]]
+
+
+class Sizes(TypedDict):
+    """Bytes and bits."""
+
+    original_bytes: Annotated[int, "Bytes of the original's weight files."]
+    quantized_bytes: Annotated[int, "Bytes of the written weight files."]
+    stored_bytes_linears: Annotated[int, "Bytes of codes, scales and zero points of the linears."]
+    shape_tensor_bytes: Annotated[int, "Bytes of the small tensors that state shapes."]
+    bpw_linears: Annotated[float, "Stored bits per weight of the linears."]
+    bpw_file: Annotated[float, "Bits of the files per parameter of the model."]
+
+
+class PlanEntry(TypedDict):
+    """Format of one linear."""
+
+    name: Annotated[str, "Linear."]
+    unit: Annotated[str, "Unit that it belongs to; all linears of a unit share a format."]
+    bits: Annotated[int, "Bits of a code."]
+    group_size: Annotated[int | str, "Weights that share a scale; `channel` for a whole row."]
+    symmetric: Annotated[bool, "Whether there are no zero points."]
+    bytes: Annotated[int, "Stored bytes."]
+    module: NotRequired[Annotated[str, "Name that engines know it by, where it differs; plan.json only."]]
+    transposed: NotRequired[Annotated[Literal[True], "Set where the original stores it transposed; plan.json only."]]
+
+
+class Engine(TypedDict):
+    """Whether an inference engine loads the result."""
+
+    engine: Annotated[str, "Engine."]
+    minimum_version: Annotated[str, "Versions from which on this is said."]
+    loads: Annotated[bool, "Whether it loads the result."]
+    reason: Annotated[str, "Why, and how this is known."]
+
+
+class LayerRecord(TypedDict):
+    """How one linear was rounded; errors are relative squared errors."""
+
+    output_error: Annotated[float, "Error of the outputs on the calibration rows."]
+    rtn_error: Annotated[float, "The same for plain rounding on the same scales."]
+    predicted_error: Annotated[float, "What compensated rounding leaves when nothing clips."]
+    weight_error: Annotated[float, "Error of the weights."]
+    clip_rate: Annotated[float, "Share of weights outside the grid."]
+    damping: Annotated[float, "Share of the mean diagonal added to the Gram matrix."]
+    damping_retries: Annotated[int, "Times that the damping had to be raised."]
+    dead_inputs: Annotated[int, "Inputs that are always zero."]
+    num_tokens: Annotated[int, "Calibration tokens that reached it."]
+    seconds: Annotated[float, "Seconds that rounding took."]
+    fallback: Annotated[str | None, "What replaced missing statistics."]
+    kernel: Annotated[str | None, "Kernel of the column loop; null for plain rounding."]
+    beta: Annotated[float, "FOEM's feedback."]
+    target_shift: Annotated[float, "Share of the input drift that is corrected."]
+    scales_refitted: Annotated[bool, "Whether scales were fitted again after rounding."]
+    format: Annotated[str, "Label of the format."]
+
+
+class Training(TypedDict, total=False):
+    """What learning changed; empty where nothing was learned."""
+
+    error_before: Annotated[float, "Held-out error before."]
+    error_after: Annotated[float, "Held-out error after."]
+    best_step: Annotated[int, "Step whose result was kept; 0 for none."]
+    steps: Annotated[int, "Steps that were done."]
+    reproducible: Annotated[bool, "Whether a rerun gives the same bits."]
+    seconds: Annotated[float, "Seconds that it took."]
+
+
+class RoundingResult(TypedDict):
+    """What rounding by a plan gave; saved for a run that resumes."""
+
+    layers: Annotated[dict[str, LayerRecord], "How each linear was rounded."]
+    refinement: Annotated[dict[str, Training], "What refinement changed, by block."]
+    distillation: Annotated[Training, "What distillation changed."]
+    seconds: Annotated[float, "Seconds that it took."]
+    total_bytes: Annotated[int, "Bytes of all weight files."]
+
+
+class RowSet(TypedDict):
+    """One set of rows."""
+
+    source: Annotated[str, "Where the rows come from."]
+    count: Annotated[int, "Rows."]
+    shape: Annotated[list[int], "Shape of a row: tokens, or channels, height and width."]
+    fingerprint: Annotated[str, "SHA-256 of the rows."]
+
+
+class RowSets(TypedDict):
+    """The four disjoint sets of rows."""
+
+    calibration: Annotated[RowSet, "Rows that rounding sees."]
+    scoring: Annotated[RowSet, "Rows that sensitivity is measured on."]
+    selection: Annotated[RowSet, "Rows that the shipped plan is chosen by."]
+    report: Annotated[RowSet, "Rows that the figures are of."]
+    overlap: Annotated[int, "Rows that stand in two sets: 0."]
+    report_in_domain: Annotated[bool, "Whether the report rows come from the calibration sources."]
+
+
+class Gate(TypedDict):
+    """A limit and what was found."""
+
+    name: Annotated[str, "Setting that states the limit, or `regression_` and what may rise."]
+    sense: Annotated[str, "`at most` or `at least`."]
+    limit: Annotated[float, "The limit."]
+    found: Annotated[float, "What was found."]
+    passed: Annotated[bool, "Whether the limit is kept; NaN keeps none."]
+    baseline: NotRequired[Annotated[float, "The earlier value; of regressions."]]
+
+
+class SearchTrial(TypedDict):
+    """A plan that the search for a quality target tried."""
+
+    stored_bytes: Annotated[int, "Bytes of the linears."]
+    bpw_linears: Annotated[float, "Stored bits per weight."]
+    divergence: Annotated[dict[str, float], "Measured divergence by set of rows."]
+
+
+class Search(TypedDict):
+    """The search for the smallest plan that meets `target_kl`."""
+
+    bound: Annotated[float, "The target."]
+    met: Annotated[bool, "Whether a plan meets it."]
+    largest_that_misses: Annotated[SearchTrial | None, "The next smaller plan that was tried, which misses it."]
+    trials: Annotated[list[SearchTrial], "All plans in the order in which they were tried."]
+
+
+class MeasurementOrigin(TypedDict):
+    """Where the scores come from."""
+
+    source: Annotated[str, "`run`, `shared` (the folder of measurements) or `file`."]
+    fingerprint: Annotated[str | None, "Name in the folder of measurements."]
+    seconds: Annotated[float | None, "Seconds that measuring took, whenever that was."]
+
+
+class ManifestLink(TypedDict):
+    """The manifest of the folder."""
+
+    file: Annotated[str, "Its name."]
+    sha256: Annotated[str, "Its SHA-256."]
+
+
+class Report(TypedDict):
+    """What a run did and what came of it (report.json)."""
+
+    schema: Annotated[str, "`hawqtool.report/2`."]
+    model: Annotated[str, "Name of the original."]
+    model_revision: Annotated[str | None, "Commit of the original on the hub."]
+    architecture: Annotated[str, "Class of the model in transformers."]
+    hawqtool_version: Annotated[str, "Version that wrote this."]
+    command: Annotated[str, "The command line, or the call."]
+    config: Annotated[dict[str, Any], "Every setting as it was resolved; paths are shortened to their last part."]
+    sizes: Annotated[Sizes, "Bytes and bits per weight."]
+    plan: Annotated[list[PlanEntry], "Format of every linear."]
+    predicted_loss: Annotated[float | None, "Predicted loss of the plan; null for uniform plans and plan files."]
+    metric: Annotated[str | None, "Scores that the prediction is in."]
+    solver: Annotated[str | None, "How the plan was found: `hull` or `exact`."]
+    gap: Annotated[float | None, "Most by which the predicted loss may exceed the optimum, relative to it."]
+    cost: Annotated[float | None, "Second cost of the plan."]
+    max_cost: Annotated[float | None, "Limit of the second cost."]
+    engines: Annotated[list[Engine], "Which engines load the result."]
+    layers: Annotated[dict[str, LayerRecord], "How each linear was rounded."]
+    refinement: Annotated[dict[str, Training], "What refinement changed, by block."]
+    distillation: Annotated[Training, "What distillation changed."]
+    fallbacks: Annotated[int, "Linears that needed a fallback."]
+    experts: Annotated[dict[str, list[int]], "Calibration tokens of every expert, by block."]
+    rows: Annotated[RowSets, "The sets of rows."]
+    batch_size: Annotated[int, "Rows per forward pass."]
+    evaluation: Annotated[PlanComparison, "All plans that were tried, and the original."]
+    shipped: Annotated[Shipped, "Which of the two was written."]
+    timings: Annotated[dict[str, float], "Seconds by stage."]
+    peak_memory_bytes: Annotated[dict[str, int], "Most bytes in use, by place."]
+    device: Annotated[str, "Device that computed."]
+    warnings: Annotated[list[str], "What the user should know."]
+    search: Annotated[Search | None, "The search for a quality target."]
+    gates: Annotated[list[Gate], "Limits that were set."]
+    starts: Annotated[int, "Times that the run was begun: more than 1 after an interruption."]
+    config_fingerprint: Annotated[str, "SHA-256 of settings and input files; batches compare it."]
+    measurement: Annotated[MeasurementOrigin | None, "Where the scores come from."]
+    manifest: NotRequired[Annotated[ManifestLink, "Hashes of all files of the folder."]]
+
+
+def shipped_plan(report: Report) -> PlanQuality:
+    """The plan that was written, as it was evaluated."""
+    found = report["evaluation"][report["shipped"]]
+    assert found is not None  # only what was tried is shipped
+    return found
+
+
+def named_rows(report: Report) -> dict[str, RowSet]:
+    """The four sets of rows by name."""
+    rows = report["rows"]
+    names: tuple[Literal["calibration", "scoring", "selection", "report"], ...]
+    names = ("calibration", "scoring", "selection", "report")
+    return {name: rows[name] for name in names}
