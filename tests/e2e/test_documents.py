@@ -24,15 +24,8 @@ def test_a_mixed_run(mixed: tuple[Path, Found]) -> None:
 
 
 def test_a_run_with_all_that_a_report_can_hold(run: Run, place: Path) -> None:
-    _, report = run(
-        bits="3,4,8",
-        target_kl=0.5,
-        refine_steps=2,
-        distill_steps=2,
-        max_kl=1,
-        max_size="1GB",
-        eval_data=place / "other.txt",
-    )
+    learned, gates = {"refine_steps": 2, "distill_steps": 2}, {"max_kl": 1, "max_size": "1GB"}
+    _, report = run(bits="3,4,8", target_kl=0.5, eval_data=place / "other.txt", **learned, **gates)
     assert report["search"] and report["refinement"] and report["distillation"] and len(report["gates"]) == 3
     assert differences(report, Report) == []
 

@@ -96,7 +96,8 @@ def a_report(measure: str = "kl", prefix: str = "model.layers", **changes: Any) 
         "gates": [],
         "engines": [{"engine": "vLLM", "minimum_version": "1", "loads": True, "reason": "by its source"}],
         "layers": {n: errors | {"format": f"w{b}g64"} for n, b in zip(names, bits, strict=True)},
-        "rows": {"calibration": rows, "report": rows, "overlap": 0, "report_in_domain": True},
+        "rows": dict.fromkeys(("calibration", "scoring", "selection", "report"), rows)
+        | {"overlap": 0, "report_in_domain": True},
         "evaluation": {
             "measure": measure,
             "original": quality(measure, 0.0),

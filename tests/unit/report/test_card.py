@@ -55,7 +55,8 @@ def a_report(**changes: Any) -> dict[str, Any]:
         "engines": [
             {"engine": "vLLM (CUDA)", "minimum_version": "0.33", "loads": False, "reason": "by its source, not run"}
         ],
-        "rows": {"calibration": rows, "report": rows, "overlap": 0, "report_in_domain": True},
+        "rows": dict.fromkeys(("calibration", "scoring", "selection", "report"), rows)
+        | {"overlap": 0, "report_in_domain": True},
         "evaluation": {
             "measure": "kl",
             "original": quality(0.0),
