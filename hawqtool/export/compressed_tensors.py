@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from hawqtool.errors import InputError
@@ -90,8 +91,14 @@ def hits(pattern: str, module: str) -> bool:
     """Whether an entry of ``targets`` or ``ignore`` hits a linear: exact name, ``re:`` regex, or class name."""
     if pattern.startswith("re:"):
         # Loaders use re.match: anchored at the start only.
-        return re.match(pattern[3:], module) is not None
+        return _compiled(pattern[3:]).match(module) is not None
     return pattern in (module, "Linear")
+
+
+@cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    """Kept without a limit: Python's own cache of 512 patterns is of no use to the many of a model with experts."""
+    return re.compile(pattern)
 
 
 def all_targets(config: Mapping[str, Any]) -> tuple[Target, ...]:

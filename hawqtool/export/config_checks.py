@@ -25,7 +25,9 @@ from hawqtool.export.compressed_tensors import (
 )
 from hawqtool.export.packed_reader import PACKED, SCALE, ZERO_POINT, shape_problem
 from hawqtool.formats import QuantFormat
+from hawqtool.parsing import short
 from hawqtool.records import LayerFormats
+from hawqtool.runtime.time_limit import TimeLimitError, time_limit
 
 _TOP_KEYS = {
     *("quant_method", "format", "quantization_status", "config_groups", "ignore"),
@@ -34,6 +36,9 @@ _TOP_KEYS = {
 _GROUP_KEYS = {"targets", "weights", "input_activations", "output_activations", "format"}
 _WEIGHT_KEYS = {"num_bits", "type", "symmetric", "strategy", "group_size", "dynamic"}
 """What is written; anything else, such as ``actorder`` or ``sparsity_config``, tells loaders to compute otherwise."""
+
+MATCHING_SECONDS, SECONDS_PER_MATCH = 5.0, 2e-5
+"""Most seconds that the patterns of a config may take for all names, and for each pair; usual pairs take 1e-6."""
 
 _PARTS = (PACKED, SCALE, ".weight_shape")
 
@@ -78,6 +83,24 @@ def structure_problems(config: Any) -> list[str]:
         except (re.error, OverflowError, RecursionError) as error:
             problems.append(f"target {pattern} is not a valid regex ({error}); fix it")
     return problems
+
+
+def matching_problems(config: Mapping[str, Any], modules: Sequence[str]) -> list[str]:
+    """Whether matching takes no end, as patterns that were made for that do; one problem at most.
+
+    Args:
+        config: A config without `structure_problems`.
+        modules: Names that will be matched.
+    """
+    patterns = [target.pattern for target in all_targets(config)] + config["ignore"]
+    try:
+        with time_limit(MATCHING_SECONDS + SECONDS_PER_MATCH * len(patterns) * len(modules)):
+            for pattern in patterns:
+                for module in modules:
+                    hits(pattern, module)
+    except TimeLimitError as error:
+        return [f"target {short(pattern)} on {short(module)}: {error}; expected re:...$ without nested repeats; fix it"]
+    return []
 
 
 def field_problems(config: Mapping[str, Any]) -> list[str]:

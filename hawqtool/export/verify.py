@@ -16,6 +16,7 @@ from hawqtool.export.config_checks import (
     field_problems,
     fused_problems,
     ignore_problems,
+    matching_problems,
     module_problems,
     packed_modules,
     structure_problems,
@@ -89,7 +90,7 @@ def verify_folder(
         problems.append(f"{folder} has no packed module; expected *.weight_packed tensors; pass an output folder")
 
     config: Any = model_config.get("quantization_config")
-    broken = structure_problems(config)
+    broken = structure_problems(config) or matching_problems(config, (*packed, *dense_matrices(index)))
     problems += broken
     formats: LayerFormats = {}
     if not broken:

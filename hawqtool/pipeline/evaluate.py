@@ -9,7 +9,7 @@ import torch
 from hawqtool.config import RunConfig
 from hawqtool.errors import InputError
 from hawqtool.evaluation.divergence import as_record
-from hawqtool.export.config_checks import structure_problems
+from hawqtool.export.config_checks import matching_problems, packed_modules, structure_problems
 from hawqtool.export.packed_reader import PackedReader, read_config
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.job import prepare
@@ -30,6 +30,8 @@ def run_evaluate(config: RunConfig, folder: Path, reporter: Reporter) -> Evaluat
     job = prepare(config, reporter, writes=False)
     candidate = PackedReader(folder)
     broken = structure_problems(read_config(folder).get("quantization_config"))
+    if not broken:
+        broken = matching_problems(read_config(folder)["quantization_config"], packed_modules(candidate.index))
     if broken:
         raise InputError(f"{folder}/config.json cannot be used: {broken[0]}")
     missing = [n for n in job.structure.linears if f"{n}.weight" not in candidate]

@@ -10,7 +10,7 @@ from typing import Any
 from hawqtool.checkpoint.index import CheckpointIndex
 from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.errors import InputError
-from hawqtool.export.config_checks import module_problems, packed_modules, structure_problems
+from hawqtool.export.config_checks import matching_problems, module_problems, packed_modules, structure_problems
 from hawqtool.export.engines import engines
 from hawqtool.export.verify import PLAN_FILE
 from hawqtool.formats import SHAPE_TENSOR_BYTES
@@ -33,7 +33,7 @@ def describe_packed(index: CheckpointIndex, config: dict[str, Any]) -> dict[str,
         hawqtool writes.
     """
     packed = packed_modules(index)
-    problems = structure_problems(config)
+    problems = structure_problems(config) or matching_problems(config, packed)
     formats: LayerFormats = {}
     reader = TensorReader(index)
     if not packed:
