@@ -35,10 +35,14 @@ def read_bounded(path: Path, max_bytes: int) -> bytes:
         ParseError: If it cannot be read or is larger than ``max_bytes``.
     """
     try:
+        if not path.is_file() and path.exists() and not path.is_dir():
+            raise ParseError("it is a pipe or a device, a file was expected")  # opening it might wait forever
         with path.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size
             # Not the limit: read allocates what it is asked for.
             content = stream.read(min(size, max_bytes) + 1)
+    except ParseError:
+        raise
     except (OSError, ValueError) as error:  # a name with a null byte is a ValueError
         raise ParseError(getattr(error, "strerror", None) or str(error)) from None
     if len(content) > max_bytes:

@@ -37,6 +37,12 @@ class _PlainLoader(yaml.SafeLoader):
 
     yaml_implicit_resolvers: dict[str, Any] = {}
 
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """The next node; tags are refused, for that of a merge multiplies what aliases name."""
+        if getattr(self.peek_event(), "tag", None) is not None:
+            raise yaml.YAMLError("a tag")
+        return super().compose_node(parent, index)
+
 
 @dataclass(frozen=True)
 class SourceFacts:
@@ -114,7 +120,7 @@ def _plain(value: Any) -> Value | None:
     if isinstance(value, str):
         return value if 0 < len(value) <= _MAX_VALUE and value.isprintable() else None
     if isinstance(value, list) and 0 < len(value) <= _MAX_ITEMS:
-        items = [_plain(item) for item in value]
-        texts = [item for item in items if isinstance(item, str)]
-        return texts if len(texts) == len(items) else None
+        # Not the lists in it: aliases can make of a few lines more of them than can be walked.
+        texts = [item for item in value if isinstance(item, str) and _plain(item) is not None]
+        return texts if len(texts) == len(value) else None
     return None

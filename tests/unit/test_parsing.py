@@ -62,6 +62,12 @@ def encoded(text: str | bytes) -> bytes:
     return text if isinstance(text, bytes) else text.encode()
 
 
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(ParseError, match="it is a pipe or a device"):
+        read_bounded(tmp_path / "pipe.json", 100)
+
+
 @pytest.mark.parametrize("name", JSON_BOMBS)
 def test_json_bombs(name: str) -> None:
     text, said = JSON_BOMBS[name]

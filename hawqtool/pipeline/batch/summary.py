@@ -166,8 +166,13 @@ def write_summary(folder: Path, summary: dict[str, Any]) -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, [k for k in rows[0] if k not in _NOT_IN_CSV], extrasaction="ignore")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({key: _cell(value) for key, value in row.items()} for row in rows)
     write_text(folder / SUMMARY_CSV, text.getvalue())
+
+
+def _cell(value: Any) -> Any:
+    """A value as a spreadsheet takes it: a text that would be a formula there gets an apostrophe before it."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(tuple("=+-@\t\r")) else value
 
 
 def _figure(rows: list[Row], model: dict[str, Any]) -> dict[str, Any]:

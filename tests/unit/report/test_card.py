@@ -129,6 +129,7 @@ def test_a_licence_is_not_invented(readme: str | None) -> None:
         ("---\njust text\n---\n", "no mapping"),
         ("---\nlicense: mit\n# no end", "without its closing line"),
         ("license: mit\n---\n", "has no front matter"),
+        ("---\na: &a {x: y}\nb: {!!merge <<: [*a, *a]}\n---\n", "has front matter that is no plain YAML"),
         ("---\n---\n", "has no front matter"),
         ("---\nlicense: " + "x" * 70_000 + "\n---\n", "more than 64,000 characters"),
         ("---\n? [a, b]\n: c\n---\n", "YAML|no mapping"),
@@ -168,6 +169,12 @@ def test_aliases_do_not_multiply() -> None:
     front, _ = split(card)
     assert front["language"] == front["datasets"] == ["en", "de"]
     assert "license" not in front and "&" not in card.split("---\n")[1]
+
+
+def test_aliases_without_end_are_not_walked() -> None:
+    levels = "".join(f"a{n + 1}: &a{n + 1} [*a{n}, *a{n}]\n" for n in range(60))
+    front, _ = split(model_card(a_report(), f"---\na0: &a0 [x, x]\n{levels}tags: *a60\nlicense: mit\n---\n"))
+    assert front["license"] == "mit"
 
 
 # Injection.
