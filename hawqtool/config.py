@@ -159,7 +159,7 @@ class RunConfig(Fields):
         if self.profile == "portable" and self.scale_sign == "both":
             raise ValueError("profile portable needs positive scales; drop scale_sign or choose another profile")
         for other in (n for n in ("target_kl", "max_cost", "plan") if getattr(self, n) is not None):
-            # Rivals and swaps keep to a budget of bytes and know of nothing else.
+            # Alternatives and swaps keep to a budget of bytes and know of nothing else.
             if self.swaps or (self.shortlist or 1) > 1:
                 raise ValueError(f"shortlist and swaps work under target_bpw or target_size alone, found {other} too")
         if self.measurements is not None and not self.measures:

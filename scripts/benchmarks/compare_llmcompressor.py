@@ -33,8 +33,8 @@ def main() -> int:
         peer_kl = divergence(arguments, peer)
     report = json.loads(answer)
     ours = report["evaluation"]["uniform"]
-    weighing = report["timings"].get("weigh", 0.0)
-    seconds = ours["rounding_seconds"] + weighing
+    importance = report["timings"].get("token importance", 0.0)
+    seconds = ours["rounding_seconds"] + importance
     print(
         f"{arguments.model.name}, {arguments.bits} bit, group {arguments.group_size}, "
         f"{arguments.num_samples} x {arguments.seq_len} tokens"
@@ -42,7 +42,7 @@ def main() -> int:
     print(f"llm-compressor  rounding {peer_seconds:6.1f} s   peak {peer_memory:.2f} GB   KL {peer_kl:.4f}")
     kl = f"{ours['kl']:.4f} ± {ours['kl_stderr']:.4f}"
     print(f"hawqtool        rounding {seconds:6.1f} s   peak {memory:.2f} GB   KL {kl}")
-    print(f"  of this the weights of tokens {weighing:6.1f} s")
+    print(f"  of this the weights of tokens {importance:6.1f} s")
     print(f"ratios          seconds {seconds / peer_seconds:.2f}   KL {ours['kl'] / peer_kl:.2f}")
     return 0
 
