@@ -153,7 +153,7 @@ def _learning(config: RunConfig) -> list[str]:
 def _check_feasible(job: Job, menu: Menu, budget: int, weights: int, fixed: int) -> None:
     lowest, highest = achievable(job.units, menu, job.pins)
     original = sum(member.num_weights * member.scale_bytes for unit in job.units for member in unit.members)
-    if job.config.target_bpw is not None and budget >= original:
+    if job.config.target_bpw is not None and 0 < original <= budget:
         raise UsageError(
             f"target of {job.config.target_bpw:g} bits per weight is no less than the original's "
             f"{8 * original / weights:g}; the widths reach {8 * highest / weights:.3f}; lower the target"

@@ -306,7 +306,7 @@ CASES: dict[str, Case] = {
     ),
     # output
     "output not empty, dry": Case(2, "not empty", (*TARGET, "--dry-run"), spoil=in_use),
-    "output is the root": Case(2, "no folder that can be created", (*TARGET, "-o", "/")),
+    "output is the root": Case(2, "is a mount point", (*TARGET, "-o", "/")),
     "output with a null": Case(2, "null character", (*TARGET, "-o", "a\0b")),
     "output not empty": Case(2, "not empty", spoil=in_use),
     "overwrite of another's folder": Case(2, "not made by hawqtool", (*TARGET, "--overwrite"), spoil=in_use),
