@@ -11,7 +11,7 @@ from rich.text import Text
 
 from hawqtool.cli.render import size
 from hawqtool.report.escape import one_line
-from hawqtool.report.wording import quality_columns, rows_text
+from hawqtool.report.wording import loads_text, quality_columns, rows_text
 
 _BAR_WIDTH = 40
 
@@ -213,10 +213,7 @@ def _print_quantized(console: Console, description: dict[str, Any]) -> None:
         console,
         "engines",
         ("engine", "version, at least", "loads", "why"),
-        (
-            (e["engine"], e["minimum_version"], "yes" if e["loads"] else "no", e["reason"])
-            for e in description["engines"]
-        ),
+        ((e["engine"], e["minimum_version"], loads_text(e), e["reason"]) for e in description["engines"]),
         left=4,
     )
     _print_recorded(console, description)

@@ -1,6 +1,7 @@
 """Which engines load a packed checkpoint, and why not where they do not.
 
-The rules are those of the engines' released sources; a run executes none of these engines, and each reason says so.
+The rules are those of the engines' released sources. A run tries transformers alone (pipeline/stages/load_trial); each
+reason says what it rests on.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def engines(formats: LayerFormats, shapes: Mapping[str, tuple[int, int]], obstac
         obstacle: Why transformers cannot load packed weights of this model, where it cannot.
 
     Returns:
-        One ``{engine, minimum_version, loads, reason}`` per engine.
+        One ``{engine, minimum_version, loads, reason, tried}`` per engine; ``tried`` is false, as nothing is run here.
     """
     found: list[Engine] = []
     for engine, judge in (
@@ -56,7 +57,8 @@ def engines(formats: LayerFormats, shapes: Mapping[str, tuple[int, int]], obstac
         (SGLANG, _sglang),
     ):
         loads, reason = (False, obstacle) if engine == TRANSFORMERS and obstacle else judge(formats, shapes)
-        found.append({"engine": engine, "minimum_version": MINIMUM_VERSIONS[engine], "loads": loads, "reason": reason})
+        version = MINIMUM_VERSIONS[engine]
+        found.append({"engine": engine, "minimum_version": version, "loads": loads, "reason": reason, "tried": False})
     return found
 
 

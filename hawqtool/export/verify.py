@@ -111,11 +111,47 @@ def verify_folder(
         source = TensorReader(read_index(Path(against)))
         problems += _model_config_problems(model_config, read_config(Path(against)))
         problems += source_file_problems(folder, Path(against), index)
-        problems += copy_problems(reader, source, (checksums or {}).get("changed", []))
-        transposed = {layer["name"] for layer in layers if layer.get("transposed")}
-        recorded = (checksums or {}).get("weight_error", {})
-        problems += error_problems(reader, source, formats, recorded, transposed, torch.device(device))
+        problems += _weight_problems(reader, source, formats, layers, checksums or {}, device)
     return VerifyReport(tuple(problems), len(index.tensors), len(packed), index.total_bytes)
+
+
+def origin_problems(folder: Path, against: Path, device: torch.device | str = "cpu") -> list[str]:
+    """Weights of a packed folder that cannot come from a model: copies that differ, codes that do not approximate it.
+
+    Args:
+        folder: A packed checkpoint; one without checksums, of another tool, is judged by its copies alone.
+        against: Folder of the model.
+        device: Where that is computed.
+
+    Raises:
+        InputError: If one of the folders or a file's header cannot be read at all.
+    """
+    index = read_index(folder)
+    reader, source = TensorReader(index), TensorReader(read_index(against))
+    config: Any = read_config(folder).get("quantization_config")
+    if broken := structure_problems({"ignore": [], **config} if isinstance(config, dict) else config):
+        return broken
+    plan, _ = _record(folder, PLAN_FILE, _is_plan)
+    checksums, _ = _record(folder, CHECKSUM_FILE, _is_checksums)
+    if checksums is None:
+        return copy_problems(reader, source, ())
+    formats, problems = module_problems({"ignore": [], **config}, index, reader)
+    return problems + _weight_problems(reader, source, formats, plan["layers"] if plan else [], checksums, device)
+
+
+def _weight_problems(
+    reader: TensorReader,
+    source: TensorReader,
+    formats: LayerFormats,
+    layers: list[dict[str, Any]],
+    checksums: dict[str, Any],
+    device: torch.device | str,
+) -> list[str]:
+    """Differences to the source that rounding does not explain."""
+    transposed = {layer["name"] for layer in layers if layer.get("transposed")}
+    recorded = checksums.get("weight_error", {})
+    problems = copy_problems(reader, source, checksums.get("changed", []))
+    return problems + error_problems(reader, source, formats, recorded, transposed, torch.device(device))
 
 
 def _model_config_problems(config: dict[str, Any], source: dict[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hawqtool.checkpoint.dtypes import DTYPE_BYTES
-from hawqtool.checkpoint.fusion import unit_name
+from hawqtool.checkpoint.fusion import is_expert, unit_name
 from hawqtool.checkpoint.index import CheckpointIndex
 from hawqtool.errors import InputError, UsageError, one_line
 from hawqtool.model.replay import Call, replayed_blocks
@@ -128,6 +130,7 @@ def discover(
     units = {n: unit_name(n, experts_per_block, fuses) for spec in specs for n in (m.name for m in spec.linears)}
     specs = [_without_narrow(_with_units(spec, units)) for spec in specs]
     obstacle = next((text for m in blocks.modules() for kind, text in _OBSTACLES.items() if kind in _classes(m)), None)
+    obstacle = obstacle or _initialization_obstacle(model, [m.module_name for spec in specs for m in spec.linears])
     head = _head(model, len(blocks), stored, index) if quantize_head else None
     walked = (*specs, head) if head else specs
     inside = {spec.module_name for block in walked for spec in block.linears}
@@ -135,6 +138,28 @@ def discover(
     names = [(stored.get(f"{n}.weight", f"{n}.weight").removesuffix(".weight"), n) for n in others]
     kept = tuple(dict.fromkeys(name for pair in names for name in pair))
     return Structure(tuple(specs), kept, stored, extra_outputs, obstacle, head)
+
+
+def _initialization_obstacle(model: Any, packed: list[str]) -> str | None:
+    """Why transformers cannot load packed layers whose weight the model's own initialization touches.
+
+    Loading ends with a call of that code for every module, and a packed layer has no ``weight``. On meta tensors the
+    same call takes no time.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return None
+    probe = copy.deepcopy(model)
+    for name in packed:
+        if not is_expert(name):  # transformers has the experts of a block in one module
+            probe.get_submodule(name)._parameters.pop("weight", None)
+    for module in probe.modules():
+        vars(module).pop("_is_hf_initialized", None)  # building it has called the code already
+    try:
+        probe.initialize_weights()
+    except AttributeError as error:
+        if "weight" in str(error):
+            return f"its own initialization, which loading calls, stops at packed layers ({error})"
+    return None
 
 
 def _head(model: Any, position: int, stored: dict[str, str], index: CheckpointIndex) -> BlockSpec:

@@ -11,6 +11,7 @@ from hawqtool.errors import InputError
 from hawqtool.evaluation.divergence import as_record
 from hawqtool.export.config_checks import matching_problems, packed_modules, structure_problems
 from hawqtool.export.packed_reader import PackedReader, read_config
+from hawqtool.export.verify import origin_problems
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.job import prepare
 from hawqtool.pipeline.stages.evaluate import Evaluator
@@ -37,6 +38,12 @@ def run_evaluate(config: RunConfig, folder: Path, reporter: Reporter) -> Evaluat
     missing = [n for n in job.structure.linears if f"{n}.weight" not in candidate]
     if missing:
         raise InputError(f"{folder} has no layer {missing[0]}; is {config.model} the model that it was made from?")
+    problems = origin_problems(folder, job.index.folder, job.device)
+    if problems:
+        raise InputError(
+            f"{folder} is not what was made from {config.model}, so a comparison would say nothing: {problems[0]} "
+            f"({len(problems)} such); give its original"
+        )
     rows = evaluation_rows(job, config.eval_data)
     evaluator = Evaluator(RunContext(job, reporter), {"report": rows})
     with torch.no_grad():

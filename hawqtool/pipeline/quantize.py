@@ -8,6 +8,7 @@ from pathlib import Path
 from hawqtool.allocation.exact import plan_warnings
 from hawqtool.config import RunConfig
 from hawqtool.errors import InputError, NumericalError, disk_errors
+from hawqtool.export.engines import TRANSFORMERS
 from hawqtool.export.manifest import seal
 from hawqtool.export.verify import verify_folder
 from hawqtool.export.writer import copy_small_files
@@ -27,10 +28,11 @@ from hawqtool.pipeline.search.planner import Planner, given_plan, make_planner
 from hawqtool.pipeline.search.quality_target import find_smallest
 from hawqtool.pipeline.search.selection import choose, compare, try_plans
 from hawqtool.pipeline.search.trials import TIMINGS, TrialRunner
+from hawqtool.pipeline.stages.load_trial import try_loading
 from hawqtool.pipeline.stages.report import Outcome, build_report, write_card, write_reproduce
 from hawqtool.pipeline.stages.rows import gather_rows
 from hawqtool.pipeline.stages.token_importance import with_token_importance
-from hawqtool.records import BitPlan
+from hawqtool.records import BitPlan, Rows
 from hawqtool.report.documents import DryRun, SensitivityDocument
 from hawqtool.report.schema import Report, Search
 from hawqtool.runtime.reporter import Reporter
@@ -115,7 +117,7 @@ def _quantized(
     if planner and planner.table:
         report["warnings"] += planner.table.warnings
     with Stopwatch(timings, "verify"), disk_errors(folder):
-        _complete(job, folder, planner.document if planner else None, report)
+        _complete(job, folder, planner.document if planner else None, report, sets["report"])
     report = seal(folder, report)
     with disk_errors(folder):
         write_page(folder)
@@ -136,13 +138,25 @@ def _plans(runner: TrialRunner, planner: Planner | None) -> tuple[Search | None,
     return None, plans
 
 
-def _complete(job: Job, folder: Path, sensitivity: SensitivityDocument | None, report: Report) -> None:
-    """Add the small files, the card and the records, then reopen and verify what was written, before it is sealed."""
+def _complete(job: Job, folder: Path, sensitivity: SensitivityDocument | None, report: Report, rows: Rows) -> None:
+    """Add small files, card and records, try what the report claims, and verify the folder before it is sealed."""
     for left in folder.rglob(f".*{PART}"):  # by a run that was killed while it wrote them
         left.unlink()
     copy_small_files(job.index.folder, folder)
+    _try_claims(job, folder, report, rows)
     write_card(job.index.folder, folder, report)
     write_reproduce(job, folder, sensitivity)
     problems = verify_folder(folder, job.index.folder, job.device, sealed=False).problems
     if problems:
         raise NumericalError(f"the written folder failed verification: {problems[0]} ({len(problems)} problems)")
+
+
+def _try_claims(job: Job, folder: Path, report: Report, rows: Rows) -> None:
+    """Replace the verdict on transformers by what a trial gave, where the formats promise that it loads the folder."""
+    entry = next(entry for entry in report["engines"] if entry["engine"] == TRANSFORMERS)
+    if not entry["loads"]:
+        return
+    trial = try_loading(job, folder, rows.tokens)
+    entry |= {"loads": trial.loads, "reason": trial.reason, "tried": trial.loads is not None}
+    if trial.loads is False:
+        report["warnings"].append(f"transformers does not load this folder as it should: {trial.reason}")

@@ -12,6 +12,7 @@ from hawqtool.report.wording import (
     GATES,
     MEASURES,
     gate_values,
+    loads_text,
     measurement_text,
     plus_minus,
     quality_columns,
@@ -250,8 +251,8 @@ def _loading(report: Report) -> str:
             [
                 escape(entry["engine"]),
                 escape(entry["minimum_version"]),
-                "yes" if entry["loads"] else "no",
-                f"by format, not tested here: {escape(entry['reason'])}",
+                loads_text(entry),
+                escape(entry["reason"] if entry["tried"] else f"by format, not tested here: {entry['reason']}"),
             ]
         )
     heading = ["loads in", "version, at least", "loads", "how that is known"]

@@ -102,8 +102,9 @@ class Engine(TypedDict):
 
     engine: Annotated[str, "Engine."]
     minimum_version: Annotated[str, "Versions from which on this is said."]
-    loads: Annotated[bool, "Whether it loads the result."]
+    loads: Annotated[bool | None, "Whether it loads the result; null where that was to be tried and was not."]
     reason: Annotated[str, "Why, and how this is known."]
+    tried: Annotated[bool, "Whether the result was loaded to know it."]
 
 
 class LayerRecord(TypedDict):

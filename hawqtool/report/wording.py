@@ -171,3 +171,8 @@ def routing_text(experts: Mapping[str, Sequence[int]]) -> str | None:
         f"{len(counts)} experts in {len(experts)} blocks; calibration tokens per expert: min {min(counts)}, "
         f"median {median(counts):.0f}, max {max(counts)}"
     )
+
+
+def loads_text(entry: Mapping[str, Any]) -> str:
+    """Whether an engine loads a folder: yes, no, or not tried."""
+    return "not tried" if entry["loads"] is None else "yes" if entry["loads"] else "no"

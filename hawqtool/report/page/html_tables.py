@@ -24,6 +24,7 @@ from hawqtool.report.wording import (
     GATES,
     MEASURES,
     gate_values,
+    loads_text,
     plus_minus,
     quality_columns,
     rows_text,
@@ -187,8 +188,7 @@ def worst_table(report: Report) -> str:
 def engines_table(report: Report) -> str:
     """Which engines load the folder."""
     rows = [
-        [entry["engine"], "yes" if entry["loads"] else "no", entry["minimum_version"], entry["reason"]]
-        for entry in report["engines"]
+        [entry["engine"], loads_text(entry), entry["minimum_version"], entry["reason"]] for entry in report["engines"]
     ]
     return _table(["engine", "loads", "version, at least", "why"], rows, wide=(3,))
 

@@ -94,7 +94,9 @@ def a_report(measure: str = "kl", prefix: str = "model.layers", **changes: Any) 
         "metric": "kron",
         "search": None,
         "gates": [],
-        "engines": [{"engine": "vLLM", "minimum_version": "1", "loads": True, "reason": "by its source"}],
+        "engines": [
+            {"engine": "vLLM", "minimum_version": "1", "loads": True, "reason": "by its source", "tried": False}
+        ],
         "layers": {n: errors | {"format": f"w{b}g64"} for n, b in zip(names, bits, strict=True)},
         "rows": dict.fromkeys(("calibration", "scoring", "selection", "report"), rows)
         | {"overlap": 0, "report_in_domain": True},
@@ -212,7 +214,13 @@ def test_hostile_names_are_shown_and_never_interpreted(tmp_path: Path) -> None:
     report |= {"device": HOSTILE, "hawqtool_version": HOSTILE, "model_revision": HOSTILE, "timings": {HOSTILE: 1.0}}
     report["config"]["rounding"] = HOSTILE
     report["rows"]["report"] = report["rows"]["report"] | {"source": HOSTILE, "fingerprint": HOSTILE}
-    report["engines"][0] = {"engine": HOSTILE, "minimum_version": HOSTILE, "loads": False, "reason": HOSTILE}
+    report["engines"][0] = {
+        "engine": HOSTILE,
+        "minimum_version": HOSTILE,
+        "loads": False,
+        "reason": HOSTILE,
+        "tried": True,
+    }
     report["evaluation"]["mixed"]["formats"] = [HOSTILE]
     report["evaluation"]["uniform"]["formats"] = [HOSTILE]
     report["evaluation"]["tried"][HOSTILE] = report["evaluation"]["tried"]["kron"]

@@ -53,7 +53,13 @@ def a_report(**changes: Any) -> dict[str, Any]:
         "experts": {},
         "plan": [entry | {"name": n, "bits": 3 + i, "group_size": (64, "channel")[i % 2]} for i, n in enumerate(names)],
         "engines": [
-            {"engine": "vLLM (CUDA)", "minimum_version": "0.33", "loads": False, "reason": "by its source, not run"}
+            {
+                "engine": "vLLM (CUDA)",
+                "minimum_version": "0.33",
+                "loads": False,
+                "reason": "by its source, not run",
+                "tried": False,
+            }
         ],
         "rows": dict.fromkeys(("calibration", "scoring", "selection", "report"), rows)
         | {"overlap": 0, "report_in_domain": True},

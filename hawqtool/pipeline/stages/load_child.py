@@ -1,0 +1,31 @@
+"""Child process of a load trial: transformers loads a folder and makes one forward pass.
+
+``python -m hawqtool.pipeline.stages.load_child FOLDER CLASS TRUST ROWS OUTPUTS``: what the model of the class gives on
+the rows of one safetensors file is written to the other. A failure ends in a traceback, whose last line says why.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from hawqtool.model.tasks import model_task
+
+
+def main(folder: str, class_name: str, trust: str, rows_file: str, outputs_file: str) -> None:
+    """Load, run, write."""
+    kind = getattr(transformers, class_name, transformers.AutoModelForCausalLM)
+    model = kind.from_pretrained(folder, dtype="auto", trust_remote_code=trust == "1").eval()
+    rows = load_file(rows_file)["rows"]
+    inputs = rows.to(next(model.parameters()).dtype) if rows.is_floating_point() else rows
+    with torch.no_grad():
+        result = model(**{model.main_input_name: inputs})
+    outputs = result.logits if model_task(model).logits else result.last_hidden_state.mean(1, keepdim=True)
+    save_file({"outputs": outputs.float().contiguous()}, outputs_file)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

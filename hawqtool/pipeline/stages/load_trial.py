@@ -1,0 +1,140 @@
+"""Load trial: whether transformers loads a written folder, as the result of having done it.
+
+A child process loads the folder as a user would and makes one forward pass; its outputs must agree with those of our
+own walk over the unpacked weights. The start of the process takes about five seconds, so a run tries the shipped folder
+only.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from importlib import metadata, util
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hawqtool.pipeline.run.job import Job
+from hawqtool.pipeline.run.memory_budget import memory_limit
+
+SWITCH = "HAWQTOOL_LOAD_TRIAL"
+"""Environment variable that switches the trial off when it is 0; the report then says that nothing was tried."""
+
+MAX_DIFFERENCE = 0.1
+"""Relative difference of outputs, at most, as the median over positions: 16-bit arithmetic gives one or two percent,
+and experts that a rounding error exchanges are few; a wrongly loaded weight gives one about as large as the outputs."""
+
+_TOKENS = 32
+_SECONDS = 900
+_LONGEST_REASON = 200
+_KIB = 1024
+
+
+@dataclass(frozen=True)
+class LoadTrial:
+    """Result of a trial.
+
+    Args:
+        loads: Whether the folder loads and computes what it should; None where it was not tried.
+        reason: What was seen, or why nothing was tried.
+    """
+
+    loads: bool | None
+    reason: str
+
+
+def try_loading(job: Job, folder: Path, rows: Tensor) -> LoadTrial:
+    """Load a folder in transformers in a process of its own and compare one forward pass.
+
+    Args:
+        job: The original model.
+        folder: A written folder with its small files.
+        rows: Tokens ``[rows, seq_len]`` or images; the first row's beginning is used.
+    """
+    obstacle = _not_possible(job)
+    if obstacle is not None:
+        return LoadTrial(None, f"not tried: {obstacle}")
+    row = rows[:1] if rows.is_floating_point() else rows[:1, :_TOKENS]
+    row = row.cpu().contiguous()
+    versions = f"transformers {metadata.version('transformers')}, compressed-tensors {_compressed_tensors()}"
+    with tempfile.TemporaryDirectory(prefix="hawqtool-load-") as place:
+        given, written = Path(place) / "rows.safetensors", Path(place) / "outputs.safetensors"
+        save_file({"rows": row}, given)
+        command = [sys.executable, "-m", f"{__package__}.load_child", str(folder), type(job.skeleton).__name__]
+        command += [str(int(job.source.runs_code)), str(given), str(written)]
+        try:
+            done = subprocess.run(command, env=_environment(), capture_output=True, timeout=_SECONDS, check=False)
+        except subprocess.TimeoutExpired:
+            return LoadTrial(None, f"not tried to the end: it took more than {_SECONDS} s")
+        if done.returncode:
+            return LoadTrial(False, f"tried with {versions}: {_last_line(done.stderr, done.returncode)}")
+        outputs = load_file(written)["outputs"]
+    difference = _difference(_own_outputs(job, folder, row), outputs)
+    if not difference <= MAX_DIFFERENCE:
+        found = f"its outputs differ by {difference:.2g} from those of the written weights"
+        return LoadTrial(False, f"tried with {versions}: it loads, but {found}")
+    return LoadTrial(
+        True, f"tried on this folder with {versions}: one forward pass agrees to {difference:.1g} (relative, median)"
+    )
+
+
+def _not_possible(job: Job) -> str | None:
+    """Why the trial cannot be made."""
+    if os.environ.get(SWITCH) == "0":
+        return f"switched off by {SWITCH}=0"
+    if util.find_spec("compressed_tensors") is None:
+        return "compressed-tensors is not installed"
+    needed = 2 * job.index.total_bytes  # unpacked weights beside packed ones, and what a forward pass takes
+    free = _free_memory()
+    limit = memory_limit(job.config, job.device) if job.device.type == "cpu" else None
+    if needed > min(free, free if limit is None else limit):
+        return f"it needs about {needed:,} bytes of memory, more than the run may take or is free"
+    return None
+
+
+def _free_memory() -> int:
+    """Bytes that can be had without swapping; where the system does not tell, those that nothing uses."""
+    info = Path("/proc/meminfo")
+    if info.is_file():
+        for line in info.read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * _KIB
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _compressed_tensors() -> str:
+    return metadata.version("compressed-tensors")
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "TRANSFORMERS_VERBOSITY": "error"}
+
+
+def _last_line(stderr: bytes, code: int) -> str:
+    """What a traceback says at its end, shortened."""
+    lines = [line.strip() for line in stderr.decode("utf-8", errors="replace").splitlines() if line.strip()]
+    text = lines[-1] if lines and code > 0 else f"the process ended with {code}"
+    return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]}..."
+
+
+def _own_outputs(job: Job, folder: Path, row: Tensor) -> Tensor:
+    """Outputs of our own walk over the folder's weights."""
+    stream = job.packed_stream(folder)
+    with torch.no_grad():
+        states = stream.final_hidden(row, 1, lambda _: None)
+        return stream.outputs(row, states).float().cpu()
+
+
+def _difference(own: Tensor, other: Tensor) -> float:
+    """Relative difference ``|a - b| / |a|`` by position, the median; logits count up to a constant of a position."""
+    first, second = (values.double().reshape(-1, values.shape[-1]) for values in (own, other))
+    if first.shape != second.shape:
+        return float("inf")
+    first, second = (values - values.mean(-1, keepdim=True) for values in (first, second))
+    relative = (first - second).norm(dim=-1) / first.norm(dim=-1).clamp_min(torch.finfo(torch.float64).tiny)
+    return float(relative.median())

@@ -1,0 +1,6 @@
+"""Settings of all tests."""
+
+import os
+
+# A load trial starts a process with transformers, which takes seconds; its own tests switch it on.
+os.environ.setdefault("HAWQTOOL_LOAD_TRIAL", "0")
