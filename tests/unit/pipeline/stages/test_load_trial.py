@@ -1,0 +1,86 @@
+"""A claim that transformers loads a folder is the result of a try: right, wrong and failing folders, and no try."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hawqtool.config import RunConfig
+from hawqtool.pipeline.run.job import Job, prepare
+from hawqtool.pipeline.stages import load_trial
+from hawqtool.pipeline.stages.load_trial import SWITCH, _difference, try_loading
+from tests.support.packed_folder import write_packed
+from tests.support.tiny import tiny_model
+
+ROWS = torch.arange(3, 35).view(1, -1)
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    source = tiny_model("llama", tmp_path_factory.mktemp("trial") / "source")
+    return prepare(RunConfig(model=str(source), device="cpu", group_size=32))
+
+
+@pytest.fixture(scope="module")
+def packed(job: Job) -> Path:
+    folder = job.index.folder.parent / "packed"
+    write_packed(job.index.folder, folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def switched_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(SWITCH, raising=False)
+
+
+def test_a_folder_that_loads(job: Job, packed: Path) -> None:
+    trial = try_loading(job, packed, ROWS)
+    assert trial.loads is True and "tried on this folder with transformers" in trial.reason
+    assert "one forward pass agrees to 0.0" in trial.reason
+
+
+def test_a_folder_whose_config_makes_transformers_compute_otherwise(job: Job, packed: Path, tmp_path: Path) -> None:
+    """It reads other weights than hawqtool does: those of the embedding are exchanged in the child's copy alone."""
+    folder = Path(shutil.copytree(packed, tmp_path / "other"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].flip(0).contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(load_trial, "_own_outputs", lambda job, _, row: _own(job, packed, row))
+        trial = try_loading(job, folder, ROWS)
+    assert trial.loads is False and "it loads, but its outputs differ by" in trial.reason
+
+
+_own = load_trial._own_outputs
+
+
+def test_a_folder_that_does_not_load(job: Job, packed: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(packed, tmp_path / "broken"))
+    (folder / "config.json").write_text("{}")
+    trial = try_loading(job, folder, ROWS)
+    assert trial.loads is False and trial.reason.startswith("tried with transformers") and "\n" not in trial.reason
+
+
+@pytest.mark.parametrize("why", ["switched off", "compressed-tensors is not installed", "memory"])
+def test_what_keeps_from_trying(why: str, job: Job, packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if why == "switched off":
+        monkeypatch.setenv(SWITCH, "0")
+    elif why == "memory":
+        monkeypatch.setattr(load_trial, "_free_memory", lambda: 1000)
+    else:
+        monkeypatch.setattr(load_trial.util, "find_spec", lambda _: None)
+    trial = try_loading(job, packed, ROWS)
+    assert trial.loads is None and trial.reason.startswith("not tried: ") and why in trial.reason
+
+
+def test_differences() -> None:
+    logits = torch.randn(1, 8, 16, generator=torch.Generator().manual_seed(0))
+    assert _difference(logits, logits + 3) < 1e-6  # the same distribution
+    assert 0.005 < _difference(logits, logits * 1.01) < 0.02
+    assert _difference(logits, logits.flip(-1)) > 0.5
+    assert _difference(logits, logits[:, :4]) == float("inf")
+    assert not _difference(logits, logits * float("nan")) <= load_trial.MAX_DIFFERENCE
