@@ -11,11 +11,12 @@ from hawqtool.checkpoint.index import CheckpointIndex
 from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.errors import InputError
 from hawqtool.export.config_checks import matching_problems, module_problems, packed_modules, structure_problems
-from hawqtool.export.engines import engines
+from hawqtool.export.engines import TRANSFORMERS, engines
 from hawqtool.export.verify import PLAN_FILE
 from hawqtool.formats import SHAPE_TENSOR_BYTES
 from hawqtool.pipeline.run.files import PLAN_SCHEMA, REPORT_SCHEMA, read_json
 from hawqtool.records import LayerFormats
+from hawqtool.report.schema import Engine
 from hawqtool.report.wording import role
 
 _PARTS = (".weight_packed", ".weight_scale", ".weight_zero_point")
@@ -56,7 +57,7 @@ def describe_packed(index: CheckpointIndex, config: dict[str, Any]) -> dict[str,
         "bits": _by_width(formats, weights, stored),
         "roles": _roles(formats, shapes, weights, stored),
         "sizes": sizes,
-        "engines": engines(formats, shapes, _obstacle(index.folder)),
+        "engines": _with_trial(engines(formats, shapes, _obstacle(index.folder)), index.folder),
         "recorded": report,
         "recorded_note": note,
     }
@@ -73,6 +74,16 @@ def _obstacle(folder: Path) -> str | None:
     except InputError:  # written by another tool
         return None
     return recorded if isinstance(recorded, str) else None
+
+
+def _with_trial(found: list[Engine], folder: Path) -> list[Engine]:
+    """Verdicts with that on transformers as the run that wrote the folder found it by loading it."""
+    try:
+        recorded = read_json(folder / "report.json", REPORT_SCHEMA)["engines"]
+        trial = next(entry for entry in recorded if entry["engine"] == TRANSFORMERS and "tried" in entry)
+    except (InputError, KeyError, TypeError, StopIteration):  # no report, or a damaged one, of which the note tells
+        return found
+    return [trial if entry["engine"] == TRANSFORMERS else entry for entry in found]
 
 
 def _shape(reader: TensorReader, module: str) -> tuple[int, int]:

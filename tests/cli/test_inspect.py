@@ -35,6 +35,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def packed(model: Path) -> Path:
     """A quantized folder of many formats without report.json."""
     write_packed(model, model.parent / "packed")
+    (model.parent / "packed/report.json").unlink()
     return model.parent / "packed"
 
 

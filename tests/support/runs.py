@@ -105,7 +105,7 @@ def edited(source: Path, target: Path, change: Callable[[dict[str, Any]], None])
 def completed(folder: Path, source: Path, **config: Any) -> Path:
     """A folder that was only rounded, with what a whole run adds: the small files, a report, the manifest."""
     copy_small_files(source, folder)
-    seal(folder, {"schema": "hawqtool.report/1", "config": config})
+    seal(folder, {"schema": "hawqtool.report/2", "config": config})
     return folder
 
 
