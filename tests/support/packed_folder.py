@@ -91,7 +91,8 @@ def write_packed(
     others = sorted({"lm_head", *specs} - set(chosen))
     write_config(source, folder, quantization_config(chosen, units, others, {}))
     write_records(folder, layout, chosen, specs, others, writer.checksums, errors)
-    seal(folder, {"schema": "hawqtool.report/2"})
+    report: Any = {"schema": "hawqtool.report/2"}
+    seal(folder, report)
     return layout
 
 

@@ -113,7 +113,7 @@ def forge(folder: Path, source: Path) -> None:
     except (InputError, OSError, ValueError):
         pass  # what cannot be read cannot be forged either
     path = folder / "report.json"
-    report = json.loads(path.read_text()) if path.is_file() else {"schema": "hawqtool.report/2"}
+    report: Any = json.loads(path.read_text()) if path.is_file() else {"schema": "hawqtool.report/2"}
     with suppress(InputError, ResourceError):
         seal(folder, report)
 
