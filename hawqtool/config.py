@@ -29,7 +29,7 @@ from hawqtool.settings import Affects, Setting, flag_of, settings_of
 from hawqtool.values import parse_group_size, parse_share, parse_size, split_weight
 
 ASYMMETRIC_PROFILES = ("vllm", "transformers")
-"""Profiles that take grids with zero points; transformers only in versions that README names."""
+"""Profiles that take grids with zero points; transformers only in versions that docs/guides/load.md names."""
 
 _GroupSize = Annotated[int, Field(gt=0, multiple_of=GROUP_STEP)] | Literal["channel"]
 DEFAULT, PRESET, FILE, FLAG = "default", "preset", "file", "flag"

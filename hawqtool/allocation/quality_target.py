@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Attempt:
+class MeasuredPlan:
     """A budget that was tried: the plan's stored bytes and its measured divergence."""
 
     stored_bytes: int
@@ -20,19 +20,19 @@ class Bracket:
     """What a search found.
 
     Args:
-        attempts: Everything that was measured, in order.
-        met: The smallest attempt that meets the bound; None if none does.
-        missed: The largest attempt below ``met`` that does not; None if even the smallest plan meets the bound.
+        measured_plans: Everything that was measured, in order.
+        met: The smallest plan that meets the bound; None if none does.
+        missed: The largest plan below ``met`` that does not; None if even the smallest plan meets the bound.
     """
 
-    attempts: tuple[Attempt, ...]
-    met: Attempt | None
-    missed: Attempt | None
+    measured_plans: tuple[MeasuredPlan, ...]
+    met: MeasuredPlan | None
+    missed: MeasuredPlan | None
 
 
 def smallest_meeting(
     points: list[tuple[int, float]],
-    measure: Callable[[int], Attempt],
+    measure: Callable[[int], MeasuredPlan],
     bound: float,
     tolerance: float = 0.01,
     limit: int = 8,
@@ -51,14 +51,14 @@ def smallest_meeting(
         limit: Most measurements.
     """
     low, high = points[0][0], points[-1][0]
-    attempts: list[Attempt] = []
-    met: Attempt | None = None
-    missed: Attempt | None = None
+    measured_plans: list[MeasuredPlan] = []
+    met: MeasuredPlan | None = None
+    missed: MeasuredPlan | None = None
     ratio = 1.0
-    while len(attempts) < limit:
+    while len(measured_plans) < limit:
         budget = _next_budget(points, bound / ratio, low, high, missed, met)
         found = measure(budget)
-        attempts.append(found)
+        measured_plans.append(found)
         predicted = _predicted(points, found.stored_bytes)
         if found.measured > 0 and predicted > 0:
             ratio = found.measured / predicted
@@ -70,11 +70,16 @@ def smallest_meeting(
             low = max(low, budget)
         if _settled(points, met, missed, low, high, tolerance):
             break
-    return Bracket(tuple(attempts), met, missed)
+    return Bracket(tuple(measured_plans), met, missed)
 
 
 def _settled(
-    points: list[tuple[int, float]], met: Attempt | None, missed: Attempt | None, low: int, high: int, tolerance: float
+    points: list[tuple[int, float]],
+    met: MeasuredPlan | None,
+    missed: MeasuredPlan | None,
+    low: int,
+    high: int,
+    tolerance: float,
 ) -> bool:
     if met is None:
         return missed is not None and missed.stored_bytes >= points[-1][0]
@@ -84,7 +89,12 @@ def _settled(
 
 
 def _next_budget(
-    points: list[tuple[int, float]], wanted: float, low: int, high: int, missed: Attempt | None, met: Attempt | None
+    points: list[tuple[int, float]],
+    wanted: float,
+    low: int,
+    high: int,
+    missed: MeasuredPlan | None,
+    met: MeasuredPlan | None,
 ) -> int:
     """Bytes at which the frontier predicts ``wanted``, kept inside the bracket."""
     guess = next((stored for stored, loss in points if loss <= wanted), points[-1][0])

@@ -34,7 +34,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
         raise ValueError(f"codes span {int(codes.min())} to {int(codes.max())}; {bits} bits hold {low} to {high}")
     rows, columns = codes.shape
     packed = torch.empty(rows, -(-columns * bits // 32), dtype=torch.int32, device=codes.device)
-    step = _rows_per_slice(columns, codes.device)
+    step = _batch_size(columns, codes.device)
     for start in range(0, rows, step):
         packed[start : start + step] = _pack_slice(codes[start : start + step], bits)[:, : packed.shape[1]]
     return packed
@@ -58,7 +58,7 @@ def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
     if packed.shape[1] != words:
         raise ValueError(f"rows have {packed.shape[1]} words; {columns} codes of {bits} bits take {words}")
     codes = torch.empty(packed.shape[0], columns, dtype=torch.int8, device=packed.device)
-    step = _rows_per_slice(columns, packed.device)
+    step = _batch_size(columns, packed.device)
     for start in range(0, packed.shape[0], step):
         codes[start : start + step] = _unpack_slice(packed[start : start + step], bits)[:, :columns]
     return codes
@@ -89,7 +89,7 @@ def unpack_zeros(packed: Tensor, bits: int, rows: int) -> Tensor:
     return unpack_codes(packed.t(), bits, rows).t().contiguous()
 
 
-def _rows_per_slice(columns: int, device: torch.device) -> int:
+def _batch_size(columns: int, device: torch.device) -> int:
     return max(1, _SLICE_CODES.get(device.type, 1 << 24) // max(columns, 1))
 
 

@@ -21,7 +21,7 @@ AUTO = "auto"
 AUTO_SHARE = 0.9
 """Share of a GPU's memory that is used by default."""
 
-CPU_ROWS_PER_SLICE, CUDA_ROWS_PER_SLICE = 16, (128, 64, 32)
+CPU_BATCH_SIZE, CUDA_BATCH_SIZES = 16, (128, 64, 32)
 """Rows per forward pass by default: on a GPU the first that fits, or the last."""
 
 HOST_BYTES = 6 << 30
@@ -94,8 +94,8 @@ def choose_batch_size(work: Work) -> int:
     """
     limit = memory_limit(work.config, work.device)
     if work.device.type != "cuda" or limit is None:
-        return CPU_ROWS_PER_SLICE
-    return next((rows for rows in CUDA_ROWS_PER_SLICE if work.needed_bytes(rows) <= limit), CUDA_ROWS_PER_SLICE[-1])
+        return CPU_BATCH_SIZE
+    return next((rows for rows in CUDA_BATCH_SIZES if work.needed_bytes(rows) <= limit), CUDA_BATCH_SIZES[-1])
 
 
 def make_offload(work: Work, batch_size: int, warn: Callable[[str], None], folder: Path | None) -> Offload | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hawqtool.allocation.quality_target import Attempt, smallest_meeting
+from hawqtool.allocation.quality_target import MeasuredPlan, smallest_meeting
 from hawqtool.pipeline.search.planner import Planner
 from hawqtool.pipeline.search.selection import worst_divergence
 from hawqtool.pipeline.search.trials import Trial, TrialRunner
@@ -20,32 +20,32 @@ def find_smallest(runner: TrialRunner, planner: Planner, bound: float) -> tuple[
         What was tried (for the report), and the plan by name: the smallest that meets the bound, or the best of all
         where none does.
     """
-    tried: dict[Attempt, Trial] = {}
+    tried: dict[MeasuredPlan, Trial] = {}
 
-    def measure(budget: int) -> Attempt:
+    def measure(budget: int) -> MeasuredPlan:
         plan = planner.plan(budget)
         trial = runner.run_trial(f"plan of {plan.bpw:.3f} bits", plan)
-        found = Attempt(plan.stored_bytes, worst_divergence(trial))
+        found = MeasuredPlan(plan.stored_bytes, worst_divergence(trial))
         tried[found] = trial
         best = min((a for a in tried if a.measured <= bound), key=lambda a: a.stored_bytes, default=None)
         runner.keep_only([tried[best or min(tried, key=lambda a: a.measured)]])
         return found
 
     found = smallest_meeting(planner.curve().points, measure, bound)
-    chosen = found.met or min(found.attempts, key=lambda attempt: attempt.measured)
+    chosen = found.met or min(found.measured_plans, key=lambda measured_plan: measured_plan.measured)
     missed = found.missed if found.met else None
     record: Search = {
         "bound": bound,
         "met": found.met is not None,
         "largest_that_misses": None if missed is None else _entry(missed, tried[missed]),
-        "trials": [_entry(attempt, tried[attempt]) for attempt in found.attempts],
+        "trials": [_entry(measured_plan, tried[measured_plan]) for measured_plan in found.measured_plans],
     }
     return record, {planner.metric if planner.table else "uniform menu": tried[chosen].plan}
 
 
-def _entry(attempt: Attempt, trial: Trial) -> SearchTrial:
+def _entry(measured_plan: MeasuredPlan, trial: Trial) -> SearchTrial:
     return {
-        "stored_bytes": attempt.stored_bytes,
+        "stored_bytes": measured_plan.stored_bytes,
         "bpw_linears": trial.plan.bpw,
         "divergence": {role: evaluation.divergence for role, evaluation in trial.quality.items()},
     }

@@ -63,7 +63,7 @@ class Written:
         changed: Tensors that are not packed and not the original's either.
         layers: Metrics by layer.
         refinement: What refinement changed, by block.
-        seconds: Time that interrupted attempts took.
+        seconds: Time that interrupted starts took.
     """
 
     checksums: dict[str, str]

@@ -89,11 +89,11 @@ def _point(plan: Data, measure: str) -> Data:
 
 
 def _search(search: Search, measure: str) -> Data:
-    attempts = sorted(search["trials"], key=lambda attempt: attempt["stored_bytes"])
+    trials = sorted(search["trials"], key=lambda trial: trial["stored_bytes"])
     return {
         "bound": search["bound"],
-        "bpw": [attempt["bpw_linears"] for attempt in attempts],
-        "series": {role: [a["divergence"][role] for a in attempts] for role in attempts[0]["divergence"]},
+        "bpw": [trial["bpw_linears"] for trial in trials],
+        "series": {role: [a["divergence"][role] for a in trials] for role in trials[0]["divergence"]},
         "measure": measure,
     }
 

@@ -122,14 +122,14 @@ def _difference(values: Divergence | None, measure: Measure) -> str:
 
 def search_table(search: Search, measure: str) -> str:
     """The plans of a search for a quality target by size; the smallest that meets the bound stands out."""
-    attempts = sorted(search["trials"], key=lambda attempt: attempt["stored_bytes"])
-    roles = list(attempts[0]["divergence"])
-    meets = [max(attempt["divergence"].values()) <= search["bound"] for attempt in attempts]
+    trials = sorted(search["trials"], key=lambda trial: trial["stored_bytes"])
+    roles = list(trials[0]["divergence"])
+    meets = [max(trial["divergence"].values()) <= search["bound"] for trial in trials]
     rows = [
-        [f"{attempt['stored_bytes']:,}", f"{attempt['bpw_linears']:.3f}"]
-        + [f"{attempt['divergence'][role]:.4f}" for role in roles]
+        [f"{trial['stored_bytes']:,}", f"{trial['bpw_linears']:.3f}"]
+        + [f"{trial['divergence'][role]:.4f}" for role in roles]
         + ["meets it" if met else "misses it"]
-        for attempt, met in zip(attempts, meets, strict=True)
+        for trial, met in zip(trials, meets, strict=True)
     ]
     heading = ["stored bytes", "bits/weight", *(f"{MEASURES[measure]}, {role}" for role in roles), "the bound"]
     chosen = meets.index(True) if any(meets) else None

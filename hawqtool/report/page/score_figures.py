@@ -82,14 +82,14 @@ def _problem(
 
 
 def _searched(report: Report, predictions: Mapping[int, float]) -> list[Data]:
-    """The attempts of a search for a quality target as points, except those that are points already."""
-    attempts = report["search"]["trials"] if report["search"] else []
+    """The trials of a search for a quality target as points, except those that are points already."""
+    trials = report["search"]["trials"] if report["search"] else []
     shown = {plan["record"]["stored_bytes"] for plan in tried_plans(report)}
     return [
         {"mark": "", "label": "tried in the search", "kind": "searched", "shipped": False, "stderr": None}
-        | {"predicted": predictions[attempt["stored_bytes"]], "value": attempt["divergence"]["report"]}
-        for attempt in attempts
-        if attempt["stored_bytes"] in predictions and attempt["stored_bytes"] not in shown
+        | {"predicted": predictions[trial["stored_bytes"]], "value": trial["divergence"]["report"]}
+        for trial in trials
+        if trial["stored_bytes"] in predictions and trial["stored_bytes"] not in shown
     ]
 
 

@@ -14,7 +14,7 @@ from hawqtool.rounding.grid import COARSE_STEPS, FINE_STEPS
 from speed.rates import Rates
 
 _OPERATIONS_PER_CANDIDATE = 7
-"""Of the scale search, per weight: divide, round, two bounds, multiply and subtract, square and weigh, add."""
+"""Of the scale search, per weight: divide, round, two bounds, multiply and subtract, square, weight, add."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from hawqtool.data.tokens import fingerprint
 from hawqtool.errors import NumericalError, UsageError
 from hawqtool.export.packed_reader import PackedReader
 from hawqtool.export.verify import verify_folder
-from hawqtool.export.writer import CheckpointWriter
+from hawqtool.export.writer import CheckpointWriter, copy_small_files
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.files import parse_sensitivity
 from hawqtool.pipeline.run.job import Job
@@ -35,7 +35,7 @@ from speed.floor import block_floor, importance_floor, measuring_floor, rounding
 from speed.memory import PeakMemory
 from speed.rates import Rates, evict
 
-STAGES = ("read", "weigh", "measure", "allocate", "round", "write", "verify")
+STAGES = ("read", "importance", "measure", "allocate", "round", "write", "verify")
 T = TypeVar("T")
 
 
@@ -134,11 +134,11 @@ class Benchmark:
         found.floor = 2 * weights / min(self.rates.disk_read, self.rates.to_device)
         return found
 
-    def _weigh(self) -> Measured:
+    def _importance(self) -> Measured:
         """Weights of the tokens; those of the rows behind the scores are made beside the clock."""
         clock = BlockClock()
         found, self.rows["calibration"] = self._timed(
-            "weigh", lambda: with_token_importance(RunContext(self.job, clock), self.rows["calibration"])
+            "importance", lambda: with_token_importance(RunContext(self.job, clock), self.rows["calibration"])
         )
         self.rows["measuring"] = with_token_importance(RunContext(self.job), self.rows["measuring"])
         found.per_block = found.seconds / self.blocks
@@ -216,7 +216,8 @@ class Benchmark:
         if not self._written.is_dir():
             raise UsageError("stage verify needs the folder of stage round; name both")
         source, device = self.job.index.folder, self.job.device
-        found, report = self._timed("verify", lambda: verify_folder(self._written, source, device))
+        copy_small_files(source, self._written)
+        found, report = self._timed("verify", lambda: verify_folder(self._written, source, device, sealed=False))
         if report.problems:
             raise NumericalError(f"the written folder failed verification: {report.problems[0]}")
         found.per_block = found.seconds / self.blocks

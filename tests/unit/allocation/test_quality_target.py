@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from hawqtool.allocation.quality_target import Attempt, smallest_meeting
+from hawqtool.allocation.quality_target import MeasuredPlan, smallest_meeting
 
 POINTS = [(1000 + 10 * step, 2.0 * math.exp(-step / 20)) for step in range(101)]
 
@@ -19,10 +19,10 @@ def truth(stored: int, factor: float, bend: float) -> float:
 def search(bound: float, factor: float = 1.0, bend: float = 1.0, limit: int = 8):  # noqa: ANN201
     tried: list[int] = []
 
-    def measure(budget: int) -> Attempt:
+    def measure(budget: int) -> MeasuredPlan:
         tried.append(budget)
         stored = max(b for b, _ in POINTS if b <= budget)
-        return Attempt(stored, truth(stored, factor, bend))
+        return MeasuredPlan(stored, truth(stored, factor, bend))
 
     return smallest_meeting(POINTS, measure, bound, limit=limit), tried
 
@@ -44,7 +44,7 @@ def test_the_bracket_closes_to_one_percent(bound: float, factor: float, bend: fl
 
 def test_the_smallest_plan_is_enough_when_it_meets_the_bound() -> None:
     found, tried = search(5.0)
-    assert found.met == Attempt(1000, 2.0) and found.missed is None
+    assert found.met == MeasuredPlan(1000, 2.0) and found.missed is None
     assert tried == [1000]
 
 
@@ -56,4 +56,4 @@ def test_an_unreachable_bound_ends_at_the_largest_plan() -> None:
 
 def test_the_limit_holds() -> None:
     found, tried = search(0.3, factor=2.0, limit=2)
-    assert len(found.attempts) == len(tried) == 2
+    assert len(found.measured_plans) == len(tried) == 2

@@ -54,7 +54,7 @@ def uniform(bits: int, value: float, measure: str = "kl") -> dict[str, Any]:
 def a_search() -> dict[str, Any]:
     """Report values of a run with a bound of 0.35 that 4 bits meet."""
     found = ((3, 0.6, 0.5), (4, 0.3, 0.2), (8, 0.1, 0.1))
-    attempts = [
+    trials = [
         {
             "stored_bytes": 6 * stored_bytes(bits),
             "bpw_linears": bits + 0.25,
@@ -62,7 +62,7 @@ def a_search() -> dict[str, Any]:
         }
         for bits, selection, report in found
     ]
-    search = {"bound": 0.35, "met": True, "trials": attempts[::-1], "largest_that_misses": attempts[0]}
+    search = {"bound": 0.35, "met": True, "trials": trials[::-1], "largest_that_misses": trials[0]}
     gate = judge("target_kl", 0.35, 0.3)
     return {"search": search, "gates": [gate]}
 

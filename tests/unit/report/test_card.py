@@ -272,8 +272,8 @@ def test_a_card_names_the_short_list_and_the_gates() -> None:
 
 
 def test_a_card_tells_of_a_search() -> None:
-    attempts = [{"stored_bytes": 1, "bpw_linears": 3.0, "divergence": {"selection": 0.2, "report": 0.2}}] * 3
-    search = {"bound": 0.25, "met": True, "trials": attempts, "largest_that_misses": None}
+    trials = [{"stored_bytes": 1, "bpw_linears": 3.0, "divergence": {"selection": 0.2, "report": 0.2}}] * 3
+    search = {"bound": 0.25, "met": True, "trials": trials, "largest_that_misses": None}
     body = split(model_card(a_report(search=search), None))[1]
     assert "of 3 plans that were rounded and measured, the smallest with a divergence of at most 0.25" in body
     body = split(model_card(a_report(search=search | {"met": False}), None))[1]

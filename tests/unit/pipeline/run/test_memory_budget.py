@@ -10,8 +10,8 @@ import torch
 from hawqtool.config import load_config
 from hawqtool.pipeline.run.job import prepare
 from hawqtool.pipeline.run.memory_budget import (
-    CPU_ROWS_PER_SLICE,
-    CUDA_ROWS_PER_SLICE,
+    CPU_BATCH_SIZE,
+    CUDA_BATCH_SIZES,
     Work,
     choose_batch_size,
     make_offload,
@@ -31,18 +31,18 @@ def limited(work: Work, limit: int, **settings: object) -> Work:
 
 
 def test_a_gpu_takes_the_most_rows_that_fit(work: Work) -> None:
-    needs = [work.needed_bytes(rows) for rows in CUDA_ROWS_PER_SLICE]
+    needs = [work.needed_bytes(rows) for rows in CUDA_BATCH_SIZES]
     assert needs == sorted(needs, reverse=True) and len(set(needs)) == len(needs)
-    for rows, needed in zip(CUDA_ROWS_PER_SLICE, needs, strict=True):
+    for rows, needed in zip(CUDA_BATCH_SIZES, needs, strict=True):
         assert choose_batch_size(limited(work, needed)) == rows
-        assert choose_batch_size(limited(work, needed - 1)) == max(rows // 2, CUDA_ROWS_PER_SLICE[-1])
+        assert choose_batch_size(limited(work, needed - 1)) == max(rows // 2, CUDA_BATCH_SIZES[-1])
 
 
 def test_what_fits_nowhere_gets_the_fewest_rows_and_a_warning(work: Work) -> None:
     small = limited(work, 1024)
     warnings: list[str] = []
-    assert choose_batch_size(small) == CUDA_ROWS_PER_SLICE[-1]
-    offload = make_offload(small, CUDA_ROWS_PER_SLICE[-1], warnings.append, None)
+    assert choose_batch_size(small) == CUDA_BATCH_SIZES[-1]
+    offload = make_offload(small, CUDA_BATCH_SIZES[-1], warnings.append, None)
     assert offload is not None and offload.memory_bytes == 512
     assert len(warnings) == 1 and "lower --batch-size" in warnings[0]
 
@@ -54,4 +54,4 @@ def test_a_look_at_the_original_needs_memory_of_its_own(work: Work) -> None:
 
 
 def test_a_cpu_has_a_number_of_its_own(work: Work) -> None:
-    assert choose_batch_size(replace(limited(work, 1 << 40), device=torch.device("cpu"))) == CPU_ROWS_PER_SLICE
+    assert choose_batch_size(replace(limited(work, 1 << 40), device=torch.device("cpu"))) == CPU_BATCH_SIZE
