@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -19,12 +20,11 @@ from hawqtool.checkpoint.dtypes import DTYPE_BYTES
 from hawqtool.checkpoint.fusion import is_expert, unit_name
 from hawqtool.checkpoint.index import CheckpointIndex
 from hawqtool.errors import InputError, UsageError, one_line
+from hawqtool.model.block_list import TRACE_ERRORS, example_row, find_blocks, run_on_zeros
 from hawqtool.model.replay import Call, replayed_blocks
-from hawqtool.model.skeleton import find_blocks
 from hawqtool.model.stored_names import stored_names
 from hawqtool.records import BlockSpec, LinearSpec, Unit
 
-_DISCOVERY_TOKENS, _DISCOVERY_TOKEN = 8, 2
 _FLOAT_DTYPES = ("BF16", "F16", "F32")
 _TRANSPOSES = (Tensor.T, Tensor.mT, Tensor.H)
 _LEAST_OUTPUTS = 16
@@ -52,6 +52,8 @@ class Structure:
         extra_outputs: What blocks return beside the hidden state (see `replayed_blocks`).
         obstacle: Why transformers cannot load packed weights of this model; None where it can.
         head: The output head, where it is to be quantized, as a block of one linear after the last.
+        unused: Parameters outside the blocks that take no part in a row, such as the towers of a multimodal model:
+            they are copied and never loaded.
     """
 
     blocks: tuple[BlockSpec, ...]
@@ -60,6 +62,12 @@ class Structure:
     extra_outputs: int | None = None
     obstacle: str | None = None
     head: BlockSpec | None = None
+    unused: frozenset[str] = frozenset()
+
+    @property
+    def blocks_name(self) -> str:
+        """Module name of the list of blocks."""
+        return self.blocks[0].name.rpartition(".")[0]
 
     @property
     def linears(self) -> dict[str, LinearSpec]:
@@ -136,8 +144,30 @@ def discover(
     inside = {spec.module_name for block in walked for spec in block.linears}
     others = [n for n, m in model.named_modules() if (_is_linear(m) or _is_router(m)) and n not in inside]
     names = [(stored.get(f"{n}.weight", f"{n}.weight").removesuffix(".weight"), n) for n in others]
-    kept = tuple(dict.fromkeys(name for pair in names for name in pair))
-    return Structure(tuple(specs), kept, stored, extra_outputs, obstacle, head)
+    kept = tuple(dict.fromkeys([*(name for pair in names for name in pair), *_unknown_matrices(stored, index)]))
+    unused = _unused(model, blocks, name, extra_outputs)
+    return Structure(tuple(specs), kept, stored, extra_outputs, obstacle, head, unused)
+
+
+def _unknown_matrices(stored: dict[str, str], index: CheckpointIndex) -> Iterator[str]:
+    """Modules of stored matrices that transformers never loads, such as a draft head's; other engines may."""
+    known = set(stored.values())
+    for info in index.tensors.values():
+        if info.name.endswith(".weight") and len(info.shape) == 2 and info.name not in known:
+            yield info.name.removesuffix(".weight")
+
+
+def _unused(model: Any, blocks: nn.ModuleList, blocks_name: str, extra_outputs: int | None) -> frozenset[str]:
+    """Parameters outside the blocks that no operation on a row takes; none where that cannot be told without data."""
+    outside = {n: p for n, p in model.named_parameters() if not n.startswith(f"{blocks_name}.")}
+    uses = _WeightUses({id(parameter): name for name, parameter in outside.items()})
+    model.to("meta")
+    with replayed_blocks(blocks, extra_outputs), torch.no_grad(), uses:
+        try:
+            model(**{model.main_input_name: example_row(model).to("meta")})
+        except TRACE_ERRORS:
+            return frozenset()
+    return frozenset(name for name in outside if not uses.counts[name])
 
 
 def _initialization_obstacle(model: Any, packed: list[str]) -> str | None:
@@ -166,11 +196,13 @@ def _head(model: Any, position: int, stored: dict[str, str], index: CheckpointIn
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise UsageError(f"--quantize-lm-head: {type(model).__name__} has no linear output head; drop the flag")
-    if head.weight is model.get_input_embeddings().weight:
-        raise UsageError(
-            "--quantize-lm-head: the head is tied to the input embedding, which loaders need unquantized; drop the flag"
-        )
     name = next(name for name, module in model.named_modules() if module is head)
+    # Loaders tie a head that has no plain weight, so one that is stored apart counts as tied too.
+    if f"{name}.weight" in (getattr(model, "all_tied_weights_keys", None) or {}):
+        raise UsageError(
+            "--quantize-lm-head: config.json ties the head to the input embedding, which loaders need unquantized; "
+            "drop the flag"
+        )
     return BlockSpec(position, "", ((_linear_spec(name, head, position, stored, index),),))
 
 
@@ -228,23 +260,12 @@ def _block_calls(model: Any, blocks: nn.ModuleList) -> tuple[list[Call], int | N
 
 
 def _record_calls(model: Any, blocks: nn.ModuleList, extra_outputs: int | None) -> tuple[list[Call], Exception | None]:
-    with replayed_blocks(blocks, extra_outputs) as calls, torch.no_grad():
-        base = model.base_model
-        # Zeros of any shape in the memory of one: what the rest of the model computes here is of no interest.
-        weights = {n: torch.zeros((), dtype=p.dtype).expand(p.shape) for n, p in base.named_parameters()}
+    with replayed_blocks(blocks, extra_outputs, ends=True) as calls:
         try:
-            torch.func.functional_call(base, weights, (), {model.main_input_name: _example_row(model)})
-        except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError, IndexError) as error:
+            run_on_zeros(model)
+        except TRACE_ERRORS as error:
             return calls, error
     return calls, None
-
-
-def _example_row(model: Any) -> Tensor:
-    if model.main_input_name == "pixel_values":
-        size = model.config.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return torch.zeros(1, model.config.num_channels, height, width, dtype=model.dtype)
-    return torch.full((1, _DISCOVERY_TOKENS), _DISCOVERY_TOKEN)
 
 
 def _refuse_shared_weights(model: nn.Module, blocks_name: str) -> None:

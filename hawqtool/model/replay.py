@@ -12,13 +12,17 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a block's call; the hidden state comes first."""
 
 
+class _LastBlock(Exception):
+    """Nothing behind the last block is to be run."""
+
+
 class _Replay(nn.Module):
     """Stands in for a block: records the arguments of the call and returns a given hidden state."""
 
-    def __init__(self, block: nn.Module, output: Tensor | None, calls: list[Call], extra_outputs: int | None) -> None:
+    def __init__(self, block: nn.Module, output: Tensor | None, calls: list[Call], extra_outputs: int | None, ends: bool) -> None:
         super().__init__()
         self._stand_in_for = (block,)  # a tuple, so that the block is not registered as a child
-        self._output, self._calls, self._extra_outputs = output, calls, extra_outputs
+        self._output, self._calls, self._extra_outputs, self._ends = output, calls, extra_outputs, ends
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -29,13 +33,15 @@ class _Replay(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden, *rest = args or (kwargs.pop("hidden_states"),)
         self._calls.append(((hidden, *rest), kwargs))
+        if self._ends:
+            raise _LastBlock
         result = hidden if self._output is None else self._output
         return result if self._extra_outputs is None else (result, *[None] * self._extra_outputs)
 
 
 @contextmanager
 def replayed_blocks(
-    blocks: nn.ModuleList, extra_outputs: int | None, output: Tensor | None = None
+    blocks: nn.ModuleList, extra_outputs: int | None, output: Tensor | None = None, ends: bool = False
 ) -> Iterator[list[Call]]:
     """Replace every block by a stand-in while the context lasts.
 
@@ -44,6 +50,7 @@ def replayed_blocks(
         extra_outputs: How many values a block returns beside the hidden state, all of them None; None for a block
             that returns the bare tensor.
         output: What the last block is to return; None passes the input on.
+        ends: Whether the call of the last block ends the context: what follows, such as a large head, is not run.
 
     Yields:
         The recorded calls, ``(args, kwargs)`` per block, ``args[0]`` being the hidden state.
@@ -53,8 +60,11 @@ def replayed_blocks(
     last = len(originals) - 1
     try:
         for index, block in enumerate(originals):
-            blocks[index] = _Replay(block, output if index == last else None, calls, extra_outputs)
+            returned = output if index == last else None
+            blocks[index] = _Replay(block, returned, calls, extra_outputs, ends and index == last)
         yield calls
+    except _LastBlock:
+        pass
     finally:
         for index, block in enumerate(originals):
             blocks[index] = block

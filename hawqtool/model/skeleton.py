@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from hawqtool.errors import HawqError, InputError, one_line
 from hawqtool.model.experts import split_experts
+from hawqtool.model.stored_names import stored_names
 from hawqtool.model.tasks import TASKS, class_task, model_task
 from hawqtool.parsing import shown
 
@@ -46,13 +48,16 @@ def _num_elements(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     return total
 
 
-def build_skeleton(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
+def build_skeleton(
+    folder: Path, dtype: torch.dtype, trust_remote_code: bool = False, tensors: Iterable[str] = ()
+) -> nn.Module:
     """Model of the folder's config, every parameter on the meta device, buffers real, experts split.
 
     Args:
         folder: Holds ``config.json``.
         dtype: dtype of the parameters.
         trust_remote_code: Whether code from the folder may run.
+        tensors: Names in the checkpoint, for `untie_stored`.
 
     Raises:
         InputError: If transformers does not know the architecture, it is not supported, or it needs code from the
@@ -68,9 +73,9 @@ def build_skeleton(folder: Path, dtype: torch.dtype, trust_remote_code: bool = F
         raise InputError(f"{folder}: transformers cannot build this model: {one_line(error)}") from error
     model_task(model)
     model.eval().requires_grad_(False)
-    model.config.use_cache = False
-    model.config.return_dict = True
+    _configure(model.config)
     split_experts(model)
+    untie_stored(model, tensors)
     to_meta(model)
     return model
 
@@ -92,7 +97,7 @@ def _read_config(folder: Path, trust_remote_code: bool) -> Any:
 
 def _refuse_absurd(folder: Path, config: Any) -> None:
     """Refuse sizes that would fill the memory with empty modules."""
-    text = config.get_text_config()
+    text = config.get_text_config(decoder=True)
     for key in ("num_hidden_layers", "num_experts", "num_local_experts"):
         count = getattr(text, key, None)
         if isinstance(count, int) and count > _MAX_MODULES:
@@ -115,6 +120,32 @@ def _build(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     return getattr(transformers, named)._from_config(config, dtype=dtype)
 
 
+def _configure(config: Any) -> None:
+    """Have the model, and the language model inside of one, return named outputs and keep no keys and values."""
+    for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))):
+        if part is not None:
+            part.use_cache = False
+            part.return_dict = True
+
+
+def untie_stored(model: Any, tensors: Iterable[str]) -> None:
+    """Give tied parameters that a checkpoint stores apart, such as a head beside the embedding, values of their own.
+
+    That is what transformers does on loading, whatever config.json says.
+
+    Args:
+        model: Skeleton.
+        tensors: Names in the checkpoint.
+    """
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    names = stored_names(model, tensors) if tied else {}
+    for name, other in tied.items():
+        if name in names and other in names and names[name] != names[other]:
+            owner, _, leaf = name.rpartition(".")
+            apart = torch.empty_like(model.get_parameter(name), device="meta")
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(apart, requires_grad=False))
+
+
 def to_meta(module: nn.Module) -> None:
     """Drop the data of all parameters; sharing between modules is kept."""
     seen: dict[int, nn.Parameter] = {}
@@ -125,24 +156,9 @@ def to_meta(module: nn.Module) -> None:
                 owner._parameters[name] = seen.setdefault(id(parameter), empty)
 
 
-def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The list of transformer blocks and its module name.
-
-    Raises:
-        InputError: If no module list has as many entries as the config has layers.
-    """
-    expected = getattr(model.config, "num_hidden_layers", None)
-    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == expected]
-    if not lists:
-        raise InputError(
-            f"{type(model).__name__}: no list of {expected} blocks found; this architecture is not supported"
-        )
-    return lists[0]
-
-
 def max_positions(model: Any) -> int | None:
     """Tokens that a row can have; None where the config names no limit."""
-    longest = getattr(model.config, "max_position_embeddings", None)
+    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     for name, module in model.named_modules():
         # RoBERTa and its kin number positions from the one after their padding's.
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:

@@ -29,6 +29,7 @@ class ModelTask:
 
 TASKS = (
     ModelTask("causal language model", True, False, True, "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
+    ModelTask("multimodal language model", True, False, True, "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES"),
     ModelTask("masked language model", True, False, False, "MODEL_FOR_MASKED_LM_MAPPING_NAMES"),
     ModelTask("sequence classifier", True, True, False, "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"),
     ModelTask("image classifier", True, True, False, "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES"),
@@ -56,6 +57,7 @@ def model_task(model: Any) -> ModelTask:
     task = class_task(type(model).__name__)
     if task is not None:
         _refuse_scores(model, task)
+        _refuse_other_inputs(model, task)
         _refuse_both_directions(model, task)
         return task
     if model.is_custom_code():
@@ -73,6 +75,15 @@ def _refuse_scores(model: Any, task: ModelTask) -> None:
         raise InputError(
             f"{type(model).__name__} with {config.num_labels} labels ({kind}) gives no distribution over classes, by "
             "which classifiers are judged; expected two or more classes of which one is right"
+        )
+
+
+def _refuse_other_inputs(model: Any, task: ModelTask) -> None:
+    """Language models are calibrated and judged on texts, which some cannot read alone."""
+    if task.generates and model.main_input_name != "input_ids":
+        raise InputError(
+            f"{type(model).__name__} needs {model.main_input_name} beside a text; expected a language model that "
+            "reads texts alone: only on these is it calibrated and judged"
         )
 
 

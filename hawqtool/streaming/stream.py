@@ -18,7 +18,7 @@ from hawqtool.errors import InputError
 from hawqtool.model.block import LoadedBlock
 from hawqtool.model.discovery import Structure
 from hawqtool.model.replay import replayed_blocks
-from hawqtool.model.skeleton import find_blocks, to_meta
+from hawqtool.model.skeleton import to_meta
 from hawqtool.model.tasks import model_task
 from hawqtool.records import TokenImportance
 from hawqtool.rounding.statistics import GroupStatistics, is_held_out, second_moments
@@ -98,7 +98,8 @@ class ModelStream:
         memory = memory or StreamMemory()
         self.offload, self._matrices, self._owns = memory.offload, memory.matrices, memory.owns
         self._last_index: int | None = None
-        self.blocks_name, self.blocks = find_blocks(model)
+        self.blocks_name = structure.blocks_name
+        self.blocks: Any = model.get_submodule(self.blocks_name)
         to_meta(model)
         self._load_ends()
         for name, buffer in model.named_buffers():
@@ -114,10 +115,11 @@ class ModelStream:
     ) -> Iterator[tuple[str, list[tuple[str, nn.Module, str]]]]:
         """Stored name of each parameter with the places that share it."""
         aliases: dict[int, list[tuple[str, nn.Module, str]]] = {}
+        unused = () if prefix else self.structure.unused
         for path, owner in module.named_modules():
             for leaf, parameter in owner._parameters.items():
                 name = f"{path}.{leaf}" if path else leaf
-                if parameter is not None and not (skip and name.startswith(skip)):
+                if parameter is not None and not (skip and name.startswith(skip)) and name not in unused:
                     tensor = self.structure.stored_names.get(prefix + name, prefix + name)
                     aliases.setdefault(id(parameter), []).append((tensor, owner, leaf))
         for places in aliases.values():
@@ -231,8 +233,9 @@ class ModelStream:
         hidden: MutableSequence[Tensor] = [] if self.offload is None else OffloadedBatches(self.offload)
         calls = []
         for part in rows.split(batch_size):
-            with replayed_blocks(self.blocks, self.structure.extra_outputs) as recorded, torch.no_grad():
-                self.model.base_model(**self._inputs(part))
+            ended = replayed_blocks(self.blocks, self.structure.extra_outputs, ends=True)
+            with ended as recorded, torch.no_grad():
+                self.model(**self._inputs(part))
             hidden.append(recorded[0][0][0])
             calls.append([(args[1:], kwargs) for args, kwargs in recorded])
         original = copy(hidden) if with_original else None

@@ -40,6 +40,8 @@ _DISK_NAMES: dict[str, tuple[tuple[str, str], ...]] = {
         (r"\.up_proj$", ".w3"),
         (r"\.down_proj$", ".w2"),
     ),
+    "gemma3-images": ((r"^model\.language_model\.", "language_model.model."),),
+    "qwen2-vl": ((r"^model\.language_model\.", "model."),),
     "vit": (
         (r"\.layers\.", ".encoder.layer."),
         (r"\.attention\.o_proj$", ".attention.output.dense"),
@@ -134,7 +136,7 @@ def run(kind: Kind, model: nn.Module, inputs: Tensor) -> Tensor:
     """Logits, or the last hidden state of a model without a head."""
     values = inputs.to(next(model.parameters()).dtype) if kind.task == "image" else inputs
     arguments: dict[str, Any] = {"pixel_values" if kind.task == "image" else "input_ids": values}
-    if kind.task == "causal":
+    if kind.task in ("causal", "multimodal"):
         arguments["use_cache"] = False
     with torch.no_grad():
         output = model(**arguments)

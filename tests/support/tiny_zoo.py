@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.support.tiny import VOCAB_SIZE, tiny_tokenizer
 
-KindTask = Literal["causal", "masked", "embedding", "image"]
+KindTask = Literal["causal", "multimodal", "masked", "embedding", "image"]
 HIDDEN, HEADS, INNER, POSITIONS = 64, 4, 128, 512
 IMAGE_SIZE, PATCH_SIZE, CHANNELS, CLASSES = 32, 8, 3, 10
 
@@ -52,6 +52,7 @@ class Kind:
         """The class through which users load such a checkpoint."""
         names = {
             "causal": "AutoModelForCausalLM",
+            "multimodal": "AutoModelForMultimodalLM",
             "masked": "AutoModelForMaskedLM",
             "embedding": "AutoModel",
             "image": "AutoModelForImageClassification",
@@ -181,6 +182,41 @@ ZOO: tuple[Kind, ...] = (
         rows=24,
         seed=11,
     ),
+    Kind(
+        "gemma3-images",
+        "Gemma3Config",
+        "Gemma3ForConditionalGeneration",
+        "multimodal",
+        settings={
+            "text_config": _GEMMA,
+            "vision_config": _VISION_TOWER,
+            "mm_tokens_per_image": 4,
+            "image_token_index": 120,
+            "boi_token_index": 121,
+            "eoi_token_index": 122,
+        },
+    ),
+    Kind(
+        "qwen2-vl",
+        "Qwen2VLConfig",
+        "Qwen2VLForConditionalGeneration",
+        "multimodal",
+        settings={
+            "text_config": _GROUPED | {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}},
+            "vision_config": {
+                "depth": 2,
+                "embed_dim": 32,
+                "hidden_size": HIDDEN,
+                "num_heads": 2,
+                "mlp_ratio": 2,
+                "patch_size": PATCH_SIZE,
+            },
+            "image_token_id": 120,
+            "video_token_id": 121,
+            "vision_start_token_id": 122,
+            "vision_end_token_id": 123,
+        },
+    ),
     Kind("bert", "BertConfig", "BertModel", "embedding", _BERT),
     Kind("bert-masked", "BertConfig", "BertForMaskedLM", "masked", _BERT),
     Kind("roberta", "RobertaConfig", "RobertaForMaskedLM", "masked", _BERT | {"pad_token_id": 1}),
@@ -222,21 +258,6 @@ ZOO: tuple[Kind, ...] = (
         settings={"vocab_size": VOCAB_SIZE, "hidden_size": HIDDEN, "num_hidden_layers": 2},
         supported=False,
         reason=r"mixer|[Mm]amba",
-    ),
-    Kind(
-        "gemma3-images",
-        "Gemma3Config",
-        "Gemma3ForConditionalGeneration",
-        settings={
-            "text_config": _GEMMA,
-            "vision_config": _VISION_TOWER,
-            "mm_tokens_per_image": 4,
-            "image_token_index": 120,
-            "boi_token_index": 121,
-            "eoi_token_index": 122,
-        },
-        supported=False,
-        reason="Gemma3ForConditionalGeneration",
     ),
 )
 """Every kind, in the order of the table."""

@@ -154,7 +154,7 @@ def prepare(
     device = _device(config.device)
     source = _source(config, reporter or Silent())
     index = read_index(source.folder)
-    probe = build_skeleton(index.folder, torch.float32, source.runs_code)
+    probe = build_skeleton(index.folder, torch.float32, source.runs_code, index.tensors)
     alone = config.profile == "transformers"
     structure = discover(probe, index, config.profile == "vllm", config.quantize_lm_head, fuses=not alone)
     if writes and structure.obstacle and config.profile != "vllm":
@@ -175,7 +175,7 @@ def prepare(
     longest = max_positions(probe)
     if config.seq_len and longest and config.seq_len > longest:
         raise UsageError(f"--seq-len {config.seq_len} exceeds the model's {longest} positions; lower it")
-    skeleton = build_skeleton(index.folder, dtype, source.runs_code)
+    skeleton = build_skeleton(index.folder, dtype, source.runs_code, index.tensors)
     settings = resolve_settings(config, device.type, longest)
     job = Job(config, settings, source, index, skeleton, structure, units, pins, device, dtype)
     _check_method(job)

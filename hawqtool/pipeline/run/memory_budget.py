@@ -163,8 +163,11 @@ def drift_bytes(structure: Structure, dtype: torch.dtype, single_tokens: int) ->
 def _outside_weights(index: CheckpointIndex, structure: Structure) -> int:
     inside = tuple(f"{spec.name}." for spec in structure.blocks)
     stored = {stored: name for name, stored in structure.stored_names.items()}
-    names = (name for name in index.tensors if not stored.get(name, name).startswith(inside))
-    return sum(math.prod(index.tensors[name].shape) for name in names)
+    names = (stored.get(name, name) for name in index.tensors)
+    loaded = zip(names, index.tensors.values(), strict=True)
+    return sum(
+        math.prod(info.shape) for name, info in loaded if not name.startswith(inside) and name not in structure.unused
+    )
 
 
 def _block_bytes(spec: BlockSpec, size: int, batch_tokens: int, scoring_tokens: int, formats: int) -> int:

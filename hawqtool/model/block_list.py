@@ -1,0 +1,98 @@
+"""Where a model's blocks are, found by running one row: whatever wraps the language model, its blocks are run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hawqtool.errors import InputError, one_line
+
+_TOKENS, _TOKEN = 8, 2
+
+TRACE_ERRORS = (
+    *(RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError, LookupError, ArithmeticError),
+)
+"""What models raise that cannot be run on one row without weights."""
+
+
+class _FirstBlock(Exception):
+    """A block is reached; its list is the message."""
+
+
+def find_blocks(model: Any) -> tuple[str, nn.ModuleList]:
+    """Module name of the list of blocks, and the list.
+
+    The first list of composite modules that a row reaches is the one: towers of a multimodal model come first in the
+    model, but are not called by tokens.
+
+    Args:
+        model: Skeleton; its buffers are real.
+
+    Raises:
+        InputError: If no list is reached.
+    """
+    lists = _block_lists(model)
+    with _reporting(lists):
+        try:
+            run_on_zeros(model)
+        except _FirstBlock as reached:
+            name = str(reached)
+            return name, lists[name]
+        except TRACE_ERRORS as error:
+            raise InputError(
+                f"{type(model).__name__}: the part before the blocks cannot be traced: {one_line(error)}; "
+                "this architecture is not supported"
+            ) from error
+    raise InputError(f"{type(model).__name__}: no list of blocks is run; this architecture is not supported")
+
+
+def run_on_zeros(model: Any) -> None:
+    """Run a model on the example row, every weight zero.
+
+    Zeros of any shape take the memory of one: what the model computes here is of no interest.
+    """
+    weights = {n: torch.zeros((), dtype=p.dtype).expand(p.shape) for n, p in model.named_parameters()}
+    with torch.no_grad():
+        torch.func.functional_call(model, weights, (), {model.main_input_name: example_row(model)})
+
+
+def example_row(model: Any) -> Tensor:
+    """One row of what the model reads: ``[1, 8]`` tokens, or an image ``[1, channels, height, width]``."""
+    if model.main_input_name == "pixel_values":
+        size = model.config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return torch.zeros(1, model.config.num_channels, height, width, dtype=model.dtype)
+    return torch.full((1, _TOKENS), _TOKEN)
+
+
+def _block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """Lists by name that may hold blocks: outermost ones of modules that are made of modules."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and not any(part.isdecimal() for part in name.split("."))
+        and any(list(element.children()) for element in module)
+    }
+
+
+@contextmanager
+def _reporting(lists: dict[str, nn.ModuleList]) -> Iterator[None]:
+    """While the context lasts, a call of a list's element raises `_FirstBlock`."""
+
+    def reached(name: str) -> Any:
+        def hook(*_: Any) -> None:
+            raise _FirstBlock(name)
+
+        return hook
+
+    hooks = [element.register_forward_pre_hook(reached(n)) for n, found in lists.items() for element in found]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
