@@ -19,7 +19,9 @@ class _LastBlock(Exception):
 class _Replay(nn.Module):
     """Stands in for a block: records the arguments of the call and returns a given hidden state."""
 
-    def __init__(self, block: nn.Module, output: Tensor | None, calls: list[Call], extra_outputs: int | None, ends: bool) -> None:
+    def __init__(
+        self, block: nn.Module, output: Tensor | None, calls: list[Call], extra_outputs: int | None, ends: bool
+    ) -> None:
         super().__init__()
         self._stand_in_for = (block,)  # a tuple, so that the block is not registered as a child
         self._output, self._calls, self._extra_outputs, self._ends = output, calls, extra_outputs, ends
