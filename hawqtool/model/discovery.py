@@ -21,6 +21,7 @@ from hawqtool.checkpoint.fusion import is_expert, unit_name
 from hawqtool.checkpoint.index import CheckpointIndex
 from hawqtool.errors import InputError, UsageError, one_line
 from hawqtool.model.block_list import TRACE_ERRORS, example_row, find_blocks, run_on_zeros
+from hawqtool.model.experts import routers
 from hawqtool.model.replay import Call, replayed_blocks
 from hawqtool.model.stored_names import stored_names
 from hawqtool.records import BlockSpec, LinearSpec, Unit
@@ -142,7 +143,8 @@ def discover(
     head = _head(model, len(blocks), stored, index) if quantize_head else None
     walked = (*specs, head) if head else specs
     inside = {spec.module_name for block in walked for spec in block.linears}
-    others = [n for n, m in model.named_modules() if (_is_linear(m) or _is_router(m)) and n not in inside]
+    chosen = routers(model)
+    others = [n for n, m in model.named_modules() if (_is_linear(m) or n in chosen) and n not in inside]
     names = [(stored.get(f"{n}.weight", f"{n}.weight").removesuffix(".weight"), n) for n in others]
     kept = tuple(dict.fromkeys([*(name for pair in names for name in pair), *_unknown_matrices(stored, index)]))
     unused = _unused(model, blocks, name, extra_outputs)
@@ -214,10 +216,6 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, Conv1D))
 
 
-def _is_router(module: nn.Module) -> bool:
-    return type(module).__name__.endswith("TopKRouter")
-
-
 def is_norm(module: nn.Module) -> bool:
     """Whether a module is a norm, whose weight is a gain."""
     return type(module).__name__.endswith("Norm")  # a gain per head and channel has two dimensions
@@ -277,7 +275,8 @@ def _refuse_shared_weights(model: nn.Module, blocks_name: str) -> None:
 
 
 def _refuse_other_matrices(name: str, block: nn.Module) -> None:
-    known = {f"{n}.weight" for n, m in block.named_modules() if _is_linear(m) or _is_router(m) or is_norm(m)}
+    chosen = routers(block)
+    known = {f"{n}.weight" for n, m in block.named_modules() if _is_linear(m) or n in chosen or is_norm(m)}
     for parameter_name, parameter in block.named_parameters():
         if parameter.ndim >= 2 and parameter_name not in known:
             raise InputError(
@@ -289,7 +288,8 @@ def _refuse_other_matrices(name: str, block: nn.Module) -> None:
 def _discover_block(
     position: int, name: str, block: nn.Module, call: Call, stored: dict[str, str], index: CheckpointIndex
 ) -> BlockSpec:
-    linears: dict[str, Any] = {n: m for n, m in block.named_modules() if _is_linear(m)}
+    chosen = routers(block)
+    linears: dict[str, Any] = {n: m for n, m in block.named_modules() if _is_linear(m) and n not in chosen}
     seen: list[tuple[str, Tensor]] = []
     hooks = [
         module.register_forward_pre_hook(lambda _m, inputs, n=n: seen.append((n, inputs[0])))

@@ -13,8 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-STACKED_CLASSES = ("MixtralExperts", "Qwen2MoeExperts", "Qwen3MoeExperts", "OlmoeExperts")
-"""transformers classes whose arithmetic `SplitExperts` reproduces (tests compare them)."""
+from hawqtool.model.experts_layout import (
+    Combine,
+    ExpertsLayout,
+    combine_function,
+    holds_experts,
+    read_layout,
+    why_unproved,
+)
 
 
 class ExpertLinear(nn.Linear):
@@ -32,18 +38,19 @@ class ExpertLinear(nn.Linear):
 
 
 class _Expert(nn.Module):
-    def __init__(self, width: int, inner: int, act: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, layout: ExpertsLayout, combine: Combine, dtype: torch.dtype) -> None:
         super().__init__()
-        options = {"bias": False, "dtype": dtype, "device": "meta"}
-        self.gate_proj = ExpertLinear(width, inner, **options)  # type: ignore[arg-type]
-        self.up_proj = ExpertLinear(width, inner, **options)  # type: ignore[arg-type]
-        self.down_proj = ExpertLinear(inner, width, **options)  # type: ignore[arg-type]
-        self.act = act
+        self.roles, self.combine = layout.roles, combine
+        for role in layout.roles:
+            shape = (layout.inner, layout.width) if role == "down_proj" else (layout.width, layout.inner)
+            self.add_module(role, ExpertLinear(*shape, bias=layout.biased, dtype=dtype, device="meta"))
 
     def forward(self, states: Tensor, positions: Tensor, shown: Tensor) -> Tensor:
-        for linear in (self.gate_proj, self.up_proj, self.down_proj):
+        *first, down = (self.get_submodule(role) for role in self.roles)
+        for linear in (*first, down):
             linear.positions, linear.shown = positions, shown
-        return self.down_proj(self.act(self.gate_proj(states)) * self.up_proj(states))
+        output: Tensor = down(self.combine(*(linear(states) for linear in first)))
+        return output
 
 
 class SplitExperts(nn.Module):
@@ -54,12 +61,12 @@ class SplitExperts(nn.Module):
             whose outputs are dropped; 0 for plain inference.
     """
 
-    def __init__(self, stacked: Any) -> None:
+    def __init__(self, stacked: Any, layout: ExpertsLayout) -> None:
         super().__init__()
-        count, double, width = stacked.gate_up_proj.shape
-        for number in range(count):
-            self.add_module(str(number), _Expert(width, double // 2, stacked.act_fn, stacked.gate_up_proj.dtype))
-        self.width, self.least_tokens = width, 0
+        combine = combine_function(stacked, layout)
+        for number in range(layout.count):
+            self.add_module(str(number), _Expert(layout, combine, stacked.down_proj.dtype))
+        self.width, self.layout, self.least_tokens = layout.width, layout, 0
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """``[tokens, width]`` from ``[tokens, width]``, expert numbers and weights ``[tokens, k]``."""
@@ -107,9 +114,50 @@ def counting_experts(block: nn.Module, batches: int) -> Iterator[None]:
             layer.least_tokens = 0
 
 
-def split_experts(model: nn.Module) -> None:
-    """Replace every stacked experts module of a skeleton by its linears."""
-    for owner in list(model.modules()):
+def split_experts(model: nn.Module) -> dict[str, str]:
+    """Replace the experts modules of a skeleton by their linears, where these are proved to compute the same.
+
+    Returns:
+        The modules that stay as they are, by name, each with the reason.
+    """
+    whole: dict[str, str] = {}
+    proved: dict[type[nn.Module], str | None] = {}
+    for path, owner in list(model.named_modules()):
         for name, child in list(owner.named_children()):
-            if type(child).__name__ in STACKED_CLASSES:
-                setattr(owner, name, SplitExperts(child))
+            if not holds_experts(child):
+                continue
+            layout = read_layout(child)
+            if layout is None:
+                reason: str | None = f"experts of unknown layout ({type(child).__name__})"
+            else:
+                kind = type(child)
+                if kind not in proved:
+                    proved[kind] = why_unproved(child, layout)
+                reason = proved[kind]
+            if layout is None or reason is not None:
+                whole[f"{path}.{name}" if path else name] = str(reason)
+            else:
+                setattr(owner, name, SplitExperts(child, layout))
+    return whole
+
+
+def routers(model: nn.Module) -> set[str]:
+    """Names of the modules that choose experts: with a matrix of one row per expert, beside the experts.
+
+    Engines keep them as they are, and so do we: an error there sends tokens elsewhere.
+    """
+    found: set[str] = set()
+    for path, owner in model.named_modules():
+        counts = {_count(child) for child in owner.children()}
+        counts -= {0}
+        for name, module in owner.named_modules(prefix=path) if counts else ():
+            weight = module._parameters.get("weight")
+            if weight is not None and weight.ndim == 2 and weight.shape[0] in counts:
+                found.add(name)
+    return {name for name in found if not isinstance(model.get_submodule(name), ExpertLinear)}
+
+
+def _count(module: nn.Module) -> int:
+    if isinstance(module, SplitExperts):
+        return module.layout.count
+    return next(len(p) for p in module._parameters.values() if p is not None) if holds_experts(module) else 0

@@ -46,12 +46,15 @@ def _expert_rules(converter: Any) -> list[tuple[re.Pattern[str], str]]:
     if any(type(operation).__name__ not in _MERGED for operation in converter.operations):
         return []
     target = converter.target_patterns[0].rpartition(".")[2]
-    roles = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(target, ())
+    roles = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}.get(
+        target, ()
+    )
     if len(roles) != len(converter.source_patterns):
         return []
     rules = []
     for source, role in zip(converter.source_patterns, roles, strict=True):
-        head, _, leaf = source.removesuffix("$").partition(".*.")
+        # Some patterns are regular expressions, others plain names.
+        head, _, leaf = source.removesuffix("$").replace("\\.", ".").partition(".*.")
         pattern = rf"{re.escape(head)}\.(\d+)\.{re.escape(leaf)}$"
         rules.append((re.compile(pattern), rf"{head}.\1.{role}.weight"))
     return rules

@@ -1,0 +1,150 @@
+"""Layouts of experts that are read from flags, proved, or left whole with a reason."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.minimax_m3_vl.modeling_minimax_m3_vl import MiniMaxM3VLExperts
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
+
+from hawqtool.model.experts import SplitExperts, routers, split_experts
+from hawqtool.model.experts_layout import read_layout, why_unproved
+
+COUNT, WIDTH, INNER, TOKENS = 4, 24, 40, 30
+CONFIG = {
+    "num_local_experts": COUNT,
+    "n_routed_experts": COUNT,
+    "hidden_size": WIDTH,
+    "intermediate_size": INNER,
+    "moe_intermediate_size": INNER,
+    "moe_latent_size": None,
+    "hidden_act": "silu",
+    "mlp_hidden_act": "relu2",
+    "swiglu_limit": 0.5,
+    "swiglu_alpha": 1.7,
+    "_experts_implementation": "eager",
+}
+CLASSES = (MixtralExperts, GptOssExperts, NemotronHExperts, DeepseekV4Experts, MiniMaxM3VLExperts)
+
+
+def whole(kind: Any) -> Any:
+    """An experts module with random weights in float64."""
+    torch.manual_seed(2)
+    module = kind(SimpleNamespace(**CONFIG)).double()
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return module.requires_grad_(False)
+
+
+def split(module: Any) -> Any:
+    """The split form of the module, with its weights."""
+    layout = read_layout(module)
+    assert layout is not None
+    holder = nn.Module()
+    holder.experts = module
+    assert split_experts(holder) == {}
+    parameters = dict(module._parameters)
+    for number, expert in enumerate(holder.experts.children()):
+        for role in layout.roles:
+            linear = expert.get_submodule(role)
+            linear.weight = nn.Parameter(layout.weight(parameters, number, role).clone(), requires_grad=False)
+            bias = layout.bias(parameters, number, role)
+            linear.bias = None if bias is None else nn.Parameter(bias.clone(), requires_grad=False)
+    return holder.experts
+
+
+def call() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    chosen = torch.rand(TOKENS, COUNT, generator=generator).argsort(1)[:, :2]
+    hidden = torch.randn(TOKENS, WIDTH, dtype=torch.float64, generator=generator)
+    return hidden, chosen, torch.rand(TOKENS, 2, dtype=torch.float64, generator=generator)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_split_experts_compute_what_the_module_does(kind: Any) -> None:
+    module = whole(kind)
+    torch.testing.assert_close(split(module)(*call()), module(*call()), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        (MixtralExperts, (True, False, True, False)),
+        (GptOssExperts, (True, True, False, True)),
+        (NemotronHExperts, (False, False, True, False)),
+        (DeepseekV4Experts, (True, False, True, False)),
+    ],
+)
+def test_layouts_are_read_from_flags(kind: Any, expected: tuple[bool, ...]) -> None:
+    layout = read_layout(whole(kind))
+    assert layout is not None
+    assert (layout.count, layout.width, layout.inner) == (COUNT, WIDTH, INNER)
+    assert (layout.gated, layout.transposed, layout.concatenated, layout.biased) == expected
+
+
+class _Scaled(MixtralExperts):
+    """Experts with a factor that no flag names."""
+
+    def forward(self, *args: Tensor) -> Tensor:
+        return 1.001 * super().forward(*args)
+
+
+class _Swapped(MixtralExperts):
+    """Experts whose gate comes second."""
+
+    def _apply_gate(self, joined: Tensor) -> Tensor:
+        up, gate = joined.chunk(2, dim=-1)
+        return self.act_fn(gate) * up
+
+    def forward(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        total = torch.zeros_like(hidden)
+        for number in range(COUNT):
+            slots, positions = torch.where(chosen.t() == number)
+            inner = self._apply_gate(hidden[positions] @ self.gate_up_proj[number].t())
+            total.index_add_(0, positions, inner @ self.down_proj[number].t() * weights[positions, slots, None])
+        return total
+
+
+@pytest.mark.parametrize(("kind", "reason"), [(_Scaled, "something else"), (_Swapped, "told apart")])
+def test_experts_that_compute_something_else_stay_whole(kind: Any, reason: str) -> None:
+    module = whole(kind)
+    layout = read_layout(module)
+    assert layout is not None
+    assert reason in str(why_unproved(module, layout))
+    holder = nn.Module()
+    holder.experts = module
+    assert reason in split_experts(holder)["experts"]
+    assert holder.experts is module
+
+
+def test_gates_that_take_turns_are_not_read_as_halves() -> None:
+    module = whole(GptOssExperts)
+    module.is_concatenated = True
+    layout = read_layout(module)
+    assert layout is not None
+    assert why_unproved(module, layout) is not None
+
+
+def test_experts_of_unknown_layout_stay_whole() -> None:
+    holder = nn.Module()
+    holder.experts = whole(MixtralExperts)
+    holder.experts.scale = nn.Parameter(torch.ones(COUNT))
+    assert "unknown layout" in split_experts(holder)["experts"]
+
+
+def test_a_linear_with_one_row_per_expert_is_a_router() -> None:
+    block = nn.Module()
+    block.mlp = nn.Module()
+    block.mlp.experts = SplitExperts(module := whole(MixtralExperts), read_layout(module))  # type: ignore[arg-type]
+    block.mlp.gate = nn.Module()
+    block.mlp.gate.wg = nn.Linear(WIDTH, COUNT)
+    block.mlp.shared = nn.Linear(WIDTH, INNER)
+    block.other = nn.Linear(WIDTH, COUNT)
+    assert routers(block) == {"mlp.gate.wg"}
