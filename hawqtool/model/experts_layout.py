@@ -72,7 +72,8 @@ class ExpertsLayout:
 
 def holds_experts(module: nn.Module) -> bool:
     """Whether a module has 3-D parameters of its own, one matrix per expert."""
-    return "Expert" in type(module).__name__ and any(p.ndim == 3 for p in module._parameters.values() if p is not None)
+    stacked = {name for name, p in module._parameters.items() if p is not None and p.ndim == 3}
+    return "down_proj" in stacked or ("Expert" in type(module).__name__ and bool(stacked))
 
 
 def read_layout(module: Any) -> ExpertsLayout | None:
