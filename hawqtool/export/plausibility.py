@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hawqtool.formats import QuantFormat
 
-MODULE_LIMIT, ROW_LIMIT, GROUP_LIMIT = 4.0, 8.0, 16.0
+MODULE_LIMIT, ROW_LIMIT, GROUP_LIMIT = 2.5, 8.0, 16.0
 """Squared error over the bound of nearest rounding, at most, of a module, a row and the weights of one scale."""
 
 MODULE_ENERGY, ROW_ENERGY, GROUP_ENERGY = 0.9, 1.5, 3.5
@@ -24,8 +24,10 @@ where the bound of nearest rounding is no smaller; compensation reached 2.8 in g
 QUIET = 0.25
 """Groups and rows below this share of the mean are judged as if they had it: feedback may fill a quiet one."""
 
-PRODUCTS = 1e-5
-"""Squared error over squared weights of products that round to bfloat16."""
+MODULE_CORRECTION, ROW_CORRECTION, GROUP_CORRECTION = 0.15, 0.5, 0.8
+"""Squared change over squared weights, at most, that is no rounding: targets that make up for errors of earlier layers
+(GPTAQ, target shift), learned codes and scales, products that round to bfloat16. At 8 bits it is all that counts: there
+targets that make up wholly for layers of 2 bits reached 0.03 of a module."""
 
 GAIN_LIMIT = 0.8
 """Change of a learned norm gain, at most, over the larger of its magnitude and the tensor's root mean square."""
@@ -60,22 +62,23 @@ def error_bound_problems(module: str, error: Tensor, energy: Tensor, bound: Tens
         bound: From `half_step_bounds`, ``[out, groups]``.
     """
     error, energy, bound = error.double(), energy.double(), bound.double()
-    for place, axes, limit, most in (
-        ("the module", (0, 1), MODULE_LIMIT, MODULE_ENERGY),
-        ("row", (1,), ROW_LIMIT, ROW_ENERGY),
-        ("row, group", (), GROUP_LIMIT, GROUP_ENERGY),
+    for place, axes, limit, correction, most in (
+        ("the module", (0, 1), MODULE_LIMIT, MODULE_CORRECTION, MODULE_ENERGY),
+        ("row", (1,), ROW_LIMIT, ROW_CORRECTION, ROW_ENERGY),
+        ("row, group", (), GROUP_LIMIT, GROUP_CORRECTION, GROUP_ENERGY),
     ):
         found, of_weights, of_grid = (values.sum(axes) if axes else values for values in (error, energy, bound))
-        allowed = torch.minimum(limit * _loud(of_grid), most * _loud(of_weights)) + PRODUCTS * _loud(of_weights)
+        energies = _loud(of_weights)
+        allowed = torch.minimum(limit * _loud(of_grid) + correction * energies, most * energies)
         # Not "found > allowed": a NaN must count as a problem.
         wrong = (~(found <= allowed)).reshape(found.shape).nonzero()
         if len(wrong):
             where = tuple(wrong[0].tolist())
-            relative = float(found[where] / _loud(of_weights)[where].clamp_min(torch.finfo(torch.float64).tiny))
+            relative = float(found[where] / energies[where].clamp_min(torch.finfo(torch.float64).tiny))
             numbers = f"{place} {', '.join(map(str, where))}".strip()
             return [
                 f"{module}: {numbers} has relative squared weight error {relative:.3g}; rounding to this format gives "
-                f"at most {float((allowed / _loud(of_weights).clamp_min(1e-300))[where]):.3g}; "
+                f"at most {float((allowed / energies.clamp_min(1e-300))[where]):.3g}; "
                 "codes or scales are not those of this weight"
             ]
     return []

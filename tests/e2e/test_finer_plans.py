@@ -45,7 +45,7 @@ def test_profile_transformers_plans_every_layer_by_itself(place: Path, apart: tu
     assert report["sizes"]["quantized_bytes"] == (folder / "model.safetensors").stat().st_size
     assert verify_folder(folder, place / "model").problems == ()
     loads = {entry["engine"]: entry["loads"] for entry in report["engines"]}
-    assert loads[TRANSFORMERS] and not loads[VLLM]
+    assert loads[TRANSFORMERS] is None and not loads[VLLM]  # tests do not try, see tests/conftest.py
 
 
 def test_transformers_loads_layers_apart(apart: tuple[Path, Report]) -> None:
@@ -135,7 +135,7 @@ def test_unusual_group_sizes_load_in_transformers(place: Path, unusual: tuple[Pa
     assert report["sizes"]["quantized_bytes"] == (folder / "model.safetensors").stat().st_size
     assert verify_folder(folder, place / "model").problems == ()
     verdicts = {entry["engine"]: (entry["loads"], entry["reason"]) for entry in report["engines"]}
-    assert verdicts[TRANSFORMERS][0] and not verdicts[VLLM][0]
+    assert verdicts[TRANSFORMERS][0] is None and not verdicts[VLLM][0]  # tests do not try, see tests/conftest.py
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     model(torch.arange(8)[None])  # decompresses
     reader = PackedReader(folder)
