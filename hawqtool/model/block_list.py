@@ -50,14 +50,14 @@ def find_blocks(model: Any) -> tuple[str, nn.ModuleList]:
     raise InputError(f"{type(model).__name__}: no list of blocks is run; this architecture is not supported")
 
 
-def run_on_zeros(model: Any) -> None:
-    """Run a model on the example row, every weight zero.
+def run_on_zeros(model: Any) -> Any:
+    """Output of a model for the example row, every weight zero.
 
     Zeros of any shape take the memory of one: what the model computes here is of no interest.
     """
     weights = {n: torch.zeros((), dtype=p.dtype).expand(p.shape) for n, p in model.named_parameters()}
     with torch.no_grad():
-        torch.func.functional_call(model, weights, (), {model.main_input_name: example_row(model)})
+        return torch.func.functional_call(model, weights, (), {model.main_input_name: example_row(model)})
 
 
 def example_row(model: Any) -> Tensor:

@@ -1,38 +1,46 @@
-"""Find the linears of a model, what shares an input, and what cannot be quantized."""
+"""Find the linears of a model, what shares an input, and what stays as it is."""
 
 from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hawqtool.checkpoint.dtypes import DTYPE_BYTES
 from hawqtool.checkpoint.fusion import is_expert, unit_name
 from hawqtool.checkpoint.index import CheckpointIndex
-from hawqtool.errors import InputError, UsageError, one_line
-from hawqtool.model.block_list import TRACE_ERRORS, example_row, find_blocks, run_on_zeros
+from hawqtool.errors import InputError, UsageError
+from hawqtool.model.block_list import find_blocks
 from hawqtool.model.experts import routers
-from hawqtool.model.replay import Call, replayed_blocks
+from hawqtool.model.kept import (
+    FUSED,
+    GATE,
+    OWN_FORWARD,
+    ROUTER,
+    SHARED,
+    UNDIVIDED,
+    KeptTensor,
+    is_linear,
+    is_plain_linear,
+    kept_names,
+    kept_tensors,
+    use_reason,
+)
+from hawqtool.model.replay import Call, ExtraOutputs
 from hawqtool.model.stored_names import stored_names
+from hawqtool.model.trace import WeightUses, block_calls, extra_outputs_of, on_meta, unused_parameters
 from hawqtool.records import BlockSpec, LinearSpec, Unit
 
 _FLOAT_DTYPES = ("BF16", "F16", "F32")
-_TRANSPOSES = (Tensor.T, Tensor.mT, Tensor.H)
 _LEAST_OUTPUTS = 16
 """Linears with fewer outputs are gates: engines keep them as they are, and they weigh nothing."""
-
-_RETURN_ATTENTION = ("GPTJBlock",)
-"""Blocks that return attention probabilities, which nothing reads; elsewhere a second tensor may feed another block."""
 
 _OBSTACLES = {
     "Conv1D": "it skips packed Conv1D layers and would run on random weights",
@@ -47,23 +55,25 @@ class Structure:
 
     Args:
         blocks: Blocks in order.
-        other_linears: Linears that stay as they are: outside the blocks, gates and routers. Where a model's name
+        other_linears: Linears, and matrices that may be taken for some, that stay as they are. Where a model's name
             differs from the stored one, both are listed, because loaders look for either.
-        stored_names: Parameter name to the name of its tensor in the checkpoint.
+        stored_names: Name of a parameter or stored buffer to the name of its tensor in the checkpoint.
         extra_outputs: What blocks return beside the hidden state (see `replayed_blocks`).
         obstacle: Why transformers cannot load packed weights of this model; None where it can.
         head: The output head, where it is to be quantized, as a block of one linear after the last.
         unused: Parameters outside the blocks that take no part in a row, such as the towers of a multimodal model:
             they are copied and never loaded.
+        kept: Matrices that stay as they are, with the reasons.
     """
 
     blocks: tuple[BlockSpec, ...]
     other_linears: tuple[str, ...]
     stored_names: dict[str, str] = field(default_factory=dict)
-    extra_outputs: int | None = None
+    extra_outputs: ExtraOutputs = None
     obstacle: str | None = None
     head: BlockSpec | None = None
     unused: frozenset[str] = frozenset()
+    kept: tuple[KeptTensor, ...] = ()
 
     @property
     def blocks_name(self) -> str:
@@ -84,22 +94,30 @@ class Structure:
             members.setdefault(spec.unit, []).append(spec)
         return tuple(Unit(name, tuple(specs)) for name, specs in members.items())
 
+    def without_undivided(self, fits: Callable[[Unit], bool], index: CheckpointIndex) -> Structure:
+        """The structure with units of blocks kept that no group divides; unchanged where none would be left.
 
-class _WeightUses(TorchFunctionMode):
-    """Counts the operations that each watched parameter takes part in."""
-
-    def __init__(self, watched: dict[int, str]) -> None:
-        super().__init__()
-        self.watched, self.counts = watched, Counter[str]()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        # Reading .dtype or .device is not a use, reading the transpose is one.
-        if getattr(func, "__name__", "") != "__get__" or getattr(func, "__self__", None) in _TRANSPOSES:
-            for leaf in tree_leaves((args, kwargs)):
-                if isinstance(leaf, nn.Parameter) and id(leaf) in self.watched:
-                    self.counts[self.watched[id(leaf)]] += 1
-        return func(*args, **kwargs)
+        Args:
+            fits: Whether groups divide all members of a unit.
+            index: The checkpoint.
+        """
+        kept = {unit.name for unit in self.units if not fits(unit)}
+        if self.head is not None:
+            kept -= {linear.unit for linear in self.head.linears}
+        if not kept or len(kept) == len(self.units):
+            return self
+        dropped = [linear for linear in self.linears.values() if linear.unit in kept]
+        tensors = (
+            KeptTensor(UNDIVIDED, f"{m.name}.weight", f"{m.module_name}.weight", _num_bytes(m, index), 2, m.block)
+            for m in dropped
+        )
+        names = dict.fromkeys(name for linear in dropped for name in (linear.name, linear.module_name))
+        return replace(
+            self,
+            blocks=tuple(_without_units(spec, kept) for spec in self.blocks),
+            other_linears=tuple(dict.fromkeys((*self.other_linears, *names))),
+            kept=(*self.kept, *tensors),
+        )
 
 
 def discover(
@@ -111,9 +129,9 @@ def discover(
 ) -> Structure:
     """Run one row of meta tensors through every block and keep what it proves.
 
-    A linear is quantizable when it is called exactly once, its weight takes part in one operation only, is
-    shared with nothing, and is stored as one tensor. Every other parameter of a block must have one dimension or
-    belong to a router. Input groups are found by the identity of the input tensor, held while comparing.
+    A linear is quantizable when it computes as its class does, is called exactly once, its weight takes part in one
+    operation only, is shared with nothing, and is stored as one tensor. Every other matrix is kept, with a reason.
+    Input groups are found by the identity of the input tensor, held while comparing.
 
     Args:
         model: Skeleton; its buffers are lost here, so it is of no further use.
@@ -123,53 +141,48 @@ def discover(
         fuses: As in `unit_name`.
 
     Raises:
-        InputError: Naming the first layer that fails, with the reason.
+        InputError: If the blocks cannot be run, or hand on more than a hidden state; if a tensor is missing.
         UsageError: If the head is to be quantized and cannot be.
     """
     name, blocks = find_blocks(model)
-    for position, block in enumerate(blocks):
-        _refuse_other_matrices(f"{name}.{position}", block)
-    _refuse_shared_weights(model, name)
-    calls, extra_outputs = _block_calls(model, blocks)
+    calls, extra_outputs = block_calls(model, blocks)
     stored = stored_names(model, index.tensors)
-    specs = [
-        _discover_block(position, f"{name}.{position}", block, _on_meta(calls[position]), stored, index)
-        for position, block in enumerate(blocks)
-    ]
-    units = {n: unit_name(n, experts_per_block, fuses) for spec in specs for n in (m.name for m in spec.linears)}
-    specs = [_without_narrow(_with_units(spec, units)) for spec in specs]
+    unused = unused_parameters(model, blocks, name, extra_outputs)
+    _refuse_missing(model, stored, index, unused)
+    shared, chosen = _shared_weights(model), routers(model)
+    found = []
+    for position, block in enumerate(blocks):
+        context = _BlockContext(position, f"{name}.{position}", stored, index, shared, chosen)
+        found.append(_discover_block(context, block, on_meta(calls[position]), extra_outputs))
+    specs, reasons = [spec for spec, _ in found], {n: reason for _, kept in found for n, reason in kept.items()}
+    modules = [m.module_name for spec in specs for m in spec.linears] + list(reasons)
+    tensors = {n: stored.get(f"{n}.weight", f"{n}.weight").removesuffix(".weight") for n in modules}
+    units = {n: unit_name(tensor, experts_per_block, fuses) for n, tensor in tensors.items()}
+    specs = [_with_units(spec, units) for spec in specs]
+    reasons |= _kept_along(specs, {units[n] for n in reasons})
+    specs = [_without_units(spec, {units[n] for n in reasons}) for spec in specs]
     obstacle = next((text for m in blocks.modules() for kind, text in _OBSTACLES.items() if kind in _classes(m)), None)
     obstacle = obstacle or _initialization_obstacle(model, [m.module_name for spec in specs for m in spec.linears])
     head = _head(model, len(blocks), stored, index) if quantize_head else None
     walked = (*specs, head) if head else specs
     inside = {spec.module_name for block in walked for spec in block.linears}
-    chosen = routers(model)
-    others = [n for n, m in model.named_modules() if (_is_linear(m) or n in chosen) and n not in inside]
+    others = [n for n, m in model.named_modules() if (is_linear(m) or n in chosen) and n not in inside]
     names = [(stored.get(f"{n}.weight", f"{n}.weight").removesuffix(".weight"), n) for n in others]
-    kept = tuple(dict.fromkeys([*(name for pair in names for name in pair), *_unknown_matrices(stored, index)]))
-    unused = _unused(model, blocks, name, extra_outputs)
-    return Structure(tuple(specs), kept, stored, extra_outputs, obstacle, head, unused)
+    kept = kept_tensors(model, name, inside, reasons | dict.fromkeys(chosen, ROUTER), stored, index, unused)
+    pairs = (name for pair in names for name in pair)
+    ignored = tuple(dict.fromkeys((*pairs, *kept_names(kept))))
+    return Structure(tuple(specs), ignored, stored, extra_outputs, obstacle, head, unused, kept)
 
 
-def _unknown_matrices(stored: dict[str, str], index: CheckpointIndex) -> Iterator[str]:
-    """Modules of stored matrices that transformers never loads, such as a draft head's; other engines may."""
-    known = set(stored.values())
-    for info in index.tensors.values():
-        if info.name.endswith(".weight") and len(info.shape) == 2 and info.name not in known:
-            yield info.name.removesuffix(".weight")
-
-
-def _unused(model: Any, blocks: nn.ModuleList, blocks_name: str, extra_outputs: int | None) -> frozenset[str]:
-    """Parameters outside the blocks that no operation on a row takes; none where that cannot be told without data."""
-    outside = {n: p for n, p in model.named_parameters() if not n.startswith(f"{blocks_name}.")}
-    uses = _WeightUses({id(parameter): name for name, parameter in outside.items()})
-    model.to("meta")
-    with replayed_blocks(blocks, extra_outputs), torch.no_grad(), uses:
-        try:
-            model(**{model.main_input_name: example_row(model).to("meta")})
-        except TRACE_ERRORS:
-            return frozenset()
-    return frozenset(name for name in outside if not uses.counts[name])
+def _kept_along(specs: Sequence[BlockSpec], units: set[str]) -> dict[str, str]:
+    """Reasons for linears with too few outputs, and for all that engines fuse with what is kept, by module name."""
+    linears = [linear for spec in specs for linear in spec.linears]
+    narrow = {linear.unit for linear in linears if linear.out_features < _LEAST_OUTPUTS}
+    return {
+        linear.module_name: GATE if linear.out_features < _LEAST_OUTPUTS else FUSED
+        for linear in linears
+        if linear.unit in narrow | units
+    }
 
 
 def _initialization_obstacle(model: Any, packed: list[str]) -> str | None:
@@ -205,127 +218,109 @@ def _head(model: Any, position: int, stored: dict[str, str], index: CheckpointIn
             "--quantize-lm-head: config.json ties the head to the input embedding, which loaders need unquantized; "
             "drop the flag"
         )
-    return BlockSpec(position, "", ((_linear_spec(name, head, position, stored, index),),))
+    context = _BlockContext(position, "", stored, index, set(), set())
+    return BlockSpec(position, "", ((_linear_spec(name, head, context),),))
 
 
 def _classes(module: nn.Module) -> set[str]:
     return {kind.__name__ for kind in type(module).__mro__}
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, Conv1D))
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a norm, whose weight is a gain."""
-    return type(module).__name__.endswith("Norm")  # a gain per head and channel has two dimensions
-
-
-def _on_meta(call: Call) -> Call:
-    moved: Call = tree_map_only(Tensor, lambda t: t.to("meta"), call)
-    return moved
-
-
-def _block_calls(model: Any, blocks: nn.ModuleList) -> tuple[list[Call], int | None]:
-    """Arguments of every block's call, and what blocks return beside the hidden state."""
-    calls, error = _record_calls(model, blocks, None)
-    if not calls:
-        raise InputError(
-            f"{type(model).__name__}: the part before the blocks cannot be traced: {str(error).splitlines()[0]}"
-        ) from error
-    args, kwargs = _on_meta(calls[0])
-    try:
-        with torch.no_grad():
-            output = blocks[0].to("meta")(*args, **kwargs)
-    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as raised:
-        raise InputError(
-            f"{type(model).__name__}: block 0 cannot be run as config.json describes it ({one_line(raised)}); "
-            "check its sizes, such as num_key_value_heads"
-        ) from raised
-    extra = len(output) - 1 if isinstance(output, tuple) else None
-    unread = type(blocks[0]).__name__ in _RETURN_ATTENTION
-    if not unread and any(isinstance(value, Tensor) for value in (output[1:] if extra else ())):
-        raise InputError(f"{type(model).__name__}: blocks hand on more than a hidden state; not supported")
-    calls, error = _record_calls(model, blocks, extra)
-    if error is not None or len(calls) != len(blocks):
-        reason = f": {str(error).splitlines()[0]}" if error else ""
-        raise InputError(
-            f"{type(model).__name__}: {len(calls)} of {len(blocks)} blocks can be traced{reason}; not supported"
-        ) from error
-    if any(after[0][0] is not before[0][0] for before, after in pairwise(calls)):
-        raise InputError(f"{type(model).__name__}: hidden states are changed between blocks; not supported")
-    return calls, extra
-
-
-def _record_calls(model: Any, blocks: nn.ModuleList, extra_outputs: int | None) -> tuple[list[Call], Exception | None]:
-    with replayed_blocks(blocks, extra_outputs, ends=True) as calls:
-        try:
-            run_on_zeros(model)
-        except TRACE_ERRORS as error:
-            return calls, error
-    return calls, None
-
-
-def _refuse_shared_weights(model: nn.Module, blocks_name: str) -> None:
+def _shared_weights(model: nn.Module) -> set[int]:
+    """Identities of the parameters that several modules share."""
     owners: dict[int, str] = {}
+    shared = set()
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        first = owners.setdefault(id(parameter), name)
-        if first != name and (name.startswith(blocks_name) or first.startswith(blocks_name)):
-            raise InputError(f"{name} shares its weight with {first}; shared block weights are not supported")
+        if owners.setdefault(id(parameter), name) != name:
+            shared.add(id(parameter))
+    return shared
 
 
-def _refuse_other_matrices(name: str, block: nn.Module) -> None:
-    chosen = routers(block)
-    known = {f"{n}.weight" for n, m in block.named_modules() if _is_linear(m) or n in chosen or is_norm(m)}
-    for parameter_name, parameter in block.named_parameters():
-        if parameter.ndim >= 2 and parameter_name not in known:
+def _refuse_missing(model: nn.Module, stored: dict[str, str], index: CheckpointIndex, unused: Container[str]) -> None:
+    """Refuse a model of which the checkpoint lacks a parameter; what is shared needs one of its names."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for places in names.values():
+        if not any(stored.get(name, name) in index.tensors or name in unused for name in places):
             raise InputError(
-                f"{name}.{parameter_name} has shape {tuple(parameter.shape)} and is no linear layer's weight; "
-                "blocks with such parameters are not supported"
+                f"{places[0]} is not in the checkpoint as one tensor under a name that transformers knows; "
+                "this way of storing the model is not supported"
             )
 
 
+@dataclass(frozen=True)
+class _BlockContext:
+    """What discovery knows of a block beside its module.
+
+    Args:
+        position: Its number.
+        name: Its name in the model.
+        stored: See `stored_names`.
+        index: The checkpoint.
+        shared: Identities of the parameters that several modules share.
+        routers: Names of the modules that choose experts.
+    """
+
+    position: int
+    name: str
+    stored: dict[str, str]
+    index: CheckpointIndex
+    shared: set[int]
+    routers: set[str]
+
+
 def _discover_block(
-    position: int, name: str, block: nn.Module, call: Call, stored: dict[str, str], index: CheckpointIndex
-) -> BlockSpec:
-    chosen = routers(block)
-    linears: dict[str, Any] = {n: m for n, m in block.named_modules() if _is_linear(m) and n not in chosen}
+    context: _BlockContext, block: nn.Module, call: Call, extra_outputs: ExtraOutputs
+) -> tuple[BlockSpec, dict[str, str]]:
+    """The block's input groups, and why linears of it are kept, by their names in the model."""
+    chosen = {n.removeprefix(f"{context.name}.") for n in context.routers}
+    linears: dict[str, Any] = {n: m for n, m in block.named_modules() if is_linear(m) and n not in chosen}
+    shared = {n for n, m in linears.items() if id(m.weight) in context.shared}
     seen: list[tuple[str, Tensor]] = []
     hooks = [
         module.register_forward_pre_hook(lambda _m, inputs, n=n: seen.append((n, inputs[0])))
         for n, module in linears.items()
     ]
     block.to("meta")
-    uses = _WeightUses({id(m.weight): n for n, m in linears.items()})
+    uses = WeightUses({id(m.weight): n for n, m in linears.items()})
     try:
         with torch.no_grad(), uses:
-            block(*call[0], **call[1])
+            output = block(*call[0], **call[1])
     finally:
         for hook in hooks:
             hook.remove()
-    times = Counter(n for n, _ in seen)
-    for linear in linears:
-        if times[linear] != 1 or uses.counts[linear] != 1:
-            raise InputError(
-                f"{name}.{linear} is called {times[linear]} times and its weight is used {uses.counts[linear]} times "
-                "in one pass; only layers that are used exactly once are supported"
-            )
+    found, expected = extra_outputs_of(output), extra_outputs
+    if (found is None) != (expected is None) or _tensor_places(found) - _tensor_places(expected):
+        raise InputError(f"{context.name} returns other values than the first block; not supported")
+    times, reasons = Counter(n for n, _ in seen), {}
+    for linear, module in linears.items():
+        own = None if is_plain_linear(module) else OWN_FORWARD
+        reason = SHARED if linear in shared else own or use_reason(times[linear], uses.counts[linear])
+        if reason is not None:
+            reasons[linear] = reason
     groups: list[tuple[Tensor, list[LinearSpec]]] = []
     for linear, tensor in seen:
-        spec = _linear_spec(f"{name}.{linear}", linears[linear], position, stored, index)
+        if linear in reasons:
+            continue
+        spec = _linear_spec(f"{context.name}.{linear}", linears[linear], context)
         for held, members in groups:
             if held is tensor:
                 members.append(spec)
                 break
         else:
             groups.append((tensor, [spec]))
-    return BlockSpec(position, name, tuple(tuple(members) for _, members in groups))
+    named = {f"{context.name}.{linear}": reason for linear, reason in reasons.items()}
+    return BlockSpec(context.position, context.name, tuple(tuple(members) for _, members in groups)), named
 
 
-def _linear_spec(
-    module_name: str, module: Any, position: int, stored: dict[str, str], index: CheckpointIndex
-) -> LinearSpec:
-    tensor = stored.get(f"{module_name}.weight")
+def _tensor_places(extra_outputs: ExtraOutputs) -> set[int]:
+    return {place for place, tensor in enumerate(extra_outputs or ()) if tensor}
+
+
+def _linear_spec(module_name: str, module: Any, context: _BlockContext) -> LinearSpec:
+    position, index = context.position, context.index
+    tensor = context.stored.get(f"{module_name}.weight")
     if tensor is None:
         raise InputError(
             f"{module_name}.weight is not in the checkpoint as one tensor under a name that transformers knows; "
@@ -347,17 +342,20 @@ def _linear_spec(
     )
 
 
-def _with_units(spec: BlockSpec, units: dict[str, str]) -> BlockSpec:
-    """The block with its linears in other allocation units, by the name of the linear."""
-    groups = tuple(tuple(replace(linear, unit=units[linear.name]) for linear in group) for group in spec.input_groups)
+def _with_units(spec: BlockSpec, units: Mapping[str, str]) -> BlockSpec:
+    """The block with its linears in other allocation units, by the name of the linear's module."""
+    groups = tuple(tuple(replace(m, unit=units[m.module_name]) for m in group) for group in spec.input_groups)
     return replace(spec, input_groups=groups)
 
 
-def _without_narrow(spec: BlockSpec) -> BlockSpec:
-    """The block without gates; whatever an engine fuses with one stays as it is too, for it is stored in one format."""
-    narrow = {linear.unit for linear in spec.linears if linear.out_features < _LEAST_OUTPUTS}
-    groups = (tuple(linear for linear in group if linear.unit not in narrow) for group in spec.input_groups)
+def _without_units(spec: BlockSpec, kept: set[str]) -> BlockSpec:
+    """The block without some units."""
+    groups = (tuple(linear for linear in group if linear.unit not in kept) for group in spec.input_groups)
     return replace(spec, input_groups=tuple(filter(None, groups)))
+
+
+def _num_bytes(linear: LinearSpec, index: CheckpointIndex) -> int:
+    return index.tensors[f"{linear.name}.weight"].num_bytes
 
 
 def check_shapes(model: nn.Module, structure: Structure, index: CheckpointIndex) -> None:

@@ -1,16 +1,18 @@
-"""Under which name a checkpoint stores each parameter of the model that transformers builds."""
+"""Under which name a checkpoint stores each parameter and buffer of the model that transformers builds."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
+
+from torch import Tensor, nn
 
 _MERGED = ("MergeModulelist", "Concatenate")
 
 
 def stored_names(model: Any, tensors: Iterable[str]) -> dict[str, str]:
-    """Parameter name to stored name, for every stored tensor that becomes a parameter as it is.
+    """Name of a parameter or stored buffer to its stored name, for every tensor that becomes one as it is.
 
     transformers renames many tensors while loading (old layer names, the prefix of a base model, experts); the
     same rules are applied here. Tensors that it would cut or join otherwise are left out.
@@ -25,7 +27,9 @@ def stored_names(model: Any, tensors: Iterable[str]) -> dict[str, str]:
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     experts = [rule for t in transforms if t not in renamings for rule in _expert_rules(t)]
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)} | dict(
+        stored_buffers(model)
+    ).keys()
     prefix = f"{model.base_model_prefix}."
     names: dict[str, str] = {}
     for stored in tensors:
@@ -39,6 +43,14 @@ def stored_names(model: Any, tensors: Iterable[str]) -> dict[str, str]:
                     names[candidate] = stored
                 break
     return names
+
+
+def stored_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Buffers that a checkpoint holds, by name: not those that are computed anew in constructors."""
+    for path, owner in module.named_modules():
+        for leaf, buffer in owner._buffers.items():
+            if buffer is not None and leaf not in owner._non_persistent_buffers_set:
+                yield f"{path}.{leaf}" if path else leaf, buffer
 
 
 def _expert_rules(converter: Any) -> list[tuple[re.Pattern[str], str]]:

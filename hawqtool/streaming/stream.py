@@ -19,6 +19,7 @@ from hawqtool.model.block import LoadedBlock
 from hawqtool.model.discovery import Structure
 from hawqtool.model.replay import replayed_blocks
 from hawqtool.model.skeleton import to_meta
+from hawqtool.model.stored_names import stored_buffers
 from hawqtool.model.tasks import model_task
 from hawqtool.records import TokenImportance
 from hawqtool.rounding.statistics import GroupStatistics, is_held_out, second_moments
@@ -102,6 +103,7 @@ class ModelStream:
         self.blocks: Any = model.get_submodule(self.blocks_name)
         to_meta(model)
         self._load_ends()
+        self._load_buffers()
         for name, buffer in model.named_buffers():
             if buffer.device.type == "meta":
                 raise InputError(
@@ -134,6 +136,34 @@ class ModelStream:
         """Load what lies outside the blocks: embedding, last norm, head."""
         self._load(self.model, "", skip=f"{self.blocks_name}.", shared=self._matrices)
         self._has_ends = True
+
+    def _load_buffers(self) -> None:
+        """Load the stored buffers of the whole model, such as routing biases and scalars of layers; they are small.
+
+        Floating ones get the dtype in which transformers computes with them.
+
+        Raises:
+            InputError: If the checkpoint lacks one of floating point, or has another shape of one.
+        """
+        exact = tuple(getattr(self.model, "_keep_in_fp32_modules_strict", None) or ())
+        for name, buffer in list(stored_buffers(self.model)):
+            if name in self.structure.unused:
+                continue
+            stored = self.structure.stored_names.get(name, name)
+            if stored not in self.source:
+                if buffer.is_floating_point():
+                    raise InputError(f"buffer {name} is not in the checkpoint; the model of config.json needs it")
+                continue  # indices, which the constructor has computed
+            value = self.source.tensor(stored)
+            if value.shape != buffer.shape:
+                raise InputError(
+                    f"{stored} has shape {tuple(value.shape)} in the file, config.json implies {tuple(buffer.shape)}"
+                )
+            if value.is_floating_point():
+                check_finite(stored, value)
+                value = value.to(torch.float32 if any(part in name for part in exact) else buffer.dtype)
+            owner, _, leaf = name.rpartition(".")
+            self.model.get_submodule(owner)._buffers[leaf] = value
 
     def _need_ends(self) -> None:
         if not self._has_ends:

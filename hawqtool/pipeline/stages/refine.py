@@ -14,7 +14,7 @@ from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.errors import UsageError
 from hawqtool.export.tensor_checks import is_gain
 from hawqtool.model.block import LoadedBlock
-from hawqtool.model.discovery import is_norm
+from hawqtool.model.kept import is_norm
 from hawqtool.model.replay import Call
 from hawqtool.pipeline.run.job import Job
 from hawqtool.records import Rows, TokenImportance

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, MambaConfig, PretrainedConfig
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
-from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaModel
 
 from hawqtool.checkpoint.index import read_index
 from hawqtool.config import RunConfig
@@ -100,36 +101,92 @@ def test_what_transformers_cannot_load_packed_is_refused(tmp_path: Path) -> None
     assert "--profile vllm" in message
 
 
-def test_blocks_with_other_matrices_are_refused_by_name(tmp_path: Path) -> None:
+def kept_of(folder: Path) -> dict[str, str]:
+    """Reason of every kept matrix by its stored name."""
+    return {tensor.name: tensor.reason for tensor in structure_of(folder).kept}
+
+
+def test_embedding_and_head_of_a_plain_decoder_are_all_that_is_kept(tmp_path: Path) -> None:
+    found = kept_of(tiny_llama(tmp_path / "m"))
+    assert found == {"model.embed_tokens.weight": "embedding", "lm_head.weight": "head"}
+
+
+def test_parts_of_a_state_space_block_are_kept_with_reasons(tmp_path: Path) -> None:
     config = MambaConfig(vocab_size=128, hidden_size=64, num_hidden_layers=2, state_size=8)
-    message = refusal(saved(config, tmp_path / "m"), tmp_path / "out")
-    assert message.startswith("backbone.layers.0.mixer.")
-    assert "shape" in message
+    structure = structure_of(saved(config, tmp_path / "m"))
+    found = {t.pattern.removeprefix("backbone.layers.*.mixer."): t.reason for t in structure.kept if t.block == 1}
+    assert found == {
+        "A_log": "state-space parameter",
+        "conv1d.weight": "convolution",
+        "dt_proj.weight": "weight used outside its layer",
+    }
+    assert set(structure.other_linears) == {f"backbone.layers.{n}.mixer.dt_proj" for n in (0, 1)} | {"lm_head"}
+    leaves = {name.rpartition(".")[2] for name in structure.linears}
+    assert leaves == {"in_proj", "x_proj", "out_proj"}
 
 
-def test_a_linear_called_twice_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_linear_called_twice_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def twice(self: LlamaMLP, x: Tensor) -> Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x) + self.up_proj(x))
 
     folder = tiny_llama(tmp_path / "m")
     monkeypatch.setattr(LlamaMLP, "forward", twice)
-    message = refusal(folder, tmp_path / "out")
-    assert "model.layers.0.mlp.up_proj is called 2 times" in message
+    found = kept_of(folder)
+    assert found["model.layers.0.mlp.up_proj.weight"] == "called more than once"
+    # Engines fuse the two and need one format for both.
+    assert found["model.layers.0.mlp.gate_proj.weight"] == "fused with what is kept"
+    assert "model.layers.0.mlp.down_proj.weight" not in found
 
 
-def test_a_weight_used_past_its_module_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_weight_used_past_its_module_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def around(self: LlamaMLP, x: Tensor) -> Tensor:
         gate = nn.functional.linear(x, self.gate_proj.weight) + self.gate_proj(x)
         return self.down_proj(self.act_fn(gate) * self.up_proj(x))
 
     folder = tiny_llama(tmp_path / "m")
     monkeypatch.setattr(LlamaMLP, "forward", around)
-    message = refusal(folder, tmp_path / "out")
-    assert "model.layers.0.mlp.gate_proj" in message
-    assert "weight is used 2 times" in message
+    assert kept_of(folder)["model.layers.0.mlp.gate_proj.weight"] == "weight used outside its layer"
 
 
-def test_a_linear_never_called_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_linear_never_called_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny_llama(tmp_path / "m")
     monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: self.down_proj(self.act_fn(self.gate_proj(x))))
-    assert "model.layers.0.mlp.up_proj is called 0 times" in refusal(folder, tmp_path / "out")
+    assert kept_of(folder)["model.layers.0.mlp.up_proj.weight"] == "not called by these inputs"
+
+
+def test_a_linear_with_a_forward_of_its_own_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Doubled(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    def build(self: LlamaMLP, config: PretrainedConfig) -> None:
+        before(self, config)
+        self.down_proj = Doubled(config.intermediate_size, config.hidden_size, bias=False)
+
+    folder, before = tiny_llama(tmp_path / "m"), LlamaMLP.__init__
+    monkeypatch.setattr(LlamaMLP, "__init__", build)
+    found = kept_of(folder)
+    assert {n: r for n, r in found.items() if "layers" in n} == {
+        f"model.layers.{n}.mlp.down_proj.weight": "own forward" for n in (0, 1)
+    }
+
+
+def test_a_second_output_that_the_next_block_reads_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def two_outputs(self: LlamaDecoderLayer, hidden_states: Tensor, *args: object, **kwargs: object) -> object:
+        return forward(self, hidden_states, *args, **kwargs), hidden_states.mean()
+
+    def through(self: LlamaModel, input_ids: Tensor, **_: object) -> BaseModelOutputWithPast:
+        hidden, shift = self.embed_tokens(input_ids), torch.zeros(())
+        table = self.rotary_emb(hidden, position_ids=torch.arange(input_ids.shape[1])[None])
+        for layer in self.layers:
+            hidden, second = layer(hidden, position_embeddings=table, shift=shift)
+            shift = second if reads else shift
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden))
+
+    folder, forward, reads = tiny_llama(tmp_path / "m"), LlamaDecoderLayer.forward, False
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", two_outputs)
+    monkeypatch.setattr(LlamaModel, "forward", through)
+    assert structure_of(folder).extra_outputs == (True,)
+    reads = True
+    with pytest.raises(InputError, match="block 1 reads more of an earlier block than a hidden state"):
+        structure_of(folder)
