@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from hawqtool.checkpoint.index import read_index
+from hawqtool.checkpoint.index import CheckpointIndex, read_index
 from hawqtool.checkpoint.reader import TensorReader
+from hawqtool.checkpoint.stacked_experts import split_stacked
 from hawqtool.export.config_checks import (
     dense_matrices,
     field_problems,
@@ -108,11 +109,16 @@ def verify_folder(
     if plan:
         problems += plan_problems(formats, index, plan)
     if against is not None:
-        source = TensorReader(read_index(Path(against)))
+        source = TensorReader(_source_index(Path(against), index))
         problems += _model_config_problems(model_config, read_config(Path(against)))
         problems += source_file_problems(folder, Path(against), index)
         problems += _weight_problems(reader, source, formats, layers, checksums or {}, device)
     return VerifyReport(tuple(problems), len(index.tensors), len(packed), index.total_bytes)
+
+
+def _source_index(against: Path, packed: CheckpointIndex) -> CheckpointIndex:
+    """Index of the source, with stacked experts split where the packed folder holds them one by one."""
+    return split_stacked(read_index(against), lambda experts: f"{experts}.down_proj" not in packed.tensors)
 
 
 def origin_problems(folder: Path, against: Path, device: torch.device | str = "cpu") -> list[str]:
@@ -127,7 +133,7 @@ def origin_problems(folder: Path, against: Path, device: torch.device | str = "c
         InputError: If one of the folders or a file's header cannot be read at all.
     """
     index = read_index(folder)
-    reader, source = TensorReader(index), TensorReader(read_index(against))
+    reader, source = TensorReader(index), TensorReader(_source_index(against, index))
     config: Any = read_config(folder).get("quantization_config")
     if broken := structure_problems({"ignore": [], **config} if isinstance(config, dict) else config):
         return broken

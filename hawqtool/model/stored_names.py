@@ -8,6 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hawqtool.checkpoint.index import CheckpointIndex
+from hawqtool.checkpoint.stacked_experts import split_stacked
+
+UNJOINED = "it has no rule that joins experts of this model which are stored one by one"
+"""Why transformers cannot load packed experts that the original stores stacked."""
+
 _MERGED = ("MergeModulelist", "Concatenate")
 
 
@@ -51,6 +57,25 @@ def stored_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for leaf, buffer in owner._buffers.items():
             if buffer is not None and leaf not in owner._non_persistent_buffers_set:
                 yield f"{path}.{leaf}" if path else leaf, buffer
+
+
+def with_stored_experts_split(model: Any, index: CheckpointIndex) -> CheckpointIndex:
+    """The index with one matrix per expert and role, for experts that the model splits and the checkpoint stacks.
+
+    Args:
+        model: Skeleton, its experts split.
+        index: The checkpoint.
+    """
+    used = set(stored_names(model, split_stacked(index, lambda _: True).tensors).values())
+    return split_stacked(index, lambda experts: f"{experts}.0.down_proj.weight" in used)
+
+
+def joins_experts(model: Any) -> bool:
+    """Whether transformers joins experts that a checkpoint of this model stores one by one, under our names."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    sources = [source for rule in get_model_conversion_mapping(model) for source in rule.source_patterns]
+    return any(source.removesuffix("$").endswith("experts.*.down_proj.weight") for source in sources)
 
 
 def _expert_rules(converter: Any) -> list[tuple[re.Pattern[str], str]]:

@@ -25,6 +25,7 @@ from hawqtool.export.layout import Layout, plan_layout
 from hawqtool.export.packed_reader import PackedReader
 from hawqtool.model.discovery import Structure, check_shapes, discover
 from hawqtool.model.skeleton import build_skeleton, max_positions
+from hawqtool.model.stored_names import UNJOINED, joins_experts, with_stored_experts_split
 from hawqtool.model.tasks import ModelTask, model_task
 from hawqtool.pipeline.run.memory_budget import Work, choose_batch_size, make_offload
 from hawqtool.pipeline.run.resolved import ResolvedSettings, resolve_settings
@@ -153,10 +154,13 @@ def prepare(
     """
     device = _device(config.device)
     source = _source(config, reporter or Silent())
-    index = read_index(source.folder)
-    probe = build_skeleton(index.folder, torch.float32, source.runs_code, index.tensors)
+    stored_index = read_index(source.folder)
+    probe = build_skeleton(stored_index.folder, torch.float32, source.runs_code, stored_index.tensors)
+    index = with_stored_experts_split(probe, stored_index)
     alone = config.profile == "transformers"
     structure = discover(probe, index, config.profile == "vllm", config.quantize_lm_head, fuses=not alone)
+    if index.tensors.keys() != stored_index.tensors.keys() and not joins_experts(probe):
+        structure = replace(structure, obstacle=structure.obstacle or UNJOINED)
     if writes and structure.obstacle and config.profile != "vllm":
         raise InputError(
             f"{config.model}: transformers cannot load this model when it is packed: {structure.obstacle}; "
