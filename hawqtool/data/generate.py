@@ -28,6 +28,7 @@ class SampledModel:
         device: Where to run.
         dtype: dtype of the weights.
         trust_remote_code: Whether code from the checkpoint may run.
+        auto_class: Class of transformers that loads it.
     """
 
     folder: Path
@@ -35,6 +36,7 @@ class SampledModel:
     device: torch.device
     dtype: torch.dtype
     trust_remote_code: bool = False
+    auto_class: str = "AutoModelForCausalLM"
 
 
 def generate_rows(
@@ -88,13 +90,13 @@ def generate_rows(
 
 def _load(source: SampledModel, first: int, seq_len: int) -> tuple[Any, Any]:
     """The whole model and the settings of its sampling."""
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    import transformers
 
     # The checkpoint's own generation settings (an end token, a top-k) must not shape the rows; they are not read.
-    neutral = GenerationConfig(pad_token_id=first)
+    neutral = transformers.GenerationConfig(pad_token_id=first)
     try:
         with _no_progress_bars():
-            model: Any = AutoModelForCausalLM.from_pretrained(
+            model: Any = getattr(transformers, source.auto_class).from_pretrained(
                 source.folder,
                 dtype=source.dtype,
                 trust_remote_code=source.trust_remote_code,
@@ -110,7 +112,7 @@ def _load(source: SampledModel, first: int, seq_len: int) -> tuple[Any, Any]:
     model.to(source.device).eval()
     for name, parameter in model.named_parameters():
         check_finite(name, parameter.detach())
-    settings = GenerationConfig(
+    settings = transformers.GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=seq_len - 1, pad_token_id=first
     )
     return model, settings

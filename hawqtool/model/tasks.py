@@ -18,6 +18,7 @@ class ModelTask:
         per_row: Whether a row has one output; otherwise it has one per token.
         generates: Whether rows can be sampled from the model, and perplexity means something.
         mapping: Name of transformers' table of the classes of this task.
+        auto_class: Class of transformers that loads what rows are sampled from.
     """
 
     name: str
@@ -25,11 +26,16 @@ class ModelTask:
     per_row: bool
     generates: bool
     mapping: str
+    auto_class: str = "AutoModelForCausalLM"
 
 
 TASKS = (
     ModelTask("causal language model", True, False, True, "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
-    ModelTask("multimodal language model", True, False, True, "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES"),
+    ModelTask(
+        *("multimodal language model", True, False, True),
+        mapping="MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
+        auto_class="AutoModelForMultimodalLM",
+    ),
     ModelTask("masked language model", True, False, False, "MODEL_FOR_MASKED_LM_MAPPING_NAMES"),
     ModelTask("sequence classifier", True, True, False, "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"),
     ModelTask("image classifier", True, True, False, "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES"),

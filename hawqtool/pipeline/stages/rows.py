@@ -149,7 +149,8 @@ def _sampled_source(context: RunContext, quota: dict[str, int]) -> SourceRows:
     if known is not None:
         return SourceRows(SELF, known, quota)
     context.reporter.say(f"sampling {count} rows of {job.settings.seq_len} tokens from the model")
-    model = SampledModel(job.index.folder, job.tokenizer(), job.device, job.dtype, job.source.runs_code)
+    trusted, loader = job.source.runs_code, job.task.auto_class
+    model = SampledModel(job.index.folder, job.tokenizer(), job.device, job.dtype, trusted, loader)
     tokens = generate_rows(model, count, job.settings.seq_len, job.config.seed, context.progress("sampling tokens"))
     context.saved.save(SAMPLED, tokens)
     return SourceRows(SELF, tokens, quota)
