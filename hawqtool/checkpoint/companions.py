@@ -33,6 +33,9 @@ WEIGHT_PATTERNS = (
 OWN_FILES = ("config.json", "readme.md", "report.json", "report.html")
 """Files that the pipeline writes itself."""
 
+QUANTIZATION_FILES = ("hf_quant_config.json",)
+"""How the source is quantized, which the output is not: engines would believe it."""
+
 ADAPTER_FILES = ("adapter_*",)
 """Loaders would take the output for a base model with this adapter, which was not part of the weights."""
 
@@ -77,7 +80,7 @@ def left_folders(folder: Path) -> tuple[str, ...]:
 
 
 def _is_companion(name: str) -> bool:
-    left_out = (*WEIGHT_PATTERNS, *ADAPTER_FILES)
+    left_out = (*WEIGHT_PATTERNS, *ADAPTER_FILES, *QUANTIZATION_FILES)
     return not name.startswith(".") and name not in OWN_FILES and not any(fnmatch(name, p) for p in left_out)
 
 

@@ -47,11 +47,19 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class CheckpointIndex:
-    """Every tensor of a checkpoint, in file order: file by file, by offset."""
+    """Every tensor of a checkpoint, in file order: file by file, by offset.
+
+    Args:
+        folder: Holds the files.
+        files: Safetensors files.
+        tensors: What they hold, by name; of a quantized original what its tensors stand for.
+        source_format: How a quantized original is stored, for people; None where tensors are as stored.
+    """
 
     folder: Path
     files: tuple[Path, ...]
     tensors: dict[str, TensorInfo]
+    source_format: str | None = None
 
     @property
     def total_bytes(self) -> int:

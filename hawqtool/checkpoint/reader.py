@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hawqtool.checkpoint.dtypes import torch_dtype
 from hawqtool.checkpoint.index import CheckpointIndex, TensorInfo
+from hawqtool.checkpoint.originals.codec import DequantizedInfo, dequantize_tensor
 from hawqtool.errors import InputError, InputLostError, NumericalError
 
 CHUNK_BYTES = 16 << 20
@@ -61,7 +62,17 @@ class TensorReader:
         Raises:
             InputError: If there is no such tensor or the file cannot be read.
         """
-        info = self.info(name)
+        return self.read(self.info(name), pinned)
+
+    def read(self, info: TensorInfo, pinned: bool = False) -> Tensor:
+        """Tensor of a header entry, or of a part of one; computed where it stands for codes and scales.
+
+        Raises:
+            InputError: If the file cannot be read.
+        """
+        if isinstance(info, DequantizedInfo):
+            weight = dequantize_tensor(info, self.read)
+            return weight.pin_memory() if pinned else weight
         dtype = torch_dtype(info.dtype)
         if info.num_bytes == 0:
             return torch.empty(info.shape, dtype=dtype)
@@ -73,16 +84,16 @@ class TensorReader:
                 while done < info.num_bytes:
                     count = stream.readinto(view[done : done + (1 << 30)])
                     if not count:
-                        raise InputLostError(f"{info.file} ended inside tensor {name}; download or save it again")
+                        raise InputLostError(f"{info.file} ended inside tensor {info.name}; download or save it again")
                     done += count
         except OSError as error:
             raise InputLostError(
-                f"tensor {name} of {info.file} cannot be read ({error.strerror}); check the disk"
+                f"tensor {info.name} of {info.file} cannot be read ({error.strerror}); check the disk"
             ) from None
         return buffer.view(dtype).reshape(info.shape)
 
     def raw(self, name: str) -> bytes:
-        """Stored bytes of a tensor.
+        """Bytes of a tensor as `tensor` returns it.
 
         Raises:
             InputError: As `tensor`.
@@ -90,12 +101,16 @@ class TensorReader:
         return b"".join(self.chunks(name))
 
     def chunks(self, name: str) -> Iterator[bytes]:
-        """Stored bytes of a tensor in pieces of at most 16 MiB.
+        """Bytes of a tensor in pieces of at most 16 MiB.
 
         Raises:
             InputError: As `tensor`.
         """
         info = self.info(name)
+        if isinstance(info, DequantizedInfo):
+            view = self.read(info).view(-1).view(torch.uint8).numpy().data
+            yield from (bytes(view[at : at + CHUNK_BYTES]) for at in range(0, len(view), CHUNK_BYTES))
+            return
         try:
             with info.file.open("rb", buffering=0) as stream:
                 stream.seek(info.start)

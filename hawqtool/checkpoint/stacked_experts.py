@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from hawqtool.checkpoint.index import CheckpointIndex, TensorInfo
+from hawqtool.checkpoint.originals.codec import DequantizedInfo, leading, rows_of
 
 _STACKED = re.compile(r"^(?P<experts>.*\bexperts)\.(?P<leaf>gate_up_proj|up_proj|down_proj)$")
 _ROLES = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
@@ -41,6 +42,8 @@ def _rows_first(index: CheckpointIndex, experts: str) -> bool:
     shares = 2 if first.name.endswith("gate_up_proj") else 1
     if len(first.shape) != 3 or len(down.shape) != 3:
         return False
+    if any(isinstance(info, DequantizedInfo) and info.transposed for info in (first, down)):
+        return False
     count, outputs, width = first.shape
     return (
         down.shape == (count, width, outputs // shares) and outputs % shares == 0 and (shares == 2 or outputs != width)
@@ -48,10 +51,9 @@ def _rows_first(index: CheckpointIndex, experts: str) -> bool:
 
 
 def _parts(info: TensorInfo, experts: str, roles: tuple[str, ...]) -> Iterator[TensorInfo]:
-    count, outputs, width = info.shape
-    size = info.num_bytes // (count * len(roles))
+    count, outputs = info.shape[:2]
+    rows = outputs // len(roles)
     for number in range(count):
         for place, role in enumerate(roles):
-            start = info.start + (number * len(roles) + place) * size
-            name, shape = f"{experts}.{number}.{role}.weight", (outputs // len(roles), width)
-            yield replace(info, name=name, shape=shape, start=start, num_bytes=size)
+            part = rows_of(leading(info, number), place * rows, rows)
+            yield replace(part, name=f"{experts}.{number}.{role}.weight")

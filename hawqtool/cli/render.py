@@ -42,6 +42,7 @@ def announcement(description: DryRun) -> list[str]:
     lines = [
         f"model       {description['model']}: {description['blocks']} blocks, {description['linears']} linears in "
         f"{description['units']} units, {description['quantized_weights']:,} weights to quantize",
+        *_source_lines(description),
         f"widths      {', '.join(map(str, description['widths']))} bits{kind}; achievable {low:.3f} to {high:.3f} "
         "stored bits per weight",
         f"budget      {aim}",
@@ -51,6 +52,18 @@ def announcement(description: DryRun) -> list[str]:
         f"seed {description['seed']}",
     ]
     return lines + [f"note        {text}" for text in description["group_falls"]]
+
+
+def _source_lines(description: DryRun) -> list[str]:
+    """How a quantized original is stored, and what it left in 16 bits."""
+    if description["source_format"] is None:
+        return []
+    left = description["left_unquantized"]
+    lines = [f"source      {description['source_format']}, dequantized on reading; that model is the reference"]
+    if left:
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        lines.append(f"kept        {left[0]}{more}, which the source left in 16 bits; --pin NAME=BITS quantizes them")
+    return lines
 
 
 def print_report(report: Report, output: str) -> None:

@@ -107,6 +107,8 @@ def _print_header(console: Console, description: dict[str, Any]) -> None:
         for name, entry in description["dtypes"].items()
     ]
     _line(console, "dtypes", "; ".join(dtypes))
+    if description.get("source_format"):
+        _line(console, "source", f"{description['source_format']}, dequantized on reading")
 
 
 def _print_refused(console: Console, description: dict[str, Any]) -> None:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from hawqtool.checkpoint.index import CheckpointIndex, read_index
+from hawqtool.checkpoint.packing import unpack_codes, unpack_zeros
 from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.errors import InputError
 from hawqtool.export.compressed_tensors import module_format
-from hawqtool.export.packing import unpack_codes, unpack_zeros
 from hawqtool.formats import QuantFormat
 from hawqtool.parsing import ParseError, load_json
 from hawqtool.rounding.grid import dequantize

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from hawqtool.checkpoint.index import CheckpointIndex, TensorInfo
+from hawqtool.checkpoint.packing import pack_zeros, unpack_zeros
 from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.export.config_checks import packed_modules
 from hawqtool.export.packed_reader import (
@@ -23,7 +24,6 @@ from hawqtool.export.packed_reader import (
     packed_errors,
     packed_parts,
 )
-from hawqtool.export.packing import pack_zeros, unpack_zeros
 from hawqtool.export.plausibility import error_bound_problems, gain_problems, half_step_bounds
 from hawqtool.formats import CHANNEL, QuantFormat
 from hawqtool.records import LayerFormats

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from hawqtool.checkpoint.index import CheckpointIndex, read_index
+from hawqtool.checkpoint.originals.declaration import without_quantization
 from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.checkpoint.stacked_experts import split_stacked
 from hawqtool.export.config_checks import (
@@ -118,7 +119,7 @@ def verify_folder(
 
 def _source_index(against: Path, packed: CheckpointIndex) -> CheckpointIndex:
     """Index of the source, with stacked experts split where the packed folder holds them one by one."""
-    return split_stacked(read_index(against), lambda experts: f"{experts}.down_proj" not in packed.tensors)
+    return split_stacked(read_original(against), lambda experts: f"{experts}.down_proj" not in packed.tensors)
 
 
 def origin_problems(folder: Path, against: Path, device: torch.device | str = "cpu") -> list[str]:
@@ -161,7 +162,8 @@ def _weight_problems(
 
 
 def _model_config_problems(config: dict[str, Any], source: dict[str, Any]) -> list[str]:
-    keys = sorted((set(config) | set(source)) - {"quantization_config"})
+    config, source = without_quantization(config), without_quantization(source)
+    keys = sorted(set(config) | set(source))
     return [
         f"config.json has {key} {config.get(key)!r}; the source has {source.get(key)!r}; expected equal; restore it"
         for key in keys

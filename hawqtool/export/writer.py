@@ -18,10 +18,11 @@ from torch import Tensor
 from hawqtool.checkpoint.companions import companion_files
 from hawqtool.checkpoint.dtypes import dtype_name
 from hawqtool.checkpoint.index import INDEX_FILE, CheckpointIndex, read_header
+from hawqtool.checkpoint.originals.declaration import without_quantization
+from hawqtool.checkpoint.packing import pack_codes, pack_zeros
 from hawqtool.checkpoint.reader import CHUNK_BYTES, TensorReader
 from hawqtool.errors import InputError, NumericalError, disk_errors
 from hawqtool.export.layout import Entry, Layout
-from hawqtool.export.packing import pack_codes, pack_zeros
 from hawqtool.parsing import ParseError, load_json
 from hawqtool.records import RoundedLayer
 
@@ -240,7 +241,7 @@ def write_config(source: Path, target: Path, quantization_config: dict[str, Any]
         config = load_json(path)
     except ParseError as error:
         raise InputError(f"{path} is not readable JSON ({error}); expected a model configuration; restore it") from None
-    config["quantization_config"] = quantization_config
+    config = without_quantization(config) | {"quantization_config": quantization_config}
     with disk_errors(target):
         _write_json(target / "config.json", config)
 

@@ -88,11 +88,18 @@ def _read_config(folder: Path, trust_remote_code: bool) -> Any:
     except Exception as error:  # of any type, as below
         raise InputError(f"{folder}: transformers cannot build this model: {one_line(error)}") from error
     _refuse_absurd(folder, config)
-    if getattr(config, "quantization_config", None):
-        raise InputError(f"{folder} is quantized already; give the original checkpoint")
+    _drop_quantization(config)
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(f"{folder} is an encoder-decoder ({config.model_type}); only models with one stack of blocks")
     return config
+
+
+def _drop_quantization(config: Any) -> None:
+    """Build the 16-bit model of a quantized original, whose weights are dequantized as they are read."""
+    config.__dict__.pop("quantization_config", None)
+    for name in getattr(config, "sub_configs", None) or ():
+        if getattr(config, name, None) is not None:
+            _drop_quantization(getattr(config, name))
 
 
 def _refuse_absurd(folder: Path, config: Any) -> None:

@@ -123,6 +123,8 @@ def describe(job: Job) -> DryRun:
     length = "images" if job.takes_images else f"rows of {job.settings.seq_len} tokens"
     return {
         "model": job.source.spec,
+        "source_format": job.index.source_format,
+        "left_unquantized": [unit.name for unit in job.left_units],
         "blocks": len(job.structure.blocks),
         "linears": sum(len(unit.members) for unit in job.units),
         "units": len(job.units),

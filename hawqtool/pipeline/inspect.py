@@ -10,9 +10,10 @@ from typing import Any
 from hawqtool.allocation.problem import stored_bytes
 from hawqtool.allocation.uniform import uniform_formats, unit_group_size
 from hawqtool.checkpoint.index import CheckpointIndex, TensorInfo, read_index
+from hawqtool.checkpoint.originals.recognition import read_original
 from hawqtool.checkpoint.source import locate
 from hawqtool.config import load_config
-from hawqtool.errors import HawqError, UsageError
+from hawqtool.errors import HawqError, InputError, UsageError
 from hawqtool.export.compressed_tensors import METHOD
 from hawqtool.export.packed_reader import read_config
 from hawqtool.formats import CHANNEL, GROUP_SIZES, QuantFormat
@@ -38,13 +39,7 @@ def run_inspect(model: str) -> dict[str, Any]:
     folder = locate(model).folder
     index = read_index(folder)
     config = read_config(folder)
-    quantization = config.get("quantization_config")
-    if quantization is None:
-        described = {"kind": "original"} | _describe_original(index)
-    elif isinstance(quantization, dict) and quantization.get("quant_method") == METHOD:
-        described = {"kind": "quantized", "method": METHOD} | describe_packed(index, quantization)
-    else:
-        described = _describe_other(quantization)
+    described = _describe(index, config.get("quantization_config"))
     if not described["supported"]:
         described["matrices"] = _matrices(index.tensors.values())
     return _header_facts(index, config) | described
@@ -70,14 +65,25 @@ def _header_facts(index: CheckpointIndex, config: dict[str, Any]) -> dict[str, A
     }
 
 
-def _describe_other(quantization: Any) -> dict[str, Any]:
+def _describe(index: CheckpointIndex, quantization: Any) -> dict[str, Any]:
+    """The checkpoint as a quantized one in our format, else as an original, which may be quantized itself."""
+    packed = None
+    if isinstance(quantization, dict) and quantization.get("quant_method") == METHOD:
+        packed = {"kind": "quantized", "method": METHOD} | describe_packed(index, quantization)
+    try:
+        source_format = read_original(index.folder).source_format
+    except InputError as error:
+        if packed is None and quantization is None:
+            return {"kind": "original", "source_format": None, "supported": False, "refusal": str(error)}
+        return packed or _describe_other(quantization, str(error))
+    if packed is not None and packed["supported"]:
+        return packed | {"source_format": source_format}
+    return {"kind": "original", "source_format": source_format} | _describe_original(index)
+
+
+def _describe_other(quantization: Any, refusal: str) -> dict[str, Any]:
     known = quantization if isinstance(quantization, dict) else {}
     method = known.get("quant_method")
-    details = [f"{key} {known[key]}" for key in ("bits", "group_size") if key in known]
-    words = f"{method or 'a method that its config.json does not name'}" + (
-        f" ({', '.join(details)})" if details else ""
-    )
-    refusal = f"quantized with {words}, which hawqtool does not read; give the original checkpoint"
     return {"kind": "other", "method": method, "supported": False, "refusal": refusal}
 
 

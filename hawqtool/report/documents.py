@@ -104,6 +104,8 @@ class DryRun(TypedDict):
 
     schema: NotRequired[Annotated[str, "`hawqtool.dryrun/1`."]]
     model: Annotated[str, "The original as it was given."]
+    source_format: Annotated[str | None, "How a quantized original is stored; it is dequantized on reading."]
+    left_unquantized: Annotated[list[str], "Units that a quantized original left in 16 bits, which they keep."]
     blocks: Annotated[int, "Transformer blocks."]
     linears: Annotated[int, "Linears that are quantized."]
     units: Annotated[int, "Units of the plan."]

@@ -218,6 +218,7 @@ class Report(TypedDict):
     schema: Annotated[str, "`hawqtool.report/2`."]
     model: Annotated[str, "Name of the original."]
     model_revision: Annotated[str | None, "Commit of the original on the hub."]
+    source_format: Annotated[str | None, "How a quantized original is stored; it is dequantized on reading."]
     architecture: Annotated[str, "Class of the model in transformers."]
     hawqtool_version: Annotated[str, "Version that wrote this."]
     command: Annotated[str, "The command line, or the call."]

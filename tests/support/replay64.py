@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
-from hawqtool.export.packing import unpack_codes
+from hawqtool.checkpoint.packing import unpack_codes
 from hawqtool.formats import QuantFormat
 from hawqtool.records import UnitFormats
 from hawqtool.rounding.grid import dequantize, expand_scales, search_scales

@@ -14,7 +14,8 @@ from hawqtool.allocation.problem import ignored_along, resolve_ignored, resolve_
 from hawqtool.allocation.uniform import uniform_formats
 from hawqtool.checkpoint.dtypes import torch_dtype
 from hawqtool.checkpoint.fusion import is_expert
-from hawqtool.checkpoint.index import CheckpointIndex, read_index
+from hawqtool.checkpoint.index import CheckpointIndex
+from hawqtool.checkpoint.originals.recognition import left_unquantized, read_original
 from hawqtool.checkpoint.prefetch import Prefetcher
 from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.checkpoint.source import ResolvedModel, hub_id, resolve_model
@@ -51,6 +52,7 @@ class Job:
         structure: Blocks, linears, input groups.
         units: Units that are quantized; ignored ones are left out.
         pins: Unit name to its fixed format.
+        left_units: Units that stay in 16 bits because a quantized original left them so.
         device: Where to compute.
         dtype: dtype of weights and activations while computing: float32 on a CPU.
         recorder: Takes note of the stages of walks; nothing by default.
@@ -70,6 +72,7 @@ class Job:
     dtype: torch.dtype
     recorder: Recorder = UNRECORDED
     offload: Offload | None = None
+    left_units: tuple[Unit, ...] = ()
     matrices: WeakValueDictionary[str, Any] = field(default_factory=WeakValueDictionary, compare=False)
 
     @property
@@ -154,7 +157,7 @@ def prepare(
     """
     device = _device(config.device)
     source = _source(config, reporter or Silent())
-    stored_index = read_index(source.folder)
+    stored_index = read_original(source.folder)
     probe = build_skeleton(stored_index.folder, torch.float32, source.runs_code, stored_index.tensors)
     index = with_stored_experts_split(probe, stored_index)
     alone = config.profile == "transformers"
@@ -176,12 +179,15 @@ def prepare(
         (reporter or Silent()).warn(line)
     units = tuple(unit for unit in structure.units if unit.name not in ignored)
     pins = _pins(config, units) if config.pin else {}
+    left_names = left_unquantized(index, {u.name: [m.name for m in u.members] for u in units if u.name not in pins})
+    left = tuple(unit for unit in units if unit.name in left_names)
+    units = tuple(unit for unit in units if unit.name not in left_names)
     longest = max_positions(probe)
     if config.seq_len and longest and config.seq_len > longest:
         raise UsageError(f"--seq-len {config.seq_len} exceeds the model's {longest} positions; lower it")
     skeleton = build_skeleton(index.folder, dtype, source.runs_code, index.tensors)
     settings = resolve_settings(config, device.type, longest)
-    job = Job(config, settings, source, index, skeleton, structure, units, pins, device, dtype)
+    job = Job(config, settings, source, index, skeleton, structure, units, pins, device, dtype, left_units=left)
     _check_method(job)
     work = Work(config, index, structure, device, dtype, settings.num_samples, settings.seq_len)
     job = job.with_batch_size(settings.batch_size or choose_batch_size(work))

@@ -11,12 +11,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from hawqtool.checkpoint.packing import pack_codes
 from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.config import RunConfig
 from hawqtool.evaluation.divergence import OutputComparison
 from hawqtool.export.layout import Layout
 from hawqtool.export.packed_reader import PACKED, SCALE, packed_parts, relative_weight_error, unpack_parts
-from hawqtool.export.packing import pack_codes
 from hawqtool.export.writer import CheckpointWriter, unfinished_reader
 from hawqtool.model.block import LoadedBlock
 from hawqtool.model.replay import Call

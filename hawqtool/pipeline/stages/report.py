@@ -77,6 +77,7 @@ def build_report(
         "schema": REPORT_SCHEMA,
         "model": job.source.name,
         "model_revision": job.source.revision,
+        "source_format": job.index.source_format,
         "architecture": type(job.skeleton).__name__,
         "hawqtool_version": __version__,
         "command": command,
@@ -145,7 +146,7 @@ def _row_sets(job: Job, sets: dict[str, Rows]) -> RowSets:
 def warnings(job: Job, outcome: Outcome) -> list[str]:
     """What the user should know: raised damping, experts without tokens, odd shapes, a mixed plan that did not pay."""
     rounding, evaluation, shipped = outcome.rounding, outcome.evaluation, outcome.shipped
-    found = list(job.source.warnings)
+    found = [*job.source.warnings, *_source_warnings(job)]
     retried = [n for n, m in rounding["layers"].items() if m["damping_retries"]]
     if retried:
         found.append(f"damping had to be raised for {len(retried)} layers, first {retried[0]}")
@@ -171,6 +172,17 @@ def warnings(job: Job, outcome: Outcome) -> list[str]:
             "a uniform plan was better on the selection rows, but plan, pins, bits, group size or profile exclude it"
         )
     return found
+
+
+def _source_warnings(job: Job) -> list[str]:
+    """How a quantized original was read, and what stayed in 16 bits because it had left that so."""
+    if job.index.source_format is None:
+        return []
+    kept = f"; {len(job.left_units)} units that it left in 16 bits stay so" if job.left_units else ""
+    return [
+        f"source: {job.index.source_format}, dequantized on reading: the original that quality is measured against is "
+        f"that model{kept}"
+    ]
 
 
 def public_config(job: Job) -> dict[str, Any]:

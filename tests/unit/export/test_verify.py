@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hawqtool.checkpoint.dtypes import torch_dtype
 from hawqtool.checkpoint.index import read_index
+from hawqtool.checkpoint.packing import pack_codes
 from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.errors import InputError
 from hawqtool.export import packed_reader as module
@@ -25,7 +26,6 @@ from hawqtool.export.packed_reader import (
     relative_weight_error,
     unpack_parts,
 )
-from hawqtool.export.packing import pack_codes
 from hawqtool.export.verify import VerifyReport, verify_folder
 from hawqtool.formats import QuantFormat, parse_label
 from hawqtool.rounding.grid import dequantize

@@ -81,6 +81,7 @@ def a_report(measure: str = "kl", prefix: str = "model.layers", **changes: Any) 
         "schema": "hawqtool.report/2",
         "model": "tiny",
         "model_revision": None,
+        "source_format": None,
         "architecture": "LlamaForCausalLM",
         "hawqtool_version": "0.1.0",
         "command": "hawqtool quantize tiny -o out",

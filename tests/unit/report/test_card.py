@@ -44,6 +44,7 @@ def a_report(**changes: Any) -> dict[str, Any]:
         "schema": "hawqtool.report/2",
         "model": "tiny-llama",
         "model_revision": None,
+        "source_format": None,
         "architecture": "LlamaForCausalLM",
         "hawqtool_version": "0.1.0",
         "command": "hawqtool quantize tiny-llama -o out --target-bpw 3.5",

@@ -6,8 +6,8 @@ import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 
-from hawqtool.export import packing
-from hawqtool.export.packing import pack_codes, unpack_codes
+from hawqtool.checkpoint import packing
+from hawqtool.checkpoint.packing import pack_codes, unpack_codes
 from hawqtool.formats import QuantFormat
 
 BITS = range(2, 9)

@@ -19,12 +19,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from hawqtool.checkpoint.index import read_index
+from hawqtool.checkpoint.packing import pack_codes, pack_zeros, unpack_zeros
 from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.errors import InputError, NumericalError
 from hawqtool.export.compressed_tensors import module_format, quantization_config
 from hawqtool.export.layout import plan_layout
 from hawqtool.export.packed_reader import PackedReader
-from hawqtool.export.packing import pack_codes, pack_zeros, unpack_zeros
 from hawqtool.export.verify import verify_folder
 from hawqtool.export.writer import CheckpointWriter
 from hawqtool.formats import CHANNEL, QuantFormat
