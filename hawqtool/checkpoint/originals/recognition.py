@@ -89,7 +89,10 @@ class Recognition:
         self._check_rest(index.tensors.values())
 
     def tensors(self) -> dict[str, TensorInfo]:
-        """Tensors by name in file order: weights in the place of their codes, companions left out."""
+        """Tensors by name, without companions, file by file in the order in which safetensors would write them.
+
+        So the output's files are those of the dequantized folder.
+        """
         found: dict[str, TensorInfo] = {}
         for info in self._stored.values():
             seen = self.weights.get(info.name, info)
@@ -97,7 +100,9 @@ class Recognition:
                 if seen.name in found or (seen is not info and seen.name != info.name and seen.name in self._stored):
                     raise InputError(f"tensor {seen.name} is stored twice, also as {info.name}; expected it once")
                 found[seen.name] = seen
-        return found
+        places = {file: place for place, file in enumerate(dict.fromkeys(info.file for info in found.values()))}
+        ordered = sorted(found.values(), key=lambda i: (places[i.file], -DTYPE_BYTES[i.dtype], i.name))
+        return {info.name: info for info in ordered}
 
     def _is_companion(self, name: str) -> bool:
         leaf = name.rpartition(".")[2]

@@ -61,11 +61,7 @@ class Outcome:
 
 
 def build_report(
-    job: Job,
-    sets: dict[str, Rows],
-    outcome: Outcome,
-    timings: dict[str, float],
-    command: str,
+    job: Job, sets: dict[str, Rows], outcome: Outcome, timings: dict[str, float], command: str
 ) -> Report:
     """The report of the shipped plan (schema ``hawqtool.report/2``).
 
