@@ -60,9 +60,7 @@ class Outcome:
     shipped: Shipped
 
 
-def build_report(
-    job: Job, sets: dict[str, Rows], outcome: Outcome, timings: dict[str, float], command: str
-) -> Report:
+def build_report(job: Job, sets: dict[str, Rows], outcome: Outcome, timings: dict[str, float], command: str) -> Report:
     """The report of the shipped plan (schema ``hawqtool.report/2``).
 
     The caller fills in what only it knows: search, gates, starts, fingerprint of the configuration, measurement.
