@@ -11,6 +11,7 @@ import torch
 
 from hawqtool.checkpoint.index import CheckpointIndex, read_index
 from hawqtool.checkpoint.originals.declaration import without_quantization
+from hawqtool.checkpoint.originals.recognition import read_original
 from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.checkpoint.stacked_experts import split_stacked
 from hawqtool.export.config_checks import (
