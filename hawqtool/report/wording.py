@@ -21,7 +21,7 @@ EXPLANATIONS = {
 }
 
 GATES = {
-    "target_kl": "measured divergence, the larger of selection and report rows",
+    "target_kl": "divergence on the selection rows, which choose",
     "max_kl": "divergence on the report rows",
     "max_ppl_increase": "perplexity over that of the original, less one",
     "min_same_top": "share of outputs whose likeliest token or class is the original's",

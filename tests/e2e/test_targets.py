@@ -21,11 +21,12 @@ def test_the_smallest_plan_that_meets_a_bound(run: Run, bound: float) -> None:
     folder, report = run(bits="2,3,4,8", target_kl=bound)
     search = report["search"]
     assert search["met"] and report["gates"][0]["passed"]
-    assert report["evaluation"][report["shipped"]]["kl"] <= bound
+    # The selection rows choose; the report rows may lie on either side of the bound.
+    assert report["evaluation"][report["shipped"]]["selection"]["kl"] <= bound
     missed = search["largest_that_misses"]
     # Between the two lies at most one step of one unit.
     assert 0 < report["sizes"]["stored_bytes_linears"] - missed["stored_bytes"] <= 2048
-    assert max(missed["divergence"].values()) > bound
+    assert missed["divergence"]["selection"] > bound
     assert len(search["trials"]) <= 8
     assert read(folder / "report.json")["search"] == search
     assert report["sizes"]["quantized_bytes"] == (folder / "model.safetensors").stat().st_size

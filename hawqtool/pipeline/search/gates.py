@@ -12,7 +12,6 @@ from hawqtool.errors import InputError, UsageError
 from hawqtool.evaluation.gates import AT_LEAST, judge, judge_change
 from hawqtool.pipeline.run.files import REPORT_SCHEMA, read_json
 from hawqtool.pipeline.run.job import Job
-from hawqtool.pipeline.search.selection import worst_divergence
 from hawqtool.pipeline.search.trials import Trial
 from hawqtool.records import Rows
 from hawqtool.report.schema import Gate, Report, shipped_plan
@@ -117,7 +116,7 @@ def judge_gates(config: RunConfig, shipped: Trial, report: Report, baseline: Bas
     size: int = report["sizes"]["quantized_bytes"]
     # Each figure is looked up only where its gate was asked for, as not every kind of model has it.
     found: dict[str, Callable[[], float]] = {
-        "target_kl": lambda: worst_divergence(shipped),
+        "target_kl": lambda: shipped.selection,
         "max_kl": lambda: divergence,
         "max_ppl_increase": lambda: result["perplexity"] / original["perplexity"] - 1,
         "min_same_top": lambda: result["same_top"],

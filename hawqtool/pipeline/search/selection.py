@@ -108,14 +108,9 @@ def choose(job: Job, selection: Selection) -> Shipped:
         return "mixed"
     bound = job.config.target_kl
     if bound is not None:
-        return "uniform" if worst_divergence(uniform) <= bound else "mixed"
+        return "uniform" if uniform.selection <= bound else "mixed"
     difference, stderr = paired_difference(mixed.quality["selection"], uniform.quality["selection"])
     return "mixed" if difference < -DECISIVE * stderr else "uniform"
-
-
-def worst_divergence(trial: Trial) -> float:
-    """The larger of the divergences on the selection and on the report rows."""
-    return max(evaluation.divergence for evaluation in trial.quality.values())
 
 
 def obeys(job: Job, plan: BitPlan) -> bool:

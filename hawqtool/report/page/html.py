@@ -45,7 +45,7 @@ SECTIONS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
     (
         _SEARCH,
         "Plans of the frontier were rounded and measured until the smallest was found whose divergence is within the "
-        "bound on both sets of rows.",
+        "bound on the selection rows. The report rows chose nothing.",
         (("search", ""),),
     ),
     (

@@ -1,0 +1,73 @@
+"""The choice of what is shipped: by the selection rows alone, with report rows that disagree."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hawqtool.config import RunConfig
+from hawqtool.formats import QuantFormat
+from hawqtool.pipeline.search import selection
+from hawqtool.pipeline.search.selection import Selection, choose
+from hawqtool.pipeline.search.trials import Trial
+from hawqtool.records import BitPlan, Evaluation
+
+
+def evaluation(rows: list[float]) -> Evaluation:
+    mean = sum(rows) / len(rows)
+    return Evaluation(
+        measure="kl",
+        divergence=mean,
+        stderr=0.0,
+        row_divergence=tuple(rows),
+        num_tokens=1,
+        perplexity=1.0,
+        same_top=1.0,
+    )
+
+
+def trial(name: str, chosen_by: list[float], reported: list[float]) -> Trial:
+    plan = BitPlan({"u": QuantFormat(3, 32)}, 100, 100)
+    return Trial(name, plan, Path(name), {}, {"selection": evaluation(chosen_by), "report": evaluation(reported)})
+
+
+@dataclass
+class FakeJob:
+    config: RunConfig
+    units: tuple[Any, ...] = ()
+    pins: dict[str, Any] = field(default_factory=dict)
+
+
+LOW, HIGH = [1.0, 1.1, 0.9, 1.0], [2.0, 2.1, 1.9, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("mixed", "uniform", "wanted"),
+    [
+        ((LOW, HIGH), (HIGH, LOW), "mixed"),
+        ((HIGH, LOW), (LOW, HIGH), "uniform"),
+        # Better, but within two paired standard errors: the differences are -1, 1, -1, 0.9.
+        (([1.0, 2.0, 1.0, 2.0], LOW), ([2.0, 1.0, 2.0, 1.1], HIGH), "uniform"),
+        # Better by a little on every row is better for sure.
+        (([0.99, 1.09, 0.89, 0.991], HIGH), (LOW, LOW), "mixed"),
+        ((LOW, LOW), (LOW, LOW), "uniform"),
+    ],
+)
+def test_the_selection_rows_choose(monkeypatch: pytest.MonkeyPatch, mixed: Any, uniform: Any, wanted: str) -> None:
+    monkeypatch.setattr(selection, "obeys", lambda *_: True)
+    job: Any = FakeJob(RunConfig(model="m", target_bpw=4.0))
+    tried = Selection({"kron": trial("kron", *mixed)}, {"uniform": trial("uniform", *uniform)}, "kron")
+    assert choose(job, tried) == wanted
+
+
+@pytest.mark.parametrize(("uniform", "wanted"), [((LOW, HIGH), "uniform"), ((HIGH, LOW), "mixed")])
+def test_the_selection_rows_choose_under_a_quality_target(
+    monkeypatch: pytest.MonkeyPatch, uniform: Any, wanted: str
+) -> None:
+    monkeypatch.setattr(selection, "obeys", lambda *_: True)
+    job: Any = FakeJob(RunConfig(model="m", target_kl=1.5))
+    tried = Selection({"kron": trial("kron", LOW, LOW)}, {"uniform": trial("uniform", *uniform)}, "kron")
+    assert choose(job, tried) == wanted
