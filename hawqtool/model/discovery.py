@@ -22,11 +22,13 @@ from hawqtool.model.experts import routers
 from hawqtool.model.kept import (
     FUSED,
     GATE,
+    INDEXER,
     OWN_FORWARD,
     ROUTER,
     SHARED,
     UNDIVIDED,
     KeptTensor,
+    is_indexer,
     is_linear,
     is_plain_linear,
     kept_names,
@@ -294,8 +296,9 @@ def _discover_block(
     if (found is None) != (expected is None) or _tensor_places(found) - _tensor_places(expected):
         raise InputError(f"{context.name} returns other values than the first block; not supported")
     times, reasons = Counter(n for n, _ in seen), {}
+    indexers = tuple(f"{n}." for n, m in block.named_modules() if is_indexer(m))
     for linear, module in linears.items():
-        own = None if is_plain_linear(module) else OWN_FORWARD
+        own = INDEXER if linear.startswith(indexers) else None if is_plain_linear(module) else OWN_FORWARD
         reason = SHARED if linear in shared else own or use_reason(times[linear], uses.counts[linear])
         if reason is not None:
             reasons[linear] = reason

@@ -126,19 +126,32 @@ def split_experts(model: nn.Module) -> dict[str, str]:
         for name, child in list(owner.named_children()):
             if not holds_experts(child):
                 continue
-            layout = read_layout(child)
-            if layout is None:
-                reason: str | None = f"experts of unknown layout ({type(child).__name__})"
-            else:
-                kind = type(child)
-                if kind not in proved:
-                    proved[kind] = why_unproved(child, layout)
-                reason = proved[kind]
+            layout, kind = read_layout(child), type(child)
+            if kind not in proved:
+                proved[kind] = _why_whole(child, layout)
+            reason = proved[kind]
             if layout is None or reason is not None:
                 whole[f"{path}.{name}" if path else name] = str(reason)
+                if layout is not None:
+                    child.__class__ = type(kind.__name__, (_WholeExperts, kind), {})
             else:
                 setattr(owner, name, SplitExperts(child, layout))
     return whole
+
+
+class _WholeExperts(nn.Module):
+    """Experts that stay as they are: routing needs data, hence on meta they give the shape alone."""
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return torch.empty_like(hidden) if hidden.is_meta else super().forward(hidden, *args, **kwargs)
+
+
+def _why_whole(module: nn.Module, layout: ExpertsLayout | None) -> str | None:
+    if layout is None:
+        return f"experts of unknown layout ({type(module).__name__})"
+    if layout.transposed or layout.biased or not layout.concatenated:
+        return "no engine reads experts of this layout one by one"
+    return why_unproved(module, layout)
 
 
 def routers(model: nn.Module) -> set[str]:

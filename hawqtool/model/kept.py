@@ -11,11 +11,14 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hawqtool.checkpoint.index import CheckpointIndex
+from hawqtool.model.experts_layout import holds_experts
 
 EMBEDDING = "embedding"
 HEAD = "head"
 OUTSIDE = "outside the blocks"
 ROUTER = "router"
+EXPERTS = "experts that stay stacked"
+INDEXER = "indexer"
 GATE = "small gate"
 CONVOLUTION = "convolution"
 STATE_SPACE = "state-space parameter"
@@ -74,6 +77,11 @@ def is_plain_linear(module: nn.Module) -> bool:
     """Whether a linear computes as its base class does; one with a forward of its own may compute anything."""
     forward = type(module).forward
     return forward in (nn.Linear.forward, Conv1D.forward) or type(module).__name__ in _PROVED_FORWARDS
+
+
+def is_indexer(module: nn.Module) -> bool:
+    """Whether a module chooses the positions that attention looks at: no gradient passes through its choice."""
+    return type(module).__name__.endswith("Indexer")
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -148,6 +156,8 @@ def _reason(owner: nn.Module, otherwise: str) -> str:
         return EMBEDDING
     if isinstance(owner, nn.modules.conv._ConvNd):
         return CONVOLUTION
+    if holds_experts(owner):
+        return EXPERTS
     return STATE_SPACE if hasattr(owner, "A_log") else otherwise
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -47,17 +48,16 @@ def split(module: Any) -> Any:
     """The split form of the module, with its weights."""
     layout = read_layout(module)
     assert layout is not None
-    holder = nn.Module()
-    holder.experts = module
-    assert split_experts(holder) == {}
+    assert why_unproved(module, layout) is None
+    found = SplitExperts(module, layout)
     parameters = dict(module._parameters)
-    for number, expert in enumerate(holder.experts.children()):
+    for number, expert in enumerate(found.children()):
         for role in layout.roles:
             linear = expert.get_submodule(role)
             linear.weight = nn.Parameter(layout.weight(parameters, number, role).clone(), requires_grad=False)
             bias = layout.bias(parameters, number, role)
             linear.bias = None if bias is None else nn.Parameter(bias.clone(), requires_grad=False)
-    return holder.experts
+    return found
 
 
 def call() -> tuple[Tensor, Tensor, Tensor]:
@@ -148,3 +148,13 @@ def test_a_linear_with_one_row_per_expert_is_a_router() -> None:
     block.mlp.shared = nn.Linear(WIDTH, INNER)
     block.other = nn.Linear(WIDTH, COUNT)
     assert routers(block) == {"mlp.gate.wg"}
+
+
+def test_whole_experts_run_on_meta_and_on_data() -> None:
+    holder = nn.Module()
+    holder.experts = whole(GptOssExperts)
+    expected = holder.experts(*call())
+    assert "one by one" in split_experts(holder)["experts"]
+    assert torch.equal(copy.deepcopy(holder).experts(*call()), expected)
+    hidden = call()[0].to("meta")
+    assert holder.to("meta").experts(hidden, *call()[1:]).shape == hidden.shape
