@@ -134,7 +134,12 @@ class RunConfig(Fields):
         return value
 
     @field_validator(
-        "max_ppl_increase", "min_same_top", "max_regression", mode="before", json_schema_input_type=float | str | None
+        "max_ppl_increase",
+        "min_same_top",
+        "max_regression",
+        "max_kept",
+        mode="before",
+        json_schema_input_type=float | str | None,
     )
     @classmethod
     def _parse_share(cls, value: Any) -> Any:

@@ -96,6 +96,11 @@ class Fields(BaseModel):
         help="Most layers that may need a fallback: experts that too few calibration tokens reach.",
         panel=GATES, affects=Affects.GATES,
     )] = Field(default=None, ge=0)
+    max_kept: Annotated[float | None, Setting(
+        help="Most of the weights that may stay as they are beside embeddings and head: 5% or 0.05. Known before the "
+        "work, so that exit code 2 says it.",
+        panel=GATES, affects=Affects.GATES, metavar="SHARE", as_text=True,
+    )] = Field(default=None, ge=0, le=1)
     baseline: Annotated[str | None, Setting(
         help="report.json of an earlier run on the same report rows; needs --max-regression.",
         panel=GATES, affects=Affects.GATES, metavar="FILE", names="file",

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from hawqtool.parsing import printable
 from hawqtool.report.documents import DryRun, EvaluationDocument
-from hawqtool.report.schema import Gate, PlanComparison, Quality, Report, Search
+from hawqtool.report.schema import Gate, Kept, PlanComparison, Quality, Report, Search
 from hawqtool.report.wording import (
     MEASURES,
     gate_text,
@@ -24,6 +24,8 @@ from hawqtool.report.wording import (
 )
 
 _LABEL = 12
+_KEPT_ROWS = 12
+"""Most rows of what is kept on the first screen; the report has all."""
 _ROOMY = 96
 
 
@@ -51,6 +53,7 @@ def announcement(description: DryRun) -> list[str]:
         f"work        {description['rounding']} on {description['calibration']}, {description['device']}, "
         f"seed {description['seed']}",
     ]
+    lines += kept_lines(description["kept"])
     return lines + [f"note        {text}" for text in description["group_falls"]]
 
 
@@ -64,6 +67,17 @@ def _source_lines(description: DryRun) -> list[str]:
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
         lines.append(f"kept        {left[0]}{more}, which the source left in 16 bits; --pin NAME=BITS quantizes them")
     return lines
+
+
+def kept_lines(kept: Kept) -> list[str]:
+    """What stays as it is: a total, and a line for each reason and pattern of names."""
+    total = f"{size(kept['bytes'])} ({100 * kept['share']:.1f} % of the weights) beside embeddings and head stay"
+    rows = [
+        f"            {row['reason']}: {row['count']} x {row['pattern']}, {size(row['bytes'])}"
+        for row in kept["rows"][:_KEPT_ROWS]
+    ]
+    more = len(kept["rows"]) - _KEPT_ROWS
+    return [f"kept        {total} as they are", *rows, *([f"            and {more} more"] if more > 0 else [])]
 
 
 def print_report(report: Report, output: str) -> None:

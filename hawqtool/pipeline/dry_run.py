@@ -14,6 +14,7 @@ from hawqtool.pipeline.run.job import Job, prepare
 from hawqtool.pipeline.run.menu import budget_bytes, job_menu, second_budget, unquantized_bytes
 from hawqtool.pipeline.search.gates import check_gates
 from hawqtool.pipeline.search.planner import given_plan, single_choice_plan
+from hawqtool.pipeline.stages.kept import kept_record
 from hawqtool.pipeline.stages.report import is_our_folder
 from hawqtool.pipeline.stages.rows import check_calibration, check_sources
 from hawqtool.pipeline.stages.write import target_config
@@ -131,6 +132,7 @@ def describe(job: Job) -> DryRun:
         "quantized_weights": weights,
         "widths": sorted({f.bits for formats in menu.values() for f in formats}),
         "symmetric": symmetric,
+        "kept": kept_record(job),
         "group_falls": _group_falls(job, menu),
         "achievable_bpw": [8 * lowest / weights, 8 * highest / weights],
         "target_kl": config.target_kl,

@@ -44,6 +44,7 @@ def model_card(report: Report, source_readme: str | None) -> str:
         _licence(facts),
         _method(report),
         _plan(report),
+        _kept(report),
         _sizes(report),
         _evaluation(report),
         _loading(report),
@@ -188,6 +189,16 @@ def _plan(report: Report) -> str:
         roles[entry["name"].rpartition(".")[2]][_format(entry)] += 1
     rows = [[code(role), *(str(counts[fmt] or "") for fmt in formats)] for role, counts in roles.items()]
     return f"## Plan\n\nLayers of each role by format:\n\n{table(['role', *formats], rows)}"
+
+
+def _kept(report: Report) -> str:
+    kept = report["kept"]
+    rows = [[row["reason"], str(row["count"]), f"{row['bytes']:,}", code(row["pattern"])] for row in kept["rows"]]
+    heading = ["reason", "matrices", "bytes", "names"]
+    return (
+        f"## Kept\n\nMatrices that stay as they are; beside embeddings and head {100 * kept['share']:.1f} % of the "
+        f"weights:\n\n{table(heading, rows, numbers=False)}"
+    )
 
 
 def _sizes(report: Report) -> str:

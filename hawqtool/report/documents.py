@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Literal, NotRequired, TypedDict
 
-from hawqtool.report.schema import Measured, PlanEntry, Quality
+from hawqtool.report.schema import Kept, Measured, PlanEntry, Quality
 
 
 class MemberRecord(TypedDict):
@@ -112,6 +112,7 @@ class DryRun(TypedDict):
     quantized_weights: Annotated[int, "Weights of these linears."]
     widths: Annotated[list[int], "Bits to choose from."]
     symmetric: Annotated[bool, "Whether grids have no zero points."]
+    kept: Annotated[Kept, "Matrices that stay as they are."]
     group_falls: Annotated[list[str], "Group sizes that do not divide, and what takes their place."]
     achievable_bpw: Annotated[list[float], "Least and most stored bits per weight."]
     target_kl: Annotated[float | None, "Quality target."]

@@ -197,6 +197,24 @@ class Search(TypedDict):
     trials: Annotated[list[SearchTrial], "All plans in the order in which they were tried."]
 
 
+class KeptRow(TypedDict):
+    """Matrices that are kept for one reason and whose names differ in numbers only."""
+
+    reason: Annotated[str, "Why, in fixed words."]
+    count: Annotated[int, "Matrices."]
+    bytes: Annotated[int, "Stored bytes."]
+    pattern: Annotated[str, "Their names, with `*` for numbers."]
+    example: Annotated[str, "The first name."]
+
+
+class Kept(TypedDict):
+    """Matrices that stay as they are whatever the settings."""
+
+    bytes: Annotated[int, "Stored bytes, embeddings and head aside."]
+    share: Annotated[float, "Their share of all tensor bytes of the original."]
+    rows: Annotated[list[KeptRow], "By reason and pattern, embeddings and head too; the largest first."]
+
+
 class MeasurementOrigin(TypedDict):
     """Where the scores come from."""
 
@@ -225,6 +243,7 @@ class Report(TypedDict):
     config: Annotated[dict[str, Any], "Every setting as it was resolved; paths are shortened to their last part."]
     sizes: Annotated[Sizes, "Bytes and bits per weight."]
     plan: Annotated[list[PlanEntry], "Format of every linear."]
+    kept: Annotated[Kept, "Matrices that stay as they are."]
     predicted_loss: Annotated[float | None, "Predicted loss of the plan; null for uniform plans and plan files."]
     metric: Annotated[str | None, "Scores that the prediction is in."]
     solver: Annotated[str | None, "How the plan was found: `hull` or `exact`."]

@@ -27,13 +27,14 @@ GATES = {
     "min_same_top": "share of outputs whose likeliest token or class is the original's",
     "max_size": "weight files",
     "max_fallbacks": "layers that needed a fallback",
+    "max_kept": "share of the weights that stays as it is, embeddings and head aside",
     "regression_divergence": "divergence on the report rows, baseline and what it may rise",
     "regression_perplexity": "perplexity on the report rows, baseline and what it may rise",
     "regression_size": "weight files, baseline and what they may grow",
 }
 """What the value of a gate is."""
 
-_SHARES = ("max_ppl_increase", "min_same_top")
+_SHARES = ("max_ppl_increase", "min_same_top", "max_kept")
 _BYTES = ("max_size", "regression_size")
 
 

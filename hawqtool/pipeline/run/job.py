@@ -11,7 +11,7 @@ from weakref import WeakValueDictionary
 import torch
 
 from hawqtool.allocation.problem import ignored_along, resolve_ignored, resolve_pins
-from hawqtool.allocation.uniform import uniform_formats
+from hawqtool.allocation.uniform import uniform_formats, unit_group_size
 from hawqtool.checkpoint.dtypes import torch_dtype
 from hawqtool.checkpoint.fusion import is_expert
 from hawqtool.checkpoint.index import CheckpointIndex
@@ -170,6 +170,8 @@ def prepare(
             "--profile vllm writes it for vLLM alone"
         )
     check_shapes(probe, structure, index)
+    if config.plan is None:
+        structure = structure.without_undivided(lambda u: unit_group_size(u, config.group_size) is not None, index)
     if not structure.linears:
         raise InputError(f"{config.model}: no linear layer was found in its blocks")
     stored = torch_dtype(index.tensors[f"{next(iter(structure.linears))}.weight"].dtype)

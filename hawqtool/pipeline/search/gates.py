@@ -10,6 +10,7 @@ from pathlib import Path
 from hawqtool.config import RunConfig
 from hawqtool.errors import InputError, UsageError
 from hawqtool.evaluation.gates import AT_LEAST, judge, judge_change
+from hawqtool.model.kept import kept_share
 from hawqtool.pipeline.run.files import REPORT_SCHEMA, read_json
 from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.search.trials import Trial
@@ -92,6 +93,12 @@ def check_gates(job: Job) -> None:
             f"--{name.replace('_', '-')} cannot be judged: {job.source.name} ({type(job.skeleton).__name__}) has no "
             f"{what}; use --max-kl"
         )
+    share = kept_share(job.structure.kept, job.index)
+    if config.max_kept is not None and share > config.max_kept:
+        raise UsageError(
+            f"{100 * share:.3g} % of the weights stay as they are beside embeddings and head, more than --max-kept "
+            f"{100 * config.max_kept:.3g} %; raise it, or see what they are without it (--dry-run)"
+        )
     baseline, measure = read_baseline(config), "kl" if task.logits else "embedding_error"
     if baseline is not None and (baseline.measure != measure or ("perplexity" in baseline.values) != task.generates):
         raise UsageError(
@@ -122,6 +129,7 @@ def judge_gates(config: RunConfig, shipped: Trial, report: Report, baseline: Bas
         "min_same_top": lambda: result["same_top"],
         "max_size": lambda: size,
         "max_fallbacks": lambda: report["fallbacks"],
+        "max_kept": lambda: report["kept"]["share"],
     }
     gates = []
     for name, figure in found.items():

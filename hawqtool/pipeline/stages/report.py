@@ -25,6 +25,7 @@ from hawqtool.formats import SHAPE_TENSOR_BYTES, parse_label
 from hawqtool.parsing import ParseError, load_json
 from hawqtool.pipeline.run.files import REPORT_SCHEMA, plan_entry, write_json
 from hawqtool.pipeline.run.job import Job
+from hawqtool.pipeline.stages.kept import kept_record, kept_warnings
 from hawqtool.records import BitPlan, Rows
 from hawqtool.report.card import model_card
 from hawqtool.report.documents import SensitivityDocument
@@ -61,10 +62,7 @@ class Outcome:
 
 
 def build_report(job: Job, sets: dict[str, Rows], outcome: Outcome, timings: dict[str, float], command: str) -> Report:
-    """The report of the shipped plan (schema ``hawqtool.report/2``).
-
-    The caller fills in what only it knows: search, gates, starts, fingerprint of the configuration, measurement.
-    """
+    """The report of the shipped plan; the caller adds search, gates, starts, configuration fingerprint, measurement."""
     plan, rounding, total = outcome.plan, outcome.rounding, outcome.rounding["total_bytes"]
     layers = [plan_entry(m, plan.formats[unit.name]) for unit in job.units for m in unit.members]
     return {
@@ -85,6 +83,7 @@ def build_report(job: Job, sets: dict[str, Rows], outcome: Outcome, timings: dic
             "bpw_file": 8 * total / _num_parameters(job),
         },
         "plan": layers,
+        "kept": kept_record(job),
         "predicted_loss": plan.predicted_loss,
         "metric": plan.metric,
         "solver": plan.solver,
@@ -140,7 +139,7 @@ def _row_sets(job: Job, sets: dict[str, Rows]) -> RowSets:
 def warnings(job: Job, outcome: Outcome) -> list[str]:
     """What the user should know: raised damping, experts without tokens, odd shapes, a mixed plan that did not pay."""
     rounding, evaluation, shipped = outcome.rounding, outcome.evaluation, outcome.shipped
-    found = [*job.source.warnings, *_source_warnings(job)]
+    found = [*job.source.warnings, *_source_warnings(job), *kept_warnings(kept_record(job))]
     retried = [n for n, m in rounding["layers"].items() if m["damping_retries"]]
     if retried:
         found.append(f"damping had to be raised for {len(retried)} layers, first {retried[0]}")

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma4ForCausalLM, Gemma4TextConfig
 
 from hawqtool.allocation.problem import stored_bytes
 from hawqtool.allocation.uniform import uniform_formats
@@ -194,3 +195,39 @@ def test_the_original_runs_beside_the_quantized_prefix(batch_size: int, tmp_path
                 scales = search_scales(weight, torch.ones(weight.shape[1]), fmt, torch.bfloat16, both_signs=True)
                 weight.copy_(dequantize(nearest_codes(weight, scales, fmt), scales))
     assert drifts[0] == 0 and min(drifts[1:]) > 1e-3
+
+
+def test_stored_buffers_are_loaded(tmp_path: Path) -> None:
+    """Every persistent buffer of a checkpoint counts: scalars of layers here, routing biases elsewhere."""
+    config = Gemma4TextConfig(
+        vocab_size=128,
+        vocab_size_per_layer_input=128,
+        hidden_size=64,
+        hidden_size_per_layer_input=16,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        global_head_dim=16,
+        num_kv_shared_layers=0,
+        layer_types=["sliding_attention", "full_attention"],
+    )
+    torch.manual_seed(0)
+    Gemma4ForCausalLM._from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
+    rows, file = torch.arange(8)[None], tmp_path / "model.safetensors"
+    states = [
+        prepare(RunConfig(model=str(tmp_path), group_size=32, device="cpu")).stream().final_hidden(rows, 1, print)
+    ]
+    tensors = load_file(file)
+    buffers = [name for name in tensors if name.endswith("layer_scalar")]
+    assert len(buffers) == 2
+    for name in buffers:
+        save_file(tensors | {name: 0.5 * tensors[name]}, file, {"format": "pt"})
+        job = prepare(RunConfig(model=str(tmp_path), group_size=32, device="cpu"))
+        states.append(job.stream().final_hidden(rows, 1, print))
+    assert all(float((state - states[0]).abs().max()) > 1e-3 for state in states[1:])
+    loaded = Gemma4ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).model
+    with torch.no_grad():
+        hidden = loaded.norm(states[-1])
+        assert torch.allclose(hidden, loaded(rows, use_cache=False).last_hidden_state, atol=1e-5)

@@ -87,6 +87,7 @@ def a_report(measure: str = "kl", prefix: str = "model.layers", **changes: Any) 
         "command": "hawqtool quantize tiny -o out",
         "config": {"rounding": "gptq", "sensitivity": "auto", "bits": None, "pin": [], "plan": None},
         "sizes": {"original_bytes": 10_000, "quantized_bytes": 4_000, "bpw_linears": BPW, "bpw_file": 6.0},
+        "kept": {"bytes": 0, "share": 0.0, "rows": []},
         "plan": [
             {"name": n, "unit": n, "bits": b, "group_size": 64, "symmetric": True, "bytes": stored_bytes(b)}
             for n, b in zip(names, bits, strict=True)

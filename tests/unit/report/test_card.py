@@ -52,6 +52,7 @@ def a_report(**changes: Any) -> dict[str, Any]:
         "sizes": {"original_bytes": 1000, "quantized_bytes": 400, "bpw_linears": 3.497, "bpw_file": 6.137},
         "metric": "kron",
         "experts": {},
+        "kept": {"bytes": 0, "share": 0.0, "rows": []},
         "plan": [entry | {"name": n, "bits": 3 + i, "group_size": (64, "channel")[i % 2]} for i, n in enumerate(names)],
         "engines": [
             {
