@@ -14,6 +14,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     field_serializer,
     field_validator,
     model_validator,
@@ -81,11 +82,11 @@ class RunConfig(Fields):
 
     @field_validator("foem_beta", "target_shift", mode="before", json_schema_input_type=float | str | bool)
     @classmethod
-    def _parse_share_or_auto(cls, value: Any) -> Any:
+    def _parse_share_or_auto(cls, value: Any, info: ValidationInfo) -> Any:
         # YAML reads a bare off as false.
         if value is False or value == "off":
             return 0.0
-        if value == "auto":
+        if value == "auto" or (value is None and info.field_name == "target_shift"):
             return value
         try:
             share = float(value)
@@ -219,11 +220,6 @@ class RunConfig(Fields):
         """Every source of text: calibration (rows of the model itself aside) and evaluation."""
         named = (*self.calibration_weights, self.eval_data)
         return tuple(source for source in named if source not in (None, SELF))
-
-    @property
-    def looks_at_original(self) -> bool:
-        """Whether rounding sees the original's inputs beside those that the rounded layers give."""
-        return self.target_shift != 0 or (self.rounding == "gptaq" and self.gptaq_alpha != 0)
 
     @property
     def _chooses_roundings(self) -> bool:

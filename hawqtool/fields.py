@@ -238,11 +238,12 @@ class Fields(BaseModel):
         help="GPTAQ's share of the correction for rounded inputs.", detail="Only gptaq uses it.",
         panel=METHOD, affects=Affects.SCORES, commands=("measure",),
     )] = Field(default=0.25, ge=0, le=1)
-    target_shift: Annotated[float | Literal["auto"], Setting(
+    target_shift: Annotated[float | Literal["auto"] | None, Setting(
         help="Share of each weight's shift towards the original output on rounded inputs: auto (by held-out rows, "
-        "layer by layer), a number from 0 to 1, or off.", default="off", panel=METHOD, affects=Affects.SCORES,
+        "layer by layer), a number from 0 to 1, or off.",
+        default="0.5; off for rtn, gptaq and models with experts", panel=METHOD, affects=Affects.SCORES,
         metavar="auto|FLOAT|off", as_text=True, commands=("measure",),
-    )] = 0.0
+    )] = None
     scale_refit: Annotated[bool, Setting(
         help="Refit scales after rounding where held-out rows gain by it.",
         detail="Every fourth calibration row is held out.",

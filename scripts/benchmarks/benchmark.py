@@ -76,7 +76,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-memory", default="auto", help="as `hawqtool quantize` has it")
     parser.add_argument("--bits", help="widths to choose from, as `hawqtool quantize` has it")
     parser.add_argument("--token-importance", default="auto", help="as `hawqtool quantize` has it")
-    parser.add_argument("--target-shift", default="off", help="as `hawqtool quantize` has it")
+    parser.add_argument("--target-shift", help="as `hawqtool quantize` has it")
     parser.add_argument("--target-bpw", type=float, default=4.25, help="budget of the mixed plan [default: 4.25]")
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -209,7 +209,7 @@ def _head(options: argparse.Namespace, shape: Shape, job: Job, rates: Rates) -> 
         "seq_len": options.seq_len,
         "batch_size": job.settings.batch_size,
         "token_importance": job.settings.uses_token_importance,
-        "target_shift": job.config.target_shift,
+        "target_shift": job.settings.method.shift,
         "gram_products": products,
         "rates": rates.record(),
     }

@@ -177,7 +177,7 @@ def test_foem_without_pull_is_gptq_and_with_pull_is_not(run: Run) -> None:
 
 def test_corrections_reach_the_file_and_the_report(run: Run) -> None:
     shared: dict[str, Any] = {"bits": "3", "target_bpw": 3.5}
-    gptq, _ = run(**shared)
+    gptq, _ = run(target_shift="off", **shared)
     still, _ = run(rounding="gptaq", gptaq_alpha=0.0, **shared)
     assert file_hash(still / "model.safetensors") == file_hash(gptq / "model.safetensors")
     first = "layers.0.self_attn.q_proj"

@@ -81,7 +81,7 @@ def test_a_setting_is_written_in_one_place() -> None:
         for path in sorted((ROOT / "hawqtool").rglob("*.py"))
         if re.search(r"gptaq[_-]alpha|GptaqAlpha", path.read_text(encoding="utf-8"))
     ]
-    assert found == ["hawqtool/config.py", "hawqtool/fields.py", "hawqtool/pipeline/run/resolved.py"]
+    assert found == ["hawqtool/fields.py", "hawqtool/pipeline/run/resolved.py"]
 
 
 @pytest.mark.parametrize("command", sorted(typer.main.get_command(app).commands))  # type: ignore[attr-defined]

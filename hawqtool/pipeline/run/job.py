@@ -188,10 +188,12 @@ def prepare(
     if config.seq_len and longest and config.seq_len > longest:
         raise UsageError(f"--seq-len {config.seq_len} exceeds the model's {longest} positions; lower it")
     skeleton = build_skeleton(index.folder, dtype, source.runs_code, index.tensors)
-    settings = resolve_settings(config, device.type, longest)
+    experts = any(is_expert(m.name) for unit in units for m in unit.members)
+    settings = resolve_settings(config, device.type, longest, experts)
     job = Job(config, settings, source, index, skeleton, structure, units, pins, device, dtype, left_units=left)
     _check_method(job)
-    work = Work(config, index, structure, device, dtype, settings.num_samples, settings.seq_len)
+    rows = (settings.num_samples, settings.seq_len)
+    work = Work(config, index, structure, device, dtype, *rows, settings.method.needs_drift)
     job = job.with_batch_size(settings.batch_size or choose_batch_size(work))
     return replace(job, offload=make_offload(work, job.settings.batch_size, (reporter or Silent()).warn, states))
 

@@ -63,6 +63,7 @@ class Work:
         dtype: dtype of weights and activations.
         num_samples: Calibration rows.
         seq_len: Tokens of a row.
+        sees_original: Whether rounding sees the original's inputs beside those that the rounded layers give.
     """
 
     config: RunConfig
@@ -72,6 +73,7 @@ class Work:
     dtype: torch.dtype
     num_samples: int
     seq_len: int
+    sees_original: bool = False
 
     def needed_bytes(self, batch_size: int) -> int:
         """Estimate of the memory that measuring and rounding take besides."""
@@ -79,7 +81,7 @@ class Work:
         tokens = [min(batch_size, count) * self.seq_len for count in (self.num_samples, scoring)]
         formats = len(self.config.bits or _FOUR_WIDTHS) * (1 + len(self.config.extra_group_sizes))
         needed = workspace_bytes(self.index, self.structure, self.dtype, tokens[0], tokens[1], formats)
-        if self.config.looks_at_original:
+        if self.sees_original:
             single = tokens[0] if batch_size >= self.num_samples else 0
             needed += drift_bytes(self.structure, self.dtype, single)
         return needed

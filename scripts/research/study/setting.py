@@ -64,7 +64,7 @@ class Setting:
             "group_size": config.group_size,
             "extra_group_sizes": list(config.extra_group_sizes),
             "rounding": config.rounding,
-            "target_shift": config.target_shift,
+            "target_shift": self.job.settings.method.shift,
             "token_importance": self.job.settings.uses_token_importance,
             "profile": config.profile,
             "ignore": list(config.ignore),

@@ -48,7 +48,7 @@ def test_what_fits_nowhere_gets_the_fewest_rows_and_a_warning(work: Work) -> Non
 
 
 def test_a_look_at_the_original_needs_memory_of_its_own(work: Work) -> None:
-    shifted = limited(work, work.needed_bytes(128), target_shift=0.5)
+    shifted = replace(limited(work, work.needed_bytes(128)), sees_original=True)
     assert shifted.needed_bytes(128) > work.needed_bytes(128)
     assert choose_batch_size(shifted) == 64
 

@@ -43,3 +43,13 @@ def test_metric_method_and_token_importance_follow_the_rounding() -> None:
     assert found == {"rtn": False, "gptq": True, "foem": True, "gptaq": True}
     assert resolved(rounding="rtn", token_importance="gradient").uses_token_importance
     assert not resolved(token_importance="none").uses_token_importance
+
+
+def test_targets_are_shifted_by_half_where_the_rounding_and_the_model_allow_it() -> None:
+    def shift(has_experts: bool = False, **values: Any) -> float | str:
+        return resolve_settings(RunConfig(model="m", **values), "cpu", None, has_experts).method.shift
+
+    assert shift() == shift(rounding="foem") == 0.5
+    assert shift(has_experts=True) == shift(rounding="rtn") == shift(rounding="gptaq") == 0.0
+    assert shift(target_shift="off") == 0.0 and shift(target_shift="auto") == "auto"
+    assert shift(True, target_shift=0.25) == 0.25  # asked for: refused with the model, not dropped
