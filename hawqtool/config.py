@@ -14,7 +14,6 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
-    ValidationInfo,
     field_serializer,
     field_validator,
     model_validator,
@@ -80,13 +79,18 @@ class RunConfig(Fields):
             raise ValueError(f"expected {', '.join(EXTRA_METRICS)}")
         return tuple(dict.fromkeys(names))
 
-    @field_validator("foem_beta", "target_shift", mode="before", json_schema_input_type=float | str | bool)
+    @field_validator("target_shift", mode="before", json_schema_input_type=float | str | bool | None)
     @classmethod
-    def _parse_share_or_auto(cls, value: Any, info: ValidationInfo) -> Any:
+    def _parse_shift(cls, value: Any) -> Any:
+        return value if value is None else cls._parse_share_or_auto(value)
+
+    @field_validator("foem_beta", mode="before", json_schema_input_type=float | str | bool)
+    @classmethod
+    def _parse_share_or_auto(cls, value: Any) -> Any:
         # YAML reads a bare off as false.
         if value is False or value == "off":
             return 0.0
-        if value == "auto" or (value is None and info.field_name == "target_shift"):
+        if value == "auto":
             return value
         try:
             share = float(value)

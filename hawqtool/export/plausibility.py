@@ -15,17 +15,17 @@ from torch import Tensor
 
 from hawqtool.formats import QuantFormat
 
-MODULE_LIMIT, ROW_LIMIT = 2.5, 16.0
+MODULE_LIMIT, ROW_LIMIT = 2.5, 8.0
 """Squared error over the bound of nearest rounding, at most, of a module and a row."""
 
-MODULE_ENERGY, ROW_ENERGY = 0.9, 3.0
+MODULE_ENERGY, ROW_ENERGY = 0.9, 1.5
 """Squared error over squared weights, at most: zeros in place of the weights would give 1. It counts at 2 and 3 bits,
 where the bound of nearest rounding is no smaller."""
 
 QUIET = 0.25
 """Rows below this share of the mean are judged as if they had it: shifted targets may fill a quiet one."""
 
-MODULE_CORRECTION, ROW_CORRECTION = 0.15, 1.0
+MODULE_CORRECTION, ROW_CORRECTION = 0.15, 0.5
 """Squared change over squared weights, at most, that is no rounding: targets that make up for errors of earlier layers
 (GPTAQ, target shift), learned codes and scales, products that round to bfloat16. At 8 bits it is all that counts: there
 targets that make up wholly for layers of 2 bits reached 0.03 of a module."""

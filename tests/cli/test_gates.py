@@ -157,6 +157,10 @@ def test_a_gate_that_a_model_cannot_be_judged_by_exits_2(place: Path, tmp_path: 
         "--calibration",
         place / "text.txt",
         "--dry-run",
+        "--num-samples",
+        "8",
+        "--seq-len",
+        "16",
         "--max-kl",
         "1",
     )

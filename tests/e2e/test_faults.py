@@ -127,7 +127,7 @@ def test_smaller_batches_are_a_warning_and_recorded(config: RunConfig, monkeypat
 
 def test_halved_batches_are_remembered(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     scarce(monkeypatch, 8)
-    monkeypatch.setattr(module, "hold", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(module, "try_plans", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         quantize(config)
     monkeypatch.undo()

@@ -59,5 +59,5 @@ def test_its_score_predicts_its_kl(place: Path, run: Run, tmp_path: Path) -> Non
 
 
 def test_a_tied_head_is_refused(run: Run, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="tied to the input embedding"):
+    with pytest.raises(UsageError, match="ties the head to the input embedding"):
         run(model=tiny_llama(tmp_path / "tied", tie=True), quantize_lm_head=True, bits="4", target_bpw=4.5)

@@ -32,7 +32,7 @@ STEPS = 20
 
 
 def job_of(model: Path, **overrides: object) -> Job:
-    values = {"group_size": 32, "device": "cpu", "profile": "vllm", "refine_steps": STEPS}
+    values = {"group_size": 32, "device": "cpu", "profile": "vllm", "refine_steps": STEPS, "target_shift": 0.0}
     return prepare(RunConfig(model=str(model), **(values | overrides)))  # type: ignore[arg-type]
 
 

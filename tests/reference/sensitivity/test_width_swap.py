@@ -35,7 +35,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     (place / "text.txt").write_text(random_text(1, 4000))
     model = tiny_llama(place / "model")
     values = {"model": str(model), "calibration": str(place / "text.txt"), "num_samples": 8, "seq_len": 16}
-    return prepare(RunConfig(**values, group_size=32, device="cpu", eval_samples=4))
+    return prepare(RunConfig(**values, group_size=32, device="cpu", eval_samples=4, target_shift="off"))
 
 
 def logits(job: Job, weights: dict[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:

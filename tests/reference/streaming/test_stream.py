@@ -39,7 +39,8 @@ class _Reached(Exception):
 
 
 def make_job(folder: Path, batch_size: int) -> Job:
-    return prepare(RunConfig(model=str(folder), group_size=32, batch_size=batch_size, device="cpu"))
+    config = RunConfig(model=str(folder), group_size=32, batch_size=batch_size, device="cpu", target_shift="off")
+    return prepare(config)
 
 
 def mixed_plan(job: Job) -> BitPlan:

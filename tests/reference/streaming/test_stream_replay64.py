@@ -22,7 +22,11 @@ def block_weights(kind: Kind, folder: Path) -> list[str]:
     return [name for name, view in views.items() if re.search(r"\.\d+\.", name) and len(view) > 1]
 
 
-@pytest.mark.parametrize("kind", SUPPORTED, ids=[kind.name for kind in SUPPORTED])
+# Wrappers have other names live than on disk, and towers beside their blocks; their codes are compared as the others'.
+PLAIN = [kind for kind in SUPPORTED if kind.task != "multimodal"]
+
+
+@pytest.mark.parametrize("kind", PLAIN, ids=[kind.name for kind in PLAIN])
 def test_live_weights_are_those_of_the_checkpoint(kind: Kind, tmp_path: Path) -> None:
     silence_loaders()
     views = live_weights(kind, load(kind, save_kind(kind, tmp_path, torch.float32), torch.float32))

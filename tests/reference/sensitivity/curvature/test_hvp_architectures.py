@@ -23,7 +23,7 @@ from hawqtool.sensitivity.curvature.hvp import (
 )
 from tests.support.tiny_zoo import SUPPORTED, Kind, calibration_inputs, save_kind
 
-LABELS = {"causal": DATA, "masked": SAMPLED, "image": SAMPLED, "embedding": OWN_OUTPUT}
+LABELS = {"causal": DATA, "multimodal": DATA, "masked": SAMPLED, "image": SAMPLED, "embedding": OWN_OUTPUT}
 
 
 def vector(p: Pass, name: str, like: Tensor) -> Tensor:
