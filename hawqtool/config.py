@@ -25,7 +25,7 @@ from hawqtool.formats import GROUP_STEP, MAX_BITS, MIN_BITS, is_served
 from hawqtool.parsing import MAX_YAML_BYTES, ParseError, parse_yaml, read_bounded, shown
 from hawqtool.presets import find_preset
 from hawqtool.records import EXTRA_METRICS, SCORE_METRICS
-from hawqtool.settings import Affects, Setting, flag_of, settings_of
+from hawqtool.settings import Affects, Setting, choices, flag_of, settings_of
 from hawqtool.values import parse_group_size, parse_share, parse_size, split_weight
 
 ASYMMETRIC_PROFILES = ("vllm", "transformers")
@@ -369,5 +369,12 @@ def describe_problem(error: Any, origin: str) -> str:
         return f"unknown key {key!r}{origin}" + (f", did you mean {near[0]!r}?" if near else "")
     message = str(error["msg"]).removeprefix("Value error, ")
     whole = error["type"] in ("missing", "value_error") and key == "configuration"
-    value = "" if whole else f", found {shown(error['input'])}"
+    value = "" if whole else f", found {shown(error['input'])}{_nearest(key, error['input'])}"
     return f"{key}{origin}: {message[0].lower()}{message[1:]}" + ("" if error["type"] == "missing" else value)
+
+
+def _nearest(name: str, value: object) -> str:
+    """What was meant by a value that is close to one of the words that a setting takes."""
+    words = choices(RunConfig.model_fields[name]) if name in RunConfig.model_fields else ()
+    near = difflib.get_close_matches(value, words, n=1) if isinstance(value, str) else []
+    return f", did you mean {near[0]!r}?" if near else ""

@@ -69,11 +69,11 @@ class Fields(BaseModel):
     )] = None
     costs: Annotated[str | None, Setting(
         help="CSV or JSON of a second cost, such as microseconds.", detail="It has one for every unit and format.",
-        panel=TARGET, affects=Affects.PLAN, metavar="FILE", names="file", commands=("allocate",),
+        panel=TARGET, expert=True, affects=Affects.PLAN, metavar="FILE", names="file", commands=("allocate",),
     )] = None
     max_cost: Annotated[float | None, Setting(
         help="Most that the second costs may add up to.", detail="It is needed with costs.",
-        panel=TARGET, affects=Affects.PLAN, commands=("allocate",),
+        panel=TARGET, expert=True, affects=Affects.PLAN, commands=("allocate",),
     )] = Field(default=None, ge=0, allow_inf_nan=False)
 
     max_kl: Annotated[float | None, Setting(
@@ -94,20 +94,21 @@ class Fields(BaseModel):
     )] = None
     max_fallbacks: Annotated[int | None, Setting(
         help="Most layers that may need a fallback: experts that too few calibration tokens reach.",
-        panel=GATES, affects=Affects.GATES,
+        panel=GATES, expert=True, affects=Affects.GATES,
     )] = Field(default=None, ge=0)
     max_kept: Annotated[float | None, Setting(
         help="Most of the weights that may stay as they are beside embeddings and head: 5% or 0.05. Known before the "
         "work, so that exit code 2 says it.",
-        panel=GATES, affects=Affects.GATES, metavar="SHARE", as_text=True,
+        panel=GATES, expert=True, affects=Affects.GATES, metavar="SHARE", as_text=True,
     )] = Field(default=None, ge=0, le=1)
     baseline: Annotated[str | None, Setting(
         help="report.json of an earlier run on the same report rows; needs --max-regression.",
-        panel=GATES, affects=Affects.GATES, metavar="FILE", names="file",
+        panel=GATES, expert=True, affects=Affects.GATES, metavar="FILE", names="file",
     )] = Field(default=None, min_length=1)
     max_regression: Annotated[float | None, Setting(
         help="Most that KL, perplexity and size may each rise over the baseline's: 5% or 0.05.",
-        detail="It is needed with baseline.", panel=GATES, affects=Affects.GATES, metavar="SHARE", as_text=True,
+        detail="It is needed with baseline.", panel=GATES, expert=True,
+        affects=Affects.GATES, metavar="SHARE", as_text=True,
     )] = Field(default=None, ge=0, allow_inf_nan=False)
 
     bits: Annotated[tuple[int, ...] | None, Setting(
@@ -125,7 +126,8 @@ class Fields(BaseModel):
     extra_group_sizes: Annotated[tuple[int, ...], Setting(
         help="Further ones that a plan may give to units: 32,channel.",
         detail="They give a finer choice of sizes between two widths, for more measuring. Pins and memory estimates "
-        "keep to group_size.", panel=FORMATS, affects=Affects.FORMATS, as_text=True, commands=("measure", "allocate"),
+        "keep to group_size.", panel=FORMATS, expert=True,
+        affects=Affects.FORMATS, as_text=True, commands=("measure", "allocate"),
     )] = ()
     symmetric: Annotated[bool, Setting(
         help="Grids without or with zero points; asymmetric needs --profile vllm.", default="symmetric",
@@ -142,7 +144,7 @@ class Fields(BaseModel):
     scale_sign: Annotated[Literal["auto", "both", "positive"], Setting(
         help="both (a little more exact) or positive.", default="by profile",
         detail="Asymmetric grids have positive scales.",
-        panel=FORMATS, affects=Affects.FORMATS, commands=("measure",),
+        panel=FORMATS, expert=True, affects=Affects.FORMATS, commands=("measure",),
     )] = "auto"
     pin: Annotated[tuple[str, ...], Setting(
         help="Fix a width: 're:.*down_proj=8' or a layer's name; repeatable.",
@@ -191,37 +193,38 @@ class Fields(BaseModel):
     measurements: Annotated[str | None, Setting(
         help="Folder of measurements that runs share: taken from it where one of the same model, rows and settings is "
         "there, else measured (in all widths that any budget may use) and kept.", default="none", panel=METHOD,
-        affects=Affects.PLACE, metavar="DIR", commands=("measure",), in_batch="measurements at the top",
+        expert=True, affects=Affects.PLACE, metavar="DIR", commands=("measure",), in_batch="measurements at the top",
     )] = Field(default=None, min_length=1)
     shortlist: Annotated[int | None, Setting(
         help="Mixed plans to round and evaluate, the metric's own among them; the best on the selection rows competes "
         "with uniform.", by_device=ByDevice(cuda=4, cpu=2), detail="With max_cost it is the metric's own alone.",
-        panel=METHOD, affects=Affects.PLAN,
+        panel=METHOD, expert=True, affects=Affects.PLAN,
     )] = Field(default=None, ge=1)
     swaps: Annotated[int | None, Setting(
         help="Rounds that improve the best mixed plan: the divergence of moving every unit one width up or down is "
         "measured at the plan, and the best moves are taken, each round from the last one's plan and measurements; the "
         "best of all is kept; holds the whole model on the device.", by_device=ByDevice(cuda=2, cpu=0),
-        detail="With target_kl or max_cost there are none.", panel=METHOD, affects=Affects.PLAN, metavar="ROUNDS",
+        detail="With target_kl or max_cost there are none.", panel=METHOD, expert=True,
+        affects=Affects.PLAN, metavar="ROUNDS",
     )] = Field(default=None, ge=0)
     extra_metrics: Annotated[tuple[str, ...], Setting(
         help="Scores to measure beside the four cheap ones: hawq (true Hessian), kl (measured, one unit at a time; "
         "holds the whole model on the device).", default="none",
         detail="hawq takes sweeps of its own, kl a part of a forward pass per unit and format.",
-        panel=METHOD, affects=Affects.METRICS, metavar="NAMES", as_text=True, commands=("measure",),
+        panel=METHOD, expert=True, affects=Affects.METRICS, metavar="NAMES", as_text=True, commands=("measure",),
     )] = ()
     probes: Annotated[int, Setting(
         help="Random probes per row of a Hessian's trace.", detail="They estimate the traces of hawq.",
-        panel=METHOD, affects=Affects.SCORES, commands=("measure",),
+        panel=METHOD, expert=True, affects=Affects.SCORES, commands=("measure",),
     )] = Field(default=4, ge=1)
     eigenvalues: Annotated[int, Setting(
         help="Lanczos iterations for the top Hessian eigenvalue of each unit; slow.", default="0, none",
-        panel=METHOD, affects=Affects.SCORES, metavar="ITERATIONS", commands=("measure",),
+        panel=METHOD, expert=True, affects=Affects.SCORES, metavar="ITERATIONS", commands=("measure",),
     )] = Field(default=0, ge=0)
     solver: Annotated[Literal["auto", "hull", "exact"], Setting(
         help="hull (the frontier, fast at any size), exact (HiGHS, optimum to 1e-4), auto (exact up to 500 units, "
         "or with --costs).", detail="exact stops after 60 s.",
-        panel=METHOD, affects=Affects.PLAN, commands=("allocate",),
+        panel=METHOD, expert=True, affects=Affects.PLAN, commands=("allocate",),
     )] = "auto"
     rounding: Annotated[Literal["rtn", "gptq", "foem", "gptaq"], Setting(
         help="rtn, gptq, foem or gptaq.",
@@ -232,33 +235,34 @@ class Fields(BaseModel):
     foem_beta: Annotated[float | Literal["auto"], Setting(
         help="FOEM's pull towards the original weights, or auto: by held-out rows, layer by layer.",
         detail="It is from 0 to 1; auto tries 0, 0.05, 0.1, 0.2 and 0.4 on every fourth calibration row. Only foem "
-        "uses it.", panel=METHOD, affects=Affects.SCORES, metavar="FLOAT|auto", as_text=True, commands=("measure",),
+        "uses it.", panel=METHOD, expert=True,
+        affects=Affects.SCORES, metavar="FLOAT|auto", as_text=True, commands=("measure",),
     )] = 0.1
     gptaq_alpha: Annotated[float, Setting(
         help="GPTAQ's share of the correction for rounded inputs.", detail="Only gptaq uses it.",
-        panel=METHOD, affects=Affects.SCORES, commands=("measure",),
+        panel=METHOD, expert=True, affects=Affects.SCORES, commands=("measure",),
     )] = Field(default=0.25, ge=0, le=1)
     target_shift: Annotated[float | Literal["auto"] | None, Setting(
         help="Share of each weight's shift towards the original output on rounded inputs: auto (by held-out rows, "
         "layer by layer), a number from 0 to 1, or off.",
-        default="0.5; off for rtn, gptaq and models with experts", panel=METHOD, affects=Affects.SCORES,
+        default="0.5; off for rtn, gptaq and models with experts", panel=METHOD, expert=True, affects=Affects.SCORES,
         metavar="auto|FLOAT|off", as_text=True, commands=("measure",),
     )] = None
     scale_refit: Annotated[bool, Setting(
         help="Refit scales after rounding where held-out rows gain by it.",
         detail="Every fourth calibration row is held out.",
-        panel=METHOD, affects=Affects.SCORES, commands=("measure",),
+        panel=METHOD, expert=True, affects=Affects.SCORES, commands=("measure",),
     )] = False
     token_importance: Annotated[Literal["auto", "gradient", "none"], Setting(
         help="gradient: tokens count in rounding by the loss's gradient; none: all alike.",
         default="gradient; none for rtn",
         detail="The gradient is that at the layer's output; it takes one more pass over the calibration rows forwards "
-        "and backwards.", panel=METHOD, affects=Affects.SCORES, commands=("measure",),
+        "and backwards.", panel=METHOD, expert=True, affects=Affects.SCORES, commands=("measure",),
     )] = "auto"
     damping: Annotated[float | None, Setting(
         help="Fraction of the mean diagonal that is added to the Gram matrix.",
         default="0.05, 0.2 below 8 tokens per column",
-        panel=METHOD, affects=Affects.SCORES, commands=("measure",),
+        panel=METHOD, expert=True, affects=Affects.SCORES, commands=("measure",),
     )] = Field(default=None, gt=0, allow_inf_nan=False)
     refine_steps: Annotated[int, Setting(
         help="Learn rounding, scales and norm gains of every block in so many steps after rounding it.",
@@ -268,7 +272,7 @@ class Fields(BaseModel):
     sensitivity_steps: Annotated[int, Setting(
         help="Learn the rounding of every block and width in so many steps before scoring it, for plans that are "
         "carried out with --refine-steps.", detail="Layers that refinement rescues then count as rescued.",
-        panel=METHOD, affects=Affects.SCORES, commands=("measure",),
+        panel=METHOD, expert=True, affects=Affects.SCORES, commands=("measure",),
     )] = Field(default=0, ge=0)
     distill_steps: Annotated[int, Setting(
         help="Learn scales and norm gains of the whole rounded model in so many steps, on its divergence from the "
@@ -277,7 +281,7 @@ class Fields(BaseModel):
     )] = Field(default=0, ge=0)
     distill_codes: Annotated[bool, Setting(
         help="Let distillation move codes too, by two at most; takes 28 bytes of the device's memory per weight.",
-        panel=METHOD, affects=Affects.WEIGHTS,
+        panel=METHOD, expert=True, affects=Affects.WEIGHTS,
     )] = False
 
     device: Annotated[Literal["auto", "cpu", "cuda"], Setting(
@@ -288,7 +292,7 @@ class Fields(BaseModel):
         help="Rows per forward pass; lower it when memory is short.",
         default="the most of 128, 64 and 32 that fit into --max-memory, on a CPU 16",
         detail="It changes floating-point sums and so some codes, which is why free memory does not decide it.",
-        panel=RUN, affects=Affects.MACHINE, commands=("measure", "evaluate"),
+        panel=RUN, expert=True, affects=Affects.MACHINE, commands=("measure", "evaluate"),
     )] = Field(default=None, ge=1)
     max_memory: Annotated[str, Setting(
         help="Memory to use, such as 12GiB: hidden states that do not fit beside the work lie in the host's memory "

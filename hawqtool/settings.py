@@ -14,6 +14,8 @@ from pydantic.fields import FieldInfo
 MODEL, OUTPUT, TARGET, FORMATS, CALIBRATION = "Model", "Output", "Target", "Formats", "Calibration"
 METHOD, RUN = "Method", "Run"
 GATES = "Gates (they judge the result; exit code 3 if it fails one, and the output is kept)"
+EXPERT = "Expert (what the run decides well without them)"
+"""Panel of the help page for settings that few need; ``configs/default.yaml`` has them under their own panel."""
 
 
 class Affects(Enum):
@@ -73,6 +75,7 @@ class Setting:
         commands: Commands that take it, beside ``quantize`` and ``config``, which take all.
         example: Value in ``configs/default.yaml`` where the default would be no run.
         in_batch: What takes its place in the file of a batch, where all jobs share it.
+        expert: Whether ``--help`` leaves it to ``--help-all``.
     """
 
     help: str
@@ -88,6 +91,7 @@ class Setting:
     commands: tuple[str, ...] = ()
     example: Any = None
     in_batch: str = ""
+    expert: bool = False
 
 
 def flag_of(name: str) -> str:
@@ -127,6 +131,16 @@ def default_words(field: FieldInfo, setting: Setting) -> str:
     if field.is_required() or field.default in (None, ()) or isinstance(field.default, bool):
         return ""
     return ", ".join(field.default) if isinstance(field.default, tuple) else str(field.default)
+
+
+def choices(field: FieldInfo) -> tuple[str, ...]:
+    """Words that a setting takes, as its type lists them; none where it takes anything else too."""
+    found = [field.annotation]
+    for kind in found:
+        if get_origin(kind) in (Union, UnionType):
+            found += get_args(kind)
+    words = [word for kind in found if get_origin(kind) is Literal for word in get_args(kind)]
+    return tuple(word for word in words if isinstance(word, str))
 
 
 def flag_type(field: FieldInfo, setting: Setting) -> type[Any] | Any:

@@ -8,6 +8,7 @@ import typer
 
 from hawqtool import __version__
 from hawqtool.cli import allocate, batch, config, evaluate, inspect, measure, presets, quantize, report, verify
+from hawqtool.cli.command import Command, Group
 from hawqtool.runtime.stdout import accept_any_character, flush_streams
 
 CLOSED_PIPE = 141
@@ -16,22 +17,23 @@ CLOSED_PIPE = 141
 app = typer.Typer(
     name="hawqtool",
     help="Measure how sensitive each layer is, give it the bits it deserves, round, verify, prove that it pays.",
+    cls=Group,
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
     pretty_exceptions_enable=False,
     epilog="Exit codes: 0 done, 2 usage or infeasible target, 3 gate failed, 4 input or model, 5 numerical, memory or "
     "disk, 130 interrupted, 141 closed pipe, 143 terminated.",
 )
-app.command("quantize")(quantize.quantize)
-app.command("measure")(measure.measure)
-app.command("allocate")(allocate.allocate)
-app.command("evaluate")(evaluate.evaluate)
-app.command("verify")(verify.verify)
-app.command("inspect")(inspect.inspect)
-app.command("batch")(batch.batch)
-app.command("report")(report.report)
-app.command("config")(config.config)
-app.command("presets")(presets.presets)
+app.command("quantize", cls=Command)(quantize.quantize)
+app.command("measure", cls=Command)(measure.measure)
+app.command("allocate", cls=Command)(allocate.allocate)
+app.command("evaluate", cls=Command)(evaluate.evaluate)
+app.command("verify", cls=Command)(verify.verify)
+app.command("inspect", cls=Command)(inspect.inspect)
+app.command("batch", cls=Command)(batch.batch)
+app.command("report", cls=Command)(report.report)
+app.command("config", cls=Command)(config.config)
+app.command("presets", cls=Command)(presets.presets)
 
 
 def _version(wanted: bool) -> None:
@@ -43,7 +45,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        Optional[bool], typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        Optional[bool], typer.Option("--version", "-V", callback=_version, is_eager=True, help="Print the version.")
     ] = None,
 ) -> None:
     """Options of the program itself."""

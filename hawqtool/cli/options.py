@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
 
+from hawqtool.cli.command import show_all
 from hawqtool.config import SETTINGS, RunConfig
-from hawqtool.settings import METHOD, RUN, flag_of, flag_type, help_of
+from hawqtool.presets import preset_names
+from hawqtool.settings import EXPERT, METHOD, RUN, choices, flag_of, flag_type, help_of
 
 Values = dict[str, Any]
 """Settings by name as the command line gave them; None where it did not."""
 
 _TAKE_ALL = ("quantize", "config")
+_HELP_ALL = "help_all"
 
 
 def escaped(text: str) -> str:
@@ -24,8 +27,17 @@ def escaped(text: str) -> str:
     return text.replace("[", "\\[")
 
 
-def _option(*names: str, help: str, panel: str, metavar: str | None = None) -> object:
-    return typer.Option(*names, help=escaped(help), rich_help_panel=panel, metavar=metavar, show_default=False)
+def _option(
+    *names: str, help: str, panel: str, metavar: str | None = None, completion: Callable[[str], list[str]] | None = None
+) -> object:
+    return typer.Option(
+        *names,
+        help=escaped(help),
+        rich_help_panel=panel,
+        metavar=metavar,
+        show_default=False,
+        autocompletion=completion,
+    )
 
 
 def setting_names(command: str) -> tuple[str, ...]:
@@ -44,8 +56,11 @@ def with_settings(function: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(function)
     def command(**given: Any) -> None:
+        given.pop(_HELP_ALL, None)
         function(values={name: given.pop(name) for name in names}, **given)
 
+    if any(SETTINGS[name].expert for name in names):
+        parameters.append(_help_all())
     # Keywords alone need no order: options may stand before arguments.
     keywords = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
     command.__signature__ = signature.replace(parameters=keywords)  # type: ignore[attr-defined]
@@ -59,10 +74,39 @@ def setting_parameter(name: str) -> inspect.Parameter:
     if field.is_required():
         option = typer.Argument(None, help=text, show_default=False)
     else:
-        names = setting.flags or (flag_of(name),)
-        panel, metavar = setting.panel, setting.metavar
-        option = typer.Option(None, *names, help=text, rich_help_panel=panel, metavar=metavar, show_default=False)
+        words = choices(field)
+        option = typer.Option(
+            None,
+            *(setting.flags or (flag_of(name),)),
+            help=text,
+            rich_help_panel=EXPERT if setting.expert else setting.panel,
+            metavar=setting.metavar,
+            show_default=False,
+            hidden=setting.expert,
+            autocompletion=_completion(lambda: words) if words else None,
+        )
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind | None)
+
+
+def _completion(words: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
+    """What a shell asks: the words that a beginning may be completed to."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [word for word in words() if word.startswith(incomplete)]
+
+    return complete
+
+
+def _help_all() -> inspect.Parameter:
+    option = typer.Option(
+        False,
+        flag_of(_HELP_ALL),
+        help="Show all options, those for experts too.",
+        is_eager=True,
+        callback=show_all,
+        show_default=False,
+    )
+    return inspect.Parameter(_HELP_ALL, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=bool)
 
 
 def narrowed(name: str, help: str) -> object:
@@ -88,11 +132,16 @@ Preset = Annotated[
         "given there takes the place of its target.",
         panel=RUN,
         metavar="NAME",
+        completion=_completion(preset_names),
     ),
 ]
 DryRun = Annotated[
     bool,
-    typer.Option("--dry-run", help="Show what would be done, from headers alone; write nothing.", rich_help_panel=RUN),
+    typer.Option(
+        "--dry-run",
+        help="Show what would be done, from headers alone; write nothing.",
+        rich_help_panel=RUN,
+    ),
 ]
 Junit = Annotated[
     Optional[Path],
@@ -105,7 +154,18 @@ Junit = Annotated[
     ),
 ]
 Json = Annotated[
-    bool, typer.Option("--json", help="One JSON document on stdout, also for a failure.", rich_help_panel=RUN)
+    bool,
+    typer.Option("--json", help="One JSON document on stdout, also for a failure.", rich_help_panel=RUN),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No narration and no progress.", rich_help_panel=RUN)]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of expected errors.", rich_help_panel=RUN)]
+Quiet = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", help="No narration and no progress.", rich_help_panel=RUN),
+]
+Verbose = Annotated[
+    bool,
+    typer.Option("--verbose", "-v", help="Say when each phase ends, and how long it took.", rich_help_panel=RUN),
+]
+Debug = Annotated[
+    bool,
+    typer.Option("--debug", help="Show tracebacks of expected errors.", rich_help_panel=RUN),
+]
