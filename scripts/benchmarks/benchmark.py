@@ -3,6 +3,7 @@
     python scripts/benchmarks/benchmark.py --shape llama-3-8b --blocks 4 --vocabulary 4096 --work DIR
     python scripts/benchmarks/benchmark.py --shape smollm2 --stages round --device cpu --rows 8 --seq-len 512
     python scripts/benchmarks/benchmark.py --shape llama-3-8b --blocks 2 --vocabulary 4096 --scaling
+    python scripts/benchmarks/benchmark.py --shape qwen3.5-35b-a3b --blocks 4 --vocabulary 4096
 
 A checkpoint with random bf16 weights in the shape of a known model is written to the working folder (shard by shard;
 a finished one is used again), and the stages run on it through the functions that `hawqtool quantize` calls. Beside
@@ -38,7 +39,7 @@ from hawqtool.records import Rows
 from hawqtool.rounding.gram import has_float32_products
 from hawqtool.runtime.malloc import configure_allocators
 from speed.rates import Rates, measure_rates
-from speed.shapes import SHAPES, TOKENIZER_SIZE, Shape, named_shape, write_checkpoint
+from speed.shapes import FAMILIES, SHAPES, TOKENIZER_SIZE, FamilyShape, Shape, named_shape, write_checkpoint
 from speed.stages import STAGES, Benchmark, Measured, random_rows
 
 SCHEMA = "hawqtool.benchmark/1"
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b")
+    parser.add_argument("--shape", choices=[*SHAPES, *FAMILIES], default="llama-3-8b")
     parser.add_argument("--blocks", type=int, help="transformer blocks [default: the model's]")
     parser.add_argument("--vocabulary", type=int, help="tokens [default: the model's]")
     parser.add_argument("--rows", type=int, default=128, help="calibration rows of the rounding [default: 128]")
@@ -139,7 +140,7 @@ def _run(options: argparse.Namespace, stages: Sequence[str], work: Path) -> dict
     return document
 
 
-def _with_blocks(options: argparse.Namespace, blocks: int) -> Shape:
+def _with_blocks(options: argparse.Namespace, blocks: int) -> Shape | FamilyShape:
     """The shape of the options with another number of blocks."""
     return named_shape(options.shape, blocks, options.vocabulary)
 
@@ -148,7 +149,7 @@ def _drawing_device(options: argparse.Namespace) -> torch.device:
     return torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def _label(shape: Shape) -> str:
+def _label(shape: Shape | FamilyShape) -> str:
     return f"{shape.name}-{shape.hidden}-{shape.blocks}-{shape.vocabulary}"
 
 
@@ -169,11 +170,11 @@ def _config(options: argparse.Namespace, folder: Path) -> RunConfig:
     return load_config(None, values)
 
 
-def _job(options: argparse.Namespace, shape: Shape, work: Path) -> Job:
+def _job(options: argparse.Namespace, shape: Shape | FamilyShape, work: Path) -> Job:
     return prepare(_config(options, write_checkpoint(shape, work / _label(shape), _drawing_device(options))))
 
 
-def _rows(options: argparse.Namespace, shape: Shape, count: int) -> dict[str, Rows]:
+def _rows(options: argparse.Namespace, shape: Shape | FamilyShape, count: int) -> dict[str, Rows]:
     counts = {"calibration": count, "measuring": options.measure_rows or count, "scoring": options.scoring_rows}
     return {
         role: random_rows(number, options.seq_len, shape.vocabulary, seed)
@@ -181,12 +182,12 @@ def _rows(options: argparse.Namespace, shape: Shape, count: int) -> dict[str, Ro
     }
 
 
-def _bench(options: argparse.Namespace, shape: Shape, rates: Rates, work: Path, rows: int) -> Benchmark:
+def _bench(options: argparse.Namespace, shape: Shape | FamilyShape, rates: Rates, work: Path, rows: int) -> Benchmark:
     folder = work / f"{_label(shape)}-results"
     return Benchmark(_job(options, shape, work), rates, _rows(options, shape, rows), folder)
 
 
-def _write_rows(options: argparse.Namespace, shape: Shape) -> None:
+def _write_rows(options: argparse.Namespace, shape: Shape | FamilyShape) -> None:
     """Rows for `hawqtool quantize`, twice as many as are asked for: it draws further sets from the same file."""
     known = min(shape.vocabulary, TOKENIZER_SIZE)
     tokens = random_rows(2 * options.rows + 64, options.seq_len, known, seed=17).tokens
@@ -195,7 +196,7 @@ def _write_rows(options: argparse.Namespace, shape: Shape) -> None:
             stream.write(json.dumps({"input_ids": row}) + "\n")
 
 
-def _head(options: argparse.Namespace, shape: Shape, job: Job, rates: Rates) -> dict[str, Any]:
+def _head(options: argparse.Namespace, shape: Shape | FamilyShape, job: Job, rates: Rates) -> dict[str, Any]:
     """Print and return what the figures depend on."""
     name = torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else platform.processor() or "cpu"
     products = "half precision" if has_float32_products(job.device, job.dtype) else "float32"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,9 @@ from speed.rates import Rates
 
 _OPERATIONS_PER_CANDIDATE = 7
 """Of the scale search, per weight: divide, round, two bounds, multiply and subtract, square, weight, add."""
+
+
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -43,20 +47,27 @@ class Work:
 
 
 def block_work(job: Job, rows: int, seq_len: int) -> Work:
-    """Work of rounding the first block with so many rows; all blocks of the shapes here are alike."""
+    """Work of rounding the first block with so many rows; all blocks of the shapes here are nearly alike.
+
+    A linear of an expert sees the share of the tokens that a router in balance sends it.
+    """
     spec = job.structure.blocks[0]
     tokens = rows * seq_len
     weights = sum(linear.num_weights for linear in spec.linears)
     config = job.skeleton.config
+    routed = getattr(config, "num_experts_per_tok", 1) / getattr(config, "num_experts", 1)
+    shares = {linear.name: routed if _EXPERT.search(linear.name) else 1.0 for linear in spec.linears}
     attention_width = config.num_attention_heads * (config.head_dim or config.hidden_size // config.num_attention_heads)
     alike = [[linear] for linear in spec.linears] if job.settings.uses_token_importance else spec.input_groups
     widths = [group[0].in_features for group in alike]
+    gram = sum(shares[group[0].name] * group[0].in_features * (group[0].in_features + 1) for group in alike)
+    multiplied = sum(shares[linear.name] * linear.num_weights for linear in spec.linears)
     updates = float(sum(linear.out_features * linear.in_features**2 for linear in spec.linears))
     method = job.settings.method
     candidates = (2 if method.both_signs else 1) * COARSE_STEPS + 2 * FINE_STEPS
     return Work(
-        forward=2.0 * weights * tokens + 2.0 * tokens * seq_len * attention_width,
-        gram=float(tokens * sum(width * (width + 1) for width in widths)),
+        forward=2.0 * multiplied * tokens + 2.0 * tokens * seq_len * attention_width,
+        gram=tokens * gram,
         factor=2 / 3 * sum(width**3 for width in widths),
         search=float(weights * candidates * _OPERATIONS_PER_CANDIDATE),
         columns=updates,

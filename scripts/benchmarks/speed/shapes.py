@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from hawqtool.checkpoint.index import INDEX_FILE
 from hawqtool.errors import UsageError
@@ -107,12 +107,39 @@ SHAPES = {
 }
 
 
-def named_shape(name: str, blocks: int | None, vocabulary: int | None, width: float = 1.0) -> Shape:
+@dataclass(frozen=True)
+class FamilyShape:
+    """Sizes of a model of another family, those that transformers gives its configuration by default.
+
+    Args:
+        name: Name on the command line.
+        model_type: The family in transformers.
+        hidden: Width of the residual stream.
+        blocks: Transformer blocks.
+        vocabulary: Tokens.
+    """
+
+    name: str
+    model_type: str
+    hidden: int
+    blocks: int
+    vocabulary: int
+
+
+FAMILIES = {shape.name: shape for shape in (FamilyShape("qwen3.5-35b-a3b", "qwen3_5_moe_text", 2048, 40, 248320),)}
+
+
+def named_shape(name: str, blocks: int | None, vocabulary: int | None, width: float = 1.0) -> Shape | FamilyShape:
     """A shape with other numbers of blocks and tokens, and a fraction of its width (in whole heads).
 
     Raises:
-        UsageError: If a number is too small.
+        UsageError: If a number is too small, or the width of a family is to be another.
     """
+    if name in FAMILIES:
+        if width != 1.0:
+            raise UsageError(f"{name} has one width; expected a shape of Llama with --scaling")
+        family = FAMILIES[name]
+        return replace(family, blocks=blocks or family.blocks, vocabulary=vocabulary or family.vocabulary)
     shape = SHAPES[name]
     groups = max(1, round(shape.key_value_heads * width))
     heads = groups * (shape.heads // shape.key_value_heads)
@@ -133,7 +160,9 @@ def named_shape(name: str, blocks: int | None, vocabulary: int | None, width: fl
     return shape
 
 
-def write_checkpoint(shape: Shape, folder: Path, device: torch.device, sparse: bool = False, seed: int = 0) -> Path:
+def write_checkpoint(
+    shape: Shape | FamilyShape, folder: Path, device: torch.device, sparse: bool = False, seed: int = 0
+) -> Path:
     """Write config, tokenizer and bf16 weights, one shard in memory at a time; a finished folder is used again.
 
     Args:
@@ -146,6 +175,8 @@ def write_checkpoint(shape: Shape, folder: Path, device: torch.device, sparse: b
     if (folder / "config.json").is_file():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(shape, FamilyShape):
+        return _write_family(shape, folder, device, seed)
     shards = list(shape.shards())
     weight_map: dict[str, str] = {}
     generator = torch.Generator(device).manual_seed(seed)
@@ -162,6 +193,23 @@ def write_checkpoint(shape: Shape, folder: Path, device: torch.device, sparse: b
     _byte_tokenizer().save_pretrained(folder)
     _write_json(folder / "config.json", shape.config())  # last: it says that the folder is complete
     return folder
+
+
+def _write_family(shape: FamilyShape, folder: Path, device: torch.device, seed: int) -> Path:
+    """All tensors at once, under the names that transformers gives them on disk."""
+    config = AutoConfig.for_model(shape.model_type)
+    types = getattr(config, "layer_types", None)
+    config.update({"num_hidden_layers": shape.blocks, "vocab_size": shape.vocabulary})
+    if types:
+        config.layer_types = types[: shape.blocks]
+    torch.manual_seed(seed)
+    with device:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    unfinished = folder.with_name(f"{folder.name}.part")
+    model.save_pretrained(unfinished, max_shard_size="4GB")
+    _byte_tokenizer().save_pretrained(unfinished)
+    folder.rmdir()
+    return unfinished.rename(folder)
 
 
 def _values(size: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
