@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,20 +9,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hawqtool.checkpoint.dtypes import DTYPE_BYTES
-from hawqtool.checkpoint.fusion import is_expert, unit_name
+from hawqtool.checkpoint.fusion import unit_name
 from hawqtool.checkpoint.index import CheckpointIndex
 from hawqtool.errors import InputError, UsageError
 from hawqtool.model.block_list import find_blocks
 from hawqtool.model.experts import routers
+from hawqtool.model.initialization import INITIALIZED, initialized_linears
 from hawqtool.model.kept import (
     FUSED,
     GATE,
     INDEXER,
     OWN_FORWARD,
+    READ_ON_LOADING,
     ROUTER,
     SHARED,
     UNDIVIDED,
@@ -128,6 +128,7 @@ def discover(
     experts_per_block: bool = False,
     quantize_head: bool = False,
     fuses: bool = True,
+    for_transformers: bool = False,
 ) -> Structure:
     """Run one row of meta tensors through every block and keep what it proves.
 
@@ -141,6 +142,7 @@ def discover(
         experts_per_block: As in `unit_name`.
         quantize_head: Whether the output head is quantized too.
         fuses: As in `unit_name`.
+        for_transformers: Whether linears that transformers cannot load packed are kept.
 
     Raises:
         InputError: If the blocks cannot be run, or hand on more than a hidden state; if a tensor is missing.
@@ -161,10 +163,13 @@ def discover(
     tensors = {n: stored.get(f"{n}.weight", f"{n}.weight").removesuffix(".weight") for n in modules}
     units = {n: unit_name(tensor, experts_per_block, fuses) for n, tensor in tensors.items()}
     specs = [_with_units(spec, units) for spec in specs]
-    reasons |= _kept_along(specs, {units[n] for n in reasons})
+    read = initialized_linears(model, [m.module_name for spec in specs for m in spec.linears])
+    keeps = for_transformers and {units[n] for n in read} < {m.unit for spec in specs for m in spec.linears}
+    reasons |= dict.fromkeys(read if keeps else (), READ_ON_LOADING)
+    reasons = _kept_along(specs, {units[n] for n in reasons}) | reasons
     specs = [_without_units(spec, {units[n] for n in reasons}) for spec in specs]
     obstacle = next((text for m in blocks.modules() for kind, text in _OBSTACLES.items() if kind in _classes(m)), None)
-    obstacle = obstacle or _initialization_obstacle(model, [m.module_name for spec in specs for m in spec.linears])
+    obstacle = obstacle or (INITIALIZED if read and not keeps else None)
     head = _head(model, len(blocks), stored, index) if quantize_head else None
     walked = (*specs, head) if head else specs
     inside = {spec.module_name for block in walked for spec in block.linears}
@@ -185,28 +190,6 @@ def _kept_along(specs: Sequence[BlockSpec], units: set[str]) -> dict[str, str]:
         for linear in linears
         if linear.unit in narrow | units
     }
-
-
-def _initialization_obstacle(model: Any, packed: list[str]) -> str | None:
-    """Why transformers cannot load packed layers whose weight the model's own initialization touches.
-
-    Loading ends with a call of that code for every module, and a packed layer has no ``weight``. On meta tensors the
-    same call takes no time.
-    """
-    if not isinstance(model, PreTrainedModel):
-        return None
-    probe = copy.deepcopy(model)
-    for name in packed:
-        if not is_expert(name):  # transformers has the experts of a block in one module
-            probe.get_submodule(name)._parameters.pop("weight", None)
-    for module in probe.modules():
-        vars(module).pop("_is_hf_initialized", None)  # building it has called the code already
-    try:
-        probe.initialize_weights()
-    except AttributeError as error:
-        if "weight" in str(error):
-            return f"its own initialization, which loading calls, stops at packed layers ({error})"
-    return None
 
 
 def _head(model: Any, position: int, stored: dict[str, str], index: CheckpointIndex) -> BlockSpec:

@@ -29,6 +29,7 @@ CALLED_AGAIN = "called more than once"
 USED_OTHERWISE = "weight used outside its layer"
 UNDIVIDED = "columns not divisible by any group"
 FUSED = "fused with what is kept"
+READ_ON_LOADING = "transformers initializes it anew"
 UNLOADED = "not loaded by transformers"
 UNKNOWN = "unknown matrix"
 

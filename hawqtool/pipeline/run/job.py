@@ -160,8 +160,8 @@ def prepare(
     stored_index = read_original(source.folder)
     probe = build_skeleton(stored_index.folder, torch.float32, source.runs_code, stored_index.tensors)
     index = with_stored_experts_split(probe, stored_index)
-    alone = config.profile == "transformers"
-    structure = discover(probe, index, config.profile == "vllm", config.quantize_lm_head, fuses=not alone)
+    serves, alone = config.profile == "vllm", config.profile == "transformers"
+    structure = discover(probe, index, serves, config.quantize_lm_head, not alone, for_transformers=not serves)
     if index.tensors.keys() != stored_index.tensors.keys() and not joins_experts(probe):
         structure = replace(structure, obstacle=structure.obstacle or UNJOINED)
     if writes and structure.obstacle and config.profile != "vllm":

@@ -13,6 +13,7 @@ from hawqtool.checkpoint.index import read_index
 from hawqtool.config import RunConfig
 from hawqtool.errors import InputError
 from hawqtool.model.discovery import discover
+from hawqtool.model.kept import READ_ON_LOADING
 from hawqtool.model.skeleton import build_skeleton
 from hawqtool.pipeline.run.job import prepare
 from tests.support.tiny import tiny_model
@@ -33,6 +34,7 @@ KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "GPTBigCodeForCausalLM",
         {"vocab_size": 128, "n_embd": 64, "n_inner": 128, "n_layer": 2, "n_head": 4, "n_positions": 512},
     ),
+    "mamba": ("MambaConfig", "MambaForCausalLM", {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2}),
     "modernbert": (
         "ModernBertConfig",
         "ModernBertForMaskedLM",
@@ -59,8 +61,26 @@ def test_code_that_stops_at_packed_layers_is_an_obstacle(name: str, tmp_path: Pa
     assert obstacle is not None and "its own initialization" in obstacle and "\n" not in obstacle
 
 
+@pytest.mark.parametrize(
+    ("name", "kept"), [("nanochat", "self_attn.o_proj"), ("gpt_bigcode", "c_proj"), ("mamba", "out_proj")]
+)
+def test_for_transformers_the_linears_that_its_code_reads_are_kept(name: str, kept: str, tmp_path: Path) -> None:
+    folder = save(name, tmp_path / name)
+    structure = discover(build_skeleton(folder, torch.float32), read_index(folder), for_transformers=True)
+    read = [tensor.module for tensor in structure.kept if tensor.reason == READ_ON_LOADING]
+    assert structure.obstacle is None
+    assert read and all(module.endswith(f"{kept}.weight") for module in read)
+    assert structure.linears and not any(module.endswith(kept) for module in structure.linears)
+
+
+def test_where_its_code_reads_all_nothing_is_left_to_keep(tmp_path: Path) -> None:
+    folder = save("modernbert", tmp_path / "modernbert")
+    structure = discover(build_skeleton(folder, torch.float32), read_index(folder), for_transformers=True)
+    assert structure.obstacle and structure.linears
+
+
 def test_a_run_is_refused_before_the_work_with_what_to_do(tmp_path: Path) -> None:
-    folder = save("nanochat", tmp_path / "nanochat")
+    folder = save("modernbert", tmp_path / "modernbert")
     settings: dict[str, Any] = {"model": str(folder), "device": "cpu", "group_size": 32}
     with pytest.raises(InputError, match=r"transformers cannot load .* --profile vllm writes it"):
         prepare(RunConfig(**settings))

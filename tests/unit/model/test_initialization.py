@@ -1,0 +1,54 @@
+"""Linears that a model's own initialization reads are found one by one."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from hawqtool.model.initialization import initialized_linears
+
+
+class _Config(PretrainedConfig):
+    model_type = "reads-some"
+    initializer_range = 0.02
+
+
+class _Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.o, self.down = (nn.Linear(4, 4) for _ in range(3))
+
+
+class _Model(PreTrainedModel):
+    config_class = _Config
+    __module__ = "transformers.models.reads_some"  # of code elsewhere, modules without parameters are passed over
+
+    def __init__(self, config: _Config) -> None:
+        super().__init__(config)
+        self.layers = nn.ModuleList(_Layer() for _ in range(3))
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, _Layer):
+            nn.init.zeros_(module.down.weight)
+            nn.init.zeros_(module.o.weight)
+
+
+def test_only_what_the_code_reads_is_named_in_every_layer() -> None:
+    model = _Model(_Config())
+    names = [f"layers.{n}.{kind}" for n in range(3) for kind in ("q", "o", "down")]
+    assert initialized_linears(model, names) == {name for name in names if not name.endswith("q")}
+    assert initialized_linears(model, [name for name in names if name.endswith("q")]) == frozenset()
+
+
+def test_the_model_keeps_its_weights() -> None:
+    model = _Model(_Config())
+    before = model.state_dict()
+    initialized_linears(model, ["layers.0.o"])
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_code_of_a_checkpoint_is_not_called() -> None:
+    assert initialized_linears(nn.Linear(2, 2), [""]) == frozenset()
