@@ -21,6 +21,7 @@ DOCUMENTS = (
     documents.PlanDocument,
     documents.FrontierDocument,
     documents.EvaluationDocument,
+    documents.ComparisonDocument,
     documents.DryRun,
     documents.VerifyDocument,
     documents.ErrorDocument,
@@ -61,7 +62,8 @@ def words(hint: Any) -> str:
         return f"list of {words(arguments[0])}"
     if origin in (dict, Mapping):
         return "object" if arguments[1] is Any else f"{words(arguments[1])} by name"
-    return {str: "text", int: "integer", float: "number", bool: "true or false", type(None): "null"}[hint]
+    plain = {str: "text", int: "integer", float: "number", bool: "true or false", type(None): "null", Any: "any value"}
+    return plain[hint]
 
 
 def parts(hint: Any) -> list[type]:

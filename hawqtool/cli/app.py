@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 import typer
 
 from hawqtool import __version__
-from hawqtool.cli import allocate, batch, config, evaluate, inspect, measure, presets, quantize, report, verify
+from hawqtool.cli import allocate, batch, compare, config, evaluate, inspect, measure, presets, quantize, report, verify
 from hawqtool.cli.command import Command, Group
 from hawqtool.runtime.stdout import accept_any_character, flush_streams
 
@@ -28,6 +28,7 @@ app.command("quantize", cls=Command)(quantize.quantize)
 app.command("measure", cls=Command)(measure.measure)
 app.command("allocate", cls=Command)(allocate.allocate)
 app.command("evaluate", cls=Command)(evaluate.evaluate)
+app.command("compare", cls=Command)(compare.compare)
 app.command("verify", cls=Command)(verify.verify)
 app.command("inspect", cls=Command)(inspect.inspect)
 app.command("batch", cls=Command)(batch.batch)

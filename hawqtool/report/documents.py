@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal, NotRequired, TypedDict
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
-from hawqtool.report.schema import Kept, Measured, PlanEntry, Quality
+from hawqtool.report.schema import Kept, Measure, Measured, PlanEntry, Quality, Shipped
 
 
 class MemberRecord(TypedDict):
@@ -97,6 +97,41 @@ class EvaluationDocument(Measured):
     schema: Annotated[str, "`hawqtool.evaluation/1`."]
     rows: Annotated[EvaluatedRows, "Rows that were evaluated."]
     quantized: Annotated[Quality, "The quantized model."]
+
+
+class ComparedResult(TypedDict):
+    """One of two results."""
+
+    path: Annotated[str, "Folder or report as it was given."]
+    model: Annotated[str, "Name of the original."]
+    measure: Annotated[Measure, "What the divergence is: `kl` or `embedding_error`."]
+    shipped: Annotated[Shipped, "Which plan was written."]
+    formats: Annotated[list[str], "Labels of the formats of the plan."]
+    bpw_linears: Annotated[float, "Stored bits per weight of the linears."]
+    quantized_bytes: Annotated[int, "Bytes of the written weight files."]
+    original_bytes: Annotated[int, "Bytes of the original's weight files."]
+    quality: Annotated[Quality, "Quality on the report rows."]
+    seconds: Annotated[float, "Seconds of all stages."]
+
+
+class ComparedLayer(TypedDict):
+    """One linear in both results; null where a result does not have it."""
+
+    name: Annotated[str, "Linear."]
+    formats: Annotated[list[str | None], "Label of the format in each."]
+    bytes: Annotated[list[int | None], "Stored bytes in each."]
+    output_error: Annotated[list[float | None], "Relative error of the outputs on the calibration rows of each."]
+
+
+class ComparisonDocument(TypedDict):
+    """Two results side by side (`hawqtool compare --json`)."""
+
+    schema: Annotated[str, "`hawqtool.comparison/1`."]
+    results: Annotated[list[ComparedResult], "The two results."]
+    same_model: Annotated[bool, "Whether both were made of one original."]
+    same_rows: Annotated[bool, "Whether their figures are of the same report rows."]
+    settings: Annotated[dict[str, list[Any]], "Settings that differ, with the value of each."]
+    layers: Annotated[list[ComparedLayer], "All linears."]
 
 
 class DryRun(TypedDict):
