@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hawqtool.checkpoint.content import ContentRecord, Place
 from hawqtool.checkpoint.dtypes import DTYPE_BYTES
 from hawqtool.checkpoint.links import check_links
 from hawqtool.errors import InputError, InputLostError
@@ -44,6 +46,11 @@ class TensorInfo:
     start: int
     num_bytes: int
 
+    @property
+    def place(self) -> Place:
+        """Where its bytes lie."""
+        return self.file, self.start, self.num_bytes
+
 
 @dataclass(frozen=True)
 class CheckpointIndex:
@@ -54,12 +61,14 @@ class CheckpointIndex:
         files: Safetensors files.
         tensors: What they hold, by name; of a quantized original what its tensors stand for.
         source_format: How a quantized original is stored, for people; None where tensors are as stored.
+        content: Compares what is read with what was read before; None where each read stands alone.
     """
 
     folder: Path
     files: tuple[Path, ...]
     tensors: dict[str, TensorInfo]
     source_format: str | None = None
+    content: ContentRecord | None = field(default=None, compare=False, repr=False)
 
     @property
     def total_bytes(self) -> int:
@@ -101,13 +110,33 @@ def read_index(folder: Path) -> CheckpointIndex:
 def fingerprint(index: CheckpointIndex) -> str:
     """SHA-256 over ``config.json``, the raw headers and the file sizes: identifies a checkpoint without reading it.
 
-    Weights that change while names, shapes and sizes stay are not noticed.
+    Weights that change while names, shapes and sizes stay are not noticed (see `weights_hash`).
     """
     digest = hashlib.sha256((index.folder / "config.json").read_bytes())
     for file in index.files:
         header, size = _raw_header(file)
         digest.update(f"\0{file.name}\0{size}\0".encode())
         digest.update(header)
+    return digest.hexdigest()
+
+
+def stored_places(files: Sequence[Path]) -> list[Place]:
+    """Places of all tensors that files store, whatever the model makes of them.
+
+    Raises:
+        InputError: If a header is damaged.
+    """
+    return [info.place for file in files for info in read_header(file)]
+
+
+def weights_hash(files: Sequence[Path], content: ContentRecord) -> str:
+    """SHA-256 over names, headers and the recorded hashes of all `stored_places`: identifies weights by every byte."""
+    digest = hashlib.sha256()
+    for file in files:
+        header, size = _raw_header(file)
+        digest.update(f"\0{file.name}\0{size}\0".encode() + header)
+        for place in stored_places((file,)):
+            digest.update(content[place])
     return digest.hexdigest()
 
 

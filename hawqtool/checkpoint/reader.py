@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 
 import torch
@@ -38,6 +39,7 @@ class TensorReader:
     """Reads tensors one at a time; files are opened per read and never memory-mapped.
 
     A mapped page can stay resident and counts against a memory limit, so plain reads keep the peak at one tensor.
+    Where the index has a record of its content, each read is compared with it.
     """
 
     def __init__(self, index: CheckpointIndex) -> None:
@@ -90,6 +92,8 @@ class TensorReader:
             raise InputLostError(
                 f"tensor {info.name} of {info.file} cannot be read ({error.strerror}); check the disk"
             ) from None
+        if self.index.content is not None:
+            self.index.content.check(info.place, hashlib.sha256(view).digest(), info.name)
         return buffer.view(dtype).reshape(info.shape)
 
     def raw(self, name: str) -> bytes:
@@ -111,6 +115,7 @@ class TensorReader:
             view = self.read(info).view(-1).view(torch.uint8).numpy().data
             yield from (bytes(view[at : at + CHUNK_BYTES]) for at in range(0, len(view), CHUNK_BYTES))
             return
+        digest = None if self.index.content is None else hashlib.sha256()
         try:
             with info.file.open("rb", buffering=0) as stream:
                 stream.seek(info.start)
@@ -120,8 +125,12 @@ class TensorReader:
                     if not piece:
                         raise InputLostError(f"{info.file} ended inside tensor {name}; download or save it again")
                     left -= len(piece)
+                    if digest is not None:
+                        digest.update(piece)
                     yield piece
         except OSError as error:
             raise InputLostError(
                 f"tensor {name} of {info.file} cannot be read ({error.strerror}); check the disk"
             ) from None
+        if self.index.content is not None and digest is not None:
+            self.index.content.check(info.place, digest.digest(), name)

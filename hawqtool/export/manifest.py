@@ -54,7 +54,7 @@ def seal(folder: Path, report: Report) -> Report:
             "schema": MANIFEST_SCHEMA,
             "files": {name: _entry(folder / name) for name in names},
             "config": _key_hashes(load_json(folder / CONFIG_FILE)),
-            "report": _content_hash({key: value for key, value in report.items() if key != "manifest"}),
+            "report": content_hash({key: value for key, value in report.items() if key != "manifest"}),
         }
         _write(folder / MANIFEST_FILE, manifest)
         sealed: Report = {**report, "manifest": {"file": MANIFEST_FILE, "sha256": file_hash(folder / MANIFEST_FILE)}}
@@ -214,16 +214,16 @@ def _report_problems(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     problems = []
     if not isinstance(named, dict) or named.get("sha256") != file_hash(folder / MANIFEST_FILE):
         problems.append(f"{MANIFEST_FILE} differs from its SHA-256 in {REPORT_FILE}; one of them changed; restore it")
-    if _content_hash(report) != manifest["report"]:
+    if content_hash(report) != manifest["report"]:
         problems.append(f"{REPORT_FILE} differs from its SHA-256 in {MANIFEST_FILE}; it changed; restore it")
     return problems
 
 
 def _key_hashes(config: Any) -> dict[str, str]:
-    return {key: _content_hash(value) for key, value in config.items()} if isinstance(config, dict) else {}
+    return {key: content_hash(value) for key, value in config.items()} if isinstance(config, dict) else {}
 
 
-def _content_hash(value: Any) -> str:
+def content_hash(value: Any) -> str:
     """SHA-256 of a JSON value, whatever the layout of its text."""
     # Twice: keys that are numbers become texts on the way, and are sorted as such afterwards.
     text = json.dumps(json.loads(json.dumps(value)), sort_keys=True, separators=(",", ":"))

@@ -9,7 +9,7 @@ from hawqtool.errors import UsageError
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.files import check_writable, write_json
 from hawqtool.pipeline.run.folder import RunFolder
-from hawqtool.pipeline.run.identity import check_unchanged, run_identity, stamps
+from hawqtool.pipeline.run.identity import check_unchanged, record_content, run_identity, stamps
 from hawqtool.pipeline.run.job import prepare
 from hawqtool.pipeline.run.measurement_cache import check_measurements
 from hawqtool.pipeline.run.menu import WIDE_MENU, format_menu
@@ -36,6 +36,7 @@ def run_measure(config: RunConfig, output: Path, reporter: Reporter) -> Sensitiv
     with RunFolder(output.absolute(), reporter) as run:
         job = prepare(config, reporter, states=run.path)
         before = stamps(job.index)
+        record_content(job.index, before, reporter)
         run.begin(run_identity(job), config.restart)
         menu = format_menu(job.units, config.bits or WIDE_MENU, config)
         context = RunContext(job, reporter, run.saved)

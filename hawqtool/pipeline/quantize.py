@@ -18,7 +18,7 @@ from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.files import PART, read_report
 from hawqtool.pipeline.run.fingerprint import config_fingerprint
 from hawqtool.pipeline.run.folder import RunFolder
-from hawqtool.pipeline.run.identity import check_unchanged, run_identity, stamps
+from hawqtool.pipeline.run.identity import check_copies, check_unchanged, record_content, run_identity, stamps
 from hawqtool.pipeline.run.job import Job, prepare
 from hawqtool.pipeline.run.measurement_cache import check_measurements
 from hawqtool.pipeline.run.menu import budget_bytes, job_menu, unquantized_bytes
@@ -61,12 +61,13 @@ def run_quantize(config: RunConfig, command: str, reporter: Reporter, announce: 
         if not (resuming and run.in_place):
             check_free(config, output)
         check_measurements(config)
-        fingerprint = config_fingerprint(config)  # of the files as the run begins
         job, warnings = prepare(config, reporter, states=run.path), list[str]()
         if resuming:
             job, warnings = resumed_batch_size(job, run)
         before = stamps(job.index)
         announce(describe(job))
+        record_content(job.index, before, reporter)
+        fingerprint = config_fingerprint(config, job.index.content)
         run.begin(run_identity(job), config.restart)
         remember_batch_size(job, warnings, run)
         if run.in_place:
@@ -142,7 +143,9 @@ def _complete(job: Job, folder: Path, sensitivity: SensitivityDocument | None, r
     """Add small files, card and records, try what the report claims, and verify the folder before it is sealed."""
     for left in folder.rglob(f".*{PART}"):  # by a run that was killed while it wrote them
         left.unlink()
-    copy_small_files(job.index.folder, folder)
+    began_with = job.index.content.files if job.index.content else {}
+    copied = copy_small_files(job.index.folder, folder)
+    check_copies(folder, {name: began_with.get(name, "") for name in copied})
     _try_claims(job, folder, report, rows)
     write_card(job.index.folder, folder, report)
     write_reproduce(job, folder, sensitivity)

@@ -26,7 +26,7 @@ class SensitivityDocument(TypedDict):
 
     schema: Annotated[str, "`hawqtool.sensitivity/1`."]
     model: Annotated[str, "Name of the original."]
-    model_fingerprint: Annotated[str, "SHA-256 of names, dtypes and shapes of its tensors."]
+    model_fingerprint: Annotated[str, "SHA-256 of its config and of every byte of its weights."]
     rounding: Annotated[str, "Rounding whose errors were scored."]
     symmetric: Annotated[bool, "Whether grids had no zero points."]
     settings: Annotated[Mapping[str, float | int | str | bool], "What else the scores depend on, and `seconds`."]
@@ -41,6 +41,7 @@ class SensitivityDocument(TypedDict):
     curvature: Annotated[dict[str, dict[str, float | None]], "Input Fisher, traces and eigenvalues of every unit."]
     warnings: Annotated[list[str], "What the user should know of the scores."]
     fingerprint: NotRequired[Annotated[str, "Name in the folder of measurements."]]
+    checksum: NotRequired[Annotated[str, "SHA-256 of all else, in a folder of measurements."]]
 
 
 class PlanDocument(TypedDict):

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from hawqtool.checkpoint.index import read_index
 from hawqtool.cli.app import app
 from hawqtool.config import RunConfig
 from hawqtool.errors import InputLostError, NumericalError, ResourceError
@@ -66,6 +67,51 @@ def test_a_model_that_changes_under_way(config: RunConfig, kind: str) -> None:
     ):
         quantize(config, change)
     assert not Path(config.output or "").exists()
+
+
+class Changing(Silent):
+    """Calls something once: when the weights were hashed, or when a later stage is under way."""
+
+    def __init__(self, change: Callable[[], object], later: bool = False) -> None:
+        super().__init__()
+        self.change, self.later, self.changed = change, later, False
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        now = not stage.startswith("fingerprint") if self.later else done == total
+        if now and not self.changed:
+            self.changed = True
+            self.change()
+
+
+def rewrite(file: Path, byte: int, stray: bytes) -> None:
+    """Put another byte into a file; size and time stay."""
+    before, content = file.stat(), bytearray(file.read_bytes())
+    assert content[byte : byte + 1] != stray
+    content[byte : byte + 1] = stray
+    file.write_bytes(content)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.self_attn.q_proj.weight", "tokenizer.json"])
+def test_a_change_that_no_size_or_time_tells(config: RunConfig, name: str) -> None:
+    folder = Path(config.model)
+    if name == "tokenizer.json":
+        reporter = Changing(lambda: rewrite(folder / name, 1, b" "), later=True)
+        said = "tokenizer.json of the model changed while the run lasted"
+    else:
+        info = read_index(folder).tensors[name]
+        reporter = Changing(lambda: rewrite(info.file, info.start, b"\x55"))
+        said = f"tensor {name} of .* changed while the run lasted"
+    with pytest.raises(InputLostError, match=said):
+        run_quantize(config, "hawqtool quantize", reporter, lambda _: None)
+    assert reporter.changed and not Path(config.output or "").exists()
+
+
+def test_weights_that_are_only_touched_are_the_same(config: RunConfig) -> None:
+    weights = Path(config.model) / "model.safetensors"
+    reporter = Changing(lambda: os.utime(weights, ns=(0, 0)), later=True)
+    run_quantize(config, "hawqtool quantize", reporter, lambda _: None)
+    assert reporter.changed and (Path(config.output or "") / "report.json").is_file()
 
 
 def test_nan_that_comes_from_a_change_is_said_to_be_one(config: RunConfig) -> None:

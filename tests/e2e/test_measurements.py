@@ -136,8 +136,20 @@ def test_a_damaged_file_is_named_and_measured_anew(tmp_path: Path, damage: str) 
     (tmp_path / ".k.123.part").write_text("left by a killed process")
     document, found = MeasurementFolder(tmp_path, reporter).take("k", lambda: dict(DOCUMENT))
     assert not found and len(reporter.warnings) == 1 and "k.json" in reporter.warnings[0]
-    assert read(tmp_path / "k.json") == document == DOCUMENT | {"fingerprint": "k"}
+    kept = read(tmp_path / "k.json")
+    assert len(kept.pop("checksum")) == 64 and kept == document == DOCUMENT | {"fingerprint": "k"}
     assert MeasurementFolder(tmp_path, reporter).take("k", pytest.fail) == (document, True)
+
+
+def test_a_score_that_was_changed_is_measured_anew(tmp_path: Path) -> None:
+    reporter, folder = Silent(), MeasurementFolder(tmp_path, Silent())
+    scores = {"fisher": {"u": {"w4g32": [0.125, 0.5], "w8g32": [0.25, None]}}}
+    folder.take("k", lambda: DOCUMENT | {"scores": scores})
+    file = tmp_path / "k.json"
+    file.write_text(file.read_text().replace("0.125", "0.625"))
+    document, found = MeasurementFolder(tmp_path, reporter).take("k", lambda: DOCUMENT | {"scores": scores})
+    assert not found and document["scores"] == scores
+    assert "k.json differs from its checksum" in reporter.warnings[0]
     assert [p.name for p in tmp_path.iterdir()] == ["k.json"]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from hawqtool.checkpoint.index import read_index
 from hawqtool.config import RunConfig
 from hawqtool.errors import UsageError
 from hawqtool.pipeline.measure import run_measure
@@ -127,6 +129,21 @@ def test_interrupted_again_and_again(place: Path, tmp_path: Path, monkeypatch: p
     assert len(done) == len(set(done))
 
 
+def copies(model: Path, folder: Path) -> dict[str, Path]:
+    """A model with one bit of a norm changed, and one with another tokenizer; sizes and times are the same."""
+    found = {name: Path(shutil.copytree(model, folder / name)) for name in ("norm", "tokenizer")}
+    info = read_index(found["norm"]).tensors["model.norm.weight"]
+    content = bytearray(info.file.read_bytes())
+    content[info.start] ^= 1
+    tokens = (found["tokenizer"] / "tokenizer.json").read_bytes().replace(b"<extra_28>", b"<extra_2x>")
+    for file, changed in ((info.file, content), (found["tokenizer"] / "tokenizer.json", tokens)):
+        before = file.stat()
+        file.write_bytes(changed)
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert file.stat().st_size == before.st_size
+    return found
+
+
 def test_another_run_is_refused(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = settings(place, bits="4", target_bpw=4.5, output=tmp_path / "out", rounding="rtn")
     interrupt = Interrupt(monkeypatch)
@@ -139,7 +156,10 @@ def test_another_run_is_refused(place: Path, tmp_path: Path, monkeypatch: pytest
     moved = tmp_path / "moved/text.txt"
     moved.parent.mkdir()
     moved.write_text((place / "text.txt").read_text()[100:])
+    models = copies(place / "model", tmp_path)
     for changes, said in (
+        ({"model": str(models["norm"])}, "weights was"),
+        ({"model": str(models["tokenizer"])}, "tokenizer.json was"),
         ({"seed": 5}, "seed was 0, is 5"),
         ({"target_bpw": 4.625}, "target_bpw was 4.5, is 4.625"),
         ({"batch_size": 4}, "batch_size was 16, is 4"),
@@ -149,6 +169,10 @@ def test_another_run_is_refused(place: Path, tmp_path: Path, monkeypatch: pytest
         with pytest.raises(UsageError) as caught:
             quantize(config, **changes)
         assert said in str(caught.value)
+    with monkeypatch.context() as patch:
+        patch.setenv("HAWQTOOL_KERNEL", "eager")
+        with pytest.raises(UsageError, match=r"kernel was numba, .* is eager, torch"):
+            quantize(config)
     assert quantize(config)["starts"] == 2
 
 

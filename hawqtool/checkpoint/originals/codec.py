@@ -89,6 +89,18 @@ def _of_entry(part: TensorInfo, info: DequantizedInfo, position: int) -> TensorI
     return leading(part, position) if part.shape[:1] == info.shape[:1] else part
 
 
+def stored_parts(info: TensorInfo) -> Iterator[TensorInfo]:
+    """What is read of the files for a tensor, each as it is read: itself, or codes and scales."""
+    if not isinstance(info, DequantizedInfo):
+        yield info
+    elif len(info.shape) > 2:
+        for position in range(info.shape[0]):
+            yield from stored_parts(leading(info, position))
+    else:
+        parts = (info.codes, info.scale, info.factor, info.zeros, info.columns)
+        yield from (part for part in parts if part is not None)
+
+
 def dequantize_tensor(info: DequantizedInfo, read: Callable[[TensorInfo], Tensor]) -> Tensor:
     """Compute a tensor from its parts, in float32, rounded once to its dtype.
 

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,12 +29,13 @@ TO_DO, DONE, CHANGED = "to do", "done", "other settings"
 """Whether a job's folder holds its result."""
 
 
-def job_state(job: BatchJob) -> tuple[str, Report | None]:
+def job_state(job: BatchJob, reporter: Reporter) -> tuple[str, Report | None]:
     """Whether a job is done, and its report where it is; a folder that is not ours is left for the job to refuse."""
     report = _report(Path(str(job.config.output)) / "report.json")
     if report is None:
         return TO_DO, None
-    if report.get("config_fingerprint") == config_fingerprint(job.config):
+    progress = partial(reporter.progress, "fingerprint of a model")
+    if report.get("config_fingerprint") == config_fingerprint(job.config, progress=progress):
         return DONE, report
     return (TO_DO if job.config.overwrite else CHANGED), None
 
@@ -92,7 +94,7 @@ class _BatchRun:
         self.logs.mkdir(parents=True, exist_ok=True)
         programs = []
         for job in self.batch.jobs:
-            state, report = job_state(job)
+            state, report = job_state(job, self.reporter)
             if report is not None:
                 self._settle(job.name, result(report), "already there")
             elif state == CHANGED:
@@ -170,7 +172,7 @@ def dry_run(batch: Batch, reporter: Reporter) -> list[Row]:
     for number, job in enumerate(batch.jobs, 1):
         row = empty_row(job)
         try:
-            row |= {"status": job_state(job)[0], "exit_code": 0}
+            row |= {"status": job_state(job, reporter)[0], "exit_code": 0}
             if row["status"] == CHANGED:
                 row |= {"exit_code": UsageError.exit_code, "error": "--overwrite would replace it"}
             found = describe(prepare(job.config, reporter))

@@ -4,24 +4,43 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from hawqtool.checkpoint.companions import companion_files
+from hawqtool.checkpoint.content import ContentRecord
+from hawqtool.checkpoint.index import read_index, stored_places, weights_hash
 from hawqtool.config import SETTINGS, RunConfig, names_affecting
+from hawqtool.errors import InputError
 from hawqtool.settings import Affects
 from hawqtool.values import split_weight
 
-_SAMPLED_PIECES, _PIECE_BYTES = 64, 4096
+_CONFIG = "config.json"
+
+Progress = Callable[[int, int], None]
+
+_known_weights: dict[tuple[object, ...], str] = {}
+"""Hashes that were made, by the state of the files."""
 
 
-def config_fingerprint(config: RunConfig) -> str:
+def config_fingerprint(
+    config: RunConfig, content: ContentRecord | None = None, progress: Progress = lambda _done, _total: None
+) -> str:
     """SHA-256 of the settings, and of the files that they name by content, wherever these lie.
 
-    Of weights, 64 pieces of each file count; of other folders the names and sizes of their files; of a hub id or of
-    what is not there only its name.
+    Of a model every byte counts, small files included; of other folders the names and sizes of their files; of a hub
+    id or of what is not there only its name.
+
+    Args:
+        config: The settings.
+        content: That of the model, where it is known; otherwise the model is read.
+        progress: Called while it is read with the number of tensors that are done and of all.
     """
     values = config.model_dump(mode="json", exclude={*names_affecting(Affects.PLACE)})
-    values["model"] = _model(Path(config.model)) if Path(config.model).is_dir() else config.model
+    if Path(config.model).is_dir():
+        values["model"] = _model(content) if content is not None else model_hash(Path(config.model), progress)
+    else:
+        values["model"] = config.model
     for name in (name for name in values if SETTINGS[name].names is not None):
         if isinstance(values[name], list):
             values[name] = [[_content(source), weight] for source, weight in map(split_weight, values[name])]
@@ -33,8 +52,7 @@ def config_fingerprint(config: RunConfig) -> str:
 def _content(text: str) -> str:
     path = Path(text)
     if path.is_file():
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return _file_hash(path)
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file())
         listed = [(str(p.relative_to(path)), p.stat().st_size) for p in files]
@@ -42,22 +60,41 @@ def _content(text: str) -> str:
     return text
 
 
-def _model(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for name in ("config.json", "tokenizer.json"):
-        if (folder / name).is_file():
-            digest.update((folder / name).read_bytes())
-    for file in sorted(folder.glob("*.safetensors")):
-        digest.update(f"\0{file.name}\0{file.stat().st_size}\0".encode())
-        for piece in _pieces(file):
-            digest.update(piece)
-    return digest.hexdigest()
+def small_file_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 by name of what lies beside the weights and makes the rows, or is copied to the output.
+
+    Raises:
+        InputError: If what names these files cannot be used.
+        OSError: If one cannot be read.
+    """
+    return {name: _file_hash(folder / name) for name in (_CONFIG, *companion_files(folder))}
 
 
-def _pieces(file: Path) -> Iterator[bytes]:
-    """Evenly spaced pieces of a file, its ends among them."""
-    last = max(file.stat().st_size - _PIECE_BYTES, 0)
-    with file.open("rb") as stream:
-        for number in range(_SAMPLED_PIECES):
-            stream.seek(number * last // (_SAMPLED_PIECES - 1))
-            yield stream.read(_PIECE_BYTES)
+def model_hash(folder: Path, progress: Progress) -> str:
+    """SHA-256 of a model's files; one that cannot be read has none that a run could have begun with."""
+    content = ContentRecord()
+    try:
+        content.weights, content.files = _weights(read_index(folder).files, progress), small_file_hashes(folder)
+    except (InputError, OSError) as error:
+        return f"unreadable: {error}"
+    return _model(content)
+
+
+def _weights(files: Sequence[Path], progress: Progress) -> str:
+    """The weights' hash; many jobs of a batch name one model, which is read once while sizes and times stay."""
+    found = [(file, file.stat()) for file in files]
+    state = tuple((file, status.st_ino, status.st_size, status.st_mtime_ns) for file, status in found)
+    if state not in _known_weights:
+        content = ContentRecord()
+        content.read(stored_places(files), progress)
+        _known_weights[state] = weights_hash(files, content)
+    return _known_weights[state]
+
+
+def _model(content: ContentRecord) -> str:
+    return hashlib.sha256(json.dumps([content.weights, content.files], sort_keys=True).encode()).hexdigest()
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

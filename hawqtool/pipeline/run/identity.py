@@ -10,18 +10,22 @@ from typing import Any
 import torch
 
 from hawqtool import __version__
-from hawqtool.checkpoint.index import CheckpointIndex, fingerprint
+from hawqtool.checkpoint.content import ContentRecord
+from hawqtool.checkpoint.index import CheckpointIndex, fingerprint, stored_places, weights_hash
+from hawqtool.checkpoint.originals.codec import stored_parts
 from hawqtool.config import SETTINGS, names_affecting
 from hawqtool.data.sources import public_name
 from hawqtool.errors import InputLostError
 from hawqtool.pipeline.run.files import file_hash
+from hawqtool.pipeline.run.fingerprint import small_file_hashes
 from hawqtool.pipeline.run.job import Job
+from hawqtool.rounding.kernels.dispatch import kernel_version
+from hawqtool.runtime.reporter import Reporter
 from hawqtool.settings import Affects
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scipy")
 _WITHOUT_EFFECT = (Affects.PLACE, Affects.GATES)
 _IN_ANOTHER_FORM = (Affects.MODEL, Affects.MACHINE)
-_SAMPLED_PIECES, _PIECE_BYTES = 64, 4096
 
 Stamps = dict[str, tuple[int, int]]
 """File name to size in bytes and time of the last change in nanoseconds."""
@@ -45,32 +49,53 @@ def run_identity(job: Job) -> dict[str, Any]:
     cuda = job.device.type == "cuda"
     machine = torch.cuda.get_device_name(job.device) if cuda else f"cpu with {torch.get_num_threads()} threads"
     versions = {name: metadata.version(name) for name in _PACKAGES}
+    content = job.index.content
+    assert content is not None  # `prepare` makes one
     return values | {
         "model": fingerprint(job.index),
-        "weights": sampled_hash(job.index),
+        "weights": content.weights,
         "device": machine,
+        "kernel": kernel_version(job.device),
         "hawqtool": __version__,
         **versions,
+        **content.files,
     }
 
 
-def sampled_hash(index: CheckpointIndex) -> str:
-    """SHA-256 of evenly spaced pieces of every weight file: other weights of the same shapes differ in it.
+def record_content(index: CheckpointIndex, before: Stamps, reporter: Reporter) -> None:
+    """Hash every byte of the model as the run begins; whatever it reads later is compared with that.
+
+    Args:
+        index: Its record is filled.
+        before: The stamps of its files when their headers were read.
+        reporter: Progress, since reading all weights takes a while.
 
     Raises:
-        InputLostError: If a file cannot be read.
+        InputLostError: If a file cannot be read, or is another since its header was read.
     """
-    digest = hashlib.sha256()
+    content = index.content
+    assert content is not None  # `prepare` makes one
+    check_unchanged(index, before)
+    parts = {part.place for info in index.tensors.values() for part in stored_parts(info)}
+    # By file and offset, so that a part follows the tensor that it belongs to, whose bytes are in memory then.
+    places = sorted(parts.union(stored_places(index.files)))
+    content.read(places, lambda done, total: reporter.progress("fingerprint of the weights", done, total))
+    check_unchanged(index, before)
+    content.weights = weights_hash(index.files, content)
     try:
-        for file in index.files:
-            size = file.stat().st_size
-            with file.open("rb") as stream:
-                for number in range(_SAMPLED_PIECES):
-                    stream.seek(number * max(size - _PIECE_BYTES, 0) // (_SAMPLED_PIECES - 1))
-                    digest.update(stream.read(_PIECE_BYTES))
+        content.files = small_file_hashes(index.folder)
     except OSError as error:
-        raise InputLostError(f"{index.folder} cannot be read ({error.strerror}); check the disk") from None
-    return digest.hexdigest()
+        raise InputLostError(
+            f"{error.filename} cannot be read ({error.strerror}); the model must stay while the run lasts"
+        ) from None
+
+
+def model_fingerprint(index: CheckpointIndex, reporter: Reporter) -> str:
+    """SHA-256 of config, headers and every byte of the weights, which are read where they were not hashed before."""
+    if index.content is None or index.content.weights is None:
+        record_content(index, stamps(index), reporter)
+    assert index.content is not None and index.content.weights is not None  # just made
+    return hashlib.sha256(f"{fingerprint(index)} {index.content.weights}".encode()).hexdigest()
 
 
 def stamps(index: CheckpointIndex) -> Stamps:
@@ -92,20 +117,43 @@ def stamps(index: CheckpointIndex) -> Stamps:
 
 
 def check_unchanged(index: CheckpointIndex, before: Stamps) -> None:
-    """Check that the model's files are as they were.
+    """Check that the model's files are as they were; where only a time differs, by their content if it was recorded.
 
     Raises:
         InputLostError: If one has changed or is gone; names it, with what it was.
     """
-    for name, (size, changed) in stamps(index).items():
-        was_size, was_changed = before[name]
-        if size != was_size:
+    found, content = stamps(index), index.content
+    for name, (size, _) in found.items():
+        if size != before[name][0]:
             raise InputLostError(
-                f"{index.folder / name} changed while the run lasted: it had {was_size} bytes, now {size}; "
+                f"{index.folder / name} changed while the run lasted: it had {before[name][0]} bytes, now {size}; "
                 "restore the model and run again"
             )
-        if changed != was_changed:
+    touched = [name for name in found if found[name] != before[name]]
+    if touched and (content is None or content.weights is None or content.weights != _weights_now(index)):
+        raise InputLostError(
+            f"{index.folder / touched[0]} was written to while the run lasted, so its weights may be mixed; "
+            "restore the model and run again"
+        )
+    if content is not None and content.files:
+        check_copies(index.folder, content.files)
+
+
+def check_copies(folder: Path, files: dict[str, str]) -> None:
+    """Check that small files of a folder are those that a run began with.
+
+    Raises:
+        InputLostError: If one is another or is gone; names it.
+    """
+    for name, expected in files.items():
+        if not (folder / name).is_file() or file_hash(folder / name) != expected:
             raise InputLostError(
-                f"{index.folder / name} was written to while the run lasted, so its weights may be mixed; "
-                "restore the model and run again"
+                f"{name} of the model changed while the run lasted, which began with another; restore the model and "
+                "run again"
             )
+
+
+def _weights_now(index: CheckpointIndex) -> str:
+    content = ContentRecord()
+    content.read(stored_places(index.files), lambda _done, _total: None)
+    return weights_hash(index.files, content)

@@ -12,6 +12,7 @@ import torch
 
 from hawqtool.allocation.problem import ignored_along, resolve_ignored, resolve_pins
 from hawqtool.allocation.uniform import uniform_formats, unit_group_size
+from hawqtool.checkpoint.content import ContentRecord
 from hawqtool.checkpoint.dtypes import torch_dtype
 from hawqtool.checkpoint.fusion import is_expert
 from hawqtool.checkpoint.index import CheckpointIndex
@@ -157,7 +158,7 @@ def prepare(
     """
     device = _device(config.device)
     source = _source(config, reporter or Silent())
-    stored_index = read_original(source.folder)
+    stored_index = replace(read_original(source.folder), content=ContentRecord())
     probe = build_skeleton(stored_index.folder, torch.float32, source.runs_code, stored_index.tensors)
     index = with_stored_experts_split(probe, stored_index)
     serves, alone = config.profile == "vllm", config.profile == "transformers"

@@ -16,14 +16,15 @@ from typing import cast
 import torch
 
 from hawqtool import __version__
-from hawqtool.checkpoint.index import fingerprint
 from hawqtool.config import RunConfig, names_affecting
 from hawqtool.errors import InputError, UsageError
-from hawqtool.pipeline.run.files import SENSITIVITY_SCHEMA, parse_sensitivity, read_json
+from hawqtool.export.manifest import content_hash
+from hawqtool.pipeline.run.files import SENSITIVITY_SCHEMA, file_hash, parse_sensitivity, read_json
+from hawqtool.pipeline.run.identity import model_fingerprint
 from hawqtool.pipeline.run.job import Job
 from hawqtool.records import SWEEP_METRICS, Menu, Rows
 from hawqtool.report.documents import SensitivityDocument
-from hawqtool.rounding.kernels.dispatch import kernel_for
+from hawqtool.rounding.kernels.dispatch import kernel_version
 from hawqtool.runtime.reporter import Reporter
 from hawqtool.settings import Affects
 
@@ -52,11 +53,11 @@ def measurement_fingerprint(
     parts = {
         "schema": SENSITIVITY_SCHEMA,
         "versions": {"hawqtool": __version__} | {name: metadata.version(name) for name in _PACKAGES},
-        "model": fingerprint(job.index),
-        "weights": _weights(job, reporter),
+        "model": model_fingerprint(job.index, reporter),
+        "code": _code(job),
         # Sums are split by the number of threads.
         "machine": torch.cuda.get_device_name(job.device) if cuda else f"cpu, {torch.get_num_threads()} threads",
-        "kernel": kernel_for(job.device),
+        "kernel": kernel_version(job.device),
         "dtype": str(job.dtype),
         "batch_size": job.settings.batch_size,
         "rows": {role: sets[role].fingerprint for role in ("calibration", "scoring")},
@@ -72,19 +73,13 @@ def measurement_fingerprint(
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _weights(job: Job, reporter: Reporter) -> dict[str, str]:
-    """SHA-256 by name of each weight file, and of the code that the checkpoint brings along where that runs."""
-    code = sorted(job.index.folder.glob("*.py")) if job.source.runs_code else []
-    files = [*job.index.files, *code]
-    found = {}
-    for number, file in enumerate(files, 1):
-        try:
-            with file.open("rb") as stream:
-                found[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
-        except OSError as error:
-            raise InputError(f"{file} cannot be read ({error.strerror}); check the disk") from error
-        reporter.progress("fingerprint of the weights", number, len(files))
-    return found
+def _code(job: Job) -> dict[str, str]:
+    """SHA-256 by name of the code that the checkpoint brings along, where that runs."""
+    files = sorted(job.index.folder.glob("*.py")) if job.source.runs_code else []
+    try:
+        return {file.name: file_hash(file) for file in files}
+    except OSError as error:
+        raise InputError(f"{error.filename} cannot be read ({error.strerror}); check the disk") from error
 
 
 def check_measurements(config: RunConfig) -> None:
@@ -138,6 +133,8 @@ class MeasurementFolder:
             parse_sensitivity(document, str(file))
             if document.get("fingerprint") != key:
                 raise InputError(f"{file} holds the measurement of another fingerprint")
+            if document.pop("checksum", None) != content_hash(document):
+                raise InputError(f"{file} differs from its checksum")
         except (InputError, OSError) as error:
             self.reporter.warn(f"a shared measurement cannot be used and is made anew: {error}")
             return None
@@ -149,7 +146,8 @@ class MeasurementFolder:
             # Whoever holds the lock may remove what a killed process left.
             for left in self.path.glob(f".{key}.*.part"):
                 left.unlink(missing_ok=True)
-            part.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+            text = json.dumps({**document, "checksum": content_hash(document)}, indent=1)
+            part.write_text(text + "\n", encoding="utf-8")
             part.replace(self._file(key))
         except OSError as error:
             # Hours of measuring must not be lost to a full or read-only cache.

@@ -9,7 +9,6 @@ from typing import cast
 
 from hawqtool.allocation.frontier import Frontier, frontier, solve
 from hawqtool.allocation.problem import build_problem, predicted_loss
-from hawqtool.checkpoint.index import fingerprint
 from hawqtool.config import ASYMMETRIC_PROFILES, RunConfig, asymmetric_refusal, group_size_refusal
 from hawqtool.errors import InputError, UsageError
 from hawqtool.formats import is_served
@@ -22,6 +21,7 @@ from hawqtool.pipeline.run.files import (
     read_json,
     read_plan,
 )
+from hawqtool.pipeline.run.identity import model_fingerprint
 from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.run.menu import budget_bytes, job_menu, second_budget, unquantized_bytes
 from hawqtool.pipeline.search.shortlist import alternatives
@@ -132,15 +132,15 @@ def make_planner(context: RunContext, sets: dict[str, Rows]) -> Planner:
     path = Path(job.config.sensitivity)
     given = cast(SensitivityDocument, read_json(path, SENSITIVITY_SCHEMA))
     table, _, _ = parse_sensitivity(given, str(path))
-    _check_saved(job, table)
+    _check_saved(job, table, model_fingerprint(job.index, context.reporter))
     seconds = table.settings.get("seconds")
     origin = Origin("file", None, seconds if isinstance(seconds, float) else None)
     return Planner(context, table, given, origin)
 
 
-def _check_saved(job: Job, table: SensitivityTable) -> None:
+def _check_saved(job: Job, table: SensitivityTable, measured_model: str) -> None:
     config = job.config
-    if table.model_fingerprint != fingerprint(job.index):
+    if table.model_fingerprint != measured_model:
         raise UsageError(f"{config.sensitivity} was measured on another checkpoint ({table.model}); measure this one")
     if table.rounding != config.rounding:
         raise UsageError(

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hawqtool.checkpoint.index import fingerprint
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.files import sensitivity_document
+from hawqtool.pipeline.run.identity import model_fingerprint
 from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.run.measurement_cache import MeasurementFolder, measurement_fingerprint
 from hawqtool.pipeline.run.menu import unquantized_bytes
@@ -139,7 +139,7 @@ def measure_job(
         scores=found.scores,
         rounding=job.config.rounding,
         model=job.source.name,
-        model_fingerprint=fingerprint(job.index),
+        model_fingerprint=model_fingerprint(job.index, context.reporter),
         rows={name: sets[name].fingerprint for name in ("calibration", "scoring")},
         settings=_settings(job, sets, found) | {"seconds": time.perf_counter() - start} | settings,
         symmetric=job.config.symmetric,

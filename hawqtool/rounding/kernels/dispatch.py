@@ -41,6 +41,17 @@ def kernel_for(device: torch.device) -> str:
     return kernel if importlib.util.find_spec(kernel) else EAGER
 
 
+def kernel_version(device: torch.device) -> str:
+    """The device's kernel with the version of what compiles it, on which the last bits of results may depend.
+
+    Raises:
+        UsageError: As `kernel_for`.
+    """
+    kernel = kernel_for(device)
+    compiler = "torch" if kernel == EAGER else kernel
+    return f"{kernel}, {compiler} {importlib.import_module(compiler).__version__}"
+
+
 def column_loop(device: torch.device) -> ModuleType | None:
     """The module whose ``round_block`` rounds ``BLOCK_COLUMNS`` columns; None for the eager loop."""
     return _imported(_COLUMN_LOOPS.get(kernel_for(device)))

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
 from hawqtool.config import load_config
 from hawqtool.errors import UsageError
@@ -113,20 +115,23 @@ def test_a_result_is_known_by_settings_and_by_the_content_of_what_they_name(tmp_
     for place in ("a", "b"):
         (tmp_path / place).mkdir()
         (tmp_path / place / "config.json").write_text("{}")
-        (tmp_path / place / "model.safetensors").write_bytes(bytes(100_000))
-        (tmp_path / place / "text.txt").write_text("text")
+        save_file({"a": torch.zeros(100_000, dtype=torch.uint8)}, tmp_path / place / "model.safetensors")
+        (tmp_path / f"{place}.txt").write_text("text")
 
     def fingerprint(place: str, **values: Any) -> str:
-        given = {"model": str(tmp_path / place), "calibration": f"{tmp_path / place}/text.txt=2", "target_bpw": 4}
+        given = {"model": str(tmp_path / place), "calibration": f"{tmp_path / place}.txt=2", "target_bpw": 4}
         return config_fingerprint(load_config(None, given | values))
 
     base = fingerprint("a", output="x")
     assert base == fingerprint("b", output="y", overwrite=True, measurements="m", max_memory="1GiB")
     assert len({base, fingerprint("a", seed=1), fingerprint("a", target_bpw=4.5)}) == 3
-    (tmp_path / "b/text.txt").write_text("texts")
+    (tmp_path / "b.txt").write_text("texts")
     other = fingerprint("b")
     assert other != base
-    weights = bytearray(100_000)
-    weights[-1] = 1
-    (tmp_path / "b/model.safetensors").write_bytes(weights)
-    assert fingerprint("b") not in (base, other)
+    weights = torch.zeros(100_000, dtype=torch.uint8)
+    weights[50_001] = 1
+    save_file({"a": weights}, tmp_path / "b/model.safetensors")
+    changed = fingerprint("b")
+    assert changed not in (base, other)
+    (tmp_path / "b/tokenizer.json").write_text("{}")
+    assert fingerprint("b") not in (base, other, changed)
