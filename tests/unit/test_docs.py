@@ -165,6 +165,44 @@ def test_the_readme_is_short_and_begins_with_a_command() -> None:
     assert 0 < first_command_line(text) <= 40
 
 
+@pytest.fixture
+def model_page(scripts: None) -> Any:
+    import model_page
+
+    return model_page
+
+
+def test_the_tables_of_models_have_the_form_of_their_script(model_page: Any) -> None:
+    record = {"task": "CAUSAL_LM", "model_type": "llama", "cls": "LlamaForCausalLM", "status": "supported"}
+    record |= {
+        "key": "1",
+        "verify": 0,
+        "diff": 0.0,
+        "log": "m: 2 blocks, 14 linears in 8 units, kept 1 kB (0.5 % of the weights)",
+    }
+    refused = record | {"key": "2", "model_type": "t5", "status": "refused", "log": "error: a|b\n  of MODEL"}
+    rows = [model_page.row_of(each) for each in (record, refused)]
+    text = model_page.generated(rows, "Swept.")
+    page = (DOCS / "models.md").read_text(encoding="utf-8")
+    shown = page.partition(model_page.BEGIN)[2].partition(model_page.END)[0]
+    heads = {
+        line
+        for line in text.splitlines()
+        if line.startswith(("| type", "| model", "| family")) and "crashed" not in line
+    }
+    assert {head for head in heads if not head.startswith("| family")} <= set(shown.splitlines())
+    assert "| `llama` | `LlamaForCausalLM` | 2 | 14 in 8 | 0.5 % | T | 0 |" in text
+    assert "| `t5` | `LlamaForCausalLM` | refused: a\\|b of MODEL |" in text
+    assert model_page.with_generated(page, shown.strip()) == page
+
+
+def test_every_model_that_people_ask_for_has_a_row(model_page: Any) -> None:
+    page = (DOCS / "models.md").read_text(encoding="utf-8")
+    assert all(f"\n| {name} | `" in page for name in model_page.WELL_KNOWN)
+    counted = re.search(r"(\d+) of (\d+) classes are supported", page)
+    assert counted and re.search(rf"^\| all \| {counted[2]} \| {counted[1]} \|", page, re.MULTILINE)
+
+
 def test_every_page_can_be_found_from_the_index() -> None:
     index = (DOCS / "README.md").read_text(encoding="utf-8")
     generated = {path for path in (DOCS / "commands").iterdir() if path.name != "README.md"}
