@@ -24,6 +24,7 @@ DOCUMENTS = (
     documents.ComparisonDocument,
     documents.DryRun,
     documents.VerifyDocument,
+    documents.PushDocument,
     documents.ErrorDocument,
 )
 HEAD = """# Output files

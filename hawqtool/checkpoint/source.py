@@ -136,7 +136,7 @@ def _fetch(repository: str, revision: str | None) -> Path:
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     try:
-        with _online():
+        with online():
             folder = snapshot_download(
                 repository, revision=revision, allow_patterns=[*ALLOW_PATTERNS], ignore_patterns=[*IGNORE_PATTERNS]
             )
@@ -151,7 +151,7 @@ def _fetch(repository: str, revision: str | None) -> Path:
 
 
 @contextmanager
-def _online() -> Iterator[None]:
+def online() -> Iterator[None]:
     """Lift the command line's default of staying offline, never a setting of the user's."""
     from huggingface_hub import constants
 

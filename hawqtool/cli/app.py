@@ -7,7 +7,20 @@ from typing import Annotated, Optional
 import typer
 
 from hawqtool import __version__
-from hawqtool.cli import allocate, batch, compare, config, evaluate, inspect, measure, presets, quantize, report, verify
+from hawqtool.cli import (
+    allocate,
+    batch,
+    compare,
+    config,
+    evaluate,
+    inspect,
+    measure,
+    presets,
+    push,
+    quantize,
+    report,
+    verify,
+)
 from hawqtool.cli.command import Command, Group
 from hawqtool.runtime.stdout import accept_any_character, flush_streams
 
@@ -33,6 +46,7 @@ app.command("verify", cls=Command)(verify.verify)
 app.command("inspect", cls=Command)(inspect.inspect)
 app.command("batch", cls=Command)(batch.batch)
 app.command("report", cls=Command)(report.report)
+app.command("push", cls=Command)(push.push)
 app.command("config", cls=Command)(config.config)
 app.command("presets", cls=Command)(presets.presets)
 

@@ -171,6 +171,18 @@ class VerifyDocument(TypedDict):
     tensors: Annotated[int, "Tensors that were looked at."]
 
 
+class PushDocument(TypedDict):
+    """What was uploaded (`hawqtool push --json`)."""
+
+    schema: Annotated[str, "`hawqtool.push/1`."]
+    repository: Annotated[str, "Repository of the hub."]
+    revision: Annotated[str, "Branch."]
+    commit: Annotated[str, "Commit that holds the folder."]
+    url: Annotated[str, "Page of the repository."]
+    files: Annotated[int, "Files of the folder."]
+    bytes: Annotated[int, "Bytes of these files."]
+
+
 class ErrorDocument(TypedDict):
     """What a command with `--json` prints when it fails."""
 
