@@ -263,8 +263,9 @@ class _Search:
             bound = max(bound, linear + window * min(outcome.floor, 1.0))
             if outcome.stopped == _OUT_OF_TIME or (outcome.stopped and window >= best_loss - linear):
                 return _Found(best, bound, outcome.stopped)
-            if best_loss - linear <= window:
+            if outcome.plan is None and best_loss - linear <= window:
                 break
+            # A plan far better than the last makes the same relative gap a smaller one, which is still to be closed.
             window = min(best_loss - linear, window * _WINDOW_GROWTH)
         return _Found(best, bound)
 

@@ -8,7 +8,9 @@ import math
 import os
 import random
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 from scipy.optimize import OptimizeResult
 
@@ -160,6 +162,73 @@ def test_a_failure_of_highs_leaves_the_plan_at_hand(monkeypatch: pytest.MonkeyPa
     problem = many_units(60)
     plan = exact.solve(problem, problem.minimum_bytes * 3 // 2 + 4096, gap=0.0)
     assert plan.solver == "exact (HiGHS failed)" and plan.gap is not None and plan.gap > 0
+
+
+class LazySolver:
+    """HiGHS at its laziest: of all solutions within its tolerance and the relative gap asked for, the worst."""
+
+    def __init__(self, tolerance: float) -> None:
+        self.tolerance = tolerance
+
+    def __call__(self, objective: Any, integrality: Any, bounds: Any, constraints: Any, options: Any) -> OptimizeResult:
+        matrix, count = constraints.A.toarray(), int(integrality.sum())
+        taken = (np.arange(2**count)[:, None] >> np.arange(count)) & 1
+        spent = taken @ matrix[:, :count].T
+        budgets = matrix[:, count:].any(axis=1)
+        left = (constraints.ub - spent)[:, budgets]
+        inside = (constraints.lb - self.tolerance <= spent) & (spent <= constraints.ub + self.tolerance)
+        fits = inside[:, ~budgets].all(axis=1) & (left >= -self.tolerance).all(axis=1)
+        fits &= (left <= bounds.ub[count:] + self.tolerance).all(axis=1)
+        if not fits.any():
+            return OptimizeResult(status=2, x=None, mip_dual_bound=None)
+        values = np.where(fits, taken @ objective[:count] + left @ objective[count:], np.inf)
+        close = np.where(values * (1 - options["mip_rel_gap"]) <= values.min(), values, -np.inf)
+        worst = int(close.argmax())
+        return OptimizeResult(status=0, x=taken[worst], mip_dual_bound=values.min())
+
+
+def signed_problem(seed: int) -> AllocationProblem:
+    """Losses of both signs, as those of a Hessian are, whose sum is small beside what the frontier's plan loses."""
+    rng = random.Random(seed)
+    formats = [QuantFormat(bits, 128) for bits in (2, 3, 4)]
+    losses = [sorted((rng.gauss(0, 1) for _ in formats), reverse=True) for _ in range(7)]
+    sizes = [rng.randrange(1000, 2000) for _ in losses]
+    choices = {
+        f"u{i}": tuple(Choice(f, s * f.bits, x) for f, x in zip(formats, values, strict=True))
+        for i, (s, values) in enumerate(zip(sizes, losses, strict=True))
+    }
+    return AllocationProblem(choices, 1000)
+
+
+@pytest.mark.parametrize("seed", [89, 109, 115, 116, 143])
+def test_the_gap_is_that_of_the_plan_that_is_returned(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that of a worse plan known before, of which a small share may be more than all of the best loss."""
+    problem, gap = signed_problem(seed), 0.5
+    plans, budget = all_plans(problem), (problem.minimum_bytes + problem.maximum_bytes) // 2
+    best, hull = min(loss(p) for p in plans if size(p) <= budget), solve(problem, budget).predicted_loss or 0.0
+    first, *others = problem.choices
+    offset = best + 0.01 * (hull - best)
+    moved = {first: tuple(replace(c, loss=c.loss - offset) for c in problem.choices[first])}
+    problem = replace(problem, choices=moved | {unit: problem.choices[unit] for unit in others})
+    best = min(loss(p) for p in all_plans(problem) if size(p) <= budget)
+    monkeypatch.setattr(core, "milp", LazySolver(0.0))
+    plan = exact.solve(problem, budget, gap=gap)
+    assert plan.solver == "exact" and plan.predicted_loss is not None
+    assert plan.predicted_loss - best <= gap * abs(plan.predicted_loss) + 1e-12
+
+
+def test_a_plan_over_the_second_budget_by_less_than_the_tolerance_of_highs_is_not_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    low, high = QuantFormat(2, 128), QuantFormat(4, 128)
+    choices = {f"u{i}": (Choice(low, 200, 1.0 + 0.1 * i), Choice(high, 400, 0.1)) for i in range(4)}
+    problem = AllocationProblem(choices, 1000)
+    costs = {unit: {low: 0.0, high: 1.0 + (1e-7 if unit == "u3" else 0.0)} for unit in choices}
+    second = exact.SecondCost(costs, 2.0)
+    monkeypatch.setattr(core, "milp", LazySolver(1e-6))
+    plan = exact.solve(problem, 1600, second=second, gap=0.0)
+    assert second.allows(plan.formats)
+    assert plan.predicted_loss == pytest.approx(1.0 + 1.3 + 0.1 + 0.1)
 
 
 def test_nothing_is_printed_on_stdout(capfd: pytest.CaptureFixture[str]) -> None:
