@@ -54,7 +54,7 @@ class Refiner(Protocol):
 
         Args:
             block: The loaded block of the original model; it stays as it is.
-            hidden: The original's hidden states before the block on all calibration rows, by batch.
+            hidden: The original's hidden states before the block on the rows that were rounded on, by batch.
             initial: What rounding gave.
         """
 

@@ -299,3 +299,64 @@ def silence_loaders() -> None:
     """No progress bars and no notes from transformers."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+
+@dataclass(frozen=True)
+class DefaultPath:
+    """What the default path rounds with beside the rows.
+
+    Args:
+        importance: ``[rows, positions]`` of every weight's tokens, by its name in the checkpoint.
+        shift: Share of the target shift.
+    """
+
+    importance: dict[str, Tensor]
+    shift: float
+
+
+def replay_default(
+    kind: Kind, folder: Path, inputs: Tensor, packed: dict[str, Packed], path: DefaultPath
+) -> dict[str, float]:
+    """Share of the codes of each weight that the default path gives: importance, shifted targets, two scale searches.
+
+    Each weight is judged with those before it as the file has them, so that what one tie changes stays in one layer.
+    """
+    settings = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    original = load(kind, folder, torch.float64, **settings)
+    originals, shares = live_weights(kind, original), {}
+    for name, view, rows in _sequence(kind, folder, inputs, packed):
+        layer, counts = packed[name], path.importance[name].flatten().double()
+        before = input_rows(kind, original, inputs, originals[name])
+        gram = (rows.T * counts) @ rows / len(rows)
+        drift = ((before - rows).T * counts) @ rows / len(rows)
+        hessian = oracles.damped(gram.numpy(), 0.05 if len(rows) >= 8 * rows.shape[1] else 0.2)
+        target = view.numpy() + path.shift * oracles.full_shift(view.numpy(), drift.numpy(), hessian)
+        order = oracles.visiting_order(gram.numpy())
+        codes = _two_searches(target, hessian, order, layer.quant_format, layer.scales.dtype)
+        shares[name] = float((torch.from_numpy(codes) == layer.codes).double().mean())
+        view.copy_(dequantize(layer.codes, layer.scales))
+    return shares
+
+
+def _two_searches(
+    target: oracles.Matrix, hessian: oracles.Matrix, order: NDArray[np.int64], fmt: QuantFormat, dtype: torch.dtype
+) -> oracles.Matrix:
+    """Codes ``[out, in]`` of the better of two passes in each row; the second's scales are for what the first met."""
+    ordered = hessian[np.ix_(order, order)]
+    costs = np.empty(len(order))
+    costs[order] = np.diag(oracles.right_factor(ordered)) ** 2
+    least = np.full(len(target), np.inf)
+    best, searched = np.zeros_like(target), target
+    for _ in range(2):
+        values = torch.from_numpy(searched).float().contiguous()
+        scales = search_scales(values, torch.from_numpy(costs).float(), fmt, dtype, both_signs=True)
+        step = expand_scales(scales, target.shape[1]).double().numpy()
+        grid = oracles.Grid(step[:, order], np.zeros_like(step), fmt.min_code, fmt.max_code)
+        visited, met = oracles.gptq(target[:, order], grid, ordered)
+        codes, searched = np.empty_like(target), np.empty_like(target)
+        codes[:, order], searched[:, order] = visited, met * step[:, order]
+        error = target - codes * step
+        loss = np.einsum("ri,ij,rj->r", error, hessian, error)
+        best = np.where((loss < least)[:, None], codes, best)
+        least = np.minimum(loss, least)
+    return best

@@ -16,7 +16,7 @@ from hawqtool.pipeline.run.identity import model_fingerprint
 from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.run.measurement_cache import MeasurementFolder, measurement_fingerprint
 from hawqtool.pipeline.run.menu import unquantized_bytes
-from hawqtool.pipeline.stages.refine import FormatRefiner
+from hawqtool.pipeline.stages.refine import FormatRefiner, fitting_rows
 from hawqtool.pipeline.stages.token_importance import with_token_importance
 from hawqtool.records import SWEEP_METRICS, MeasurementRows, Menu, Rows, SensitivityTable, UnitScores
 from hawqtool.report.documents import SensitivityDocument
@@ -121,7 +121,7 @@ def measure_job(
     wanted, calibration = wanted_formats(job, menu), with_token_importance(context, sets["calibration"])
     found = measure(
         job.stream(),
-        MeasurementRows(calibration, sets["scoring"].tokens, job.settings.batch_size),
+        MeasurementRows(_rounded_on(job, calibration), sets["scoring"].tokens, job.settings.batch_size),
         job.rounding(wanted, _refiner(job, calibration.tokens)),
         SweepSettings(job.config.seed, metrics=metrics),
         stages.reporter.progress,
@@ -171,11 +171,16 @@ def single_unit_scores(context: RunContext, menu: Menu, calibration: Rows, rows:
     job = context.job
     return single_unit_divergence(
         job.stream(),
-        MeasurementRows(calibration, rows.tokens, job.settings.batch_size),
+        MeasurementRows(_rounded_on(job, calibration), rows.tokens, job.settings.batch_size),
         job.rounding(menu, _refiner(job, calibration.tokens)),
         context.reporter.progress,
         context.saved,
     )
+
+
+def _rounded_on(job: Job, calibration: Rows) -> Rows:
+    """Rows behind the roundings to score: without those on whose error their learning stops, as in the run itself."""
+    return fitting_rows(calibration) if job.config.sensitivity_steps else calibration
 
 
 def _refiner(job: Job, rows: Tensor) -> FormatRefiner | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableSequence, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from hawqtool.model.block import LoadedBlock
 from hawqtool.model.kept import is_norm
 from hawqtool.model.replay import Call
 from hawqtool.pipeline.run.job import Job
-from hawqtool.records import Rows, TokenImportance
+from hawqtool.records import Rows
 from hawqtool.rounding.learned.block import Batches, Refined, Schedule, refine
 from hawqtool.rounding.spec import InitialRounding, InitialRoundings
 from hawqtool.streaming.block import Activations, advance
@@ -51,10 +52,11 @@ def _is_held_out(count: int) -> Tensor:
     return torch.arange(count) % TRAINING_HELD_OUT_EVERY == min(TRAINING_HELD_OUT_EVERY, count) - 1
 
 
-def _fitting_importance(rows: Rows) -> TokenImportance | None:
-    """Importance of the tokens of the rows that are not held out."""
+def fitting_rows(rows: Rows) -> Rows:
+    """Calibration rows without those that are held out, and the importance of their tokens."""
     fitting = ~_is_held_out(len(rows.tokens))
-    return None if rows.importance is None else {name: by_row[fitting] for name, by_row in rows.importance.items()}
+    importance = None if rows.importance is None else {name: part[fitting] for name, part in rows.importance.items()}
+    return replace(rows, tokens=split_rows(rows.tokens)[0], importance=importance)
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class BlockRefiner:
         self.schedule = schedule
         self.job, self.batch_rows = job, BATCH_ROWS[job.device.type]
         fitting, held_out = split_rows(rows.tokens)
-        self.walked = stream.embed(fitting, job.settings.batch_size, importance=_fitting_importance(rows))
+        self.walked = stream.embed(fitting, job.settings.batch_size, importance=fitting_rows(rows).importance)
         self.held_out = stream.embed(held_out, self.batch_rows)
         batches = stream.embed(fitting, self.batch_rows)
         self.calls = [*batches.calls, *self.held_out.calls]
@@ -163,23 +165,30 @@ class BlockRefiner:
 class FormatRefiner:
     """Refines the roundings of an original block, all layers of one format together, for scores that presume it.
 
-    Norm gains stay, and the block's inputs are the original's.
+    Norm gains stay, and the block's inputs are the original's. The held-out rows, which say when to stop, are in no
+    other part of the measurement: the roundings to begin with must come of `fitting_rows` alone.
 
     Args:
         job: The model.
-        stream: Its stream.
-        rows: Calibration rows.
+        stream: Its stream; the held-out rows walk through it once.
+        rows: Calibration rows, `split_rows` of which are learned from and held out.
         schedule: Steps and rates.
     """
 
     def __init__(self, job: Job, stream: ModelStream, rows: Tensor, schedule: Schedule) -> None:
         self.schedule, self.batch_rows = schedule, BATCH_ROWS[job.device.type]
-        sets = [stream.embed(part, self.batch_rows) for part in split_rows(rows)]
-        self.calls, self.count = [call for part in sets for call in part.calls], len(sets[0].hidden)
+        fitting, held_out = (stream.embed(part, self.batch_rows) for part in split_rows(rows))
+        self.calls, self.count = [*fitting.calls, *held_out.calls], len(fitting.hidden)
+        self.held_out: list[MutableSequence[Tensor]] = []
+        for spec in job.structure.blocks:
+            self.held_out.append(copy(held_out.hidden))
+            if spec.index + 1 < len(job.structure.blocks):
+                with stream.block(spec.index) as block:
+                    advance(block, held_out)
 
     def __call__(self, block: LoadedBlock, hidden: Sequence[Tensor], initial: InitialRoundings) -> InitialRoundings:
-        """Refined roundings; see `hawqtool.rounding.spec.Refiner`."""
-        inputs = [batch for part in split_rows(torch.cat(list(hidden))) for batch in part.split(self.batch_rows)]
+        """Refined roundings; see `hawqtool.rounding.spec.Refiner`. ``hidden`` is that of the fitting rows."""
+        inputs = [*torch.cat(list(hidden)).split(self.batch_rows), *self.held_out[block.spec.index]]
         outputs = Activations(list(inputs), self.calls)
         advance(block, outputs)
         fitting = Batches(inputs[: self.count], outputs.hidden[: self.count])

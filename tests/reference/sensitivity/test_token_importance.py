@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from hawqtool.allocation.problem import stored_bytes
@@ -28,9 +28,9 @@ from hawqtool.rounding.learned.block import Schedule
 from hawqtool.rounding.method import Task
 from hawqtool.rounding.statistics import SETTINGS_HELD_OUT_EVERY, GroupStatistics
 from hawqtool.sensitivity import token_importance as weighing_sweeps
-from hawqtool.sensitivity.label_gradients import draw_labels
 from hawqtool.streaming import stream as sweep
 from hawqtool.streaming.input_statistics import collect_statistics, group_statistics
+from tests.support.importance64 import slow_importance
 from tests.support.tiny import CONFIGS, tiny_model
 from tests.support.tiny_zoo import calibration_inputs, kind_named, save_kind
 
@@ -53,31 +53,6 @@ def weights_of(job: Job, per_batch: int = 2, room: int = ROOM, exponent: float =
     return weighing_sweeps.token_importance(job.stream(), TOKENS, per_batch, room, SEED, lambda *_: None, exponent)
 
 
-def slow_weights(job: Job, exponent: float) -> dict[str, Tensor]:
-    """A row at a time through the whole model in float64, labels drawn as the sweep draws them."""
-    model = AutoModelForCausalLM.from_pretrained(job.index.folder, dtype=torch.float64).eval()
-    outputs: dict[str, Tensor] = {}
-
-    def keep(_module: nn.Module, _inputs: object, output: Tensor, name: str) -> None:
-        output.retain_grad()
-        outputs[name] = output
-
-    for name in job.structure.linears:
-        model.get_submodule(name).register_forward_hook(lambda m, i, o, name=name: keep(m, i, o, name))
-    generator, powers = torch.Generator().manual_seed(SEED), dict[str, list[Tensor]]()
-    for row in TOKENS:
-        logits = model(row[None], use_cache=False).logits[0]
-        labels = draw_labels(logits.detach().float().softmax(-1), generator)
-        nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
-        for spec in job.structure.blocks:
-            for linear in spec.linears:
-                gradient = outputs[linear.module_name].grad
-                assert gradient is not None
-                powers.setdefault(linear.name, []).append(gradient.square().sum(-1)[0])
-    found = {name: torch.stack(parts) ** exponent for name, parts in powers.items()}
-    return {name: weights / weights.mean() for name, weights in found.items()}
-
-
 @pytest.mark.parametrize(("stored", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("exponent", [0.5, 1.0])
 def test_they_are_the_gradients_of_the_whole_model(
@@ -86,7 +61,7 @@ def test_they_are_the_gradients_of_the_whole_model(
     """All but for hidden states that wait in fewer bits for the reverse sweep."""
     assert torch.bfloat16 == weighing_sweeps._STORED
     monkeypatch.setattr(weighing_sweeps, "_STORED", stored)
-    found, expected = weights_of(job, exponent=exponent), slow_weights(job, exponent)
+    found, expected = weights_of(job, exponent=exponent), slow_importance(job, TOKENS, exponent, SEED)
     assert set(found) == set(job.structure.linears)
     for name, weights in expected.items():
         assert found[name].shape == (ROWS, LENGTH) and found[name].dtype == torch.float32

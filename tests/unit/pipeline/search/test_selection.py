@@ -11,7 +11,7 @@ import pytest
 from hawqtool.config import RunConfig
 from hawqtool.formats import QuantFormat
 from hawqtool.pipeline.search import selection
-from hawqtool.pipeline.search.selection import Selection, choose
+from hawqtool.pipeline.search.selection import Selection, _best, choose, compare
 from hawqtool.pipeline.search.trials import Trial
 from hawqtool.records import BitPlan, Evaluation
 
@@ -31,7 +31,8 @@ def evaluation(rows: list[float]) -> Evaluation:
 
 def trial(name: str, chosen_by: list[float], reported: list[float]) -> Trial:
     plan = BitPlan({"u": QuantFormat(3, 32)}, 100, 100)
-    return Trial(name, plan, Path(name), {}, {"selection": evaluation(chosen_by), "report": evaluation(reported)})
+    rounding: Any = {"total_bytes": 1, "seconds": 0.0}
+    return Trial(name, plan, Path(name), rounding, {"selection": evaluation(chosen_by), "report": evaluation(reported)})
 
 
 @dataclass
@@ -63,6 +64,16 @@ def test_the_selection_rows_choose(monkeypatch: pytest.MonkeyPatch, mixed: Any, 
     assert choose(job, tried) == wanted
 
 
+@pytest.mark.parametrize(("errors", "wanted"), [(1.95, "uniform"), (2.05, "mixed")])
+def test_two_paired_standard_errors_decide(monkeypatch: pytest.MonkeyPatch, errors: float, wanted: str) -> None:
+    monkeypatch.setattr(selection, "obeys", lambda *_: True)
+    # Differences of ±1 around their mean have a standard error of √(4 / 3) / √4 over four rows.
+    mixed = [value + sign - errors / 3**0.5 for value, sign in zip(LOW, (1, -1, 1, -1), strict=True)]
+    job: Any = FakeJob(RunConfig(model="m", target_bpw=4.0))
+    tried = Selection({"kron": trial("kron", mixed, HIGH)}, {"uniform": trial("uniform", LOW, LOW)}, "kron")
+    assert choose(job, tried) == wanted
+
+
 @pytest.mark.parametrize(("uniform", "wanted"), [((LOW, HIGH), "uniform"), ((HIGH, LOW), "mixed")])
 def test_the_selection_rows_choose_under_a_quality_target(
     monkeypatch: pytest.MonkeyPatch, uniform: Any, wanted: str
@@ -71,3 +82,18 @@ def test_the_selection_rows_choose_under_a_quality_target(
     job: Any = FakeJob(RunConfig(model="m", target_kl=1.5))
     tried = Selection({"kron": trial("kron", LOW, LOW)}, {"uniform": trial("uniform", *uniform)}, "kron")
     assert choose(job, tried) == wanted
+
+
+def test_the_best_mixed_plan_is_that_of_the_selection_rows() -> None:
+    tried = {"kron": trial("kron", HIGH, LOW), "fisher": trial("fisher", LOW, HIGH)}
+    assert _best(tried) is tried["fisher"]
+
+
+def test_report_and_selection_rows_are_told_apart() -> None:
+    """The comparison is of the report rows, beside what the choice saw."""
+    tried = Selection({"kron": trial("kron", LOW, HIGH)}, {"uniform": trial("uniform", HIGH, LOW)}, "kron")
+    found = compare(tried, evaluation(LOW), lambda _: {})
+    assert found["mixed"]["kl"] == pytest.approx(2.0) and found["mixed"]["selection"]["kl"] == pytest.approx(1.0)
+    assert found["mixed_minus_uniform"]["kl"] == pytest.approx(1.0)
+    assert found["selection"]["mixed_minus_uniform"] == pytest.approx(-1.0)
+    assert found["tried"]["kron"]["minus_uniform"]["report"]["kl"] == pytest.approx(1.0)

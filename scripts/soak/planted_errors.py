@@ -1,0 +1,377 @@
+"""Errors that the tests must notice, each with the tests that are meant to: read by `mutants`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class PlantedError(NamedTuple):
+    """A wrong text in the place of a right one.
+
+    Args:
+        name: What goes wrong.
+        path: File, from the root of the repository.
+        right: Text that occurs in it exactly once.
+        wrong: Text that takes its place.
+        tests: Arguments of pytest: what should fail then.
+    """
+
+    name: str
+    path: str
+    right: str
+    wrong: str
+    tests: tuple[str, ...]
+
+
+_DIVERGENCE = "tests/reference/evaluation/test_divergence.py"
+_SELECTION = "tests/unit/pipeline/search/test_selection.py"
+_DEFAULT_PATH = "tests/reference/streaming/test_default_path64.py"
+_LAYER = "tests/reference/rounding/test_layer.py"
+_DRIFT = "tests/reference/rounding/test_input_drift.py"
+_EXACT = "tests/unit/allocation/test_exact.py"
+_TRACE = "tests/reference/sensitivity/curvature/test_trace.py"
+_LIMIT = "tests/reference/sensitivity/test_measure_limit.py"
+_BLOCK = "tests/reference/rounding/learned/test_block.py"
+_END_TO_END = "tests/reference/rounding/learned/test_end_to_end.py"
+
+_FIGURES = (
+    PlantedError(
+        "standard error over n instead of its root",
+        "hawqtool/evaluation/divergence.py",
+        "return float(values.std(correction=1)) / len(values) ** 0.5",
+        "return float(values.std(correction=1)) / len(values)",
+        (_DIVERGENCE,),
+    ),
+    PlantedError(
+        "paired difference with the standard error of unpaired rows",
+        "hawqtool/evaluation/divergence.py",
+        "return float(difference.mean()), standard_error(difference)",
+        "return float(difference.mean()), math.hypot(first.stderr, second.stderr)",
+        (_DIVERGENCE,),
+    ),
+    PlantedError(
+        "perplexity of the token itself instead of the next",
+        "hawqtool/evaluation/divergence.py",
+        "following = row[positions.start + 1 : positions.stop + 1]",
+        "following = row[positions.start : positions.stop]",
+        (_DIVERGENCE,),
+    ),
+    PlantedError(
+        "perplexity over one token too many",
+        "hawqtool/evaluation/divergence.py",
+        "float(losses) / (len(row) - 1)",
+        "float(losses) / len(row)",
+        (_DIVERGENCE,),
+    ),
+    PlantedError(
+        "divergence of the candidate from the original turned round",
+        "hawqtool/evaluation/divergence.py",
+        "(log_p.exp() * (log_p - log_q))",
+        "(log_q.exp() * (log_q - log_p))",
+        (_DIVERGENCE,),
+    ),
+    PlantedError(
+        "standard error of scores over n instead of its root",
+        "hawqtool/sensitivity/scores.py",
+        "spread / count**0.5",
+        "spread / count",
+        ("tests/reference/sensitivity/test_measured_kl.py",),
+    ),
+    PlantedError(
+        "Hutchinson's standard error over rows times probes",
+        "hawqtool/sensitivity/curvature/trace.py",
+        "score = mean_score(values.mean(1))",
+        "score = mean_score(values.flatten())",
+        (_TRACE,),
+    ),
+    PlantedError(
+        "Hutchinson's standard error of the score over rows times probes",
+        "hawqtool/sensitivity/curvature/trace.py",
+        "mean_score(torch.as_tensor(values)) for",
+        "mean_score(torch.as_tensor(values).repeat(4)) for",
+        (_TRACE,),
+    ),
+    PlantedError(
+        "a gate that NaN passes",
+        "hawqtool/evaluation/gates.py",
+        "else found <= limit",
+        "else not found > limit",
+        ("tests/unit/evaluation/test_gates.py",),
+    ),
+)
+
+_CHOICE = (
+    PlantedError(
+        "sign of the choice",
+        "hawqtool/pipeline/search/selection.py",
+        '"mixed" if difference < -DECISIVE * stderr',
+        '"mixed" if difference > DECISIVE * stderr',
+        (_SELECTION,),
+    ),
+    PlantedError(
+        "threshold of the choice",
+        "hawqtool/pipeline/search/selection.py",
+        "DECISIVE = 2.0",
+        "DECISIVE = 1.9",
+        (_SELECTION,),
+    ),
+    PlantedError(
+        "choice between mixed and uniform on the report rows",
+        "hawqtool/pipeline/search/selection.py",
+        """    difference, stderr = paired_difference(mixed.quality["selection"], uniform.quality["selection"])
+    return "mixed\"""",
+        """    difference, stderr = paired_difference(mixed.quality["report"], uniform.quality["report"])
+    return "mixed\"""",
+        (_SELECTION,),
+    ),
+    PlantedError(
+        "choice among mixed plans on the report rows",
+        "hawqtool/pipeline/search/trials.py",
+        'return self.quality["selection"].divergence',
+        'return self.quality["report"].divergence',
+        (_SELECTION,),
+    ),
+    PlantedError(
+        "short list by the largest pair loss",
+        "hawqtool/pipeline/search/shortlist.py",
+        "key=lambda item: pair_loss(item[1], table)",
+        "key=lambda item: -pair_loss(item[1], table)",
+        ("tests/unit/pipeline/search/test_shortlist.py",),
+    ),
+    PlantedError(
+        "pair loss without the terms between units",
+        "hawqtool/pipeline/search/shortlist.py",
+        "torch.stack(measured).sum(0).square().mean()",
+        "torch.stack(measured).square().sum(0).mean()",
+        ("tests/unit/pipeline/search/test_shortlist.py",),
+    ),
+)
+
+_SENSITIVITY = (
+    PlantedError(
+        "gradients never limited",
+        "hawqtool/sensitivity/measure.py",
+        "gradients := limit.limited(gradients)",
+        "gradients := list(gradients)",
+        (_LIMIT,),
+    ),
+    PlantedError(
+        "importance without its exponent",
+        "hawqtool/sensitivity/token_importance.py",
+        "EXPONENT = 0.5",
+        "EXPONENT = 1.0",
+        (_DEFAULT_PATH,),
+    ),
+    PlantedError(
+        "scores twice as large",
+        "hawqtool/sensitivity/scores.py",
+        "scale = 2 * layer.outputs",
+        "scale = layer.outputs",
+        ("tests/reference/sensitivity/test_scores.py",),
+    ),
+    PlantedError(
+        "width swaps at the original's Gram matrices",
+        "hawqtool/sensitivity/width_swap.py",
+        "            advance(block, known)\n            advance(block, seen)",
+        "            with original.block(block.spec.index) as source:\n"
+        "                advance(source, known)\n            advance(block, seen)",
+        ("tests/reference/sensitivity/test_width_swap.py",),
+    ),
+    PlantedError(
+        "shrinkage trusts noise",
+        "hawqtool/sensitivity/shrinkage.py",
+        "weight = spread / (spread + noise)",
+        "weight = noise / (spread + noise)",
+        ("tests/reference/sensitivity/test_shrinkage.py",),
+    ),
+)
+
+_ROUNDING = (
+    PlantedError(
+        "share of the target shift",
+        "hawqtool/rounding/two_pass.py",
+        "t.weight + s.shift * full_shift",
+        "t.weight + 0.9 * s.shift * full_shift",
+        (_DEFAULT_PATH,),
+    ),
+    PlantedError(
+        "shift chosen on the rows that it was fitted to",
+        "hawqtool/rounding/layer.py",
+        "best_shift(t.weight, whole, held_out)",
+        "best_shift(t.weight, whole, fitting)",
+        (_DRIFT,),
+    ),
+    PlantedError(
+        "each row's worse pass kept",
+        "hawqtool/rounding/two_pass.py",
+        "better = (losses < least)",
+        "better = (losses > least)",
+        (_DEFAULT_PATH,),
+    ),
+    PlantedError(
+        "FOEM's pull once instead of twice in the error",
+        "hawqtool/rounding/kernels/numba_cpu.py",
+        "np.float32((1 - beta) ** 2)",
+        "np.float32(1 - beta)",
+        (_LAYER,),
+    ),
+    PlantedError(
+        "the highest code never used",
+        "hawqtool/rounding/kernels/numba_cpu.py",
+        "high[r] - shift) + _ROUND",
+        "high[r] - shift - np.float32(1)) + _ROUND",
+        (_LAYER,),
+    ),
+    PlantedError(
+        "learned codes may leave the grid by one",
+        "hawqtool/rounding/learned/fake_quant.py",
+        "self.latent.round().clamp_(self.low, self.high)",
+        "self.latent.round().clamp_(self.low - 1, self.high)",
+        (_BLOCK, _END_TO_END),
+    ),
+    PlantedError(
+        "learned offsets may pass the border of the grid",
+        "hawqtool/rounding/learned/fake_quant.py",
+        "torch.minimum(self.latent + reach, self.high + EDGE)",
+        "self.latent + reach",
+        (_BLOCK, _END_TO_END),
+    ),
+    PlantedError(
+        "little damping with few tokens",
+        "hawqtool/rounding/factor.py",
+        "return DAMPING if num_tokens >= SCARCE_TOKENS_PER_COLUMN * in_features else SCARCE_DAMPING",
+        "return DAMPING",
+        (_LAYER,),
+    ),
+    PlantedError(
+        "products of panels counted once",
+        "hawqtool/rounding/gram.py",
+        "gram[:first, columns], alpha=2.0",
+        "gram[:first, columns], alpha=1.0",
+        (_LAYER,),
+    ),
+    PlantedError(
+        "held-out rows left in what is fitted",
+        "hawqtool/rounding/statistics.py",
+        "gram = self.gram * share - held.gram * held_share",
+        "gram = self.gram",
+        (_DRIFT,),
+    ),
+    PlantedError(
+        "the last step kept instead of the best",
+        "hawqtool/rounding/learned/training.py",
+        "                kept = [tensor.clone() for tensor in learned]\n            if time",
+        "            kept = [tensor.clone() for tensor in learned]\n            if time",
+        (_BLOCK, _END_TO_END),
+    ),
+    PlantedError(
+        "distillation learns from the rows that it holds out",
+        "hawqtool/rounding/learned/end_to_end.py",
+        "order = batch_order(fitting, schedule.steps, schedule.seed)",
+        "order = batch_order(len(inputs), schedule.steps, schedule.seed)",
+        (_END_TO_END,),
+    ),
+    PlantedError(
+        "distillation takes held-out rows for fitting ones",
+        "hawqtool/pipeline/stages/distill.py",
+        "sets = [some.split(size) for some in split_rows(rows)]",
+        "sets = [some.split(size) for some in split_rows(rows)[::-1]]",
+        ("tests/e2e/test_distillation.py",),
+    ),
+    PlantedError(
+        "roundings to score are fitted to the rows that stop their learning",
+        "hawqtool/pipeline/stages/measure.py",
+        "return fitting_rows(calibration) if job.config.sensitivity_steps else calibration",
+        "return calibration",
+        ("tests/e2e/test_refined_scores.py",),
+    ),
+)
+
+_PLANS_AND_FILES = (
+    PlantedError(
+        "second budget unchecked on the plan of HiGHS",
+        "hawqtool/allocation/exact.py",
+        "if stored <= self.budget and (self.second is None or self.second.allows(formats)):",
+        "if stored <= self.budget:",
+        (_EXACT,),
+    ),
+    PlantedError(
+        "gap relative to a worse plan",
+        "hawqtool/allocation/exact.py",
+        "if outcome.plan is None and best_loss - linear <= window:",
+        "if best_loss - linear <= window:",
+        (_EXACT,),
+    ),
+    PlantedError(
+        "slack spent twice",
+        "hawqtool/allocation/frontier.py",
+        "        slack -= edge.cost_bytes\n",
+        "",
+        ("tests/unit/allocation/test_frontier.py",),
+    ),
+    PlantedError(
+        "a quality target met by plans that miss it",
+        "hawqtool/allocation/quality_target.py",
+        "if found.measured <= bound:",
+        "if found.measured <= bound * 1.5:",
+        ("tests/unit/allocation/test_quality_target.py",),
+    ),
+    PlantedError(
+        "codes above the border packed into their neighbours",
+        "hawqtool/checkpoint/packing.py",
+        "int(codes.max()) > high",
+        "int(codes.max()) > high + 1",
+        ("tests/unit/checkpoint/test_packing.py",),
+    ),
+    PlantedError(
+        "codes below the border packed into their neighbours",
+        "hawqtool/checkpoint/packing.py",
+        "int(codes.min()) < low",
+        "int(codes.min()) < low - 1",
+        ("tests/unit/checkpoint/test_packing.py",),
+    ),
+    PlantedError(
+        "scales of a row too few in the predicted size",
+        "hawqtool/formats.py",
+        "out_features * groups * scale_bytes",
+        "(out_features - 1) * groups * scale_bytes",
+        ("tests/unit/test_formats.py",),
+    ),
+    PlantedError(
+        "rows that two sets share",
+        "hawqtool/pipeline/stages/rows.py",
+        "    if shared:\n",
+        "    if shared > 1000:\n",
+        ("tests/cli/test_bad_input.py",),
+    ),
+    PlantedError(
+        "saved states believed without their checksum",
+        "hawqtool/pipeline/run/checkpoints.py",
+        "size < _LENGTH_BYTES or stream.read() != digest.digest()",
+        "size < _LENGTH_BYTES",
+        ("tests/unit/pipeline/run/test_checkpoints.py",),
+    ),
+    PlantedError(
+        "NaN errors plausible",
+        "hawqtool/export/plausibility.py",
+        "wrong = (~(found <= allowed))",
+        "wrong = (found > allowed)",
+        ("tests/unit/export/test_plausibility.py",),
+    ),
+    PlantedError(
+        "files that the manifest does not know pass",
+        "hawqtool/export/manifest.py",
+        "        if name not in listed:\n",
+        "        if False and name not in listed:\n",
+        ("tests/unit/export/test_manifest.py",),
+    ),
+    PlantedError(
+        "failed gates of no consequence",
+        "hawqtool/cli/quantize.py",
+        'if not gate["passed"])\n    if failed:',
+        'if not gate["passed"])\n    if len(failed) > 9:',
+        ("tests/cli/test_gates.py",),
+    ),
+)
+
+PLANTED = (*_FIGURES, *_CHOICE, *_SENSITIVITY, *_ROUNDING, *_PLANS_AND_FILES)
