@@ -25,7 +25,7 @@ class PlantedError(NamedTuple):
 
 _DIVERGENCE = "tests/reference/evaluation/test_divergence.py"
 _SELECTION = "tests/unit/pipeline/search/test_selection.py"
-_DEFAULT_PATH = "tests/reference/streaming/test_default_path64.py"
+_DEFAULT_PATH = "tests/reference/streaming/test_stream_default_path.py"
 _LAYER = "tests/reference/rounding/test_layer.py"
 _DRIFT = "tests/reference/rounding/test_input_drift.py"
 _EXACT = "tests/unit/allocation/test_exact.py"
