@@ -212,8 +212,8 @@ def family_section(family: str, rows: list[Row]) -> str:
         ]
         parts.append(table(head, cells))
     if bad:
-        cells = [(f"`{r.model_type}`", r.shown_name, f"{r.outcome}: {r.reason}") for r in bad]
-        parts.append(table(("type", "class", "not supported"), cells))
+        reasons = [(f"`{r.model_type}`", r.shown_name, f"{r.outcome}: {r.reason}") for r in bad]
+        parts.append(table(("type", "class", "not supported"), reasons))
     return "\n\n".join(parts)
 
 

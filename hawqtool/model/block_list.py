@@ -8,15 +8,39 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from hawqtool.errors import InputError, one_line
+from hawqtool.model.kept import is_linear
+from hawqtool.model.tasks import image_shape
 
 _TOKENS, _TOKEN = 8, 2
+_IMAGE = 224, 224
 
 TRACE_ERRORS = (
     *(RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError, LookupError, ArithmeticError),
 )
 """What models raise that cannot be run on one row without weights."""
+
+
+_CHANCE = {"rand", "randn", "rand_like", "randn_like", "randint", "randperm", "bernoulli", "multinomial", "normal"}
+"""Functions of torch that draw numbers."""
+
+
+class _NoChance(TorchFunctionMode):
+    """Refuses a model that draws numbers: no two of its passes agree."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in _CHANCE:
+            raise InputError(
+                f"{self.kind} draws random numbers ({func.__name__}) when it is run, so that no two passes agree; "
+                "expected a model whose outputs follow from its inputs"
+            )
+        return func(*args, **(kwargs or {}))
 
 
 class _FirstBlock(Exception):
@@ -36,6 +60,11 @@ def find_blocks(model: Any) -> tuple[str, nn.ModuleList]:
         InputError: If no list is reached.
     """
     lists = _block_lists(model)
+    if not any(is_linear(module) for found in lists.values() for module in found.modules()):
+        raise InputError(
+            f"{type(model).__name__}: its blocks hold no linear layer, only convolutions or layers of its own, which "
+            "are not quantized; expected a transformer"
+        )
     with _reporting(lists):
         try:
             run_on_zeros(model)
@@ -56,16 +85,15 @@ def run_on_zeros(model: Any) -> Any:
     Zeros of any shape take the memory of one: what the model computes here is of no interest.
     """
     weights = {n: torch.zeros((), dtype=p.dtype).expand(p.shape) for n, p in model.named_parameters()}
-    with torch.no_grad():
+    with torch.no_grad(), _NoChance(type(model).__name__):
         return torch.func.functional_call(model, weights, (), {model.main_input_name: example_row(model)})
 
 
 def example_row(model: Any) -> Tensor:
     """One row of what the model reads: ``[1, 8]`` tokens, or an image ``[1, channels, height, width]``."""
     if model.main_input_name == "pixel_values":
-        size = model.config.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return torch.zeros(1, model.config.num_channels, height, width, dtype=model.dtype)
+        channels, size = image_shape(model.config)
+        return torch.zeros(1, channels, *(size or _IMAGE), dtype=model.dtype)
     return torch.full((1, _TOKENS), _TOKEN)
 
 

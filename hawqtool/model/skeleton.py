@@ -170,4 +170,4 @@ def max_positions(model: Any) -> int | None:
         # RoBERTa and its kin number positions from the one after their padding's.
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             return int(module.num_embeddings) - int(module.padding_idx) - 1
-    return None if longest is None else int(longest)
+    return int(longest) if longest is not None and longest > 0 else None

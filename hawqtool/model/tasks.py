@@ -29,6 +29,8 @@ class ModelTask:
     auto_class: str = "AutoModelForCausalLM"
 
 
+_IMAGES = "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES"
+
 TASKS = (
     ModelTask("causal language model", True, False, True, "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
     ModelTask(
@@ -38,7 +40,7 @@ TASKS = (
     ),
     ModelTask("masked language model", True, False, False, "MODEL_FOR_MASKED_LM_MAPPING_NAMES"),
     ModelTask("sequence classifier", True, True, False, "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"),
-    ModelTask("image classifier", True, True, False, "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES"),
+    ModelTask("image classifier", True, True, False, _IMAGES),
     ModelTask("embedding model", False, True, False, "MODEL_MAPPING_NAMES"),
 )
 
@@ -71,6 +73,14 @@ def model_task(model: Any) -> ModelTask:
     raise InputError(f"{type(model).__name__} is no {', '.join(t.name for t in TASKS)}; this model is not supported")
 
 
+def image_shape(config: Any) -> tuple[int, tuple[int, int] | None]:
+    """Channels, and height and width, of the images that a model takes; None for a size that is free."""
+    vision = getattr(config, "vision_config", config)
+    size = getattr(vision, "image_size", None)
+    channels = int(getattr(vision, "num_channels", 3))
+    return channels, size if size is None else (size, size) if isinstance(size, int) else tuple(size)
+
+
 def _refuse_scores(model: Any, task: ModelTask) -> None:
     """Classifiers are judged by KL, which a single score, or labels that do not exclude each other, do not have."""
     if not (task.logits and task.per_row):
@@ -85,7 +95,12 @@ def _refuse_scores(model: Any, task: ModelTask) -> None:
 
 
 def _refuse_other_inputs(model: Any, task: ModelTask) -> None:
-    """Language models are calibrated and judged on texts, which some cannot read alone."""
+    """Language models are calibrated and judged on texts, image classifiers on images, which some cannot read alone."""
+    if task.mapping == _IMAGES and model.main_input_name != "pixel_values":
+        raise InputError(
+            f"{type(model).__name__} needs {model.main_input_name} beside an image; expected an image classifier that "
+            "looks at images alone: only on these is it calibrated and judged"
+        )
     if task.generates and model.main_input_name != "input_ids":
         raise InputError(
             f"{type(model).__name__} needs {model.main_input_name} beside a text; expected a language model that "

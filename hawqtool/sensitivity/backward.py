@@ -160,7 +160,14 @@ class _Reverse:
         leaf = hidden.detach().requires_grad_()
         with torch.enable_grad(), _captured(self.block) as captured:
             output = self.block.run(leaf, call)
-            return captured, list(torch.autograd.grad(output, [leaf, *watch(captured)], gradient))
+            return captured, _gradients(output, [leaf, *watch(captured)], gradient)
+
+
+def _gradients(output: Tensor, tensors: list[Tensor], gradient: Tensor) -> list[Tensor]:
+    """Gradients at tensors; zeros where the output does not depend on one, or only through a choice."""
+    reached = [tensor for tensor in tensors if tensor.requires_grad]
+    found = iter(torch.autograd.grad(output, reached, gradient, materialize_grads=True))
+    return [next(found) if tensor.requires_grad else torch.zeros_like(tensor) for tensor in tensors]
 
 
 @contextmanager

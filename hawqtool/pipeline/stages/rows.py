@@ -13,6 +13,7 @@ from hawqtool.data.mixing import SourceRows, mix_rows, quotas, require_rows
 from hawqtool.data.sources import is_hub, open_source
 from hawqtool.data.tokens import overlap, source_rows
 from hawqtool.errors import InputError, UsageError
+from hawqtool.model.tasks import image_shape
 from hawqtool.pipeline.run.checkpoints import SAMPLED
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.job import Job
@@ -165,7 +166,10 @@ def _needed(name: str, quota: dict[str, int]) -> int:
 
 def _known(job: Job, tokens: Tensor) -> Tensor:
     """The tokens, after checking that the model has an embedding for each."""
-    known = job.skeleton.get_input_embeddings().weight.shape[0]
+    try:
+        known = job.skeleton.get_input_embeddings().weight.shape[0]
+    except NotImplementedError:  # CANINE has an embedding for every character, by hashes
+        return tokens
     if tokens.numel() and int(tokens.max()) >= known:
         raise InputError(
             f"the tokenizer gives token {int(tokens.max())}, the model embeds {known} tokens; "
@@ -175,11 +179,11 @@ def _known(job: Job, tokens: Tensor) -> Tensor:
 
 
 def _check_images(job: Job, images: Tensor) -> None:
-    config = job.skeleton.config
-    size = config.image_size
-    expected = (config.num_channels, *((size, size) if isinstance(size, int) else size))
-    if tuple(images.shape[1:]) != expected:
+    channels, size = image_shape(job.skeleton.config)
+    found = tuple(images.shape[1:])
+    expected = (channels, *(size or found[1:]))
+    if found != expected:
         raise InputError(
-            f"the image processor gives images of {' x '.join(map(str, images.shape[1:]))}, the model takes "
+            f"the image processor gives images of {' x '.join(map(str, found))}, the model takes "
             f"{' x '.join(map(str, expected))}; expected preprocessor_config.json and config.json of one model"
         )

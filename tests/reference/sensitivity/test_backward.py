@@ -54,3 +54,11 @@ def test_gradients_are_those_of_the_whole_block(name: str, tmp_path: Path, monke
     monkeypatch.setattr(backward, "last_linear", lambda *_: None)
     for ours, whole in zip(shortened, differentiated(), strict=True):
         torch.testing.assert_close(ours, whole, rtol=1e-5, atol=1e-7)
+
+
+def test_what_does_not_reach_the_output_has_a_gradient_of_zero() -> None:
+    leaf = torch.ones(2, requires_grad=True)
+    unread, chosen = leaf * 3, (leaf > 0).float()
+    output = leaf * 2 * chosen
+    gradients = backward._gradients(output, [leaf, unread, chosen], torch.ones(2))
+    assert [g.tolist() for g in gradients] == [[2, 2], [0, 0], [0, 0]]

@@ -25,6 +25,33 @@ from tests.support.tiny_zoo import kind_named, save_kind
 WRAPPERS = {"gemma3-images": "vision_tower", "qwen2-vl": "visual"}
 
 
+class _Blocks(torch.nn.Module):
+    main_input_name, config, dtype = "input_ids", None, torch.float32
+
+    def __init__(self, part: torch.nn.Module, *functions: object) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList([torch.nn.Sequential(part)])
+        self.functions = functions
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        hidden = input_ids.float()
+        for function in self.functions:
+            hidden = hidden + function(hidden)  # type: ignore[operator]
+        return self.layers[0](hidden)
+
+
+def test_a_model_that_draws_numbers_is_refused() -> None:
+    linear = torch.nn.Linear(8, 8)
+    assert find_blocks(_Blocks(linear, torch.zeros_like))[0] == "layers"
+    with pytest.raises(InputError, match=r"_Blocks draws random numbers \(rand_like\)"):
+        find_blocks(_Blocks(linear, torch.rand_like))
+
+
+def test_blocks_without_a_linear_are_refused() -> None:
+    with pytest.raises(InputError, match="its blocks hold no linear layer"):
+        find_blocks(_Blocks(torch.nn.Conv1d(1, 1, 1)))
+
+
 @pytest.mark.parametrize("name", sorted(WRAPPERS))
 def test_the_blocks_are_those_of_the_language_model(name: str, tmp_path: Path) -> None:
     model = build_skeleton(save_kind(kind_named(name), tmp_path), torch.float32)

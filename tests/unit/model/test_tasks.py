@@ -13,7 +13,7 @@ from hawqtool.config import RunConfig
 from hawqtool.errors import InputError, UsageError
 from hawqtool.evaluation.divergence import interpolate_log
 from hawqtool.model.skeleton import build_skeleton, max_positions
-from hawqtool.model.tasks import class_task, model_task
+from hawqtool.model.tasks import class_task, image_shape, model_task
 from hawqtool.pipeline.dry_run import describe
 from hawqtool.pipeline.evaluate import run_evaluate
 from hawqtool.pipeline.quantize import run_quantize
@@ -30,6 +30,13 @@ def save(folder: Path, config: str, model: str, **settings: object) -> Path:
     built.to(torch.bfloat16).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def test_the_shape_of_images_is_that_of_the_vision_part() -> None:
+    vision = transformers.CLIPVisionConfig(image_size=32)
+    assert image_shape(transformers.CLIPConfig(vision_config=vision.to_dict())) == (3, (32, 32))
+    assert image_shape(transformers.ViTConfig(image_size=[32, 48], num_channels=1)) == (1, (32, 48))
+    assert image_shape(transformers.SegformerConfig()) == (3, None)
 
 
 def drop_architectures(folder: Path) -> Path:
