@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import itertools
 import tempfile
 import weakref
 from collections.abc import Iterable, Iterator, MutableSequence, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hawqtool.errors import NumericalError, ResourceError
+from hawqtool.errors import ResourceError
 
 DEVICE, HOST, DISK = "device", "host", "disk"
 
@@ -27,7 +30,15 @@ FOLDER_PREFIX = ".hawqtool-states-"
 """What the names of folders with hidden states begin with; one that is left over belongs to a run that was killed."""
 
 
-_Held = Tensor | list[Tensor] | Path
+@dataclass(frozen=True)
+class _File:
+    """A file of hidden states, with the SHA-256 of what was written: disks lose bits over the hours of a run."""
+
+    path: Path
+    digest: bytes
+
+
+_Held = Tensor | list[Tensor] | _File
 """On the device; in page-locked chunks, the last of which may be filled in part; in a file."""
 
 
@@ -79,7 +90,7 @@ class Offload:
         self._used[place] += size
         self.peak_bytes[place] = max(self.peak_bytes[place], self._used[place])
         kept = Offloaded(held, tensor.shape, tensor.dtype, self.device)
-        weakref.finalize(kept, self._let_go, place, size, held if isinstance(held, Path) else None).atexit = False
+        weakref.finalize(kept, self._let_go, place, size, held.path if isinstance(held, _File) else None).atexit = False
         return kept
 
     def _let_go(self, place: str, size: int, path: Path | None) -> None:
@@ -90,7 +101,8 @@ class Offload:
             self._folder.cleanup()
             self._folder = None
 
-    def _write(self, tensor: Tensor) -> Path:
+    def _write(self, tensor: Tensor) -> _File:
+        digest = hashlib.sha256()
         try:
             if self._folder is None:
                 self._folder = tempfile.TemporaryDirectory(prefix=FOLDER_PREFIX, dir=self._parent)
@@ -98,6 +110,7 @@ class Offload:
             with path.open("wb", buffering=0) as stream:
                 for piece in _pieces(tensor.cpu().contiguous()):
                     left = piece.numpy().data
+                    digest.update(left)
                     while len(left):
                         left = left[stream.write(left) :]
         except OSError as error:
@@ -105,15 +118,13 @@ class Offload:
                 f"hidden states do not fit into memory, and {self._parent} refuses them ({error.strerror or error}); "
                 "free some space there, raise --max-memory, or lower --num-samples"
             ) from error
-        return path
+        return _File(path, digest.digest())
 
 
 class Offloaded:
     """A tensor that a offload keeps."""
 
-    def __init__(
-        self, held: Tensor | list[Tensor] | Path, shape: torch.Size, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, held: _Held, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
         self._held, self._shape, self._dtype, self._device = held, shape, dtype, device
 
     @property
@@ -125,33 +136,41 @@ class Offloaded:
         """The tensor, on the offload's device.
 
         Raises:
-            NumericalError: If its file cannot be read.
+            ResourceError: If its file cannot be read, or differs from its checksum.
         """
         if isinstance(self._held, Tensor):
             return self._held
         found = torch.empty(self._shape, dtype=self._dtype, device=self._device)
-        chunks = self._read(self._held) if isinstance(self._held, Path) else self._held
+        chunks = self._read(self._held) if isinstance(self._held, _File) else self._held
         for piece, chunk in zip(_pieces(found), chunks, strict=True):
             piece.copy_(chunk[: len(piece)], non_blocking=True)
         return found
 
-    def _read(self, path: Path) -> Iterator[Tensor]:
-        """The content of a file in chunks, the last of which may be filled in part."""
+    def _read(self, file: _File) -> Iterator[Tensor]:
+        """The content of a file in chunks, the last of which may be filled in part; it comes when all are right."""
+        digest = hashlib.sha256()
         try:
-            with path.open("rb", buffering=0) as stream:
+            with file.path.open("rb", buffering=0) as stream:
                 for start in range(0, self.nbytes, CHUNK_BYTES):
                     chunk = _chunk(self._device)
-                    left = chunk.numpy().data[: self.nbytes - start]
-                    while len(left):
-                        count = stream.readinto(left)
-                        if not count:
-                            raise OSError("the file ended early")
-                        left = left[count:]
+                    content = chunk.numpy().data[: self.nbytes - start]
+                    _fill(stream, content)
+                    digest.update(content)
+                    if start + CHUNK_BYTES >= self.nbytes and digest.digest() != file.digest:
+                        raise OSError("they differ from their checksum")
                     yield chunk
         except OSError as error:
-            raise NumericalError(
-                f"hidden states in {path.parent} cannot be read back ({error.strerror or error}); check the disk"
+            raise ResourceError(
+                f"hidden states in {file.path.parent} cannot be read back ({error.strerror or error}); check the disk"
             ) from error
+
+
+def _fill(stream: io.FileIO, target: memoryview) -> None:
+    while len(target):
+        count = stream.readinto(target)
+        if not count:
+            raise OSError("the file ended early")
+        target = target[count:]
 
 
 def _chunk(device: torch.device) -> Tensor:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hawqtool.errors import NumericalError, ResourceError
+from hawqtool.errors import ResourceError
 from hawqtool.streaming import offload as spill
 from hawqtool.streaming.offload import DEVICE, DISK, HOST, Offload, OffloadedBatches, total_bytes
 
@@ -84,8 +84,13 @@ def test_a_disk_that_refuses(tmp_path: Path) -> None:
         OffloadedBatches(Offload(CPU, 0, 0, tmp_path / "missing"), [tensor(0)])
 
 
-def test_a_file_that_was_damaged(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["short", "first chunk", "last chunk"])
+def test_a_file_that_was_damaged(tmp_path: Path, damage: str) -> None:
     kept = OffloadedBatches(Offload(CPU, 0, 0, tmp_path), [tensor(0)])
-    spilled(tmp_path)[0].write_bytes(b"short")
-    with pytest.raises(NumericalError, match="cannot be read back"):
+    (file,) = spilled(tmp_path)
+    content = bytearray(file.read_bytes())
+    content[3 if damage == "first chunk" else -1] ^= 1
+    file.write_bytes(b"short" if damage == "short" else content)
+    said = "ended early" if damage == "short" else "differ from their checksum"
+    with pytest.raises(ResourceError, match=rf"cannot be read back \(.*{said}\); check the disk"):
         kept[0]
