@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Optional
 
 import typer
@@ -22,6 +23,7 @@ from hawqtool.cli import (
     verify,
 )
 from hawqtool.cli.command import Command, Group
+from hawqtool.cli.signals import INTERRUPTED, TERMINATED
 from hawqtool.runtime.stdout import accept_any_character, flush_streams
 
 CLOSED_PIPE = 141
@@ -74,5 +76,8 @@ def main() -> None:
     except SystemExit as end:
         # typer and rich turn a closed pipe into exit code 1, which stands for bugs.
         if flush_streams() and not isinstance(end.__context__, BrokenPipeError):
+            if end.code in (INTERRUPTED, TERMINATED):
+                # Threads of libraries, which Python would wait for, may never end.
+                os._exit(end.code)
             raise
     raise SystemExit(CLOSED_PIPE)

@@ -12,14 +12,13 @@ from contextlib import contextmanager
 from typing import Any
 
 from hawqtool.checkpoint.source import MAY_FETCH
-from hawqtool.cli.signals import Terminated, ending_signals
+from hawqtool.cli.signals import INTERRUPTED, TERMINATED, Terminated, ending_signals
 from hawqtool.cli.terminal import Terminal
 from hawqtool.data.sources import is_hub
 from hawqtool.errors import DISK_ERRORS, HawqError, QualityError, one_line
 from hawqtool.parsing import printable, short
 from hawqtool.runtime.malloc import configure_allocators
 
-INTERRUPTED, TERMINATED = 130, 143
 ERROR_SCHEMA = "hawqtool.error/1"
 
 

@@ -16,6 +16,8 @@ from hawqtool.records import RoundedLayer
 
 PENDING_BYTES = 1 << 29
 """Most bytes that wait to be written; a larger tensor waits alone."""
+_MOST_SECONDS = 5.0
+"""Most seconds that leaving after an exception waits for the tensor that is being written."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class BackgroundWriter:
         self._ended = self._dropped = False
         self._error: BaseException | None = None
         self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._work, name="writer")
+        self._thread = threading.Thread(target=self._work, name="writer", daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -71,7 +73,8 @@ class BackgroundWriter:
         with self._changed:
             self._ended, self._dropped = True, kind is not None
             self._changed.notify_all()
-        self._thread.join()
+        # A thread that hangs, as on a disk that does not answer, must not keep a process that is to end.
+        self._thread.join(None if kind is None else _MOST_SECONDS)
         if kind is None and self._error is not None:
             raise self._error
 

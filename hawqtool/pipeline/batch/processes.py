@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import IO
 
 from hawqtool.errors import UsageError
+from hawqtool.runtime.lifeline import Lifeline
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
-_POLL_SECONDS, _GRACE_SECONDS = 0.05, 60.0
+_POLL_SECONDS = 0.05
+_GRACE_SECONDS = 15.0
+"""Time of a terminated program to clean up; it can be gone on with in any case."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ def device_slots(count: int, environment: Mapping[str, str], installed: Callable
 def run_programs(
     programs: Sequence[Program], slots: Sequence[str | None], ended: Callable[[Program, Outcome], None]
 ) -> None:
-    """Run all programs, one at a time per slot; when this is interrupted, the running ones are terminated.
+    """Run all programs, one at a time per slot; they are terminated when this is interrupted, and when it is killed.
 
     Args:
         programs: In the order in which they are to start.
@@ -97,35 +100,42 @@ def run_programs(
         ended: Called as each ends.
     """
     waiting, running = list(programs), dict[int, _Running]()
-    try:
-        while waiting or running:
-            for slot in range(len(slots)):
-                if waiting and slot not in running:
-                    program = _next(waiting, [entry.program.kind for entry in running.values()])
-                    waiting.remove(program)
-                    running[slot] = _start(program, slots[slot])
-            for slot, entry in list(running.items()):
-                code = entry.process.poll()
-                if code is not None:
-                    del running[slot]
-                    ended(entry.program, _outcome(entry, code, slots[slot]))
-            time.sleep(_POLL_SECONDS)
-    finally:
-        _stop([entry.process for entry in running.values()])
+    with Lifeline() as line:
+        try:
+            while waiting or running:
+                for slot in range(len(slots)):
+                    if waiting and slot not in running:
+                        program = _next(waiting, [entry.program.kind for entry in running.values()])
+                        waiting.remove(program)
+                        running[slot] = _start(program, slots[slot], line)
+                for slot, entry in list(running.items()):
+                    code = entry.process.poll()
+                    if code is not None:
+                        del running[slot]
+                        ended(entry.program, _outcome(entry, code, slots[slot]))
+                time.sleep(_POLL_SECONDS)
+        finally:
+            _stop([entry.process for entry in running.values()])
 
 
 def _next(waiting: list[Program], kinds: list[object]) -> Program:
     return next((program for program in waiting if program.kind not in kinds), waiting[0])
 
 
-def _start(program: Program, device: str | None) -> _Running:
+def _start(program: Program, device: str | None, line: Lifeline) -> _Running:
     # A pipe that nobody reads would block the program; `_outcome` closes the file.
     stdout = tempfile.TemporaryFile()  # noqa: SIM115
-    environment = os.environ | ({} if device is None else {VISIBLE: device})
+    environment = os.environ | line.environment | ({} if device is None else {VISIBLE: device})
     with program.log.open("wb") as log:
         # Ctrl-C reaches this process alone, which then terminates the programs and waits for their cleaning up.
         process = subprocess.Popen(
-            program.command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=log, env=environment, process_group=0
+            program.command,
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=log,
+            env=environment,
+            pass_fds=(line.descriptor,),
+            process_group=0,
         )
     return _Running(program, process, stdout, time.monotonic())
 

@@ -6,6 +6,7 @@ the rows of one safetensors file is written to the other. A failure ends in a tr
 
 from __future__ import annotations
 
+import os
 import sys
 
 import torch
@@ -13,6 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from hawqtool.model.tasks import model_task
+from hawqtool.runtime.lifeline import watch_parent
 
 
 def main(folder: str, class_name: str, trust: str, rows_file: str, outputs_file: str) -> None:
@@ -28,4 +30,5 @@ def main(folder: str, class_name: str, trust: str, rows_file: str, outputs_file:
 
 
 if __name__ == "__main__":
+    watch_parent(lambda: os._exit(1))
     main(*sys.argv[1:])

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.run.memory_budget import memory_limit
+from hawqtool.runtime.lifeline import Lifeline
 
 SWITCH = "HAWQTOOL_LOAD_TRIAL"
 """Environment variable that switches the trial off when it is 0; the report then says that nothing was tried."""
@@ -68,7 +69,7 @@ def try_loading(job: Job, folder: Path, rows: Tensor) -> LoadTrial:
         command = [sys.executable, "-m", f"{__package__}.load_child", str(folder), type(job.skeleton).__name__]
         command += [str(int(job.source.runs_code)), str(given), str(written)]
         try:
-            done = subprocess.run(command, env=_environment(), capture_output=True, timeout=_SECONDS, check=False)
+            done = _run(command)
         except subprocess.TimeoutExpired:
             return LoadTrial(None, f"not tried to the end: it took more than {_SECONDS} s")
         if done.returncode:
@@ -81,6 +82,19 @@ def try_loading(job: Job, folder: Path, rows: Tensor) -> LoadTrial:
     return LoadTrial(
         True, f"tried on this folder with {versions}: one forward pass agrees to {difference:.1g} (relative, median)"
     )
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[bytes]:
+    """The process's output; it ends with this one."""
+    with Lifeline() as line:
+        return subprocess.run(
+            command,
+            env={**_environment(), **line.environment},
+            pass_fds=(line.descriptor,),
+            capture_output=True,
+            timeout=_SECONDS,
+            check=False,
+        )
 
 
 def _not_possible(job: Job) -> str | None:
