@@ -141,6 +141,7 @@ class RunConfig(Fields):
     @field_validator(
         "max_ppl_increase",
         "min_same_top",
+        "max_flips",
         "max_regression",
         "max_kept",
         mode="before",

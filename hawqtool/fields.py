@@ -88,6 +88,15 @@ class Fields(BaseModel):
         help="Least share of outputs whose likeliest token (or class) is the original's: 90% or 0.9.",
         panel=GATES, affects=Affects.GATES, metavar="SHARE", as_text=True,
     )] = Field(default=None, ge=0, le=1)
+    max_kl_p99: Annotated[float | None, Setting(
+        help="Most KL of the worst hundredth of the outputs of the report rows: the value at which it begins.",
+        detail="Long texts and tool calls break at their worst token first.",
+        panel=GATES, expert=True, affects=Affects.GATES,
+    )] = Field(default=None, gt=0, allow_inf_nan=False)
+    max_flips: Annotated[float | None, Setting(
+        help="Most changed likeliest tokens (or classes) among those that the original gives 90 % or more: 1% or 0.01.",
+        panel=GATES, expert=True, affects=Affects.GATES, metavar="SHARE", as_text=True,
+    )] = Field(default=None, ge=0, le=1)
     max_size: Annotated[str | None, Setting(
         help="Most bytes of the weight files, such as 90MB or 3.2GiB.",
         panel=GATES, affects=Affects.GATES, metavar="SIZE",

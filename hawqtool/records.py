@@ -296,6 +296,9 @@ class Evaluation:
         perplexity: Of the next token; causal language models only.
         same_top: Share of outputs whose likeliest class is the original's; logits only.
         cosine: Mean cosine to the original's embedding; embeddings only.
+        kl_p99: KL that one output of a hundred reaches; logits only.
+        kl_p999: KL that one output of a thousand reaches; logits only.
+        flips: Share of another likeliest class among outputs that the original is sure of; None where it is of none.
     """
 
     measure: str
@@ -306,3 +309,6 @@ class Evaluation:
     perplexity: float | None = None
     same_top: float | None = None
     cosine: float | None = None
+    kl_p99: float | None = None
+    kl_p999: float | None = None
+    flips: float | None = None

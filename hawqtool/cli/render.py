@@ -11,7 +11,7 @@ from rich.table import Table
 
 from hawqtool.parsing import printable
 from hawqtool.report.documents import DryRun, EvaluationDocument
-from hawqtool.report.schema import Gate, Kept, PlanComparison, Quality, Report, Search
+from hawqtool.report.schema import Gate, Kept, PlanComparison, Quality, Report, Search, shipped_plan
 from hawqtool.report.wording import (
     MEASURES,
     gate_text,
@@ -21,6 +21,7 @@ from hawqtool.report.wording import (
     routing_text,
     same_plan,
     size,
+    tail_text,
 )
 
 _LABEL = 12
@@ -137,6 +138,8 @@ def result_lines(report: Report) -> list[str]:
         measure = evaluation["measure"]
         value = f"{difference[measure]:+.4f}{plus_minus(difference, measure)}"
         lines.append(f"paired      {MEASURES[measure]}, mixed - uniform: {value}")
+    tail = tail_text(shipped_plan(report))
+    lines += [f"tail        {tail}"] if tail else []
     lines += [*tried_lines(evaluation), *search_lines(report["search"]), *gate_lines(report["gates"])]
     spent: dict[str, float] = {}
     for stage, seconds in report["timings"].items():
@@ -181,7 +184,8 @@ def search_lines(search: Search | None) -> list[str]:
 def quality_lines(evaluation: EvaluationDocument) -> list[str]:
     """One line per measure of an evaluation of ``original`` and ``quantized``."""
     original, quantized = evaluation["original"], evaluation["quantized"]
+    tail = tail_text(quantized)
     return [
         f"{name:15s} {show(quantized)}" + (f" (original {show(original)})" if name == "perplexity" else "")
         for name, show in quality_columns(evaluation).items()
-    ]
+    ] + ([f"{'tail':15s} {tail}"] if tail else [])

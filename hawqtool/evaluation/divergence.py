@@ -6,7 +6,8 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +18,34 @@ from hawqtool.records import Evaluation
 from hawqtool.report.schema import Quality
 from hawqtool.streaming.stream import ModelStream
 
+CONFIDENT = 0.9
+"""Least probability of the original's likeliest output for it to count as confident."""
+
 HeadSwap = Callable[[str], AbstractContextManager[None]]
 """Name of a candidate to a context in which the output head is that of the candidate."""
+
+
+@dataclass
+class Tail:
+    """Where a mean looks away: the worst outputs, and changed ones among those that the original is sure of."""
+
+    divergences: list[Tensor] = field(default_factory=list)
+    confident: int = 0
+    flipped: int = 0
+
+    def add(self, divergence: Tensor, confident: Tensor, same: Tensor) -> None:
+        """Take outputs, all ``[outputs]``: KL in nats, whether the original is sure, whether the likeliest is its."""
+        self.divergences.append(divergence.cpu())
+        self.confident += int(confident.sum())
+        self.flipped += int((confident & ~same).sum())
+
+    def figures(self) -> dict[str, float | None]:
+        """99th and 99.9th percentile of KL over outputs (each an output's own value), and the share of flips."""
+        if not self.divergences:
+            return {}
+        values = torch.cat(self.divergences)
+        p99, p999 = (float(values.kthvalue(math.ceil(level * len(values))).values) for level in (0.99, 0.999))
+        return {"kl_p99": p99, "kl_p999": p999, "flips": self.flipped / self.confident if self.confident else None}
 
 
 @dataclass(frozen=True)
@@ -91,8 +118,9 @@ class OutputComparison:
         Raises:
             NumericalError: If the candidate's outputs are not finite.
         """
+        tail = Tail()
         with torch.no_grad():
-            results = [self._row(*row) for row in zip(self.rows, self.states, hidden, strict=True)]
+            results = [self._row(*row, tail) for row in zip(self.rows, self.states, hidden, strict=True)]
         divergence = torch.tensor([values["divergence"] for values in results], dtype=torch.float64)
         if not bool(torch.isfinite(divergence).all()):
             raise NumericalError("the model to evaluate gives outputs that are NaN or Inf")
@@ -106,6 +134,7 @@ class OutputComparison:
             perplexity=math.exp(means["next_token"]) if "next_token" in means else None,
             same_top=means.get("same_top"),
             cosine=means.get("cosine"),
+            **tail.figures(),
         )
 
     def _parts(self, together: int) -> list[slice]:
@@ -121,10 +150,10 @@ class OutputComparison:
         compare = kl_divergence if self.original.task.logits else embedding_error
         return compare(expected, _normalized(self.candidate, outputs))
 
-    def _row(self, row: Tensor, state: Tensor, hidden: Tensor) -> dict[str, float]:
-        """Means over the outputs of a row."""
+    def _row(self, row: Tensor, state: Tensor, hidden: Tensor, tail: Tail) -> dict[str, float]:
+        """Means over the outputs of a row; ``tail`` takes its single outputs."""
         task = self.original.task
-        compare = _compare_logits if task.logits else _compare_embeddings
+        compare = partial(_compare_logits, tail=tail) if task.logits else _compare_embeddings
         sums: dict[str, float] = defaultdict(float)
         for positions in self.original.output_parts(len(state)):
             rows = row[None, positions] if task.generates else row[None]
@@ -147,7 +176,11 @@ def _normalized(stream: ModelStream, outputs: Tensor) -> Tensor:
 
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p || q) of log-probabilities ``[..., outputs, classes]``, mean over outputs in nats; ``[...]`` float64."""
-    return (log_p.exp() * (log_p - log_q)).sum(-1).double().mean(-1)
+    return _output_kl(log_p, log_q).mean(-1)
+
+
+def _output_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return (log_p.exp() * (log_p - log_q)).sum(-1).double()
 
 
 def embedding_error(original: Tensor, candidate: Tensor) -> Tensor:
@@ -155,12 +188,11 @@ def embedding_error(original: Tensor, candidate: Tensor) -> Tensor:
     return (candidate - original).double().square().sum((-2, -1)) / original.double().square().sum((-2, -1))
 
 
-def _compare_logits(original: Tensor, candidate: Tensor) -> dict[str, float]:
+def _compare_logits(original: Tensor, candidate: Tensor, tail: Tail) -> dict[str, float]:
     log_p, log_q = original.log_softmax(-1), candidate.log_softmax(-1)
-    return {
-        "divergence": float(kl_divergence(log_p, log_q)),
-        "same_top": float((log_p.argmax(-1) == log_q.argmax(-1)).double().mean()),
-    }
+    divergence, same = _output_kl(log_p, log_q), log_p.argmax(-1) == log_q.argmax(-1)
+    tail.add(divergence, log_p.amax(-1).exp() >= CONFIDENT, same)
+    return {"divergence": float(divergence.mean()), "same_top": float(same.double().mean())}
 
 
 def _compare_embeddings(original: Tensor, candidate: Tensor) -> dict[str, float]:
@@ -219,4 +251,8 @@ def as_record(evaluation: Evaluation) -> Quality:
         found["same_top"] = evaluation.same_top
     if evaluation.cosine is not None:
         found["cosine"] = evaluation.cosine
+    if evaluation.kl_p99 is not None and evaluation.kl_p999 is not None:
+        found |= {"kl_p99": evaluation.kl_p99, "kl_p999": evaluation.kl_p999}
+    if evaluation.flips is not None:
+        found["flips"] = evaluation.flips
     return found

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 
 from hawqtool.report.escape import code, escape, fenced, table
 from hawqtool.report.front_matter import SourceFacts, Value, merged, read_source
-from hawqtool.report.schema import PlanEntry, Report, Search
+from hawqtool.report.schema import PlanEntry, Report, Search, shipped_plan
 from hawqtool.report.wording import (
     EXPLANATIONS,
     GATES,
@@ -19,6 +19,7 @@ from hawqtool.report.wording import (
     routing_text,
     rows_text,
     same_plan,
+    tail_text,
 )
 
 _LOAD = """\
@@ -234,6 +235,8 @@ def _evaluation(report: Report) -> str:
         f"calibrated nor chose anything.{domain} {EXPLANATIONS[measure]}",
         table(["model", *columns], rows),
     ]
+    tail = tail_text(shipped_plan(report))
+    lines += [f"The tail of the shipped model: {tail}."] if tail else []
     difference = evaluation.get("mixed_minus_uniform")
     if difference and not same_plan(mixed, uniform):
         lines.append(

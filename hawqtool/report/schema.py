@@ -24,6 +24,11 @@ class Quality(Divergence):
     perplexity: NotRequired[Annotated[float, "Perplexity of the next token; causal language models."]]
     same_top: NotRequired[Annotated[float, "Share of outputs whose likeliest class is the original's; logits."]]
     cosine: NotRequired[Annotated[float, "Mean cosine to the original's embedding; encoders."]]
+    kl_p99: NotRequired[Annotated[float, "KL that one output of a hundred reaches; logits."]]
+    kl_p999: NotRequired[Annotated[float, "KL that one output of a thousand reaches; logits."]]
+    flips: NotRequired[
+        Annotated[float, "Share of another likeliest class where the original gives its own 90 % or more; logits."]
+    ]
 
 
 class Interpolated(Divergence):

@@ -23,6 +23,8 @@ EXPLANATIONS = {
 GATES = {
     "target_kl": "divergence on the selection rows, which choose",
     "max_kl": "divergence on the report rows",
+    "max_kl_p99": "divergence that the worst hundredth of the outputs of the report rows reaches",
+    "max_flips": "share of another likeliest token or class where the original is sure of its own",
     "max_ppl_increase": "perplexity over that of the original, less one",
     "min_same_top": "share of outputs whose likeliest token or class is the original's",
     "max_size": "weight files",
@@ -34,7 +36,7 @@ GATES = {
 }
 """What the value of a gate is."""
 
-_SHARES = ("max_ppl_increase", "min_same_top", "max_kept")
+_SHARES = ("max_ppl_increase", "min_same_top", "max_kept", "max_flips")
 _BYTES = ("max_size", "regression_size")
 
 
@@ -138,6 +140,16 @@ def plus_minus(values: Mapping[str, object], measure: str) -> str:
     """Standard error of a measure, empty where it is not known."""
     stderr = values.get(f"{measure}_stderr")
     return "" if not isinstance(stderr, float) or math.isnan(stderr) else f" ± {stderr:.4f}"
+
+
+def tail_text(values: Quality) -> str | None:
+    """The worst outputs in words; None for a model without logits."""
+    if "kl_p99" not in values:
+        return None
+    worst = f"1 output in 100 has a KL of {values['kl_p99']:.3g} or more, 1 in 1000 {values['kl_p999']:.3g}"
+    if "flips" not in values:
+        return worst
+    return f"{worst}; {100 * values['flips']:.2f} % of the outputs that the original is sure of changed"
 
 
 def rows_text(record: RowSet) -> str:

@@ -86,7 +86,8 @@ def check_gates(job: Job) -> None:
             of such a model.
     """
     config, task = job.config, job.task
-    lacking = {"max_ppl_increase": not task.generates, "min_same_top": not task.logits}
+    lacking = dict.fromkeys(("min_same_top", "max_kl_p99", "max_flips"), not task.logits)
+    lacking |= {"max_ppl_increase": not task.generates}
     for name in (name for name, lacks in lacking.items() if lacks and getattr(config, name) is not None):
         what = "perplexity" if name == "max_ppl_increase" else "likeliest token or class"
         raise UsageError(
@@ -125,6 +126,8 @@ def judge_gates(config: RunConfig, shipped: Trial, report: Report, baseline: Bas
     found: dict[str, Callable[[], float]] = {
         "target_kl": lambda: shipped.selection,
         "max_kl": lambda: divergence,
+        "max_kl_p99": lambda: result["kl_p99"],
+        "max_flips": lambda: result.get("flips", math.nan),
         "max_ppl_increase": lambda: result["perplexity"] / original["perplexity"] - 1,
         "min_same_top": lambda: result["same_top"],
         "max_size": lambda: size,
