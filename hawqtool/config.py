@@ -100,6 +100,11 @@ class RunConfig(Fields):
             raise ValueError("expected a number from 0 to 1, or auto")
         return share
 
+    @field_validator("output_feedback", mode="before", json_schema_input_type=str | bool)
+    @classmethod
+    def _parse_feedback(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML reads a bare off as false
+
     @field_validator("pin", "ignore", "calibration", mode="before", json_schema_input_type=str | list[str])
     @classmethod
     def _parse_list(cls, value: Any) -> Any:
@@ -181,6 +186,12 @@ class RunConfig(Fields):
             raise ValueError("scale_sign both is for symmetric grids: zero points do its work; drop one of the two")
         if self.rounding == "rtn" and (self.target_shift or self.scale_refit):
             raise ValueError("target_shift and scale_refit belong to compensated rounding; drop them or rounding rtn")
+        if self.output_feedback != "off" and self.rounding not in ("gptq", "foem"):
+            raise ValueError(
+                f"output_feedback belongs to rounding gptq and foem, found {self.rounding}; drop one of the two"
+            )
+        if self.output_feedback != "off" and self.token_importance == "none":
+            raise ValueError("output_feedback is made of the gradients behind token_importance; drop its none")
         if self.rounding == "gptaq" and self.target_shift:
             raise ValueError("rounding gptaq and target_shift make the same correction twice; drop one of the two")
         if (self.costs is None) != (self.max_cost is None):

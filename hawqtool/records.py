@@ -109,6 +109,23 @@ All linears of an input group are named, or none, whose tokens all count alike."
 
 
 @dataclass(frozen=True)
+class OutputMoments:
+    """Second moments S of the gradients g at a linear's output, sum of g gᵀ / ‖g‖ over tokens, for output feedback.
+
+    Args:
+        ratio: Loss on held-out rows that feedback is predicted to leave, relative to that without.
+        damping: λ over the mean diagonal of S; None where feedback is not worthwhile.
+        lower: ``[out (out + 1) / 2]`` float32, lower triangle of S row by row; None where it is not worthwhile.
+        held_out: The part of it that comes of the held-out rows; None where no setting is chosen on them.
+    """
+
+    ratio: float
+    damping: float | None = None
+    lower: Tensor | None = None
+    held_out: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Rows:
     """Token rows with their origin.
 
@@ -117,12 +134,14 @@ class Rows:
         source: Where they come from, for the report.
         fingerprint: SHA-256 of the tokens.
         importance: How much each token counts where layers are rounded on these rows; None where all count alike.
+        output_moments: Of the linears that are rounded with output feedback, by name; none where that is off.
     """
 
     tokens: Tensor
     source: str
     fingerprint: str
     importance: TokenImportance | None = None
+    output_moments: Mapping[str, OutputMoments] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -262,7 +281,9 @@ class LayerMetrics:
     sum of R_jj² s² / 12, what compensation leaves when nothing clips. ``kernel`` ran the column loop: ``eager``,
     ``numba`` or ``triton``, None for plain rounding. ``beta``, ``target_shift`` and ``scales_refitted`` are the
     settings that the layer was rounded with, some of them chosen on held-out rows; with a shift, the errors include
-    what it changes on purpose.
+    what it changes on purpose. ``feedback_ratio``, ``feedback_damping`` and ``feedback_blocks`` are those of output
+    feedback: the predicted loss relative to that without, λ, and blocks of rows; 1, None and 0 where there is none.
+    With feedback, output errors are larger on purpose: the loss, not the output, is what rows make up for.
     """
 
     output_error: float
@@ -280,6 +301,9 @@ class LayerMetrics:
     beta: float = 0.0
     target_shift: float = 0.0
     scales_refitted: bool = False
+    feedback_ratio: float = 1.0
+    feedback_damping: float | None = None
+    feedback_blocks: int = 0
 
 
 @dataclass(frozen=True)

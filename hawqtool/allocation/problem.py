@@ -197,6 +197,19 @@ def resolve_ignored(patterns: Sequence[str], units: Sequence[Unit], others: Sequ
     return frozenset(ignored)
 
 
+def matching_layers(pattern: str, units: Sequence[Unit], flag: str) -> frozenset[str]:
+    """The layers that a name or a ``re:`` pattern means.
+
+    Raises:
+        UsageError: If the pattern is malformed or matches nothing.
+    """
+    matches = _matcher(pattern, flag)
+    found = frozenset(member.name for unit in units for member in unit.members if matches(member.name))
+    if not found:
+        raise UsageError(f"{flag} {pattern} matches no layer that is quantized; {_suggestion(pattern, units)}")
+    return found
+
+
 def ignored_along(patterns: Sequence[str], units: Sequence[Unit]) -> list[str]:
     """Units that ``--ignore`` names in part, one line each: their other members stay unquantized too."""
     matchers = [_matcher(pattern, "--ignore") for pattern in patterns]

@@ -99,7 +99,7 @@ def _quantized(
     run.check_rows({name: rows.fingerprint for name, rows in sets.items()})
     if job.settings.uses_token_importance:
         with Stopwatch(timings, "token importance"):
-            sets["calibration"] = with_token_importance(context, sets["calibration"])
+            sets["calibration"] = with_token_importance(context, sets["calibration"], for_feedback=True)
     with Stopwatch(timings, "measure"):
         planner = None if job.config.plan else make_planner(context, sets)
     runner = TrialRunner(context, sets, run.plans, timings)

@@ -130,6 +130,9 @@ class LayerRecord(TypedDict):
     beta: Annotated[float, "FOEM's feedback."]
     target_shift: Annotated[float, "Share of the input drift that is corrected."]
     scales_refitted: Annotated[bool, "Whether scales were fitted again after rounding."]
+    feedback_ratio: Annotated[float, "Loss that output feedback is predicted to leave, relative; 1 where it is off."]
+    feedback_damping: Annotated[float | None, "Damping of output feedback; null without feedback."]
+    feedback_blocks: Annotated[int, "Blocks of rows of output feedback; 0 without feedback."]
     format: Annotated[str, "Label of the format."]
 
 

@@ -35,7 +35,7 @@ def full_shift(weight: Tensor, drift: Tensor, factor: Factor) -> Tensor:
     return shift
 
 
-def best_shift(weight: Tensor, shift: Tensor, statistics: GroupStatistics) -> float:
+def best_shift(weight: Tensor, shift: Tensor, statistics: GroupStatistics, across: Tensor | None = None) -> float:
     """The share of a shift, 0 to 1, with the least output error on other tokens than those behind the shift.
 
     Before rounding the error is a parabola in the share, a² tr(S H Sᵀ) - 2 a tr(S (W Δ)ᵀ) + const, and rounding adds
@@ -45,10 +45,12 @@ def best_shift(weight: Tensor, shift: Tensor, statistics: GroupStatistics) -> fl
         weight: ``[out, in]`` float32.
         shift: ``[out, in]`` float32, S.
         statistics: Gram matrix and drift of the other tokens.
+        across: ``[out, out]`` float32, what errors of outputs cost together; None where each costs as much by itself.
     """
     assert statistics.drift is not None  # the shift came of one
-    gain = (shift * (weight @ statistics.drift)).sum()
-    cost = ((shift @ statistics.gram) * shift).sum()
+    weighted = shift if across is None else across @ shift
+    gain = (weighted * (weight @ statistics.drift)).sum()
+    cost = ((shift @ statistics.gram) * weighted).sum()
     return float(torch.where(cost > 0, gain / cost, 0.0).clamp(0.0, 1.0))
 
 

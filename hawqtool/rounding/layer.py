@@ -12,15 +12,16 @@ from torch import Tensor
 
 from hawqtool.errors import NumericalError
 from hawqtool.formats import QuantFormat
-from hawqtool.records import LayerMetrics, RoundedLayer
+from hawqtool.records import LayerMetrics, OutputMoments, RoundedLayer
 from hawqtool.rounding.factor import Factor, factorize
 from hawqtool.rounding.gram import quadratic_form
 from hawqtool.rounding.grid import Quantized, clamped_codes, dequantize, expand_scales, nearest_codes
 from hawqtool.rounding.input_drift import best_shift, full_shift
 from hawqtool.rounding.kernels.dispatch import kernel_for
 from hawqtool.rounding.method import BETAS, LayerSettings, RoundingMethod, Task
+from hawqtool.rounding.output_feedback import RowFeedback, round_row_blocks, row_feedback, unpack_lower
 from hawqtool.rounding.statistics import GroupStatistics
-from hawqtool.rounding.two_pass import prepare, refit, round_targets
+from hawqtool.rounding.two_pass import Problem, prepare, refit, round_targets
 from hawqtool.runtime.stage_timer import UNRECORDED, Recorder
 
 
@@ -55,10 +56,12 @@ def choose_settings(
     method: RoundingMethod,
     statistics: GroupStatistics | None,
     recorder: Recorder = UNRECORDED,
+    moments: OutputMoments | None = None,
 ) -> list[LayerSettings]:
     """Settings of every task: those of the method, or what is best on the held-out rows after rounding by the others.
 
-    Where the tokens are all of one kind nothing can be chosen, and what would be is left out: β and shift are 0.
+    Where the tokens are all of one kind nothing can be chosen, and what would be is left out: β and shift are 0. With
+    output feedback the error is tr(S E H Eᵀ), both of the held-out rows: the plain one grows where the loss falls.
     """
     beta, shift = method.feedback_beta, method.shift
     fixed = LayerSettings(0.0 if beta == "auto" else beta, 0.0 if shift == "auto" else shift)
@@ -71,34 +74,77 @@ def choose_settings(
     if fitting is None or held_out is None:
         return settings
     part = factorize(fitting.gram, fitting.num_tokens, factor.damping, name=tasks[0].name)
+    rows, across = _held_out_feedback(moments, fitting.gram.device)
     if shift == "auto" and fitting.drift is not None:
         full = [full_shift(t.weight, fitting.drift, part) for t in tasks]
         settings = [
-            replace(s, shift=best_shift(t.weight, whole, held_out))
+            replace(s, shift=best_shift(t.weight, whole, held_out, across))
             for t, s, whole in zip(tasks, settings, full, strict=True)
         ]
     if beta != "auto" and not method.refit:
         return settings
-    problem = prepare(tasks, part, method, fitting, settings, recorder)
+    problem = prepare(tasks, part, method, fitting, settings, recorder, searched=rows is None)
     betas = BETAS if beta == "auto" else (fixed.beta,)
-    trials = [round_targets(problem, [value] * len(tasks)) for value in betas]
-    errors = torch.stack([_held_out_errors(tasks, trial, held_out) for trial in trials])
+    trials = [_looped(problem, [value] * len(tasks), rows) for value in betas]
+    errors = torch.stack([_held_out_errors(tasks, trial, held_out, across) for trial in trials])
     chosen = errors.argmin(0).tolist()
     settings = [replace(s, beta=betas[choice]) for s, choice in zip(settings, chosen, strict=True)]
     if not method.refit:
         return settings
     best = [trials[choice][index] for index, choice in enumerate(chosen)]
-    refitted = _held_out_errors(tasks, refit(problem, best, fitting.gram), held_out)
+    again = _refitted(problem, best, [s.beta for s in settings], fitting.gram, rows)
+    refitted = _held_out_errors(tasks, again, held_out, across)
     better = (refitted < errors.amin(0)).tolist()
     return [replace(s, refit=refit) for s, refit in zip(settings, better, strict=True)]
 
 
-def _held_out_errors(tasks: Sequence[Task], results: Sequence[Quantized], statistics: GroupStatistics) -> Tensor:
-    """Mean of (Q x - W x0)² of every task, less what does not depend on Q: ``[tasks]`` float32."""
+def _held_out_feedback(moments: OutputMoments | None, device: torch.device) -> tuple[RowFeedback | None, Tensor | None]:
+    """Feedback of the rows that are not held out, and the others' S ``[out, out]``; None where there is none."""
+    rows = None if moments is None else row_feedback(moments, device, fitting=True)
+    if rows is None or moments is None or moments.held_out is None:
+        return None, None
+    return rows, unpack_lower(moments.held_out, device)
+
+
+def _looped(problem: Problem, betas: Sequence[float], rows: RowFeedback | None) -> list[Quantized]:
+    """The column loop over all tasks; with output feedback over each alone, by blocks of rows."""
+    if rows is None:
+        return round_targets(problem, betas)
+    singles = zip(problem.tasks, problem.targets, betas, strict=True)
+    return [
+        round_row_blocks(replace(problem, tasks=[task], targets=[target]), beta, rows) for task, target, beta in singles
+    ]
+
+
+def _refitted(
+    problem: Problem, results: Sequence[Quantized], betas: Sequence[float], gram: Tensor, rows: RowFeedback | None
+) -> list[Quantized]:
+    """Results with refitted scales; with output feedback later rows have to hear of that, so it is part of the loop."""
+    if rows is None:
+        return refit(problem, results, gram)
+    singles = zip(problem.tasks, problem.targets, betas, strict=True)
+    return [
+        round_row_blocks(replace(problem, tasks=[task], targets=[target]), beta, rows, gram)
+        for task, target, beta in singles
+    ]
+
+
+def _held_out_errors(
+    tasks: Sequence[Task], results: Sequence[Quantized], statistics: GroupStatistics, across: Tensor | None = None
+) -> Tensor:
+    """Mean of (Q x - W x0)² of every task, less what does not depend on Q: ``[tasks]`` float32.
+
+    With S ``[out, out]`` across the rows it is the mean of (Q x - W x0)ᵀ S (Q x - W x0).
+    """
     errors = []
     for task, result in zip(tasks, results, strict=True):
         error = dequantize(*result).float() - task.weight
-        loss = quadratic_form(error, statistics.gram)
+        if across is None:
+            loss = quadratic_form(error, statistics.gram)
+        else:
+            weighted = across @ error
+            loss = ((error @ statistics.gram) * weighted).sum()
+            error = weighted
         if statistics.drift is not None:
             loss = loss - 2 * (error * (task.weight @ statistics.drift)).sum()
         errors.append(loss)
@@ -112,18 +158,20 @@ def _round_with(
     statistics: GroupStatistics | None,
     settings: Sequence[LayerSettings],
     recorder: Recorder,
+    rows: RowFeedback | None = None,
 ) -> list[Quantized]:
     """Every task by its settings."""
-    problem = prepare(tasks, factor, method, statistics, settings, recorder)
+    problem = prepare(tasks, factor, method, statistics, settings, recorder, searched=rows is None)
     if method.name == "rtn":
         return [
             Quantized(nearest_codes(t.weight, scales, t.quant_format, zeros), scales, zeros)
             for t, (scales, zeros) in zip(tasks, problem.grids, strict=True)
         ]
-    results = round_targets(problem, [s.beta for s in settings])
+    betas = [s.beta for s in settings]
+    results = _looped(problem, betas, rows)
     if not any(s.refit for s in settings) or statistics is None:
         return results
-    refitted = refit(problem, results, statistics.gram)
+    refitted = _refitted(problem, results, betas, statistics.gram, rows)
     return [new if s.refit else old for s, new, old in zip(settings, refitted, results, strict=True)]
 
 
@@ -133,6 +181,7 @@ def round_layers(
     factor: Factor,
     method: RoundingMethod,
     recorder: Recorder = UNRECORDED,
+    moments: OutputMoments | None = None,
 ) -> list[RoundedLayer]:
     """Round an input group and measure what was lost.
 
@@ -142,13 +191,17 @@ def round_layers(
         factor: Factor of the Gram matrix.
         method: Rounding method.
         recorder: Takes note of the scale search, the column loop and the losses.
+        moments: Second moments of the gradients at their outputs, for output feedback; None without it. Layers that
+            share them are one layer in several formats.
 
     Raises:
         NumericalError: If a result is not finite; names the layer.
     """
     start, gram = time.perf_counter(), statistics.gram
-    settings = choose_settings(tasks, factor, method, statistics, recorder)
-    results = _round_with(tasks, factor, method, statistics, settings, recorder)
+    with recorder.stage("factor"):
+        rows = None if moments is None else row_feedback(moments, gram.device)
+    settings = choose_settings(tasks, factor, method, statistics, recorder, moments)
+    results = _round_with(tasks, factor, method, statistics, settings, recorder, rows)
     if gram.is_cuda:
         torch.cuda.synchronize(gram.device)
     seconds = (time.perf_counter() - start) / len(tasks)
@@ -179,8 +232,19 @@ def round_layers(
             target_shift=chosen.shift,
             scales_refitted=chosen.refit,
         )
+        metrics = _with_feedback(metrics, moments, rows)
         layers.append(RoundedLayer(task.name, task.quant_format, result.codes, result.scales, metrics, result.zeros))
     return layers
+
+
+def _with_feedback(metrics: LayerMetrics, moments: OutputMoments | None, rows: RowFeedback | None) -> LayerMetrics:
+    """Metrics with what they say of output feedback, where there is any."""
+    if moments is None:
+        return metrics
+    if rows is None:
+        return replace(metrics, feedback_ratio=moments.ratio)
+    damping, blocks = rows.factor.damping, len(rows.blocks)
+    return replace(metrics, feedback_ratio=moments.ratio, feedback_damping=damping, feedback_blocks=blocks)
 
 
 def quantized(layer: RoundedLayer) -> Quantized:

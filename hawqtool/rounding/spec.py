@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hawqtool.formats import QuantFormat
 from hawqtool.model.block import LoadedBlock
-from hawqtool.records import LinearSpec, Menu, UnitFormats
+from hawqtool.records import LinearSpec, Menu, OutputMoments, UnitFormats
 from hawqtool.rounding.factor import Factor, factorize
 from hawqtool.rounding.grid import Quantized, dequantize
 from hawqtool.rounding.layer import round_group
@@ -69,12 +69,15 @@ class RoundingSpec:
         stored_dtypes: dtype of the stored scales by linear.
         refiner: Improves the roundings of a whole block; None for roundings as they are. It has no say in those of an
             output head.
+        output_moments: Of the linears that are rounded with output feedback when a plan is carried out; roundings that
+            are scored or tried go without.
     """
 
     method: RoundingMethod
     menu: Menu
     stored_dtypes: Mapping[str, torch.dtype]
     refiner: Refiner | None = None
+    output_moments: Mapping[str, OutputMoments] = field(default_factory=dict)
 
     @classmethod
     def of_plan(

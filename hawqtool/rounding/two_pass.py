@@ -29,7 +29,7 @@ class Problem:
         targets: What is rounded, ``[out, in]`` each.
         goals: What the rounded weights shall be close to on the inputs, ``[out, in]`` each: the same but for GPTAQ,
             whose loop is given the rest of the correction as it goes.
-        grids: Scales and zero points.
+        grids: Scales and zero points; none where blocks of rows get their own.
         search: Finds the grid of a layer for other values.
         passes: How often grids are searched and the loop is run: two in the two-pass scale search.
         factor: Factor with the feedback of the loop; its diagonal is that of the damped Gram matrix.
@@ -53,8 +53,9 @@ def prepare(
     statistics: GroupStatistics | None,
     settings: Sequence[LayerSettings],
     recorder: Recorder,
+    searched: bool = True,
 ) -> Problem:
-    """Targets, grids and feedback; the same tensors as without a correction where there is none."""
+    """Targets, grids if they are to be searched, and feedback; without a correction the tensors are as they were."""
     drift = None if statistics is None else statistics.drift
     targets, goals, feedback = [t.weight for t in tasks], [t.weight for t in tasks], factor
     if drift is not None and method.name == "gptaq" and method.alpha:
@@ -77,7 +78,7 @@ def prepare(
         with recorder.stage("scale search"):
             return search_grid(target, costs, task.quant_format, task.stored_dtype, method.both_signs)
 
-    grids = [search(task, target) for task, target in zip(tasks, targets, strict=True)]
+    grids = [search(task, target) for task, target in zip(tasks, targets, strict=True)] if searched else []
     return Problem(tasks, targets, goals, grids, search, method.passes if fits else 1, feedback, recorder)
 
 

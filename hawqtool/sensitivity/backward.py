@@ -60,8 +60,12 @@ def block_backward(
     return {n: LayerRows(zip(x, g, strict=True), positions, outputs) for n, (x, g) in seen.items()}, before
 
 
+GradientVisitor = Callable[[str, Tensor, Tensor, int], None]
+"""Takes a linear, gradients ``[rows, positions, out]`` at its output, their norms, and the number of the first row."""
+
+
 def token_powers(
-    block: LoadedBlock, seen: Activations, gradients: Sequence[Tensor]
+    block: LoadedBlock, seen: Activations, gradients: Sequence[Tensor], visit: GradientVisitor = lambda *_: None
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
     """‖g‖² of every token at the outputs of a block's linears, and the gradient at the block's input.
 
@@ -69,12 +73,13 @@ def token_powers(
         block: The loaded block.
         seen: Hidden states before the block, in any dtype.
         gradients: Gradient at the block's output, per batch.
+        visit: Sees the gradients at the outputs of the linears too.
 
     Returns:
         ``[rows, positions]`` float32 by the name of the linear. Experts are left out.
     """
     powers: dict[str, list[Tensor]] = {}
-    before, reverse = [], _Reverse(block)
+    before, reverse, first = [], _Reverse(block), 0
     for position, hidden in enumerate(seen.hidden):
         rows, states = len(hidden), hidden.to(gradients[position].dtype)
         captured, found = reverse.run(
@@ -84,6 +89,8 @@ def token_powers(
         for name, gradient in zip(_dense(captured), found, strict=True):
             norms = torch.linalg.vector_norm(gradient, dim=-1, dtype=_at_least_float32(gradient))
             powers.setdefault(name, []).append(norms.square().reshape(rows, -1))
+            visit(name, gradient.reshape(rows, -1, gradient.shape[-1]), norms.reshape(rows, -1), first)
+        first += rows
     return {name: torch.cat(parts) for name, parts in powers.items()}, before
 
 

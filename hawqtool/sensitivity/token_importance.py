@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableSequence
+from collections.abc import Callable, MutableSequence, Sequence
 from copy import copy
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from hawqtool.model.block import LoadedBlock
 from hawqtool.records import TokenImportance
 from hawqtool.runtime.determinism import FixedOrder
 from hawqtool.runtime.malloc import release_freed_pages
 from hawqtool.sensitivity.backward import token_powers
 from hawqtool.sensitivity.label_gradients import loss_gradients
-from hawqtool.streaming.block import advance, check_states
+from hawqtool.sensitivity.output_moments import OutputMomentSums, Sums
+from hawqtool.streaming.block import Activations, advance, check_states
 from hawqtool.streaming.offload import OffloadedBatches, total_bytes
 from hawqtool.streaming.stream import ModelStream
 
@@ -35,14 +38,27 @@ _POSITIONS = 128
 """Positions whose logits a CPU holds at a time: few, because little else is in memory here."""
 
 
+class Portions(NamedTuple):
+    """What goes through the model together.
+
+    Args:
+        batch_size: Rows per pass.
+        room: Bytes of hidden states that may be kept together: those before every block, of one batch at least. Less
+            room means reading the weights of all blocks more often; importance does not depend on it.
+    """
+
+    batch_size: int
+    room: int
+
+
 def token_importance(
     stream: ModelStream,
     rows: Tensor,
-    batch_size: int,
-    room: int,
+    portions: Portions,
     seed: int,
     progress: Callable[[int, int], None],
     exponent: float = EXPONENT,
+    moments: OutputMomentSums | None = None,
 ) -> TokenImportance:
     """Importance of the tokens in the Gram matrices behind rounding, ``[rows, positions]`` float32 with mean 1.
 
@@ -55,12 +71,11 @@ def token_importance(
     Args:
         stream: The original model.
         rows: Calibration rows: ``[rows, seq_len]`` tokens, or images.
-        batch_size: Rows per pass.
-        room: Bytes of hidden states that may be kept together: those before every block, of one batch at least. Less
-            room means reading the weights of all blocks more often; the result does not depend on it.
+        portions: Rows and memory of a pass.
         seed: Seed of the labels.
         progress: Called with blocks done and blocks in all, over both directions and all rows.
         exponent: Power of ‖g‖².
+        moments: Takes the second moments of the gradients on the way.
 
     Raises:
         NumericalError: If outputs or gradients are not finite.
@@ -69,8 +84,9 @@ def token_importance(
     order, powers = FixedOrder(stream.device), dict[str, list[Tensor]]()
     blocks = stream.structure.blocks
     row_bytes = total_bytes(_kept(stream, stream.embed(rows[:1], 1).hidden)) * len(blocks)
-    parts = rows.split(max(1, room // (row_bytes * batch_size)) * batch_size)
-    total, done = 2 * len(blocks) * len(parts), 0
+    batch_size = portions.batch_size
+    parts = rows.split(max(1, portions.room // (row_bytes * batch_size)) * batch_size)
+    total, done, first = 2 * len(blocks) * len(parts), 0, 0
     for part in parts:
         seen, stored = stream.embed(part, batch_size), []
         for spec in blocks:
@@ -86,12 +102,29 @@ def token_importance(
         for spec in reversed(blocks):
             seen.hidden = stored.pop()
             with stream.block(spec.index) as block:
-                found, gradients = order.run(partial(token_powers, block, seen, gradients))
+                found, gradients, sums = order.run(partial(_reversed, block, seen, gradients, moments, first))
             check_states(gradients, f"the gradient at the input of block {spec.name}")
+            if moments is not None:
+                moments.add(sums, last=part is parts[-1])
             for name, power in found.items():
                 powers.setdefault(name, []).append(power.cpu())
             progress(done := done + 1, total)
+        first += len(part)
     return {name: _importance(torch.cat(found), exponent) for name, found in powers.items()}
+
+
+def _reversed(
+    block: LoadedBlock, seen: Activations, gradients: Sequence[Tensor], moments: OutputMomentSums | None, first: int
+) -> tuple[dict[str, Tensor], list[Tensor], Sums]:
+    """Powers, gradients at the block's input (see `token_powers`) and moments; may be begun twice."""
+    sums: Sums = {}
+    if moments is None:
+        return *token_powers(block, seen, gradients), sums
+
+    def visit(name: str, gradient: Tensor, norms: Tensor, row: int) -> None:
+        moments.visit(sums, name, gradient, norms, first + row)
+
+    return *token_powers(block, seen, gradients, visit), sums
 
 
 def _kept(stream: ModelStream, hidden: MutableSequence[Tensor]) -> MutableSequence[Tensor]:

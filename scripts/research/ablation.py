@@ -269,10 +269,13 @@ class Bench:
             job.settings.seq_len,
             job.config.seed,
             job.settings.uses_token_importance,
+            (job.config.output_feedback, job.config.refine_steps > 0, job.settings.method.needs_held_out)
+            if job.feedback_layers
+            else None,
         )
         if key not in self._calibration:
             found = calibration_rows(RunContext(job, self.reporter), {"calibration": job.settings.num_samples})
-            self._calibration[key] = with_token_importance(RunContext(job, self.reporter), found["calibration"])
+            self._calibration[key] = with_token_importance(RunContext(job, self.reporter), found["calibration"], True)
         return self._calibration[key]
 
     def _evaluate(self, job: Job, memory: Memory, name: str) -> Evaluation:

@@ -77,7 +77,7 @@ def result_without_scores(folder: Path) -> tuple[str, dict[str, Any], Any]:
 CHAINS: dict[str, dict[str, Any]] = {
     "dense": {"swaps": 1, "extra_metrics": ("kl",), "calibration": "self"},
     "drift": {"rounding": "gptaq", "swaps": 1},
-    "refined": {"refine_steps": 4, "sensitivity_steps": 2, "shortlist": 1},
+    "refined": {"refine_steps": 4, "sensitivity_steps": 2, "shortlist": 1, "output_feedback": "re:.*[qo]_proj$"},
     "distilled": {"distill_steps": 4, "refine_steps": 2, "target_shift": 0.5, "shortlist": 1},
     "refined, and the head": {
         "kind": "llama",

@@ -254,6 +254,8 @@ def test_shares_are_numbers_or_auto(tmp_path: Path) -> None:
         {"rounding": "rtn", "scale_refit": True},
         {"rounding": "rtn", "target_shift": "auto"},
         {"rounding": "gptaq", "target_shift": 0.5},
+        {"rounding": "gptaq", "output_feedback": "auto"},
+        {"token_importance": "none", "output_feedback": "auto"},
     ],
 )
 def test_corrections_that_do_not_fit_the_rounding_are_refused(values: dict[str, Any]) -> None:

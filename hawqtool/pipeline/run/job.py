@@ -10,7 +10,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from hawqtool.allocation.problem import ignored_along, resolve_ignored, resolve_pins
+from hawqtool.allocation.problem import ignored_along, matching_layers, resolve_ignored, resolve_pins
 from hawqtool.allocation.uniform import uniform_formats, unit_group_size
 from hawqtool.checkpoint.content import ContentRecord
 from hawqtool.checkpoint.dtypes import torch_dtype
@@ -38,6 +38,12 @@ from hawqtool.runtime.reporter import Reporter, Silent
 from hawqtool.runtime.stage_timer import UNRECORDED, Recorder
 from hawqtool.streaming.offload import Offload
 from hawqtool.streaming.stream import ModelStream, StreamMemory, WeightSource
+
+FEEDBACK_ASPECT = 2
+"""Most outputs per input of layers that ``--output-feedback auto`` takes.
+
+The moments of wider ones, gate and up, are the largest, and they gain the least.
+"""
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,24 @@ class Job:
     def stored_dtypes(self) -> dict[str, torch.dtype]:
         """Dtype in which each linear's scales are stored: that of its source weight."""
         return {n: torch_dtype(self.index.tensors[f"{n}.weight"].dtype) for n in self.structure.linears}
+
+    @property
+    def feedback_layers(self) -> frozenset[str]:
+        """Layers that are to be rounded with output feedback, experts and an output head never among them.
+
+        Raises:
+            UsageError: If the configuration names none.
+        """
+        wanted, head = self.config.output_feedback, self.structure.head
+        if wanted == "off":
+            return frozenset()
+        members = [member for unit in self.units for member in unit.members]
+        without = {m.name for m in members if is_expert(m.name)} | {m.name for m in (head.linears if head else ())}
+        if wanted == "auto":
+            found = frozenset(m.name for m in members if m.out_features <= FEEDBACK_ASPECT * m.in_features)
+        else:
+            found = matching_layers(wanted, self.units, "--output-feedback")
+        return found - without
 
     def rounding(self, menu: Menu, refiner: Refiner | None = None) -> RoundingSpec:
         """How units are rounded to the formats of a menu."""
@@ -217,6 +241,12 @@ def _check_method(job: Job) -> None:
         raise UsageError(
             f"{expert} is an expert, which after rounding gets other tokens than before, so that --rounding gptaq and "
             "--target-shift have nothing to compare; use --rounding gptq or foem without a shift"
+        )
+    least = SETTINGS_HELD_OUT_EVERY + bool(job.config.refine_steps)
+    if job.feedback_layers and rows < least:
+        raise UsageError(
+            f"--output-feedback is judged on every {SETTINGS_HELD_OUT_EVERY}th calibration row that rounding sees, "
+            f"found --num-samples {rows}; raise it to {least} or more"
         )
     if method.needs_held_out and rows < SETTINGS_HELD_OUT_EVERY:
         raise UsageError(

@@ -43,18 +43,18 @@ def split_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
             "--refine-steps, --sensitivity-steps and --distill-steps hold calibration rows out and need at least 2, "
             "found 1; raise --num-samples"
         )
-    held = _is_held_out(len(rows)).to(rows.device)
+    held = is_held_out(len(rows)).to(rows.device)
     return rows[~held], rows[held]
 
 
-def _is_held_out(count: int) -> Tensor:
+def is_held_out(count: int) -> Tensor:
     """Which of so many rows are held out, ``[rows]`` bool."""
     return torch.arange(count) % TRAINING_HELD_OUT_EVERY == min(TRAINING_HELD_OUT_EVERY, count) - 1
 
 
 def fitting_rows(rows: Rows) -> Rows:
     """Calibration rows without those that are held out, and the importance of their tokens."""
-    fitting = ~_is_held_out(len(rows.tokens))
+    fitting = ~is_held_out(len(rows.tokens))
     importance = None if rows.importance is None else {name: part[fitting] for name, part in rows.importance.items()}
     return replace(rows, tokens=split_rows(rows.tokens)[0], importance=importance)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -95,6 +95,7 @@ def round_blocks(
         finished: Blocks that are left out, or walked with their weights read back where no later states were kept.
     """
     stream, rounding = job.stream(), RoundingSpec.of_plan(job.settings.method, formats, job.stored_dtypes)
+    rounding = replace(rounding, output_moments=rows.output_moments)
     schedule = schedule or Schedule(job.config.refine_steps, job.config.seed)
     refiner = BlockRefiner(job, stream, rows, schedule) if schedule.steps else None
     finished = finished or Finished()
@@ -192,7 +193,9 @@ class _BlockRounder:
         method, recorder = self.rounding.method, self.job.recorder
         with recorder.stage("factor"):
             factor = self.rounding.factor(tasks, statistics)
-        for task, layer in zip(tasks, round_layers(tasks, statistics, factor, method, recorder), strict=True):
+        moments = self.rounding.output_moments.get(group[0].name)  # who has any is alone with its Gram matrix
+        layers = round_layers(tasks, statistics, factor, method, recorder, moments)
+        for task, layer in zip(tasks, layers, strict=True):
             fallback = _fallback(statistics, method)
             self.tokens[layer.name] = {"num_tokens": statistics.num_routed, "fallback": fallback}
             if self.refiner:

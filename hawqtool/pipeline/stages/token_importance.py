@@ -1,14 +1,20 @@
-"""How much each calibration token counts where layers are rounded."""
+"""How much each calibration token counts where layers are rounded, and the moments behind output feedback."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from hawqtool.pipeline.run.context import RunContext
-from hawqtool.records import Rows
-from hawqtool.sensitivity.token_importance import token_importance
+import torch
 
-_KEY = "token-importance"
+from hawqtool.pipeline.run.context import RunContext
+from hawqtool.pipeline.run.job import Job
+from hawqtool.pipeline.stages import refine
+from hawqtool.records import OutputMoments, Rows
+from hawqtool.rounding.statistics import is_held_out
+from hawqtool.sensitivity.output_moments import FITTING, HELD_OUT, LEFT_OUT, OutputMomentSums
+from hawqtool.sensitivity.token_importance import Portions, token_importance
+
+_KEY, _MOMENTS = "token-importance", "output-moments"
 _BATCH_ROWS = {"cpu": 2, "cuda": 8}
 """Rows of a pass with gradients, whose memory they set; fixed per kind of device, because they change sums."""
 
@@ -16,25 +22,43 @@ _CPU_BYTES = 2 << 30
 """Most bytes of hidden states that are kept together where no limit was given."""
 
 
-def with_token_importance(context: RunContext, rows: Rows) -> Rows:
+def with_token_importance(context: RunContext, rows: Rows, for_feedback: bool = False) -> Rows:
     """The calibration rows with the importance of their tokens, where the configuration wants them and they have none.
 
     Args:
         context: The run, whose store keeps it.
         rows: Calibration rows.
+        for_feedback: Whether a plan is going to be carried out on the rows, with output feedback where that is on.
     """
     job = context.job
     if not job.settings.uses_token_importance or rows.importance is not None:
         return rows
-    importance = context.saved.load(_KEY)
-    if importance is None:
-        importance = token_importance(
-            job.stream(),
-            rows.tokens,
+    layers = job.feedback_layers if for_feedback else frozenset()
+    importance, known = context.saved.load(_KEY), context.saved.load(_MOMENTS) if layers else {}
+    if importance is not None and known is not None:
+        moments = {name: OutputMoments(**values) for name, values in known.items()}
+        return replace(rows, importance=importance, output_moments=moments)
+    sums = OutputMomentSums(layers, _kinds(job, len(rows.tokens)), job.settings.method.needs_held_out)
+    importance = token_importance(
+        job.stream(),
+        rows.tokens,
+        Portions(
             min(_BATCH_ROWS[job.device.type], job.settings.batch_size),
             _CPU_BYTES if job.offload is None else job.offload.memory_bytes,
-            job.config.seed,
-            context.progress("token importance"),
-        )
-        context.saved.save(_KEY, dict(importance))
-    return replace(rows, importance=importance)
+        ),
+        job.config.seed,
+        context.progress("token importance"),
+        moments=sums if layers else None,
+    )
+    context.saved.save(_KEY, dict(importance))
+    if layers:
+        context.saved.save(_MOMENTS, {name: dict(vars(m)) for name, m in sums.finished.items()})
+    return replace(rows, importance=importance, output_moments=sums.finished)
+
+
+def _kinds(job: Job, count: int) -> torch.Tensor:
+    """What each row is to the moments, ``[rows]`` int64: refinement's held-out rows are for nothing else to see."""
+    kinds = torch.full((count,), LEFT_OUT)
+    kept = ~refine.is_held_out(count) if job.config.refine_steps else torch.ones(count, dtype=torch.bool)
+    kinds[kept] = torch.where(is_held_out(torch.arange(int(kept.sum()))), HELD_OUT, FITTING)
+    return kinds

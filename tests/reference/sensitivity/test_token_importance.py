@@ -50,7 +50,8 @@ def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 
 def weights_of(job: Job, per_batch: int = 2, room: int = ROOM, exponent: float = 0.5) -> TokenImportance:
-    return weighing_sweeps.token_importance(job.stream(), TOKENS, per_batch, room, SEED, lambda *_: None, exponent)
+    portions = weighing_sweeps.Portions(per_batch, room)
+    return weighing_sweeps.token_importance(job.stream(), TOKENS, portions, SEED, lambda *_: None, exponent)
 
 
 @pytest.mark.parametrize(("stored", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 1e-2)])

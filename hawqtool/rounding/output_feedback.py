@@ -1,0 +1,158 @@
+"""Output-side feedback: later rows of a weight make up for what the rounding of earlier ones did to the loss.
+
+To second order, and as far as inputs x and gradients g at the output are independent, a rounding error E costs
+J = tr(S E H Eᵀ), with H the Gram matrix of the inputs and S = E[g gᵀ] up to scale. With S = R Rᵀ and H = T Tᵀ, both
+upper triangular, J = ‖Rᵀ E T‖²; the column loop takes S for the identity. As it feeds errors forward through T, rows do
+through R: an element hears of those that are neither right of it nor below it, so that no order of the sides matters.
+YAQA (arXiv 2505.22988) rounds so; here rows go in blocks, whose members do not hear of each other, which leaves the
+column loop as it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from hawqtool.records import OutputMoments
+from hawqtool.rounding.factor import Factor, factorize
+from hawqtool.rounding.grid import Quantized, dequantize
+from hawqtool.rounding.two_pass import Problem, refit, round_targets
+
+ROW_BLOCKS = 48
+"""Blocks of rows that are rounded one after the other; fewer where there are fewer rows."""
+
+DAMPINGS = (0.03, 0.1, 0.3, 1.0)
+"""What the damping of S is chosen from, over its mean diagonal."""
+
+WORTHWHILE = 0.97
+"""Predicted loss, relative to that without feedback, above which a layer is rounded without."""
+
+
+@dataclass(frozen=True)
+class RowFeedback:
+    """How the rows of a layer hear of each other.
+
+    Args:
+        factor: Factor of S + λI; its order is that of the rows.
+        num_blocks: Most blocks of rows.
+    """
+
+    factor: Factor
+    num_blocks: int = ROW_BLOCKS
+
+    @property
+    def blocks(self) -> list[slice]:
+        """Blocks of rows, as places in the order."""
+        return row_blocks(len(self.factor.order), self.num_blocks)
+
+
+def row_blocks(rows: int, num_blocks: int = ROW_BLOCKS) -> list[slice]:
+    """Blocks of so many rows, equally high but for the last."""
+    height = -(-rows // num_blocks)
+    return [slice(first, min(first + height, rows)) for first in range(0, rows, height)]
+
+
+def pack_lower(matrix: Tensor) -> Tensor:
+    """Lower triangle of a symmetric ``[n, n]``, row by row: ``[n (n + 1) / 2]``."""
+    return matrix[torch.ones_like(matrix, dtype=torch.bool).tril()]
+
+
+def unpack_lower(lower: Tensor, device: torch.device | None = None) -> Tensor:
+    """The symmetric matrix ``[n, n]`` of a packed triangle."""
+    lower = lower.to(device)
+    size = int((2 * lower.numel() + 0.25) ** 0.5)
+    matrix = lower.new_zeros(size, size)
+    matrix[torch.ones_like(matrix, dtype=torch.bool).tril()] = lower
+    return matrix + matrix.tril(-1).t()
+
+
+def predicted_ratio(fitting: Tensor, held_out: Tensor, damping: float) -> float:
+    """Loss on other tokens that rounding with feedback leaves, relative to that without: ρ, without rounding.
+
+    Feedback turns rounding errors ε of the rows into E = Bᵀ ε, with B = diag(U_bb)⁻¹ U over the blocks b and U the
+    factor of the fitting tokens' S. With ε alike in all rows and independent, the loss tr(S' E H Eᵀ) is to that of ε
+    as tr(B S' Bᵀ) to tr(S').
+
+    Args:
+        fitting: ``[out, out]`` float32, S of the tokens that feedback is made from.
+        held_out: ``[out, out]`` float32, S' of other tokens.
+        damping: λ over the mean diagonal.
+    """
+    factor = factorize(fitting, len(fitting), damping, name="the gradients")
+    spread = factor.upper.clone()
+    for part in row_blocks(len(fitting)):
+        spread[part] = torch.linalg.solve_triangular(factor.upper[part, part], factor.upper[part], upper=True)
+    other = held_out[factor.order][:, factor.order]
+    return float(((spread @ other) * spread).sum() / other.trace())
+
+
+def choose_moments(fitting: Tensor, held_out: Tensor, keep_held_out: bool) -> OutputMoments:
+    """Moments of all tokens with the damping of least predicted ratio; empty ones where that is not worthwhile.
+
+    Args:
+        fitting: ``[out, out]`` float32, sum of g gᵀ / ‖g‖ over three quarters of the rows.
+        held_out: ``[out, out]`` float32, the same over the other rows.
+        keep_held_out: Whether settings are going to be chosen on these.
+    """
+    if not bool(held_out.trace() > 0) or not bool(fitting.trace() > 0):  # no gradient arrives
+        return OutputMoments(ratio=1.0)
+    ratios = {damping: predicted_ratio(fitting, held_out, damping) for damping in DAMPINGS}
+    damping = min(ratios, key=lambda d: ratios[d])
+    if not ratios[damping] <= WORTHWHILE:
+        return OutputMoments(ratios[damping])
+    kept = pack_lower(held_out).cpu() if keep_held_out else None
+    return OutputMoments(ratios[damping], damping, pack_lower(fitting + held_out).cpu(), kept)
+
+
+def row_feedback(moments: OutputMoments, device: torch.device, fitting: bool = False) -> RowFeedback | None:
+    """Feedback of a layer, of all tokens or of those that are not held out; None where it is not worthwhile."""
+    if moments.lower is None or moments.damping is None:
+        return None
+    lower = moments.lower
+    if fitting:
+        assert moments.held_out is not None  # it is kept where settings are chosen
+        lower = lower - moments.held_out
+    matrix = unpack_lower(lower, device)
+    return RowFeedback(factorize(matrix, len(matrix), moments.damping, name="the gradients"))
+
+
+def round_row_blocks(problem: Problem, beta: float, feedback: RowFeedback, gram: Tensor | None = None) -> Quantized:
+    """Round one layer, block after block of rows, each on what the blocks before leave it to make up for.
+
+    Block b, with U the factor of S + λI and d all rows before it: T_b = W_b + U_dbᵀ V_d, where V_b = U_bb⁻ᵀ (Q_b - T_b)
+    is what later blocks hear of. It is W_b - S_rr⁻¹ S_rd (Q_d - W_d), of the rows r still to come, in its rows b: what
+    is best for J whatever is done there. J is Σ_b tr(V_b H V_bᵀ). Grids are searched on T_b, in each pass.
+
+    Args:
+        problem: A single task with its targets, without grids.
+        beta: β of the column loop.
+        feedback: Feedback of the rows.
+        gram: Gram matrix to which the scales of each block are refitted; None for none.
+    """
+    (task,), (target,), upper = problem.tasks, problem.targets, feedback.factor.upper
+    ordered, told = target.index_select(0, feedback.factor.order), torch.zeros_like(target)
+    results = []
+    for part in feedback.blocks:
+        wanted = ordered[part]
+        if part.start:
+            wanted = wanted + upper[: part.start, part].t() @ told[: part.start]
+        rows = replace(task, weight=wanted)
+        block = replace(problem, tasks=[rows], targets=[wanted], goals=[wanted], grids=[problem.search(rows, wanted)])
+        (result,) = round_targets(block, [beta])
+        if gram is not None:
+            (result,) = refit(block, [result], gram)
+        error = dequantize(*result).float() - wanted
+        told[part] = torch.linalg.solve_triangular(upper[part, part].t(), error, upper=False)
+        results.append(result)
+    return _joined(results, feedback.factor.order.argsort())
+
+
+def _joined(results: list[Quantized], places: Tensor) -> Quantized:
+    """Blocks of rows in one, rows in natural order."""
+    codes, scales = (
+        torch.cat(parts).index_select(0, places) for parts in ([r[0] for r in results], [r[1] for r in results])
+    )
+    zeros = [result.zeros for result in results if result.zeros is not None]
+    return Quantized(codes, scales, torch.cat(zeros).index_select(0, places) if zeros else None)

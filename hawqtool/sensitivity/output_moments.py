@@ -1,0 +1,70 @@
+"""Second moments of the gradients at the outputs of linears, for output feedback."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hawqtool.records import OutputMoments
+from hawqtool.rounding.gram import gram
+from hawqtool.rounding.output_feedback import choose_moments
+
+FITTING, HELD_OUT, LEFT_OUT = 0, 1, 2
+"""Kinds of rows: those that moments are taken of, the others that judge them, and those that nothing may see."""
+
+Sums = dict[str, Tensor]
+"""By name of the linear: sums of g gᵀ / ‖g‖ over fitting and over held-out tokens, ``[2, out, out]`` float32."""
+
+
+class OutputMomentSums:
+    """Sums the second moments of gradients over rows, and makes moments for rounding of them.
+
+    The weight ‖g‖⁻¹ is that of `token_importance`: a token counts by ‖g‖ on both sides, and S has the directions.
+
+    Args:
+        names: Linears whose moments are wanted.
+        kinds: ``[rows]`` int64, the kind of each row.
+        keep_held_out: Whether settings are going to be chosen on held-out rows.
+
+    Attributes:
+        finished: Moments by name of the linear.
+    """
+
+    def __init__(self, names: frozenset[str], kinds: Tensor, keep_held_out: bool) -> None:
+        self.names, self.kinds, self.keep_held_out = names, kinds, keep_held_out
+        self.finished: dict[str, OutputMoments] = {}
+        self._sums: Sums = {}
+
+    def visit(self, found: Sums, name: str, gradient: Tensor, norms: Tensor, first: int) -> None:
+        """Add a batch of gradients to sums that lie on their device.
+
+        Args:
+            found: Sums of the block so far.
+            name: The linear.
+            gradient: ``[rows, positions, out]``.
+            norms: ``[rows, positions]`` float32, their norms.
+            first: Number of the first row among all rows.
+        """
+        if name not in self.names:
+            return
+        width = gradient.shape[-1]
+        if name not in found:
+            found[name] = torch.zeros(2, width, width, dtype=torch.float32, device=gradient.device)
+        kinds = self.kinds[first : first + len(gradient)]
+        for kind in (FITTING, HELD_OUT):
+            rows = torch.nonzero(kinds == kind)[:, 0].to(gradient.device)
+            if len(rows):
+                tokens = gradient.index_select(0, rows).flatten(0, 1)
+                lengths = norms.index_select(0, rows).flatten().float()
+                roots = torch.where(lengths > 0, lengths.rsqrt(), 0.0)
+                found[name][kind].add_(gram(tokens, roots), alpha=len(tokens))
+
+    def add(self, found: Sums, last: bool) -> None:
+        """Add the sums of a block over some rows to those of the rows before; after the last rows make moments."""
+        for name, sums in found.items():
+            known = self._sums.pop(name, None)
+            total = sums if known is None else sums.add_(known.to(sums.device))
+            if last:
+                self.finished[name] = choose_moments(total[0], total[1], self.keep_held_out)
+            else:
+                self._sums[name] = total.cpu()
