@@ -12,6 +12,29 @@ from hawqtool.model.skeleton import build_skeleton
 from hawqtool.model.stored_names import stored_names
 from tests.support.tiny_zoo import kind_named, save_kind
 
+LAYOUTS = (
+    *("llama", "mixtral", "phimoe", "deepseek_v3", "gpt_oss", "minimax_m2", "bert", "nomic_bert", "clip_text_model"),
+    *("lfm2", "t5", "gemma3", "qwen2_5_vl", "nemotron_h"),
+)
+"""Types whose names are compared here; `scripts/stored_layouts.py --check` compares all."""
+
+
+def test_transformers_stores_under_the_frozen_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[3] / "scripts"))
+    import stored_layouts
+
+    families = {family.model_type: family for family in stored_layouts.read_families().values()}
+    assert len(families) > 100
+    for layout in LAYOUTS:
+        family = families[layout]
+        assert not stored_layouts.differences(family, stored_layouts.stored_now(family)), layout
+    renamed = {name.replace("norm_f", "norm"): 1 + ndim for name, ndim in family.tensors.items() if "norm_f" in name}
+    others = {name: ndim for name, ndim in family.tensors.items() if "norm_f" not in name}
+    assert len(renamed) == 1 and stored_layouts.differences(family, others | renamed) == [
+        "backbone.norm.weight is new",
+        "backbone.norm_f.weight is no longer stored",
+    ]
+
 
 def names_of(name: str, folder: Path) -> tuple[dict[str, str], set[str]]:
     source = save_kind(kind_named(name), folder)
