@@ -11,6 +11,7 @@ from hawqtool.report.escape import one_line
 from hawqtool.report.schema import (
     Divergence,
     Gate,
+    Kept,
     Measure,
     PlanComparison,
     PlanQuality,
@@ -167,6 +168,16 @@ def formats_table(report: Report) -> str:
         for key in sorted(counts)
     ]
     return _table(["bits", "scales", "grid", "linears", "stored bytes", "share"], rows, numbers=(0, 3, 4, 5))
+
+
+def kept_table(kept: Kept) -> str:
+    """Matrices that stay as they are, by reason and pattern of their names."""
+    if not kept["rows"]:
+        return '<p class="note">All matrices are quantized.</p>'
+    rows = [
+        [row["reason"], str(row["count"]), f"{row['bytes']:,}", row["pattern"], row["example"]] for row in kept["rows"]
+    ]
+    return _table(["why", "matrices", "bytes", "names", "first of them"], rows, numbers=(1, 2), names=(0,))
 
 
 def worst_table(report: Report) -> str:
