@@ -4,7 +4,7 @@ Every error of `planted_errors` takes the place of the right text in a copy of t
 it must fail then. First all these tests run on the copy as it is, where they must pass. Prints one line for each
 error; the exit code is 1 if one survives.
 
-    python scripts/soak/mutants.py                  # all, about five minutes on one core
+    python scripts/soak/mutants.py                  # all, about four minutes on one core
     python scripts/soak/mutants.py --only perplexity --only HiGHS
     python scripts/soak/mutants.py --list
 """
@@ -12,6 +12,7 @@ error; the exit code is 1 if one survives.
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import shutil
 import subprocess
@@ -20,12 +21,18 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
+
+import pytest
 
 from planted_errors import PLANTED, PlantedError
 
 ROOT = Path(__file__).resolve().parents[2]
-PASSED, FAILED = 0, 1
-"""Exit codes of pytest; any other says that it did not run the tests."""
+PASSED, FAILED, INTERNAL_ERROR = 0, 1, 3
+"""Exit codes of pytest; any other than these says that it did not find the tests."""
+
+LIBRARIES = ("torch", "transformers", "scipy.optimize", "numba", "safetensors.torch", "typer")
+"""What is imported once: every run of tests is a fork of this process."""
 
 
 def main() -> int:
@@ -40,6 +47,8 @@ def main() -> int:
     if options.list:
         print("\n".join(error.name for error in chosen))
         return 0
+    for name in LIBRARIES:
+        importlib.import_module(name)
     with tempfile.TemporaryDirectory(prefix="hawqtool-mutants-") as place:
         tree = copy_tree(Path(place) / "tree")
         code, tail = run_tests(tree, sorted({test for error in chosen for test in error.tests}))
@@ -92,12 +101,30 @@ def planted(error: PlantedError, text: str) -> str:
 
 def run_tests(tree: Path, tests: Sequence[str]) -> tuple[int, str]:
     """Exit code of pytest, and the end of what it printed."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=line", *tests]
-    environment = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(
-        command, cwd=tree, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-    )
-    return done.returncode, "\n".join(done.stdout.splitlines()[-15:])
+    log = tree.parent / "log"
+    process = os.fork()
+    if process == 0:
+        _child(tree, tests, log)
+    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    return code, "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
+
+
+def _child(tree: Path, tests: Sequence[str], log: Path) -> NoReturn:
+    """Run pytest on the copy in this fork, which has the libraries and nothing of the project."""
+    code = INTERNAL_ERROR
+    try:
+        with log.open("wb") as stream:
+            os.dup2(stream.fileno(), 1)
+            os.dup2(stream.fileno(), 2)
+        os.chdir(tree)
+        os.environ["PYTHONPATH"] = str(tree)  # of processes that tests start
+        sys.path[0] = str(tree)
+        sys.dont_write_bytecode = True
+        code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--tb=line", *tests]))
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 if __name__ == "__main__":

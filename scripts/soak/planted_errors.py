@@ -28,8 +28,12 @@ _SELECTION = "tests/unit/pipeline/search/test_selection.py"
 _DEFAULT_PATH = "tests/reference/streaming/test_stream_default_path.py"
 _LAYER = "tests/reference/rounding/test_layer.py"
 _DRIFT = "tests/reference/rounding/test_input_drift.py"
-_EXACT = "tests/unit/allocation/test_exact.py"
-_TRACE = "tests/reference/sensitivity/curvature/test_trace.py"
+_GAP = "tests/unit/allocation/test_exact.py::test_the_gap_is_that_of_the_plan_that_is_returned"
+_SECOND = (
+    "tests/unit/allocation/test_exact.py::"
+    "test_a_plan_over_the_second_budget_by_less_than_the_tolerance_of_highs_is_not_taken"
+)
+_TRACE = "tests/reference/sensitivity/curvature/test_trace.py::test_hawq_is_half_trace_over_weights_times_error"
 _LIMIT = "tests/reference/sensitivity/test_measure_limit.py"
 _BLOCK = "tests/reference/rounding/learned/test_block.py"
 _END_TO_END = "tests/reference/rounding/learned/test_end_to_end.py"
@@ -75,7 +79,7 @@ _FIGURES = (
         "hawqtool/sensitivity/scores.py",
         "spread / count**0.5",
         "spread / count",
-        ("tests/reference/sensitivity/test_measured_kl.py",),
+        ("tests/reference/sensitivity/test_measured_kl.py::test_it_equals_whole_model_passes_with_one_unit_replaced",),
     ),
     PlantedError(
         "Hutchinson's standard error over rows times probes",
@@ -87,8 +91,8 @@ _FIGURES = (
     PlantedError(
         "Hutchinson's standard error of the score over rows times probes",
         "hawqtool/sensitivity/curvature/trace.py",
-        "mean_score(torch.as_tensor(values)) for",
-        "mean_score(torch.as_tensor(values).repeat(4)) for",
+        "traces[m.name].mean(1) / m.num_weights",
+        "traces[m.name].flatten() / m.num_weights",
         (_TRACE,),
     ),
     PlantedError(
@@ -167,7 +171,7 @@ _SENSITIVITY = (
         "hawqtool/sensitivity/scores.py",
         "scale = 2 * layer.outputs",
         "scale = layer.outputs",
-        ("tests/reference/sensitivity/test_scores.py",),
+        ("tests/reference/sensitivity/test_scores.py::test_score_rows_equals_slow_loops",),
     ),
     PlantedError(
         "width swaps at the original's Gram matrices",
@@ -175,7 +179,7 @@ _SENSITIVITY = (
         "            advance(block, known)\n            advance(block, seen)",
         "            with original.block(block.spec.index) as source:\n"
         "                advance(source, known)\n            advance(block, seen)",
-        ("tests/reference/sensitivity/test_width_swap.py",),
+        ("tests/reference/sensitivity/test_width_swap.py::test_a_swap_is_a_whole_model_with_one_unit_changed",),
     ),
     PlantedError(
         "shrinkage trusts noise",
@@ -197,8 +201,8 @@ _ROUNDING = (
     PlantedError(
         "shift chosen on the rows that it was fitted to",
         "hawqtool/rounding/layer.py",
-        "best_shift(t.weight, whole, held_out)",
-        "best_shift(t.weight, whole, fitting)",
+        "best_shift(t.weight, whole, held_out",
+        "best_shift(t.weight, whole, fitting",
         (_DRIFT,),
     ),
     PlantedError(
@@ -276,14 +280,14 @@ _ROUNDING = (
         "hawqtool/pipeline/stages/distill.py",
         "sets = [some.split(size) for some in split_rows(rows)]",
         "sets = [some.split(size) for some in split_rows(rows)[::-1]]",
-        ("tests/e2e/test_distillation.py",),
+        ("tests/e2e/test_distillation.py::test_the_folder_has_the_divergence_that_was_reported",),
     ),
     PlantedError(
         "roundings to score are fitted to the rows that stop their learning",
         "hawqtool/pipeline/stages/measure.py",
         "return fitting_rows(calibration) if job.config.sensitivity_steps else calibration",
         "return calibration",
-        ("tests/e2e/test_refined_scores.py",),
+        ("tests/e2e/test_refined_scores.py::test_held_out_rows_only_stop_the_learning",),
     ),
 )
 
@@ -293,21 +297,21 @@ _PLANS_AND_FILES = (
         "hawqtool/allocation/exact.py",
         "if stored <= self.budget and (self.second is None or self.second.allows(formats)):",
         "if stored <= self.budget:",
-        (_EXACT,),
+        (_SECOND,),
     ),
     PlantedError(
         "gap relative to a worse plan",
         "hawqtool/allocation/exact.py",
         "if outcome.plan is None and best_loss - linear <= window:",
         "if best_loss - linear <= window:",
-        (_EXACT,),
+        (_GAP,),
     ),
     PlantedError(
         "slack spent twice",
         "hawqtool/allocation/frontier.py",
         "        slack -= edge.cost_bytes\n",
         "",
-        ("tests/unit/allocation/test_frontier.py",),
+        ("tests/unit/allocation/test_frontier.py::test_hull_and_exact_against_brute_force",),
     ),
     PlantedError(
         "a quality target met by plans that miss it",
@@ -342,14 +346,14 @@ _PLANS_AND_FILES = (
         "hawqtool/pipeline/stages/rows.py",
         "    if shared:\n",
         "    if shared > 1000:\n",
-        ("tests/cli/test_bad_input.py",),
+        ("tests/cli/test_bad_input.py::test_bad_input[repeated calibration]",),
     ),
     PlantedError(
         "saved states believed without their checksum",
         "hawqtool/pipeline/run/checkpoints.py",
         "size < _LENGTH_BYTES or stream.read() != digest.digest()",
         "size < _LENGTH_BYTES",
-        ("tests/unit/pipeline/run/test_checkpoints.py",),
+        ("tests/unit/pipeline/run/test_checkpoints.py::test_no_flipped_bit_is_believed",),
     ),
     PlantedError(
         "NaN errors plausible",
@@ -363,14 +367,14 @@ _PLANS_AND_FILES = (
         "hawqtool/export/manifest.py",
         "        if name not in listed:\n",
         "        if False and name not in listed:\n",
-        ("tests/unit/export/test_manifest.py",),
+        ("tests/unit/export/test_manifest.py::test_an_added_file",),
     ),
     PlantedError(
         "failed gates of no consequence",
         "hawqtool/cli/quantize.py",
         'if not gate["passed"])\n    if failed:',
         'if not gate["passed"])\n    if len(failed) > 9:',
-        ("tests/cli/test_gates.py",),
+        ("tests/cli/test_gates.py::test_failed_gates_exit_3_and_keep_what_was_made",),
     ),
 )
 

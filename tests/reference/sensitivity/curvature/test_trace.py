@@ -193,6 +193,9 @@ def test_hawq_is_half_trace_over_weights_times_error(job: Job) -> None:
     scale = sum(0.5 * 0.5 / m.num_weights for m in unit.members)
     assert score.value == pytest.approx(0.5 * scale)  # the rows' means are 2 and -1
     assert score.stderr == pytest.approx(scale * (4.5 / 2) ** 0.5)
+    # What is told of the trace itself: probes of one row are not independent, so only the rows count.
+    fields = trace_fields(next(iter(values.values())))
+    assert fields == pytest.approx({"trace": 0.5, "trace_stderr": (4.5 / 2) ** 0.5, "negative_share": 0.25})
 
 
 def test_standard_errors_cover_the_truth(tmp_path: Path) -> None:
