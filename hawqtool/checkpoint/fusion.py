@@ -11,6 +11,18 @@ FUSED_SETS: dict[str, tuple[str, ...]] = {
 }
 """Fused name and its members, all children of one parent module."""
 
+MIXTRAL_LEAVES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+"""Names that Mixtral and its kin have for the linears of an expert, by role."""
+
+VLLM_LEAVES = {"granitemoe": MIXTRAL_LEAVES, "granitemoeshared": MIXTRAL_LEAVES}
+"""Types of models whose experts vLLM looks for under other names than their roles, and transformers only stacked."""
+
+VLLM_LINEARIZED = ("Llama4TextExperts",)
+"""Classes of experts that transformers holds transposed and vLLM reads one by one all the same.
+
+The others, such as those of gpt-oss, vLLM reads stacked; tensors of single experts it passes over without a word.
+"""
+
 _FUSED_NAME = {member: fused for fused, members in FUSED_SETS.items() for member in members}
 _EXPERT = re.compile(r"^(?P<experts>.*\.experts)\.(?P<number>\d+)\.")
 

@@ -53,6 +53,25 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
+class ExpertStack:
+    """How one tensor holds the same part of all experts of a layer.
+
+    Args:
+        experts: Stored name of the experts, ``M.experts``.
+        linears: Names of the linears of an expert that share the tensor, gate before up.
+        transposed: Whether an expert's matrix is ``[in, out]``.
+        concatenated: Whether all rows of a linear come before those of the next; else they take turns.
+        leaf: What it holds: ``weight`` or ``bias``.
+    """
+
+    experts: str
+    linears: tuple[str, ...]
+    transposed: bool
+    concatenated: bool
+    leaf: str
+
+
+@dataclass(frozen=True)
 class CheckpointIndex:
     """Every tensor of a checkpoint, in file order: file by file, by offset.
 
@@ -62,6 +81,7 @@ class CheckpointIndex:
         tensors: What they hold, by name; of a quantized original what its tensors stand for.
         source_format: How a quantized original is stored, for people; None where tensors are as stored.
         content: Compares what is read with what was read before; None where each read stands alone.
+        stacks: Stored tensors of all experts of a layer that are seen as one tensor per expert, by name.
     """
 
     folder: Path
@@ -69,6 +89,7 @@ class CheckpointIndex:
     tensors: dict[str, TensorInfo]
     source_format: str | None = None
     content: ContentRecord | None = field(default=None, compare=False, repr=False)
+    stacks: dict[str, ExpertStack] = field(default_factory=dict)
 
     @property
     def total_bytes(self) -> int:

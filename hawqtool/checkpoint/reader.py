@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hawqtool.checkpoint.dtypes import torch_dtype
 from hawqtool.checkpoint.index import CheckpointIndex, TensorInfo
-from hawqtool.checkpoint.originals.codec import DequantizedInfo, dequantize_tensor
+from hawqtool.checkpoint.originals.codec import DequantizedInfo, PartInfo, dequantize_tensor, read_part
 from hawqtool.errors import InputError, InputLostError, NumericalError
 
 CHUNK_BYTES = 16 << 20
@@ -72,8 +72,8 @@ class TensorReader:
         Raises:
             InputError: If the file cannot be read.
         """
-        if isinstance(info, DequantizedInfo):
-            weight = dequantize_tensor(info, self.read)
+        if isinstance(info, DequantizedInfo | PartInfo):
+            weight = self._computed(info)
             return weight.pin_memory() if pinned else weight
         dtype = torch_dtype(info.dtype)
         if info.num_bytes == 0:
@@ -96,6 +96,9 @@ class TensorReader:
             self.index.content.check(info.place, hashlib.sha256(view).digest(), info.name)
         return buffer.view(dtype).reshape(info.shape)
 
+    def _computed(self, info: DequantizedInfo | PartInfo) -> Tensor:
+        return read_part(info, self.read) if isinstance(info, PartInfo) else dequantize_tensor(info, self.read)
+
     def raw(self, name: str) -> bytes:
         """Bytes of a tensor as `tensor` returns it.
 
@@ -111,7 +114,7 @@ class TensorReader:
             InputError: As `tensor`.
         """
         info = self.info(name)
-        if isinstance(info, DequantizedInfo):
+        if isinstance(info, DequantizedInfo | PartInfo):
             view = self.read(info).view(-1).view(torch.uint8).numpy().data
             yield from (bytes(view[at : at + CHUNK_BYTES]) for at in range(0, len(view), CHUNK_BYTES))
             return

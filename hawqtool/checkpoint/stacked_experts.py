@@ -2,58 +2,61 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from hawqtool.checkpoint.index import CheckpointIndex, TensorInfo
-from hawqtool.checkpoint.originals.codec import DequantizedInfo, leading, rows_of
+from hawqtool.checkpoint.dtypes import DTYPE_BYTES
+from hawqtool.checkpoint.index import CheckpointIndex, ExpertStack, TensorInfo
+from hawqtool.checkpoint.originals.codec import DequantizedInfo, PartInfo, leading, rows_of
+from hawqtool.errors import InputError
 
-_STACKED = re.compile(r"^(?P<experts>.*\bexperts)\.(?P<leaf>gate_up_proj|up_proj|down_proj)$")
-_ROLES = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
 
-
-def split_stacked(index: CheckpointIndex, wanted: Callable[[str], bool]) -> CheckpointIndex:
-    """The index with tensors ``[experts, out, in]`` replaced by matrices ``[out, in]``; nothing is read or copied.
+def split_stacked(index: CheckpointIndex, stacks: Mapping[str, ExpertStack]) -> CheckpointIndex:
+    """The index with the tensors of all experts of a layer replaced by one per expert and linear; nothing is read.
 
     ``M.experts.gate_up_proj`` becomes ``M.experts.0.gate_proj.weight``, ``M.experts.0.up_proj.weight`` and so on: each
-    is a part of the same bytes. Tensors that lie otherwise, such as transposed ones or those with biases, stay.
+    is a part of the same bytes.
 
     Args:
         index: The checkpoint.
-        wanted: Whether to split the experts of that name, ``M.experts``.
+        stacks: How such tensors are stored, by their names.
+
+    Raises:
+        InputError: If a tensor has no such shape.
     """
     tensors: dict[str, TensorInfo] = {}
     for info in index.tensors.values():
-        match = _STACKED.match(info.name)
-        if match and wanted(match["experts"]) and _rows_first(index, match["experts"]):
-            tensors |= {part.name: part for part in _parts(info, match["experts"], _ROLES[match["leaf"]])}
-        else:
+        stack = stacks.get(info.name)
+        if stack is None:
             tensors[info.name] = info
-    return replace(index, tensors=tensors)
+        else:
+            tensors |= {part.name: part for part in _parts(info, stack)}
+    return replace(index, tensors=tensors, stacks=dict(stacks))
 
 
-def _rows_first(index: CheckpointIndex, experts: str) -> bool:
-    """Whether matrices are ``[out, in]``, which the shapes of both tensors tell: inner and outer width are swapped."""
-    first = index.tensors.get(f"{experts}.gate_up_proj") or index.tensors.get(f"{experts}.up_proj")
-    down = index.tensors.get(f"{experts}.down_proj")
-    if first is None or down is None or any(f"{experts}.{leaf}_bias" in index.tensors for leaf in _ROLES):
-        return False
-    shares = 2 if first.name.endswith("gate_up_proj") else 1
-    if len(first.shape) != 3 or len(down.shape) != 3:
-        return False
-    if any(isinstance(info, DequantizedInfo) and info.transposed for info in (first, down)):
-        return False
-    count, outputs, width = first.shape
-    return (
-        down.shape == (count, width, outputs // shares) and outputs % shares == 0 and (shares == 2 or outputs != width)
-    )
+def _parts(info: TensorInfo, stack: ExpertStack) -> Iterator[TensorInfo]:
+    dimensions, shares = 3 if stack.leaf == "weight" else 2, len(stack.linears)
+    if len(info.shape) != dimensions or info.shape[-1 if stack.transposed else 1] % shares:
+        raise InputError(
+            f"{info.name} has shape {list(info.shape)}; expected {dimensions} dimensions, the rows of {shares} linears "
+            "per expert; download the checkpoint again"
+        )
+    for number in range(info.shape[0]):
+        for place, linear in enumerate(stack.linears):
+            part = _part(leading(info, number), stack, place)
+            yield replace(part, name=f"{stack.experts}.{number}.{linear}.{stack.leaf}")
 
 
-def _parts(info: TensorInfo, experts: str, roles: tuple[str, ...]) -> Iterator[TensorInfo]:
-    count, outputs = info.shape[:2]
-    rows = outputs // len(roles)
-    for number in range(count):
-        for place, role in enumerate(roles):
-            part = rows_of(leading(info, number), place * rows, rows)
-            yield replace(part, name=f"{experts}.{number}.{role}.weight")
+def _part(whole: TensorInfo, stack: ExpertStack, place: int) -> TensorInfo:
+    """The rows of one linear in the tensor of an expert."""
+    shares = len(stack.linears)
+    rows = whole.shape[-1 if stack.transposed else 0] // shares
+    together = stack.concatenated or shares == 1
+    first = place * rows if together else place
+    if together and not stack.transposed and not (isinstance(whole, DequantizedInfo) and whole.transposed):
+        return rows_of(whole, first, rows)
+    shape = (rows, *(whole.shape[:-1] if stack.transposed else whole.shape[1:]))
+    size = math.prod(shape) * DTYPE_BYTES[whole.dtype]
+    step = 1 if together else shares
+    return PartInfo(whole.name, whole.dtype, shape, whole.file, whole.start, size, whole, first, step, stack.transposed)

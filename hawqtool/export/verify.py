@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hawqtool.checkpoint.index import CheckpointIndex, read_index
+from hawqtool.checkpoint.index import CheckpointIndex, ExpertStack, read_index
 from hawqtool.checkpoint.originals.declaration import without_quantization
 from hawqtool.checkpoint.originals.recognition import read_original
 from hawqtool.checkpoint.reader import TensorReader
@@ -111,16 +111,18 @@ def verify_folder(
     if plan:
         problems += plan_problems(formats, index, plan)
     if against is not None:
-        source = TensorReader(_source_index(Path(against), index))
+        source = TensorReader(_source_index(Path(against), plan))
         problems += _model_config_problems(model_config, read_config(Path(against)))
         problems += source_file_problems(folder, Path(against), index)
         problems += _weight_problems(reader, source, formats, layers, checksums or {}, device)
     return VerifyReport(tuple(problems), len(index.tensors), len(packed), index.total_bytes)
 
 
-def _source_index(against: Path, packed: CheckpointIndex) -> CheckpointIndex:
-    """Index of the source, with stacked experts split where the packed folder holds them one by one."""
-    return split_stacked(read_original(against), lambda experts: f"{experts}.down_proj" not in packed.tensors)
+def _source_index(against: Path, plan: dict[str, Any] | None) -> CheckpointIndex:
+    """Index of the source, with stacked experts split as the plan says."""
+    records = plan.get("stacked_experts", {}) if plan else {}
+    stacks = {name: ExpertStack(**record | {"linears": tuple(record["linears"])}) for name, record in records.items()}
+    return split_stacked(read_original(against), stacks)
 
 
 def origin_problems(folder: Path, against: Path, device: torch.device | str = "cpu") -> list[str]:
@@ -135,11 +137,11 @@ def origin_problems(folder: Path, against: Path, device: torch.device | str = "c
         InputError: If one of the folders or a file's header cannot be read at all.
     """
     index = read_index(folder)
-    reader, source = TensorReader(index), TensorReader(_source_index(against, index))
+    plan, _ = _record(folder, PLAN_FILE, _is_plan)
+    reader, source = TensorReader(index), TensorReader(_source_index(against, plan))
     config: Any = read_config(folder).get("quantization_config")
     if broken := structure_problems({"ignore": [], **config} if isinstance(config, dict) else config):
         return broken
-    plan, _ = _record(folder, PLAN_FILE, _is_plan)
     checksums, _ = _record(folder, CHECKSUM_FILE, _is_checksums)
     if checksums is None:
         return copy_problems(reader, source, ())
@@ -208,6 +210,8 @@ def _is_plan(content: Any) -> bool:
     if not isinstance(content, dict) or not isinstance(content.get("total_bytes"), int):
         return False
     layers, others = content.get("layers"), content.get("other_linears")
+    if not _are_stacks(content.get("stacked_experts", {})):
+        return False
     if not isinstance(layers, list) or not isinstance(others, list) or not all(isinstance(o, str) for o in others):
         return False
     return all(
@@ -220,6 +224,20 @@ def _is_plan(content: Any) -> bool:
         and isinstance(layer.get("symmetric"), bool)
         and isinstance(layer.get("bytes"), int)
         for layer in layers
+    )
+
+
+def _are_stacks(content: Any) -> bool:
+    """Whether an entry of a plan describes tensors of stacked experts."""
+    fields = {"experts": str, "linears": list, "transposed": bool, "concatenated": bool, "leaf": str}
+    return isinstance(content, dict) and all(
+        isinstance(record, dict)
+        and record.keys() == fields.keys()
+        and all(isinstance(record[name], kind) for name, kind in fields.items())
+        and record["linears"]
+        and all(isinstance(linear, str) for linear in record["linears"])
+        and record["leaf"] in ("weight", "bias")
+        for record in content.values()
     )
 
 

@@ -6,7 +6,7 @@ that can be found, hooked and rounded like any other, and that carry the names u
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -92,6 +92,32 @@ class SplitExperts(nn.Module):
         return others[torch.arange(lacking, device=others.device) * len(others) // max(lacking, 1)]
 
 
+class ScaledExperts(SplitExperts):
+    """Experts whose inputs the router has scaled, zero where it did not choose them (Llama 4)."""
+
+    def forward(self, hidden: Tensor, *_: Tensor) -> Tensor:
+        """``[experts * tokens, width]`` from inputs of that shape, expert by expert."""
+        if hidden.is_meta:
+            places = hidden.new_empty(len(hidden) // self.layout.count, dtype=torch.long)
+            parts = hidden.chunk(self.layout.count)
+            return torch.cat([e(part, places, places) for e, part in zip(self.children(), parts, strict=True)])
+        states = hidden.view(self.layout.count, -1, self.width)
+        total, routed = torch.zeros_like(states), states.any(-1)
+        anywhere = routed.any(0)
+        for number, expert in enumerate(self.children()):
+            positions = routed[number].nonzero()[:, 0]
+            lent = self._supplement(positions, states.shape[1])
+            lent = lent[anywhere[lent]]
+            if not len(positions) + len(lent):
+                continue
+            # A token is lent as the first expert that was to see it got it.
+            first = routed[:, lent].int().argmax(0)
+            inputs = torch.cat([states[number, positions], states[first, lent]])
+            output = expert(inputs, positions, torch.cat([positions, lent]))
+            total[number, positions] = output[: len(positions)].to(total.dtype)
+        return total.flatten(0, 1)
+
+
 @contextmanager
 def counting_experts(block: nn.Module, batches: int) -> Iterator[None]:
     """While the context lasts, every expert sees in each batch its share of one token per hidden channel.
@@ -114,8 +140,16 @@ def counting_experts(block: nn.Module, batches: int) -> Iterator[None]:
             layer.least_tokens = 0
 
 
-def split_experts(model: nn.Module) -> dict[str, str]:
+WhyUnread = Callable[[Any, ExpertsLayout], str | None]
+"""From an experts module and its layout to the reason why no engine reads its experts one by one; None if one does."""
+
+
+def split_experts(model: nn.Module, why_unread: WhyUnread = lambda *_: None) -> dict[str, str]:
     """Replace the experts modules of a skeleton by their linears, where these are proved to compute the same.
+
+    Args:
+        model: The skeleton.
+        why_unread: Asked before the proof.
 
     Returns:
         The modules that stay as they are, by name, each with the reason.
@@ -128,30 +162,29 @@ def split_experts(model: nn.Module) -> dict[str, str]:
                 continue
             layout, kind = read_layout(child), type(child)
             if kind not in proved:
-                proved[kind] = _why_whole(child, layout)
+                proved[kind] = _why_whole(child, layout, why_unread)
             reason = proved[kind]
             if layout is None or reason is not None:
-                whole[f"{path}.{name}" if path else name] = str(reason)
+                whole[f"{path}.{name}" if path else name] = child.why_whole = str(reason)
                 if layout is not None:
-                    child.__class__ = type(kind.__name__, (_WholeExperts, kind), {})
+                    child.__class__ = type(kind.__name__, (WholeExperts, kind), {})
             else:
-                setattr(owner, name, SplitExperts(child, layout))
+                setattr(owner, name, (ScaledExperts if layout.scaled else SplitExperts)(child, layout))
     return whole
 
 
-class _WholeExperts(nn.Module):
+class WholeExperts(nn.Module):
     """Experts that stay as they are: routing needs data, hence on meta they give the shape alone."""
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Output of the experts ``[tokens, width]``."""
         return torch.empty_like(hidden) if hidden.is_meta else super().forward(hidden, *args, **kwargs)
 
 
-def _why_whole(module: nn.Module, layout: ExpertsLayout | None) -> str | None:
+def _why_whole(module: nn.Module, layout: ExpertsLayout | None, why_unread: WhyUnread) -> str | None:
     if layout is None:
         return f"experts of unknown layout ({type(module).__name__})"
-    if layout.transposed or layout.biased or not layout.concatenated:
-        return "no engine reads experts of this layout one by one"
-    return why_unproved(module, layout)
+    return why_unread(module, layout) or why_unproved(module, layout)
 
 
 def routers(model: nn.Module) -> set[str]:

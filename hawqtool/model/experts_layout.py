@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,8 @@ class ExpertsLayout:
         transposed: Whether a weight is ``[in, out]``.
         concatenated: Whether all gates come before all ups; else they take turns.
         biased: Whether every linear has a bias.
+        scaled: Whether the router scales the inputs, zero for experts that it did not choose, and the module gets
+            them all, expert by expert, ``[experts * tokens, width]``; else it gets the choice and its weights.
     """
 
     count: int
@@ -44,6 +47,7 @@ class ExpertsLayout:
     transposed: bool
     concatenated: bool
     biased: bool
+    scaled: bool = False
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -62,6 +66,17 @@ class ExpertsLayout:
     def source(self, role: str) -> str:
         """The parameter that holds the weights of a role."""
         return "gate_up_proj" if self.gated and role != "down_proj" else role
+
+    def is_stored_transposed(self, shape: tuple[int, ...], source: str) -> bool:
+        """Whether a stored tensor ``[experts, .., ..]`` of that parameter holds ``[in, out]`` matrices.
+
+        Where its shape is that of the parameter, the matrices lie as the module has them (so transformers reads them).
+        """
+        rows, columns = self.inner * (2 if source == "gate_up_proj" else 1), self.width
+        if source == "down_proj":
+            rows, columns = self.width, self.inner
+        own = (columns, rows) if self.transposed else (rows, columns)
+        return self.transposed if tuple(shape[1:]) == own else not self.transposed
 
     def _part(self, rows: Tensor, role: str) -> Tensor:
         if not self.gated or role == "down_proj":
@@ -89,14 +104,16 @@ def read_layout(module: Any) -> ExpertsLayout | None:
         return None
     transposed = getattr(module, "is_transposed", None)
     if transposed is None:
-        transposed = up.shape[1] == down.shape[2] != down.shape[1]
+        transposed = up.shape[1:] != ((1 + gated) * down.shape[2], down.shape[1])
     count, outputs, width = (up.shape[0], up.shape[2], up.shape[1]) if transposed else up.shape
     biased = any(name.endswith("_bias") for name in own)
     if biased and len(own) != 4:
         return None
     inner = outputs // (1 + gated)
     concatenated = bool(getattr(module, "is_concatenated", True))
-    return ExpertsLayout(int(count), int(width), int(inner), gated, bool(transposed), concatenated, biased)
+    arguments = inspect.signature(module.forward).parameters.values()
+    scaled = [argument.kind for argument in arguments] == [inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    return ExpertsLayout(int(count), int(width), int(inner), gated, bool(transposed), concatenated, biased, scaled)
 
 
 @dataclass(frozen=True)
@@ -162,8 +179,9 @@ def why_unproved(module: Any, layout: ExpertsLayout) -> str | None:
         chosen = order[:, : min(2, layout.count)]
         weights = torch.rand(chosen.shape, dtype=torch.float64, generator=generator)
         with torch.no_grad():
-            expected = small(hidden, chosen, weights)
-            found = _split_output(parameters, layout, combine, (hidden, chosen, weights))
+            call = _scaled_call(layout, (hidden, chosen, weights)) if layout.scaled else (hidden, chosen, weights)
+            expected = small(*call)
+            found = _split_output(parameters, layout, combine, call)
             if expected.shape != found.shape or not torch.allclose(expected, found, rtol=_TOLERANCE, atol=_TOLERANCE):
                 return "its own forward computes something else than split experts would"
             if layout.gated and not _roles_hold(combine):
@@ -196,20 +214,36 @@ def _small(module: Any, layout: ExpertsLayout, generator: torch.Generator) -> tu
     return small, parameters
 
 
+def _scaled_call(layout: ExpertsLayout, call: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor]:
+    """Inputs ``[experts * tokens, width]`` that a router has scaled."""
+    hidden, chosen, weights = call
+    scores = torch.zeros(layout.count, len(hidden), dtype=hidden.dtype).scatter_(0, chosen.t(), weights.t())
+    return ((scores[:, :, None] * hidden).flatten(0, 1),)
+
+
 def _split_output(
-    parameters: dict[str, Tensor], layout: ExpertsLayout, combine: Combine, call: tuple[Tensor, Tensor, Tensor]
+    parameters: dict[str, Tensor], layout: ExpertsLayout, combine: Combine, call: tuple[Tensor, ...]
 ) -> Tensor:
+    def expert(number: int, states: Tensor) -> Tensor:
+        def linear(role: str, states: Tensor) -> Tensor:
+            weight, bias = layout.weight(parameters, number, role), layout.bias(parameters, number, role)
+            return nn.functional.linear(states, weight, bias)
+
+        return linear("down_proj", combine(*(linear(role, states) for role in layout.roles[:-1])))
+
+    if layout.scaled:
+        total = torch.zeros_like(call[0])
+        for number, (states, output) in enumerate(
+            zip(call[0].chunk(layout.count), total.chunk(layout.count), strict=True)
+        ):
+            chosen = states.any(1)
+            output[chosen] = expert(number, states[chosen])
+        return total
     hidden, chosen, weights = call
     total = torch.zeros_like(hidden)
     for number in range(layout.count):
         slots, positions = torch.where(chosen.t() == number)
-
-        def linear(role: str, states: Tensor, number: int = number) -> Tensor:
-            weight, bias = layout.weight(parameters, number, role), layout.bias(parameters, number, role)
-            return nn.functional.linear(states, weight, bias)
-
-        inner = combine(*(linear(role, hidden[positions]) for role in layout.roles[:-1]))
-        total.index_add_(0, positions, linear("down_proj", inner) * weights[positions, slots, None])
+        total.index_add_(0, positions, expert(number, hidden[positions]) * weights[positions, slots, None])
     return total
 
 

@@ -158,7 +158,8 @@ def _reason(owner: nn.Module, otherwise: str) -> str:
     if isinstance(owner, nn.modules.conv._ConvNd):
         return CONVOLUTION
     if holds_experts(owner):
-        return EXPERTS
+        why = getattr(owner, "why_whole", None)
+        return EXPERTS if why is None else f"{EXPERTS}: {why}"
     return STATE_SPACE if hasattr(owner, "A_log") else otherwise
 
 

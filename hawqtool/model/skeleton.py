@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from hawqtool.errors import HawqError, InputError, one_line
 from hawqtool.model.experts import split_experts
-from hawqtool.model.stored_names import stored_names
+from hawqtool.model.stored_names import stored_names, why_unread
 from hawqtool.model.tasks import TASKS, class_task, model_task
 from hawqtool.parsing import shown
 
@@ -49,7 +49,11 @@ def _num_elements(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
 
 
 def build_skeleton(
-    folder: Path, dtype: torch.dtype, trust_remote_code: bool = False, tensors: Iterable[str] = ()
+    folder: Path,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    tensors: Iterable[str] = (),
+    vllm: bool = False,
 ) -> nn.Module:
     """Model of the folder's config, every parameter on the meta device, buffers real, experts split.
 
@@ -58,6 +62,7 @@ def build_skeleton(
         dtype: dtype of the parameters.
         trust_remote_code: Whether code from the folder may run.
         tensors: Names in the checkpoint, for `untie_stored`.
+        vllm: As in `why_unread`: experts that the profile's engines do not read one by one stay stacked.
 
     Raises:
         InputError: If transformers does not know the architecture, it is not supported, or it needs code from the
@@ -74,7 +79,7 @@ def build_skeleton(
     model_task(model)
     model.eval().requires_grad_(False)
     _configure(model.config)
-    split_experts(model)
+    split_experts(model, why_unread(model, vllm))
     untie_stored(model, tensors)
     to_meta(model)
     return model

@@ -44,6 +44,16 @@ class SensitivityDocument(TypedDict):
     checksum: NotRequired[Annotated[str, "SHA-256 of all else, in a folder of measurements."]]
 
 
+class StackedTensor(TypedDict):
+    """A tensor of the original that holds the same part of all experts of a layer."""
+
+    experts: Annotated[str, "Name that the experts have in the files."]
+    linears: Annotated[list[str], "Linears of an expert that share the tensor."]
+    transposed: Annotated[bool, "Whether an expert's matrix is `[in, out]`."]
+    concatenated: Annotated[bool, "Whether the rows of a linear lie together, not in turns."]
+    leaf: Annotated[str, "`weight` or `bias`."]
+
+
 class PlanDocument(TypedDict):
     """Formats of all linears (plan.json); may be edited by hand and given as `--plan`."""
 
@@ -63,6 +73,12 @@ class PlanDocument(TypedDict):
     other_linears: Annotated[list[str], "Linears that stay as they are."]
     total_bytes: NotRequired[Annotated[int, "Bytes of all weight files; of a written folder."]]
     transformers_obstacle: NotRequired[Annotated[str | None, "Why transformers cannot load the folder."]]
+    stacked_experts: NotRequired[
+        Annotated[
+            dict[str, StackedTensor],
+            "Tensors of the original that hold all experts of a layer, and how: what `verify --against` reads them by.",
+        ]
+    ]
 
 
 class FrontierPoint(TypedDict):

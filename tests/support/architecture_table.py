@@ -54,7 +54,7 @@ def prepare_kind(kind: Kind, source: Path, target_shift: str | None = "off") -> 
     """A job that computes in float64, all rows in one batch, so that float noise does not hide errors."""
     settings = {"profile": "auto" if kind.loads else "vllm", "group_size": GROUP_SIZE, "batch_size": kind.rows}
     job = prepare(RunConfig(model=str(source), device="cpu", target_shift=target_shift, **settings))
-    return replace(job, dtype=torch.float64, skeleton=build_skeleton(source, torch.float64))
+    return replace(job, dtype=torch.float64, skeleton=build_skeleton(source, torch.float64, vllm=not kind.loads))
 
 
 def mixed_plan(job: Job) -> BitPlan:

@@ -100,6 +100,8 @@ def live_weights(kind: Kind, model: nn.Module) -> dict[str, Tensor]:
 def _experts(name: str, module: Any) -> dict[str, Tensor]:
     views = {}
     for number, (both, down) in enumerate(zip(module.gate_up_proj.data, module.down_proj.data, strict=True)):
+        if type(module).__name__.startswith("Llama4"):
+            both, down = both.t(), down.t()
         gate, up = both.chunk(2)
         views |= {f"{name}.{number}.gate_proj": gate, f"{name}.{number}.up_proj": up}
         views[f"{name}.{number}.down_proj"] = down
@@ -123,6 +125,9 @@ class _Products(TorchFunctionMode):
         places = PRODUCTS.get(getattr(func, "__name__", ""))
         if places:
             self._see(args[places[0]], args[places[1]])
+        if getattr(func, "__name__", "") == "bmm" and isinstance(args[1], nn.Parameter):
+            for states, weight in zip(*args, strict=True):  # experts; those that were not chosen get zeros
+                self._see(states[states.any(1)], weight)
         return func(*args, **(kwargs or {}))
 
 

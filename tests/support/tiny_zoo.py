@@ -34,6 +34,7 @@ class Kind:
         reason: For refused ones, a pattern that the error must match.
         loads: Whether transformers with compressed-tensors loads the packed folder. It drops Conv1D layers without
             a word, and cannot build packed Falcon layers.
+        stacked: Whether transformers reads its experts stacked only, so that profiles with transformers keep them.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Kind:
     supported: bool = True
     reason: str = ""
     loads: bool = True
+    stacked: bool = False
 
     @property
     def auto_class(self) -> Any:
@@ -181,6 +183,42 @@ ZOO: tuple[Kind, ...] = (
         settings=_GROUPED | {"intermediate_size": 64, "num_experts": 8, "num_experts_per_tok": 2},
         rows=24,
         seed=11,
+    ),
+    Kind(
+        "llama4",
+        "Llama4TextConfig",
+        "Llama4ForCausalLM",
+        settings=_GROUPED
+        | {
+            "head_dim": 16,
+            "intermediate_size": 64,
+            "intermediate_size_mlp": 96,
+            "num_local_experts": 3,
+            "num_experts_per_tok": 1,
+            "interleave_moe_layer_step": 2,
+            "attention_chunk_size": 16,
+        },
+        rows=16,
+        seed=2,
+        loads=False,
+        stacked=True,
+    ),
+    Kind(
+        "granite-moe",
+        "GraniteMoeHybridConfig",
+        "GraniteMoeHybridForCausalLM",
+        settings=_GROUPED
+        | {
+            "intermediate_size": 64,
+            "shared_intermediate_size": 96,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "layer_types": ["attention", "attention"],
+        },
+        rows=12,
+        seed=2,
+        loads=False,
+        stacked=True,
     ),
     Kind(
         "gemma3-images",

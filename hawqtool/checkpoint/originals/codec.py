@@ -55,6 +55,23 @@ class DequantizedInfo(TensorInfo):
     first_row: int = 0
 
 
+@dataclass(frozen=True)
+class PartInfo(TensorInfo):
+    """Rows of a stored matrix, or entries of a vector, that do not lie together in the file.
+
+    Args:
+        whole: The matrix or vector.
+        first: Number of the first row.
+        step: From one row to the next.
+        transposed: Whether the rows are columns of the stored matrix.
+    """
+
+    whole: TensorInfo
+    first: int
+    step: int
+    transposed: bool
+
+
 def leading(info: TensorInfo, position: int) -> TensorInfo:
     """Entry ``position`` of a tensor's first dimension, such as one expert, as a tensor of its own.
 
@@ -89,9 +106,31 @@ def _of_entry(part: TensorInfo, info: DequantizedInfo, position: int) -> TensorI
     return leading(part, position) if part.shape[:1] == info.shape[:1] else part
 
 
+def read_part(info: PartInfo, read: Callable[[TensorInfo], Tensor]) -> Tensor:
+    """Read a part, contiguous and in memory of its own.
+
+    Args:
+        info: What to read.
+        read: Reads a stored tensor.
+    """
+    import torch
+
+    whole = read(info.whole)
+    rows = whole.t() if info.transposed else whole
+    part = rows[info.first : info.first + info.step * info.shape[0] : info.step]
+    return part.clone(memory_format=torch.contiguous_format)
+
+
+def is_dequantized(info: TensorInfo) -> bool:
+    """Whether a tensor is computed from codes and scales."""
+    return isinstance(info.whole if isinstance(info, PartInfo) else info, DequantizedInfo)
+
+
 def stored_parts(info: TensorInfo) -> Iterator[TensorInfo]:
     """What is read of the files for a tensor, each as it is read: itself, or codes and scales."""
-    if not isinstance(info, DequantizedInfo):
+    if isinstance(info, PartInfo):
+        yield from stored_parts(info.whole)
+    elif not isinstance(info, DequantizedInfo):
         yield info
     elif len(info.shape) > 2:
         for position in range(info.shape[0]):

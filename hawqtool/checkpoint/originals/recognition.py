@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hawqtool.checkpoint.dtypes import DTYPE_BYTES
 from hawqtool.checkpoint.index import CheckpointIndex, TensorInfo, read_index
-from hawqtool.checkpoint.originals.codec import Codes, DequantizedInfo
+from hawqtool.checkpoint.originals.codec import Codes, DequantizedInfo, is_dequantized
 from hawqtool.checkpoint.originals.declaration import FORMATS_READ, Declaration, read_declaration
 from hawqtool.errors import InputError, InputLostError
 
@@ -62,7 +62,7 @@ def left_unquantized(index: CheckpointIndex, modules: Mapping[str, Sequence[str]
     """
     if index.source_format is None:
         return frozenset()
-    dense = {name for name, info in index.tensors.items() if not isinstance(info, DequantizedInfo)}
+    dense = {name for name, info in index.tensors.items() if not is_dequantized(info)}
     return frozenset(name for name, members in modules.items() if all(f"{m}.weight" in dense for m in members))
 
 

@@ -27,7 +27,7 @@ from hawqtool.export.layout import Layout, plan_layout
 from hawqtool.export.packed_reader import PackedReader
 from hawqtool.model.discovery import Structure, check_shapes, discover
 from hawqtool.model.skeleton import build_skeleton, max_positions
-from hawqtool.model.stored_names import UNJOINED, joins_experts, with_stored_experts_split
+from hawqtool.model.stored_names import UNJOINED, expert_leaves, with_stored_experts_split
 from hawqtool.model.tasks import ModelTask, model_task
 from hawqtool.pipeline.run.memory_budget import Work, choose_batch_size, make_offload
 from hawqtool.pipeline.run.resolved import ResolvedSettings, resolve_settings
@@ -183,11 +183,11 @@ def prepare(
     device = _device(config.device)
     source = _source(config, reporter or Silent())
     stored_index = replace(read_original(source.folder), content=ContentRecord())
-    probe = build_skeleton(stored_index.folder, torch.float32, source.runs_code, stored_index.tensors)
+    vllm, alone = config.profile == "vllm", config.profile == "transformers"
+    probe = build_skeleton(stored_index.folder, torch.float32, source.runs_code, stored_index.tensors, vllm)
     index = with_stored_experts_split(probe, stored_index)
-    serves, alone = config.profile == "vllm", config.profile == "transformers"
-    structure = discover(probe, index, serves, config.quantize_lm_head, not alone, for_transformers=not serves)
-    if index.tensors.keys() != stored_index.tensors.keys() and not joins_experts(probe):
+    structure = discover(probe, index, vllm, config.quantize_lm_head, not alone, for_transformers=not vllm)
+    if vllm and any(is_expert(name) for name in structure.linears) and expert_leaves(probe) is None:
         structure = replace(structure, obstacle=structure.obstacle or UNJOINED)
     if writes and structure.obstacle and config.profile != "vllm":
         raise InputError(
@@ -212,7 +212,7 @@ def prepare(
     longest = max_positions(probe)
     if config.seq_len and longest and config.seq_len > longest:
         raise UsageError(f"--seq-len {config.seq_len} exceeds the model's {longest} positions; lower it")
-    skeleton = build_skeleton(index.folder, dtype, source.runs_code, index.tensors)
+    skeleton = build_skeleton(index.folder, dtype, source.runs_code, index.tensors, vllm)
     experts = any(is_expert(m.name) for unit in units for m in unit.members)
     settings = resolve_settings(config, device.type, longest, experts)
     job = Job(config, settings, source, index, skeleton, structure, units, pins, device, dtype, left_units=left)

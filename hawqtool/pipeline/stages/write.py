@@ -188,10 +188,12 @@ def _write_records(
 ) -> None:
     config = target_config(job, plan.formats)
     write_config(job.index.folder, folder, config)
+    stacks = {name: vars(stack) for name, stack in job.index.stacks.items()}
     sizes = {"total_bytes": total_bytes, "transformers_obstacle": job.structure.obstacle}
+    more = sizes | {"stacked_experts": stacks} if stacks else sizes
     reproduce = folder / "reproduce"
     reproduce.mkdir(exist_ok=True)
-    write_json(reproduce / "plan.json", plan_document(plan, job.units, job.unquantized_linears) | sizes)
+    write_json(reproduce / "plan.json", plan_document(plan, job.units, job.unquantized_linears) | more)
     errors = {name: values["weight_error"] for name, values in written.layers.items()}
     record = {"tensors": written.checksums, "weight_error": errors, "changed": written.changed}
     write_json(reproduce / "checksums.json", record)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -11,12 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import hawqtool
-from hawqtool.checkpoint.index import read_index
+from hawqtool.checkpoint.index import ExpertStack, read_index
 from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.checkpoint.stacked_experts import split_stacked
 from hawqtool.config import RunConfig
 from hawqtool.errors import InputError
 from hawqtool.export.verify import verify_folder
+from hawqtool.model.kept import EXPERTS
+from hawqtool.model.stored_names import UNJOINED
 from hawqtool.pipeline.run import job
 from tests.support.tiny_zoo import kind_named, save_kind
 
@@ -48,35 +51,46 @@ def stack(folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_parts_are_those_of_the_stacked_tensors(tmp_path: Path) -> None:
+def part(whole: Tensor, transposed: bool, concatenated: bool, place: int) -> Tensor:
+    rows = whole.t() if transposed else whole
+    return rows.chunk(2)[place] if concatenated else rows[place::2]
+
+
+@pytest.mark.parametrize("concatenated", [True, False])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_parts_are_those_of_the_stacked_tensors(tmp_path: Path, transposed: bool, concatenated: bool) -> None:
     gate_up, down = torch.randn(COUNT, 2 * INNER, WIDTH), torch.randn(COUNT, WIDTH, INNER)
-    folder = checkpoint(
-        tmp_path, {"m.experts.gate_up_proj": gate_up, "m.experts.down_proj": down, "x": down[0].clone()}
-    )
-    index = split_stacked(read_index(folder), lambda _: True)
-    assert len(index.tensors) == 3 * COUNT + 1
-    reader = TensorReader(index)
-    for number in range(COUNT):
-        gate, up = gate_up[number].chunk(2)
-        for role, expected in (("gate_proj", gate), ("up_proj", up), ("down_proj", down[number])):
-            assert torch.equal(reader.tensor(f"m.experts.{number}.{role}.weight"), expected)
-    assert split_stacked(read_index(folder), lambda name: name != "m.experts") == read_index(folder)
-
-
-@pytest.mark.parametrize("change", ["transposed", "biased", "alone"])
-def test_other_layouts_stay(tmp_path: Path, change: str) -> None:
-    tensors = {
-        "experts.gate_up_proj": torch.randn(COUNT, 2 * INNER, WIDTH),
-        "experts.down_proj": torch.randn(COUNT, WIDTH, INNER),
+    bias = torch.randn(COUNT, 2 * INNER)
+    if transposed:
+        gate_up, down = gate_up.mT.contiguous(), down.mT.contiguous()
+    tensors = {"m.experts.gate_up_proj": gate_up, "m.experts.down_proj": down, "m.experts.gate_up_proj_bias": bias}
+    both, order = ("gate_proj", "up_proj"), (transposed, concatenated)
+    stacks = {
+        "m.experts.gate_up_proj": ExpertStack("m.experts", both, *order, "weight"),
+        "m.experts.down_proj": ExpertStack("m.experts", ("down_proj",), *order, "weight"),
+        "m.experts.gate_up_proj_bias": ExpertStack("m.experts", both, False, concatenated, "bias"),
     }
-    if change == "transposed":
-        tensors = {name: tensor.transpose(1, 2).contiguous() for name, tensor in tensors.items()}
-    elif change == "biased":
-        tensors["experts.down_proj_bias"] = torch.randn(COUNT, WIDTH)
-    else:
-        del tensors["experts.down_proj"]
-    index = read_index(checkpoint(tmp_path, tensors))
-    assert split_stacked(index, lambda _: True) == index
+    stored = read_index(checkpoint(tmp_path, tensors | {"x": down[0].clone()}))
+    reader = TensorReader(split_stacked(stored, stacks))
+    assert len(reader.index.tensors) == 5 * COUNT + 1
+    for number in range(COUNT):
+        expected = {"down_proj.weight": down[number].t() if transposed else down[number]}
+        for place, name in enumerate(both):
+            expected[f"{name}.weight"] = part(gate_up[number], *order, place)
+            expected[f"{name}.bias"] = part(bias[number], False, concatenated, place)
+        for name, tensor in expected.items():
+            stored_name = f"m.experts.{number}.{name}"
+            assert torch.equal(reader.tensor(stored_name), tensor)
+            assert b"".join(reader.chunks(stored_name)) == tensor.contiguous().numpy().tobytes()
+    assert split_stacked(stored, {}) == stored
+
+
+@pytest.mark.parametrize("shape", [(COUNT, 2 * INNER), (COUNT, 2 * INNER + 1, WIDTH)])
+def test_tensors_of_other_shapes_are_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    stored = read_index(checkpoint(tmp_path, {"experts.gate_up_proj": torch.randn(shape)}))
+    stack = ExpertStack("experts", ("gate_proj", "up_proj"), False, True, "weight")
+    with pytest.raises(InputError, match=r"experts\.gate_up_proj has shape"):
+        split_stacked(stored, {"experts.gate_up_proj": stack})
 
 
 def test_a_stacked_checkpoint_gives_the_weights_of_the_same_one_by_one(tmp_path: Path) -> None:
@@ -97,14 +111,24 @@ def test_a_stacked_checkpoint_gives_the_weights_of_the_same_one_by_one(tmp_path:
     assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
 
 
-def test_experts_that_transformers_cannot_join_are_refused_for_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = save_kind(kind_named("qwen3-moe"), tmp_path / "m")
-    monkeypatch.setattr(job, "joins_experts", lambda _: False)
-    job.prepare(RunConfig(model=str(folder), group_size=32, device="cpu"))  # stored one by one: nothing to join
-    stack(folder)
-    with pytest.raises(InputError, match="no rule that joins"):
-        job.prepare(RunConfig(model=str(folder), group_size=32, device="cpu"))
+@pytest.mark.parametrize("name", ["llama4", "granite-moe"])
+def test_experts_that_transformers_reads_stacked_only_stay_so(tmp_path: Path, name: str) -> None:
+    folder = save_kind(kind_named(name), tmp_path / "m")
+    kept = job.prepare(RunConfig(model=str(folder), group_size=32, device="cpu"))
+    assert not any(".experts." in linear for linear in kept.structure.linears)
+    rows = [tensor for tensor in kept.structure.kept if tensor.reason.startswith(EXPERTS)]
+    assert {tensor.dimensions for tensor in rows} == {3}
+    assert all("--profile vllm quantizes them" in tensor.reason for tensor in rows)
     written = job.prepare(RunConfig(model=str(folder), group_size=32, device="cpu", profile="vllm"))
-    assert written.structure.obstacle is not None
+    assert written.structure.obstacle == UNJOINED
+    assert any(".experts.0.down_proj" in linear for linear in written.structure.linears)
+
+
+def test_granite_gets_the_names_that_its_engine_looks_for(tmp_path: Path) -> None:
+    folder = save_kind(kind_named("granite-moe"), tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "granitemoe", "architectures": ["GraniteMoeForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    found = job.prepare(RunConfig(model=str(folder), group_size=32, device="cpu", profile="vllm")).structure.linears
+    assert {n.rpartition(".")[2] for n in found if ".experts.0." in n} == {"w1", "w2", "w3"}
+    assert found["model.layers.0.block_sparse_moe.experts.0.w3"].module_name.endswith("experts.0.up_proj")

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 from transformers.models.minimax_m3_vl.modeling_minimax_m3_vl import MiniMaxM3VLExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
-from hawqtool.model.experts import SplitExperts, routers, split_experts
+from hawqtool.model.experts import ScaledExperts, SplitExperts, routers, split_experts
 from hawqtool.model.experts_layout import read_layout, why_unproved
 
 COUNT, WIDTH, INNER, TOKENS = 4, 24, 40, 30
@@ -49,7 +50,7 @@ def split(module: Any) -> Any:
     layout = read_layout(module)
     assert layout is not None
     assert why_unproved(module, layout) is None
-    found = SplitExperts(module, layout)
+    found = (ScaledExperts if layout.scaled else SplitExperts)(module, layout)
     parameters = dict(module._parameters)
     for number, expert in enumerate(found.children()):
         for role in layout.roles:
@@ -73,12 +74,31 @@ def test_split_experts_compute_what_the_module_does(kind: Any) -> None:
     torch.testing.assert_close(split(module)(*call()), module(*call()), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("least", [0, 12])
+def test_experts_whose_inputs_the_router_scales(least: int) -> None:
+    module = whole(Llama4TextExperts)
+    found = split(module)
+    found.least_tokens = least
+    hidden, chosen, weights = call()
+    scores = torch.zeros(COUNT, TOKENS, dtype=torch.float64).scatter_(0, chosen.t(), weights.t())
+    scores[1] = 0
+    inputs = (scores[:, :, None] * hidden).flatten(0, 1)
+    seen: list[Tensor] = []
+    found.get_submodule("1.gate_proj").register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    torch.testing.assert_close(found(inputs), module(inputs), rtol=1e-10, atol=1e-10)
+    # An expert that no token chose is shown what other experts got.
+    assert [len(states) for states in seen] == ([least] if least else [])
+    assert all((inputs == state).all(1).any() for states in seen for state in states)
+    assert found.to("meta")(inputs.to("meta")).shape == inputs.shape
+
+
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
         (MixtralExperts, (True, False, True, False)),
         (GptOssExperts, (True, True, False, True)),
         (NemotronHExperts, (False, False, True, False)),
+        (Llama4TextExperts, (True, True, True, False)),
         (DeepseekV4Experts, (True, False, True, False)),
     ],
 )
@@ -92,8 +112,8 @@ def test_layouts_are_read_from_flags(kind: Any, expected: tuple[bool, ...]) -> N
 class _Scaled(MixtralExperts):
     """Experts with a factor that no flag names."""
 
-    def forward(self, *args: Tensor) -> Tensor:
-        return 1.001 * super().forward(*args)
+    def forward(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        return 1.001 * super().forward(hidden, chosen, weights)
 
 
 class _Swapped(MixtralExperts):
@@ -154,7 +174,7 @@ def test_whole_experts_run_on_meta_and_on_data() -> None:
     holder = nn.Module()
     holder.experts = whole(GptOssExperts)
     expected = holder.experts(*call())
-    assert "one by one" in split_experts(holder)["experts"]
+    assert "one by one" in split_experts(holder, lambda *_: "nothing reads them one by one")["experts"]
     assert torch.equal(copy.deepcopy(holder).experts(*call()), expected)
     hidden = call()[0].to("meta")
     assert holder.to("meta").experts(hidden, *call()[1:]).shape == hidden.shape
