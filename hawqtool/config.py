@@ -20,16 +20,21 @@ from pydantic import (
 )
 
 from hawqtool.errors import UsageError
-from hawqtool.fields import SELF, Fields
-from hawqtool.formats import GROUP_STEP, MAX_BITS, MIN_BITS, is_served
-from hawqtool.parsing import MAX_YAML_BYTES, ParseError, parse_yaml, read_bounded, shown
+from hawqtool.fields import NEED_EVALUATION, SELF, Fields
+from hawqtool.formats import (
+    ASYMMETRIC_PROFILES,
+    GROUP_STEP,
+    MAX_BITS,
+    MIN_BITS,
+    asymmetric_refusal,
+    group_size_refusal,
+    is_served,
+)
+from hawqtool.parsing import read_yaml, shown
 from hawqtool.presets import find_preset
 from hawqtool.records import EXTRA_METRICS, SCORE_METRICS
 from hawqtool.settings import Affects, Setting, choices, flag_of, settings_of
 from hawqtool.values import parse_group_size, parse_share, parse_size, split_weight
-
-ASYMMETRIC_PROFILES = ("vllm", "transformers")
-"""Profiles that take grids with zero points; transformers only in versions that docs/guides/load.md names."""
 
 _GroupSize = Annotated[int, Field(gt=0, multiple_of=GROUP_STEP)] | Literal["channel"]
 DEFAULT, PRESET, FILE, FLAG = "default", "preset", "file", "flag"
@@ -216,6 +221,16 @@ class RunConfig(Fields):
             raise ValueError("a plan is carried out as it is; drop plan, or costs and max_cost")
         return self
 
+    @model_validator(mode="after")
+    def _check_evaluation(self) -> RunConfig:
+        if self.eval is False:
+            for other in (*NEED_EVALUATION, "eval_data", "eval_samples"):
+                if getattr(self, other) is not None:
+                    raise ValueError(f"{other} needs the evaluation that eval false leaves out; drop one of the two")
+            if self.swaps or (self.shortlist or 1) > 1:
+                raise ValueError("shortlist and swaps compare plans by evaluation; drop them, or eval false")
+        return self
+
     @property
     def group_sizes(self) -> tuple[int, ...]:
         """Group sizes that a plan may have; layers that one does not divide fall to a smaller one."""
@@ -243,18 +258,49 @@ class RunConfig(Fields):
         automatic = self.target_shift == "auto" or (self.rounding == "foem" and self.foem_beta == "auto")
         return automatic or self.rounding == "gptaq" or self.scale_refit
 
+    @property
+    def uniform_width(self) -> int | None:
+        """The width of all units where one is asked for and nothing else; None where a target says what to do."""
+        if self.bits is None or len(self.bits) > 1 or self.extra_group_sizes:
+            return None
+        return self.bits[0] if all(getattr(self, name) is None for name in names_affecting(Affects.TARGET)) else None
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether the result is judged on held-out rows; by default not where neither work nor settings name data."""
+        if self.eval is not None:
+            return self.eval
+        names, fields = (*names_affecting(Affects.ROWS), *NEED_EVALUATION), RunConfig.model_fields
+        asked = any(getattr(self, name) != fields[name].default for name in names)
+        return asked or self.uniform_width is None or not self._needs_no_inputs
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether rows of text or images are needed."""
+        return self.evaluates or not self._needs_no_inputs
+
+    @property
+    def _needs_no_inputs(self) -> bool:
+        """Whether each weight may be rounded to nearest by itself."""
+        fixed = self.plan is not None or self.uniform_width is not None
+        learns = self.refine_steps or self.distill_steps
+        return fixed and self.rounding == "rtn" and self.calibration == (SELF,) and not learns
+
     def require_one_target(self) -> None:
-        """Check that exactly one of target_bpw, target_size, target_kl and plan is given.
+        """Check that exactly one of target_bpw, target_size, target_kl and plan is given, or one width alone.
 
         Raises:
             UsageError: Otherwise.
         """
+        if self.uniform_width is not None:
+            return
         targets = names_affecting(Affects.TARGET)
         given = [name for name in targets if getattr(self, name) is not None]
         if len(given) != 1:
             *first, last = map(flag_of, targets)
             found = " and ".join(map(flag_of, given)) or "none"
-            raise UsageError(f"exactly one of {', '.join(first)} and {last} is needed, found {found}")
+            width = "" if given else "; one width alone (--bits 4) is enough too"
+            raise UsageError(f"exactly one of {', '.join(first)} and {last} is needed, found {found}{width}")
 
     @property
     def measures(self) -> bool:
@@ -285,22 +331,6 @@ SETTINGS: Mapping[str, Setting] = settings_of(RunConfig)
 def names_affecting(*affected: Affects) -> tuple[str, ...]:
     """Names of the settings that change one of these, in the order of the fields."""
     return tuple(name for name, setting in SETTINGS.items() if setting.affects in affected)
-
-
-def asymmetric_refusal(profile: str) -> str:
-    """Why a profile does not take asymmetric grids, and which do."""
-    return (
-        f"profile {profile} takes symmetric grids only: transformers 5.23 fails to load the zero points of asymmetric "
-        "ones, and SGLang takes them at 4 bits only; --profile vllm accepts them (and --profile transformers, for 5.17)"
-    )
-
-
-def group_size_refusal(group_size: int) -> str:
-    """Why a group size is not for every profile."""
-    return (
-        f"groups of {group_size} load in transformers alone: kernels of serving engines take 32, 64, 128 and whole "
-        "rows; use one of these, or --profile transformers"
-    )
 
 
 def load_config(path: Path | None, flags: Mapping[str, Any], preset: str | None = None) -> RunConfig:
@@ -352,25 +382,6 @@ def preset_and_file(path: Path | None, preset: str | None) -> tuple[tuple[str, .
     if path is not None and path.parent == Path() and path.suffix not in (".yaml", ".yml"):
         return (*presets, path.name), None
     return presets, path
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Values by key of a configuration file, as they stand there; dashes in keys become underscores.
-
-    Raises:
-        UsageError: If it is missing, no YAML, or holds something else than keys.
-    """
-    if not os.path.isfile(path):
-        raise UsageError(f"configuration file {path} was not found; check the path given to -c")
-    try:
-        loaded = parse_yaml(read_bounded(path, MAX_YAML_BYTES))
-    except ParseError as error:
-        raise UsageError(f"{path} is not valid YAML: {error}") from error
-    if loaded is None:
-        return {}
-    if not isinstance(loaded, dict):
-        raise UsageError(f"{path} holds {type(loaded).__name__}, expected keys such as model, output and target_bpw")
-    return {str(key).replace("-", "_"): value for key, value in loaded.items()}
 
 
 def describe_problem(error: Any, origin: str) -> str:

@@ -24,6 +24,10 @@ SELF = "self"
 """Calibration source: rows sampled from the model."""
 
 
+NEED_EVALUATION = ("target_kl", "max_kl", "max_ppl_increase", "min_same_top", "baseline")
+"""Settings that judge by what the evaluation measures."""
+
+
 # fmt: off
 class Fields(BaseModel):
     """Each field is a flag of the same name and a key in YAML."""
@@ -121,7 +125,7 @@ class Fields(BaseModel):
     )] = Field(default=None, ge=0, allow_inf_nan=False)
 
     bits: Annotated[tuple[int, ...] | None, Setting(
-        help="Widths to choose from, from 2 to 8.",
+        help="Widths to choose from, from 2 to 8; one alone is a target too: uniform at that width.",
         default="4,8 where the target allows it, else 2,3,4,8",
         detail="Profile portable takes 4 and 8 only.",
         panel=FORMATS, affects=Affects.FORMATS, as_text=True, commands=("measure", "allocate"),
@@ -189,10 +193,18 @@ class Fields(BaseModel):
         detail="The report calls further rows of the calibration sources in-domain.", panel=CALIBRATION,
         affects=Affects.ROWS, metavar="SOURCE", names="source", commands=("evaluate",),
     )] = None
-    eval_samples: Annotated[int, Setting(
-        help="Evaluation rows.", detail="There are fewer where the text is shorter.", panel=CALIBRATION,
-        affects=Affects.ROWS, commands=("evaluate",),
-    )] = Field(default=32, ge=2)
+    eval_samples: Annotated[int | None, Setting(
+        help="Evaluation rows: more give surer figures and take longer.",
+        default="as many as calibration rows, from 8 to 32; of evaluate 32",
+        detail="There are fewer where the text is shorter.", panel=CALIBRATION, affects=Affects.ROWS,
+        commands=("evaluate",),
+    )] = Field(default=None, ge=2)
+    eval: Annotated[bool | None, Setting(
+        help="Judge the result on held-out rows, or leave that out: then the first plan is shipped as it is.",
+        default="on, but for one width with --rounding rtn and no flag of data: that reads no data",
+        detail="Without it nothing is known of the quality, and gates of quality, target_kl, shortlist and swaps "
+        "have nothing to go by.", panel=CALIBRATION, affects=Affects.PLAN, flags=("--eval/--no-eval",),
+    )] = None
 
     sensitivity: Annotated[str, Setting(
         help="auto (fisher for rtn, else projection), fisher, kron, projection, hawq-ggn, hawq, kl, or a saved "

@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+ASYMMETRIC_PROFILES = ("vllm", "transformers")
+"""Profiles that take grids with zero points; transformers only in versions that docs/guides/load.md names."""
+
 MIN_BITS, MAX_BITS = 2, 8
 GROUP_SIZES = (128, 64, 32)
 """Group sizes that the kernels of serving engines take; each divides those before it."""
@@ -117,3 +120,19 @@ def fitting_group_size(requested: int, *in_features: int) -> int | None:
         return CHANNEL
     fitting = (size for size in group_sizes_tried(requested) if all(width % size == 0 for width in in_features))
     return next(fitting, None)
+
+
+def asymmetric_refusal(profile: str) -> str:
+    """Why a profile does not take asymmetric grids, and which do."""
+    return (
+        f"profile {profile} takes symmetric grids only: transformers 5.23 fails to load the zero points of asymmetric "
+        "ones, and SGLang takes them at 4 bits only; --profile vllm accepts them (and --profile transformers, for 5.17)"
+    )
+
+
+def group_size_refusal(group_size: int) -> str:
+    """Why a group size is not for every profile."""
+    return (
+        f"groups of {group_size} load in transformers alone: kernels of serving engines take 32, 64, 128 and whole "
+        "rows; use one of these, or --profile transformers"
+    )

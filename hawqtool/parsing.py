@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from hawqtool.errors import UsageError
+
 MAX_JSON_BYTES = 100_000_000
 """Most bytes of a JSON file of a checkpoint; the safetensors library allows its headers as many."""
 MAX_RECORD_BYTES = 1 << 30
@@ -200,3 +202,22 @@ class _PlainLoader(yaml.SafeLoader):
             if name is not None:
                 seen.add(name)
         return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Values by key of a configuration file, as they stand there; dashes in keys become underscores.
+
+    Raises:
+        UsageError: If it is missing, no YAML, or holds something else than keys.
+    """
+    if not os.path.isfile(path):
+        raise UsageError(f"configuration file {path} was not found; check the path given to -c")
+    try:
+        loaded = parse_yaml(read_bounded(path, MAX_YAML_BYTES))
+    except ParseError as error:
+        raise UsageError(f"{path} is not valid YAML: {error}") from error
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise UsageError(f"{path} holds {type(loaded).__name__}, expected keys such as model, output and target_bpw")
+    return {str(key).replace("-", "_"): value for key, value in loaded.items()}

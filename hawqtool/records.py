@@ -278,7 +278,8 @@ class LayerMetrics:
 
     Errors are relative: squared output error over squared output, on the rounding rows (from the Gram
     matrix); ``rtn_error`` is plain rounding on the same scales. ``predicted_error`` is
-    sum of R_jj² s² / 12, what compensation leaves when nothing clips. ``kernel`` ran the column loop: ``eager``,
+    sum of R_jj² s² / 12, what compensation leaves when nothing clips. The three are None where no inputs
+    were looked at. ``kernel`` ran the column loop: ``eager``,
     ``numba`` or ``triton``, None for plain rounding. ``beta``, ``target_shift`` and ``scales_refitted`` are the
     settings that the layer was rounded with, some of them chosen on held-out rows; with a shift, the errors include
     what it changes on purpose. ``feedback_ratio``, ``feedback_damping`` and ``feedback_blocks`` are those of output
@@ -286,9 +287,9 @@ class LayerMetrics:
     With feedback, output errors are larger on purpose: the loss, not the output, is what rows make up for.
     """
 
-    output_error: float
-    rtn_error: float
-    predicted_error: float
+    output_error: float | None
+    rtn_error: float | None
+    predicted_error: float | None
     weight_error: float
     clip_rate: float
     damping: float

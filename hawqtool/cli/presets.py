@@ -7,7 +7,7 @@ from typing import Any
 
 from hawqtool.cli import options as o
 from hawqtool.cli.session import print_json, session
-from hawqtool.config import read_yaml
+from hawqtool.parsing import read_yaml
 from hawqtool.presets import Preset, list_presets
 
 PRESETS_SCHEMA = "hawqtool.presets/1"

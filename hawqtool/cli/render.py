@@ -11,9 +11,10 @@ from rich.table import Table
 
 from hawqtool.parsing import printable
 from hawqtool.report.documents import DryRun, EvaluationDocument
-from hawqtool.report.schema import Gate, Kept, PlanComparison, Quality, Report, Search, shipped_plan
+from hawqtool.report.schema import Gate, Kept, PlanComparison, Quality, Report, Search, Shipped, shipped_of
 from hawqtool.report.wording import (
     MEASURES,
+    NOT_EVALUATED,
     gate_text,
     measurement_text,
     plus_minus,
@@ -36,7 +37,9 @@ def announcement(description: DryRun) -> list[str]:
     budget = description["budget_bpw"]
     about = "" if description["expected_is_exact"] else "at most "
     kind = "" if description["symmetric"] else ", asymmetric"
-    if description["target_kl"] is not None:
+    if description["uniform_bits"] is not None:
+        aim = f"uniform {description['uniform_bits']} bits"
+    elif description["target_kl"] is not None:
         aim = f"the smallest size with a measured divergence of at most {description['target_kl']:g}"
     else:
         aim = (
@@ -53,6 +56,7 @@ def announcement(description: DryRun) -> list[str]:
         f"({description['expected_bytes']:,} bytes) afterwards",
         f"work        {description['rounding']} on {description['calibration']}, {description['device']}, "
         f"seed {description['seed']}",
+        f"judged on   {description['evaluation']}",
     ]
     lines += kept_lines(description["kept"])
     return lines + [f"note        {text}" for text in description["group_falls"]]
@@ -84,14 +88,24 @@ def kept_lines(kept: Kept) -> list[str]:
 def print_report(report: Report, output: str) -> None:
     """The result: sizes, histogram, quality against uniform."""
     console = Console(highlight=False)
-    evaluation = report["evaluation"]
+    if report["evaluation"] is not None:
+        console.print(_quality_table(report, report["evaluation"], console.width))
+    for line in result_lines(report):
+        console.print(hanging(printable(line), console.width), markup=False)
+    for text in report["warnings"]:
+        console.print(hanging(f"warning     {printable(text)}", console.width), markup=False)
+    console.print(f"verified    {printable(output)}", markup=False)
+
+
+def _quality_table(report: Report, evaluation: PlanComparison, width: int) -> Table:
+    """Original, uniform and mixed plan in the columns of their kind of model."""
     columns = quality_columns(evaluation)
     table = Table(title="quality on the report rows" + (" (in-domain)" if report["rows"]["report_in_domain"] else ""))
     for name in ("model", "formats"):
         table.add_column(name, overflow="fold")
     for name in ("bits/weight", "file", *columns):
         # Text folds before numbers, where there is room for these.
-        table.add_column(name, justify="right", overflow="fold", no_wrap=console.width >= _ROOMY)
+        table.add_column(name, justify="right", overflow="fold", no_wrap=width >= _ROOMY)
     original = report["sizes"]["original_bytes"]
     table.add_row("original", "", "", size(original), *(show(evaluation["original"]) for show in columns.values()))
     alone = same_plan(evaluation["mixed"], evaluation["uniform"])
@@ -106,12 +120,7 @@ def print_report(report: Report, output: str) -> None:
         between = cast(Quality, interpolated)  # of which only the divergence is shown
         shown = [show(between) if name in MEASURES.values() else "" for name, show in columns.items()]
         table.add_row("uniform, interpolated", "", bits, "", *shown)
-    console.print(table)
-    for line in result_lines(report):
-        console.print(hanging(printable(line), console.width), markup=False)
-    for text in report["warnings"]:
-        console.print(hanging(f"warning     {printable(text)}", console.width), markup=False)
-    console.print(f"verified    {printable(output)}", markup=False)
+    return table
 
 
 def hanging(line: str, width: int) -> str:
@@ -133,19 +142,28 @@ def result_lines(report: Report) -> list[str]:
     routing = routing_text(report["experts"])
     if routing:
         lines.append(f"routing     {routing}")
-    difference = evaluation.get("mixed_minus_uniform")
-    if difference and not same_plan(evaluation["mixed"], evaluation["uniform"]):
-        measure = evaluation["measure"]
-        value = f"{difference[measure]:+.4f}{plus_minus(difference, measure)}"
-        lines.append(f"paired      {MEASURES[measure]}, mixed - uniform: {value}")
-    tail = tail_text(shipped_plan(report))
-    lines += [f"tail        {tail}"] if tail else []
-    lines += [*tried_lines(evaluation), *search_lines(report["search"]), *gate_lines(report["gates"])]
+    if evaluation is None:
+        lines.append("quality     " + NOT_EVALUATED.replace("`", ""))
+    else:
+        lines += _comparison_lines(evaluation, report["shipped"])
+    lines += [*search_lines(report["search"]), *gate_lines(report["gates"])]
     spent: dict[str, float] = {}
     for stage, seconds in report["timings"].items():
         group = "round" if stage.startswith("round ") else stage
         spent[group] = spent.get(group, 0.0) + seconds
     return [*lines, "time        " + ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in spent.items())]
+
+
+def _comparison_lines(evaluation: PlanComparison, shipped: Shipped) -> list[str]:
+    """The mixed plan against the uniform one, and all that were tried."""
+    lines, difference = list[str](), evaluation.get("mixed_minus_uniform")
+    if difference and not same_plan(evaluation["mixed"], evaluation["uniform"]):
+        measure = evaluation["measure"]
+        value = f"{difference[measure]:+.4f}{plus_minus(difference, measure)}"
+        lines.append(f"paired      {MEASURES[measure]}, mixed - uniform: {value}")
+    tail = tail_text(shipped_of(evaluation, shipped))
+    lines += [f"tail        {tail}"] if tail else []
+    return lines + tried_lines(evaluation)
 
 
 def gate_lines(gates: list[Gate]) -> list[str]:

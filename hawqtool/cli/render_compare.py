@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hawqtool.parsing import printable
-from hawqtool.report.documents import ComparedLayer, ComparisonDocument
+from hawqtool.report.documents import ComparedLayer, ComparedResult, ComparisonDocument
 from hawqtool.report.escape import one_line
 from hawqtool.report.wording import quality_columns, size
 
@@ -53,15 +53,20 @@ def _figures(found: ComparisonDocument) -> Table:
         ["weight files", *(size(result["quantized_bytes"]) for result in results)],
         ["times smaller", *(f"{result['original_bytes'] / result['quantized_bytes']:.2f}" for result in results)],
     ]
-    shown = [quality_columns({"measure": result["measure"], "original": result["quality"]}) for result in results]
-    for name in dict.fromkeys(name for columns in shown for name in columns):
-        cells = [
-            columns[name](result["quality"]) if name in columns else ""
-            for columns, result in zip(shown, results, strict=True)
-        ]
-        rows.append([name, *cells])
+    shown = [_quality(result) for result in results]
+    for name in dict.fromkeys(name for cells in shown for name in cells):
+        rows.append([name, *(cells.get(name, "not evaluated" if not cells else "") for cells in shown)])
     rows.append(["seconds", *(f"{result['seconds']:.0f}" for result in results)])
     return _table("", ("", "first", "second"), rows)
+
+
+def _quality(result: ComparedResult) -> dict[str, str]:
+    """Figures by heading; none where nothing was evaluated."""
+    measure, quality = result["measure"], result["quality"]
+    if measure is None or quality is None:
+        return {}
+    columns = quality_columns({"measure": measure, "original": quality})
+    return {name: show(quality) for name, show in columns.items()}
 
 
 def _notes(found: ComparisonDocument) -> list[str]:

@@ -227,18 +227,18 @@ def _print_recorded(console: Console, description: dict[str, Any]) -> None:
         _line(console, "quality", description["recorded_note"])
         return
     evaluation, rows = recorded["evaluation"], recorded["calibration"]
-    shown = quality_columns(evaluation).items()
+    read = "no data" if rows is None else f"{rows_text(rows)} ({rows['source']})"
     _line(
         console,
         "method",
-        f"{recorded['rounding']} by hawqtool {recorded['hawqtool_version']}, {rows_text(rows)} "
-        f"({rows['source']}), seed {recorded['seed']}; shipped {recorded['shipped']}",
+        f"{recorded['rounding']} by hawqtool {recorded['hawqtool_version']}, {read}, "
+        f"seed {recorded['seed']}; shipped {recorded['shipped']}",
     )
-    _line(
-        console,
-        "quality",
-        ", ".join(f"{name} {show(evaluation['quantized'])}" for name, show in shown)
-        + (" (in-domain)" if recorded["in_domain"] else ""),
-    )
+    quality = "not evaluated"
+    if evaluation is not None:
+        shown = quality_columns(evaluation).items()
+        quality = ", ".join(f"{name} {show(evaluation['quantized'])}" for name, show in shown)
+        quality += " (in-domain)" if recorded["in_domain"] else ""
+    _line(console, "quality", quality)
     for text in recorded["warnings"]:
         _line(console, "warning", text)

@@ -120,7 +120,8 @@ class OutputComparison:
         """
         tail = Tail()
         with torch.no_grad():
-            results = [self._row(*row, tail) for row in zip(self.rows, self.states, hidden, strict=True)]
+            same = hidden is self.states and self.candidate is self.original
+            results = [self._row(*row, tail, same) for row in zip(self.rows, self.states, hidden, strict=True)]
         divergence = torch.tensor([values["divergence"] for values in results], dtype=torch.float64)
         if not bool(torch.isfinite(divergence).all()):
             raise NumericalError("the model to evaluate gives outputs that are NaN or Inf")
@@ -150,15 +151,24 @@ class OutputComparison:
         compare = kl_divergence if self.original.task.logits else embedding_error
         return compare(expected, _normalized(self.candidate, outputs))
 
-    def _row(self, row: Tensor, state: Tensor, hidden: Tensor, tail: Tail) -> dict[str, float]:
-        """Means over the outputs of a row; ``tail`` takes its single outputs."""
+    def _row(self, row: Tensor, state: Tensor, hidden: Tensor, tail: Tail, same: bool) -> dict[str, float]:
+        """Means over the outputs of a row.
+
+        Args:
+            row: Its tokens, or an image.
+            state: The original's last hidden states.
+            hidden: The candidate's.
+            tail: Takes its single outputs.
+            same: Whether the candidate is the original.
+        """
         task = self.original.task
         compare = partial(_compare_logits, tail=tail) if task.logits else _compare_embeddings
         sums: dict[str, float] = defaultdict(float)
         for positions in self.original.output_parts(len(state)):
             rows = row[None, positions] if task.generates else row[None]
             p = self.original.outputs(rows, state[None, positions])[0].float()
-            q = self.candidate.outputs(rows, hidden[None, positions])[0].float()
+            # The original compared with itself needs its outputs once.
+            q = p if same else self.candidate.outputs(rows, hidden[None, positions])[0].float()
             share = (positions.stop - positions.start) / len(state)
             for name, value in compare(p, q).items():
                 sums[name] += share * value

@@ -66,7 +66,7 @@ def run_allocate(config: RunConfig, sensitivity: Path, output: Path, reporter: R
     config.require_one_target()
     check_writable(output)
     saved = _load(config, sensitivity)
-    budget = budget_bytes(saved.config, saved.units, saved.unquantized_bytes)
+    budget = budget_bytes(saved.config, saved.units, saved.unquantized_bytes, saved.pins)
     menu = _menu(saved, widths(saved.config, saved.units, budget))
     plan = allocate(saved.units, menu, saved.scores, saved.pins, budget, saved.metric, saved.config)
     for text in (*score_warnings({saved.metric: saved.scores}), *plan_warnings(plan)):

@@ -54,20 +54,27 @@ def _compared(paths: tuple[Path, Path], reports: list[Report]) -> ComparisonDocu
         "schema": "hawqtool.comparison/1",
         "results": [_result(path, report) for path, report in zip(paths, reports, strict=True)],
         "same_model": _origin(first) == _origin(second),
-        "same_rows": first["rows"]["report"]["fingerprint"] == second["rows"]["report"]["fingerprint"],
+        "same_rows": _judged_on(first) is not None and _judged_on(first) == _judged_on(second),
         "settings": _settings(first["config"], second["config"]),
         "layers": _layers(first, second),
     }
 
 
+def _judged_on(report: Report) -> str | None:
+    """Fingerprint of the rows that the figures are of."""
+    rows = report["rows"]["report"]
+    return None if rows is None else rows["fingerprint"]
+
+
 def _result(path: Path, report: Report) -> ComparedResult:
-    plan = shipped_plan(report)
+    plan, evaluation = shipped_plan(report), report["evaluation"]
+    entries = (QuantFormat(e["bits"], parse_group_size(e["group_size"]), e["symmetric"]) for e in report["plan"])
     return {
         "path": str(path),
         "model": report["model"],
-        "measure": report["evaluation"]["measure"],
+        "measure": None if evaluation is None else evaluation["measure"],
         "shipped": report["shipped"],
-        "formats": plan["formats"],
+        "formats": sorted({entry.label for entry in entries}),
         "bpw_linears": report["sizes"]["bpw_linears"],
         "quantized_bytes": report["sizes"]["quantized_bytes"],
         "original_bytes": report["sizes"]["original_bytes"],

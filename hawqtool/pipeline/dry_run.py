@@ -110,7 +110,7 @@ def describe(job: Job) -> DryRun:
     if config.plan is not None:
         plan = given_plan(config, job.units)
     elif config.target_kl is None:
-        budget = budget_bytes(config, job.units, fixed)
+        budget = budget_bytes(config, job.units, fixed, job.pins)
         menu = job_menu(job, budget)
         _check_feasible(job, menu, budget, weights, fixed)
         second_budget(config, job.units, menu, job.pins)  # what it lacks must be known before the long part
@@ -141,11 +141,20 @@ def describe(job: Job) -> DryRun:
         "expected_bytes": job.layout(plan.formats).total_bytes if plan else fixed + expected,
         "expected_is_exact": plan is not None,
         "best_uniform": uniform.label if uniform else None,
+        "uniform_bits": config.uniform_width,
         "device": str(job.device),
-        "calibration": f"{job.settings.num_samples} {length}",
+        "calibration": f"{job.settings.num_samples} {length}" if config.reads_rows else "no data",
+        "evaluation": _evaluation(job, length),
         "rounding": ", ".join([config.rounding, *_learning(config)]),
         "seed": config.seed,
     }
+
+
+def _evaluation(job: Job, length: str) -> str:
+    """On what the result is judged, and how to have less or more of it."""
+    if not job.config.evaluates:
+        return "nothing (--eval measures the quality)"
+    return f"{job.settings.eval_samples} {length} (--eval-samples for more or fewer, --no-eval for none)"
 
 
 def _learning(config: RunConfig) -> list[str]:

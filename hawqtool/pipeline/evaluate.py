@@ -14,6 +14,7 @@ from hawqtool.export.packed_reader import PackedReader, read_config
 from hawqtool.export.verify import origin_problems
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.job import prepare
+from hawqtool.pipeline.run.resolved import MOST_REPORT_ROWS
 from hawqtool.pipeline.stages.evaluate import Evaluator
 from hawqtool.pipeline.stages.rows import evaluation_rows
 from hawqtool.report.documents import EvaluationDocument
@@ -44,7 +45,7 @@ def run_evaluate(config: RunConfig, folder: Path, reporter: Reporter) -> Evaluat
             f"{folder} is not what was made from {config.model}, so a comparison would say nothing: {problems[0]} "
             f"({len(problems)} such); give its original"
         )
-    rows = evaluation_rows(job, config.eval_data)
+    rows = evaluation_rows(job, config.eval_data, config.eval_samples or MOST_REPORT_ROWS)
     evaluator = Evaluator(RunContext(job, reporter), {"report": rows})
     with torch.no_grad():
         original = evaluator.evaluate(None, "original")["report"]

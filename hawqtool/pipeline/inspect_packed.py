@@ -161,7 +161,9 @@ def _recorded(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
             "calibration": report["rows"]["calibration"],
             "shipped": shipped,
             "original_bytes": report["sizes"]["original_bytes"],
-            "evaluation": {
+            "evaluation": None
+            if evaluation is None
+            else {
                 "measure": evaluation["measure"],
                 "original": evaluation["original"],
                 "quantized": evaluation[shipped],

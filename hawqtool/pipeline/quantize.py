@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from torch import Tensor
+
 from hawqtool.allocation.exact import plan_warnings
 from hawqtool.config import RunConfig
 from hawqtool.errors import InputError, NumericalError, disk_errors
@@ -27,14 +29,14 @@ from hawqtool.pipeline.search.gates import judge_gates, matching_baseline
 from hawqtool.pipeline.search.planner import Planner, given_plan, make_planner
 from hawqtool.pipeline.search.quality_target import find_smallest
 from hawqtool.pipeline.search.selection import choose, compare, try_plans
-from hawqtool.pipeline.search.trials import TIMINGS, TrialRunner
-from hawqtool.pipeline.stages.load_trial import try_loading
+from hawqtool.pipeline.search.trials import TIMINGS, Trial, TrialRunner
+from hawqtool.pipeline.stages.load_trial import trial_rows, try_loading
 from hawqtool.pipeline.stages.report import Outcome, build_report, write_card, write_reproduce
 from hawqtool.pipeline.stages.rows import gather_rows
 from hawqtool.pipeline.stages.token_importance import with_token_importance
-from hawqtool.records import BitPlan, Rows
+from hawqtool.records import BitPlan
 from hawqtool.report.documents import DryRun, SensitivityDocument
-from hawqtool.report.schema import Report, Search
+from hawqtool.report.schema import Report, Search, Shipped
 from hawqtool.runtime.reporter import Reporter
 from hawqtool.runtime.stage_timer import Stopwatch
 
@@ -95,7 +97,7 @@ def _quantized(
     job, timings = context.job, dict[str, float](context.saved.load(TIMINGS) or {})
     with Stopwatch(timings, "rows"):
         sets = gather_rows(context)
-    baseline = matching_baseline(job.config, sets["report"])
+    baseline = matching_baseline(job.config, sets["report"]) if "report" in sets else None
     run.check_rows({name: rows.fingerprint for name, rows in sets.items()})
     if job.settings.uses_token_importance:
         with Stopwatch(timings, "token importance"):
@@ -104,12 +106,8 @@ def _quantized(
         planner = None if job.config.plan else make_planner(context, sets)
     runner = TrialRunner(context, sets, run.plans, timings)
     search, plans = _plans(runner, planner)
-    selection = try_plans(runner, plans, planner.scores if planner else {})
-    shipped = choose(job, selection)
-    evaluation = compare(selection, runner.original(), planner.predicted if planner else lambda _: {})
-    winner = selection.mixed[selection.best] if shipped == "mixed" else selection.uniform["uniform"]
+    winner, outcome = _outcome(runner, plans, planner)
     folder = runner.folder(winner)
-    outcome = Outcome(winner.plan, winner.rounding, evaluation, shipped)
     report = build_report(job, sets, outcome, timings, command)
     report |= {"search": search, "gates": judge_gates(job.config, winner, report, baseline), "starts": run.starts}
     origin = planner.origin.record if planner and planner.origin else None
@@ -118,11 +116,26 @@ def _quantized(
     if planner and planner.table:
         report["warnings"] += planner.table.warnings
     with Stopwatch(timings, "verify"), disk_errors(folder):
-        _complete(job, folder, planner.document if planner else None, report, sets["report"])
+        _complete(job, folder, planner.document if planner else None, report, trial_rows(job, sets))
     report = seal(folder, report)
     with disk_errors(folder):
         write_page(folder)
     return folder, report
+
+
+def _outcome(runner: TrialRunner, plans: dict[str, BitPlan], planner: Planner | None) -> tuple[Trial, Outcome]:
+    """The plan that is shipped, and how it compares; without an evaluation the first one as it is."""
+    job = runner.context.job
+    if not job.config.evaluates:
+        name, plan = next(iter(plans.items()))
+        trial = runner.run_trial(name, plan)
+        kind: Shipped = "uniform" if len({fmt.bits for fmt in plan.formats.values()}) == 1 else "mixed"
+        return trial, Outcome(plan, trial.rounding, None, kind)
+    selection = try_plans(runner, plans, planner.scores if planner else {})
+    shipped = choose(job, selection)
+    evaluation = compare(selection, runner.original(), planner.predicted if planner else lambda _: {})
+    winner = selection.mixed[selection.best] if shipped == "mixed" else selection.uniform["uniform"]
+    return winner, Outcome(winner.plan, winner.rounding, evaluation, shipped)
 
 
 def _plans(runner: TrialRunner, planner: Planner | None) -> tuple[Search | None, dict[str, BitPlan]]:
@@ -132,14 +145,14 @@ def _plans(runner: TrialRunner, planner: Planner | None) -> tuple[Search | None,
         return None, {"plan": given_plan(job.config, job.units)}
     if job.config.target_kl is not None:
         return find_smallest(runner, planner, job.config.target_kl)
-    budget = budget_bytes(job.config, job.units, unquantized_bytes(job, job_menu(job, None)))
+    budget = budget_bytes(job.config, job.units, unquantized_bytes(job, job_menu(job, None)), job.pins)
     plans = planner.shortlist(budget)
     for text in (text for plan in plans.values() for text in plan_warnings(plan)):
         runner.context.reporter.warn(text)
     return None, plans
 
 
-def _complete(job: Job, folder: Path, sensitivity: SensitivityDocument | None, report: Report, rows: Rows) -> None:
+def _complete(job: Job, folder: Path, sensitivity: SensitivityDocument | None, report: Report, rows: Tensor) -> None:
     """Add small files, card and records, try what the report claims, and verify the folder before it is sealed."""
     for left in folder.rglob(f".*{PART}"):  # by a run that was killed while it wrote them
         left.unlink()
@@ -154,12 +167,12 @@ def _complete(job: Job, folder: Path, sensitivity: SensitivityDocument | None, r
         raise NumericalError(f"the written folder failed verification: {problems[0]} ({len(problems)} problems)")
 
 
-def _try_claims(job: Job, folder: Path, report: Report, rows: Rows) -> None:
+def _try_claims(job: Job, folder: Path, report: Report, rows: Tensor) -> None:
     """Replace the verdict on transformers by what a trial gave, where the formats promise that it loads the folder."""
     entry = next(entry for entry in report["engines"] if entry["engine"] == TRANSFORMERS)
     if not entry["loads"]:
         return
-    trial = try_loading(job, folder, rows.tokens)
+    trial = try_loading(job, folder, rows)
     entry |= {"loads": trial.loads, "reason": trial.reason, "tried": trial.loads is not None}
     if trial.loads is False:
         report["warnings"].append(f"transformers does not load this folder as it should: {trial.reason}")

@@ -6,11 +6,12 @@ from collections import Counter, defaultdict
 
 from hawqtool.report.escape import code, escape, fenced, table
 from hawqtool.report.front_matter import SourceFacts, Value, merged, read_source
-from hawqtool.report.schema import PlanEntry, Report, Search, shipped_plan
+from hawqtool.report.schema import PlanEntry, Report, Search, shipped_of
 from hawqtool.report.wording import (
     EXPLANATIONS,
     GATES,
     MEASURES,
+    NOT_EVALUATED,
     gate_values,
     loads_text,
     measurement_text,
@@ -21,6 +22,8 @@ from hawqtool.report.wording import (
     same_plan,
     tail_text,
 )
+
+_ONE_FORMAT = "every layer had one format to take, so no sensitivity was measured"
 
 _LOAD = """\
 from transformers import {model_class}, {input_class}
@@ -107,11 +110,14 @@ def _format(entry: PlanEntry) -> str:
 def _method(report: Report) -> str:
     config, rows = report["config"], report["rows"]
     calibration = rows["calibration"]
+    how, given = "each weight to the nearest code, by itself", "none: no data was read"
+    if calibration is not None:
+        how = "block by block, each block on the inputs that the rounded blocks before it give"
+        given = f"{rows_text(calibration)} ({_origin(calibration['source'])}), seed {config['seed']}"
     lines = [
-        f"rounding: {code(config['rounding'])}, block by block, each block on the inputs that the rounded blocks "
-        "before it give",
+        f"rounding: {code(config['rounding'])}, {how}",
         f"bits: {_choice(report)}",
-        f"calibration: {rows_text(calibration)} ({_origin(calibration['source'])}), seed {config['seed']}",
+        f"calibration: {given}",
         "grid: symmetric integers, compressed-tensors format `pack-quantized`",
     ]
     lines += [f"sensitivity: {text}" for text in (measurement_text(report),) if text]
@@ -146,9 +152,17 @@ def _distillation(report: Report) -> str:
 def _choice(report: Report) -> str:
     if report["config"].get("plan"):
         return f"as given by the plan {code(report['config']['plan'])}"
-    evaluation, tried = report["evaluation"], list(report["evaluation"]["tried"])
+    evaluation = report["evaluation"]
+    if evaluation is None:
+        if report["metric"] is None:
+            return _ONE_FORMAT
+        return (
+            f"chosen per layer by the sensitivity metric {code(report['metric'])} under a budget of stored bytes; the "
+            "plan was not compared with others"
+        )
+    tried = list(evaluation["tried"])
     if tried == ["uniform menu"]:
-        return "every layer had one format to take, so no sensitivity was measured"
+        return _ONE_FORMAT
     best = evaluation["mixed"]["chosen_by"]
     by = f" by the sensitivity metric {code(best)}" if best == tried[0] else ""
     how = f"chosen per layer{by} under a budget of stored bytes"
@@ -216,6 +230,8 @@ def _sizes(report: Report) -> str:
 
 def _evaluation(report: Report) -> str:
     evaluation, source = report["evaluation"], report["rows"]["report"]
+    if evaluation is None or source is None:
+        return f"## Quality\n\n{NOT_EVALUATED}"
     uniform, mixed, measure = evaluation["uniform"], evaluation["mixed"], evaluation["measure"]
     shown = {report["shipped"]: mixed} if same_plan(mixed, uniform) else {"uniform": uniform, "mixed": mixed}
     columns = quality_columns(evaluation)
@@ -235,7 +251,7 @@ def _evaluation(report: Report) -> str:
         f"calibrated nor chose anything.{domain} {EXPLANATIONS[measure]}",
         table(["model", *columns], rows),
     ]
-    tail = tail_text(shipped_plan(report))
+    tail = tail_text(shipped_of(evaluation, report["shipped"]))
     lines += [f"The tail of the shipped model: {tail}."] if tail else []
     difference = evaluation.get("mixed_minus_uniform")
     if difference and not same_plan(mixed, uniform):

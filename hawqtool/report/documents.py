@@ -121,13 +121,13 @@ class ComparedResult(TypedDict):
 
     path: Annotated[str, "Folder or report as it was given."]
     model: Annotated[str, "Name of the original."]
-    measure: Annotated[Measure, "What the divergence is: `kl` or `embedding_error`."]
+    measure: Annotated[Measure | None, "What the divergence is: `kl` or `embedding_error`; null where it is unknown."]
     shipped: Annotated[Shipped, "Which plan was written."]
     formats: Annotated[list[str], "Labels of the formats of the plan."]
     bpw_linears: Annotated[float, "Stored bits per weight of the linears."]
     quantized_bytes: Annotated[int, "Bytes of the written weight files."]
     original_bytes: Annotated[int, "Bytes of the original's weight files."]
-    quality: Annotated[Quality, "Quality on the report rows."]
+    quality: Annotated[Quality | None, "Quality on the report rows; null where nothing was evaluated."]
     seconds: Annotated[float, "Seconds of all stages."]
 
 
@@ -174,7 +174,9 @@ class DryRun(TypedDict):
     expected_is_exact: Annotated[bool, "Whether that is exact, not an upper bound."]
     best_uniform: Annotated[str | None, "Best uniform plan within the budget."]
     device: Annotated[str, "Device that would compute."]
+    uniform_bits: Annotated[int | None, "The one width that was asked for, where there is no other target."]
     calibration: Annotated[str, "Rows in words."]
+    evaluation: Annotated[str, "Rows that the result is judged on, in words."]
     rounding: Annotated[str, "Rounding in words."]
     seed: Annotated[int, "Seed."]
 

@@ -45,7 +45,9 @@ class PlanQuality(Quality):
     bpw_linears: Annotated[float, "Stored bits per weight of the linears."]
     total_bytes: Annotated[int, "Bytes of all weight files."]
     rounding_seconds: Annotated[float, "Seconds that rounding and writing took."]
-    selection: Annotated[Quality, "Quality on the selection rows, which plans are chosen by."]
+    selection: NotRequired[
+        Annotated[Quality, "Quality on the selection rows, which plans are chosen by; where any is."]
+    ]
     predicted: Annotated[dict[str, float], "Predicted loss by metric, where all scores are known."]
     chosen_by: NotRequired[Annotated[str, "Name of the plan among `tried`; of `mixed` only."]]
     minus_uniform: NotRequired[Annotated[dict[str, Divergence], "Difference to uniform by set of rows; of `tried`."]]
@@ -115,9 +117,9 @@ class Engine(TypedDict):
 class LayerRecord(TypedDict):
     """How one linear was rounded; errors are relative squared errors."""
 
-    output_error: Annotated[float, "Error of the outputs on the calibration rows."]
-    rtn_error: Annotated[float, "The same for plain rounding on the same scales."]
-    predicted_error: Annotated[float, "What compensated rounding leaves when nothing clips."]
+    output_error: Annotated[float | None, "Error of the outputs on the calibration rows; null where there were none."]
+    rtn_error: Annotated[float | None, "The same for plain rounding on the same scales."]
+    predicted_error: Annotated[float | None, "What compensated rounding leaves when nothing clips."]
     weight_error: Annotated[float, "Error of the weights."]
     clip_rate: Annotated[float, "Share of weights outside the grid."]
     damping: Annotated[float, "Share of the mean diagonal added to the Gram matrix."]
@@ -169,10 +171,10 @@ class RowSet(TypedDict):
 class RowSets(TypedDict):
     """The four disjoint sets of rows."""
 
-    calibration: Annotated[RowSet, "Rows that rounding sees."]
-    scoring: Annotated[RowSet, "Rows that sensitivity is measured on."]
-    selection: Annotated[RowSet, "Rows that the shipped plan is chosen by."]
-    report: Annotated[RowSet, "Rows that the figures are of."]
+    calibration: Annotated[RowSet | None, "Rows that rounding sees; null where it sees none, as all that follow."]
+    scoring: Annotated[RowSet | None, "Rows that sensitivity is measured on."]
+    selection: Annotated[RowSet | None, "Rows that the shipped plan is chosen by."]
+    report: Annotated[RowSet | None, "Rows that the figures are of."]
     overlap: Annotated[int, "Rows that stand in two sets: 0."]
     report_in_domain: Annotated[bool, "Whether the report rows come from the calibration sources."]
 
@@ -266,7 +268,7 @@ class Report(TypedDict):
     experts: Annotated[dict[str, list[int]], "Calibration tokens of every expert, by block."]
     rows: Annotated[RowSets, "The sets of rows."]
     batch_size: Annotated[int, "Rows per forward pass."]
-    evaluation: Annotated[PlanComparison, "All plans that were tried, and the original."]
+    evaluation: Annotated[PlanComparison | None, "All plans that were tried, and the original; null under `--no-eval`."]
     shipped: Annotated[Shipped, "Which of the two was written."]
     timings: Annotated[dict[str, float], "Seconds by stage."]
     peak_memory_bytes: Annotated[dict[str, int], "Most bytes in use, by place."]
@@ -280,11 +282,23 @@ class Report(TypedDict):
     manifest: NotRequired[Annotated[ManifestLink, "Hashes of all files of the folder."]]
 
 
-def shipped_plan(report: Report) -> PlanQuality:
-    """The plan that was written, as it was evaluated."""
-    found = report["evaluation"][report["shipped"]]
+def shipped_plan(report: Report) -> PlanQuality | None:
+    """The plan that was written, as it was evaluated; None where nothing was."""
+    evaluation = report["evaluation"]
+    return None if evaluation is None else shipped_of(evaluation, report["shipped"])
+
+
+def shipped_of(evaluation: PlanComparison, shipped: Shipped) -> PlanQuality:
+    """The record of the plan that was written."""
+    found = evaluation[shipped]
     assert found is not None  # only what was tried is shipped
     return found
+
+
+def layer_error(layer: LayerRecord) -> float:
+    """Relative error of a layer's outputs, or of its weights where no outputs were looked at."""
+    found = layer["output_error"]
+    return layer["weight_error"] if found is None else found
 
 
 def named_rows(report: Report) -> dict[str, RowSet]:
@@ -292,4 +306,4 @@ def named_rows(report: Report) -> dict[str, RowSet]:
     rows = report["rows"]
     names: tuple[Literal["calibration", "scoring", "selection", "report"], ...]
     names = ("calibration", "scoring", "selection", "report")
-    return {name: rows[name] for name in names}
+    return {name: found for name in names if (found := rows[name]) is not None}

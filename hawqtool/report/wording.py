@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from hawqtool.report.schema import Gate, Measured, PlanQuality, Quality, Report, RowSet, shipped_plan
+from hawqtool.report.schema import Gate, Measured, PlanQuality, Quality, Report, RowSet
 
 MEASURES = {"kl": "KL (nats)", "embedding_error": "relative error"}
 """Heading of what a model is judged by."""
@@ -19,6 +19,8 @@ EXPLANATIONS = {
     "embedding_error": "The relative error is the squared change of the embedding (mean of the last hidden state over "
     "tokens) over its square, with its standard error over rows.",
 }
+
+NOT_EVALUATED = "Not evaluated: nothing is known of the quality. `hawqtool evaluate` measures it against the original."
 
 GATES = {
     "target_kl": "divergence on the selection rows, which choose",
@@ -64,9 +66,9 @@ def gate_text(gate: Gate) -> str:
     return f"{gate_found(gate)}: {'passed' if gate['passed'] else 'FAILED'}"
 
 
-def same_plan(first: PlanQuality, second: PlanQuality | None) -> bool:
+def same_plan(first: PlanQuality | None, second: PlanQuality | None) -> bool:
     """Whether two records are of one plan, where one of them at least is of a uniform plan."""
-    if second is None:
+    if first is None or second is None:
         return False
     return first["stored_bytes"] == second["stored_bytes"] and first["formats"] == second["formats"]
 
@@ -79,6 +81,8 @@ def tried_plans(report: Report) -> list[dict[str, Any]]:
         plan), the kind ``mixed`` or ``uniform``.
     """
     evaluation, shipped = report["evaluation"], report["shipped"]
+    if evaluation is None:
+        return []
     uniform: list[PlanQuality] = []
     for candidate in (evaluation["uniform"], *evaluation["neighbours"].values()):
         if candidate is not None and not any(same_plan(candidate, known) for known in uniform):
@@ -90,15 +94,18 @@ def tried_plans(report: Report) -> list[dict[str, Any]]:
             plan = {"mark": str(len(found) + 1), "name": name, "kind": "mixed", "record": record, "shipped": chosen}
             found.append(plan)
     for record in uniform:
-        mark, chosen = " ".join(record["formats"]), same_plan(record, shipped_plan(report))
+        mark, chosen = " ".join(record["formats"]), same_plan(record, evaluation[shipped])
         found.append({"mark": mark, "name": f"uniform {mark}", "kind": "uniform", "record": record, "shipped": chosen})
     return found
 
 
 def shown_metric(report: Report) -> str | None:
     """Metric whose predictions are shown: that of the shipped plan, else the run's; None where there are none."""
-    predicted = report["evaluation"]["mixed"]["predicted"]
-    return next((name for name in (report["metric"], *report["evaluation"]["tried"]) if name in predicted), None)
+    evaluation = report["evaluation"]
+    if evaluation is None:
+        return report["metric"]
+    predicted = evaluation["mixed"]["predicted"]
+    return next((name for name in (report["metric"], *evaluation["tried"]) if name in predicted), None)
 
 
 def measurement_text(report: Report) -> str | None:

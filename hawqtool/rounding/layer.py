@@ -15,7 +15,7 @@ from hawqtool.formats import QuantFormat
 from hawqtool.records import LayerMetrics, OutputMoments, RoundedLayer
 from hawqtool.rounding.factor import Factor, factorize
 from hawqtool.rounding.gram import quadratic_form
-from hawqtool.rounding.grid import Quantized, clamped_codes, dequantize, expand_scales, nearest_codes
+from hawqtool.rounding.grid import Quantized, clamped_codes, dequantize, expand_scales, nearest_codes, search_grid
 from hawqtool.rounding.input_drift import best_shift, full_shift
 from hawqtool.rounding.kernels.dispatch import kernel_for
 from hawqtool.rounding.method import BETAS, LayerSettings, RoundingMethod, Task
@@ -213,9 +213,7 @@ def round_layers(
     for task, result, values, chosen in zip(tasks, results, losses, settings, strict=True):
         output_error, rtn_error, predicted_error, weight_error, clip_rate = values
         if not (math.isfinite(output_error) and math.isfinite(weight_error)):
-            raise NumericalError(
-                f"{task.name}: rounding gave values that are not finite; check this weight for NaN or Inf"
-            )
+            raise _not_finite(task.name)
         metrics = LayerMetrics(
             output_error=output_error,
             rtn_error=rtn_error,
@@ -245,6 +243,48 @@ def _with_feedback(metrics: LayerMetrics, moments: OutputMoments | None, rows: R
         return replace(metrics, feedback_ratio=moments.ratio)
     damping, blocks = rows.factor.damping, len(rows.blocks)
     return replace(metrics, feedback_ratio=moments.ratio, feedback_damping=damping, feedback_blocks=blocks)
+
+
+def round_without_inputs(tasks: Sequence[Task], method: RoundingMethod) -> list[RoundedLayer]:
+    """Round weights to nearest by themselves: scales minimise the squared error of the weights.
+
+    Nothing is known of the outputs, so that their errors are None.
+
+    Args:
+        tasks: Layers, each in its planned format.
+        method: Plain rounding.
+
+    Raises:
+        NumericalError: If a result is not finite; names the layer.
+    """
+    layers = []
+    for task in tasks:
+        start, weight, fmt = time.perf_counter(), task.weight, task.quant_format
+        alike = weight.new_ones(weight.shape[1])
+        scales, zeros = search_grid(weight, alike, fmt, task.stored_dtype, method.both_signs)
+        result = Quantized(nearest_codes(weight, scales, fmt, zeros), scales, zeros)
+        metrics = LayerMetrics(
+            output_error=None,
+            rtn_error=None,
+            predicted_error=None,
+            weight_error=0.0,
+            clip_rate=0.0,
+            damping=0.0,
+            damping_retries=0,
+            dead_inputs=0,
+            num_tokens=0,
+            seconds=time.perf_counter() - start,
+        )
+        unmeasured = RoundedLayer(task.name, fmt, result.codes, result.scales, metrics, result.zeros)
+        layer = with_codes(unmeasured, result, weight)
+        if not math.isfinite(layer.metrics.weight_error):
+            raise _not_finite(task.name)
+        layers.append(layer)
+    return layers
+
+
+def _not_finite(name: str) -> NumericalError:
+    return NumericalError(f"{name}: rounding gave values that are not finite; check this weight for NaN or Inf")
 
 
 def quantized(layer: RoundedLayer) -> Quantized:

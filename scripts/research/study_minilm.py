@@ -157,7 +157,7 @@ def uniform_plan(options: argparse.Namespace, target: float) -> Path:
     """Plan file of the best uniform plan that fits a budget."""
     values: dict[str, Any] = {"model": str(options.model), "target_bpw": target, "device": "cpu"}
     job = prepare(RunConfig(**values))
-    best = best_uniform(job.units, budget_bytes(job.config, job.units, 0))
+    best = best_uniform(job.units, budget_bytes(job.config, job.units, 0, job.pins))
     if best is None:
         raise SystemExit(f"no uniform plan fits {target} stored bits per weight")
     plan = BitPlan(best.formats, best.stored_bytes, sum(unit.num_weights for unit in job.units))

@@ -9,10 +9,11 @@ import pytest
 from typer.testing import CliRunner
 
 from hawqtool.cli.app import app
-from hawqtool.config import load_config, read_yaml
+from hawqtool.config import load_config
 from hawqtool.errors import UsageError
 from hawqtool.export.engines import engines
 from hawqtool.formats import QuantFormat
+from hawqtool.parsing import read_yaml
 from hawqtool.presets import find_preset, list_presets, preset_names, read_preset
 
 NAMES = ["balanced", "best", "ci-gate", "fast", "portable-4bit"]

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import typer
 import yaml
+from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from hawqtool.cli.app import app
 from hawqtool.config import SETTINGS, RunConfig, load_config, names_affecting
 from hawqtool.errors import UsageError
+from hawqtool.fields import NEED_EVALUATION
 from hawqtool.settings import Affects, flag_of, setting_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -299,3 +301,31 @@ def test_missing_file_and_missing_model(tmp_path: Path) -> None:
         load_config(tmp_path / "none.yaml", {})
     with pytest.raises(UsageError, match="model"):
         load_config(write(tmp_path, ""), {})
+
+
+@pytest.mark.parametrize(
+    ("values", "evaluates", "reads_rows"),
+    [
+        ({"bits": "4"}, True, True),
+        ({"bits": "4", "rounding": "rtn"}, False, False),
+        ({"bits": "4", "rounding": "rtn", "eval": False, "num_samples": 8}, False, False),
+        ({"bits": "4", "rounding": "rtn", "eval": True}, True, True),
+        ({"bits": "4", "rounding": "rtn", "num_samples": 8}, True, True),
+        ({"bits": "4", "rounding": "rtn", "max_kl": 0.1}, True, True),
+        ({"bits": "4", "rounding": "rtn", "eval": False, "calibration": "text.txt"}, False, True),
+        ({"bits": "4", "rounding": "rtn", "eval": False, "refine_steps": 2}, False, True),
+        ({"bits": "4", "rounding": "rtn", "target_bpw": 4.25}, True, True),
+        ({"bits": "3,4", "rounding": "rtn", "target_bpw": 4}, True, True),
+        ({"bits": "4", "eval": False}, False, True),
+    ],
+)
+def test_data_is_read_where_something_needs_it(values: dict[str, Any], evaluates: bool, reads_rows: bool) -> None:
+    config = RunConfig(model="m", **values)
+    assert (config.evaluates, config.reads_rows) == (evaluates, reads_rows)
+
+
+@pytest.mark.parametrize("name", NEED_EVALUATION)
+def test_what_needs_an_evaluation_is_refused_without_one(name: str) -> None:
+    values = {name: 0.1, "eval": False} | ({"baseline": "report.json", "max_regression": 0.1} if "base" in name else {})
+    with pytest.raises(ValidationError, match=f"{name} needs the evaluation"):
+        RunConfig(model="m", **values)

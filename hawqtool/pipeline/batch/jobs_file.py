@@ -15,9 +15,9 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from hawqtool.config import SETTINGS, RunConfig, describe_problem, load_config, names_affecting, read_yaml
+from hawqtool.config import SETTINGS, RunConfig, describe_problem, load_config, names_affecting
 from hawqtool.errors import UsageError
-from hawqtool.parsing import shown
+from hawqtool.parsing import read_yaml, shown
 from hawqtool.settings import Affects
 
 JOBS, MEASUREMENTS, SUMMARY_JSON, SUMMARY_CSV = "jobs", "measurements", "summary.json", "summary.csv"

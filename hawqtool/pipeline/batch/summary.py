@@ -15,7 +15,7 @@ from hawqtool import __version__
 from hawqtool.config import RunConfig
 from hawqtool.pipeline.batch.jobs_file import SUMMARY_CSV, SUMMARY_JSON, BatchJob
 from hawqtool.pipeline.run.files import write_json, write_text
-from hawqtool.report.schema import Report, shipped_plan
+from hawqtool.report.schema import Report, shipped_of
 
 BATCH_SCHEMA = "hawqtool.batch/1"
 GATE_FAILED = 3
@@ -52,13 +52,14 @@ def target_text(config: RunConfig) -> str:
         return f"{config.target_bpw:g} bpw"
     if config.target_kl is not None:
         return f"divergence {config.target_kl:g}"
+    if config.uniform_width is not None:
+        return f"uniform {config.uniform_width} bits"
     return config.target_size or f"plan {Path(config.plan or '').name}"
 
 
 def result(report: Report) -> Row:
     """What a row takes from a report; ``exit_code`` is 3 where a gate failed."""
-    evaluation, sizes = report["evaluation"], report["sizes"]
-    measure, chosen, uniform = evaluation["measure"], shipped_plan(report), evaluation["uniform"]
+    sizes = report["sizes"]
     failed = [gate for gate in report["gates"] if not gate["passed"]]
     origin = report["measurement"]
     return {
@@ -70,15 +71,27 @@ def result(report: Report) -> Row:
         "quantized_bytes": sizes["quantized_bytes"],
         "bpw_linears": sizes["bpw_linears"],
         "shipped": report["shipped"],
+        "measurement": origin["source"] if origin else "none",
+        "gates": report["gates"],
+        **_quality(report),
+    }
+
+
+def _quality(report: Report) -> Row:
+    """What was measured; nothing where that was left out."""
+    evaluation, rows = report["evaluation"], report["rows"]["report"]
+    if evaluation is None or rows is None:
+        return {}
+    measure, chosen = evaluation["measure"], shipped_of(evaluation, report["shipped"])
+    uniform = evaluation["uniform"]
+    return {
         "measure": measure,
         "divergence": _finite(chosen[measure]),
         "divergence_stderr": _finite(chosen.get("kl_stderr", chosen.get("embedding_error_stderr"))),
         "uniform_divergence": _finite(uniform[measure]) if uniform else None,
         "uniform_bytes": uniform["total_bytes"] if uniform else None,
         "perplexity": _finite(chosen.get("perplexity")),
-        "measurement": origin["source"] if origin else "none",
-        "report_rows": report["rows"]["report"]["fingerprint"],
-        "gates": report["gates"],
+        "report_rows": rows["fingerprint"],
     }
 
 

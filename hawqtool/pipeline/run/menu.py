@@ -21,14 +21,18 @@ if TYPE_CHECKING:
 NARROW_MENU, WIDE_MENU = (4, 8), (2, 3, 4, 8)
 
 
-def budget_bytes(config: RunConfig, units: Sequence[Unit], unquantized_bytes: int) -> int:
+def budget_bytes(config: RunConfig, units: Sequence[Unit], unquantized_bytes: int, pins: UnitFormats) -> int:
     """Most stored bytes of the quantized linears that the target allows.
 
     Args:
-        config: With ``target_bpw`` or ``target_size``.
+        config: With ``target_bpw``, ``target_size``, or one width alone.
         units: Units that are quantized.
         unquantized_bytes: Bytes of the output files that no plan changes.
+        pins: Fixed formats by unit, which count where one width is all that is asked for.
     """
+    if config.uniform_width is not None:
+        uniform = uniform_formats(units, config.uniform_width, config.group_size, config.symmetric)
+        return stored_bytes(units, {**uniform, **pins})
     if config.target_bpw is not None:
         return AllocationProblem({}, sum(unit.num_weights for unit in units)).budget_bytes(config.target_bpw)
     assert config.target_size is not None  # require_one_target saw to it

@@ -16,6 +16,7 @@ class ResolvedSettings:
     Args:
         num_samples: Calibration rows.
         seq_len: Tokens per row.
+        eval_samples: Rows to report on; 0 where nothing is evaluated.
         batch_size: Rows per forward pass; 0 until the memory is known.
         shortlist: Mixed plans to round and evaluate at a budget.
         swaps: Rounds of measured swaps at the best mixed plan.
@@ -26,6 +27,7 @@ class ResolvedSettings:
 
     num_samples: int
     seq_len: int
+    eval_samples: int
     batch_size: int
     shortlist: int
     swaps: int
@@ -33,6 +35,9 @@ class ResolvedSettings:
     method: RoundingMethod
     uses_token_importance: bool
 
+
+FEWEST_REPORT_ROWS, MOST_REPORT_ROWS = 8, 32
+"""Rows to report on where nothing is asked for, at least and at most."""
 
 DEFAULT_SHIFT = 0.5
 """Share of the target shift where nothing is asked for.
@@ -56,9 +61,11 @@ def resolve_settings(
     seq_len = _default("seq_len", device_type)
     corrections = (config.gptaq_alpha, _target_shift(config, has_experts), config.scale_refit)
     wanted = config.token_importance
+    num_samples = config.num_samples or _default("num_samples", device_type)
     return ResolvedSettings(
-        config.num_samples or _default("num_samples", device_type),
+        num_samples,
         config.seq_len or min(seq_len, longest or seq_len),
+        _eval_samples(config, num_samples),
         config.batch_size or 0,
         _shortlist(config, device_type),
         _swaps(config, device_type),
@@ -69,6 +76,17 @@ def resolve_settings(
     )
 
 
+def _eval_samples(config: RunConfig, num_samples: int) -> int:
+    """Rows to report on: by default as many as calibrate, so that judging a plan costs no more than making it.
+
+    A row that calibrates goes through the model four times and more (importance there and back, rounding on the
+    prefix, the original's inputs beside it), one that judges twice and through the output head.
+    """
+    if not config.evaluates:
+        return 0
+    return config.eval_samples or min(max(num_samples, FEWEST_REPORT_ROWS), MOST_REPORT_ROWS)
+
+
 def _target_shift(config: RunConfig, has_experts: bool) -> float | Literal["auto"]:
     if config.target_shift is not None:
         return config.target_shift
@@ -77,12 +95,14 @@ def _target_shift(config: RunConfig, has_experts: bool) -> float | Literal["auto
 
 def _shortlist(config: RunConfig, device_type: str) -> int:
     # Only the metric's own plan is sure to keep a second budget.
-    return 1 if config.max_cost is not None else config.shortlist or _default("shortlist", device_type)
+    if config.max_cost is not None or not config.evaluates:
+        return 1
+    return config.shortlist or _default("shortlist", device_type)
 
 
 def _swaps(config: RunConfig, device_type: str) -> int:
-    # Swaps know neither quality targets nor second budgets.
-    if config.target_kl is not None or config.max_cost is not None:
+    # Without evaluation nothing tells plans apart. Swaps know neither quality targets nor second budgets.
+    if config.target_kl is not None or config.max_cost is not None or not config.evaluates:
         return 0
     return _default("swaps", device_type) if config.swaps is None else config.swaps
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hawqtool.config import RunConfig
 from hawqtool.errors import InputError, UsageError
@@ -15,7 +16,7 @@ from hawqtool.pipeline.run.files import REPORT_SCHEMA, read_json
 from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.search.trials import Trial
 from hawqtool.records import Rows
-from hawqtool.report.schema import Gate, Report, shipped_plan
+from hawqtool.report.schema import Gate, Report, shipped_of
 from hawqtool.values import parse_size
 
 
@@ -118,9 +119,11 @@ def judge_gates(config: RunConfig, shipped: Trial, report: Report, baseline: Bas
         report: Its report so far.
         baseline: An earlier result on the same report rows.
     """
-    result = shipped_plan(report)
-    original = report["evaluation"]["original"]
-    divergence: float = result[report["evaluation"]["measure"]]
+    evaluation = report["evaluation"]
+    # Without an evaluation there are no gates that need one.
+    result: dict[str, Any] = {} if evaluation is None else dict(shipped_of(evaluation, report["shipped"]))
+    original: dict[str, Any] = {} if evaluation is None else dict(evaluation["original"])
+    divergence: Any = math.nan if evaluation is None else result[evaluation["measure"]]
     size: int = report["sizes"]["quantized_bytes"]
     # Each figure is looked up only where its gate was asked for, as not every kind of model has it.
     found: dict[str, Callable[[], float]] = {

@@ -119,7 +119,7 @@ def make_planner(context: RunContext, sets: dict[str, Rows]) -> Planner:
     job = context.job
     menu, budget = job_menu(job, None), None
     if job.config.target_kl is None:
-        budget = budget_bytes(job.config, job.units, unquantized_bytes(job, menu))
+        budget = budget_bytes(job.config, job.units, unquantized_bytes(job, menu), job.pins)
         menu = job_menu(job, budget)
     if all(len(menu[unit.name]) == 1 or unit.name in job.pins for unit in job.units):
         return Planner(context, None, None)

@@ -51,6 +51,9 @@ def try_plans(runner: TrialRunner, plans: dict[str, BitPlan], scores: UnitScores
     _swap(runner, mixed, scores)
     best = _best(mixed)
     job, plan = runner.context.job, best.plan
+    if job.config.uniform_width is not None:  # there is no budget for others to compete in
+        (name,) = mixed
+        return Selection(mixed, {} if job.pins else {"uniform": best}, name)
     # Uniform plans may have what the mixed one has, even where a plan file says more than the configuration.
     kind = plan.symmetric, {*job.config.group_sizes, *(fmt.group_size for fmt in plan.formats.values())}
     below, above = neighbours(job.units, plan.stored_bytes, *kind)
@@ -84,7 +87,8 @@ def _swap(runner: TrialRunner, mixed: dict[str, Trial], scores: UnitScores) -> N
 
 
 def _best(mixed: dict[str, Trial]) -> Trial:
-    return min(mixed.values(), key=lambda trial: trial.selection)
+    trials = list(mixed.values())
+    return trials[0] if len(trials) == 1 else min(trials, key=lambda trial: trial.selection)
 
 
 def _as_plan(job: Job, trial: UniformPlan) -> BitPlan:
@@ -163,6 +167,7 @@ def compare(
     }
     if uniform is not None:
         result["mixed_minus_uniform"] = _paired(mixed, uniform, "report")
+    if uniform is not None and "selection" in uniform.quality:
         difference, stderr = paired_difference(mixed.quality["selection"], uniform.quality["selection"])
         result["selection"] = {"mixed_minus_uniform": difference, "stderr": stderr}
     return result

@@ -32,7 +32,7 @@ class Trial:
         plan: The plan.
         folder: Where it is written, while it is kept; `TrialRunner.folder` writes it again where it is not.
         rounding: What `round_to_folder` returned.
-        quality: Evaluation by set of rows.
+        quality: Evaluation by set of rows; empty where nothing is evaluated.
     """
 
     name: str
@@ -52,16 +52,18 @@ class Trial:
         Args:
             predicted: Predicted loss by metric.
         """
-        return {
+        found: PlanQuality = {
             **as_record(self.quality["report"]),
             "formats": sorted({fmt.label for fmt in self.plan.formats.values()}),
             "stored_bytes": self.plan.stored_bytes,
             "bpw_linears": self.plan.bpw,
             "total_bytes": self.rounding["total_bytes"],
             "rounding_seconds": self.rounding["seconds"],
-            "selection": as_record(self.quality["selection"]),
             "predicted": predicted,
         }
+        if "selection" in self.quality:
+            found["selection"] = as_record(self.quality["selection"])
+        return found
 
 
 class TrialRunner:
@@ -77,8 +79,10 @@ class TrialRunner:
     def __init__(self, context: RunContext, sets: dict[str, Rows], work: Path, timings: dict[str, float]) -> None:
         self.context, self.sets, self.work, self.timings = context, sets, work, timings
         self._tried: dict[str, Trial] = {}
-        with Stopwatch(timings, "evaluate"):
-            self.evaluator = Evaluator(context, {role: sets[role] for role in JUDGED})
+        self.evaluator: Evaluator | None = None
+        if context.job.config.evaluates:
+            with Stopwatch(timings, "evaluate"):
+                self.evaluator = Evaluator(context, {role: sets[role] for role in JUDGED if role in sets})
 
     def original(self) -> Evaluation:
         """The original model on the report rows."""
@@ -115,7 +119,7 @@ class TrialRunner:
     def _rounded(self, plan: BitPlan, folder: Path, name: str) -> RoundingResult:
         with Stopwatch(self.timings, f"round {name}"):
             part = self.context.part(folder.name)
-            rounding = round_to_folder(part, plan, self.sets["calibration"], folder, name)
+            rounding = round_to_folder(part, plan, self.sets.get("calibration"), folder, name)
         self.context.saved.save(TIMINGS, self.timings)
         return rounding
 
@@ -123,6 +127,8 @@ class TrialRunner:
         known = saved.load(_QUALITY)
         if known is not None:
             return {role: as_evaluation(values) for role, values in known.items()}
+        if self.evaluator is None:
+            return {}
         with Stopwatch(self.timings, "evaluate"):
             quality = self.evaluator.evaluate(folder, name, saved.part(_EVALUATING))
         saved.save(_QUALITY, {role: vars(evaluation) for role, evaluation in quality.items()})

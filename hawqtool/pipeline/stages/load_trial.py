@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.run.memory_budget import memory_limit
+from hawqtool.records import Rows
 from hawqtool.runtime.lifeline import Lifeline
 
 SWITCH = "HAWQTOOL_LOAD_TRIAL"
@@ -95,6 +97,20 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[bytes]:
             timeout=_SECONDS,
             check=False,
         )
+
+
+def trial_rows(job: Job, sets: Mapping[str, Rows]) -> Tensor:
+    """Rows for a trial: those of the run, or where it read none, numbers that its inputs may be."""
+    for role in ("report", "calibration"):
+        if role in sets:
+            return sets[role].tokens
+    generator = torch.Generator().manual_seed(0)
+    if job.takes_images:
+        config = job.skeleton.config
+        size = config.image_size
+        return torch.randn((1, config.num_channels, *((size, size) if isinstance(size, int) else size)))
+    known = job.skeleton.get_input_embeddings().weight.shape[0]
+    return torch.randint(known, (1, min(_TOKENS, job.settings.seq_len)), generator=generator)
 
 
 def _not_possible(job: Job) -> str | None:

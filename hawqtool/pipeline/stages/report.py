@@ -51,13 +51,13 @@ class Outcome:
     Args:
         plan: Formats by unit.
         rounding: What rounding by the plan gave.
-        evaluation: The plans that were tried.
+        evaluation: The plans that were tried; None where nothing was evaluated.
         shipped: Which of them is written.
     """
 
     plan: BitPlan
     rounding: RoundingResult
-    evaluation: PlanComparison
+    evaluation: PlanComparison | None
     shipped: Shipped
 
 
@@ -127,18 +127,18 @@ def _row_sets(job: Job, sets: dict[str, Rows]) -> RowSets:
         for name, rows in sets.items()
     }
     return {
-        "calibration": found["calibration"],
-        "scoring": found["scoring"],
-        "selection": found["selection"],
-        "report": found["report"],
+        "calibration": found.get("calibration"),
+        "scoring": found.get("scoring"),
+        "selection": found.get("selection"),
+        "report": found.get("report"),
         "overlap": overlap(sets),
-        "report_in_domain": job.config.eval_data is None,
+        "report_in_domain": "report" in found and job.config.eval_data is None,
     }
 
 
 def warnings(job: Job, outcome: Outcome) -> list[str]:
     """What the user should know: raised damping, experts without tokens, odd shapes, a mixed plan that did not pay."""
-    rounding, evaluation, shipped = outcome.rounding, outcome.evaluation, outcome.shipped
+    rounding = outcome.rounding
     found = [*job.source.warnings, *_source_warnings(job), *kept_warnings(kept_record(job))]
     retried = [n for n, m in rounding["layers"].items() if m["damping_retries"]]
     if retried:
@@ -156,6 +156,14 @@ def warnings(job: Job, outcome: Outcome) -> list[str]:
             "asymmetric layers load in transformers 5.17, but transformers 5.23 with compressed-tensors up to 0.20 "
             "fails on their zero points"
         )
+    return found + _comparison_warnings(outcome)
+
+
+def _comparison_warnings(outcome: Outcome) -> list[str]:
+    """That the mixed plan did not pay, or that what was asked for kept a better one out."""
+    evaluation, shipped, found = outcome.evaluation, outcome.shipped, list[str]()
+    if evaluation is None:
+        return found
     uniform = evaluation["uniform"]
     if shipped == "uniform" and uniform is not None and evaluation["mixed"]["formats"] != uniform["formats"]:
         found.append("the mixed plan was not better than the uniform one on the selection rows, so uniform was shipped")
@@ -195,6 +203,8 @@ def public_config(job: Job) -> dict[str, Any]:
         "model": job.source.spec,
         "num_samples": job.settings.num_samples,
         "seq_len": job.settings.seq_len,
+        "eval_samples": job.settings.eval_samples or None,
+        "eval": job.config.evaluates,
         "batch_size": job.settings.batch_size,
     }
     return values | resolved | {"device": job.device.type}

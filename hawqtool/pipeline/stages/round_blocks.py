@@ -16,7 +16,7 @@ from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.stages.refine import BlockRefiner, split_rows
 from hawqtool.records import BlockSpec, LinearSpec, RoundedLayer, Rows, UnitFormats
 from hawqtool.rounding.grid import Quantized, dequantize
-from hawqtool.rounding.layer import quantized, round_layers, with_codes
+from hawqtool.rounding.layer import quantized, round_layers, round_without_inputs, with_codes
 from hawqtool.rounding.learned.block import Schedule
 from hawqtool.rounding.method import RoundingMethod
 from hawqtool.rounding.spec import InitialRounding, RoundingSpec
@@ -129,6 +129,45 @@ def round_blocks(
         rounder.visit(stream.head.spec.input_groups[0], statistics)
         findings.add(rounder.hand_on())
     return findings
+
+
+def round_weights(
+    job: Job,
+    formats: UnitFormats,
+    sink: Sink,
+    progress: Callable[[int, int], None],
+    finished: Finished | None = None,
+) -> Findings:
+    """Round every layer to nearest by itself, with no rows and no forward pass.
+
+    Args:
+        job: The model; its method is plain rounding.
+        formats: Formats by unit.
+        sink: Takes the result.
+        progress: Called with blocks that are done and all blocks.
+        finished: Blocks that are left out.
+    """
+    stream, rounding = job.stream(), RoundingSpec.of_plan(job.settings.method, formats, job.stored_dtypes)
+    stream.release_ends()
+    finished, findings, blocks = finished or Finished(), Findings(), job.structure.blocks
+    findings.add(*finished.findings)
+    for spec in blocks[len(finished.findings) :]:
+        with stream.block(spec.index) as block:
+            findings.add(latest := _rounded_alone(rounding, block, sink))
+        finished.keep(spec, latest)
+        progress(spec.index + 1, len(blocks))
+    if stream.head:
+        findings.add(_rounded_alone(rounding, stream.head, sink))
+    return findings
+
+
+def _rounded_alone(rounding: RoundingSpec, block: LoadedBlock, sink: Sink) -> Findings:
+    found = Findings()
+    for group in block.spec.input_groups:
+        for layer in round_without_inputs(rounding.tasks(block, group), rounding.method):
+            sink.write_layer(layer)
+            found.layers[layer.name] = asdict(layer.metrics) | {"format": layer.quant_format.label, "fallback": None}
+    return found
 
 
 def _walked(job: Job, stream: ModelStream, rows: Rows) -> Activations:

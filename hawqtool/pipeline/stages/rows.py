@@ -23,36 +23,40 @@ ROLES = ("calibration", "scoring", "selection", "report")
 _SMALLEST_SET, _SCORING_SET, _SHORT_ROW, _FEWEST_REPORT_ROWS = 8, 16, 512, 2
 
 
-def row_counts(num_samples: int, eval_samples: int, separate_report: bool, length: int | None) -> dict[str, int]:
-    """Rows of each set taken from the calibration sources: rounding, scoring, selecting a plan, reporting.
+def row_counts(num_samples: int, eval_samples: int, length: int | None) -> dict[str, int]:
+    """Rows of each set: rounding, scoring, selecting a plan, reporting.
 
     Rows of less than 512 tokens are scored on at least 16: noise falls with the rows, and short ones cost little.
 
     Args:
         num_samples: Calibration rows.
         eval_samples: Rows to report on.
-        separate_report: Whether those come from a source of their own.
         length: Tokens of a row; None for images.
     """
     side = max(_SMALLEST_SET, num_samples // 16)
     short = length is None or length < _SHORT_ROW
     scoring = max(side, _SCORING_SET) if short else side
-    counts = {"calibration": num_samples, "scoring": scoring, "selection": side}
-    return counts if separate_report else counts | {"report": eval_samples}
+    return {"calibration": num_samples, "scoring": scoring, "selection": side, "report": eval_samples}
 
 
 def gather_rows(context: RunContext) -> dict[str, Rows]:
     """Cut or sample the calibration, scoring, selection and report rows; sampled ones are saved, and read from there.
+
+    Sets that the run has no use for are left out.
 
     Raises:
         UsageError: If a source's weight is so small that it gives no row.
         InputError: If a source holds too little text, or sets overlap.
     """
     job, config = context.job, context.job.config
+    if not config.reads_rows:
+        return {}
     check_calibration(job)
     counts = _counts(job)
     # Text first: what is wrong with it shows before minutes go into sampling.
-    report = {} if config.eval_data is None else {"report": evaluation_rows(job, config.eval_data)}
+    report = {}
+    if config.eval_data is not None:
+        report = {"report": evaluation_rows(job, config.eval_data, job.settings.eval_samples)}
     sets = calibration_rows(context, counts) | report
     shared = overlap(sets)
     if shared:
@@ -71,18 +75,25 @@ def check_sources(job: Job) -> None:
         InputError: If a source cannot be read or holds too little text.
     """
     config = job.config
+    if not config.reads_rows:
+        return
     names, weights = zip(*config.calibration_weights.items(), strict=True)
     shares = zip(names, quotas(_counts(job), weights), strict=True)
     require_rows([_given_source(job, name, quota) for name, quota in shares if name != SELF and not is_hub(name)])
     if config.eval_data is not None and not is_hub(config.eval_data):
-        evaluation_rows(job, config.eval_data)
+        evaluation_rows(job, config.eval_data, job.settings.eval_samples)
 
 
 def _counts(job: Job) -> dict[str, int]:
-    """Rows of each set that the calibration sources give."""
-    length = None if job.takes_images else job.settings.seq_len
-    separate = job.config.eval_data is not None
-    return row_counts(job.settings.num_samples, job.config.eval_samples, separate, length)
+    """Rows of each set that the calibration sources give; of a uniform plan there is nothing to score or to choose."""
+    config, length = job.config, None if job.takes_images else job.settings.seq_len
+    counts = row_counts(job.settings.num_samples, job.settings.eval_samples, length)
+    unused = {"report"} if config.eval_data is not None or not config.evaluates else set()
+    if config.uniform_width is not None:
+        unused |= {"scoring", "selection"}
+    elif not config.evaluates:
+        unused.add("selection")
+    return {role: count for role, count in counts.items() if role not in unused}
 
 
 def calibration_rows(context: RunContext, counts: dict[str, int]) -> dict[str, Rows]:
@@ -102,13 +113,12 @@ def calibration_rows(context: RunContext, counts: dict[str, int]) -> dict[str, R
     return mix_rows([sources[name] for name in names])
 
 
-def evaluation_rows(job: Job, text: str) -> Rows:
-    """The first ``eval_samples`` rows of a source, fewer where it is shorter.
+def evaluation_rows(job: Job, text: str, wanted: int) -> Rows:
+    """The first ``wanted`` rows of a source, fewer where it is shorter.
 
     Raises:
         InputError: If it holds fewer than two rows.
     """
-    wanted = job.config.eval_samples
     label, rows = _rows(job, text, wanted, seed=0)
     quota = {"report": max(len(rows[:wanted]), _FEWEST_REPORT_ROWS)}
     return mix_rows([SourceRows(label, rows[:wanted], quota)])["report"]

@@ -21,7 +21,7 @@ from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.files import PART, plan_document, write_json
 from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.stages.distill import Written, distill_folder, learned_names
-from hawqtool.pipeline.stages.round_blocks import Findings, Finished, round_blocks
+from hawqtool.pipeline.stages.round_blocks import Findings, Finished, round_blocks, round_weights
 from hawqtool.records import BitPlan, BlockSpec, Rows, UnitFormats
 from hawqtool.report.schema import RoundingResult, Training
 from hawqtool.runtime.store import Saved
@@ -36,7 +36,7 @@ _RECORDS = ("config.json", "reproduce/plan.json", "reproduce/checksums.json")
 def round_to_folder(
     context: RunContext,
     plan: BitPlan,
-    rows: Rows,
+    rows: Rows | None,
     folder: Path,
     label: str,
 ) -> RoundingResult:
@@ -48,7 +48,7 @@ def round_to_folder(
     Args:
         context: The run; its store keeps what is known of finished blocks, and at the end the result.
         plan: Formats by unit.
-        rows: Rounding rows.
+        rows: Rounding rows; None where weights are rounded by themselves.
         folder: Folder to create; holds weights, config.json, ``reproduce/plan.json`` and ``checksums.json``. Until it
             is complete its name ends in ``.part``.
         label: Name of the plan in the progress.
@@ -64,7 +64,7 @@ def round_to_folder(
     written, distillation = _known(layout, part, learning.saved), Training()
     if written is None:
         written = _write_blocks(blocks, plan, layout, part, rows, label)
-    if job.config.distill_steps:
+    if job.config.distill_steps and rows is not None:
         learning.saved.save(_WRITTEN, vars(written))
         learned = distill_folder(learning, plan, layout, part, written, rows.tokens, label)
         distillation = learned.record
@@ -128,7 +128,7 @@ def _write_blocks(
     plan: BitPlan,
     layout: Layout,
     part: Path,
-    rows: Rows,
+    rows: Rows | None,
     label: str,
 ) -> Written:
     """Round the blocks that are not finished, and write; the seconds are those before an interruption."""
@@ -157,7 +157,10 @@ def _write_blocks(
         finished = Finished(reader, known_findings, blocks.part("states"), keep)
         stage = "rounding and refining" if job.config.refine_steps else "rounding"
         progress = partial(context.reporter.progress, f"{stage} {label}")
-        found = round_blocks(job, plan.formats, rows, sink, progress, finished=finished)
+        if rows is None:
+            found = round_weights(job, plan.formats, sink, progress, finished)
+        else:
+            found = round_blocks(job, plan.formats, rows, sink, progress, finished=finished)
     return Written(writer.checksums, sorted(writer.changed), found.layers, found.refinement, earlier)
 
 

@@ -33,10 +33,10 @@ def figure_data(
     """
     figures, missing = dict[str, Data](), dict[str, str]()
     places = _places(entry["name"] for entry in report["plan"])
-    points = measured_points(report)
-    if points:
-        figures["measured"] = {"points": points, "measure": MEASURES[report["evaluation"]["measure"]]}
-    else:
+    points, evaluation = measured_points(report), report["evaluation"]
+    if points and evaluation is not None:
+        figures["measured"] = {"points": points, "measure": MEASURES[evaluation["measure"]]}
+    elif evaluation is not None:
         missing["measured"] = "no plan has a finite measured value."
     figures["bits"] = _bits(report["plan"], places)
     roles = _layer_errors(report["layers"], places)
@@ -45,8 +45,8 @@ def figure_data(
     else:
         missing["layers"] = "no layer inside a block has a finite error."
     figures["timings"] = _timings(report["timings"])
-    if report["search"] is not None:
-        figures["search"] = _search(report["search"], MEASURES[report["evaluation"]["measure"]])
+    if report["search"] is not None and evaluation is not None:
+        figures["search"] = _search(report["search"], MEASURES[evaluation["measure"]])
     if measured is None:
         missing |= dict.fromkeys(_SCORE_FIGURES, _not_measured(report["config"]))
     else:
@@ -63,6 +63,8 @@ def measured_points(report: Report) -> list[Data]:
         values that are not finite are left out.
     """
     evaluation = report["evaluation"]
+    if evaluation is None:
+        return []
     measure, mixed, plans = evaluation["measure"], evaluation["mixed"], tried_plans(report)
     points = [_point(plan, measure) for plan in plans]
     between = evaluation["uniform_interpolated"]
@@ -132,9 +134,11 @@ def _layer_errors(layers: dict[str, LayerRecord], places: dict[str, Place]) -> d
     found: dict[str, dict[int, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     for name, values in layers.items():
         label, block = places[name]
-        errors = (values["output_error"], values["rtn_error"])
-        if block != _OUTSIDE and all(math.isfinite(error) for error in errors):
-            found[label][int(block)].append(errors)
+        error, plain = values["output_error"], values["rtn_error"]
+        if error is None or plain is None or block == _OUTSIDE:
+            continue
+        if math.isfinite(error) and math.isfinite(plain):
+            found[label][int(block)].append((error, plain))
     return {
         label: [
             [block, *(math.fsum(column) / len(column) for column in zip(*pairs, strict=True))]

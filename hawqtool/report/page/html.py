@@ -21,7 +21,7 @@ from hawqtool.report.page.html_tables import (
     worst_table,
 )
 from hawqtool.report.schema import Gate, Report, shipped_plan
-from hawqtool.report.wording import EXPLANATIONS, MEASURES, measurement_text, plus_minus, size
+from hawqtool.report.wording import EXPLANATIONS, MEASURES, NOT_EVALUATED, measurement_text, plus_minus, size
 
 _SEARCH = "Search for the smallest plan"
 SECTIONS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
@@ -156,7 +156,7 @@ def page(report: Report, figures: Mapping[str, str], missing: Mapping[str, str],
     for heading, introduction, content in SECTIONS:
         if any(name in known for name, _ in content):
             parts.append(_section(heading, introduction, content, figures, missing))
-            if heading == _SEARCH and report["search"] is not None:
+            if heading == _SEARCH and report["search"] is not None and report["evaluation"] is not None:
                 parts.append(search_table(report["search"], report["evaluation"]["measure"]))
     parts.append(_tables(report, versions))
     return head + "\n".join(parts) + "\n</body>\n</html>\n"
@@ -167,9 +167,8 @@ def _text(value: object, longest: int = 300) -> str:
 
 
 def _header(report: Report, title: str) -> str:
-    sizes, evaluation, shipped = report["sizes"], report["evaluation"], report["shipped"]
+    sizes, shipped = report["sizes"], report["shipped"]
     before, after = sizes["original_bytes"], sizes["quantized_bytes"]
-    measure, chosen = evaluation["measure"], shipped_plan(report)
     widths = sorted({entry["bits"] for entry in report["plan"]})
     kind = f"uniform, {widths[0]} bit" if len(widths) == 1 else f"{shipped}, {', '.join(map(str, widths))} bit"
     tiles = {
@@ -177,7 +176,7 @@ def _header(report: Report, title: str) -> str:
         "stored bits per weight, quantized linears": f"{sizes['bpw_linears']:.3f}",
         "stored bits per weight, whole files": f"{sizes['bpw_file']:.3f}",
         "shipped plan": kind,
-        f"{MEASURES[measure]} to the original": f"{chosen[measure]:.4f}{plus_minus(chosen, measure)}",
+        **_divergence_tile(report),
         **{f"gate {gate['name']}": "passed" if gate["passed"] else "FAILED" for gate in report["gates"]},
         "peak memory": ", ".join(f"{size(v)} {k}" for k, v in report["peak_memory_bytes"].items()),
     }
@@ -193,6 +192,14 @@ def _header(report: Report, title: str) -> str:
     return f'<h1>{title}</h1>\n<p class="note">{about}.</p>\n<div class="tiles">\n{boxes}\n</div>\n{_warnings(report)}'
 
 
+def _divergence_tile(report: Report) -> dict[str, str]:
+    evaluation, chosen = report["evaluation"], shipped_plan(report)
+    if evaluation is None or chosen is None:
+        return {"quality": "not evaluated"}
+    measure = evaluation["measure"]
+    return {f"{MEASURES[measure]} to the original": f"{chosen[measure]:.4f}{plus_minus(chosen, measure)}"}
+
+
 def _warnings(report: Report) -> str:
     found = [f"<li>{_text(warning, 1000)}</li>" for warning in report["warnings"]]
     if not found:
@@ -202,13 +209,15 @@ def _warnings(report: Report) -> str:
 
 
 def _quality(report: Report) -> str:
-    rows = report["rows"]["report"]
+    rows, evaluation = report["rows"]["report"], report["evaluation"]
+    if evaluation is None or rows is None:
+        return f"<h2>Quality</h2>\n<p>{_text(NOT_EVALUATED)}</p>\n{_gates(report['gates'])}"
     domain = " They come from the calibration source (in-domain), which flatters." * report["rows"]["report_in_domain"]
     return (
-        f"<h2>Quality</h2>\n<p>{_text(verdict(report['evaluation']))}</p>\n{quality_table(report)}\n"
-        f'<p class="note">{_text(EXPLANATIONS[report["evaluation"]["measure"]])} Rows: {_text(rows["source"])}, which '
+        f"<h2>Quality</h2>\n<p>{_text(verdict(evaluation))}</p>\n{quality_table(report, evaluation)}\n"
+        f'<p class="note">{_text(EXPLANATIONS[evaluation["measure"]])} Rows: {_text(rows["source"])}, which '
         f"neither calibrated nor chose anything.{domain}</p>\n{_gates(report['gates'])}"
-        f"<h3>Plans that were tried</h3>\n{tried_table(report)}\n"
+        f"<h3>Plans that were tried</h3>\n{tried_table(report, evaluation['measure'])}\n"
         '<p class="note">Numbers are those in the figures. The selection rows choose: among the mixed plans the lowest '
         "value, and against the best uniform plan that fits the paired difference. The report rows choose "
         "nothing.</p>"

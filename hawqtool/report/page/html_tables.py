@@ -18,8 +18,8 @@ from hawqtool.report.schema import (
     Quality,
     Report,
     Search,
+    layer_error,
     named_rows,
-    shipped_plan,
 )
 from hawqtool.report.wording import (
     GATES,
@@ -40,9 +40,9 @@ _LONGEST = 500
 _TWO_STDERR = 2
 
 
-def quality_table(report: Report) -> str:
+def quality_table(report: Report, evaluation: PlanComparison) -> str:
     """Original and plans in the columns of their kind of model; the shipped plan stands out."""
-    evaluation, shipped = report["evaluation"], shipped_plan(report)
+    shipped = evaluation[report["shipped"]]
     columns = quality_columns(evaluation)
     mixed, uniform = evaluation["mixed"], evaluation["uniform"]
     rows = [["original", "", "", size(report["sizes"]["original_bytes"])] + _shown(evaluation["original"], columns)]
@@ -86,9 +86,9 @@ def verdict(evaluation: PlanComparison) -> str:
     return text + f"the {better} plan is better than the {worse} one by more than two standard errors."
 
 
-def tried_table(report: Report) -> str:
+def tried_table(report: Report, measure: Measure) -> str:
     """Every plan that was tried: size, prediction, quality on both sets of rows, paired differences to uniform."""
-    measure, metric = report["evaluation"]["measure"], shown_metric(report)
+    metric = shown_metric(report)
     plans, rows, chosen = tried_plans(report), list[list[str]](), None
     compared = [role for role in ("selection", "report") if any(_minus(plan["record"], role) for plan in plans)]
     for plan in plans:
@@ -102,7 +102,7 @@ def tried_table(report: Report) -> str:
                 plan["name"] + " (shipped)" * plan["shipped"],
                 f"{record['bpw_linears']:.3f}",
                 "" if predicted is None else f"{predicted:.4f}",
-                *(f"{values[measure]:.4f}{plus_minus(values, measure)}" for values in (record["selection"], record)),
+                *(_measured(values, measure) for values in (record.get("selection"), record)),
                 *(_difference(_minus(record, role), measure) for role in compared),
             ]
         )
@@ -110,6 +110,10 @@ def tried_table(report: Report) -> str:
     heading = ["", "plan", "bits/weight", f"predicted ({metric})" if metric else "predicted"]
     heading += [f"{name}, selection", f"{name}, report", *(f"minus uniform, {role}" for role in compared)]
     return _table(heading, rows, numbers=range(2, len(heading)), names=(1,), chosen=chosen)
+
+
+def _measured(values: Mapping[str, Any] | None, measure: str) -> str:
+    return "" if values is None else f"{values[measure]:.4f}{plus_minus(values, measure)}"
 
 
 def _minus(record: PlanQuality, role: str) -> Divergence | None:
@@ -181,18 +185,11 @@ def kept_table(kept: Kept) -> str:
 
 
 def worst_table(report: Report) -> str:
-    """The layers with the largest relative output error, beside plain rounding."""
-    worst = sorted(report["layers"].items(), key=lambda item: (-item[1]["output_error"], item[0]))[:_WORST]
-    rows = [
-        [
-            name,
-            values["format"],
-            f"{values['output_error']:.3g}",
-            f"{values['rtn_error']:.3g}",
-            values["fallback"] or "",
-        ]
-        for name, values in worst
-    ]
+    """The layers with the largest relative error of their outputs, beside plain rounding, or of their weights."""
+    rows = []
+    for name, values in sorted(report["layers"].items(), key=lambda item: (-layer_error(item[1]), item[0]))[:_WORST]:
+        plain = "" if values["rtn_error"] is None else f"{values['rtn_error']:.3g}"
+        rows.append([name, values["format"], f"{layer_error(values):.3g}", plain, values["fallback"] or ""])
     return _table(["layer", "format", "relative error", "plain rounding", "fallback"], rows, numbers=(2, 3))
 
 

@@ -39,7 +39,7 @@ def score_figures(
     if metric not in table.scores or len(units) < len(planned):
         reason = "reproduce/sensitivity.json has no scores of one metric for all units of the plan."
         return {}, dict.fromkeys(("frontier", "predicted", "sensitivity", "roles"), reason)
-    scores, loss_unit = table.scores[metric], _LOSS_UNITS[report["evaluation"]["measure"]]
+    scores, loss_unit = table.scores[metric], _loss_unit(report)
     figures = _sensitivity(scores, units, f"{metric} score, {loss_unit}")
     try:
         problem, pins = _problem(report["config"], units, scores, table.symmetric)
@@ -59,12 +59,16 @@ def score_figures(
         "plans": both,
         "unit": f"{metric}, {loss_unit}",
     }
-    both = both + _searched(report, dict(curve))
-    if not both:
+    both, evaluation = both + _searched(report, dict(curve)), report["evaluation"]
+    if not both or evaluation is None:
         return figures, {"predicted": "no plan has both a prediction and a measurement."}
-    measure = MEASURES[report["evaluation"]["measure"]]
+    measure = MEASURES[evaluation["measure"]]
     figures["predicted"] = {"points": both, "measure": measure, "unit": f"{metric}, {loss_unit}"}
     return figures, {}
+
+
+def _loss_unit(report: Report) -> str:
+    return "loss" if report["evaluation"] is None else _LOSS_UNITS[report["evaluation"]["measure"]]
 
 
 def _problem(

@@ -230,7 +230,9 @@ class Benchmark:
         return LayerMetrics(**{f.name: self._layers[name][f.name] for f in fields(LayerMetrics)})
 
     def _budget(self) -> int:
-        return budget_bytes(self.job.config, self.job.units, unquantized_bytes(self.job, job_menu(self.job, None)))
+        return budget_bytes(
+            self.job.config, self.job.units, unquantized_bytes(self.job, job_menu(self.job, None)), self.job.pins
+        )
 
     @property
     def _seq_len(self) -> int:
