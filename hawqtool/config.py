@@ -224,9 +224,9 @@ class RunConfig(Fields):
     @model_validator(mode="after")
     def _check_evaluation(self) -> RunConfig:
         if self.eval is False:
-            for other in (*NEED_EVALUATION, "eval_data", "eval_samples"):
-                if getattr(self, other) is not None:
-                    raise ValueError(f"{other} needs the evaluation that eval false leaves out; drop one of the two")
+            given = (n for n in (*NEED_EVALUATION, "eval_data", "eval_samples") if getattr(self, n) is not None)
+            for other in given:
+                raise ValueError(f"{other} needs the evaluation that eval false leaves out; drop one of the two")
             if self.swaps or (self.shortlist or 1) > 1:
                 raise ValueError("shortlist and swaps compare plans by evaluation; drop them, or eval false")
         return self
@@ -270,8 +270,8 @@ class RunConfig(Fields):
         """Whether the result is judged on held-out rows; by default not where neither work nor settings name data."""
         if self.eval is not None:
             return self.eval
-        names, fields = (*names_affecting(Affects.ROWS), *NEED_EVALUATION), RunConfig.model_fields
-        asked = any(getattr(self, name) != fields[name].default for name in names)
+        names = (*names_affecting(Affects.ROWS), *NEED_EVALUATION)
+        asked = any(getattr(self, name) != RunConfig.model_fields[name].default for name in names)
         return asked or self.uniform_width is None or not self._needs_no_inputs
 
     @property
@@ -292,15 +292,12 @@ class RunConfig(Fields):
         Raises:
             UsageError: Otherwise.
         """
-        if self.uniform_width is not None:
-            return
         targets = names_affecting(Affects.TARGET)
         given = [name for name in targets if getattr(self, name) is not None]
-        if len(given) != 1:
+        if len(given) != 1 and self.uniform_width is None:
             *first, last = map(flag_of, targets)
             found = " and ".join(map(flag_of, given)) or "none"
-            width = "" if given else "; one width alone (--bits 4) is enough too"
-            raise UsageError(f"exactly one of {', '.join(first)} and {last} is needed, found {found}{width}")
+            raise UsageError(f"exactly one of {', '.join(first)} and {last} (or --bits 4) is needed, found {found}")
 
     @property
     def measures(self) -> bool:

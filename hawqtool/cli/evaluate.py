@@ -11,6 +11,7 @@ from hawqtool.cli import options as o
 from hawqtool.cli.render import quality_lines
 from hawqtool.cli.session import decide_hub_access, print_json, session
 from hawqtool.config import load_config
+from hawqtool.report.verdict import FEW_ROWS_TEXT, verdict, verdict_text
 
 
 @o.with_settings
@@ -37,4 +38,7 @@ def evaluate(
         if json:
             print_json(result)
             return
-        print("\n".join(quality_lines(result)))
+        found = verdict(result["original"], result["quantized"], result["rows"]["count"])
+        print("\n".join([*quality_lines(result), f"{'verdict':15s} {verdict_text(found)}"]))
+        if found["few_rows"]:
+            print(f"{'':15s} {FEW_ROWS_TEXT}")

@@ -12,6 +12,7 @@ from rich.table import Table
 from hawqtool.parsing import printable
 from hawqtool.report.documents import DryRun, EvaluationDocument
 from hawqtool.report.schema import Gate, Kept, PlanComparison, Quality, Report, Search, Shipped, shipped_of
+from hawqtool.report.verdict import FEW_ROWS_TEXT, advice_text, verdict_text
 from hawqtool.report.wording import (
     MEASURES,
     NOT_EVALUATED,
@@ -92,9 +93,20 @@ def print_report(report: Report, output: str) -> None:
         console.print(_quality_table(report, report["evaluation"], console.width))
     for line in result_lines(report):
         console.print(hanging(printable(line), console.width), markup=False)
+    for line in verdict_lines(report):
+        console.print(hanging(printable(line), console.width), markup=False)
     for text in report["warnings"]:
         console.print(hanging(f"warning     {printable(text)}", console.width), markup=False)
     console.print(f"verified    {printable(output)}", markup=False)
+
+
+def verdict_lines(report: Report) -> list[str]:
+    """What the figures mean, and what would be better."""
+    found = report.get("verdict")
+    if found is None:
+        return []
+    notes = [advice_text(found), FEW_ROWS_TEXT if found["few_rows"] else None]
+    return [f"verdict     {verdict_text(found)}", *(f"            {note}" for note in notes if note)]
 
 
 def _quality_table(report: Report, evaluation: PlanComparison, width: int) -> Table:

@@ -26,6 +26,7 @@ from hawqtool.pipeline.run.measurement_cache import check_measurements
 from hawqtool.pipeline.run.menu import budget_bytes, job_menu, unquantized_bytes
 from hawqtool.pipeline.run.out_of_memory import halving_batch_size, remember_batch_size, resumed_batch_size
 from hawqtool.pipeline.search.gates import judge_gates, matching_baseline
+from hawqtool.pipeline.search.good_size import good_size
 from hawqtool.pipeline.search.planner import Planner, given_plan, make_planner
 from hawqtool.pipeline.search.quality_target import find_smallest
 from hawqtool.pipeline.search.selection import choose, compare, try_plans
@@ -36,7 +37,8 @@ from hawqtool.pipeline.stages.rows import gather_rows
 from hawqtool.pipeline.stages.token_importance import with_token_importance
 from hawqtool.records import BitPlan
 from hawqtool.report.documents import DryRun, SensitivityDocument
-from hawqtool.report.schema import Report, Search, Shipped
+from hawqtool.report.schema import Report, Search, Shipped, Verdict, shipped_of
+from hawqtool.report.verdict import verdict
 from hawqtool.runtime.reporter import Reporter
 from hawqtool.runtime.stage_timer import Stopwatch
 
@@ -110,6 +112,7 @@ def _quantized(
     folder = runner.folder(winner)
     report = build_report(job, sets, outcome, timings, command)
     report |= {"search": search, "gates": judge_gates(job.config, winner, report, baseline), "starts": run.starts}
+    report["verdict"] = _verdict(report, winner.plan, planner)
     origin = planner.origin.record if planner and planner.origin else None
     report |= {"config_fingerprint": fingerprint, "measurement": origin}
     report["warnings"] += warnings
@@ -136,6 +139,16 @@ def _outcome(runner: TrialRunner, plans: dict[str, BitPlan], planner: Planner | 
     evaluation = compare(selection, runner.original(), planner.predicted if planner else lambda _: {})
     winner = selection.mixed[selection.best] if shipped == "mixed" else selection.uniform["uniform"]
     return winner, Outcome(winner.plan, winner.rounding, evaluation, shipped)
+
+
+def _verdict(report: Report, plan: BitPlan, planner: Planner | None) -> Verdict | None:
+    """What the figures of the shipped plan mean, and what size would be better."""
+    evaluation, rows = report["evaluation"], report["rows"]["report"]
+    if evaluation is None or rows is None:
+        return None
+    quality = shipped_of(evaluation, report["shipped"])
+    found = verdict(evaluation["original"], quality, rows["count"])
+    return found | {"good": good_size(planner, plan, quality[evaluation["measure"]], found)}
 
 
 def _plans(runner: TrialRunner, planner: Planner | None) -> tuple[Search | None, dict[str, BitPlan]]:

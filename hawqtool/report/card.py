@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from hawqtool.report.escape import code, escape, fenced, table
 from hawqtool.report.front_matter import SourceFacts, Value, merged, read_source
 from hawqtool.report.schema import PlanEntry, Report, Search, shipped_of
+from hawqtool.report.verdict import verdict_text
 from hawqtool.report.wording import (
     EXPLANATIONS,
     GATES,
@@ -246,7 +247,11 @@ def _evaluation(report: Report) -> str:
         if report["rows"]["report_in_domain"]
         else ""
     )
-    lines = [
+    found = report.get("verdict")
+    lines = (
+        [] if found is None else [f"Verdict: **{found['grade']}**" + f" ({verdict_text(found).partition(': ')[2]})."]
+    )
+    lines += [
         f"Measured from the written files on {rows_text(source)} ({_origin(source['source'])}) that neither "
         f"calibrated nor chose anything.{domain} {EXPLANATIONS[measure]}",
         table(["model", *columns], rows),

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 Measure = Literal["kl", "embedding_error"]
 Shipped = Literal["mixed", "uniform"]
+Grade = Literal["near lossless", "usable", "damaged"]
 
 
 class Divergence(TypedDict):
@@ -112,6 +113,24 @@ class Engine(TypedDict):
     loads: Annotated[bool | None, "Whether it loads the result; null where that was to be tried and was not."]
     reason: Annotated[str, "Why, and how this is known."]
     tried: Annotated[bool, "Whether the result was loaded to know it."]
+
+
+class GoodSize(TypedDict):
+    """A size that is predicted to be good."""
+
+    grade: Annotated[Grade, "Grade that is expected of it."]
+    bpw_linears: Annotated[float, "Stored bits per weight of the linears."]
+    bytes: Annotated[int, "Bytes of the weight files, at most."]
+
+
+class Verdict(TypedDict):
+    """What the figures mean, by the limits of docs/evaluation.md."""
+
+    grade: Annotated[Grade, "`near lossless`, `usable` or `damaged`: the worst of all measures."]
+    grades: Annotated[dict[str, Grade], "Grade by measure."]
+    measures: Annotated[dict[str, float], "`kl`, `changed_top`, `perplexity_rise`, `embedding_error`, as far as known."]
+    few_rows: Annotated[bool, "Whether the report rows are too few to be sure."]
+    good: Annotated[GoodSize | None, "The smallest size that is predicted to be a grade better, where scores tell."]
 
 
 class LayerRecord(TypedDict):
@@ -270,6 +289,7 @@ class Report(TypedDict):
     batch_size: Annotated[int, "Rows per forward pass."]
     evaluation: Annotated[PlanComparison | None, "All plans that were tried, and the original; null under `--no-eval`."]
     shipped: Annotated[Shipped, "Which of the two was written."]
+    verdict: Annotated[Verdict | None, "What the figures mean; null where nothing was evaluated."]
     timings: Annotated[dict[str, float], "Seconds by stage."]
     peak_memory_bytes: Annotated[dict[str, int], "Most bytes in use, by place."]
     device: Annotated[str, "Device that computed."]

@@ -62,7 +62,7 @@ class Outcome:
 
 
 def build_report(job: Job, sets: dict[str, Rows], outcome: Outcome, timings: dict[str, float], command: str) -> Report:
-    """The report of the shipped plan; the caller adds search, gates, starts, configuration fingerprint, measurement."""
+    """The report of the shipped plan; the caller adds what is null, empty or 1 here."""
     plan, rounding, total = outcome.plan, outcome.rounding, outcome.rounding["total_bytes"]
     layers = [plan_entry(m, plan.formats[unit.name]) for unit in job.units for m in unit.members]
     return {
@@ -104,6 +104,7 @@ def build_report(job: Job, sets: dict[str, Rows], outcome: Outcome, timings: dic
         "batch_size": job.settings.batch_size,
         "evaluation": outcome.evaluation,
         "shipped": outcome.shipped,
+        "verdict": None,
         "timings": timings,
         "peak_memory_bytes": _peak_memory(job),
         "device": str(job.device),

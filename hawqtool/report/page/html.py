@@ -177,6 +177,7 @@ def _header(report: Report, title: str) -> str:
         "stored bits per weight, whole files": f"{sizes['bpw_file']:.3f}",
         "shipped plan": kind,
         **_divergence_tile(report),
+        **({} if (found := report.get("verdict")) is None else {"verdict": found["grade"]}),
         **{f"gate {gate['name']}": "passed" if gate["passed"] else "FAILED" for gate in report["gates"]},
         "peak memory": ", ".join(f"{size(v)} {k}" for k, v in report["peak_memory_bytes"].items()),
     }

@@ -1,0 +1,66 @@
+"""Grades by limits, the worst of all measures, and what is said of them."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from hawqtool.report.schema import Quality
+from hawqtool.report.verdict import LIMITS, advice_text, verdict, verdict_text
+
+DOCUMENTED = Path(__file__).resolve().parents[3] / "docs/evaluation.md"
+ORIGINAL = cast(Quality, {"num_tokens": 8192, "perplexity": 20.0, "kl": 0.0, "same_top": 1.0})
+
+
+def quality(**values: Any) -> Quality:
+    base = {"num_tokens": 8192, "perplexity": 20.0, "kl": 0.01, "same_top": 0.97}
+    return cast(Quality, base | values)
+
+
+@pytest.mark.parametrize(
+    ("values", "grade"),
+    [
+        ({}, "near lossless"),
+        ({"kl": 0.03, "same_top": 0.919, "perplexity": 20.5}, "usable"),
+        # As published for 2 bits, and the run after which the screen once said nothing but "verified".
+        ({"kl": 0.33, "same_top": 0.711, "perplexity": 30.0}, "damaged"),
+        ({"same_top": 0.63}, "damaged"),
+        # One bad measure is enough.
+        ({"perplexity": 24.0}, "damaged"),
+        ({"kl": 0.16}, "damaged"),
+        ({"kl": math.nan}, "damaged"),
+    ],
+)
+def test_the_worst_measure_decides(values: dict[str, float], grade: str) -> None:
+    found = verdict(ORIGINAL, quality(**values), 32)
+    assert found["grade"] == grade and verdict_text(found).startswith(grade) and not found["few_rows"]
+    assert (advice_text(found) is None) == (grade == "near lossless")
+
+
+def test_embeddings_are_graded_by_their_error() -> None:
+    original, good = ({"num_tokens": 320, "embedding_error": e, "cosine": 1.0} for e in (0.0, 0.009))
+    found = verdict(cast(Quality, original), cast(Quality, good), 32)
+    assert found["grade"] == "near lossless" and not found["few_rows"]
+
+
+@pytest.mark.parametrize(("rows", "tokens", "few"), [(7, 100_000, True), (32, 4095, True), (8, 4096, False)])
+def test_few_rows_are_said(rows: int, tokens: int, few: bool) -> None:
+    assert verdict(ORIGINAL, quality(num_tokens=tokens), rows)["few_rows"] is few
+
+
+def test_the_documented_limits_are_those_of_the_program() -> None:
+    table = re.findall(r"^\| ([^|]+) \| ([\d.]+) (%?) ?\| ([\d.]+) %? ?\|$", DOCUMENTED.read_text(), re.MULTILINE)
+    shown = {
+        name: tuple(float(value) / (100 if unit else 1) for value in (near, usable))
+        for name, near, unit, usable in table
+    }
+    assert shown == {
+        "KL, nats per output": LIMITS["kl"],
+        "likeliest outputs that changed": LIMITS["changed_top"],
+        "rise of the perplexity": LIMITS["perplexity_rise"],
+        "squared error of the embedding": LIMITS["embedding_error"],
+    }
