@@ -24,6 +24,8 @@ MAX_VALUES = 10_000_000
 MAX_RECORD_VALUES = 100_000_000
 
 _LONGEST = 120
+MAX_LINE = 2000
+"""Most characters of a line on a terminal or in a log, whatever of a file is quoted in it."""
 
 
 class ParseError(ValueError):
@@ -133,6 +135,11 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def terminal_line(text: str) -> str:
+    """A text of any origin for one line: `printable`, and cut beyond `MAX_LINE`."""
+    return short(printable(short(text, MAX_LINE)), MAX_LINE)
 
 
 _TOO_DEEP = f"it has more than the {MAX_DEPTH} containers inside each other that are allowed"

@@ -7,6 +7,7 @@ import json as json_text
 import math
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +17,7 @@ from hawqtool.cli.signals import INTERRUPTED, TERMINATED, Terminated, ending_sig
 from hawqtool.cli.terminal import Terminal
 from hawqtool.data.sources import is_hub
 from hawqtool.errors import DISK_ERRORS, HawqError, QualityError, one_line
-from hawqtool.parsing import printable, short
+from hawqtool.parsing import printable, short, terminal_line
 from hawqtool.runtime.malloc import configure_allocators
 
 ERROR_SCHEMA = "hawqtool.error/1"
@@ -36,16 +37,17 @@ def session(quiet: bool = False, debug: bool = False, json: bool = False) -> Ite
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     configure_allocators()
     terminal = Terminal(quiet)
     code, failure, failed = 0, "", tuple[str, ...]()
     try:
-        with ending_signals():
+        with ending_signals(), _quiet_libraries(debug):
             yield terminal
     except HawqError as error:
         if debug:
             raise
-        code, failure = error.exit_code, "; ".join([f"error: {error}", *_notes(error)])
+        code, failure = error.exit_code, "; ".join([f"error: {terminal_line(str(error))}", *_notes(error)])
         failed = error.failed if isinstance(error, QualityError) else failed
     except KeyboardInterrupt as error:
         code, failure = INTERRUPTED, f"interrupted: {_left(error)}"
@@ -56,7 +58,7 @@ def session(quiet: bool = False, debug: bool = False, json: bool = False) -> Ite
         reason = path if debug or path else _resource_reason(error)
         if reason is None:
             raise
-        code, failure = 2 if path else 5, "; ".join([f"error: {reason}", *_notes(error)])
+        code, failure = 2 if path else 5, "; ".join([f"error: {terminal_line(reason)}", *_notes(error)])
     finally:
         terminal.close()
     if code:
@@ -67,6 +69,15 @@ def session(quiet: bool = False, debug: bool = False, json: bool = False) -> Ite
         if json and not terminal.answered:
             print_json({"schema": ERROR_SCHEMA, "error": message, "exit_code": code})
         raise SystemExit(code)
+
+
+@contextmanager
+def _quiet_libraries(debug: bool) -> Iterator[None]:
+    """Keep Python's warnings, which libraries address to programmers, from between our lines, unless ``debug``."""
+    with warnings.catch_warnings():
+        if not debug:
+            warnings.simplefilter("ignore")
+        yield
 
 
 def _notes(error: BaseException) -> list[str]:

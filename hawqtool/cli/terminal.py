@@ -16,7 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from hawqtool.parsing import printable
+from hawqtool.parsing import terminal_line
 
 _PLAIN_SECONDS = 10.0
 
@@ -37,12 +37,12 @@ class Terminal:
     def say(self, text: str) -> None:
         """One line of narration."""
         if not self.quiet:
-            self.console.print(printable(text), markup=False, soft_wrap=True)
+            self.console.print(terminal_line(text), markup=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
         """A warning line; kept to be repeated at the end."""
         self.warnings.append(text)
-        self.console.print(f"warning: {printable(text)}", markup=False, style="yellow", soft_wrap=True)
+        self.console.print(f"warning: {terminal_line(text)}", markup=False, style="yellow", soft_wrap=True)
 
     def progress(self, stage: str, done: int, total: int) -> None:
         """Advance the bar of a stage; on a terminal drawn in place, else a line now and then."""

@@ -25,6 +25,10 @@ HeadSwap = Callable[[str], AbstractContextManager[None]]
 """Name of a candidate to a context in which the output head is that of the candidate."""
 
 
+_MOST_NATS = 709.0
+"""Above this, exp exceeds the largest float64."""
+
+
 @dataclass
 class Tail:
     """Where a mean looks away: the worst outputs, and changed ones among those that the original is sure of."""
@@ -132,7 +136,7 @@ class OutputComparison:
             stderr=standard_error(divergence),
             row_divergence=tuple(divergence.tolist()),
             num_tokens=self.states.shape[0] * self.states.shape[1],
-            perplexity=math.exp(means["next_token"]) if "next_token" in means else None,
+            perplexity=perplexity(means["next_token"]) if "next_token" in means else None,
             same_top=means.get("same_top"),
             cosine=means.get("cosine"),
             **tail.figures(),
@@ -241,6 +245,11 @@ def interpolate_log(points: list[tuple[int, float]], stored_bytes: int) -> float
         return None
     share = (stored_bytes - below[0]) / (above[0] - below[0])
     return math.exp((1 - share) * math.log(below[1]) + share * math.log(above[1]))
+
+
+def perplexity(nats: float) -> float:
+    """Exp of a mean negative log-likelihood per token in nats; infinite where float64 holds no such number."""
+    return math.exp(nats) if nats <= _MOST_NATS else math.inf
 
 
 def as_evaluation(values: dict[str, Any]) -> Evaluation:

@@ -10,6 +10,7 @@ import pytest
 
 from hawqtool.parsing import (
     MAX_DEPTH,
+    MAX_LINE,
     MAX_YAML_BYTES,
     ParseError,
     load_json,
@@ -19,6 +20,7 @@ from hawqtool.parsing import (
     read_bounded,
     short,
     shown,
+    terminal_line,
 )
 
 JSON_BOMBS = {
@@ -120,3 +122,8 @@ def test_what_reaches_a_terminal_is_printable() -> None:
     assert shown(hostile).isprintable() and shown(10**5000) == "int of thousands of digits"
     assert len(shown("x" * 10**6)) == len(short("x" * 10**6)) == 120
     os.fsencode(printable(hostile))
+
+
+def test_lines_are_bounded_also_where_characters_are_spelled_out() -> None:
+    assert terminal_line("short \x1b") == r"short \x1b"
+    assert len(terminal_line("\x1b" * 10**6)) == len(terminal_line("x" * 10**6)) == MAX_LINE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hawqtool.errors import NumericalError
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.files import sensitivity_document
 from hawqtool.pipeline.run.identity import model_fingerprint
@@ -135,6 +137,7 @@ def measure_job(
         curvature = {unit: values | fields[unit] for unit, values in curvature.items()}
     if "kl" in job.config.measured_extras:
         found.scores["kl"] = single_unit_scores(stages.part("kl"), wanted, calibration, sets["scoring"])
+    check_scores(found.scores, found.projections)
     table = SensitivityTable(
         scores=found.scores,
         rounding=job.config.rounding,
@@ -232,6 +235,23 @@ def measure_curvature(
         fields = {unit: values | found[unit] for unit, values in fields.items()}
         settings |= {"eigenvalue_iterations": config.eigenvalues, "eigenvalue_subsets": min(SUBSETS, len(rows))}
     return scores, fields, settings
+
+
+def check_scores(scores: Mapping[str, UnitScores], projections: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+    """Check that all scores are numbers, which plans are compared by.
+
+    Raises:
+        NumericalError: If one is NaN or infinite; names it.
+    """
+    advice = "gradients or activations overflow; give other --calibration rows, or one width (--bits 4), without scores"
+    for metric, by_unit in scores.items():
+        for unit, by_label in by_unit.items():
+            for label, score in by_label.items():
+                if not math.isfinite(score.value) or math.isinf(score.stderr):
+                    raise NumericalError(f"the score {metric} of {unit} in {label} is not finite; {advice}")
+    for unit, rows_by_label in projections.items():
+        if not all(math.isfinite(value) for values in rows_by_label.values() for value in values):
+            raise NumericalError(f"a gradient's projection of {unit} is not finite; {advice}")
 
 
 def score_warnings(scores: Mapping[str, UnitScores]) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from hawqtool.config import RunConfig
-from hawqtool.evaluation.divergence import OutputComparison, paired_difference
+from hawqtool.evaluation.divergence import OutputComparison, paired_difference, perplexity
 from hawqtool.pipeline.run.job import Job, prepare
 from hawqtool.records import Evaluation
 from hawqtool.streaming import stream
@@ -75,3 +75,7 @@ def test_a_paired_difference_is_that_of_the_rows(jobs: list[Job]) -> None:
     assert value == pytest.approx(statistics.mean(differences), rel=1e-4)
     assert stderr == pytest.approx(statistics.stdev(differences) / math.sqrt(ROWS), rel=1e-4)
     assert stderr != pytest.approx(math.hypot(first.stderr, second.stderr), rel=1e-2)
+
+
+def test_a_perplexity_beyond_float64_is_infinite() -> None:
+    assert perplexity(2.0) == math.exp(2.0) and perplexity(709.5) == perplexity(1e9) == math.inf

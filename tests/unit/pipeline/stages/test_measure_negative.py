@@ -1,19 +1,21 @@
-"""A negative score of the true Hessian is kept, named once, and recorded."""
+"""A negative score of the true Hessian is kept, named once, and recorded; one that is no number ends the work."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hawqtool.config import RunConfig
+from hawqtool.errors import NumericalError
 from hawqtool.pipeline.allocate import run_allocate
 from hawqtool.pipeline.measure import run_measure
 from hawqtool.pipeline.quantize import run_quantize
 from hawqtool.pipeline.run.files import read_json, read_sensitivity, write_json
 from hawqtool.pipeline.stages import measure as measuring
-from hawqtool.pipeline.stages.measure import score_warnings
+from hawqtool.pipeline.stages.measure import check_scores, score_warnings
 from hawqtool.records import Score
 from hawqtool.runtime.reporter import Silent
 from tests.support.tiny import tiny_model
@@ -26,6 +28,15 @@ def test_the_warning_counts_units_and_names_the_first() -> None:
     (text,) = score_warnings({"hawq": SCORES})
     assert text.startswith("2 of 3 units have a negative hawq score (first b)") and "hawq-ggn" in text
     assert score_warnings({"hawq": {"a": SCORES["a"]}}) == () == score_warnings({"fisher": SCORES})
+
+
+def test_scores_that_overflow_are_a_numerical_failure_not_a_damaged_file() -> None:
+    check_scores({"fisher": SCORES | {"d": {"w4": Score(1.0, math.nan)}}}, {"a": {"w4": [1.0, -2.0]}})
+    for bad in (Score(math.inf, 0.1), Score(math.nan, 0.1), Score(1.0, math.inf)):
+        with pytest.raises(NumericalError, match=r"the score fisher of d in w4 is not finite; .*; give other"):
+            check_scores({"fisher": SCORES | {"d": {"w4": bad}}}, {})
+    with pytest.raises(NumericalError, match="projection of a is not finite"):
+        check_scores({}, {"a": {"w4": [1.0, math.inf]}})
 
 
 @pytest.fixture
