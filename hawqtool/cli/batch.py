@@ -32,7 +32,9 @@ def batch(
             "--jobs", "-j", min=1, help="Jobs at a time, each on a GPU of its own; on a CPU they share its cores."
         ),
     ] = 1,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results of other settings.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace results of other settings, and damaged ones.")
+    ] = False,
     dry_run: o.DryRun = False,
     json: o.Json = False,
     quiet: o.Quiet = False,
@@ -41,7 +43,7 @@ def batch(
     """Quantize many models, targets and methods; a failed job does not stop the others, a rerun does what is missing.
 
     The exit code is 3 if any gate failed, else the largest of the jobs. A result counts as there when its report.json
-    has the fingerprint of the job's settings and inputs.
+    has the fingerprint of the job's settings and inputs, and its files are as they were written.
 
     Example: hawqtool batch jobs.yaml --dry-run
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from hawqtool.checkpoint.companions import companion_files
-from hawqtool.checkpoint.index import INDEX_FILE, CheckpointIndex, read_header
-from hawqtool.errors import disk_errors
+from hawqtool.checkpoint.index import INDEX_FILE, CheckpointIndex, read_header, read_index
+from hawqtool.errors import InputError, disk_errors
 from hawqtool.parsing import MAX_RECORD_BYTES, MAX_RECORD_VALUES, ParseError, load_json
 from hawqtool.report.schema import Report
 
@@ -133,6 +133,25 @@ def manifest_problems(folder: Path, index: CheckpointIndex, manifest: Mapping[st
         elif file_hash(folder / name) != listed[name].get("sha256"):
             problems.append(f"{name} differs from its SHA-256 in {MANIFEST_FILE}; it changed; restore it")
     return problems
+
+
+def first_damage(folder: Path) -> str | None:
+    """The first thing in which an output differs from its manifest, every byte of the weights included.
+
+    None where nothing does. What no manifest can be read of is damaged too.
+    """
+    try:
+        manifest = load_json(folder / MANIFEST_FILE)
+        index = read_index(folder)
+    except (ParseError, InputError) as error:
+        return str(error)
+    if not is_manifest(manifest):
+        return f"{MANIFEST_FILE} is no manifest"
+    try:
+        problems = manifest_problems(folder, index, manifest, hash_all=True)
+    except OSError as error:
+        return f"{error.filename} cannot be read ({error.strerror})"
+    return problems[0] if problems else None
 
 
 def source_file_problems(folder: Path, source: Path, index: CheckpointIndex) -> list[str]:

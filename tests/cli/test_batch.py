@@ -17,9 +17,10 @@ import yaml
 from click.testing import Result
 from typer.testing import CliRunner
 
+from hawqtool.checkpoint.index import read_index
 from hawqtool.cli.app import app
 from hawqtool.pipeline.batch.jobs_file import read_batch
-from hawqtool.pipeline.batch.runner import _BatchRun
+from hawqtool.pipeline.batch.runner import _BatchRun, job_state
 from hawqtool.pipeline.batch.summary import batch_code, front
 from hawqtool.runtime.reporter import Silent
 from tests.support.tiny import tiny_llama
@@ -63,6 +64,10 @@ def changes(place: Path) -> dict[str, int]:
     return {p.parent.name: p.stat().st_mtime_ns for p in place.glob("runs/*/report.json")}
 
 
+def states(path: Path, overwrite: bool = False) -> list[str]:
+    return [job_state(job, Silent()).name for job in read_batch(path, None, None, overwrite).jobs]
+
+
 def test_a_batch_its_rerun_and_changed_settings(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
     path, runs = write(place), place / "runs"
@@ -94,6 +99,20 @@ def test_a_batch_its_rerun_and_changed_settings(place: Path, monkeypatch: pytest
     found = invoke(path)
     assert found.exit_code == 4 and changes(place) == before
     assert found.stderr.count("already there") == 2 and "1 run now, 0 measurements made" in found.stdout
+
+    # A result is there when all its files are as they were written, and its model is.
+    weights = runs / GOOD[0] / "model.safetensors"
+    whole = weights.read_bytes()
+    for damaged in (whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1])):
+        weights.write_bytes(damaged)
+        assert states(path) == ["to do", "damaged", "done"] and states(path, True) == ["to do", "to do", "done"]
+    weights.write_bytes(whole)
+    original = place / "model/model.safetensors"
+    norm = read_index(original.parent).tensors["model.norm.weight"]
+    content = original.read_bytes()
+    original.write_bytes(content[: norm.start] + bytes([content[norm.start] ^ 1]) + content[norm.start + 1 :])
+    assert states(path) == ["to do", "other settings", "other settings"]
+    original.write_bytes(content)
 
     path = write(place, seed=1)
     found = invoke(path, "--json")

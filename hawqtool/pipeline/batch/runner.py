@@ -7,11 +7,13 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from hawqtool.errors import HawqError, UsageError, one_line
+from hawqtool.export.manifest import first_damage
 from hawqtool.pipeline.batch.jobs_file import JOBS, Batch, BatchJob, measured_settings
 from hawqtool.pipeline.batch.processes import Outcome, Program, run_programs
 from hawqtool.pipeline.batch.summary import GATE_FAILED, Row, empty_row, result, summarize, write_summary
@@ -25,19 +27,44 @@ OUT_OF_MEMORY, CRASHED = 5, 1
 _DOCUMENTED = (0, 1, 2, 3, 4, 5, 130, 143)
 _LONGEST_ERROR = 400
 
-TO_DO, DONE, CHANGED = "to do", "done", "other settings"
+TO_DO, DONE, CHANGED, DAMAGED = "to do", "done", "other settings", "damaged"
 """Whether a job's folder holds its result."""
 
 
-def job_state(job: BatchJob, reporter: Reporter) -> tuple[str, Report | None]:
-    """Whether a job is done, and its report where it is; a folder that is not ours is left for the job to refuse."""
-    report = _report(Path(str(job.config.output)) / "report.json")
+@dataclass(frozen=True)
+class JobState:
+    """What a job's folder holds.
+
+    Args:
+        name: One of the four states.
+        report: The result's, where the job is done.
+        obstacle: Why the job cannot run without ``--overwrite``, where that is so.
+    """
+
+    name: str
+    report: Report | None = None
+    obstacle: str | None = None
+
+
+def job_state(job: BatchJob, reporter: Reporter) -> JobState:
+    """Whether a job is done: its result has the fingerprint of its settings and inputs, and all files as they were.
+
+    A folder that is not ours is left for the job to refuse.
+    """
+    folder = Path(str(job.config.output))
+    report = _report(folder / "report.json")
     if report is None:
-        return TO_DO, None
+        return JobState(TO_DO)
     progress = partial(reporter.progress, "fingerprint of a model")
+    state, held = CHANGED, "the result of other settings or inputs"
     if report.get("config_fingerprint") == config_fingerprint(job.config, progress=progress):
-        return DONE, report
-    return (TO_DO if job.config.overwrite else CHANGED), None
+        problem = first_damage(folder)
+        if problem is None:
+            return JobState(DONE, report)
+        state, held = DAMAGED, f"a damaged result ({problem})"
+    if job.config.overwrite:
+        return JobState(TO_DO)
+    return JobState(state, obstacle=f"{job.config.output} holds {held}; --overwrite replaces it")
 
 
 def _report(path: Path) -> Report | None:
@@ -94,12 +121,12 @@ class _BatchRun:
         self.logs.mkdir(parents=True, exist_ok=True)
         programs = []
         for job in self.batch.jobs:
-            state, report = job_state(job, self.reporter)
-            if report is not None:
-                self._settle(job.name, result(report), "already there")
-            elif state == CHANGED:
-                said = f"{job.config.output} holds the result of other settings or inputs; --overwrite replaces it"
-                self._settle(job.name, {"status": "failed", "exit_code": UsageError.exit_code, "error": said}, "")
+            state = job_state(job, self.reporter)
+            if state.report is not None:
+                self._settle(job.name, result(state.report), "already there")
+            elif state.obstacle is not None:
+                failed = {"status": "failed", "exit_code": UsageError.exit_code, "error": state.obstacle}
+                self._settle(job.name, failed, "")
             else:
                 file, settings = self.logs / f"{job.name}.yaml", job.yaml()
                 # A job that was cut short goes on by itself; one whose settings changed since then starts anew.
@@ -172,9 +199,10 @@ def dry_run(batch: Batch, reporter: Reporter) -> list[Row]:
     for number, job in enumerate(batch.jobs, 1):
         row = empty_row(job)
         try:
-            row |= {"status": job_state(job, reporter)[0], "exit_code": 0}
-            if row["status"] == CHANGED:
-                row |= {"exit_code": UsageError.exit_code, "error": "--overwrite would replace it"}
+            state = job_state(job, reporter)
+            row |= {"status": state.name, "exit_code": 0}
+            if state.obstacle is not None:
+                row |= {"exit_code": UsageError.exit_code, "error": state.obstacle}
             found = describe(prepare(job.config, reporter))
             row |= {"original_bytes": found["original_bytes"], "quantized_bytes": found["expected_bytes"]}
             row["bpw_linears"] = found["budget_bpw"]
