@@ -10,8 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from hawqtool.model.carried.walk import CarriedCall
 from hawqtool.model.replay import Call
 from hawqtool.records import BlockSpec, LinearSpec
+
+BlockCall = Call | CarriedCall
+"""What a block is called with beside the hidden state, or on what is carried."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,13 @@ class LoadedBlock:
         with torch.no_grad():
             self.parameter(linear).copy_(weight.t() if linear.transposed else weight)
 
-    def run(self, hidden: Tensor, call: Call) -> Tensor:
-        """Output ``[rows, positions, width]`` from such a hidden state and the other arguments of the call."""
+    def run(self, hidden: Tensor, call: BlockCall) -> Tensor:
+        """Output ``[rows, positions, width]`` from such a hidden state and the other arguments of the call.
+
+        Where more than a hidden state is carried, both hold all of it: see `hawqtool.model.carried.layout.Layout`.
+        """
+        if isinstance(call, CarriedCall):
+            return call.run(self.module, hidden)
         output = self.module(hidden, *call[0], **call[1])
         return output[0] if isinstance(output, tuple) else output
 

@@ -12,9 +12,9 @@ from torch.overrides import TorchFunctionMode
 
 from hawqtool.errors import InputError, one_line
 from hawqtool.model.kept import is_linear
-from hawqtool.model.tasks import image_shape
+from hawqtool.model.tasks import image_shape, model_inputs
 
-_TOKENS, _TOKEN = 8, 2
+TOKENS, _TOKEN = 8, 2
 _IMAGE = 224, 224
 
 TRACE_ERRORS = (
@@ -59,7 +59,7 @@ def find_blocks(model: Any) -> tuple[str, nn.ModuleList]:
     Raises:
         InputError: If no list is reached.
     """
-    lists = _block_lists(model)
+    lists = block_lists(model)
     if not any(is_linear(module) for found in lists.values() for module in found.modules()):
         raise InputError(
             f"{type(model).__name__}: its blocks hold no linear layer, only convolutions or layers of its own, which "
@@ -79,25 +79,26 @@ def find_blocks(model: Any) -> tuple[str, nn.ModuleList]:
     raise InputError(f"{type(model).__name__}: no list of blocks is run; this architecture is not supported")
 
 
-def run_on_zeros(model: Any) -> Any:
-    """Output of a model for the example row, every weight zero.
+def run_on_zeros(model: Any, rows: Tensor | None = None, differentiable: bool = False) -> Any:
+    """Output of a model for the example row, or for others, every weight zero.
 
     Zeros of any shape take the memory of one: what the model computes here is of no interest.
     """
     weights = {n: torch.zeros((), dtype=p.dtype).expand(p.shape) for n, p in model.named_parameters()}
-    with torch.no_grad(), _NoChance(type(model).__name__):
-        return torch.func.functional_call(model, weights, (), {model.main_input_name: example_row(model)})
+    inputs = model_inputs(model, example_row(model) if rows is None else rows)
+    with torch.set_grad_enabled(differentiable), _NoChance(type(model).__name__):
+        return torch.func.functional_call(model, weights, (), inputs)
 
 
-def example_row(model: Any) -> Tensor:
-    """One row of what the model reads: ``[1, 8]`` tokens, or an image ``[1, channels, height, width]``."""
+def example_row(model: Any, rows: int = 1, tokens: int = TOKENS) -> Tensor:
+    """Rows of what the model reads: ``[rows, tokens]``, or images ``[rows, channels, height, width]``."""
     if model.main_input_name == "pixel_values":
         channels, size = image_shape(model.config)
-        return torch.zeros(1, channels, *(size or _IMAGE), dtype=model.dtype)
-    return torch.full((1, _TOKENS), _TOKEN)
+        return torch.zeros(rows, channels, *(size or _IMAGE), dtype=model.dtype)
+    return torch.full((rows, tokens), _TOKEN)
 
 
-def _block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
     """Lists by name that may hold blocks: outermost ones of modules that are made of modules."""
     return {
         name: module

@@ -15,7 +15,7 @@ from hawqtool.checkpoint.dtypes import DTYPE_BYTES
 from hawqtool.checkpoint.fusion import unit_name
 from hawqtool.checkpoint.index import CheckpointIndex
 from hawqtool.errors import InputError, UsageError
-from hawqtool.model.block_list import find_blocks
+from hawqtool.model.carried.flow import DataFlow
 from hawqtool.model.experts import routers
 from hawqtool.model.initialization import INITIALIZED, initialized_linears
 from hawqtool.model.kept import (
@@ -37,7 +37,7 @@ from hawqtool.model.kept import (
 )
 from hawqtool.model.replay import Call, ExtraOutputs
 from hawqtool.model.stored_names import stored_names
-from hawqtool.model.trace import WeightUses, block_calls, extra_outputs_of, on_meta, unused_parameters
+from hawqtool.model.trace import Walk, WeightUses, refuse_other_outputs, trace_walk, unused_parameters
 from hawqtool.records import BlockSpec, LinearSpec, Unit
 
 _FLOAT_DTYPES = ("BF16", "F16", "F32")
@@ -66,6 +66,7 @@ class Structure:
         unused: Parameters outside the blocks that take no part in a row, such as the towers of a multimodal model:
             they are copied and never loaded.
         kept: Matrices that stay as they are, with the reasons.
+        flow: What blocks hand on where that is more than a hidden state; None where it is one.
     """
 
     blocks: tuple[BlockSpec, ...]
@@ -76,11 +77,12 @@ class Structure:
     head: BlockSpec | None = None
     unused: frozenset[str] = frozenset()
     kept: tuple[KeptTensor, ...] = ()
+    flow: DataFlow | None = None
 
     @property
-    def blocks_name(self) -> str:
-        """Module name of the list of blocks."""
-        return self.blocks[0].name.rpartition(".")[0]
+    def inside(self) -> tuple[str, ...]:
+        """What the names of modules inside of blocks begin with."""
+        return tuple(f"{block.name}." for block in self.blocks)
 
     @property
     def linears(self) -> dict[str, LinearSpec]:
@@ -148,17 +150,14 @@ def discover(
         InputError: If the blocks cannot be run, or hand on more than a hidden state; if a tensor is missing.
         UsageError: If the head is to be quantized and cannot be.
     """
-    name, blocks = find_blocks(model)
-    calls, extra_outputs = block_calls(model, blocks)
+    walk = trace_walk(model)
+    blocks = [model.get_submodule(name) for name in walk.names]
     stored = stored_names(model, index.tensors)
-    unused = unused_parameters(model, blocks, name, extra_outputs)
+    unused = unused_parameters(model, walk.names, walk.replaced)
     _refuse_missing(model, stored, index, unused)
     shared, chosen = _shared_weights(model), routers(model)
-    found = []
-    for position, block in enumerate(blocks):
-        context = _BlockContext(position, f"{name}.{position}", stored, index, shared, chosen)
-        found.append(_discover_block(context, block, on_meta(calls[position]), extra_outputs))
-    specs, reasons = [spec for spec, _ in found], {n: reason for _, kept in found for n, reason in kept.items()}
+    contexts = [_BlockContext(i, name, stored, index, shared, chosen) for i, name in enumerate(walk.names)]
+    specs, reasons = _discover_blocks(walk, contexts, blocks)
     modules = [m.module_name for spec in specs for m in spec.linears] + list(reasons)
     tensors = {n: stored.get(f"{n}.weight", f"{n}.weight").removesuffix(".weight") for n in modules}
     units = {n: unit_name(tensor, experts_per_block, fuses) for n, tensor in tensors.items()}
@@ -168,17 +167,18 @@ def discover(
     reasons |= dict.fromkeys(read if keeps else (), READ_ON_LOADING)
     reasons = _kept_along(specs, {units[n] for n in reasons}) | reasons
     specs = [_without_units(spec, {units[n] for n in reasons}) for spec in specs]
-    obstacle = next((text for m in blocks.modules() for kind, text in _OBSTACLES.items() if kind in _classes(m)), None)
+    parts = [module for block in blocks for module in block.modules()]
+    obstacle = next((text for m in parts for kind, text in _OBSTACLES.items() if kind in _classes(m)), None)
     obstacle = obstacle or (INITIALIZED if read and not keeps else None)
     head = _head(model, len(blocks), stored, index) if quantize_head else None
     walked = (*specs, head) if head else specs
     inside = {spec.module_name for block in walked for spec in block.linears}
     others = [n for n, m in model.named_modules() if (is_linear(m) or n in chosen) and n not in inside]
     names = [(stored.get(f"{n}.weight", f"{n}.weight").removesuffix(".weight"), n) for n in others]
-    kept = kept_tensors(model, name, inside, reasons | dict.fromkeys(chosen, ROUTER), stored, index, unused)
+    kept = kept_tensors(model, walk.names, inside, reasons | dict.fromkeys(chosen, ROUTER), stored, index, unused)
     pairs = (name for pair in names for name in pair)
     ignored = tuple(dict.fromkeys((*pairs, *kept_names(kept))))
-    return Structure(tuple(specs), ignored, stored, extra_outputs, obstacle, head, unused, kept)
+    return Structure(tuple(specs), ignored, stored, walk.extra_outputs, obstacle, head, unused, kept, walk.flow)
 
 
 def _kept_along(specs: Sequence[BlockSpec], units: set[str]) -> dict[str, str]:
@@ -255,10 +255,22 @@ class _BlockContext:
     routers: set[str]
 
 
-def _discover_block(
-    context: _BlockContext, block: nn.Module, call: Call, extra_outputs: ExtraOutputs
-) -> tuple[BlockSpec, dict[str, str]]:
-    """The block's input groups, and why linears of it are kept, by their names in the model."""
+def _discover_blocks(
+    walk: Walk, contexts: Sequence[_BlockContext], blocks: Sequence[nn.Module]
+) -> tuple[list[BlockSpec], dict[str, str]]:
+    """The blocks' input groups, and why linears are kept, by their names in the model."""
+    specs, reasons = [], dict[str, str]()
+    for context, block, call in zip(contexts, blocks, walk.calls, strict=True):
+        spec, kept, output = _discover_block(context, block, call)
+        if walk.flow is None:
+            refuse_other_outputs(context.name, output, walk.extra_outputs)
+        specs.append(spec)
+        reasons |= kept
+    return specs, reasons
+
+
+def _discover_block(context: _BlockContext, block: nn.Module, call: Call) -> tuple[BlockSpec, dict[str, str], Any]:
+    """The block's input groups, why linears of it are kept, by their names in the model, and its output."""
     chosen = {n.removeprefix(f"{context.name}.") for n in context.routers}
     linears: dict[str, Any] = {n: m for n, m in block.named_modules() if is_linear(m) and n not in chosen}
     shared = {n for n, m in linears.items() if id(m.weight) in context.shared}
@@ -275,9 +287,6 @@ def _discover_block(
     finally:
         for hook in hooks:
             hook.remove()
-    found, expected = extra_outputs_of(output), extra_outputs
-    if (found is None) != (expected is None) or _tensor_places(found) - _tensor_places(expected):
-        raise InputError(f"{context.name} returns other values than the first block; not supported")
     times, reasons = Counter(n for n, _ in seen), {}
     indexers = tuple(f"{n}." for n, m in block.named_modules() if is_indexer(m))
     for linear, module in linears.items():
@@ -297,11 +306,7 @@ def _discover_block(
         else:
             groups.append((tensor, [spec]))
     named = {f"{context.name}.{linear}": reason for linear, reason in reasons.items()}
-    return BlockSpec(context.position, context.name, tuple(tuple(members) for _, members in groups)), named
-
-
-def _tensor_places(extra_outputs: ExtraOutputs) -> set[int]:
-    return {place for place, tensor in enumerate(extra_outputs or ()) if tensor}
+    return BlockSpec(context.position, context.name, tuple(tuple(members) for _, members in groups)), named, output
 
 
 def _linear_spec(module_name: str, module: Any, context: _BlockContext) -> LinearSpec:

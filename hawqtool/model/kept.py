@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,7 +101,7 @@ def use_reason(called: int, used: int) -> str | None:
 
 def kept_tensors(
     model: Any,
-    blocks_name: str,
+    block_names: Sequence[str],
     quantized: set[str],
     reasons: dict[str, str],
     stored: dict[str, str],
@@ -112,7 +112,7 @@ def kept_tensors(
 
     Args:
         model: Skeleton.
-        blocks_name: Name of its list of blocks.
+        block_names: Names of its blocks.
         quantized: Names of the linears that are quantized, as the model has them.
         reasons: Why linears and routers of blocks are kept, by the same names.
         stored: See `stored_names`.
@@ -122,13 +122,14 @@ def kept_tensors(
     found: dict[str, KeptTensor] = {}
     head = model.get_output_embeddings()
     modules = dict(model.named_modules(remove_duplicate=False))
+    numbers = {name: number for number, name in enumerate(block_names)}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         place, _, _ = name.rpartition(".")
         owner = modules[place]
         info = index.tensors.get(stored.get(name, name))
         if parameter.ndim < 2 or place in quantized or is_norm(owner) or info is None or info.name in found:
             continue
-        position = _block_of(name, blocks_name)
+        position = _block_of(name, numbers)
         if position is None:
             outside = NOT_CALLED if name in unused and owner is not head else _reason(owner, OUTSIDE)
             reason = HEAD if owner is head else outside
@@ -146,9 +147,11 @@ def _unloaded(stored: dict[str, str], index: CheckpointIndex) -> Iterator[KeptTe
             yield KeptTensor(UNLOADED, info.name, info.name, info.num_bytes, len(info.shape))
 
 
-def _block_of(name: str, blocks_name: str) -> int | None:
-    rest = name.removeprefix(f"{blocks_name}.")
-    return int(rest.partition(".")[0]) if rest != name else None
+def _block_of(name: str, numbers: Mapping[str, int]) -> int | None:
+    """Number of the block that a parameter belongs to; None outside of all."""
+    parts = name.split(".")
+    prefixes = (".".join(parts[:length]) for length in range(1, len(parts)))
+    return next((numbers[prefix] for prefix in prefixes if prefix in numbers), None)
 
 
 def _reason(owner: nn.Module, otherwise: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
 
 from hawqtool.errors import HawqError, InputError, one_line
 from hawqtool.model.experts import split_experts
@@ -78,7 +79,7 @@ def build_skeleton(
         raise InputError(f"{folder}: transformers cannot build this model: {one_line(error)}") from error
     model_task(model)
     model.eval().requires_grad_(False)
-    _configure(model.config)
+    _configure(model)
     split_experts(model, why_unread(model, vllm))
     untie_stored(model, tensors)
     to_meta(model)
@@ -94,8 +95,6 @@ def _read_config(folder: Path, trust_remote_code: bool) -> Any:
         raise InputError(f"{folder}: transformers cannot build this model: {one_line(error)}") from error
     _refuse_absurd(folder, config)
     _drop_quantization(config)
-    if getattr(config, "is_encoder_decoder", False):
-        raise InputError(f"{folder} is an encoder-decoder ({config.model_type}); only models with one stack of blocks")
     return config
 
 
@@ -132,12 +131,14 @@ def _build(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     return getattr(transformers, named)._from_config(config, dtype=dtype)
 
 
-def _configure(config: Any) -> None:
-    """Have the model, and the language model inside of one, return named outputs and keep no keys and values."""
-    for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))):
-        if part is not None:
-            part.use_cache = False
-            part.return_dict = True
+def _configure(model: nn.Module) -> None:
+    """Have the model and all models inside of it return named outputs and keep no keys and values."""
+    configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    for config in configs:  # stacks may have copies of their own
+        for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))):
+            if part is not None:
+                part.use_cache = False
+                part.return_dict = True
 
 
 def untie_stored(model: Any, tensors: Iterable[str]) -> None:

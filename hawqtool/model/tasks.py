@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from hawqtool.errors import InputError
 
 
@@ -38,6 +40,11 @@ TASKS = (
         mapping="MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
         auto_class="AutoModelForMultimodalLM",
     ),
+    ModelTask(
+        *("sequence-to-sequence model", True, False, False),
+        mapping="MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+        auto_class="AutoModelForSeq2SeqLM",
+    ),
     ModelTask("masked language model", True, False, False, "MODEL_FOR_MASKED_LM_MAPPING_NAMES"),
     ModelTask("sequence classifier", True, True, False, "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"),
     ModelTask("image classifier", True, True, False, _IMAGES),
@@ -64,6 +71,7 @@ def model_task(model: Any) -> ModelTask:
     """
     task = class_task(type(model).__name__)
     if task is not None:
+        _refuse_classifiers_of_pairs(model, task)
         _refuse_scores(model, task)
         _refuse_other_inputs(model, task)
         _refuse_both_directions(model, task)
@@ -79,6 +87,62 @@ def image_shape(config: Any) -> tuple[int, tuple[int, int] | None]:
     size = getattr(vision, "image_size", None)
     channels = int(getattr(vision, "num_channels", 3))
     return channels, size if size is None else (size, size) if isinstance(size, int) else tuple(size)
+
+
+def model_inputs(model: Any, rows: Tensor) -> dict[str, Tensor]:
+    """Arguments of a model for rows of what it reads.
+
+    A decoder beside an encoder gets the same tokens ``[rows, seq_len]``, one place later.
+
+    Args:
+        model: The model.
+        rows: Tokens, or images in the model's dtype.
+
+    Raises:
+        InputError: If nothing says what a decoder begins with.
+    """
+    inputs = {str(model.main_input_name): rows}
+    if feeds_decoder(model):
+        start = first_decoder_token(model.config)
+        inputs["decoder_input_ids"] = rows.roll(1, 1).index_fill(1, rows.new_zeros(1), start)
+    return inputs
+
+
+def feeds_decoder(model: Any) -> bool:
+    """Whether a model has a decoder beside its encoder."""
+    return bool(getattr(model.config, "is_encoder_decoder", False))
+
+
+def first_decoder_token(config: Any) -> int:
+    """Token that a decoder beside an encoder begins with.
+
+    Raises:
+        InputError: If the config names none.
+    """
+    for part in (config, config.get_text_config(decoder=True)):
+        for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id"):
+            token = getattr(part, name, None)
+            if isinstance(token, int):
+                return token
+    raise InputError(
+        f"config.json of {config.model_type} names no token for its decoder to begin with; "
+        "expected decoder_start_token_id"
+    )
+
+
+def judged_output(model: Any, result: Any) -> Tensor:
+    """Of what a model gives, the tensor that it is judged by: logits, or the last hidden state."""
+    found: Tensor = result.logits if model_task(model).logits else result.last_hidden_state
+    return found
+
+
+def _refuse_classifiers_of_pairs(model: Any, task: ModelTask) -> None:
+    """A classifier with encoder and decoder looks for the end of a text, which rows of calibration do not have."""
+    if task.per_row and task.logits and feeds_decoder(model):
+        raise InputError(
+            f"{type(model).__name__} is a classifier with encoder and decoder; not supported: expected an encoder, or "
+            "the sequence-to-sequence model itself"
+        )
 
 
 def _refuse_scores(model: Any, task: ModelTask) -> None:

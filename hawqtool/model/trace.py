@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -13,10 +15,18 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hawqtool.errors import InputError, one_line
-from hawqtool.model.block_list import TRACE_ERRORS, example_row, run_on_zeros
+from hawqtool.model.block_list import TRACE_ERRORS, example_row, find_blocks, run_on_zeros
+from hawqtool.model.carried.flow import DataFlow, on_meta_device, trace_flow
+from hawqtool.model.carried.nested import mappings
+from hawqtool.model.carried.nested import on_meta as on_meta_once
 from hawqtool.model.replay import Call, ExtraOutputs, replayed_blocks
+from hawqtool.model.tasks import feeds_decoder, model_inputs
 
 _TRANSPOSES = (Tensor.T, Tensor.mT, Tensor.H)
+
+
+class NotPlain(Exception):
+    """The blocks of a model do not hand on a hidden state alone, from each to the next."""
 
 
 class WeightUses(TorchFunctionMode):
@@ -43,13 +53,20 @@ def on_meta(call: Call) -> Call:
 
 
 def block_calls(model: Any, blocks: nn.ModuleList) -> tuple[list[Call], ExtraOutputs]:
-    """Arguments of every block's call, and what blocks return beside the hidden state, which nothing may read."""
+    """Arguments of every block's call, and what blocks return beside the hidden state, which nothing may read.
+
+    Raises:
+        NotPlain: If blocks hand on something else, or not from each to the next.
+        InputError: If the first block cannot be run.
+    """
     kind = type(model).__name__
     calls, error, _ = _record_calls(model, blocks, None)
     if not calls:
         raise InputError(
             f"{kind}: the part before the blocks cannot be traced: {str(error).splitlines()[0]}"
         ) from error
+    if calls[0][0][0].shape[0] != 1:
+        raise NotPlain  # rows do not come first
     args, kwargs = on_meta(calls[0])
     try:
         with torch.no_grad():
@@ -62,26 +79,37 @@ def block_calls(model: Any, blocks: nn.ModuleList) -> tuple[list[Call], ExtraOut
     extra = extra_outputs_of(output)
     calls, error, _ = _record_calls(model, blocks, extra)
     if error is not None or len(calls) != len(blocks):
-        reason = f": {str(error).splitlines()[0]}" if error else ""
-        raise InputError(
-            f"{kind}: {len(calls)} of {len(blocks)} blocks can be traced{reason}; not supported"
-        ) from error
+        raise NotPlain from error
     if any(after[0][0] is not before[0][0] for before, after in pairwise(calls)):
-        raise InputError(f"{kind}: hidden states are changed between blocks; not supported")
-    if any(extra or ()):
-        _refuse_readers(model, blocks, extra)
+        raise NotPlain
+    if any(extra or ()) and _reads_more(model, blocks, extra):
+        raise NotPlain
+    if any(_writes(block, call) for block, call in zip(blocks, calls, strict=True)):
+        raise NotPlain
     return calls, extra
 
 
-def _refuse_readers(model: Any, blocks: nn.ModuleList, extra_outputs: ExtraOutputs) -> None:
-    """Refuse a model in which something reads more of a block than the hidden state: NaN stands for the rest."""
+def _writes(block: nn.Module, call: Call) -> bool:
+    """Whether a block changes a mapping among its arguments, in which later blocks may read."""
+    args, kwargs = on_meta_once(call)
+    held = [(mapping, dict(mapping)) for mapping in mappings((args, kwargs))]
+    if len(held) < 2:  # the keyword arguments themselves
+        return False
+    with torch.no_grad():
+        try:
+            block.to("meta")(*args, **kwargs)
+        except TRACE_ERRORS:
+            return True
+    return any(
+        mapping.keys() != before.keys() or any(mapping[k] is not before[k] for k in before) for mapping, before in held
+    )
+
+
+def _reads_more(model: Any, blocks: nn.ModuleList, extra_outputs: ExtraOutputs) -> bool:
+    """Whether something reads more of a block than the hidden state: NaN stands for the rest."""
     calls, _, result = _record_calls(model, blocks, extra_outputs, ends=False)
-    for place, seen in enumerate([*calls, result]):
-        if any(_has_nan(leaf) for leaf in tree_leaves(dict(seen) if isinstance(seen, Mapping) else seen)):
-            reader = f"block {place}" if place < len(blocks) else "what follows the blocks"
-            raise InputError(
-                f"{type(model).__name__}: {reader} reads more of an earlier block than a hidden state; not supported"
-            )
+    values = (dict(seen) if isinstance(seen, Mapping) else seen for seen in [*calls, result])
+    return any(_has_nan(leaf) for seen in values for leaf in tree_leaves(seen))
 
 
 def extra_outputs_of(output: Any) -> ExtraOutputs:
@@ -108,16 +136,74 @@ def _record_calls(
     return calls, None, result
 
 
-def unused_parameters(
-    model: Any, blocks: nn.ModuleList, blocks_name: str, extra_outputs: ExtraOutputs
-) -> frozenset[str]:
-    """Parameters outside the blocks that no operation on a row takes; none where that cannot be told without data."""
-    outside = {n: p for n, p in model.named_parameters() if not n.startswith(f"{blocks_name}.")}
+@dataclass(frozen=True)
+class Walk:
+    """How the blocks of a model are run one after the other.
+
+    Args:
+        names: Names of the blocks in order.
+        calls: Arguments of their calls on the meta device.
+        replaced: A context in which something on the meta device stands in for the blocks.
+        extra_outputs: What blocks return beside the hidden state, which nothing reads.
+        flow: What blocks hand on where that is more than a hidden state; None where it is one.
+    """
+
+    names: tuple[str, ...]
+    calls: list[Call]
+    replaced: AbstractContextManager[Any]
+    extra_outputs: ExtraOutputs = None
+    flow: DataFlow | None = None
+
+
+def trace_walk(model: Any) -> Walk:
+    """How the blocks of a skeleton are run, found by running rows of zeros.
+
+    Raises:
+        InputError: If its blocks cannot be run, or hand on what cannot be carried.
+    """
+    if not feeds_decoder(model):
+        name, blocks = find_blocks(model)
+        try:
+            calls, extra = block_calls(model, blocks)
+        except NotPlain as error:
+            if model.main_input_name == "pixel_values":
+                raise InputError(
+                    f"{type(model).__name__}: blocks of an image model hand on more than a hidden state; not supported"
+                ) from error
+        else:
+            names = tuple(f"{name}.{position}" for position in range(len(blocks)))
+            return Walk(names, [on_meta(call) for call in calls], replayed_blocks(blocks, extra), extra)
+    flow, traced = trace_flow(model)
+    calls = [on_meta_once(block.call) for block in traced.blocks]
+    return Walk(flow.names, calls, on_meta_device(model, traced), None, flow)
+
+
+def refuse_other_outputs(name: str, output: Any, expected: ExtraOutputs) -> None:
+    """Refuse a block whose output has other parts than the first one's."""
+    found = extra_outputs_of(output)
+    if (found is None) != (expected is None) or _tensor_places(found) - _tensor_places(expected):
+        raise InputError(f"{name} returns other values than the first block; not supported")
+
+
+def _tensor_places(extra_outputs: ExtraOutputs) -> set[int]:
+    return {place for place, tensor in enumerate(extra_outputs or ()) if tensor}
+
+
+def unused_parameters(model: Any, names: Sequence[str], replaced: AbstractContextManager[Any]) -> frozenset[str]:
+    """Parameters outside the blocks that no operation on a row takes; none where that cannot be told without data.
+
+    Args:
+        model: Skeleton; all of it goes to the meta device.
+        names: Names of its blocks.
+        replaced: A context in which something on that device stands in for the blocks.
+    """
+    inside = tuple(f"{name}." for name in names)
+    outside = {n: p for n, p in model.named_parameters() if not n.startswith(inside)}
     uses = WeightUses({id(parameter): name for name, parameter in outside.items()})
     model.to("meta")
-    with replayed_blocks(blocks, extra_outputs), torch.no_grad(), uses:
+    with replaced, torch.no_grad(), uses:
         try:
-            model(**{model.main_input_name: example_row(model).to("meta")})
+            model(**model_inputs(model, example_row(model).to("meta")))
         except TRACE_ERRORS:
             return frozenset()
     return frozenset(name for name in outside if not uses.counts[name])

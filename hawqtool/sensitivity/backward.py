@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hawqtool.model.block import LoadedBlock
+from hawqtool.model.block import BlockCall, LoadedBlock
 from hawqtool.model.experts import ExpertLinear
-from hawqtool.model.replay import Call
 from hawqtool.records import BlockSpec, LinearSpec
 from hawqtool.sensitivity.scores import LayerRows
 from hawqtool.streaming.block import Activations
@@ -141,7 +140,7 @@ class _Reverse:
         self.block, self.last = block, last_linear(block)
 
     def run(
-        self, hidden: Tensor, call: Call, gradient: Tensor, watch: Callable[[_Captured], list[Tensor]]
+        self, hidden: Tensor, call: BlockCall, gradient: Tensor, watch: Callable[[_Captured], list[Tensor]]
     ) -> tuple[_Captured, list[Tensor]]:
         """The calls of a batch, and the gradients at its hidden states and at what is watched.
 
@@ -162,7 +161,7 @@ class _Reverse:
         return self._run(hidden, call, gradient, watch)
 
     def _run(
-        self, hidden: Tensor, call: Call, gradient: Tensor, watch: Callable[[_Captured], list[Tensor]]
+        self, hidden: Tensor, call: BlockCall, gradient: Tensor, watch: Callable[[_Captured], list[Tensor]]
     ) -> tuple[_Captured, list[Tensor]]:
         leaf = hidden.detach().requires_grad_()
         with torch.enable_grad(), _captured(self.block) as captured:

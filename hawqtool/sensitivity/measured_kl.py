@@ -10,8 +10,7 @@ from torch import Tensor
 
 from hawqtool.errors import NumericalError
 from hawqtool.evaluation.divergence import OutputComparison
-from hawqtool.model.block import LoadedBlock
-from hawqtool.model.replay import Call
+from hawqtool.model.block import BlockCall, LoadedBlock
 from hawqtool.records import LinearSpec, MeasurementRows, Menu, Score, Unit, UnitScores
 from hawqtool.rounding.spec import RoundingErrors, RoundingSpec
 from hawqtool.runtime.store import NOTHING_SAVED, Saved
@@ -142,7 +141,7 @@ class CandidateStates:
 
 
 def run_blocks(
-    blocks: Sequence[LoadedBlock], calls: Sequence[Sequence[Call]], states: Sequence[Tensor]
+    blocks: Sequence[LoadedBlock], calls: Sequence[Sequence[BlockCall]], states: Sequence[Tensor]
 ) -> list[Tensor]:
     """Hidden states behind some blocks, batch by batch, from those before them."""
     states = list(states)

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from hawqtool.errors import NumericalError
-from hawqtool.model.block import LoadedBlock
-from hawqtool.model.replay import Call
+from hawqtool.model.block import BlockCall, LoadedBlock
 from hawqtool.records import TokenImportance
 from hawqtool.runtime.stage_timer import UNRECORDED, Recorder
 from hawqtool.streaming.resume_points import States
@@ -31,7 +30,7 @@ class Activations:
     """
 
     hidden: MutableSequence[Tensor]
-    calls: list[list[Call]]
+    calls: list[list[BlockCall]]
     original: MutableSequence[Tensor] | None = None
     held_out: bool = False
     recorder: Recorder = UNRECORDED

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from hawqtool.checkpoint.prefetch import Prefetcher
 from hawqtool.checkpoint.reader import check_finite
 from hawqtool.errors import InputError
-from hawqtool.model.block import LoadedBlock
+from hawqtool.model.block import BlockCall, LoadedBlock
+from hawqtool.model.carried.walk import CarriedWalk
 from hawqtool.model.discovery import Structure
 from hawqtool.model.replay import replayed_blocks
 from hawqtool.model.skeleton import to_meta
 from hawqtool.model.stored_names import stored_buffers
-from hawqtool.model.tasks import model_task
+from hawqtool.model.tasks import model_inputs, model_task
 from hawqtool.records import TokenImportance
 from hawqtool.rounding.statistics import GroupStatistics, is_held_out, second_moments
 from hawqtool.runtime.malloc import kept_pages, release_freed_pages
@@ -99,8 +100,7 @@ class ModelStream:
         memory = memory or StreamMemory()
         self.offload, self._matrices, self._owns = memory.offload, memory.matrices, memory.owns
         self._last_index: int | None = None
-        self.blocks_name = structure.blocks_name
-        self.blocks: Any = model.get_submodule(self.blocks_name)
+        self.blocks = [model.get_submodule(spec.name) for spec in structure.blocks]
         to_meta(model)
         self._load_ends()
         self._load_buffers()
@@ -111,9 +111,11 @@ class ModelStream:
                 )
             owner, _, leaf = name.rpartition(".")
             model.get_submodule(owner)._buffers[leaf] = buffer.to(device)
+        flow = structure.flow
+        self._carried = None if flow is None else CarriedWalk(model, flow, self._inputs, self._module)
 
     def _places(
-        self, module: nn.Module, prefix: str, skip: str | None = None
+        self, module: nn.Module, prefix: str, skip: tuple[str, ...] = ()
     ) -> Iterator[tuple[str, list[tuple[str, nn.Module, str]]]]:
         """Stored name of each parameter with the places that share it."""
         aliases: dict[int, list[tuple[str, nn.Module, str]]] = {}
@@ -121,7 +123,7 @@ class ModelStream:
         for path, owner in module.named_modules():
             for leaf, parameter in owner._parameters.items():
                 name = f"{path}.{leaf}" if path else leaf
-                if parameter is not None and not (skip and name.startswith(skip)) and name not in unused:
+                if parameter is not None and not name.startswith(skip) and name not in unused:
                     tensor = self.structure.stored_names.get(prefix + name, prefix + name)
                     aliases.setdefault(id(parameter), []).append((tensor, owner, leaf))
         for places in aliases.values():
@@ -134,7 +136,7 @@ class ModelStream:
 
     def _load_ends(self) -> None:
         """Load what lies outside the blocks: embedding, last norm, head."""
-        self._load(self.model, "", skip=f"{self.blocks_name}.", shared=self._matrices)
+        self._load(self.model, "", skip=self.structure.inside, shared=self._matrices)
         self._has_ends = True
 
     def _load_buffers(self) -> None:
@@ -149,7 +151,7 @@ class ModelStream:
         for name, buffer in list(stored_buffers(self.model)):
             stored = self.structure.stored_names.get(name, name)
             if stored not in self.source:
-                if buffer.is_floating_point() and name.startswith(f"{self.blocks_name}."):
+                if buffer.is_floating_point() and name.startswith(self.structure.inside):
                     raise InputError(f"buffer {name} is not in the checkpoint; the model of config.json needs it")
                 continue  # indices, which the constructor has computed, and parts that no row reaches
             value = self.source.tensor(stored)
@@ -173,7 +175,8 @@ class ModelStream:
         On a GPU it stays, where reading it again would take longer than its room is worth; so does a head that is
         quantized, which is replaced in place.
         """
-        if self.device.type == "cpu" and self.structure.head is None:
+        needed = self.structure.head is not None or (self._carried is not None and self._carried.needs_ends)
+        if self.device.type == "cpu" and not needed:
             to_meta(self.model)
             self._has_ends = False
 
@@ -181,7 +184,7 @@ class ModelStream:
         self,
         module: nn.Module,
         prefix: str,
-        skip: str | None = None,
+        skip: tuple[str, ...] = (),
         shared: MutableMapping[str, nn.Parameter] | None = None,
     ) -> None:
         for stored, places in list(self._places(module, prefix, skip)):
@@ -213,7 +216,7 @@ class ModelStream:
         """The block with its weights loaded; they are dropped when the context ends."""
         module = self.blocks[index]
         with self.recorder.stage("load"):
-            self._load(module, f"{self.blocks_name}.{index}.")
+            self._load(module, self.structure.inside[index])
         self._expect_after(index)
         try:
             yield LoadedBlock(module, self.structure.blocks[index])
@@ -241,7 +244,7 @@ class ModelStream:
         if isinstance(self.source, Prefetcher):
             following = index + step
             inside = 0 <= following < len(self.blocks)
-            places = self._places(self.blocks[following], f"{self.blocks_name}.{following}.") if inside else ()
+            places = self._places(self.blocks[following], self.structure.inside[following]) if inside else ()
             self.source.expect([stored for stored, _ in places])
 
     def embed(
@@ -259,15 +262,33 @@ class ModelStream:
         """
         self._need_ends()
         hidden: MutableSequence[Tensor] = [] if self.offload is None else OffloadedBatches(self.offload)
-        calls = []
+        calls: list[list[BlockCall]] = []
         for part in rows.split(batch_size):
-            ended = replayed_blocks(self.blocks, self.structure.extra_outputs, ends=True)
-            with ended as recorded, torch.no_grad():
-                self.model(**self._inputs(part))
-            hidden.append(recorded[0][0][0])
-            calls.append([(args[1:], kwargs) for args, kwargs in recorded])
+            first, of_blocks = self._begin(part)
+            hidden.append(first)
+            calls.append(of_blocks)
         original = copy(hidden) if with_original else None
         return Activations(hidden, calls, original, held_out, self.recorder, importance)
+
+    def _begin(self, rows: Tensor) -> tuple[Tensor, list[BlockCall]]:
+        """State before the first block, and the calls of all blocks."""
+        if self._carried is not None:
+            first, calls = self._carried.begin(rows)
+            return first, [*calls]
+        ended = replayed_blocks(self._list, self.structure.extra_outputs, ends=True)
+        with ended as recorded, torch.no_grad():
+            self.model(**self._inputs(rows))
+        return recorded[0][0][0], [(args[1:], kwargs) for args, kwargs in recorded]
+
+    @property
+    def _list(self) -> Any:
+        """The list of blocks of a model that has one."""
+        return self.model.get_submodule(self.structure.blocks[0].name.rpartition(".")[0])
+
+    @contextmanager
+    def _module(self, index: int) -> Iterator[nn.Module]:
+        with self.block(index) as block:
+            yield block.module
 
     def outputs(self, rows: Tensor, hidden: Tensor) -> Tensor:
         """What the model is judged by, from the last block's output through the model's own head.
@@ -277,8 +298,11 @@ class ModelStream:
             ``[rows, 1, width]``: the mean of the last hidden state over positions.
         """
         self._need_ends()
-        with replayed_blocks(self.blocks, self.structure.extra_outputs, output=hidden):
-            result = self.model(**self._inputs(rows))
+        if self._carried is not None:
+            result = self._carried.outputs(rows, hidden)
+        else:
+            with replayed_blocks(self._list, self.structure.extra_outputs, output=hidden):
+                result = self.model(**self._inputs(rows))
         if not self.task.logits:
             return result.last_hidden_state.mean(1, keepdim=True)
         return result.logits[:, None] if self.task.per_row else result.logits
@@ -324,7 +348,7 @@ class ModelStream:
 
     def _inputs(self, rows: Tensor) -> dict[str, Tensor]:
         moved = rows.to(self.device, self.dtype) if rows.is_floating_point() else rows.to(self.device)
-        return {self.model.main_input_name: moved}
+        return model_inputs(self.model, moved)
 
     def final_hidden(
         self, rows: Tensor, batch_size: int, progress: Callable[[int], None], saved: Saved = NOTHING_SAVED

@@ -125,7 +125,8 @@ def own_code(place: Place) -> None:
 
 
 def encoder_decoder(place: Place) -> None:
-    (place.model / "config.json").write_text(json.dumps({"model_type": "t5", "architectures": ["T5Model"]}))
+    config = {"model_type": "t5", "architectures": ["T5ForSequenceClassification"]}
+    (place.model / "config.json").write_text(json.dumps(config))
 
 
 def quantized(place: Place) -> None:
@@ -230,7 +231,7 @@ CASES: dict[str, Case] = {
     "NaN in the last norm, sampled rows": Case(5, NORM, spoil=nan(NORM), text=False),
     "unknown architecture": Case(4, "hitherto_unknown", spoil=no_code),
     "unknown architecture with code": Case(4, "--trust-remote-code", spoil=own_code),
-    "encoder-decoder": Case(4, "encoder-decoder", spoil=encoder_decoder),
+    "encoder-decoder": Case(4, "classifier with encoder and decoder", spoil=encoder_decoder),
     "quantized already": Case(4, "is quantized already", spoil=quantized),
     "no tokenizer": Case(4, "no tokenizer", spoil=without_tokenizer),
     "broken tokenizer": Case(4, "no tokenizer", spoil=write("model/tokenizer.json", b"{broken")),

@@ -137,14 +137,23 @@ def _holds(weight: Tensor, view: Tensor) -> bool:
     return first <= view.data_ptr() < last
 
 
-def run(kind: Kind, model: nn.Module, inputs: Tensor) -> Tensor:
-    """Logits, or the last hidden state of a model without a head."""
+def arguments_of(kind: Kind, model: nn.Module, inputs: Tensor) -> dict[str, Any]:
+    """Arguments of a live model for rows of inputs; a decoder beside an encoder gets the same, one place later."""
     values = inputs.to(next(model.parameters()).dtype) if kind.task == "image" else inputs
     arguments: dict[str, Any] = {"pixel_values" if kind.task == "image" else "input_ids": values}
-    if kind.task in ("causal", "multimodal"):
+    if kind.task in ("causal", "multimodal", "seq2seq"):
         arguments["use_cache"] = False
+    if kind.task == "seq2seq":
+        config: Any = model.config
+        start = torch.full((len(inputs), 1), config.decoder_start_token_id)
+        arguments["decoder_input_ids"] = torch.cat((start, inputs[:, :-1]), 1)
+    return arguments
+
+
+def run(kind: Kind, model: nn.Module, inputs: Tensor) -> Tensor:
+    """Logits, or the last hidden state of a model without a head."""
     with torch.no_grad():
-        output = model(**arguments)
+        output = model(**arguments_of(kind, model, inputs))
     return output.last_hidden_state if kind.task == "embedding" else output.logits
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.support.tiny import VOCAB_SIZE, tiny_tokenizer
 
-KindTask = Literal["causal", "multimodal", "masked", "embedding", "image"]
+KindTask = Literal["causal", "multimodal", "seq2seq", "masked", "embedding", "image"]
 HIDDEN, HEADS, INNER, POSITIONS = 64, 4, 128, 512
 IMAGE_SIZE, PATCH_SIZE, CHANNELS, CLASSES = 32, 8, 3, 10
 
@@ -55,6 +55,7 @@ class Kind:
         names = {
             "causal": "AutoModelForCausalLM",
             "multimodal": "AutoModelForMultimodalLM",
+            "seq2seq": "AutoModelForSeq2SeqLM",
             "masked": "AutoModelForMaskedLM",
             "embedding": "AutoModel",
             "image": "AutoModelForImageClassification",
@@ -278,6 +279,7 @@ ZOO: tuple[Kind, ...] = (
         "t5",
         "T5Config",
         "T5ForConditionalGeneration",
+        "seq2seq",
         settings={
             "vocab_size": VOCAB_SIZE,
             "d_model": HIDDEN,
@@ -285,9 +287,41 @@ ZOO: tuple[Kind, ...] = (
             "d_kv": 16,
             "num_layers": 2,
             "num_heads": HEADS,
+            "decoder_start_token_id": 0,
         },
-        supported=False,
-        reason="[tT]5",
+        loads=False,
+    ),
+    Kind(
+        "gemma4-shared",
+        "Gemma4TextConfig",
+        "Gemma4ForCausalLM",
+        settings=_GROUPED
+        | {
+            "num_hidden_layers": 4,
+            "num_kv_shared_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "head_dim": 16,
+            "global_head_dim": 32,
+            "sliding_window": 8,
+            "hidden_size_per_layer_input": HIDDEN,
+            "vocab_size_per_layer_input": VOCAB_SIZE,
+        },
+    ),
+    Kind(
+        "gemma3n",
+        "Gemma3nTextConfig",
+        "Gemma3nForCausalLM",
+        settings=_GROUPED
+        | {
+            "num_kv_shared_layers": 0,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "head_dim": 16,
+            "sliding_window": 8,
+            "laurel_rank": 32,
+            "activation_sparsity_pattern": [0.0, 0.0],
+            "hidden_size_per_layer_input": HIDDEN,
+            "vocab_size_per_layer_input": VOCAB_SIZE,
+        },
     ),
     Kind(
         "modernbert",

@@ -18,8 +18,7 @@ from hawqtool.evaluation.divergence import OutputComparison
 from hawqtool.export.layout import Layout
 from hawqtool.export.packed_reader import PACKED, SCALE, packed_parts, relative_weight_error, unpack_parts
 from hawqtool.export.writer import CheckpointWriter, unfinished_reader
-from hawqtool.model.block import LoadedBlock
-from hawqtool.model.replay import Call
+from hawqtool.model.block import BlockCall, LoadedBlock
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.stages.refine import BATCH_ROWS, BlockForward, norm_gains, split_rows
@@ -231,7 +230,7 @@ def _trainable(
     initial: Sequence[InitialRounding],
     names: Mapping[str, tuple[str, torch.dtype]],
     changed: Mapping[str, Tensor],
-    calls: Sequence[Sequence[Call]],
+    calls: Sequence[Sequence[BlockCall]],
 ) -> TrainableBlock:
     device = next(block.module.parameters()).device
     gains = {

@@ -13,7 +13,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from hawqtool.model.tasks import model_task
+from hawqtool.model.tasks import judged_output, model_inputs, model_task
 from hawqtool.runtime.lifeline import watch_parent
 
 
@@ -24,8 +24,9 @@ def main(folder: str, class_name: str, trust: str, rows_file: str, outputs_file:
     rows = load_file(rows_file)["rows"]
     inputs = rows.to(next(model.parameters()).dtype) if rows.is_floating_point() else rows
     with torch.no_grad():
-        result = model(**{model.main_input_name: inputs})
-    outputs = result.logits if model_task(model).logits else result.last_hidden_state.mean(1, keepdim=True)
+        result = model(**model_inputs(model, inputs))
+    found = judged_output(model, result)
+    outputs = found if model_task(model).logits else found.mean(1, keepdim=True)
     save_file({"outputs": outputs.float().contiguous()}, outputs_file)
 
 

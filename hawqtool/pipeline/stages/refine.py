@@ -14,9 +14,8 @@ from hawqtool.checkpoint.dtypes import torch_dtype
 from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.errors import UsageError
 from hawqtool.export.tensor_checks import is_gain
-from hawqtool.model.block import LoadedBlock
+from hawqtool.model.block import BlockCall, LoadedBlock
 from hawqtool.model.kept import is_norm
-from hawqtool.model.replay import Call
 from hawqtool.pipeline.run.job import Job
 from hawqtool.records import Rows
 from hawqtool.rounding.learned.block import Batches, Refined, Schedule, refine
@@ -207,7 +206,7 @@ class BlockForward:
     """Runs a block with other weights; names are those of linears, or of the block's own parameters."""
 
     block: LoadedBlock
-    calls: Sequence[Sequence[Call]]
+    calls: Sequence[Sequence[BlockCall]]
 
     def __call__(self, weights: Mapping[str, Tensor], hidden: Tensor, batch: int) -> Tensor:
         """Output for the hidden states of a batch, whose number says which other arguments the call has."""

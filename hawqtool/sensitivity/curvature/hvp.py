@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hawqtool.errors import NumericalError
-from hawqtool.model.block import LoadedBlock
-from hawqtool.model.replay import Call
+from hawqtool.model.block import BlockCall, LoadedBlock
 from hawqtool.records import LinearSpec
 from hawqtool.streaming.stream import ModelStream
 
@@ -122,7 +121,7 @@ class Stage:
     function: Callable[[Tensor], Tensor]
 
     @classmethod
-    def of_block(cls, block: LoadedBlock, call: Call) -> Stage:
+    def of_block(cls, block: LoadedBlock, call: BlockCall) -> Stage:
         """A block with the other arguments of its call."""
         return cls(block, partial(block.run, call=call))
 

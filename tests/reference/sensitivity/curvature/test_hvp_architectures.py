@@ -23,7 +23,9 @@ from hawqtool.sensitivity.curvature.hvp import (
 )
 from tests.support.tiny_zoo import SUPPORTED, Kind, calibration_inputs, save_kind
 
-LABELS = {"causal": DATA, "multimodal": DATA, "masked": SAMPLED, "image": SAMPLED, "embedding": OWN_OUTPUT}
+LABELS = {"causal": DATA, "multimodal": DATA, "embedding": OWN_OUTPUT} | dict.fromkeys(
+    ("seq2seq", "masked", "image"), SAMPLED
+)
 
 
 def vector(p: Pass, name: str, like: Tensor) -> Tensor:
