@@ -152,6 +152,7 @@ class RunConfig(Fields):
         "max_ppl_increase",
         "min_same_top",
         "max_flips",
+        "max_task_drop",
         "max_regression",
         "max_kept",
         mode="before",
@@ -192,9 +193,7 @@ class RunConfig(Fields):
         if self.rounding == "rtn" and (self.target_shift or self.scale_refit):
             raise ValueError("target_shift and scale_refit belong to compensated rounding; drop them or rounding rtn")
         if self.output_feedback != "off" and self.rounding not in ("gptq", "foem"):
-            raise ValueError(
-                f"output_feedback belongs to rounding gptq and foem, found {self.rounding}; drop one of the two"
-            )
+            raise ValueError(f"output_feedback belongs to gptq and foem, found {self.rounding}; drop one of the two")
         if self.output_feedback != "off" and self.token_importance == "none":
             raise ValueError("output_feedback is made of the gradients behind token_importance; drop its none")
         if self.rounding == "gptaq" and self.target_shift:

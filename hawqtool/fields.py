@@ -101,6 +101,11 @@ class Fields(BaseModel):
         help="Most changed likeliest tokens (or classes) among those that the original gives 90 % or more: 1% or 0.01.",
         panel=GATES, expert=True, affects=Affects.GATES, metavar="SHARE", as_text=True,
     )] = Field(default=None, ge=0, le=1)
+    max_task_drop: Annotated[float | None, Setting(
+        help="Most that the accuracy on any of the tasks may fall, in points: 2% or 0.02.",
+        detail="It is needed with tasks.", panel=GATES, expert=True, affects=Affects.GATES, metavar="SHARE",
+        as_text=True,
+    )] = Field(default=None, ge=0, le=1)
     max_size: Annotated[str | None, Setting(
         help="Most bytes of the weight files, such as 90MB or 3.2GiB.",
         panel=GATES, affects=Affects.GATES, metavar="SIZE",
@@ -193,6 +198,11 @@ class Fields(BaseModel):
         detail="The report calls further rows of the calibration sources in-domain.", panel=CALIBRATION,
         affects=Affects.ROWS, metavar="SOURCE", names="source", commands=("evaluate",),
     )] = None
+    tasks: Annotated[tuple[str, ...], Setting(
+        help="Multiple-choice questions that original and result are asked: .jsonl file of input, choices, answer "
+        "(the index); repeatable.", detail="Accuracies and their paired difference are in the report.",
+        panel=CALIBRATION, affects=Affects.GATES, metavar="FILE", names="source", commands=("evaluate",),
+    )] = ()
     eval_samples: Annotated[int | None, Setting(
         help="Evaluation rows: more give surer figures and take longer.",
         default="as many as calibration rows, from 8 to 32; of evaluate 32",

@@ -24,6 +24,7 @@ from hawqtool.report.wording import (
     same_plan,
     size,
     tail_text,
+    task_lines,
 )
 
 _LABEL = 12
@@ -158,6 +159,7 @@ def result_lines(report: Report) -> list[str]:
         lines.append("quality     " + NOT_EVALUATED.replace("`", ""))
     else:
         lines += _comparison_lines(evaluation, report["shipped"])
+    lines += [f"task        {text}" for text in task_lines(report.get("tasks", []))]
     lines += [*search_lines(report["search"]), *gate_lines(report["gates"])]
     spent: dict[str, float] = {}
     for stage, seconds in report["timings"].items():
@@ -215,7 +217,9 @@ def quality_lines(evaluation: EvaluationDocument) -> list[str]:
     """One line per measure of an evaluation of ``original`` and ``quantized``."""
     original, quantized = evaluation["original"], evaluation["quantized"]
     tail = tail_text(quantized)
-    return [
+    lines = [
         f"{name:15s} {show(quantized)}" + (f" (original {show(original)})" if name == "perplexity" else "")
         for name, show in quality_columns(evaluation).items()
-    ] + ([f"{'tail':15s} {tail}"] if tail else [])
+    ]
+    lines += [f"{'tail':15s} {tail}"] if tail else []
+    return lines + [f"{'task':15s} {text}" for text in task_lines(evaluation.get("tasks", []))]

@@ -17,6 +17,7 @@ from hawqtool.pipeline.run.job import prepare
 from hawqtool.pipeline.run.resolved import MOST_REPORT_ROWS
 from hawqtool.pipeline.stages.evaluate import Evaluator
 from hawqtool.pipeline.stages.rows import evaluation_rows
+from hawqtool.pipeline.tasks import check_tasks, judge_tasks
 from hawqtool.report.documents import EvaluationDocument
 from hawqtool.runtime.reporter import Reporter
 
@@ -46,14 +47,19 @@ def run_evaluate(config: RunConfig, folder: Path, reporter: Reporter) -> Evaluat
             f"({len(problems)} such); give its original"
         )
     rows = evaluation_rows(job, config.eval_data, config.eval_samples or MOST_REPORT_ROWS)
-    evaluator = Evaluator(RunContext(job, reporter), {"report": rows})
+    check_tasks(job)
+    context = RunContext(job, reporter)
+    evaluator = Evaluator(context, {"report": rows})
     with torch.no_grad():
         original = evaluator.evaluate(None, "original")["report"]
         quantized = evaluator.evaluate(folder, "quantized")["report"]
-    return {
+    found: EvaluationDocument = {
         "schema": "hawqtool.evaluation/1",
         "measure": "kl" if original.measure == "kl" else "embedding_error",
         "rows": {"source": rows.source, "fingerprint": rows.fingerprint, "count": len(rows.tokens)},
         "original": as_record(original),
         "quantized": as_record(quantized),
     }
+    if config.tasks:
+        found["tasks"] = judge_tasks(context, folder)
+    return found

@@ -35,6 +35,7 @@ from hawqtool.pipeline.stages.load_trial import trial_rows, try_loading
 from hawqtool.pipeline.stages.report import Outcome, build_report, write_card, write_reproduce
 from hawqtool.pipeline.stages.rows import gather_rows
 from hawqtool.pipeline.stages.token_importance import with_token_importance
+from hawqtool.pipeline.tasks import check_tasks, judge_tasks
 from hawqtool.records import BitPlan
 from hawqtool.report.documents import DryRun, SensitivityDocument
 from hawqtool.report.schema import Report, Search, Shipped, Verdict, shipped_of
@@ -69,6 +70,7 @@ def run_quantize(config: RunConfig, command: str, reporter: Reporter, announce: 
         if resuming:
             job, warnings = resumed_batch_size(job, run)
         before = stamps(job.index)
+        check_tasks(job)
         announce(describe(job))
         record_content(job.index, before, reporter)
         fingerprint = config_fingerprint(config, job.index.content)
@@ -111,6 +113,9 @@ def _quantized(
     winner, outcome = _outcome(runner, plans, planner)
     folder = runner.folder(winner)
     report = build_report(job, sets, outcome, timings, command)
+    if job.config.tasks:
+        with Stopwatch(timings, "tasks"):
+            report["tasks"] = judge_tasks(context, folder)
     report |= {"search": search, "gates": judge_gates(job.config, winner, report, baseline), "starts": run.starts}
     report["verdict"] = _verdict(report, winner.plan, planner)
     origin = planner.origin.record if planner and planner.origin else None

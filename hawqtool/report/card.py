@@ -22,6 +22,7 @@ from hawqtool.report.wording import (
     rows_text,
     same_plan,
     tail_text,
+    task_lines,
 )
 
 _ONE_FORMAT = "every layer had one format to take, so no sensitivity was measured"
@@ -257,6 +258,7 @@ def _evaluation(report: Report) -> str:
         table(["model", *columns], rows),
     ]
     tail = tail_text(shipped_of(evaluation, report["shipped"]))
+    lines += [f"Task {escape(text)}." for text in task_lines(report.get("tasks", []))]
     lines += [f"The tail of the shipped model: {tail}."] if tail else []
     difference = evaluation.get("mixed_minus_uniform")
     if difference and not same_plan(mixed, uniform):

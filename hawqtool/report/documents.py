@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
-from hawqtool.report.schema import Kept, Measure, Measured, PlanEntry, Quality, Shipped
+from hawqtool.report.schema import Kept, Measure, Measured, PlanEntry, Quality, Shipped, TaskResult
 
 
 class MemberRecord(TypedDict):
@@ -114,6 +114,7 @@ class EvaluationDocument(Measured):
     schema: Annotated[str, "`hawqtool.evaluation/1`."]
     rows: Annotated[EvaluatedRows, "Rows that were evaluated."]
     quantized: Annotated[Quality, "The quantized model."]
+    tasks: NotRequired[Annotated[list[TaskResult], "Accuracy on the tasks that were asked for."]]
 
 
 class ComparedResult(TypedDict):

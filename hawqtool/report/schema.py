@@ -32,6 +32,20 @@ class Quality(Divergence):
     ]
 
 
+class TaskResult(TypedDict):
+    """Accuracy on one multiple-choice task; a choice is taken by its log-probability after the input."""
+
+    name: Annotated[str, "Name of the file."]
+    questions: Annotated[int, "Questions."]
+    original: Annotated[float, "Accuracy of the original."]
+    original_stderr: Annotated[float, "Standard error over questions."]
+    quantized: Annotated[float, "Accuracy of the quantized model."]
+    quantized_stderr: Annotated[float, "Standard error over questions."]
+    difference: Annotated[float, "Quantized less original."]
+    difference_stderr: Annotated[float, "Its standard error, paired by question."]
+    same: Annotated[float, "Share of questions to which both give the same answer, right or wrong."]
+
+
 class Interpolated(Divergence):
     """The uniform curve at the mixed plan's bytes."""
 
@@ -287,6 +301,7 @@ class Report(TypedDict):
     experts: Annotated[dict[str, list[int]], "Calibration tokens of every expert, by block."]
     rows: Annotated[RowSets, "The sets of rows."]
     batch_size: Annotated[int, "Rows per forward pass."]
+    tasks: NotRequired[Annotated[list[TaskResult], "Accuracy on the tasks that were asked for."]]
     evaluation: Annotated[PlanComparison | None, "All plans that were tried, and the original; null under `--no-eval`."]
     shipped: Annotated[Shipped, "Which of the two was written."]
     verdict: Annotated[Verdict | None, "What the figures mean; null where nothing was evaluated."]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from hawqtool.report.schema import Gate, Measured, PlanQuality, Quality, Report, RowSet
+from hawqtool.report.schema import Gate, Measured, PlanQuality, Quality, Report, RowSet, TaskResult
 
 MEASURES = {"kl": "KL (nats)", "embedding_error": "relative error"}
 """Heading of what a model is judged by."""
@@ -27,6 +27,7 @@ GATES = {
     "max_kl": "divergence on the report rows",
     "max_kl_p99": "divergence that the worst hundredth of the outputs of the report rows reaches",
     "max_flips": "share of another likeliest token or class where the original is sure of its own",
+    "max_task_drop": "points of accuracy lost on the task that lost most",
     "max_ppl_increase": "perplexity over that of the original, less one",
     "min_same_top": "share of outputs whose likeliest token or class is the original's",
     "max_size": "weight files",
@@ -38,7 +39,7 @@ GATES = {
 }
 """What the value of a gate is."""
 
-_SHARES = ("max_ppl_increase", "min_same_top", "max_kept", "max_flips")
+_SHARES = ("max_ppl_increase", "min_same_top", "max_kept", "max_flips", "max_task_drop")
 _BYTES = ("max_size", "regression_size")
 
 
@@ -157,6 +158,16 @@ def tail_text(values: Quality) -> str | None:
     if "flips" not in values:
         return worst
     return f"{worst}; {100 * values['flips']:.2f} % of the outputs that the original is sure of changed"
+
+
+def task_lines(results: Sequence[TaskResult]) -> list[str]:
+    """Accuracy on every task, original and quantized beside each other."""
+    return [
+        f"{result['name']}: {100 * result['original']:.1f} % -> {100 * result['quantized']:.1f} %, "
+        f"{100 * result['difference']:+.1f} ± {100 * result['difference_stderr']:.1f} points on "
+        f"{result['questions']} questions, {100 * result['same']:.1f} % answered alike"
+        for result in results
+    ]
 
 
 def rows_text(record: RowSet) -> str:

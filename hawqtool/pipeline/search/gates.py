@@ -95,6 +95,8 @@ def check_gates(job: Job) -> None:
             f"--{name.replace('_', '-')} cannot be judged: {job.source.name} ({type(job.skeleton).__name__}) has no "
             f"{what}; use --max-kl"
         )
+    if config.max_task_drop is not None and not config.tasks:
+        raise UsageError("--max-task-drop judges tasks, and none were given; add --tasks")
     share = kept_share(job.structure.kept, job.index)
     if config.max_kept is not None and share > config.max_kept:
         raise UsageError(
@@ -133,6 +135,7 @@ def judge_gates(config: RunConfig, shipped: Trial, report: Report, baseline: Bas
         "max_flips": lambda: result.get("flips", math.nan),
         "max_ppl_increase": lambda: result["perplexity"] / original["perplexity"] - 1,
         "min_same_top": lambda: result["same_top"],
+        "max_task_drop": lambda: max(-result["difference"] for result in report["tasks"]),
         "max_size": lambda: size,
         "max_fallbacks": lambda: report["fallbacks"],
         "max_kept": lambda: report["kept"]["share"],
