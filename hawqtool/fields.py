@@ -24,7 +24,9 @@ SELF = "self"
 """Calibration source: rows sampled from the model."""
 
 
-NEED_EVALUATION = ("target_kl", "max_kl", "max_ppl_increase", "min_same_top", "baseline")
+NEED_EVALUATION = (
+    "target_kl", "max_kl", "max_kl_p99", "max_flips", "max_ppl_increase", "min_same_top", "baseline",
+)  # fmt: skip
 """Settings that judge by what the evaluation measures."""
 
 

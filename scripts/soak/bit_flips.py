@@ -253,7 +253,7 @@ def counted_saves(stop: int | None = None) -> Iterator[list[str]]:
             if len(keys) == stop:
                 raise _Cut
 
-    Checkpoints.save = counted  # type: ignore[method-assign]
+    Checkpoints.save = counted  # type: ignore[method-assign, assignment]
     try:
         yield keys
     finally:

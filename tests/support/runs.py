@@ -22,7 +22,8 @@ from hawqtool.pipeline.quantize import run_quantize
 from hawqtool.runtime.reporter import Silent
 from tests.support.tiny import tiny_llama
 
-Report = dict[str, Any]
+Report = Any
+"""Of a run: tests change it and make up parts of it."""
 Run = Callable[..., tuple[Path, Report]]
 LETTERS = string.ascii_lowercase[:12]
 BLOCK_LINEARS = 7
@@ -105,7 +106,8 @@ def edited(source: Path, target: Path, change: Callable[[dict[str, Any]], None])
 def completed(folder: Path, source: Path, **config: Any) -> Path:
     """A folder that was only rounded, with what a whole run adds: the small files, a report, the manifest."""
     copy_small_files(source, folder)
-    seal(folder, {"schema": "hawqtool.report/2", "config": config})
+    report: Any = {"schema": "hawqtool.report/2", "config": config}
+    seal(folder, report)
     return folder
 
 
