@@ -100,18 +100,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     kinds, generator = options.only or list(KINDS), random.Random(options.seed)
     columns = (MENDED, HARMLESS, *FAULTS)
     print(f"{'kind':>10}  flips  " + "  ".join(columns), flush=True)
-    failures: list[str] = []
+    failed = 0
     with tempfile.TemporaryDirectory(prefix="hawqtool-flips-") as place:
         bench = Bench(Path(place))
         for number, kind in enumerate(kinds):
             flips = options.flips * (number + 1) // len(kinds) - options.flips * number // len(kinds)
+            failures: list[str] = []
             counts = bench.flip_all(kind, flips, options.cuts, generator, failures)
             cells = "  ".join(f"{counts[name]:>{len(name)}}" for name in columns)
-            print(f"{kind:>10}  {flips:>5}  {cells}", flush=True)
-    print(
-        "\n".join(failures) if failures else "every run gave what the undisturbed one gives, and lost one part at most"
-    )
-    return int(bool(failures))
+            print("\n".join([f"{kind:>10}  {flips:>5}  {cells}", *failures]), flush=True)
+            failed += len(failures)
+    print(f"{failed} failed" if failed else "every run gave what the undisturbed one gives, and lost one part at most")
+    return int(bool(failed))
 
 
 class Bench:

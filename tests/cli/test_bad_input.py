@@ -376,7 +376,7 @@ def run(*arguments: object) -> Outcome:
 
 def run_installed(*arguments: object) -> Outcome:
     command = [str(INSTALLED), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 

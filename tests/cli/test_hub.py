@@ -78,7 +78,7 @@ def installed(hub: Hub, home: Path, *arguments: object, **extra: str) -> subproc
     environment = {name: value for name, value in os.environ.items() if name not in unset}
     environment |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1"} | extra
     command = [str(INSTALLED), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, check=False, env=environment)
 
 
 def only_line(stderr: str) -> str:

@@ -59,7 +59,7 @@ def run_program(program: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=100,
+        timeout=900,
         # A test run in the background of a shell inherits an ignored SIGINT.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
@@ -99,5 +99,5 @@ def test_a_command_ends_with_the_process_that_started_it() -> None:
             text=True,
         )
     # Closing it is what the system does when the process is killed.
-    _, said = child.communicate(timeout=100)
+    _, said = child.communicate(timeout=900)
     assert (child.returncode, said) == (143, "terminated: nothing was left behind\n")

@@ -222,10 +222,10 @@ def test_a_signal_keeps_the_work_and_says_so(place: Path, tmp_path: Path) -> Non
     while not awaited.exists() and process.poll() is None:
         time.sleep(0.002)
     process.send_signal(signal.SIGTERM)
-    error = process.communicate(timeout=60)[1]
+    error = process.communicate(timeout=900)[1]
     assert process.returncode == 143, error
     assert error.startswith("terminated: the finished work is kept in ") and len(error.splitlines()) == 1
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert read(tmp_path / "out/report.json")["starts"] == 2
@@ -235,6 +235,6 @@ def test_the_kill_script(tmp_path: Path) -> None:
     counts = ["--kills", "2", "--terms", "1", "--layers", "2", "--disks", "1" if os.geteuid() == 0 else "0"]
     command = [sys.executable, str(ROOT / "scripts/soak/kill_tests.py"), *counts]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "every trial gave the hashes and the plan of the undisturbed run"

@@ -80,7 +80,7 @@ def cli(place: Path, output: Path, source: str, **environment: str) -> subproces
     return subprocess.run(
         [*map(str, command), *options.split(), "--quiet"],
         env={**inherited, "HF_HOME": str(output.parent / "hub"), **environment},
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
 
 
@@ -118,7 +118,7 @@ def test_what_the_hub_does_not_have(tmp_path: Path) -> None:
     with local_hub({"train.jsonl": b'{"text": "a"}\n'}) as address:
         environment = os.environ | {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path), "HF_ENDPOINT": address}
         command = [sys.executable, "-c", REFUSALS, *expected]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
     found = done.stdout.splitlines()
     assert len(found) == len(expected), done.stderr
     assert all(said in line for said, line in zip(expected.values(), found, strict=True)), found

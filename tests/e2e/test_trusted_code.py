@@ -46,7 +46,7 @@ def quantize(model: Path, *more: str) -> subprocess.CompletedProcess[str]:
     place = model.parent
     command = [str(INSTALLED), "quantize", str(model), "-o", str(place / "out"), "--device", "cpu", *OPTIONS, *more]
     environment = os.environ | {"MARK": str(place / "executed"), "HF_MODULES_CACHE": str(place / "modules")}
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, check=False, env=environment)
 
 
 def test_without_the_flag_nothing_is_executed(model: Path) -> None:

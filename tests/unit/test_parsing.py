@@ -73,19 +73,19 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", JSON_BOMBS)
 def test_json_bombs(name: str) -> None:
     text, said = JSON_BOMBS[name]
-    begin = time.monotonic()
+    begin = time.process_time()
     with pytest.raises(ParseError, match=said) as caught:
         parse_json(encoded(text), max_values=1000 if name == "many values" else 10_000_000)
-    assert time.monotonic() - begin < 5 and str(caught.value).isprintable() and len(str(caught.value)) < 200
+    assert time.process_time() - begin < 5 and str(caught.value).isprintable() and len(str(caught.value)) < 200
 
 
 @pytest.mark.parametrize("name", YAML_BOMBS)
 def test_yaml_bombs(name: str) -> None:
     text, said = YAML_BOMBS[name]
-    begin = time.monotonic()
+    begin = time.process_time()
     with pytest.raises(ParseError, match=said) as caught:
         parse_yaml(encoded(text))
-    assert time.monotonic() - begin < 10 and str(caught.value).isprintable() and len(str(caught.value)) < 200
+    assert time.process_time() - begin < 10 and str(caught.value).isprintable() and len(str(caught.value)) < 200
 
 
 def test_what_is_plain_is_taken() -> None:

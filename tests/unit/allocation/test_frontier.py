@@ -91,8 +91,8 @@ def test_the_frontier_is_monotone_convex_and_nested(seed: int) -> None:
         assert loss == pytest.approx(math.fsum(choice.loss for choice in chosen), rel=1e-9, abs=1e-12)
 
 
-@pytest.mark.parametrize(("count", "seconds"), [(224, 0.1), (560, 0.1), (18_624, 5.0)])
-def test_speed_with_six_widths(count: int, seconds: float) -> None:
+def processor_time(count: int) -> float:
+    """Least seconds of this thread for a problem of so many units, of some runs."""
     rng = random.Random(0)
     formats = tuple(QuantFormat(bits, 128) for bits in WIDTHS)
     units, scores = [], {}
@@ -102,15 +102,19 @@ def test_speed_with_six_widths(count: int, seconds: float) -> None:
         units.append(Unit(name, (LinearSpec(name, rows, columns, index, name, 2),)))
         base = 10 ** rng.uniform(-5, -1)
         scores[name] = {f.label: Score(value_of(rng, "noisy", base, f.bits), 0.0) for f in formats}
-    menu = dict.fromkeys(scores, formats)
-    # The best of some runs: other programs may hold the processor for a while.
-    spent = []
+    menu, spent = dict.fromkeys(scores, formats), []
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.thread_time()
         problem = build_problem(units, menu, scores, {})
         plan = solve(problem, problem.budget_bytes(3.5), curve=frontier(problem))
-        spent.append(time.perf_counter() - start)
-    assert plan.bpw <= 3.5 and min(spent) < seconds
+        spent.append(time.thread_time() - start)
+    assert plan.bpw <= 3.5
+    return min(spent)
+
+
+def test_time_grows_little_faster_than_the_units() -> None:
+    """The machine's own speed does not matter: 13 times as long for ten times the units if it is n log n, 100 if n²."""
+    assert processor_time(5000) < 40 * processor_time(500)
 
 
 def test_finer_units_may_cost_the_hull_and_never_exact() -> None:

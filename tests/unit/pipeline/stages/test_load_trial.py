@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from hawqtool.config import RunConfig
 from hawqtool.pipeline.run.job import Job, prepare
-from hawqtool.pipeline.stages import load_trial
+from hawqtool.pipeline.stages import load_child, load_trial
 from hawqtool.pipeline.stages.load_trial import SWITCH, _difference, try_loading
 from tests.support.packed_folder import write_packed
 from tests.support.tiny import tiny_model
@@ -43,8 +44,17 @@ def test_a_folder_that_loads(job: Job, packed: Path) -> None:
     assert "one forward pass agrees to 0.0" in trial.reason
 
 
-def test_a_folder_whose_config_makes_transformers_compute_otherwise(job: Job, packed: Path, tmp_path: Path) -> None:
+def in_this_process(command: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
+    """What the child does, without the start of a process."""
+    load_child.main(*command[3:])
+    return subprocess.CompletedProcess(command, 0, b"", b"")
+
+
+def test_a_folder_whose_config_makes_transformers_compute_otherwise(
+    job: Job, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It reads other weights than hawqtool does: those of the embedding are exchanged in the child's copy alone."""
+    monkeypatch.setattr(load_trial.subprocess, "run", in_this_process)
     folder = Path(shutil.copytree(packed, tmp_path / "other"))
     tensors = load_file(folder / "model.safetensors")
     tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].flip(0).contiguous()
@@ -60,7 +70,7 @@ _own = load_trial._own_outputs
 
 def test_a_folder_that_does_not_load(job: Job, packed: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(packed, tmp_path / "broken"))
-    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").unlink()
     trial = try_loading(job, folder, ROWS)
     assert trial.loads is False and trial.reason.startswith("tried with transformers") and "\n" not in trial.reason
 
