@@ -54,8 +54,10 @@ FAULTS = (SILENT, TRACEBACK, TOO_MUCH, REFUSED)
 MENDED, HARMLESS = "said and mended", "of no effect"
 
 _TIMES = re.compile(r"seconds|timings|^starts$|^manifest$|^peak_memory_bytes$|^warnings$|^command$|^output$")
-_AGAIN = re.compile(r"(^|\.)(timings|identity|rows|starts|shipped)$|(^|\.)(walk|reverse-sweep|standing|evaluating)")
-"""Keys that a run which goes on may save again: notes, and states that move on with the work."""
+_AGAIN = re.compile(
+    r"(^|\.)(timings|identity|rows|starts|shipped|reverse-sweep|standing)$|walk\.|\.states\.|\.evaluating\."
+)
+"""Keys that a run which goes on may save again: notes, and states on the way to a result, which is a key of its own."""
 
 
 class _Cut(BaseException):
