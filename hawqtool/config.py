@@ -105,10 +105,11 @@ class RunConfig(Fields):
             raise ValueError("expected a number from 0 to 1, or auto")
         return share
 
-    @field_validator("output_feedback", mode="before", json_schema_input_type=str | bool)
+    @field_validator("output_feedback", "rotate", mode="before", json_schema_input_type=str | bool)
     @classmethod
-    def _parse_feedback(cls, value: Any) -> Any:
-        return "off" if value is False else value  # YAML reads a bare off as false
+    def _parse_switch(cls, value: Any) -> Any:
+        # YAML reads bare words on and off as true and false.
+        return ("on" if value else "off") if isinstance(value, bool) else value
 
     @field_validator("pin", "ignore", "calibration", mode="before", json_schema_input_type=str | list[str])
     @classmethod

@@ -259,6 +259,13 @@ class Fields(BaseModel):
         "or with --costs).", detail="exact stops after 60 s.",
         panel=METHOD, expert=True, affects=Affects.PLAN, commands=("allocate",),
     )] = "auto"
+    rotate: Annotated[Literal["off", "on"], Setting(
+        help="on: rotate the residual stream by a random Hadamard matrix before rounding; the model computes the same, "
+        "a tied head gets a weight of its own.",
+        detail="Norm gains go into the linears behind, and nothing is added at run time. The seed chooses the signs. "
+        "Refused where the architecture does not allow it.",
+        panel=METHOD, expert=True, affects=Affects.SCORES, metavar="off|on", commands=("measure",),
+    )] = "off"
     rounding: Annotated[Literal["rtn", "gptq", "foem", "gptaq"], Setting(
         help="rtn, gptq, foem or gptaq.",
         detail="rtn is to nearest, gptq compensates errors, foem is gptq with a first-order term, gptaq is gptq with a "

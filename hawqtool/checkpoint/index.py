@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import struct
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from typing import Any
 from hawqtool.checkpoint.content import ContentRecord, Place
 from hawqtool.checkpoint.dtypes import DTYPE_BYTES
 from hawqtool.checkpoint.links import check_links
+from hawqtool.checkpoint.rotated.hadamard import Rotation
 from hawqtool.errors import InputError, InputLostError
 from hawqtool.parsing import MAX_JSON_BYTES, ParseError, load_json, parse_json, printable, short, shown
 
@@ -82,6 +84,7 @@ class CheckpointIndex:
         source_format: How a quantized original is stored, for people; None where tensors are as stored.
         content: Compares what is read with what was read before; None where each read stands alone.
         stacks: Stored tensors of all experts of a layer that are seen as one tensor per expert, by name.
+        rotation: Of the residual stream, where tensors on it are rotated as they are read.
     """
 
     folder: Path
@@ -90,6 +93,7 @@ class CheckpointIndex:
     source_format: str | None = None
     content: ContentRecord | None = field(default=None, compare=False, repr=False)
     stacks: dict[str, ExpertStack] = field(default_factory=dict)
+    rotation: Rotation | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -129,7 +133,7 @@ def read_index(folder: Path) -> CheckpointIndex:
 
 
 def fingerprint(index: CheckpointIndex) -> str:
-    """SHA-256 over ``config.json``, the raw headers and the file sizes: identifies a checkpoint without reading it.
+    """SHA-256 over ``config.json``, raw headers, file sizes and rotation: identifies a checkpoint without reading it.
 
     Weights that change while names, shapes and sizes stay are not noticed (see `weights_hash`).
     """
@@ -138,6 +142,8 @@ def fingerprint(index: CheckpointIndex) -> str:
         header, size = _raw_header(file)
         digest.update(f"\0{file.name}\0{size}\0".encode())
         digest.update(header)
+    if index.rotation is not None:
+        digest.update(json.dumps(index.rotation.record()).encode())
     return digest.hexdigest()
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from hawqtool.checkpoint.dtypes import torch_dtype
 from hawqtool.checkpoint.index import CheckpointIndex, TensorInfo
 from hawqtool.checkpoint.originals.codec import DequantizedInfo, PartInfo, dequantize_tensor, read_part
+from hawqtool.checkpoint.rotated.codec import RotatedInfo, rotate_tensor
 from hawqtool.errors import InputError, InputLostError, NumericalError
 
 CHUNK_BYTES = 16 << 20
@@ -40,10 +41,14 @@ class TensorReader:
 
     A mapped page can stay resident and counts against a memory limit, so plain reads keep the peak at one tensor.
     Where the index has a record of its content, each read is compared with it.
+
+    Args:
+        index: The checkpoint.
+        exact: Whether rotated tensors are given in float64, as they are before they are rounded to their dtype.
     """
 
-    def __init__(self, index: CheckpointIndex) -> None:
-        self.index = index
+    def __init__(self, index: CheckpointIndex, exact: bool = False) -> None:
+        self.index, self._exact = index, exact
 
     def __contains__(self, name: object) -> bool:
         return name in self.index.tensors
@@ -67,12 +72,12 @@ class TensorReader:
         return self.read(self.info(name), pinned)
 
     def read(self, info: TensorInfo, pinned: bool = False) -> Tensor:
-        """Tensor of a header entry, or of a part of one; computed where it stands for codes and scales.
+        """Tensor of a header entry, or of a part of one; computed where it stands for codes and scales, or is rotated.
 
         Raises:
             InputError: If the file cannot be read.
         """
-        if isinstance(info, DequantizedInfo | PartInfo):
+        if isinstance(info, DequantizedInfo | PartInfo | RotatedInfo):
             weight = self._computed(info)
             return weight.pin_memory() if pinned else weight
         dtype = torch_dtype(info.dtype)
@@ -96,7 +101,9 @@ class TensorReader:
             self.index.content.check(info.place, hashlib.sha256(view).digest(), info.name)
         return buffer.view(dtype).reshape(info.shape)
 
-    def _computed(self, info: DequantizedInfo | PartInfo) -> Tensor:
+    def _computed(self, info: DequantizedInfo | PartInfo | RotatedInfo) -> Tensor:
+        if isinstance(info, RotatedInfo):
+            return rotate_tensor(info, self.read, "F64" if self._exact else None)
         return read_part(info, self.read) if isinstance(info, PartInfo) else dequantize_tensor(info, self.read)
 
     def raw(self, name: str) -> bytes:
@@ -114,7 +121,7 @@ class TensorReader:
             InputError: As `tensor`.
         """
         info = self.info(name)
-        if isinstance(info, DequantizedInfo | PartInfo):
+        if isinstance(info, DequantizedInfo | PartInfo | RotatedInfo):
             view = self.read(info).view(-1).view(torch.uint8).numpy().data
             yield from (bytes(view[at : at + CHUNK_BYTES]) for at in range(0, len(view), CHUNK_BYTES))
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from hawqtool.checkpoint.index import CheckpointIndex, ExpertStack, read_index
 from hawqtool.checkpoint.originals.declaration import without_quantization
 from hawqtool.checkpoint.originals.recognition import read_original
 from hawqtool.checkpoint.reader import TensorReader
+from hawqtool.checkpoint.rotated.hadamard import KIND, VERSION
 from hawqtool.checkpoint.stacked_experts import split_stacked
+from hawqtool.errors import InputError
 from hawqtool.export.config_checks import (
     dense_matrices,
     field_problems,
@@ -35,7 +38,9 @@ from hawqtool.export.tensor_checks import (
     scale_problems,
     zero_point_problems,
 )
-from hawqtool.parsing import MAX_RECORD_BYTES, MAX_RECORD_VALUES, ParseError, load_json
+from hawqtool.export.writer import UNTIED
+from hawqtool.model.rotation.fold import rotated_source
+from hawqtool.parsing import MAX_RECORD_BYTES, MAX_RECORD_VALUES, ParseError, load_json, shown
 from hawqtool.records import LayerFormats
 
 PLAN_FILE = "reproduce/plan.json"
@@ -111,18 +116,46 @@ def verify_folder(
     if plan:
         problems += plan_problems(formats, index, plan)
     if against is not None:
+        seed = _seed(plan)
         source = TensorReader(_source_index(Path(against), plan))
-        problems += _model_config_problems(model_config, read_config(Path(against)))
+        source_config = read_config(Path(against)) | ({} if seed is None else {UNTIED: False})
+        problems += _model_config_problems(model_config, source_config)
         problems += source_file_problems(folder, Path(against), index)
         problems += _weight_problems(reader, source, formats, layers, checksums or {}, device)
     return VerifyReport(tuple(problems), len(index.tensors), len(packed), index.total_bytes)
 
 
 def _source_index(against: Path, plan: dict[str, Any] | None) -> CheckpointIndex:
-    """Index of the source, with stacked experts split as the plan says."""
+    """Index of the source, with stacked experts split as the plan says, and rotated by the seed that it names.
+
+    What reads and writes the residual stream is found anew.
+    """
     records = plan.get("stacked_experts", {}) if plan else {}
     stacks = {name: ExpertStack(**record | {"linears": tuple(record["linears"])}) for name, record in records.items()}
-    return split_stacked(read_original(against), stacks)
+    index, seed = split_stacked(read_original(against), stacks), _seed(plan)
+    return index if seed is None else rotated_source(against, index, seed)
+
+
+def rotation_seed(folder: Path) -> int | None:
+    """Seed of the rotation that a written folder records; None where there is none.
+
+    Raises:
+        InputError: If the record is of a kind or a version that is not known here.
+    """
+    return _seed(_record(folder, PLAN_FILE, _is_plan)[0])
+
+
+def _seed(plan: Mapping[str, Any] | None) -> int | None:
+    found = (plan or {}).get("rotation")
+    if found is None:
+        return None
+    known = isinstance(found, dict) and (found.get("kind"), found.get("version")) == (KIND, VERSION)
+    if not known or type(found.get("seed")) is not int:
+        raise InputError(
+            f"{PLAN_FILE} names rotation {shown(found)}; expected kind {KIND} of version {VERSION} with a seed; use "
+            "the version of hawqtool that wrote it"
+        )
+    return int(found["seed"])
 
 
 def origin_problems(folder: Path, against: Path, device: torch.device | str = "cpu") -> list[str]:

@@ -26,6 +26,9 @@ from hawqtool.export.layout import Entry, Layout
 from hawqtool.parsing import ParseError, load_json
 from hawqtool.records import RoundedLayer
 
+UNTIED = "tie_word_embeddings"
+"""Key of ``config.json`` that is false where a rotation has given the head a weight of its own."""
+
 
 class CheckpointWriter:
     """Writes the safetensors files of a layout; a context manager.
@@ -229,8 +232,14 @@ def copy_small_files(source: Path, target: Path) -> tuple[str, ...]:
     return names
 
 
-def write_config(source: Path, target: Path, quantization_config: dict[str, Any]) -> None:
+def write_config(source: Path, target: Path, quantization_config: dict[str, Any], untied: bool = False) -> None:
     """Write ``config.json`` into the folder ``target``: the source folder's, with the ``quantization_config``.
+
+    Args:
+        source: The original.
+        target: Folder to write into.
+        quantization_config: How the weights are packed.
+        untied: Whether the head has a weight of its own, whatever the source says.
 
     Raises:
         InputError: If the source's cannot be read.
@@ -241,7 +250,8 @@ def write_config(source: Path, target: Path, quantization_config: dict[str, Any]
         config = load_json(path)
     except ParseError as error:
         raise InputError(f"{path} is not readable JSON ({error}); expected a model configuration; restore it") from None
-    config = without_quantization(config) | {"quantization_config": quantization_config}
+    config = without_quantization(config) | ({UNTIED: False} if untied else {})
+    config |= {"quantization_config": quantization_config}
     with disk_errors(target):
         _write_json(target / "config.json", config)
 

@@ -11,7 +11,7 @@ from hawqtool.errors import InputError
 from hawqtool.evaluation.divergence import as_record
 from hawqtool.export.config_checks import matching_problems, packed_modules, structure_problems
 from hawqtool.export.packed_reader import PackedReader, read_config
-from hawqtool.export.verify import origin_problems
+from hawqtool.export.verify import origin_problems, rotation_seed
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.job import prepare
 from hawqtool.pipeline.run.resolved import MOST_REPORT_ROWS
@@ -22,6 +22,12 @@ from hawqtool.report.documents import EvaluationDocument
 from hawqtool.runtime.reporter import Reporter
 
 
+def _as_written(config: RunConfig, folder: Path) -> RunConfig:
+    """The configuration with the rotation that a folder records; the rows of `evaluate` do not depend on the seed."""
+    seed = rotation_seed(folder)
+    return config if seed is None else config.model_copy(update={"rotate": "on", "seed": seed})
+
+
 def run_evaluate(config: RunConfig, folder: Path, reporter: Reporter) -> EvaluationDocument:
     """``hawqtool evaluate``: perplexity and KL of a written folder against its original.
 
@@ -30,8 +36,8 @@ def run_evaluate(config: RunConfig, folder: Path, reporter: Reporter) -> Evaluat
     """
     if config.eval_data is None:
         raise InputError("--eval-data is needed: text that was not used for calibration")
-    job = prepare(config, reporter, writes=False)
     candidate = PackedReader(folder)
+    job = prepare(_as_written(config, folder), reporter, writes=False)
     broken = structure_problems(read_config(folder).get("quantization_config"))
     if not broken:
         broken = matching_problems(read_config(folder)["quantization_config"], packed_modules(candidate.index))

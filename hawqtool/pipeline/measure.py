@@ -13,6 +13,7 @@ from hawqtool.pipeline.run.identity import check_unchanged, record_content, run_
 from hawqtool.pipeline.run.job import prepare
 from hawqtool.pipeline.run.measurement_cache import check_measurements
 from hawqtool.pipeline.run.menu import WIDE_MENU, format_menu
+from hawqtool.pipeline.stages.evaluate import check_rotation
 from hawqtool.pipeline.stages.measure import measured
 from hawqtool.pipeline.stages.rows import gather_rows
 from hawqtool.records import SCORE_METRICS, SWEEP_METRICS
@@ -42,6 +43,7 @@ def run_measure(config: RunConfig, output: Path, reporter: Reporter) -> Sensitiv
         context = RunContext(job, reporter, run.saved)
         sets = gather_rows(context)
         run.check_rows({name: rows.fingerprint for name, rows in sets.items()})
+        check_rotation(context, sets)
         alone = config.sensitivity in SWEEP_METRICS
         document, _ = measured(context, menu, sets, (config.sensitivity,) if alone else SWEEP_METRICS)
         check_unchanged(job.index, before)

@@ -31,6 +31,7 @@ from hawqtool.pipeline.search.planner import Planner, given_plan, make_planner
 from hawqtool.pipeline.search.quality_target import find_smallest
 from hawqtool.pipeline.search.selection import choose, compare, try_plans
 from hawqtool.pipeline.search.trials import TIMINGS, Trial, TrialRunner
+from hawqtool.pipeline.stages.evaluate import check_rotation
 from hawqtool.pipeline.stages.load_trial import trial_rows, try_loading
 from hawqtool.pipeline.stages.report import Outcome, build_report, write_card, write_reproduce
 from hawqtool.pipeline.stages.rows import gather_rows
@@ -103,6 +104,8 @@ def _quantized(
         sets = gather_rows(context)
     baseline = matching_baseline(job.config, sets["report"]) if "report" in sets else None
     run.check_rows({name: rows.fingerprint for name, rows in sets.items()})
+    with Stopwatch(timings, "rotation"):
+        rotation = check_rotation(context, sets)
     if job.settings.uses_token_importance:
         with Stopwatch(timings, "token importance"):
             sets["calibration"] = with_token_importance(context, sets["calibration"], for_feedback=True)
@@ -120,6 +123,8 @@ def _quantized(
     report["verdict"] = _verdict(report, winner.plan, planner)
     origin = planner.origin.record if planner and planner.origin else None
     report |= {"config_fingerprint": fingerprint, "measurement": origin}
+    if rotation is not None:
+        report["rotation"] = rotation
     report["warnings"] += warnings
     if planner and planner.table:
         report["warnings"] += planner.table.warnings

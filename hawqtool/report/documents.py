@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
-from hawqtool.report.schema import Kept, Measure, Measured, PlanEntry, Quality, Shipped, TaskResult
+from hawqtool.report.schema import Kept, Measure, Measured, PlanEntry, Quality, RotationKind, Shipped, TaskResult
 
 
 class MemberRecord(TypedDict):
@@ -79,6 +79,7 @@ class PlanDocument(TypedDict):
             "Tensors of the original that hold all experts of a layer, and how: what `verify --against` reads them by.",
         ]
     ]
+    rotation: NotRequired[Annotated[RotationKind, "How the residual stream is rotated; of a written folder."]]
 
 
 class FrontierPoint(TypedDict):

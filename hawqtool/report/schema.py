@@ -266,6 +266,23 @@ class MeasurementOrigin(TypedDict):
     seconds: Annotated[float | None, "Seconds that measuring took, whenever that was."]
 
 
+class RotationKind(TypedDict):
+    """What a rotation of the residual stream is made from; the source and this give every tensor again."""
+
+    kind: Annotated[str, "`hadamard`: random signs and a Hadamard matrix."]
+    seed: Annotated[int, "Seed of the signs."]
+    version: Annotated[int, "Version of the numbers that a seed stands for."]
+    channels: Annotated[int, "Channels of the residual stream."]
+
+
+class RotationCheck(RotationKind):
+    """A rotation and how the rotated original, before any rounding, compares with the original."""
+
+    difference: Annotated[float, "Largest relative difference of a block's outputs before weights are stored."]
+    kl: Annotated[float, "KL in nats per token after that, in float32: what storing rotated weights costs."]
+    rows: Annotated[int, "Rows that this was measured on."]
+
+
 class ManifestLink(TypedDict):
     """The manifest of the folder."""
 
@@ -314,6 +331,7 @@ class Report(TypedDict):
     starts: Annotated[int, "Times that the run was begun: more than 1 after an interruption."]
     config_fingerprint: Annotated[str, "SHA-256 of settings and input files; batches compare it."]
     measurement: Annotated[MeasurementOrigin | None, "Where the scores come from."]
+    rotation: NotRequired[Annotated[RotationCheck, "How the residual stream was rotated; absent where it was not."]]
     manifest: NotRequired[Annotated[ManifestLink, "Hashes of all files of the folder."]]
 
 

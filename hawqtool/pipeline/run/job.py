@@ -19,6 +19,7 @@ from hawqtool.checkpoint.index import CheckpointIndex
 from hawqtool.checkpoint.originals.recognition import left_unquantized, read_original
 from hawqtool.checkpoint.prefetch import Prefetcher
 from hawqtool.checkpoint.reader import TensorReader
+from hawqtool.checkpoint.rotated.codec import original_index
 from hawqtool.checkpoint.source import ResolvedModel, hub_id, resolve_model
 from hawqtool.config import RunConfig
 from hawqtool.data.tokenizer import load_tokenizer
@@ -26,7 +27,8 @@ from hawqtool.errors import InputError, UsageError
 from hawqtool.export.layout import Layout, plan_layout
 from hawqtool.export.packed_reader import PackedReader
 from hawqtool.model.discovery import Structure, check_shapes, discover
-from hawqtool.model.skeleton import build_skeleton, max_positions
+from hawqtool.model.rotation.fold import rotate_checkpoint
+from hawqtool.model.skeleton import build_skeleton, max_positions, untie_stored
 from hawqtool.model.stored_names import UNJOINED, expert_leaves, with_stored_experts_split
 from hawqtool.model.tasks import ModelTask, model_task
 from hawqtool.pipeline.run.memory_budget import Work, choose_batch_size, make_offload
@@ -91,6 +93,10 @@ class Job:
     def takes_images(self) -> bool:
         """Whether rows are images, not tokens."""
         return bool(self.skeleton.main_input_name == "pixel_values")
+
+    def unrotated(self) -> Job:
+        """The job of the same model with every weight as it is stored."""
+        return replace(self, index=original_index(self.index), matrices=WeakValueDictionary())
 
     def with_batch_size(self, rows: int) -> Job:
         """The job with another number of rows per forward pass."""
@@ -182,13 +188,7 @@ def prepare(
     """
     device = _device(config.device)
     source = _source(config, reporter or Silent())
-    stored_index = replace(read_original(source.folder), content=ContentRecord())
-    vllm, alone = config.profile == "vllm", config.profile == "transformers"
-    probe = build_skeleton(stored_index.folder, torch.float32, source.runs_code, stored_index.tensors, vllm)
-    index = with_stored_experts_split(probe, stored_index)
-    structure = discover(probe, index, vllm, config.quantize_lm_head, not alone, for_transformers=not vllm)
-    if vllm and any(is_expert(name) for name in structure.linears) and expert_leaves(probe) is None:
-        structure = replace(structure, obstacle=structure.obstacle or UNJOINED)
+    probe, index, structure = _discovered(config, source)
     if writes and structure.obstacle and config.profile != "vllm":
         raise InputError(
             f"{config.model}: transformers cannot load this model when it is packed: {structure.obstacle}; "
@@ -206,13 +206,14 @@ def prepare(
         (reporter or Silent()).warn(line)
     units = tuple(unit for unit in structure.units if unit.name not in ignored)
     pins = _pins(config, units) if config.pin else {}
-    left_names = left_unquantized(index, {u.name: [m.name for m in u.members] for u in units if u.name not in pins})
+    free = {u.name: [m.name for m in u.members] for u in units if u.name not in pins}
+    left_names = left_unquantized(original_index(index), free)
     left = tuple(unit for unit in units if unit.name in left_names)
     units = tuple(unit for unit in units if unit.name not in left_names)
     longest = max_positions(probe)
     if config.seq_len and longest and config.seq_len > longest:
         raise UsageError(f"--seq-len {config.seq_len} exceeds the model's {longest} positions; lower it")
-    skeleton = build_skeleton(index.folder, dtype, source.runs_code, index.tensors, vllm)
+    skeleton = build_skeleton(index.folder, dtype, source.runs_code, index.tensors, config.profile == "vllm")
     experts = any(is_expert(m.name) for unit in units for m in unit.members)
     settings = resolve_settings(config, device.type, longest, experts)
     job = Job(config, settings, source, index, skeleton, structure, units, pins, device, dtype, left_units=left)
@@ -221,6 +222,24 @@ def prepare(
     work = Work(config, index, structure, device, dtype, *rows, settings.method.needs_drift)
     job = job.with_batch_size(settings.batch_size or choose_batch_size(work))
     return replace(job, offload=make_offload(work, job.settings.batch_size, (reporter or Silent()).warn, states))
+
+
+def _discovered(config: RunConfig, source: ResolvedModel) -> tuple[Any, CheckpointIndex, Structure]:
+    """The model without weights, the checkpoint with experts one by one and rotated if asked for, and its structure."""
+    stored_index = replace(read_original(source.folder), content=ContentRecord())
+    vllm, alone = config.profile == "vllm", config.profile == "transformers"
+    probe: Any = build_skeleton(stored_index.folder, torch.float32, source.runs_code, stored_index.tensors, vllm)
+    index = with_stored_experts_split(probe, stored_index)
+    if config.rotate == "on":
+        if source.runs_code:
+            raise InputError(f"--rotate: {source.spec} brings its own code, which is not followed; use --rotate off")
+        index = rotate_checkpoint(probe, index, config.seed)
+        untie_stored(probe, index.tensors)
+        probe.all_tied_weights_keys = {}  # as the written config.json has it
+    structure = discover(probe, index, vllm, config.quantize_lm_head, not alone, for_transformers=not vllm)
+    if vllm and any(is_expert(name) for name in structure.linears) and expert_leaves(probe) is None:
+        structure = replace(structure, obstacle=structure.obstacle or UNJOINED)
+    return probe, index, structure
 
 
 def _pins(config: RunConfig, units: tuple[Unit, ...]) -> UnitFormats:

@@ -141,7 +141,10 @@ def make_planner(context: RunContext, sets: dict[str, Rows]) -> Planner:
 def _check_saved(job: Job, table: SensitivityTable, measured_model: str) -> None:
     config = job.config
     if table.model_fingerprint != measured_model:
-        raise UsageError(f"{config.sensitivity} was measured on another checkpoint ({table.model}); measure this one")
+        raise UsageError(
+            f"{config.sensitivity} was measured on another checkpoint ({table.model}) or with another --rotate; "
+            "measure this one"
+        )
     if table.rounding != config.rounding:
         raise UsageError(
             f"{config.sensitivity} was measured for --rounding {table.rounding}, not {config.rounding}; measure again"

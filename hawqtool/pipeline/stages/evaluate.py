@@ -4,18 +4,69 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import cast
 
+import torch
 from torch import Tensor
 
+from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.evaluation.divergence import OutputComparison, as_evaluation
+from hawqtool.evaluation.rotation_proof import rotation_difference, rotation_kl
 from hawqtool.pipeline.run.context import RunContext
+from hawqtool.pipeline.run.job import Job
 from hawqtool.records import Evaluation, Rows
+from hawqtool.report.schema import RotationCheck
 from hawqtool.runtime.malloc import release_freed_pages
 from hawqtool.runtime.store import NOTHING_SAVED, Saved
 from hawqtool.streaming.stream import ModelStream
 
 _CPU_ROWS = 2
 """Most rows of a pass on a CPU: more are no faster and take more memory."""
+
+
+_ROTATION_ROWS, _ROTATION_TOKENS = 4, 64
+"""Rows on which a rotated original is compared with the original, and tokens of the row that proves the rotation."""
+
+ROTATION = "rotation"
+"""Key under which the result of that is saved."""
+
+
+def check_rotation(context: RunContext, sets: dict[str, Rows]) -> RotationCheck | None:
+    """Prove that the rotated original computes what the original does, and measure what storing it costs.
+
+    Args:
+        context: The run; its store keeps the result.
+        sets: Rows by role; random tokens are used where there are none.
+
+    Returns:
+        The record; None where nothing is rotated.
+
+    Raises:
+        InputError: If the rotated model computes something else; names the part.
+    """
+    job, known = context.job, context.saved.load(ROTATION)
+    rotation = job.index.rotation
+    if rotation is None or known is not None:
+        return cast(RotationCheck | None, known)
+    context.reporter.say("comparing the rotated original with the original")
+    exact = TensorReader(job.index, exact=True)
+    original, few = job.unrotated().stream(dtype=torch.float32), _some_rows(job, sets)
+    row = few[:1, :_ROTATION_TOKENS]
+    difference = rotation_difference(original, job.stream(exact, torch.float32), rotation, row)
+    kl = rotation_kl(original, job.stream(dtype=torch.float32), few)
+    found = {**rotation.record(), "difference": difference, "kl": kl, "rows": len(few)}
+    context.saved.save(ROTATION, found)
+    context.reporter.say(f"rotated original: KL {kl:.2g} nats per token from the original")
+    return cast(RotationCheck, found)
+
+
+def _some_rows(job: Job, sets: dict[str, Rows]) -> Tensor:
+    """Tokens of a few rows that say something of the model, of the text it is judged by if there is any."""
+    role = next((role for role in ("report", "selection", "calibration") if role in sets), None)
+    if role is not None:
+        return sets[role].tokens[:_ROTATION_ROWS]
+    count = job.skeleton.get_output_embeddings().out_features
+    return torch.randint(count, (1, _ROTATION_TOKENS), generator=torch.Generator().manual_seed(job.config.seed))
 
 
 class Evaluator:

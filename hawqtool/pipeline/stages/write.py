@@ -190,10 +190,11 @@ def _write_records(
     total_bytes: int,
 ) -> None:
     config = target_config(job, plan.formats)
-    write_config(job.index.folder, folder, config)
-    stacks = {name: vars(stack) for name, stack in job.index.stacks.items()}
-    sizes = {"total_bytes": total_bytes, "transformers_obstacle": job.structure.obstacle}
-    more = sizes | {"stacked_experts": stacks} if stacks else sizes
+    rotation, stacks = job.index.rotation, {name: vars(stack) for name, stack in job.index.stacks.items()}
+    write_config(job.index.folder, folder, config, untied=rotation is not None)
+    more: dict[str, Any] = {"total_bytes": total_bytes, "transformers_obstacle": job.structure.obstacle}
+    more |= {"stacked_experts": stacks} if stacks else {}
+    more |= {"rotation": rotation.record()} if rotation is not None else {}
     reproduce = folder / "reproduce"
     reproduce.mkdir(exist_ok=True)
     write_json(reproduce / "plan.json", plan_document(plan, job.units, job.unquantized_linears) | more)

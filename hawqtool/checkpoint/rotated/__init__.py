@@ -1,0 +1,1 @@
+"""Rotated weights: a checkpoint in another basis of the residual stream, computed as it is read."""

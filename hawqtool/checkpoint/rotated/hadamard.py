@@ -1,0 +1,104 @@
+"""Random-sign Hadamard rotations, applied in float64 by sums whose order is the same on every device."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+KIND = "hadamard"
+VERSION = 1
+"""Of the numbers that a seed stands for."""
+
+MAX_ODD = 1023
+"""Largest odd factor of a size: its part of the transform takes that many products per weight."""
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Orthogonal matrix ``Q = diag(signs) (M x H)`` of a seed, a Kronecker product of small orthogonal matrices.
+
+    H is the Hadamard matrix of order 2^k divided by its norm, M the Hartley matrix of odd order m with entries
+    ``(cos + sin)(2 pi i j / m) / sqrt(m)``; both are symmetric, so that ``Q^T = (M x H) diag(signs)``. Signs are bits
+    of SHA-256, hence the same with every version of every library (QuaRot, 2404.00456, for the signs and orders).
+
+    Args:
+        size: Channels ``2^k m``.
+        seed: Chooses the signs.
+    """
+
+    size: int
+    seed: int
+
+    def record(self) -> dict[str, Any]:
+        """What the rotation is made from again."""
+        return {"kind": KIND, "seed": self.seed, "version": VERSION, "channels": self.size}
+
+    @property
+    def odd(self) -> int:
+        """The odd factor m of the size."""
+        return self.size // (self.size & -self.size)
+
+    @cached_property
+    def signs(self) -> Tensor:
+        """``[size]`` float64 of 1 and -1."""
+        import torch
+
+        bits: list[int] = []
+        for number in range(-(-self.size // 256)):
+            text = f"hawqtool rotation {VERSION} {self.seed} {self.size} {number}"
+            block = int.from_bytes(hashlib.sha256(text.encode()).digest(), "little")
+            bits += [block >> place & 1 for place in range(256)]
+        return 1 - 2 * torch.tensor(bits[: self.size], dtype=torch.float64)
+
+    @cached_property
+    def hartley(self) -> Tensor:
+        """M, ``[m, m]`` float64."""
+        import torch
+
+        m = self.odd
+        values = [math.cos(angle) + math.sin(angle) for angle in (2 * math.pi * step / m for step in range(m))]
+        rows = [[values[i * j % m] / math.sqrt(m) for j in range(m)] for i in range(m)]
+        return torch.tensor(rows, dtype=torch.float64)
+
+    def apply(self, rows: Tensor) -> Tensor:
+        """``rows @ Q``, each block of `size` channels apart.
+
+        Args:
+            rows: ``[..., n * size]`` of any floating dtype.
+
+        Returns:
+            Tensor of that shape, float64.
+        """
+        shape = rows.shape
+        return self._orders(rows.double().reshape(-1, self.size) * self.signs.to(rows.device)).reshape(shape)
+
+    def undo(self, rows: Tensor) -> Tensor:
+        """``rows @ Q^T``, the inverse of `apply`."""
+        shape = rows.shape
+        return (self._orders(rows.double().reshape(-1, self.size)) * self.signs.to(rows.device)).reshape(shape)
+
+    def _orders(self, x: Tensor) -> Tensor:
+        """``x (M x H)`` for ``[rows, size]``: butterflies over 2^k, then weighted sums over m, one addition a step."""
+        import torch
+
+        count, m = len(x), self.odd
+        power = self.size // m
+        width = 1
+        while width < power:
+            pairs = x.view(count, -1, 2, width)
+            x = torch.stack((pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]), 2)
+            width *= 2
+        x = x.reshape(count, m, power) * (1 / math.sqrt(power))
+        if m == 1:
+            return x.reshape(count, self.size)
+        factor = self.hartley.to(x.device)
+        total = torch.zeros_like(x)
+        for part in range(m):
+            total += x[:, part : part + 1] * factor[:, part, None]
+        return total.reshape(count, self.size)
