@@ -264,7 +264,7 @@ def as_record(evaluation: Evaluation) -> Quality:
         found |= {"kl": evaluation.divergence, "kl_stderr": evaluation.stderr}
     else:
         found |= {"embedding_error": evaluation.divergence, "embedding_error_stderr": evaluation.stderr}
-    if evaluation.perplexity is not None:
+    if evaluation.perplexity is not None and math.isfinite(evaluation.perplexity):  # JSON has no infinity
         found["perplexity"] = evaluation.perplexity
     if evaluation.same_top is not None:
         found["same_top"] = evaluation.same_top

@@ -136,7 +136,7 @@ def quality_columns(evaluation: Measured) -> dict[str, Callable[[Quality], str]]
     """
     measure = evaluation["measure"]
     columns: dict[str, tuple[str, Callable[[Quality], str]]] = {
-        "perplexity": ("perplexity", lambda values: f"{values['perplexity']:.2f}"),
+        "perplexity": ("perplexity", lambda values: f"{values.get('perplexity', math.inf):.2f}"),
         MEASURES[measure]: (measure, lambda values: f"{values[measure]:.4f}{plus_minus(values, measure)}"),
         "same top-1": ("same_top", lambda values: f"{100 * values['same_top']:.1f} %"),
         "cosine": ("cosine", lambda values: f"{values['cosine']:.4f}"),

@@ -46,13 +46,13 @@ from torch import Tensor
 
 from hawqtool.allocation.problem import stored_bytes
 from hawqtool.allocation.uniform import uniform_formats
-from hawqtool.checkpoint.index import fingerprint
 from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.config import RunConfig, load_config
 from hawqtool.errors import HawqError, UsageError
 from hawqtool.evaluation.divergence import OutputComparison, standard_error
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.files import read_json, write_json
+from hawqtool.pipeline.run.identity import model_fingerprint
 from hawqtool.pipeline.run.job import Job, prepare
 from hawqtool.pipeline.search.planner import given_plan
 from hawqtool.pipeline.stages.distill import DistilledModel, distill_model, schedule_of
@@ -188,7 +188,7 @@ class Bench:
         """What all results depend on; those of other settings may not stand beside them."""
         return {
             "model": self.job.source.name,
-            "model_fingerprint": fingerprint(self.job.index),
+            "model_fingerprint": model_fingerprint(self.job.index, self.reporter),
             "device": self.job.device.type,
             "bits": self.options.bits,
             "group_size": self.job.config.group_size,

@@ -28,8 +28,8 @@ def config_fingerprint(
 ) -> str:
     """SHA-256 of the settings, and of the files that they name by content, wherever these lie.
 
-    Of a model every byte counts, small files included; of other folders the names and sizes of their files; of a hub
-    id or of what is not there only its name.
+    Of a model every byte counts, small files included; of other folders that of all their files; of a hub id or of
+    what is not there only its name.
 
     Args:
         config: The settings.
@@ -55,7 +55,7 @@ def _content(text: str) -> str:
         return _file_hash(path)
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file())
-        listed = [(str(p.relative_to(path)), p.stat().st_size) for p in files]
+        listed = [(str(p.relative_to(path)), _file_hash(p)) for p in files]
         return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
     return text
 

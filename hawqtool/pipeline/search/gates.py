@@ -133,7 +133,7 @@ def judge_gates(config: RunConfig, shipped: Trial, report: Report, baseline: Bas
         "max_kl": lambda: divergence,
         "max_kl_p99": lambda: result["kl_p99"],
         "max_flips": lambda: result.get("flips", math.nan),
-        "max_ppl_increase": lambda: result["perplexity"] / original["perplexity"] - 1,
+        "max_ppl_increase": lambda: result.get("perplexity", math.inf) / original.get("perplexity", math.inf) - 1,
         "min_same_top": lambda: result["same_top"],
         "max_task_drop": lambda: max(-result["difference"] for result in report["tasks"]),
         "max_size": lambda: size,
@@ -147,7 +147,7 @@ def judge_gates(config: RunConfig, shipped: Trial, report: Report, baseline: Bas
             limit = parse_size(limit) if name == "max_size" else limit
             gates.append(judge(name, limit, figure(), *((AT_LEAST,) if name == "min_same_top" else ())))
     if baseline is not None and config.max_regression is not None:
-        now = {"divergence": divergence, "perplexity": result.get("perplexity", math.nan), "size": size}
+        now = {"divergence": divergence, "perplexity": result.get("perplexity", math.inf), "size": size}
         gates += [
             judge_change(f"regression_{name}", before, config.max_regression, now[name])
             for name, before in baseline.values.items()

@@ -11,18 +11,18 @@ from typing import Any
 
 import torch
 
-from hawqtool.checkpoint.index import fingerprint
 from hawqtool.config import RunConfig
 from hawqtool.data.tokens import fingerprint as rows_fingerprint
 from hawqtool.errors import InputError, UsageError
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.files import read_json, write_json
+from hawqtool.pipeline.run.identity import model_fingerprint
 from hawqtool.pipeline.run.job import Job, prepare
 from hawqtool.pipeline.run.menu import format_menu
 from hawqtool.pipeline.stages.rows import gather_rows
 from hawqtool.pipeline.stages.token_importance import with_token_importance
 from hawqtool.records import Menu, Rows
-from hawqtool.runtime.reporter import Reporter
+from hawqtool.runtime.reporter import Reporter, Silent
 
 SCHEMA = "hawqtool.study/2"
 """``[unit][format label]``."""
@@ -57,7 +57,7 @@ class Setting:
         config = self.job.config
         return {
             "model": self.job.source.name,
-            "model_fingerprint": fingerprint(self.job.index),
+            "model_fingerprint": model_fingerprint(self.job.index, Silent()),
             "device": self.job.device.type,
             "dtype": str(self.job.dtype).removeprefix("torch."),
             "bits": list(self.bits),

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from hawqtool.config import RunConfig
-from hawqtool.evaluation.divergence import OutputComparison, paired_difference, perplexity
+from hawqtool.evaluation.divergence import OutputComparison, as_record, paired_difference, perplexity
 from hawqtool.pipeline.run.job import Job, prepare
 from hawqtool.records import Evaluation
 from hawqtool.streaming import stream
@@ -79,3 +79,5 @@ def test_a_paired_difference_is_that_of_the_rows(jobs: list[Job]) -> None:
 
 def test_a_perplexity_beyond_float64_is_infinite() -> None:
     assert perplexity(2.0) == math.exp(2.0) and perplexity(709.5) == perplexity(1e9) == math.inf
+    record = as_record(Evaluation("kl", 0.1, 0.1, (0.1,), 2, perplexity=math.inf))
+    assert record == {"num_tokens": 2, "kl": 0.1, "kl_stderr": 0.1}, "JSON has no infinity"

@@ -135,3 +135,10 @@ def test_a_result_is_known_by_settings_and_by_the_content_of_what_they_name(tmp_
     assert changed not in (base, other)
     (tmp_path / "b/tokenizer.json").write_text("{}")
     assert fingerprint("b") not in (base, other, changed)
+    # Of a folder of texts too, where sizes say nothing.
+    (tmp_path / "texts").mkdir()
+    found = set()
+    for text in ("one", "two"):
+        (tmp_path / "texts/a.txt").write_text(text)
+        found.add(fingerprint("a", calibration=str(tmp_path / "texts")))
+    assert len(found) == 2
