@@ -58,7 +58,7 @@ def test_an_ablation_measures_what_folders_give_and_does_only_what_is_missing(
     assert len(gather_rows(RunContext(job))["calibration"].tokens) == len(rows.tokens)
     with torch.no_grad():
         round_to_folder(RunContext(job), plan, rows, tmp_path / "plan", "plan")
-        evaluator = Evaluator(RunContext(job), {"report": evaluation_rows(job, str(place / "other.txt"))})
+        evaluator = Evaluator(RunContext(job), {"report": evaluation_rows(job, str(place / "other.txt"), 4)})
         written = evaluator.evaluate(tmp_path / "plan", "plan")["report"]
     assert found["plain"]["row_divergence"] == pytest.approx(written.row_divergence, rel=1e-5)
 
