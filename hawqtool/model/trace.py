@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hawqtool.errors import InputError, one_line
-from hawqtool.model.block_list import TRACE_ERRORS, example_row, find_blocks, run_on_zeros
+from hawqtool.model.block_list import TOKENS, TRACE_ERRORS, example_row, find_blocks, run_on_zeros
 from hawqtool.model.carried.flow import DataFlow, on_meta_device, trace_flow
 from hawqtool.model.carried.nested import mappings
 from hawqtool.model.carried.nested import on_meta as on_meta_once
@@ -65,8 +65,9 @@ def block_calls(model: Any, blocks: nn.ModuleList) -> tuple[list[Call], ExtraOut
         raise InputError(
             f"{kind}: the part before the blocks cannot be traced: {str(error).splitlines()[0]}"
         ) from error
-    if calls[0][0][0].shape[0] != 1:
-        raise NotPlain  # rows do not come first
+    first = calls[0][0][0].shape
+    if first[0] != 1 or (model.main_input_name == "input_ids" and len(first) == 3 and first[1] != TOKENS):
+        raise NotPlain  # rows do not come first, or positions are no tokens
     args, kwargs = on_meta(calls[0])
     try:
         with torch.no_grad():
@@ -86,7 +87,21 @@ def block_calls(model: Any, blocks: nn.ModuleList) -> tuple[list[Call], ExtraOut
         raise NotPlain
     if any(_writes(block, call) for block, call in zip(blocks, calls, strict=True)):
         raise NotPlain
+    if model.main_input_name == "pixel_values" and any(map(_reshapes, blocks, calls)):
+        raise NotPlain
     return calls, extra
+
+
+def _reshapes(block: nn.Module, call: Call) -> bool:
+    """Whether a block gives hidden states of another shape, as stages of image models do."""
+    args, kwargs = on_meta(call)
+    with torch.no_grad():
+        try:
+            output = block.to("meta")(*args, **kwargs)
+        except TRACE_ERRORS:
+            return True
+    first = output[0] if isinstance(output, tuple) else output
+    return bool(first.shape != args[0].shape)
 
 
 def _writes(block: nn.Module, call: Call) -> bool:
@@ -165,11 +180,8 @@ def trace_walk(model: Any) -> Walk:
         name, blocks = find_blocks(model)
         try:
             calls, extra = block_calls(model, blocks)
-        except NotPlain as error:
-            if model.main_input_name == "pixel_values":
-                raise InputError(
-                    f"{type(model).__name__}: blocks of an image model hand on more than a hidden state; not supported"
-                ) from error
+        except NotPlain:
+            pass
         else:
             names = tuple(f"{name}.{position}" for position in range(len(blocks)))
             return Walk(names, [on_meta(call) for call in calls], replayed_blocks(blocks, extra), extra)

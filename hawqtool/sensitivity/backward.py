@@ -239,6 +239,8 @@ class _NoProduct(torch.autograd.Function):
 
 def last_linear(block: LoadedBlock) -> nn.Linear | None:
     """The linear that a block calls last, if it is a plain one and alone with its input."""
+    if not block.spec.input_groups:  # all its linears are kept
+        return None
     group = block.spec.input_groups[-1]
     module = block.linear(group[0])
     return module if len(group) == 1 and type(module) is nn.Linear else None
@@ -262,4 +264,4 @@ def adds_up(at_output: Tensor, at_linear: Tensor) -> bool:
 
     A norm behind the linear, or a factor, would have changed it. Where it is zero, so are all others.
     """
-    return at_output.numel() == at_linear.numel() and torch.equal(at_output, at_linear.view_as(at_output))
+    return at_output.numel() == at_linear.numel() and torch.equal(at_output, at_linear.reshape(at_output.shape))

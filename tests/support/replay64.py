@@ -41,6 +41,14 @@ _DISK_NAMES: dict[str, tuple[tuple[str, str], ...]] = {
         (r"\.down_proj$", ".w2"),
     ),
     "gemma3-images": ((r"^model\.language_model\.", "language_model.model."),),
+    "swin": (
+        (r"\.attention\.q_proj$", ".attention.self.query"),
+        (r"\.attention\.k_proj$", ".attention.self.key"),
+        (r"\.attention\.v_proj$", ".attention.self.value"),
+        (r"\.attention\.o_proj$", ".attention.output.dense"),
+        (r"\.mlp\.fc1$", ".intermediate.dense"),
+        (r"\.mlp\.fc2$", ".output.dense"),
+    ),
     "qwen2-vl": ((r"^model\.language_model\.", "model."),),
     "vit": (
         (r"\.layers\.", ".encoder.layer."),

@@ -276,6 +276,23 @@ ZOO: tuple[Kind, ...] = (
     ),
     Kind("vit", "ViTConfig", "ViTForImageClassification", "image", _VIT, rows=12),
     Kind(
+        "swin",
+        "SwinConfig",
+        "SwinForImageClassification",
+        "image",
+        {
+            "image_size": IMAGE_SIZE,
+            "patch_size": 4,
+            "embed_dim": 32,
+            "depths": [1, 1],
+            "num_heads": [2, 4],
+            "window_size": 4,
+            "num_labels": CLASSES,
+            "initializer_range": 0.08,
+        },
+        rows=12,
+    ),
+    Kind(
         "t5",
         "T5Config",
         "T5ForConditionalGeneration",
