@@ -193,10 +193,10 @@ class RunConfig(Fields):
             raise ValueError("scale_sign both is for symmetric grids: zero points do its work; drop one of the two")
         if self.rounding == "rtn" and (self.target_shift or self.scale_refit):
             raise ValueError("target_shift and scale_refit belong to compensated rounding; drop them or rounding rtn")
-        if self.output_feedback != "off" and self.rounding not in ("gptq", "foem"):
-            raise ValueError(f"output_feedback belongs to gptq and foem, found {self.rounding}; drop one of the two")
-        if self.output_feedback != "off" and self.token_importance == "none":
-            raise ValueError("output_feedback is made of the gradients behind token_importance; drop its none")
+        if self.foem_form == "paper" and self.foem_beta == 1:
+            raise ValueError("foem_form paper needs foem_beta below 1, found 1; lower it, or use rounding rtn")
+        if self.output_feedback != "off" and (self.rounding in ("rtn", "gptaq") or self.token_importance == "none"):
+            raise ValueError("output_feedback needs rounding gptq or foem, and token_importance; drop one of the two")
         if self.rounding == "gptaq" and self.target_shift:
             raise ValueError("rounding gptaq and target_shift make the same correction twice; drop one of the two")
         if (self.costs is None) != (self.max_cost is None):

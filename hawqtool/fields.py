@@ -278,6 +278,12 @@ class Fields(BaseModel):
         "uses it.", panel=METHOD, expert=True,
         affects=Affects.SCORES, metavar="FLOAT|auto", as_text=True, commands=("measure",),
     )] = 0.1
+    foem_form: Annotated[Literal["code", "paper"], Setting(
+        help="FOEM as its authors' code has it, which pulls a column once, just before it is rounded, or as its paper "
+        "has it, which pulls all later columns of a block of 128 at each step.",
+        detail="Only foem uses it; paper needs a foem_beta below 1.",
+        panel=METHOD, expert=True, affects=Affects.SCORES, commands=("measure",),
+    )] = "code"
     gptaq_alpha: Annotated[float, Setting(
         help="GPTAQ's share of the correction for rounded inputs.", detail="Only gptaq uses it.",
         panel=METHOD, expert=True, affects=Affects.SCORES, commands=("measure",),

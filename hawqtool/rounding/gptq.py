@@ -1,4 +1,4 @@
-"""The column loop of GPTQ and of FOEM."""
+"""The column loop of GPTQ and of FOEM, in the form of its authors' code and in that of its paper."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from hawqtool.rounding.kernels.dispatch import column_loop
 
 BLOCK_SIZE = 32
 """Columns per lazy update: 32 was up to twice as fast as the customary 128 on a CPU; the codes do not depend on it."""
+
+PAPER_BLOCK = 128
+"""Columns of a block in FOEM's paper, on which its codes depend."""
 
 _TRANSPOSED_ROWS = 384
 """Rows that are transposed together: 9216 x 576 in float32 took 16 ms as a whole, so 5."""
@@ -47,14 +50,16 @@ def round_compensated(
     beta: float = 0.0,
     block_size: int | None = None,
     column_errors: Tensor | None = None,
+    paper_form: bool = False,
 ) -> Tensor:
     """Round column by column, spreading each error over the columns still to come.
 
     With the feedback c (zero at the start) and U from the factor, for each column j in visiting order:
     ``q_j = round(w0_j + (1-β) c_j)``, ``e_j = [w0_j + (1-β)² c_j - q_j] / U_jj``, ``c_k -= e_j U_jk`` for k > j.
-    β = 0 is GPTQ (Frantar et al. 2023, Algorithm 1); β > 0 is FOEM (arXiv 2507.11017, eq. 19 applied to each
-    column once, just before it is rounded, so the block size does not matter); β = 1 is plain rounding. Here q_j is
-    the nearest value of the grid, ``scale * code``, or ``scale * (code - zero)``.
+    β = 0 is GPTQ (Frantar et al. 2023, Algorithm 1); β > 0 is FOEM as its authors' code in GPTQModel has it
+    (arXiv 2507.11017, eq. 19 applied to each column once, just before it is rounded, so the block size does not
+    matter; the paper's own form: see `_faded`); β = 1 is plain rounding. Here q_j is the nearest value of the grid,
+    ``scale * code``, or ``scale * (code - zero)``.
 
     Rows are independent: layers that share inputs, and several formats of one layer, may be stacked.
 
@@ -62,11 +67,12 @@ def round_compensated(
         weight: ``[rows, in]`` float32; compiled kernels take no other dtype, the eager loop float64 too.
         grids: Scales, zero points and ranges of codes.
         factor: Factor of the Gram matrix of the inputs.
-        beta: FOEM's pull towards the original weights, 0 to 1.
+        beta: FOEM's pull towards the original weights, 0 to 1, in the paper's form less than 1.
         block_size: Columns whose updates to later columns are applied together; None: `BLOCK_SIZE`, or what the
             kernel likes best; Triton's takes at most 128.
         column_errors: ``[in, rows]`` like the weight, written: e_j of every column in visiting order; None where
             nobody wants to know. With β = 0 the sum of their squares in a row is that row's damped loss D (H + λI) Dᵀ.
+        paper_form: Whether FOEM is the paper's; blocks then have 128 columns.
 
     Returns:
         Codes, ``[rows, in]`` int8, in natural column order.
@@ -76,17 +82,15 @@ def round_compensated(
     scales, zeros = _visited(grids.scales, factor), None if grids.zeros is None else _visited(grids.zeros, factor)
     fused = column_loop(weight.device) if weight.dtype == torch.float32 else None
     size, round_block = (BLOCK_SIZE, _round_block) if fused is None else (fused.BLOCK_COLUMNS, fused.round_block)
-    size = block_size or size
+    size = PAPER_BLOCK if paper_form else block_size or size
     feedback = torch.zeros_like(target)
     codes = torch.empty_like(target, dtype=torch.int8)
     scratch = torch.empty_like(target[:size]) if column_errors is None else column_errors
     for part in _blocks(len(target), size):
+        upper = factor.upper[part, part]
         block = ColumnBlock(
-            target=target[part],
-            feedback=feedback[part],
-            scales=scales[part],
-            zeros=None if zeros is None else zeros[part],
-            upper=factor.upper[part, part],
+            *(target[part], feedback[part], scales[part], None if zeros is None else zeros[part]),
+            upper=_faded(upper, feedback[part], beta) if paper_form else upper,
             lowest=grids.lowest,
             highest=grids.highest,
             codes=codes[part],
@@ -99,6 +103,26 @@ def round_compensated(
     result = torch.empty_like(codes)
     result[factor.order] = codes
     return _transposed(result)
+
+
+def _faded(upper: Tensor, feedback: Tensor, beta: float) -> Tensor:
+    """The block of U with which the loop of the authors' code rounds as Algorithm 1 of FOEM's paper does.
+
+    That pulls all later columns of a block of 128 at each step, and none of other blocks: ``q_j = round(w0_j + c_j)``,
+    ``e_j = [w0_j + (1-β) c_j - q_j] / U_jj``, ``c_k = (1-β) c_k - e_j U_jk`` for k > j in the block,
+    ``c_k -= e_j U_jk`` behind it. So feedback of column i is worth (1-β)^(k-i-1) when column k comes, what earlier
+    blocks left (1-β)^k. The loop takes (1-β) of it for the target and (1-β)² for the error, the paper 1 and (1-β): so
+    all is divided by 1-β.
+
+    Args:
+        upper: ``[width, width]``, the block of U on its diagonal.
+        feedback: ``[width, rows]``, what earlier blocks left; changed.
+        beta: β, less than 1.
+    """
+    place = torch.arange(len(upper), dtype=upper.dtype, device=upper.device)
+    feedback.mul_((1 - beta) ** (place - 1)[:, None])
+    fading = (1 - beta) ** (place - place[:, None] - 2)
+    return torch.triu(upper * fading, 1) + torch.diag(upper.diagonal())
 
 
 def _transposed(matrix: Tensor) -> Tensor:

@@ -40,6 +40,8 @@ class RoundingMethod:
         refit: Refit the scales of each layer whose error on held-out rows that lowers.
         passes: How often compensated rounding searches scales where tokens count by importance: after the first time on
             what the columns had become when they were rounded, keeping each row's best.
+        paper_form: Whether FOEM is that of its paper, not that of its authors' code (see `round_compensated`); ignored
+            by the others.
     """
 
     name: str = "gptq"
@@ -50,6 +52,7 @@ class RoundingMethod:
     shift: float | Literal["auto"] = 0.0
     refit: bool = False
     passes: int = PASSES
+    paper_form: bool = False
 
     @property
     def feedback_beta(self) -> float | Literal["auto"]:

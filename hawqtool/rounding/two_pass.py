@@ -34,6 +34,7 @@ class Problem:
         passes: How often grids are searched and the loop is run: two in the two-pass scale search.
         factor: Factor with the feedback of the loop; its diagonal is that of the damped Gram matrix.
         recorder: Takes note of the searches and the loop.
+        paper_form: Whether FOEM's loop is that of its paper.
     """
 
     tasks: Sequence[Task]
@@ -44,6 +45,7 @@ class Problem:
     passes: int
     factor: Factor
     recorder: Recorder
+    paper_form: bool = False
 
 
 def prepare(
@@ -79,7 +81,8 @@ def prepare(
             return search_grid(target, costs, task.quant_format, task.stored_dtype, method.both_signs)
 
     grids = [search(task, target) for task, target in zip(tasks, targets, strict=True)] if searched else []
-    return Problem(tasks, targets, goals, grids, search, method.passes if fits else 1, feedback, recorder)
+    passes, paper_form = method.passes if fits else 1, method.paper_form
+    return Problem(tasks, targets, goals, grids, search, passes, feedback, recorder, paper_form)
 
 
 def round_targets(problem: Problem, betas: Sequence[float]) -> list[Quantized]:
@@ -138,7 +141,9 @@ def _looped(
             _per_row([t.quant_format.max_code for t in tasks], heights, targets),
             _stacked_zeros(grids, groups),
         )
-        codes = round_compensated(targets, stacked, problem.factor, beta, column_errors=column_errors)
+        codes = round_compensated(
+            targets, stacked, problem.factor, beta, column_errors=column_errors, paper_form=problem.paper_form
+        )
     return [Quantized(part, *grid) for part, grid in zip(codes.split(heights), grids, strict=True)]
 
 

@@ -132,7 +132,7 @@ def foem_feedback(weight: Matrix, grid: Grid, hessian: Matrix, beta: float) -> R
 
 
 def foem_in_place(weight: Matrix, grid: Grid, hessian: Matrix, beta: float) -> Rounded:
-    """FOEM as it is published (arXiv 2507.11017, Algorithm 1), each column pulled once, just before it is rounded."""
+    """FOEM as its authors' code in GPTQModel has it: each column is pulled once, just before it is rounded."""
     upper = upper_factor(hessian)
     current, codes, values = weight.copy(), np.zeros_like(weight), np.zeros_like(weight)
     for j in range(weight.shape[1]):
@@ -142,6 +142,22 @@ def foem_in_place(weight: Matrix, grid: Grid, hessian: Matrix, beta: float) -> R
         error = (current[:, j] - grid.value(codes[:, j], j) - pulled) / upper[j, j]
         for k in range(j + 1, weight.shape[1]):
             current[:, k] -= error * upper[j, k]
+    return codes, values
+
+
+def foem_paper(weight: Matrix, grid: Grid, hessian: Matrix, beta: float, width: int = 128) -> Rounded:
+    """FOEM as it is published (arXiv 2507.11017, Algorithm 1): a step pulls the rest of its block, then adds."""
+    upper = upper_factor(hessian)
+    current, codes, values = weight.copy(), np.zeros_like(weight), np.zeros_like(weight)
+    columns = weight.shape[1]
+    for j in range(columns):
+        end = min((j // width + 1) * width, columns)
+        codes[:, j], values[:, j] = grid.round(current[:, j], j)
+        error = current[:, j] - grid.value(codes[:, j], j) - beta * (current[:, j] - weight[:, j])
+        for k in range(j + 1, end):
+            current[:, k] -= beta * (current[:, k] - weight[:, k])
+        for k in range(j + 1, columns):
+            current[:, k] -= error / upper[j, j] * upper[j, k]
     return codes, values
 
 

@@ -257,11 +257,12 @@ def test_shares_are_numbers_or_auto(tmp_path: Path) -> None:
         {"rounding": "rtn", "target_shift": "auto"},
         {"rounding": "gptaq", "target_shift": 0.5},
         {"rounding": "gptaq", "output_feedback": "auto"},
+        {"rounding": "foem", "foem_form": "paper", "foem_beta": 1},
         {"token_importance": "none", "output_feedback": "auto"},
     ],
 )
 def test_corrections_that_do_not_fit_the_rounding_are_refused(values: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match="drop"):
+    with pytest.raises(UsageError, match="drop|lower"):
         load_config(None, {"model": "m", **values})
 
 

@@ -70,7 +70,14 @@ def resolve_settings(
         _shortlist(config, device_type),
         _swaps(config, device_type),
         config.metric,
-        RoundingMethod(config.rounding, config.foem_beta, config.both_signs, config.damping, *corrections),
+        RoundingMethod(
+            config.rounding,
+            config.foem_beta,
+            config.both_signs,
+            config.damping,
+            *corrections,
+            paper_form=config.rounding == "foem" and config.foem_form == "paper",
+        ),
         # Plain rounding compensates no errors, so that no token can count for more in it.
         wanted == "gradient" or (wanted == "auto" and config.rounding != "rtn"),
     )

@@ -71,13 +71,14 @@ def run(
     block_size: int = 128,
     zeros: Tensor | None = None,
     column_errors: Tensor | None = None,
+    paper_form: bool = False,
 ) -> Tensor:
     lowest = case.weight.new_full((len(case.weight),), float(fmt.min_code))
     highest = case.weight.new_full((len(case.weight),), float(fmt.max_code))
     step = expand_scales(scales, case.weight.shape[1])
     zero = None if zeros is None else expand_scales(zeros, case.weight.shape[1])
     grids = RowGrids(step, lowest, highest, zero)
-    return round_compensated(case.weight, grids, case.factor, beta, block_size, column_errors)
+    return round_compensated(case.weight, grids, case.factor, beta, block_size, column_errors, paper_form)
 
 
 def scales_of(case: Case, fmt: QuantFormat) -> Tensor:
@@ -184,6 +185,27 @@ def test_the_loop_tells_what_it_spread_and_rounded(beta: float) -> None:
     np.testing.assert_allclose(losses, np.einsum("ri,ij,rj->r", difference, reference.hessian, difference), rtol=1e-4)
     if beta == 0:
         np.testing.assert_allclose(spread.square().sum(0).numpy(), losses, rtol=1e-4)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.4])
+@pytest.mark.parametrize(("rows", "columns", "group_size"), SHAPES)
+def test_foem_of_the_paper_equals_its_reference(rows: int, columns: int, group_size: int, beta: float) -> None:
+    case, fmt = make_case(rows, columns), QuantFormat(3, group_size)
+    scales = scales_of(case, fmt)
+    reference = reference_of(case, fmt, scales)
+    arguments = (reference.weight, reference.grid, reference.hessian, beta)
+    expected, values = oracles.foem_paper(*arguments)
+    code = oracles.foem(*arguments)[0]
+    assert np.array_equal(expected, code) if beta == 0 else (expected != code).mean() > 0.02
+    spread = torch.empty(columns, rows)
+    codes = run(case, fmt, scales, beta, column_errors=spread, paper_form=True)
+    assert_matches(codes, (expected, values), reference)
+    alike = (codes.numpy()[:, reference.order] == expected).all(axis=1)
+    assert alike.mean() > 0.8
+    rounded = dequantize(codes, scales.float())
+    met = targets_at_turn(case.weight, rounded, spread, case.factor, beta).numpy()[:, reference.order]
+    wanted = (values * reference.grid.step)[alike]
+    assert np.linalg.norm(met[alike] - wanted) <= 1e-5 * np.linalg.norm(wanted)
 
 
 def test_what_an_error_costs_is_what_later_columns_leave_of_it() -> None:
