@@ -19,6 +19,7 @@ from hawqtool.model.carried.flow import DataFlow
 from hawqtool.model.experts import routers
 from hawqtool.model.initialization import INITIALIZED, initialized_linears
 from hawqtool.model.kept import (
+    CONVERTED,
     FUSED,
     GATE,
     INDEXER,
@@ -28,6 +29,7 @@ from hawqtool.model.kept import (
     SHARED,
     UNDIVIDED,
     KeptTensor,
+    as_converted,
     is_indexer,
     is_linear,
     is_plain_linear,
@@ -36,7 +38,7 @@ from hawqtool.model.kept import (
     use_reason,
 )
 from hawqtool.model.replay import Call, ExtraOutputs
-from hawqtool.model.stored_names import stored_names
+from hawqtool.model.stored_names import Conversion, loading_names
 from hawqtool.model.trace import Walk, WeightUses, refuse_other_outputs, trace_walk, unused_parameters
 from hawqtool.records import BlockSpec, LinearSpec, Unit
 
@@ -67,6 +69,7 @@ class Structure:
             they are copied and never loaded.
         kept: Matrices that stay as they are, with the reasons.
         flow: What blocks hand on where that is more than a hidden state; None where it is one.
+        conversions: Parameters and buffers that are no stored tensor as it is.
     """
 
     blocks: tuple[BlockSpec, ...]
@@ -78,6 +81,7 @@ class Structure:
     unused: frozenset[str] = frozenset()
     kept: tuple[KeptTensor, ...] = ()
     flow: DataFlow | None = None
+    conversions: Mapping[str, Conversion] = field(default_factory=dict)
 
     @property
     def inside(self) -> tuple[str, ...]:
@@ -152,11 +156,12 @@ def discover(
     """
     walk = trace_walk(model)
     blocks = [model.get_submodule(name) for name in walk.names]
-    stored = stored_names(model, index.tensors)
+    stored, converted = loading_names(model, walk.names, index)
     unused = unused_parameters(model, walk.names, walk.replaced)
-    _refuse_missing(model, stored, index, unused)
+    _refuse_missing(model, stored, index, {*unused, *converted})
     shared, chosen = _shared_weights(model), routers(model)
-    contexts = [_BlockContext(i, name, stored, index, shared, chosen) for i, name in enumerate(walk.names)]
+    known = (stored, index, shared, chosen, converted.keys())
+    contexts = [_BlockContext(i, name, *known) for i, name in enumerate(walk.names)]
     specs, reasons = _discover_blocks(walk, contexts, blocks)
     modules = [m.module_name for spec in specs for m in spec.linears] + list(reasons)
     tensors = {n: stored.get(f"{n}.weight", f"{n}.weight").removesuffix(".weight") for n in modules}
@@ -176,9 +181,12 @@ def discover(
     others = [n for n, m in model.named_modules() if (is_linear(m) or n in chosen) and n not in inside]
     names = [(stored.get(f"{n}.weight", f"{n}.weight").removesuffix(".weight"), n) for n in others]
     kept = kept_tensors(model, walk.names, inside, reasons | dict.fromkeys(chosen, ROUTER), stored, index, unused)
+    kept = as_converted(kept, converted, walk.names)
     pairs = (name for pair in names for name in pair)
     ignored = tuple(dict.fromkeys((*pairs, *kept_names(kept))))
-    return Structure(tuple(specs), ignored, stored, walk.extra_outputs, obstacle, head, unused, kept, walk.flow)
+    return Structure(
+        tuple(specs), ignored, stored, walk.extra_outputs, obstacle, head, unused, kept, walk.flow, converted
+    )
 
 
 def _kept_along(specs: Sequence[BlockSpec], units: set[str]) -> dict[str, str]:
@@ -245,6 +253,7 @@ class _BlockContext:
         index: The checkpoint.
         shared: Identities of the parameters that several modules share.
         routers: Names of the modules that choose experts.
+        converted: Names of the parameters that are no stored tensor as it is.
     """
 
     position: int
@@ -253,6 +262,7 @@ class _BlockContext:
     index: CheckpointIndex
     shared: set[int]
     routers: set[str]
+    converted: Container[str] = ()
 
 
 def _discover_blocks(
@@ -291,6 +301,7 @@ def _discover_block(context: _BlockContext, block: nn.Module, call: Call) -> tup
     indexers = tuple(f"{n}." for n, m in block.named_modules() if is_indexer(m))
     for linear, module in linears.items():
         own = INDEXER if linear.startswith(indexers) else None if is_plain_linear(module) else OWN_FORWARD
+        own = CONVERTED if f"{context.name}.{linear}.weight" in context.converted else own
         reason = SHARED if linear in shared else own or use_reason(times[linear], uses.counts[linear])
         if reason is not None:
             reasons[linear] = reason
@@ -357,7 +368,7 @@ def check_shapes(model: nn.Module, structure: Structure, index: CheckpointIndex)
     """
     for name, parameter in model.named_parameters():
         info = index.tensors.get(structure.stored_names.get(name, name))
-        if info is not None and info.shape != tuple(parameter.shape):
+        if info is not None and info.shape != tuple(parameter.shape) and name not in structure.conversions:
             raise InputError(
                 f"{info.name} has shape {info.shape} in the file, config.json implies {tuple(parameter.shape)}; "
                 "expected a config.json and weights of one model; download them again"

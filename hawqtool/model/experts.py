@@ -57,6 +57,7 @@ class SplitExperts(nn.Module):
     """The experts of one layer, children ``0``, ``1``, ...; a router's choice comes from outside.
 
     Attributes:
+        replaces: Class of the module in whose place it is.
         least_tokens: Experts with fewer routed tokens in a batch are also shown other tokens up to this number,
             whose outputs are dropped; 0 for plain inference.
     """
@@ -67,6 +68,7 @@ class SplitExperts(nn.Module):
         for number in range(layout.count):
             self.add_module(str(number), _Expert(layout, combine, stacked.down_proj.dtype))
         self.width, self.layout, self.least_tokens = layout.width, layout, 0
+        self.replaces = type(stacked)
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """``[tokens, width]`` from ``[tokens, width]``, expert numbers and weights ``[tokens, k]``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hawqtool.checkpoint.index import CheckpointIndex
 from hawqtool.model.experts_layout import holds_experts
+from hawqtool.model.stored_names import Conversion
 
 EMBEDDING = "embedding"
 HEAD = "head"
@@ -30,6 +31,7 @@ USED_OTHERWISE = "weight used outside its layer"
 UNDIVIDED = "columns not divisible by any group"
 FUSED = "fused with what is kept"
 READ_ON_LOADING = "transformers initializes it anew"
+CONVERTED = "joined or cut on loading"
 UNLOADED = "not loaded by transformers"
 UNKNOWN = "unknown matrix"
 
@@ -137,6 +139,26 @@ def kept_tensors(
             reason = reasons.get(place) or _reason(owner, UNKNOWN)
         found[info.name] = KeptTensor(reason, info.name, name, info.num_bytes, parameter.ndim, position)
     return (*found.values(), *_unloaded(stored, index))
+
+
+def as_converted(
+    kept: Iterable[KeptTensor], converted: Mapping[str, Conversion], blocks: Sequence[str]
+) -> tuple[KeptTensor, ...]:
+    """The kept tensors, those as parts of a parameter that transformers makes one of while loading.
+
+    Args:
+        kept: See `kept_tensors`.
+        converted: How such parameters are made, by name.
+        blocks: Names of the blocks.
+    """
+    made = {stored: parameter for parameter, c in converted.items() for _, stored in c.sources}
+    numbers = {name: number for number, name in enumerate(blocks)}
+    return tuple(
+        replace(t, reason=CONVERTED, module=made[t.name], block=_block_of(made[t.name], numbers))
+        if t.name in made
+        else t
+        for t in kept
+    )
 
 
 def _unloaded(stored: dict[str, str], index: CheckpointIndex) -> Iterator[KeptTensor]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,9 +20,13 @@ from hawqtool.model.experts_layout import ExpertsLayout
 UNJOINED = "it has no rule that joins experts of this model which are stored one by one"
 """Why transformers cannot load packed experts of such a model."""
 
+UNPACKED = "it loads experts that are stored one by one only if all of them are packed"
+"""Why transformers cannot load a packed folder that keeps such experts."""
+
 _MERGED = ("MergeModulelist", "Concatenate")
 _ROLES = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
-_ONE_EXPERT = re.compile(r"experts\.\d+\.")
+ONE_EXPERT = re.compile(r"experts\.\d+\.")
+"""What a stored name has in it of one expert."""
 _LEAVES = re.compile(rf"(experts\.\d+)\.({'|'.join(MIXTRAL_LEAVES.values())})\.(weight|bias)$")
 _OF_LEAF = {leaf: role for role, leaf in MIXTRAL_LEAVES.items()}
 
@@ -70,6 +76,107 @@ def _candidates(model: Any) -> Callable[[str], tuple[str, ...]]:
     return candidates
 
 
+def loading_names(
+    model: Any, blocks: Sequence[str], index: CheckpointIndex
+) -> tuple[dict[str, str], dict[str, Conversion]]:
+    """Stored names of all parameters and buffers that are one tensor, and how the others are made.
+
+    Args:
+        model: Skeleton, its experts split.
+        blocks: Names of its blocks.
+        index: The checkpoint.
+    """
+    stored = _with_shared(model, blocks, stored_names(model, index.tensors))
+    converted = _conversions(model, index, stored)
+    return {n: tensor for n, tensor in stored.items() if n not in converted}, converted
+
+
+def _with_shared(model: nn.Module, blocks: Sequence[str], stored: dict[str, str]) -> dict[str, str]:
+    """Stored names of the parameters of blocks too that are stored under the name of another block's."""
+    owners: dict[int, str] = {}
+    parameters = list(model.named_parameters(remove_duplicate=False))
+    for name, parameter in parameters:
+        if name in stored:
+            owners.setdefault(id(parameter), stored[name])
+    prefixes = tuple(f"{block}." for block in blocks)
+    inside = ((n, p) for n, p in parameters if n.startswith(prefixes) and id(p) in owners)
+    return {n: owners[id(p)] for n, p in inside} | stored
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """How transformers makes a parameter of stored tensors that it joins, cuts or transposes while loading.
+
+    Args:
+        parameter: Name of the parameter or buffer.
+        first: Name of the first one that the rule makes.
+        sources: Pattern of the rule and stored name of each tensor, in the order in which they are joined.
+        rule: The rule.
+    """
+
+    parameter: str
+    first: str
+    sources: tuple[tuple[str, str], ...]
+    rule: Any
+
+    def tensor(self, model: Any, read: Callable[[str], Tensor]) -> Tensor:
+        """The parameter's value.
+
+        Args:
+            model: The model, whose config and shapes some rules look at.
+            read: Reads a stored tensor by name.
+        """
+        values: dict[str, Any] = {}
+        for pattern, stored in self.sources:
+            values.setdefault(pattern, []).append(read(stored))
+        rule = self.rule
+        known = {"source_patterns": rule.source_patterns, "target_patterns": rule.target_patterns, "missing_keys": None}
+        for operation in rule.operations:
+            values = operation.convert(values, full_layer_name=self.first, model=model, config=model.config, **known)
+        prefix, suffix = _around(self.first, rule)
+        found = {f"{prefix}{target}{suffix}": value for target, value in values.items()}[self.parameter]
+        tensor: Tensor = found[0] if isinstance(found, list) else found
+        return tensor
+
+
+def _around(first: str, rule: Any) -> tuple[str, str]:
+    """What stands before and behind the target of a rule in the first name that it makes."""
+    prefix, _, suffix = first.partition(rule.target_patterns[0])
+    return prefix, suffix
+
+
+def _conversions(model: Any, index: CheckpointIndex, stored: Mapping[str, str]) -> dict[str, Conversion]:
+    """Parameters and stored buffers that transformers makes of several tensors, or of parts, by name.
+
+    Args:
+        model: Skeleton, its experts split.
+        index: The checkpoint.
+        stored: See `stored_names`: what is one tensor of the right shape needs no conversion.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, dot_natural_key, rename_source_key
+
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    rules: Any = [t for t in transforms if t not in renamings]
+    shapes = {n: p.shape for n, p in (*model.named_parameters(remove_duplicate=False), *stored_buffers(model))}
+    sources: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for name in sorted(index.tensors, key=dot_natural_key) if rules else ():
+        first, pattern = rename_source_key(name, renamings, rules, model.base_model_prefix, shapes)
+        if pattern is not None and first in shapes:
+            sources[first].append((pattern, name))
+    found = {}
+    for first, parts in sources.items():
+        rule = next(rule for rule in rules if parts[0][0] in rule.source_patterns)
+        prefix, suffix = _around(first, rule)
+        for target in rule.target_patterns:
+            parameter = f"{prefix}{target}{suffix}"
+            info = index.tensors.get(stored.get(parameter, ""))
+            if parameter in shapes and (info is None or info.shape != tuple(shapes[parameter])):
+                found[parameter] = Conversion(parameter, first, tuple(parts), rule)
+    return found
+
+
 def stored_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Buffers that a checkpoint holds, by name: not those that are computed anew in constructors."""
     for path, owner in module.named_modules():
@@ -91,7 +198,7 @@ def with_stored_experts_split(model: Any, index: CheckpointIndex) -> CheckpointI
     candidates, leaves = _candidates(model), _written_leaves(model)
     stacks: dict[str, ExpertStack] = {}
     for info in index.tensors.values():
-        for candidate in () if _ONE_EXPERT.search(info.name) else candidates(info.name):
+        for candidate in () if ONE_EXPERT.search(info.name) else candidates(info.name):
             experts, _, source = candidate.rpartition(".")
             roles = _ROLES.get(source.removesuffix("_bias"))
             if experts in split and roles is not None:
@@ -140,10 +247,26 @@ def why_unread(model: Any, vllm: bool) -> Callable[[Any, ExpertsLayout], str | N
         model: The model, its experts not yet split.
         vllm: Whether vLLM alone is to read them, not transformers too.
     """
-    return partial(_why_unread, vllm, vllm or expert_leaves(model) is not None)
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    rules = (t for t in get_model_conversion_mapping(model) if hasattr(t, "operations"))
+    if any(len(rule.target_patterns) > 1 and "experts" in rule.target_patterns[0] for rule in rules):
+        return lambda *_: "the files number two sets of experts as one, of which texts reach one"
+    return partial(_why_unread, vllm or joins_experts(model))
 
 
-def _why_unread(vllm: bool, joined: bool, module: Any, layout: ExpertsLayout) -> str | None:
+def joins_experts(model: Any) -> bool:
+    """Whether transformers reads experts of a model that are stored one by one, under our names and packed.
+
+    It has a rule that joins them, or builds them of linears for quantized checkpoints (Llama 4).
+    """
+    from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION as SEQUENTIAL
+
+    kinds = {(m.replaces if isinstance(m, SplitExperts) else type(m)).__name__ for m in model.modules()}
+    return expert_leaves(model) is not None or bool(kinds & SEQUENTIAL.keys())
+
+
+def _why_unread(joined: bool, module: Any, layout: ExpertsLayout) -> str | None:
     plain = not layout.transposed and layout.concatenated and not layout.biased
     if not plain and type(module).__name__ not in VLLM_LINEARIZED:
         return "no engine reads experts of this layout one by one"

@@ -22,9 +22,7 @@ class Quality(Divergence):
     """Quality of one model on a set of rows, against the original."""
 
     num_tokens: Annotated[int, "Positions of all rows."]
-    perplexity: NotRequired[
-        Annotated[float, "Perplexity of the next token; language models, if finite."]
-    ]
+    perplexity: NotRequired[Annotated[float, "Perplexity of the next token; language models, if finite."]]
     same_top: NotRequired[Annotated[float, "Share of outputs whose likeliest class is the original's; logits."]]
     cosine: NotRequired[Annotated[float, "Mean cosine to the original's embedding; encoders."]]
     kl_p99: NotRequired[Annotated[float, "KL that one output of a hundred reaches; logits."]]

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass
 from itertools import repeat
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from hawqtool.runtime.malloc import kept_pages, release_freed_pages
 from hawqtool.runtime.stage_timer import UNRECORDED, Recorder
 from hawqtool.runtime.store import NOTHING_SAVED, Saved
 from hawqtool.streaming.block import Activations, advance
+from hawqtool.streaming.converted import ConvertedSource, WeightSource
 from hawqtool.streaming.offload import Offload, OffloadedBatches
 from hawqtool.streaming.resume_points import ResumePoints
 
@@ -43,15 +44,6 @@ _BLOCKS_BETWEEN_TRIMS = 6
 
 _ROWS_COMPARED = 4096
 """Rows of a matrix that are compared at a time."""
-
-
-class WeightSource(Protocol):
-    """Where weights come from: a checkpoint, or a packed folder read back."""
-
-    def tensor(self, name: str) -> Tensor:
-        """Tensor of that name, on the CPU."""
-
-    def __contains__(self, name: object) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -94,7 +86,8 @@ class ModelStream:
         recorder: Recorder = UNRECORDED,
     ) -> None:
         self.model: Any = model
-        self.structure, self.source, self.recorder = structure, source, recorder
+        self.structure, self.recorder = structure, recorder
+        self.source = ConvertedSource(source, structure.conversions, model) if structure.conversions else source
         self.task = model_task(model)
         self.device, self.dtype = device, dtype
         memory = memory or StreamMemory()
@@ -241,7 +234,7 @@ class ModelStream:
         """
         step = -1 if self._last_index in (index, index + 1) else 1
         self._last_index = index
-        if isinstance(self.source, Prefetcher):
+        if isinstance(self.source, Prefetcher | ConvertedSource):
             following = index + step
             inside = 0 <= following < len(self.blocks)
             places = self._places(self.blocks[following], self.structure.inside[following]) if inside else ()

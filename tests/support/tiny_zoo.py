@@ -34,7 +34,7 @@ class Kind:
         reason: For refused ones, a pattern that the error must match.
         loads: Whether transformers with compressed-tensors loads the packed folder. It drops Conv1D layers without
             a word, and cannot build packed Falcon layers.
-        stacked: Whether transformers reads its experts stacked only, so that profiles with transformers keep them.
+        stacked: Whether its experts are stored in one tensor per layer.
     """
 
     name: str
@@ -201,7 +201,6 @@ ZOO: tuple[Kind, ...] = (
         },
         rows=16,
         seed=2,
-        loads=False,
         stacked=True,
     ),
     Kind(

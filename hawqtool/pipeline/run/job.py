@@ -29,7 +29,7 @@ from hawqtool.export.packed_reader import PackedReader
 from hawqtool.model.discovery import Structure, check_shapes, discover
 from hawqtool.model.rotation.fold import rotate_checkpoint
 from hawqtool.model.skeleton import build_skeleton, max_positions, untie_stored
-from hawqtool.model.stored_names import UNJOINED, expert_leaves, with_stored_experts_split
+from hawqtool.model.stored_names import ONE_EXPERT, UNJOINED, UNPACKED, joins_experts, with_stored_experts_split
 from hawqtool.model.tasks import ModelTask, model_task
 from hawqtool.pipeline.run.memory_budget import Work, choose_batch_size, make_offload
 from hawqtool.pipeline.run.resolved import ResolvedSettings, resolve_settings
@@ -38,8 +38,9 @@ from hawqtool.rounding.spec import Refiner, RoundingSpec
 from hawqtool.rounding.statistics import SETTINGS_HELD_OUT_EVERY
 from hawqtool.runtime.reporter import Reporter, Silent
 from hawqtool.runtime.stage_timer import UNRECORDED, Recorder
+from hawqtool.streaming.converted import WeightSource
 from hawqtool.streaming.offload import Offload
-from hawqtool.streaming.stream import ModelStream, StreamMemory, WeightSource
+from hawqtool.streaming.stream import ModelStream, StreamMemory
 
 FEEDBACK_ASPECT = 2
 """Most outputs per input of layers that ``--output-feedback auto`` takes.
@@ -214,10 +215,12 @@ def prepare(
     if config.seq_len and longest and config.seq_len > longest:
         raise UsageError(f"--seq-len {config.seq_len} exceeds the model's {longest} positions; lower it")
     skeleton = build_skeleton(index.folder, dtype, source.runs_code, index.tensors, config.profile == "vllm")
-    experts = any(is_expert(m.name) for unit in units for m in unit.members)
+    experts = any(is_expert(name) for name in structure.linears)  # ignored ones are walked through as well
     settings = resolve_settings(config, device.type, longest, experts)
     job = Job(config, settings, source, index, skeleton, structure, units, pins, device, dtype, left_units=left)
     _check_method(job)
+    if writes and config.profile != "vllm":
+        _check_experts(job)
     rows = (settings.num_samples, settings.seq_len)
     work = Work(config, index, structure, device, dtype, *rows, settings.method.needs_drift)
     job = job.with_batch_size(settings.batch_size or choose_batch_size(work))
@@ -237,8 +240,10 @@ def _discovered(config: RunConfig, source: ResolvedModel) -> tuple[Any, Checkpoi
         untie_stored(probe, index.tensors)
         probe.all_tied_weights_keys = {}  # as the written config.json has it
     structure = discover(probe, index, vllm, config.quantize_lm_head, not alone, for_transformers=not vllm)
-    if vllm and any(is_expert(name) for name in structure.linears) and expert_leaves(probe) is None:
+    if vllm and any(is_expert(name) for name in structure.linears) and not joins_experts(probe):
         structure = replace(structure, obstacle=structure.obstacle or UNJOINED)
+    if any(ONE_EXPERT.search(name) for c in structure.conversions.values() for _, name in c.sources):
+        structure = replace(structure, obstacle=structure.obstacle or UNPACKED)
     return probe, index, structure
 
 
@@ -255,7 +260,7 @@ def _check_method(job: Job) -> None:
         UsageError: Otherwise.
     """
     method, rows = job.settings.method, job.settings.num_samples
-    expert = next((m.name for unit in job.units for m in unit.members if is_expert(m.name)), None)
+    expert = next(filter(is_expert, job.structure.linears), None)
     if method.needs_drift and expert:
         raise UsageError(
             f"{expert} is an expert, which after rounding gets other tokens than before, so that --rounding gptaq and "
@@ -271,6 +276,20 @@ def _check_method(job: Job) -> None:
         raise UsageError(
             f"--foem-beta auto, --target-shift auto and --scale-refit choose on every {SETTINGS_HELD_OUT_EVERY}th "
             f"calibration row, found --num-samples {rows}; raise it to {SETTINGS_HELD_OUT_EVERY} or more"
+        )
+
+
+def _check_experts(job: Job) -> None:
+    """Check that transformers will load the experts of the folder.
+
+    Raises:
+        UsageError: If it would not.
+    """
+    found = filter(is_expert, job.structure.linears)
+    if any(found) and not any(is_expert(m.name) for unit in job.units for m in unit.members):
+        raise UsageError(
+            f"all experts are ignored, and transformers cannot load them: {UNPACKED}; quantize them, to 8 bits by "
+            "--pin, or use --profile vllm"
         )
 
 

@@ -12,7 +12,7 @@ from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.config import load_config
 from hawqtool.pipeline.run.job import prepare
 from hawqtool.runtime import malloc as heap
-from hawqtool.streaming.stream import WeightSource
+from hawqtool.streaming.converted import WeightSource
 from tests.support.tiny import tiny_llama
 
 
