@@ -1,4 +1,7 @@
-"""Linears that a model's own initialization reads: transformers calls it while loading, and packed layers stop it."""
+"""What a model's own initialization does, which transformers calls while loading.
+
+It reads linears, which stops it at packed ones, and computes parameters that no checkpoint holds.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,12 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hawqtool.checkpoint.fusion import is_expert
+from hawqtool.model.stored_names import stored_names
 
 INITIALIZED = "its own initialization, which loading calls, stops at packed layers"
 """Why transformers cannot load a model whose linears are all read by its initialization."""
@@ -45,6 +50,46 @@ def initialized_linears(model: Any, linears: Iterable[str]) -> frozenset[str]:
             probe.get_submodule(name)._parameters["weight"] = weights[name]
         found.update(alike)
     return frozenset(found)
+
+
+def compute_unstored(model: Any, tensors: Iterable[str]) -> None:
+    """Put parameters in place that a checkpoint lacks by design, such as sine tables of positions, as buffers.
+
+    Those are meant that the class names as missing and that its initialization sets to one value whatever was there;
+    what it draws at random stays missing.
+
+    Args:
+        model: Skeleton.
+        tensors: Names in the checkpoint.
+    """
+    patterns = tuple(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
+    stored = stored_names(model, tensors) if patterns else {}
+    places: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        places.setdefault(id(parameter), []).append(name)
+    for names in places.values():
+        if patterns and not any(name in stored for name in names) and re.search("|".join(patterns), names[0]):
+            owner, _, leaf = names[0].rpartition(".")
+            _compute(model, model.get_submodule(owner), leaf)
+
+
+def _compute(model: Any, owner: nn.Module, leaf: str) -> None:
+    """Make a parameter a buffer with the value that initialization gives it, where it gives one."""
+    parameter, found = owner._parameters[leaf], list[Tensor]()
+    assert parameter is not None
+    for filler in (0.0, 1.0):
+        filled = torch.full(parameter.shape, filler, dtype=parameter.dtype, device="cpu")
+        owner._parameters[leaf] = nn.Parameter(filled, requires_grad=False)
+        vars(owner).pop("_is_hf_initialized", None)
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(int(filler))
+            model._init_weights(owner)
+        found.append(owner._parameters[leaf].detach())  # type: ignore[union-attr]
+    if torch.equal(*found):
+        del owner._parameters[leaf]
+        owner.register_buffer(leaf, found[0], persistent=False)
+    else:
+        owner._parameters[leaf] = parameter
 
 
 def _without_weight(linear: nn.Module, name: str, reads: list[str]) -> nn.Parameter | None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from hawqtool.errors import HawqError, InputError, one_line
 from hawqtool.model.experts import split_experts
+from hawqtool.model.initialization import compute_unstored
 from hawqtool.model.stored_names import stored_names, why_unread
 from hawqtool.model.tasks import TASKS, class_task, model_task
 from hawqtool.parsing import shown
@@ -82,6 +83,8 @@ def build_skeleton(
     _configure(model)
     split_experts(model, why_unread(model, vllm))
     untie_stored(model, tensors)
+    if tensors:
+        compute_unstored(model, tensors)
     to_meta(model)
     return model
 
