@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hawqtool.errors import InputError, one_line
 from hawqtool.model.block_list import TOKENS, TRACE_ERRORS, example_row, find_blocks, run_on_zeros
-from hawqtool.model.carried.flow import DataFlow, on_meta_device, trace_flow
+from hawqtool.model.carried.flow import DataFlow, trace_flow, with_zeros
 from hawqtool.model.carried.nested import mappings
 from hawqtool.model.carried.nested import on_meta as on_meta_once
 from hawqtool.model.replay import Call, ExtraOutputs, replayed_blocks
@@ -158,7 +158,7 @@ class Walk:
     Args:
         names: Names of the blocks in order.
         calls: Arguments of their calls on the meta device.
-        replaced: A context in which something on the meta device stands in for the blocks.
+        replaced: A context in which something stands in for the blocks.
         extra_outputs: What blocks return beside the hidden state, which nothing reads.
         flow: What blocks hand on where that is more than a hidden state; None where it is one.
     """
@@ -187,7 +187,7 @@ def trace_walk(model: Any) -> Walk:
             return Walk(names, [on_meta(call) for call in calls], replayed_blocks(blocks, extra), extra)
     flow, traced = trace_flow(model)
     calls = [on_meta_once(block.call) for block in traced.blocks]
-    return Walk(flow.names, calls, on_meta_device(model, traced), None, flow)
+    return Walk(flow.names, calls, with_zeros(model, traced), None, flow)
 
 
 def refuse_other_outputs(name: str, output: Any, expected: ExtraOutputs) -> None:
@@ -202,20 +202,31 @@ def _tensor_places(extra_outputs: ExtraOutputs) -> set[int]:
 
 
 def unused_parameters(model: Any, names: Sequence[str], replaced: AbstractContextManager[Any]) -> frozenset[str]:
-    """Parameters outside the blocks that no operation on a row takes; none where that cannot be told without data.
+    """Parameters outside the blocks that no operation on a row takes; none where no row can be run.
 
     Args:
         model: Skeleton; all of it goes to the meta device.
         names: Names of its blocks.
-        replaced: A context in which something on that device stands in for the blocks.
+        replaced: A context in which something stands in for the blocks.
     """
     inside = tuple(f"{name}." for name in names)
     outside = {n: p for n, p in model.named_parameters() if not n.startswith(inside)}
-    uses = WeightUses({id(parameter): name for name, parameter in outside.items()})
-    model.to("meta")
-    with replaced, torch.no_grad(), uses:
-        try:
-            model(**model_inputs(model, example_row(model).to("meta")))
-        except TRACE_ERRORS:
-            return frozenset()
+    numbers = {id(parameter): name for name, parameter in outside.items()}
+    # Zeros of any shape take the memory of one.
+    zeros = {n: nn.Parameter(torch.zeros((), dtype=p.dtype).expand(p.shape), False) for n, p in outside.items()}
+    places = [
+        (m._parameters, leaf, p) for m in model.modules() for leaf, p in m._parameters.items() if id(p) in numbers
+    ]
+    uses = WeightUses({id(zero): name for name, zero in zeros.items()})
+    try:
+        for owner, leaf, parameter in places:
+            owner[leaf] = zeros[numbers[id(parameter)]]
+        with replaced, torch.no_grad(), uses:
+            model(**model_inputs(model, example_row(model)))
+    except TRACE_ERRORS:
+        return frozenset()
+    finally:
+        for owner, leaf, parameter in places:
+            owner[leaf] = parameter
+        model.to("meta")
     return frozenset(name for name in outside if not uses.counts[name])

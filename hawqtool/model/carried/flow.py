@@ -77,11 +77,11 @@ def trace_flow(model: Any) -> tuple[DataFlow, Traced]:
     return flow, first
 
 
-def on_meta_device(model: Any, traced: Traced) -> AbstractContextManager[None]:
-    """A context in which tensors on the meta device stand for what blocks give, in the shapes of a traced run."""
+def with_zeros(model: Any, traced: Traced) -> AbstractContextManager[None]:
+    """A context in which zeros stand for what blocks give, in the shapes of a traced run."""
 
     def stand_in(leaf: LeafName) -> Tensor:
-        return torch.empty(traced.shapes[leaf], dtype=traced.dtypes[leaf], device="meta")
+        return torch.zeros((), dtype=traced.dtypes[leaf]).expand(traced.shapes[leaf])
 
     names = [block.name for block in traced.blocks]
     return stand_ins(

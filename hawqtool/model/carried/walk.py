@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hawqtool.errors import InputError
 from hawqtool.model.carried.flow import DataFlow
 from hawqtool.model.carried.layout import Layout, Leaf, LeafName
-from hawqtool.model.carried.nested import Carried, leaves, mapped
+from hawqtool.model.carried.nested import Carried, leaves, mapped, on_meta
 from hawqtool.model.carried.stand_ins import BlockReached, stand_ins
 from hawqtool.model.carried.trace import FIRST
 from hawqtool.model.replay import Call
@@ -106,7 +106,6 @@ class CarriedWalk:
 
     def __init__(self, model: nn.Module, flow: DataFlow, inputs: Callable[[Tensor], Inputs], load: LoadBlock) -> None:
         self.model, self.flow, self._inputs, self._load = model, flow, inputs, load
-        self._copies = [copy.deepcopy(model.get_submodule(name)).to("meta") for name in flow.names]
         self._known: dict[int, tuple[Sequence[Layout], dict[LeafName, Tensor], _Shapes]] = {}
 
     @property
@@ -228,6 +227,12 @@ def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return next(leaf for leaf in leaves((args, kwargs)) if leaf.is_floating_point())
 
 
+def _meta_copy(block: nn.Module) -> nn.Module:
+    """A copy of a block, as it is configured now, on the meta device."""
+    tensors: list[Any] = [*block.parameters(), *block.buffers()]
+    return copy.deepcopy(block, {id(tensor): tensor.detach().to("meta") for tensor in tensors})
+
+
 class _Shapes:
     """Shapes and dtypes of what blocks give for one row of a length, by name.
 
@@ -239,12 +244,13 @@ class _Shapes:
     def __init__(self, walk: CarriedWalk, inputs: Inputs) -> None:
         self.flow, self._of = walk.flow, dict[LeafName, Tensor]()
         self.device = next(iter(inputs.values())).device
+        blocks = [walk.model.get_submodule(name) for name in self.flow.names]
 
         def called(at: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if at == 0:
                 self._of[FIRST] = first_input(args, kwargs).to("meta")
-            moved = mapped((args, kwargs), lambda tensor: tensor.to("meta"))
-            output = walk._copies[at](*moved[0], **moved[1])
+            moved = on_meta((args, kwargs))
+            output = _meta_copy(blocks[at])(*moved[0], **moved[1])
             self._of |= self.flow.given[at].found(moved, output)
             if at == len(self.flow.names) - 1:
                 raise BlockReached
