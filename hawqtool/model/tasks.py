@@ -163,8 +163,8 @@ def _refuse_other_inputs(model: Any, task: ModelTask) -> None:
     """Language models are calibrated and judged on texts, image classifiers on images, which some cannot read alone."""
     if task.mapping == _IMAGES and model.main_input_name != "pixel_values":
         raise InputError(
-            f"{type(model).__name__} reads {model.main_input_name}; expected an image classifier that reads pixel_values "
-            "alone: only on these is it calibrated and judged"
+            f"{type(model).__name__} reads {model.main_input_name}; expected an image classifier that reads "
+            "pixel_values alone: only on these is it calibrated and judged"
         )
     if task.generates and model.main_input_name != "input_ids":
         raise InputError(
