@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     transformers_logging.disable_progress_bar()
     if not options.no_table:
         report = json.loads((options.folder / "report.json").read_text(encoding="utf-8"))
-        print_report(with_nan(report), str(options.folder))
+        print_report(with_nan(report), str(options.folder), sum(report["timings"].values()))
     original, quantized = continuations(options.model), continuations(options.folder)
     print(f"\nGreedy continuations, {NEW_TOKENS} tokens")
     for prompt, before, after in zip(PROMPTS, original, quantized, strict=True):

@@ -21,13 +21,14 @@ def evaluate(
     values: o.Values,
     json: o.Json = False,
     quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
     debug: o.Debug = False,
 ) -> None:
     """Perplexity, KL and same-top-1 of a quantized folder against its original, read back from the files.
 
     Example: hawqtool evaluate ./out --against ./model --eval-data text.txt
     """
-    with session(quiet, debug, json) as terminal:
+    with session(quiet, debug, json, verbose) as terminal:
         settings = load_config(None, values | {"model": against})
         decide_hub_access(settings.data_sources)
 

@@ -24,6 +24,7 @@ def measure(
     config: o.Config = None,
     json: o.Json = False,
     quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
     debug: o.Debug = False,
 ) -> None:
     """Score every unit in every width with fisher, kron, projection and hawq-ggn; write sensitivity.json.
@@ -34,7 +35,7 @@ def measure(
 
     Example: hawqtool measure ./model --extra-metrics hawq --probes 16 --eigenvalues 20
     """
-    with session(quiet, debug, json) as terminal:
+    with session(quiet, debug, json, verbose) as terminal:
         settings = load_config(config, values | {"sensitivity": sensitivity}, preset)
         decide_hub_access(settings.data_sources)
 

@@ -33,6 +33,7 @@ def quantize(
     junit: o.Junit = None,
     json: o.Json = False,
     quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
     debug: o.Debug = False,
 ) -> None:
     """Do everything: a checkpoint in, a verified quantized checkpoint and its report out.
@@ -45,7 +46,7 @@ def quantize(
     """
     if dry_run:
         gc.disable()  # nearly all of its time goes to imports, which collections only make longer
-    with session(quiet, debug, json) as terminal, recorded_run(junit, terminal) as record:
+    with session(quiet, debug, json, verbose) as terminal, recorded_run(junit, terminal) as record:
         settings = load_config(config, values, preset)
         record.model = settings.model
         decide_hub_access(settings.data_sources)
@@ -55,6 +56,8 @@ def quantize(
         from hawqtool.pipeline.quantize import run_quantize
 
         def announce(description: DryRun) -> None:
+            if "estimate" in description:
+                terminal.expect(description["estimate"]["phases"])
             for line in announcement(description):
                 terminal.say(line)
 
@@ -65,14 +68,15 @@ def quantize(
             else:
                 print("\n".join(map(printable, announcement(description))))
             return
-        report = run_quantize(settings, shlex.join(["hawqtool", *shortened(sys.argv[1:])]), terminal, announce)
+        command = shlex.join(["hawqtool", *shortened(sys.argv[1:])])
+        report = run_quantize(settings, command, terminal, announce, estimates=not quiet)
         record.gates = report["gates"]
         terminal.close()
         terminal.answered = True
         if json:
             print_json(report)
         else:
-            print_report(report, str(settings.output))
+            print_report(report, str(settings.output), terminal.seconds)
         _check_gates(report, terminal)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 import textwrap
 from collections import Counter
+from pathlib import Path
 from typing import cast
 
 from rich.console import Console
@@ -16,6 +18,7 @@ from hawqtool.report.verdict import FEW_ROWS_TEXT, advice_text, verdict_text
 from hawqtool.report.wording import (
     MEASURES,
     NOT_EVALUATED,
+    duration,
     gate_text,
     measurement_text,
     plus_minus,
@@ -60,8 +63,20 @@ def announcement(description: DryRun) -> list[str]:
         f"seed {description['seed']}",
         f"judged on   {description['evaluation']}",
     ]
-    lines += kept_lines(description["kept"])
+    lines += [*estimate_lines(description), *kept_lines(description["kept"])]
     return lines + [f"note        {text}" for text in description["group_falls"]]
+
+
+def estimate_lines(description: DryRun) -> list[str]:
+    """What the run may take; nothing where that was not estimated."""
+    found = description.get("estimate")
+    if found is None:
+        return []
+    place = "GPU memory" if description["device"].startswith("cuda") else "memory"
+    return [
+        f"takes       about {duration(found['seconds'])}, {size(found['memory_bytes'])} of {place}, "
+        f"{size(found['disk_bytes'])} of disk"
+    ]
 
 
 def _source_lines(description: DryRun) -> list[str]:
@@ -87,7 +102,7 @@ def kept_lines(kept: Kept) -> list[str]:
     return [f"kept        {total} as they are", *rows, *([f"            and {more} more"] if more > 0 else [])]
 
 
-def print_report(report: Report, output: str) -> None:
+def print_report(report: Report, output: str, seconds: float) -> None:
     """The result: sizes, histogram, quality against uniform."""
     console = Console(highlight=False)
     if report["evaluation"] is not None:
@@ -99,6 +114,20 @@ def print_report(report: Report, output: str) -> None:
     for text in report["warnings"]:
         console.print(hanging(f"warning     {printable(text)}", console.width), markup=False)
     console.print(f"verified    {printable(output)}", markup=False)
+    for line in closing_lines(report, output, seconds):
+        console.print(hanging(printable(line), console.width), markup=False)
+
+
+def closing_lines(report: Report, output: str, seconds: float) -> list[str]:
+    """Ratio, time, where the report lies, and what to do next."""
+    sizes, path = report["sizes"], shlex.quote(output)
+    ratio = sizes["original_bytes"] / sizes["quantized_bytes"]
+    loads = {entry["engine"] for entry in report["engines"] if entry["loads"]}
+    served = next((name for name in loads if name.lower().startswith("vllm")), None)
+    lines = [f"done        {ratio:.2f} times smaller, in {duration(seconds)}; look at {Path(output) / 'report.html'}"]
+    if served is not None and report["architecture"].endswith("ForCausalLM"):
+        lines.append(f"next        vllm serve {path}")
+    return [*lines, f"{'' if len(lines) > 1 else 'next':12}hawqtool push {path} ORG/NAME"]
 
 
 def verdict_lines(report: Report) -> list[str]:

@@ -24,7 +24,7 @@ ERROR_SCHEMA = "hawqtool.error/1"
 
 
 @contextmanager
-def session(quiet: bool = False, debug: bool = False, json: bool = False) -> Iterator[Terminal]:
+def session(quiet: bool = False, debug: bool = False, json: bool = False, verbose: bool = False) -> Iterator[Terminal]:
     """Run a command; expected failures become one line and their exit code.
 
     With ``json`` a failure is a document on stdout too, unless the terminal was told that the result stands there.
@@ -39,7 +39,7 @@ def session(quiet: bool = False, debug: bool = False, json: bool = False) -> Ite
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     configure_allocators()
-    terminal = Terminal(quiet)
+    terminal = Terminal(quiet, verbose)
     code, failure, failed = 0, "", tuple[str, ...]()
     try:
         with ending_signals(), _quiet_libraries(debug):

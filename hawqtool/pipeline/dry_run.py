@@ -12,6 +12,7 @@ from hawqtool.export.manifest import unlisted_files
 from hawqtool.pipeline.run.files import REPORT_SCHEMA
 from hawqtool.pipeline.run.job import Job, prepare
 from hawqtool.pipeline.run.menu import budget_bytes, job_menu, second_budget, unquantized_bytes
+from hawqtool.pipeline.search.estimate import estimate
 from hawqtool.pipeline.search.gates import check_gates
 from hawqtool.pipeline.search.planner import given_plan, single_choice_plan
 from hawqtool.pipeline.stages.kept import kept_record
@@ -36,7 +37,7 @@ def dry_run(config: RunConfig, reporter: Reporter) -> DryRun:
     job = prepare(config, reporter)
     description = describe(job)
     check_sources(job)
-    return description
+    return {**description, "estimate": estimate(job)}
 
 
 def output_folder(config: RunConfig) -> Path:

@@ -25,6 +25,7 @@ from hawqtool.pipeline.run.job import Job, prepare
 from hawqtool.pipeline.run.measurement_cache import check_measurements
 from hawqtool.pipeline.run.menu import budget_bytes, job_menu, unquantized_bytes
 from hawqtool.pipeline.run.out_of_memory import halving_batch_size, remember_batch_size, resumed_batch_size
+from hawqtool.pipeline.search.estimate import estimate
 from hawqtool.pipeline.search.gates import judge_gates, matching_baseline
 from hawqtool.pipeline.search.good_size import good_size
 from hawqtool.pipeline.search.planner import Planner, given_plan, make_planner
@@ -44,8 +45,12 @@ from hawqtool.report.verdict import verdict
 from hawqtool.runtime.reporter import Reporter
 from hawqtool.runtime.stage_timer import Stopwatch
 
+_CHECKING, _CHECKS = "checking the result", 4
 
-def run_quantize(config: RunConfig, command: str, reporter: Reporter, announce: Callable[[DryRun], None]) -> Report:
+
+def run_quantize(
+    config: RunConfig, command: str, reporter: Reporter, announce: Callable[[DryRun], None], estimates: bool = False
+) -> Report:
     """``hawqtool quantize``: from a checkpoint to a verified quantized folder.
 
     Args:
@@ -53,6 +58,7 @@ def run_quantize(config: RunConfig, command: str, reporter: Reporter, announce: 
         command: The command line, for the report.
         reporter: Narration and progress.
         announce: Called with what will happen, before the long part.
+        estimates: Whether it is told what the run may take, which takes a moment to find out.
 
     Returns:
         The report (`hawqtool.report/2`).
@@ -72,7 +78,8 @@ def run_quantize(config: RunConfig, command: str, reporter: Reporter, announce: 
             job, warnings = resumed_batch_size(job, run)
         before = stamps(job.index)
         check_tasks(job)
-        announce(describe(job))
+        description = describe(job)
+        announce({**description, "estimate": estimate(job)} if estimates else description)
         record_content(job.index, before, reporter)
         fingerprint = config_fingerprint(config, job.index.content)
         run.begin(run_identity(job), config.restart)
@@ -129,10 +136,11 @@ def _quantized(
     if planner and planner.table:
         report["warnings"] += planner.table.warnings
     with Stopwatch(timings, "verify"), disk_errors(folder):
-        _complete(job, folder, planner.document if planner else None, report, trial_rows(job, sets))
+        _complete(context, folder, planner.document if planner else None, report, trial_rows(job, sets))
     report = seal(folder, report)
     with disk_errors(folder):
         write_page(folder)
+    context.progress(_CHECKING)(_CHECKS, _CHECKS)
     return folder, report
 
 
@@ -175,19 +183,26 @@ def _plans(runner: TrialRunner, planner: Planner | None) -> tuple[Search | None,
     return None, plans
 
 
-def _complete(job: Job, folder: Path, sensitivity: SensitivityDocument | None, report: Report, rows: Tensor) -> None:
+def _complete(
+    context: RunContext, folder: Path, sensitivity: SensitivityDocument | None, report: Report, rows: Tensor
+) -> None:
     """Add small files, card and records, try what the report claims, and verify the folder before it is sealed."""
+    job, tell = context.job, context.progress(_CHECKING)
+    tell(0, _CHECKS)
     for left in folder.rglob(f".*{PART}"):  # by a run that was killed while it wrote them
         left.unlink()
     began_with = job.index.content.files if job.index.content else {}
     copied = copy_small_files(job.index.folder, folder)
     check_copies(folder, {name: began_with.get(name, "") for name in copied})
+    tell(1, _CHECKS)
     _try_claims(job, folder, report, rows)
+    tell(2, _CHECKS)
     write_card(job.index.folder, folder, report)
     write_reproduce(job, folder, sensitivity)
     problems = verify_folder(folder, job.index.folder, job.device, sealed=False).problems
     if problems:
         raise NumericalError(f"the written folder failed verification: {problems[0]} ({len(problems)} problems)")
+    tell(3, _CHECKS)
 
 
 def _try_claims(job: Job, folder: Path, report: Report, rows: Tensor) -> None:

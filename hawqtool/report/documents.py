@@ -153,6 +153,22 @@ class ComparisonDocument(TypedDict):
     layers: Annotated[list[ComparedLayer], "All linears."]
 
 
+class Phase(TypedDict):
+    """A part of a run."""
+
+    name: Annotated[str, "Beginning of what it is called in the progress."]
+    seconds: Annotated[float, "Seconds that it may take."]
+
+
+class Estimate(TypedDict):
+    """What a run may take, within a factor of two or so."""
+
+    phases: Annotated[list[Phase], "Parts in their order; plans that turn out alike are tried once."]
+    seconds: Annotated[float, "Of all phases."]
+    memory_bytes: Annotated[int, "Most bytes of the device's memory."]
+    disk_bytes: Annotated[int, "Most bytes on the disk, the model aside."]
+
+
 class DryRun(TypedDict):
     """What a run would do (`hawqtool quantize --dry-run --json`)."""
 
@@ -181,6 +197,7 @@ class DryRun(TypedDict):
     evaluation: Annotated[str, "Rows that the result is judged on, in words."]
     rounding: Annotated[str, "Rounding in words."]
     seed: Annotated[int, "Seed."]
+    estimate: NotRequired[Annotated[Estimate, "What it may take; on the command line."]]
 
 
 class VerifyDocument(TypedDict):

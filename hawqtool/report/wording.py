@@ -119,6 +119,22 @@ def measurement_text(report: Report) -> str | None:
     return f"scores from a shared measurement, fingerprint {str(origin['fingerprint'])[:12]}"
 
 
+def shown_plan(name: str) -> str:
+    """Name of a plan for the screen: the one choice of a run is just the plan, others say that they are one."""
+    if name == "uniform menu":
+        return "the plan"
+    if name in ("original", "quantized"):
+        return f"the {name} model"
+    return name if name.startswith(("plan", "uniform")) else f"plan {name}"
+
+
+def duration(seconds: float) -> str:
+    """Time for people, with no more digits than an estimate bears: ``40 s``, ``5 min``, ``2.5 h``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def size(num_bytes: float) -> str:
     """Bytes for people, exact below a kilobyte."""
     for unit in ("B", "kB", "MB", "GB"):

@@ -51,7 +51,7 @@ def test_card_and_terminal_show_the_spread(scarce: tuple[Path, Report], capsys: 
     counts = sorted(count for tokens in report["experts"].values() for count in tokens)
     card = (folder / "README.md").read_text()
     assert "16 experts in 2 blocks; calibration tokens per expert: min" in card
-    print_report(report, "out")
+    print_report(report, "out", 100)
     shown = " ".join(capsys.readouterr().out.split())
     assert f"min {counts[0]}, median" in shown and f"max {counts[-1]}" in shown
 

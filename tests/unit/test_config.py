@@ -20,7 +20,7 @@ from hawqtool.settings import Affects, flag_of, setting_of
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT = ROOT / "configs/default.yaml"
-NOT_CONFIG = {"help_all", "preset", "config", "dry_run", "junit", "schema", "json", "quiet", "debug", "help"}
+NOT_CONFIG = {"help_all", "verbose", "preset", "config", "dry_run", "junit", "schema", "json", "quiet", "debug", "help"}
 """Parameters of the command that choose how to run and print, not what to do."""
 
 

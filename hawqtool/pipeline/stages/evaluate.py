@@ -16,6 +16,7 @@ from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.job import Job
 from hawqtool.records import Evaluation, Rows
 from hawqtool.report.schema import RotationCheck
+from hawqtool.report.wording import shown_plan
 from hawqtool.runtime.malloc import release_freed_pages
 from hawqtool.runtime.store import NOTHING_SAVED, Saved
 from hawqtool.streaming.stream import ModelStream
@@ -97,7 +98,7 @@ class Evaluator:
         first, total = list(self.sets).index(role) * count, len(self.sets) * count
 
         def tell(index: int) -> None:
-            self.reporter.progress(f"evaluating {label}", first + index + 1, total)
+            self.reporter.progress(f"evaluating {shown_plan(label)}", first + index + 1, total)
 
         together = self.job.settings.batch_size
         if self.job.device.type == "cpu":

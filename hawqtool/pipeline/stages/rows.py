@@ -84,6 +84,13 @@ def check_sources(job: Job) -> None:
         evaluation_rows(job, config.eval_data, job.settings.eval_samples)
 
 
+def used_rows(job: Job) -> dict[str, int]:
+    """Rows of every set that the run reads, those of ``eval_data`` too."""
+    if not job.config.reads_rows:
+        return {}
+    return _counts(job) | ({"report": job.settings.eval_samples} if job.config.eval_data is not None else {})
+
+
 def _counts(job: Job) -> dict[str, int]:
     """Rows of each set that the calibration sources give; of a uniform plan there is nothing to score or to choose."""
     config, length = job.config, None if job.takes_images else job.settings.seq_len

@@ -24,6 +24,7 @@ from hawqtool.pipeline.stages.distill import Written, distill_folder, learned_na
 from hawqtool.pipeline.stages.round_blocks import Findings, Finished, round_blocks, round_weights
 from hawqtool.records import BitPlan, BlockSpec, Rows, UnitFormats
 from hawqtool.report.schema import RoundingResult, Training
+from hawqtool.report.wording import shown_plan
 from hawqtool.runtime.store import Saved
 
 ROUNDING = "rounding"
@@ -156,7 +157,7 @@ def _write_blocks(
         known_findings = [Findings(block["layers"], block["refinement"]) for block in done]
         finished = Finished(reader, known_findings, blocks.part("states"), keep)
         stage = "rounding and refining" if job.config.refine_steps else "rounding"
-        progress = partial(context.reporter.progress, f"{stage} {label}")
+        progress = partial(context.reporter.progress, f"{stage} {shown_plan(label)}")
         if rows is None:
             found = round_weights(job, plan.formats, sink, progress, finished)
         else:

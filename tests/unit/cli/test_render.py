@@ -13,7 +13,7 @@ WIDTH = 100
 def test_the_result_fits_the_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("COLUMNS", str(WIDTH))
     report = a_report(experts={}, warnings=["[bold]a warning[/bold] " * 12], **a_search())
-    print_report(report, "out")
+    print_report(report, "out", 100)
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= WIDTH
     # Numbers are not torn from their standard errors.
@@ -39,7 +39,7 @@ def test_a_mixed_plan_that_is_uniform_is_shown_once(capsys: pytest.CaptureFixtur
     alone = uniform(4, 0.6)
     tried = {"kron": alone | {"minus_uniform": {}, "predicted_loss": 0.1}}
     report["evaluation"] |= {"mixed": alone | {"chosen_by": "kron"}, "uniform": alone, "tried": tried}
-    print_report(report, "out")
+    print_report(report, "out", 100)
     said = capsys.readouterr().out
     assert "mixed  " not in said and "paired" not in said
 

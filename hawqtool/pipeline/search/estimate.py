@@ -1,0 +1,132 @@
+"""Estimate of a run before it: seconds of each phase, peak memory, disk, from headers and a rate measured at once."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+
+from hawqtool.pipeline.run.job import Job
+from hawqtool.pipeline.run.memory_budget import Work
+from hawqtool.pipeline.run.menu import budget_bytes, job_menu, unquantized_bytes
+from hawqtool.pipeline.stages.rows import used_rows
+from hawqtool.report.documents import Estimate, Phase
+
+ROUNDING_OPERATIONS = {"cpu": 13e3, "cuda": 2e5}
+"""Operations of a matrix product that take as long as the scale search and the column loop of one weight in one format.
+
+Fitted once: SmolLM2 on two cores of a CPU at 3 bits; on a GPU, whose products are far faster than its loops, an order
+of magnitude only."""
+
+_BACKWARD, _ORIGINAL_TOO = 3, 2
+"""Forward passes that a pass backwards costs with the one that it repeats, and that rounding makes of each row."""
+_EFFICIENCY = 0.6
+"""Share of the rate of large products that a forward pass reaches."""
+_SAMPLING = 0.15
+"""The same of sampling, which multiplies by few rows at a time."""
+_SIDE, _BUDGET_SECONDS, _FEWEST_PRODUCTS = 1024, 0.2, 3
+_LIBRARIES = 700_000_000
+"""Bytes of the process before it has any tensor."""
+_HASHED_PER_SECOND = 1e9
+_FIXED = {"cpu": 15.0, "cuda": 25.0}
+"""Seconds of loading the result once in another process, reading it back, and drawing the page."""
+
+
+def measured_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of a large matrix product: the quickest of those that a fraction of a second has room for.
+
+    The first one, in which libraries load what they need, is not the quickest.
+    """
+    matrix, began, best = torch.ones((_SIDE, _SIDE), device=device, dtype=dtype), time.perf_counter(), math.inf
+    count = 0
+    while count < _FEWEST_PRODUCTS or time.perf_counter() - began < _BUDGET_SECONDS:
+        start = time.perf_counter()
+        float((matrix @ matrix)[0, 0])
+        best, count = min(best, time.perf_counter() - start), count + 1
+    return 2 * _SIDE**3 / best
+
+
+def estimate(job: Job) -> Estimate:
+    """What a run takes: an order of magnitude, mostly right within a factor of two."""
+    rate = measured_rate(job.device, job.dtype) * _EFFICIENCY
+    phases = [Phase(name="fingerprint", seconds=job.index.total_bytes / _HASHED_PER_SECOND)]
+    phases += [Phase(name=name, seconds=operations / rate) for name, operations in _operations(job)]
+    phases.append(Phase(name="checking", seconds=_FIXED[job.device.type]))
+    return {
+        "phases": phases,
+        "seconds": sum(phase["seconds"] for phase in phases),
+        "memory_bytes": _memory(job),
+        "disk_bytes": _disk(job),
+    }
+
+
+def _operations(job: Job) -> list[tuple[str, float]]:
+    """Operations of each phase in the order of the run, by the beginning of what it is called in the progress."""
+    config, settings, rows = job.config, job.settings, used_rows(job)
+    length = 1 if job.takes_images else settings.seq_len
+    weights = sum(linear.num_weights for spec in job.structure.blocks for linear in spec.linears)
+    embedding = job.skeleton.get_input_embeddings()
+    head = math.prod(embedding.weight.shape) if job.task.logits and embedding is not None else 0
+    forward, outputs = 2 * weights * length, 2 * head * length
+    calibrating, judged = rows.get("calibration", 0), rows.get("selection", 0) + rows.get("report", 0)
+    menu = job_menu(job, None if config.target_kl or config.plan else _budget(job))
+    choices = 0 if config.plan else sum(len(menu[unit.name]) for unit in job.units if unit.name not in job.pins)
+    measured = config.measures and choices > len(job.units) - len(job.pins)
+    rounding = ROUNDING_OPERATIONS[job.device.type] * sum(unit.num_weights for unit in job.units)
+    if settings.method.name == "rtn":
+        rounding /= 3
+    plan = (_ORIGINAL_TOO + settings.method.needs_drift) * forward * calibrating + rounding
+    plan += config.refine_steps * 4 * forward + config.distill_steps * 4 * forward
+    found: list[tuple[str, float]] = []
+    if rows and config.calibration_weights.get("self"):
+        found.append(("sampling", sum(rows.values()) * forward / _SAMPLING))
+    if settings.uses_token_importance and calibrating:
+        found.append(("token importance", calibrating * (forward * (1 + _BACKWARD) + outputs * _BACKWARD)))
+    if measured:
+        formats = choices / max(1, len(job.units))
+        found.append(("forward sweep", rows.get("scoring", 0) * forward + formats * rounding))
+        found.append(("reverse sweep", rows.get("scoring", 0) * (forward * _BACKWARD + outputs * _BACKWARD)))
+    if judged:
+        found.append(("evaluating the original model", judged * forward))
+    for _ in range(_plans(job, measured)):
+        found.append(("round", plan))
+        if judged:
+            found.append(("evaluating", judged * (forward + 2 * outputs)))
+    return found
+
+
+def _budget(job: Job) -> int:
+    return budget_bytes(job.config, job.units, unquantized_bytes(job, job_menu(job, None)), job.pins)
+
+
+def _plans(job: Job, measured: bool) -> int:
+    """Plans that are rounded: the short list, swaps, and the uniform neighbours of the best."""
+    if not measured or not job.config.evaluates:
+        return 1
+    if job.config.target_kl is not None:
+        return 7
+    return job.settings.shortlist + job.settings.swaps + 2
+
+
+def _memory(job: Job) -> int:
+    """Most bytes of the device: one block's work, the hidden states of all rows, and what the libraries take."""
+    settings, rows = job.settings, used_rows(job)
+    size = torch.finfo(job.dtype).bits // 8
+    length = (1 if job.takes_images else settings.seq_len) if rows else 0
+    method = settings.method
+    work = Work(
+        job.config, job.index, job.structure, job.device, job.dtype, max(rows.values(), default=1), length,
+        method.needs_drift,
+    )  # fmt: skip
+    width = max((linear.in_features for spec in job.structure.blocks for linear in spec.linears[:1]), default=0)
+    states = sum(rows.values()) * length * width * size * (1 + method.needs_drift)
+    return work.needed_bytes(settings.batch_size) + states + (_LIBRARIES if job.device.type == "cpu" else 0)
+
+
+def _disk(job: Job) -> int:
+    """Most bytes beside the model: the plans that lie there at a time, each as large as the result."""
+    largest = job.layout({unit.name: max((*job_menu(job, None)[unit.name],)) for unit in job.units}).total_bytes
+    fixed = unquantized_bytes(job, job_menu(job, None))
+    one = largest if job.config.target_kl or job.config.plan else min(largest, fixed + _budget(job))
+    return one * (1 if job.config.uniform_width is not None or not job.config.evaluates else 3)
