@@ -27,15 +27,22 @@ _CHANCE = {"rand", "randn", "rand_like", "randn_like", "randint", "randperm", "b
 """Functions of torch that draw numbers."""
 
 
+class _Drawn(Tensor):
+    """A single number that was drawn, as many decoders do for each layer and use in training alone."""
+
+
 class _NoChance(TorchFunctionMode):
-    """Refuses a model that draws numbers: no two of its passes agree."""
+    """Refuses a model that uses numbers which it draws: no two of its passes agree."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.kind = kind
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in _CHANCE:
+        drawn = getattr(func, "__name__", "") in _CHANCE
+        if drawn and func is torch.rand and args == ([],):
+            return torch.zeros(()).as_subclass(_Drawn)
+        if drawn or _Drawn in types:
             raise InputError(
                 f"{self.kind} draws random numbers ({func.__name__}) when it is run, so that no two passes agree; "
                 "expected a model whose outputs follow from its inputs"

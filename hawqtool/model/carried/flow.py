@@ -145,8 +145,7 @@ def _place(shape: Sequence[int], larger: Sequence[int]) -> tuple[int, int | None
         return None
     rows = [d for d, sizes in enumerate(zip(shape, larger, strict=True)) if sizes == (1, _ROWS)]
     tokens = [d for d, sizes in enumerate(zip(shape, larger, strict=True)) if sizes == (TOKENS, TOKENS + 1)]
-    grown = [d for d, sizes in enumerate(zip(shape, larger, strict=True)) if sizes[0] != sizes[1]]
-    if len(rows) != 1 or set(grown) - {*rows, *tokens}:
+    if len(rows) != 1:
         return None
     return rows[0], tokens[0] if tokens else None
 

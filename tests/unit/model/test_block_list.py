@@ -45,6 +45,10 @@ def test_a_model_that_draws_numbers_is_refused() -> None:
     assert find_blocks(_Blocks(linear, torch.zeros_like))[0] == "layers"
     with pytest.raises(InputError, match=r"_Blocks draws random numbers \(rand_like\)"):
         find_blocks(_Blocks(linear, torch.rand_like))
+    # A number per layer, which decides in training whether the layer is left out.
+    assert find_blocks(_Blocks(linear, lambda x: x if torch.rand([]) is not None else x))[0] == "layers"
+    with pytest.raises(InputError, match="_Blocks draws random numbers"):
+        find_blocks(_Blocks(linear, lambda x: x if torch.rand([]) < 0.5 else -x))
 
 
 def test_blocks_without_a_linear_are_refused() -> None:
