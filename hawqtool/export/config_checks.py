@@ -223,8 +223,9 @@ def fused_problems(formats: LayerFormats, index: CheckpointIndex, units: Mapping
         units: Units of the plan by module; those that it does not name are in the sets that engines fuse.
     """
     sets: dict[str, list[str]] = defaultdict(list)
-    for module in (*packed_modules(index), *dense_matrices(index)):
-        unit = units.get(module, unit_name(module))
+    modules = dict.fromkeys((*packed_modules(index), *dense_matrices(index)))
+    for module in modules:
+        unit = units.get(module, unit_name(module, modules))
         if unit != module:
             sets[unit].append(module)
     packed = set(packed_modules(index))

@@ -160,7 +160,7 @@ def _split_set(formats: LayerFormats) -> str | None:
     labels: dict[str, set[str]] = defaultdict(set)
     for name, fmt in formats.items():
         if not _EXPERT.match(name):
-            labels[unit_name(name)].add(fmt.label)
+            labels[unit_name(name, formats)].add(fmt.label)
     split = next((name for name, found in labels.items() if len(found) > 1), None)
     return None if split is None else f"it fuses {split}, which has formats {', '.join(sorted(labels[split]))}"
 

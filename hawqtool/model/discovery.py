@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hawqtool.checkpoint.dtypes import DTYPE_BYTES
-from hawqtool.checkpoint.fusion import unit_name
+from hawqtool.checkpoint.fusion import VLLM_UNQUANTIZED, VLLM_UNQUANTIZED_HEADS, unit_name
 from hawqtool.checkpoint.index import CheckpointIndex
 from hawqtool.errors import InputError, UsageError
 from hawqtool.model.carried.flow import DataFlow
@@ -20,6 +20,7 @@ from hawqtool.model.experts import routers
 from hawqtool.model.initialization import INITIALIZED, initialized_linears
 from hawqtool.model.kept import (
     CONVERTED,
+    ENGINE,
     FUSED,
     GATE,
     INDEXER,
@@ -27,6 +28,7 @@ from hawqtool.model.kept import (
     READ_ON_LOADING,
     ROUTER,
     SHARED,
+    SMALL_GATES,
     UNDIVIDED,
     KeptTensor,
     as_converted,
@@ -165,7 +167,9 @@ def discover(
     specs, reasons = _discover_blocks(walk, contexts, blocks)
     modules = [m.module_name for spec in specs for m in spec.linears] + list(reasons)
     tensors = {n: stored.get(f"{n}.weight", f"{n}.weight").removesuffix(".weight") for n in modules}
-    units = {n: unit_name(tensor, experts_per_block, fuses) for n, tensor in tensors.items()}
+    siblings = frozenset(tensors.values())
+    units = {n: unit_name(tensor, siblings, experts_per_block, fuses) for n, tensor in tensors.items()}
+    reasons |= {n: ENGINE for n, tensor in tensors.items() if fuses and VLLM_UNQUANTIZED.search(tensor)} | reasons
     specs = [_with_units(spec, units) for spec in specs]
     read = initialized_linears(model, [m.module_name for spec in specs for m in spec.linears])
     keeps = for_transformers and {units[n] for n in read} < {m.unit for spec in specs for m in spec.linears}
@@ -175,14 +179,13 @@ def discover(
     parts = [module for block in blocks for module in block.modules()]
     obstacle = next((text for m in parts for kind, text in _OBSTACLES.items() if kind in _classes(m)), None)
     obstacle = obstacle or (INITIALIZED if read and not keeps else None)
-    head = _head(model, len(blocks), stored, index) if quantize_head else None
+    head = _head(model, len(blocks), stored, index, fuses) if quantize_head else None
     walked = (*specs, head) if head else specs
     inside = {spec.module_name for block in walked for spec in block.linears}
     others = [n for n, m in model.named_modules() if (is_linear(m) or n in chosen) and n not in inside]
-    names = [(stored.get(f"{n}.weight", f"{n}.weight").removesuffix(".weight"), n) for n in others]
+    pairs = (name for n in others for name in (stored.get(f"{n}.weight", f"{n}.weight").removesuffix(".weight"), n))
     kept = kept_tensors(model, walk.names, inside, reasons | dict.fromkeys(chosen, ROUTER), stored, index, unused)
     kept = as_converted(kept, converted, walk.names)
-    pairs = (name for pair in names for name in pair)
     ignored = tuple(dict.fromkeys((*pairs, *kept_names(kept))))
     return Structure(
         tuple(specs), ignored, stored, walk.extra_outputs, obstacle, head, unused, kept, walk.flow, converted
@@ -192,18 +195,26 @@ def discover(
 def _kept_along(specs: Sequence[BlockSpec], units: set[str]) -> dict[str, str]:
     """Reasons for linears with too few outputs, and for all that engines fuse with what is kept, by module name."""
     linears = [linear for spec in specs for linear in spec.linears]
-    narrow = {linear.unit for linear in linears if linear.out_features < _LEAST_OUTPUTS}
+    narrow = {linear.unit for linear in linears if _is_gate(linear)}
     return {
-        linear.module_name: GATE if linear.out_features < _LEAST_OUTPUTS else FUSED
-        for linear in linears
-        if linear.unit in narrow | units
+        linear.module_name: GATE if _is_gate(linear) else FUSED for linear in linears if linear.unit in narrow | units
     }
 
 
-def _head(model: Any, position: int, stored: dict[str, str], index: CheckpointIndex) -> BlockSpec:
+def _is_gate(linear: LinearSpec) -> bool:
+    """Whether a linear steers a gate: it has few outputs, or its name says so."""
+    return linear.out_features < _LEAST_OUTPUTS or linear.name.rpartition(".")[2] in SMALL_GATES
+
+
+def _head(model: Any, position: int, stored: dict[str, str], index: CheckpointIndex, fuses: bool) -> BlockSpec:
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise UsageError(f"--quantize-lm-head: {type(model).__name__} has no linear output head; drop the flag")
+    if fuses and type(model).__name__ in VLLM_UNQUANTIZED_HEADS:
+        raise UsageError(
+            f"--quantize-lm-head: vLLM does not quantize the head of {type(model).__name__}; drop the flag or use "
+            "--profile transformers"
+        )
     name = next(name for name, module in model.named_modules() if module is head)
     # Loaders tie a head that has no plain weight, so one that is stored apart counts as tied too.
     if f"{name}.weight" in (getattr(model, "all_tied_weights_keys", None) or {}):

@@ -31,12 +31,16 @@ USED_OTHERWISE = "weight used outside its layer"
 UNDIVIDED = "columns not divisible by any group"
 FUSED = "fused with what is kept"
 READ_ON_LOADING = "transformers initializes it anew"
+ENGINE = "engine keeps it"
 CONVERTED = "joined or cut on loading"
 UNLOADED = "not loaded by transformers"
 UNKNOWN = "unknown matrix"
 
 EXPECTED = (EMBEDDING, HEAD)
 """Reasons that say nothing of a model: every checkpoint has these, and engines load them as they are."""
+
+SMALL_GATES = ("in_proj_a", "in_proj_b", "in_proj_ba")
+"""Names of linears that steer the decay of linear attention, exponentially; they weigh nothing, however many rows."""
 
 LOUD_SHARE = 0.05
 """Share of a checkpoint's bytes, embeddings and head aside, above which keeping is a warning."""
