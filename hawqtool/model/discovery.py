@@ -14,8 +14,10 @@ from transformers.pytorch_utils import Conv1D
 from hawqtool.checkpoint.dtypes import DTYPE_BYTES
 from hawqtool.checkpoint.fusion import VLLM_UNQUANTIZED, VLLM_UNQUANTIZED_HEADS, unit_name
 from hawqtool.checkpoint.index import CheckpointIndex
-from hawqtool.errors import InputError, UsageError
+from hawqtool.errors import InputError, UsageError, one_line
+from hawqtool.model.block_list import TRACE_ERRORS
 from hawqtool.model.carried.flow import DataFlow
+from hawqtool.model.carried.nested import all_nonzero
 from hawqtool.model.experts import routers
 from hawqtool.model.initialization import INITIALIZED, initialized_linears
 from hawqtool.model.kept import (
@@ -303,8 +305,12 @@ def _discover_block(context: _BlockContext, block: nn.Module, call: Call) -> tup
     block.to("meta")
     uses = WeightUses({id(m.weight): n for n, m in linears.items()})
     try:
-        with torch.no_grad(), uses:
+        with torch.no_grad(), uses, all_nonzero():
             output = block(*call[0], **call[1])
+    except TRACE_ERRORS as error:
+        raise InputError(
+            f"{context.name} cannot be run without data ({one_line(error)}); this architecture is not supported"
+        ) from error
     finally:
         for hook in hooks:
             hook.remove()

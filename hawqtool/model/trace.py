@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from hawqtool.errors import InputError, one_line
 from hawqtool.model.block_list import TOKENS, TRACE_ERRORS, example_row, find_blocks, run_on_zeros
 from hawqtool.model.carried.flow import DataFlow, trace_flow, with_zeros
-from hawqtool.model.carried.nested import mappings
+from hawqtool.model.carried.nested import all_nonzero, mappings
 from hawqtool.model.carried.nested import on_meta as on_meta_once
 from hawqtool.model.replay import Call, ExtraOutputs, replayed_blocks
 from hawqtool.model.tasks import feeds_decoder, model_inputs
@@ -170,6 +170,7 @@ class Walk:
     flow: DataFlow | None = None
 
 
+@all_nonzero()
 def trace_walk(model: Any) -> Walk:
     """How the blocks of a skeleton are run, found by running rows of zeros.
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from torch.fx.experimental import _config as meta_settings
 
 
 @dataclass(frozen=True)
@@ -69,3 +71,10 @@ def mappings(value: Any) -> Iterator[MutableMapping[Any, Any]]:
     elif isinstance(value, tuple | list):
         for part in value:
             yield from mappings(part)
+
+
+@contextmanager
+def all_nonzero() -> Iterator[None]:
+    """While the context lasts, ``nonzero`` of a tensor on the meta device finds every element, as none has a value."""
+    with meta_settings.patch(meta_nonzero_assume_all_nonzero=True):  # type: ignore[attr-defined]
+        yield

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hawqtool.errors import InputError
 from hawqtool.model.carried.flow import DataFlow
 from hawqtool.model.carried.layout import Layout, Leaf, LeafName
-from hawqtool.model.carried.nested import Carried, leaves, mapped, on_meta
+from hawqtool.model.carried.nested import Carried, all_nonzero, leaves, mapped, on_meta
 from hawqtool.model.carried.stand_ins import BlockReached, stand_ins
 from hawqtool.model.carried.trace import FIRST
 from hawqtool.model.replay import Call
@@ -256,7 +256,7 @@ class _Shapes:
                 raise BlockReached
             return self.flow.given[at].put((args, kwargs), lambda leaf: self.unread(leaf, 1))
 
-        with stand_ins(walk.model, self.flow.names, called), torch.no_grad():
+        with stand_ins(walk.model, self.flow.names, called), torch.no_grad(), all_nonzero():
             walk.model(**inputs)
 
     def layout(self, behind: int, positions: int) -> Layout:

@@ -15,6 +15,7 @@ from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.data.generate import SampledModel, generate_rows
 from hawqtool.errors import InputError, UsageError
 from hawqtool.model.block_list import find_blocks
+from hawqtool.model.carried.nested import all_nonzero
 from hawqtool.model.discovery import discover
 from hawqtool.model.skeleton import build_skeleton, max_positions
 from hawqtool.model.tasks import TASKS, _refuse_other_inputs
@@ -135,3 +136,10 @@ def test_models_that_read_no_text_alone_are_refused() -> None:
     task = next(task for task in TASKS if task.name == "multimodal language model")
     with pytest.raises(InputError, match="Captions needs pixel_values beside a text"):
         _refuse_other_inputs(Captions(), task)
+
+
+def test_elements_without_a_value_count_as_nonzero_while_tracing() -> None:
+    with all_nonzero():
+        assert torch.zeros(3, device="meta").nonzero().shape == (3, 1)
+    with pytest.raises(NotImplementedError):
+        torch.zeros(3, device="meta").nonzero()
