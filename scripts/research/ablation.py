@@ -268,6 +268,7 @@ class Bench:
             job.settings.num_samples,
             job.settings.seq_len,
             job.config.seed,
+            job.config.rotate,
             job.settings.uses_token_importance,
             (job.config.output_feedback, job.config.refine_steps > 0, job.settings.method.needs_held_out)
             if job.feedback_layers

@@ -57,14 +57,16 @@ class Rotation:
         return 1 - 2 * torch.tensor(bits[: self.size], dtype=torch.float64)
 
     @cached_property
-    def hartley(self) -> Tensor:
-        """M, ``[m, m]`` float64."""
+    def waves(self) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of ``2 pi i k / m`` over sqrt(m) for i, k from 1 to (m - 1) / 2, float64."""
         import torch
 
         m = self.odd
-        values = [math.cos(angle) + math.sin(angle) for angle in (2 * math.pi * step / m for step in range(m))]
-        rows = [[values[i * j % m] / math.sqrt(m) for j in range(m)] for i in range(m)]
-        return torch.tensor(rows, dtype=torch.float64)
+        angles = [2 * math.pi * step / m for step in range(m)]
+        numbers = range(1, m // 2 + 1)
+        cosines = [[math.cos(angles[i * k % m]) / math.sqrt(m) for k in numbers] for i in numbers]
+        sines = [[math.sin(angles[i * k % m]) / math.sqrt(m) for k in numbers] for i in numbers]
+        return torch.tensor(cosines, dtype=torch.float64), torch.tensor(sines, dtype=torch.float64)
 
     def apply(self, rows: Tensor) -> Tensor:
         """``rows @ Q``, each block of `size` channels apart.
@@ -95,10 +97,20 @@ class Rotation:
             x = torch.stack((pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]), 2)
             width *= 2
         x = x.reshape(count, m, power) * (1 / math.sqrt(power))
-        if m == 1:
-            return x.reshape(count, self.size)
-        factor = self.hartley.to(x.device)
-        total = torch.zeros_like(x)
-        for part in range(m):
-            total += x[:, part : part + 1] * factor[:, part, None]
-        return total.reshape(count, self.size)
+        return (x if m == 1 else self._hartley(x)).reshape(count, self.size)
+
+    def _hartley(self, x: Tensor) -> Tensor:
+        """M over the second of three dimensions; terms k and m - k have one cosine and opposite sines."""
+        import torch
+
+        half, unit = self.odd // 2, 1 / math.sqrt(self.odd)
+        cosines, sines = (values.to(x.device) for values in self.waves)
+        first, low, high = x[:, :1], x[:, 1 : half + 1], x[:, half + 1 :].flip(1)
+        even, odd = low + high, low - high
+        total, first = first.clone(), first * unit
+        same, opposite = first.expand_as(low).clone(), torch.zeros_like(low)
+        for k in range(half):
+            total += even[:, k : k + 1]
+            same += even[:, k : k + 1] * cosines[:, k, None]
+            opposite += odd[:, k : k + 1] * sines[:, k, None]
+        return torch.cat((total * unit, same + opposite, (same - opposite).flip(1)), 1)
