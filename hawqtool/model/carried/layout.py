@@ -9,6 +9,9 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+_BYTE_SCALE = 2.0**-20
+"""Bytes of integers are packed times this: exact in any floating dtype, and too small to count in errors of outputs."""
+
 LeafName = tuple[int, int]
 """Number of the block that gives a tensor, -1 for the first block's input, and the tensor's place among its outputs."""
 
@@ -56,6 +59,7 @@ class Leaf:
         first = tensor.permute(self._order)
         if not self.dtype.is_floating_point:
             first = first.reshape(rows, positions if self.token is not None else 1, -1).contiguous().view(torch.uint8)
+            first = first.to(dtype) * _BYTE_SCALE
         if self.token is not None:
             return (first if first.ndim == 3 else first.reshape(rows, positions, -1)).to(dtype)
         flat = first.reshape(rows, -1).to(dtype)
@@ -73,7 +77,7 @@ class Leaf:
         if self.dtype.is_floating_point:
             values = values.to(self.dtype)
         else:
-            values = values.detach().to(torch.uint8).contiguous().view(self.dtype)
+            values = (values.detach() / _BYTE_SCALE).to(torch.uint8).contiguous().view(self.dtype)
         if order == tuple(range(len(whole))) and tuple(values.shape) == whole:
             return values
         back = sorted(range(len(order)), key=lambda d: order[d])
