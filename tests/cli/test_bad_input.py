@@ -115,6 +115,12 @@ def link(name: str) -> Callable[[Place], object]:
     return spoil
 
 
+def sharded_without_metadata(place: Place) -> None:
+    """An index as hand-made conversions have it; transformers, which samples, asks for more than the weight map."""
+    place.shard("part.safetensors")
+    (place.folder / WEIGHTS).rename(place.model / "part.safetensors")
+
+
 def no_code(place: Place) -> None:
     place.edit("model/config.json", lambda c: c.update(model_type="hitherto_unknown"))
 
@@ -173,6 +179,9 @@ LAYER_NORM = "model.layers.0.input_layernorm.weight"
 
 CASES: dict[str, Case] = {
     # the checkpoint
+    "rows from a model whose index has no metadata": Case(
+        4, "to sample rows from it (KeyError: 'metadata')", spoil=sharded_without_metadata, text=False
+    ),
     "empty name": Case(2, "model: ", model=""),
     "missing folder": Case(4, "is not a folder", model="./nowhere"),
     "no config.json": Case(4, "has no config.json", spoil=lambda p: (p.model / "config.json").unlink()),
