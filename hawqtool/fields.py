@@ -45,6 +45,11 @@ class Fields(BaseModel):
         help="Folder to create.", detail="It must not exist or must be empty.", panel=OUTPUT, affects=Affects.PLACE,
         metavar="DIR", flags=("--output", "-o"), example="path/to/output", in_batch="name",
     )] = Field(default=None, min_length=1)
+    base_model: Annotated[str | None, Setting(
+        help="Hub id of the original for the model card, org/name.",
+        default="that of a model fetched from a hub, else what its own card states", panel=OUTPUT,
+        affects=Affects.PLACE, metavar="ORG/NAME",
+    )] = Field(default=None, pattern=r"^[\w.-]+/[\w.-]+$")
     overwrite: Annotated[bool, Setting(
         help="Replace a folder that hawqtool made.", detail="Its report.json says whether hawqtool did.",
         panel=OUTPUT, affects=Affects.PLACE, in_batch="--overwrite",
@@ -198,7 +203,7 @@ class Fields(BaseModel):
     eval_data: Annotated[str | None, Setting(
         help="Text to evaluate on, of any kind but self.", default="further rows of the calibration sources",
         detail="The report calls further rows of the calibration sources in-domain.", panel=CALIBRATION,
-        affects=Affects.ROWS, metavar="SOURCE", names="source", commands=("evaluate",),
+        affects=Affects.ROWS, metavar="SOURCE", names="source",
     )] = None
     tasks: Annotated[tuple[str, ...], Setting(
         help="Multiple-choice questions that original and result are asked: .jsonl file of input, choices, answer "

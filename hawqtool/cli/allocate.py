@@ -9,6 +9,7 @@ from typing import Annotated, Optional
 import typer
 
 from hawqtool.cli import options as o
+from hawqtool.cli.render_scores import print_plan
 from hawqtool.cli.session import decide_hub_access, print_json, session
 from hawqtool.config import load_config
 from hawqtool.errors import UsageError
@@ -38,9 +39,11 @@ def allocate(
 ) -> None:
     """Choose the bits of every unit under a budget from a saved measurement; write plan.json.
 
-    Example: hawqtool allocate sensitivity.json --target-bpw 3.5 --group-size 64 -o plan.json
+    Group size, and widths where the usual ones were not measured, are by default those of the file.
 
-    Example: hawqtool allocate sensitivity.json --group-size 64 --frontier frontier.csv
+    Example: hawqtool allocate sensitivity.json --target-bpw 3.5 -o plan.json
+
+    Example: hawqtool allocate sensitivity.json --frontier frontier.csv
     """
     with session(debug=debug, json=json) as terminal:
         decide_hub_access()
@@ -59,6 +62,8 @@ def allocate(
         if json:
             print_json(plan if frontier is None else curve)
         else:
+            if frontier is None:
+                print_plan(plan)
             print(text)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Optional
 
 import typer
 
@@ -19,6 +19,10 @@ def evaluate(
     folder: Annotated[Path, typer.Argument(help="A quantized folder.")],
     against: Annotated[str, typer.Option("--against", help="The original: a folder or a hub id.", metavar="MODEL")],
     values: o.Values,
+    eval_data: Annotated[
+        Optional[str],
+        o.narrowed("eval_data", "Text to evaluate on, of any kind but self; needed: a folder knows none."),
+    ] = None,
     json: o.Json = False,
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
@@ -29,7 +33,7 @@ def evaluate(
     Example: hawqtool evaluate ./out --against ./model --eval-data text.txt
     """
     with session(quiet, debug, json, verbose) as terminal:
-        settings = load_config(None, values | {"model": against})
+        settings = load_config(None, values | {"model": against, "eval_data": eval_data})
         decide_hub_access(settings.data_sources)
 
         from hawqtool.pipeline.evaluate import run_evaluate

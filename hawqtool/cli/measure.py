@@ -8,6 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from hawqtool.cli import options as o
+from hawqtool.cli.render_scores import print_scores
 from hawqtool.cli.session import decide_hub_access, print_json, session
 from hawqtool.config import load_config
 
@@ -46,4 +47,5 @@ def measure(
         if json:
             print_json(document)
         else:
+            print_scores(document)
             print(f"{len(document['units'])} units scored with {', '.join(document['scores'])}: {output}")

@@ -13,7 +13,7 @@ import typer
 from hawqtool.cli.command import show_all
 from hawqtool.config import SETTINGS, RunConfig
 from hawqtool.presets import preset_names
-from hawqtool.settings import EXPERT, METHOD, RUN, choices, flag_of, flag_type, help_of
+from hawqtool.settings import EXPERT, RUN, choices, flag_of, flag_type, help_of
 
 Values = dict[str, Any]
 """Settings by name as the command line gave them; None where it did not."""
@@ -111,7 +111,8 @@ def _help_all() -> inspect.Parameter:
 
 def narrowed(name: str, help: str) -> object:
     """The option of a setting whose meaning in a command is narrower than in the configuration."""
-    return _option(flag_of(name), help=help, panel=METHOD)
+    setting = SETTINGS[name]
+    return _option(flag_of(name), help=help, panel=setting.panel, metavar=setting.metavar)
 
 
 Config = Annotated[

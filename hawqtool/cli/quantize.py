@@ -120,7 +120,7 @@ def _short(argument: str, previous: str) -> str:
     flag, equals, value = argument.partition("=")
     if equals and flag.startswith("--"):
         return f"{flag}={_short(value, flag)}"
-    if "/" not in argument or argument.startswith("re:"):
+    if "/" not in argument or argument.startswith("re:") or previous == "--base-model":
         return argument
     if previous in _DATA_FLAGS:
         name = split_weight(argument)[0]

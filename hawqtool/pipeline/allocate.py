@@ -13,7 +13,7 @@ from hawqtool.allocation.problem import build_problem, resolve_ignored, resolve_
 from hawqtool.allocation.uniform import uniform_formats
 from hawqtool.config import RunConfig
 from hawqtool.errors import UsageError
-from hawqtool.formats import parse_label
+from hawqtool.formats import CHANNEL, parse_label
 from hawqtool.pipeline.run.files import (
     check_writable,
     metric_scores,
@@ -67,7 +67,7 @@ def run_allocate(config: RunConfig, sensitivity: Path, output: Path, reporter: R
     check_writable(output)
     saved = _load(config, sensitivity)
     budget = budget_bytes(saved.config, saved.units, saved.unquantized_bytes, saved.pins)
-    menu = _menu(saved, widths(saved.config, saved.units, budget))
+    menu = _menu(saved, _widths(saved, budget))
     plan = allocate(saved.units, menu, saved.scores, saved.pins, budget, saved.metric, saved.config)
     for text in (*score_warnings({saved.metric: saved.scores}), *plan_warnings(plan)):
         (reporter or Silent()).warn(text)
@@ -128,15 +128,32 @@ def _load(config: RunConfig, sensitivity: Path) -> _Saved:
     # Ignored layers stay in the file at full size, so a size target must count them.
     unquantized += sum(member.num_weights * member.scale_bytes for member in left)
     units = tuple(unit for unit in measured if unit.name not in ignored)
-    sizes = {name: fmt.group_size for name, fmt in uniform_formats(units, 8, config.group_size).items()}
     metric = config.metric
     scores = metric_scores(table, metric, sensitivity)
+    if "group_size" not in config.model_fields_set:
+        config = config.model_copy(update={"group_size": _group_size(scores)})
+    sizes = {name: fmt.group_size for name, fmt in uniform_formats(units, 8, config.group_size).items()}
     pins = resolve_pins(config.pin, units, sizes, config.symmetric)
     return _Saved(config, units, tuple(m.name for m in left), unquantized, metric, scores, pins)
 
 
 def _menu(saved: _Saved, bits: tuple[int, ...]) -> Menu:
     return format_menu(saved.units, bits, saved.config)
+
+
+def _widths(saved: _Saved, budget: int) -> tuple[int, ...]:
+    """Widths to choose from: the usual ones, or all that were measured where some of those were not."""
+    usual = widths(saved.config, saved.units, budget)
+    if saved.config.bits is not None:
+        return usual
+    measured = _measured_widths(saved)
+    return usual if set(usual) <= set(measured) else measured
+
+
+def _group_size(scores: UnitScores) -> int:
+    """The largest group size that was measured; units that it does not divide have smaller ones."""
+    sizes = {parse_label(label).group_size for by_label in scores.values() for label in by_label}
+    return max(sizes - {CHANNEL}, default=CHANNEL)
 
 
 def _measured_widths(saved: _Saved) -> tuple[int, ...]:

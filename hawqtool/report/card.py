@@ -25,6 +25,8 @@ from hawqtool.report.wording import (
     task_lines,
 )
 
+_INSTALL = "pip install torch transformers compressed-tensors"
+
 _ONE_FORMAT = "every layer had one format to take, so no sensitivity was measured"
 
 _LOAD = """\
@@ -57,11 +59,13 @@ def model_card(report: Report, source_readme: str | None) -> str:
         _reproduction(report),
         _limits(report),
     ]
-    return merged(facts, _base_model(report, facts)) + "\n" + "\n\n".join(sections) + "\n"
+    return merged(facts, _base_model(report, facts), report["architecture"]) + "\n" + "\n\n".join(sections) + "\n"
 
 
 def _base_model(report: Report, facts: SourceFacts) -> Value:
-    """The hub id, else what the source says it was made from, else the source's name."""
+    """What the user says, the hub id, else what the source says it was made from, else the source's name."""
+    if report["config"].get("base_model"):
+        return str(report["config"]["base_model"])
     if report["model_revision"]:
         return str(report["model"])
     return facts.values.get("base_model") or str(report["model"])
@@ -293,7 +297,22 @@ def _loading(report: Report) -> str:
             ]
         )
     heading = ["loads in", "version, at least", "loads", "how that is known"]
-    return f"## Load\n\n{fenced(_load_code(report['architecture']), 'python')}\n\n{table(heading, rows, numbers=False)}"
+    gains = [
+        f"- {escape(entry['engine'])}: {escape(entry['gain'])}"
+        for entry in report["engines"]
+        if entry["loads"] and "gain" in entry
+    ]
+    parts = ["## Load", fenced(_INSTALL, "sh"), fenced(_load_code(report["architecture"]), "python")]
+    if _serves(report):
+        parts.append(fenced("vllm serve path/to/this/folder", "sh"))
+    parts.append(table(heading, rows, numbers=False))
+    return "\n\n".join([*parts, *(["What it gains there:\n\n" + "\n".join(gains)] if gains else [])])
+
+
+def _serves(report: Report) -> bool:
+    """Whether vLLM is expected to serve it."""
+    loads = any(entry["loads"] and entry["engine"].startswith("vLLM") for entry in report["engines"])
+    return loads and report["architecture"].endswith("ForCausalLM")
 
 
 def _load_code(architecture: str) -> str:

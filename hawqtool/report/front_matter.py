@@ -79,9 +79,28 @@ def read_source(readme: str | None) -> SourceFacts:
     return SourceFacts(values, note)
 
 
-def merged(facts: SourceFacts, base_model: Value) -> str:
-    """Front matter of the quantized model's card, with its ``---`` lines."""
-    kept = {k: v for k, v in facts.values.items() if k not in ("base_model", "tags")}
+_TASKS = {
+    "ForCausalLM": "text-generation",
+    "ForMaskedLM": "fill-mask",
+    "ForSequenceClassification": "text-classification",
+    "ForImageClassification": "image-classification",
+    "ForConditionalGeneration": "image-text-to-text",
+    "Model": "feature-extraction",
+}
+"""Ending of a class of transformers to the tag under which hubs list such models."""
+
+
+def merged(facts: SourceFacts, base_model: Value, architecture: str) -> str:
+    """Front matter of the quantized model's card, with its ``---`` lines.
+
+    Args:
+        facts: What the source's card states, which wins for library and task.
+        base_model: Id of the original.
+        architecture: Class of the model in transformers, which tells library and task where the source does not.
+    """
+    task = next((tag for ending, tag in _TASKS.items() if architecture.endswith(ending)), None)
+    own_facts: dict[str, Value] = {"library_name": "transformers", **({"pipeline_tag": task} if task else {})}
+    kept = own_facts | {k: v for k, v in facts.values.items() if k not in ("base_model", "tags")}
     tags = facts.values.get("tags", [])
     own = [tags] if isinstance(tags, str) else list(tags)
     front = kept | {

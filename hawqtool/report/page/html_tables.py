@@ -196,9 +196,10 @@ def worst_table(report: Report) -> str:
 def engines_table(report: Report) -> str:
     """Which engines load the folder."""
     rows = [
-        [entry["engine"], loads_text(entry), entry["minimum_version"], entry["reason"]] for entry in report["engines"]
+        [entry["engine"], loads_text(entry), entry["minimum_version"], entry["reason"], entry.get("gain", "")]
+        for entry in report["engines"]
     ]
-    return _table(["engine", "loads", "version, at least", "why"], rows, wide=(3,))
+    return _table(["engine", "loads", "version, at least", "why", "what is gained"], rows, wide=(3, 4))
 
 
 def rows_table(report: Report) -> str:

@@ -122,7 +122,7 @@ def costs(content: bytes, folder: Path) -> None:
 def card(content: bytes, folder: Path) -> None:
     """The source's model card, merged into ours; nothing in it is an error."""
     text = content.decode("utf-8", errors="replace")
-    front = merged(read_source(text), "base")
+    front = merged(read_source(text), "base", "LlamaForCausalLM")
     assert front.startswith("---\n") and front.count("\n---\n") == 1
     for shown in (printable(text), one_line(text), escape(text), code(text)):
         assert shown.isprintable()

@@ -15,7 +15,7 @@ ALIGNED = (64, 128)
 def judged(labels: dict[str, str], shape: tuple[int, int] = ALIGNED) -> dict[str, Any]:
     found = engines({name: parse_label(label) for name, label in labels.items()}, dict.fromkeys(labels, shape))
     for entry in found:
-        assert set(entry) == {"engine", "minimum_version", "loads", "reason", "tried"}
+        assert set(entry) == {"engine", "minimum_version", "loads", "reason", "tried", "gain"}
         assert entry["minimum_version"] and entry["reason"]
         # No engine is executed by a run, and no sentence may sound as if it were.
         assert "not run here" in entry["reason"] or entry["engine"] == TRANSFORMERS

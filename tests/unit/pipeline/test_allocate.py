@@ -57,6 +57,12 @@ def bits_of(document: dict[str, Any]) -> dict[str, int]:
     return {entry["name"]: entry["bits"] for entry in document["layers"]}
 
 
+def test_group_size_and_widths_are_by_default_those_of_the_file(saved: Path, tmp_path: Path) -> None:
+    values = {"model": str(saved), "target_bpw": 4.2}  # 8 bits are usual and were not measured
+    found = run_allocate(load_config(None, values), saved, tmp_path / "plan.json")
+    assert found["layers"] == allocated(saved, tmp_path)["layers"]
+
+
 @pytest.mark.parametrize("target", [2.6, 3.0, 3.7, 4.9, 6.4, 20.0])
 def test_any_budget(saved: Path, tmp_path: Path, target: float) -> None:
     document = allocated(saved, tmp_path, target_bpw=target)

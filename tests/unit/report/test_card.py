@@ -118,6 +118,17 @@ def test_the_base_model_is_the_hub_id_where_there_is_one() -> None:
     report = a_report(model="org/name", model_revision="0123abc")
     assert split(model_card(report, README))[0]["base_model"] == "org/name"
     assert split(model_card(a_report(), None))[0]["base_model"] == "tiny-llama"
+    stated = report | {"config": report["config"] | {"base_model": "org/true-base"}}
+    assert split(model_card(stated, README))[0]["base_model"] == "org/true-base"
+
+
+def test_a_card_tells_hubs_library_and_task_and_people_what_to_type() -> None:
+    engine = {"engine": "vLLM (CUDA)", "minimum_version": "0.33", "loads": True, "reason": "r", "tried": False}
+    front, body = split(model_card(a_report(engines=[engine | {"gain": "stays packed"}]), None))
+    assert (front["library_name"], front["pipeline_tag"]) == ("transformers", "text-generation")
+    assert all(text in body for text in ("pip install", "from_pretrained", "vllm serve", "vLLM (CUDA): stays packed"))
+    front, body = split(model_card(a_report(architecture="ViTForImageClassification"), None))
+    assert front["pipeline_tag"] == "image-classification" and "vllm serve" not in body
 
 
 @pytest.mark.parametrize("readme", [None, "# A title\n", "---\nlanguage: en\n---\n", ""])
@@ -145,7 +156,7 @@ def test_a_licence_is_not_invented(readme: str | None) -> None:
 )
 def test_broken_or_hostile_front_matter_is_left_out(readme: str, said: str) -> None:
     front, body = split(model_card(a_report(), readme))
-    assert set(front) == {"base_model", "base_model_relation", "tags"}
+    assert set(front) == {"library_name", "pipeline_tag", "base_model", "base_model_relation", "tags"}
     assert re.search(said, body)
 
 
