@@ -180,3 +180,12 @@ def max_positions(model: Any) -> int | None:
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             return int(module.num_embeddings) - int(module.padding_idx) - 1
     return int(longest) if longest is not None and longest > 0 else None
+
+
+def token_embedding(model: Any) -> tuple[int, int] | None:
+    """Tokens and width of a model's input embedding; None where it reads images, or embeds tokens by hashes."""
+    try:
+        weight = getattr(model.get_input_embeddings(), "weight", None)
+    except NotImplementedError:
+        return None
+    return (int(weight.shape[0]), int(weight.shape[1])) if weight is not None and weight.ndim == 2 else None

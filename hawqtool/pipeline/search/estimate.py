@@ -7,6 +7,7 @@ import time
 
 import torch
 
+from hawqtool.model.skeleton import token_embedding
 from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.run.memory_budget import Work
 from hawqtool.pipeline.run.menu import budget_bytes, job_menu, unquantized_bytes
@@ -66,8 +67,8 @@ def _operations(job: Job) -> list[tuple[str, float]]:
     config, settings, rows = job.config, job.settings, used_rows(job)
     length = 1 if job.takes_images else settings.seq_len
     weights = sum(linear.num_weights for spec in job.structure.blocks for linear in spec.linears)
-    embedding = job.skeleton.get_input_embeddings()
-    head = math.prod(embedding.weight.shape) if job.task.logits and embedding is not None else 0
+    embedding = token_embedding(job.skeleton)
+    head = math.prod(embedding) if job.task.logits and embedding is not None else 0
     forward, outputs = 2 * weights * length, 2 * head * length
     calibrating, judged = rows.get("calibration", 0), rows.get("selection", 0) + rows.get("report", 0)
     menu = job_menu(job, None if config.target_kl or config.plan else _budget(job))

@@ -20,6 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hawqtool.model.block_list import example_row
+from hawqtool.model.skeleton import token_embedding
 from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.run.memory_budget import memory_limit
 from hawqtool.records import Rows
@@ -32,7 +34,7 @@ MAX_DIFFERENCE = 0.1
 """Relative difference of outputs, at most, as the median over positions: 16-bit arithmetic gives one or two percent,
 and experts that a rounding error exchanges are few; a wrongly loaded weight gives one about as large as the outputs."""
 
-_TOKENS = 32
+_TOKENS, _FEW_TOKENS = 32, 128
 _SECONDS = 900
 _LONGEST_REASON = 200
 _KIB = 1024
@@ -106,10 +108,8 @@ def trial_rows(job: Job, sets: Mapping[str, Rows]) -> Tensor:
             return sets[role].tokens
     generator = torch.Generator().manual_seed(0)
     if job.takes_images:
-        config = job.skeleton.config
-        size = config.image_size
-        return torch.randn((1, config.num_channels, *((size, size) if isinstance(size, int) else size)))
-    known = job.skeleton.get_input_embeddings().weight.shape[0]
+        return torch.randn(example_row(job.skeleton).shape)
+    known, _ = token_embedding(job.skeleton) or (_FEW_TOKENS, None)
     return torch.randint(known, (1, min(_TOKENS, job.settings.seq_len)), generator=generator)
 
 

@@ -13,6 +13,7 @@ from hawqtool.data.mixing import SourceRows, mix_rows, quotas, require_rows
 from hawqtool.data.sources import is_hub, open_source
 from hawqtool.data.tokens import overlap, source_rows
 from hawqtool.errors import InputError, UsageError
+from hawqtool.model.skeleton import token_embedding
 from hawqtool.model.tasks import image_shape
 from hawqtool.pipeline.run.checkpoints import SAMPLED
 from hawqtool.pipeline.run.context import RunContext
@@ -183,11 +184,8 @@ def _needed(name: str, quota: dict[str, int]) -> int:
 
 def _known(job: Job, tokens: Tensor) -> Tensor:
     """The tokens, after checking that the model has an embedding for each."""
-    try:
-        known = job.skeleton.get_input_embeddings().weight.shape[0]
-    except NotImplementedError:  # CANINE has an embedding for every character, by hashes
-        return tokens
-    if tokens.numel() and int(tokens.max()) >= known:
+    known, _ = token_embedding(job.skeleton) or (None, None)
+    if known is not None and tokens.numel() and int(tokens.max()) >= known:
         raise InputError(
             f"the tokenizer gives token {int(tokens.max())}, the model embeds {known} tokens; "
             "expected a tokenizer and weights of one model; download them again"

@@ -12,7 +12,7 @@ import transformers
 from hawqtool.config import RunConfig
 from hawqtool.errors import InputError, UsageError
 from hawqtool.evaluation.divergence import interpolate_log
-from hawqtool.model.skeleton import build_skeleton, max_positions
+from hawqtool.model.skeleton import build_skeleton, max_positions, token_embedding
 from hawqtool.model.tasks import class_task, image_shape, model_task
 from hawqtool.pipeline.dry_run import describe
 from hawqtool.pipeline.evaluate import run_evaluate
@@ -37,6 +37,14 @@ def test_the_shape_of_images_is_that_of_the_vision_part() -> None:
     assert image_shape(transformers.CLIPConfig(vision_config=vision.to_dict())) == (3, (32, 32))
     assert image_shape(transformers.ViTConfig(image_size=[32, 48], num_channels=1)) == (1, (32, 48))
     assert image_shape(transformers.SegformerConfig()) == (3, None)
+
+
+def test_what_reads_images_or_hashes_has_no_embedding_of_tokens() -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1}
+    with torch.device("meta"):
+        assert token_embedding(transformers.BertModel(transformers.BertConfig(vocab_size=9, **sizes))) == (9, 8)
+        assert token_embedding(transformers.ViTModel(transformers.ViTConfig(**sizes))) is None
+        assert token_embedding(transformers.CanineModel(transformers.CanineConfig(**sizes))) is None
 
 
 def drop_architectures(folder: Path) -> Path:
