@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -46,13 +46,16 @@ def collect_statistics(block: LoadedBlock, activations: Activations, visit: Grou
 
         def see(group: Sequence[LinearSpec], x: Tensor, routed: int) -> None:
             original_x = others.pop(group[0].name, None)
+            seen.add(group[0].name)
             for alike in equally_important(group, activations.importance):
                 with activations.recorder.stage("gram"):
                     statistics = part.statistics(block, alike, x, routed, original_x)
                 visit(alike, statistics)
 
+        seen: set[str] = set()
         with group_inputs(block, see):
             _advance_counted(block, activations)
+        _refuse_bypassed(block.spec.input_groups, seen)
         return
     original = None if activations.original is None else block.copy()
     for stage in stages(block.spec):
@@ -170,12 +173,24 @@ def group_statistics(
 
     Raises:
         NumericalError: If a value of the output is NaN or Inf; names the block.
+        InputError: If a linear was not called.
     """
     totals = _Totals(activations, groups, {})
     totals.add_batches(block, original, whole)
+    _refuse_bypassed(groups, totals.statistics)
     for group in groups:
         for alike in equally_important(group, activations.importance):
             yield alike, totals.statistics.pop(alike[0].name)
+
+
+def _refuse_bypassed(groups: Sequence[Sequence[LinearSpec]], seen: Container[str]) -> None:
+    """Refuse a block that computed without calling some of its linears, though the trace without data called them."""
+    missed = next((group[0].name for group in groups if group[0].name not in seen), None)
+    if missed is not None:
+        raise InputError(
+            f"{missed} was not called with data, as it was in the trace: its module reads its weight directly, as fused "
+            "kernels on a GPU do; expected a call, whose inputs rounding needs; use --device cpu, or remove the kernels"
+        )
 
 
 @dataclass(frozen=True)
