@@ -42,6 +42,8 @@ EXPECTED = (EMBEDDING, HEAD)
 SMALL_GATES = ("in_proj_a", "in_proj_b", "in_proj_ba")
 """Names of linears that steer the decay of linear attention, exponentially; they weigh nothing, however many rows."""
 
+_EXPERT_ROLES = ("gate_proj", "up_proj", "down_proj")
+
 LOUD_SHARE = 0.05
 """Share of a checkpoint's bytes, embeddings and head aside, above which keeping is a warning."""
 
@@ -195,11 +197,18 @@ def _reason(owner: nn.Module, otherwise: str) -> str:
 def kept_names(kept: Iterable[KeptTensor]) -> tuple[str, ...]:
     """Modules of the kept matrices of two dimensions that engines may take for linears, embeddings aside.
 
-    Where a model's name differs from the stored one, both are listed, because loaders look for either.
+    Where a model's name differs from the stored one, both are listed, because loaders look for either. For experts that
+    stay stacked the linears of the first are listed, by which vLLM judges all of a layer.
     """
-    matrices = [t for t in kept if t.dimensions == 2 and t.reason != EMBEDDING and t.name.endswith(".weight")]
-    pairs = ((t.name.removesuffix(".weight"), t.module.removesuffix(".weight")) for t in matrices)
-    return tuple(dict.fromkeys(name for pair in pairs for name in pair))
+    names: dict[str, None] = {}
+    for tensor in kept:
+        both = (tensor.name, tensor.module)
+        if tensor.dimensions == 2 and tensor.reason != EMBEDDING and tensor.name.endswith(".weight"):
+            names |= dict.fromkeys(name.removesuffix(".weight") for name in both)
+        elif tensor.dimensions == 3 and tensor.reason.startswith(EXPERTS):
+            places = (name.rpartition(".")[0] for name in both)
+            names |= {f"{p}.0.{role}": None for p in places if p.endswith("experts") for role in _EXPERT_ROLES}
+    return tuple(names)
 
 
 def kept_share(kept: Iterable[KeptTensor], index: CheckpointIndex) -> float:
