@@ -26,8 +26,11 @@ from model_names import WELL_KNOWN  # noqa: E402
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "models.md"
 BEGIN, END = "<!-- from a sweep: begin -->", "<!-- from a sweep: end -->"
-SUPPORTED, WRONG, REFUSED, CRASHED, NOT_BUILT = "supported", "does not load", "refused", "crashed", "not built"
-OUTCOMES = (SUPPORTED, WRONG, REFUSED, CRASHED, NOT_BUILT)
+SUPPORTED, UNKNOWN, WRONG, REFUSED, CRASHED, NOT_BUILT = (
+    *("supported", "not compared", "does not load", "refused", "crashed", "not built"),
+)
+OUTCOMES = (SUPPORTED, UNKNOWN, WRONG, REFUSED, CRASHED, NOT_BUILT)
+_TRANSFORMERS = "transformers with compressed-tensors"
 LARGEST_DIFFERENCE = 1e-3
 FAMILIES = {
     "CAUSAL_LM": "Language models",
@@ -62,7 +65,7 @@ class Row:
         quantized: Linears and allocation units.
         kept: Share of the bytes that stay as they are beside embeddings and head.
         loads: Letters of the engines that load the folder.
-        difference: Largest difference of the outputs; None where transformers is not to load the folder.
+        difference: Largest difference of the outputs; None where the sweep did not compare them.
         reason: Why not.
     """
 
@@ -110,7 +113,7 @@ def row_of(record: Mapping[str, Any]) -> Row:
         blocks_of(record),
         f"{counts[1]} in {counts[2]}" if counts else "",
         kept[1] if kept else "0 %",
-        ("T" if "diff" in record else "") + loads,
+        ("T" if "diff" in record or _tried(record) else "") + loads,
         record.get("diff"),
     )
 
@@ -119,10 +122,20 @@ def outcome_of(record: Mapping[str, Any]) -> str:
     """One of `OUTCOMES`."""
     status = record["status"]
     if status == "supported":
-        served = record["cls"].endswith("#vllm-profile") and record.get("verify") == 0
-        loaded = record.get("verify") == 0 and record.get("diff", 1.0) < LARGEST_DIFFERENCE
-        return SUPPORTED if served or loaded else WRONG
+        if record.get("verify") != 0:
+            return WRONG
+        if record["cls"].endswith("#vllm-profile"):
+            return SUPPORTED
+        if "diff" in record:
+            return SUPPORTED if record["diff"] < LARGEST_DIFFERENCE else WRONG
+        # The sweep feeds one kind of input, which some classes do not take alone; the run has tried the folder itself.
+        return {True: SUPPORTED, False: WRONG, None: UNKNOWN}[_tried(record)]
     return {"refused": REFUSED, "usage": REFUSED, "not built": NOT_BUILT}.get(status, CRASHED)
+
+
+def _tried(record: Mapping[str, Any]) -> bool | None:
+    """Whether the run's own trial loaded the folder in transformers; None where nothing was tried."""
+    return next((loads for name, loads in record.get("engines") or () if name == _TRANSFORMERS), None)
 
 
 def blocks_of(record: Mapping[str, Any]) -> str:
@@ -206,10 +219,7 @@ def family_section(family: str, rows: list[Row]) -> str:
     parts = [f"### {FAMILIES[family]}"]
     if good:
         head = ("type", "class", "blocks", "linears in units", "kept", "loads", "difference")
-        cells = [
-            (f"`{r.model_type}`", r.shown_name, r.blocks, r.quantized, r.kept, r.loads, _shown(r.difference))
-            for r in good
-        ]
+        cells = [(f"`{r.model_type}`", r.shown_name, r.blocks, r.quantized, r.kept, r.loads, _shown(r)) for r in good]
         parts.append(table(head, cells))
     if bad:
         reasons = [(f"`{r.model_type}`", r.shown_name, f"{r.outcome}: {r.reason}") for r in bad]
@@ -217,8 +227,10 @@ def family_section(family: str, rows: list[Row]) -> str:
     return "\n\n".join(parts)
 
 
-def _shown(difference: float | None) -> str:
-    return "not loaded" if difference is None else f"{difference:.2g}"
+def _shown(row: Row) -> str:
+    if row.difference is not None:
+        return f"{row.difference:.2g}"
+    return "trial" if "T" in row.loads else "not loaded"
 
 
 def generated(rows: list[Row], origin: str) -> str:
@@ -245,7 +257,8 @@ the same model with dequantized weights. Nothing is said here about quality.
 - linears in units: quantized linears, and the allocation units that they form;
 - kept: share of the tensor bytes that stay as they are beside embeddings and head;
 - loads: T transformers (done), V vLLM on CUDA, C vLLM on CPUs, S SGLang (by rules, see [engines](#engines));
-- difference: the largest between the two models' outputs. Variants of a class stand behind a comma.
+- difference: the largest between the two models' outputs; *trial*: the sweep has no inputs for the class, and the
+  run's own trial has loaded the folder and compared a forward pass. Variants of a class stand behind a comma.
 
 This part of the page is made by `python scripts/model_page.py RESULTS.jsonl`."""
 
