@@ -83,7 +83,7 @@ def token_importance(
     generator = torch.Generator(stream.device).manual_seed(seed)
     order, powers = FixedOrder(stream.device), dict[str, list[Tensor]]()
     blocks = stream.structure.blocks
-    row_bytes = total_bytes(_kept(stream, stream.embed(rows[:1], 1).hidden)) * len(blocks)
+    row_bytes = _bytes_of_row(stream, rows[:1])
     batch_size = portions.batch_size
     parts = rows.split(max(1, portions.room // (row_bytes * batch_size)) * batch_size)
     total, done, first = 2 * len(blocks) * len(parts), 0, 0
@@ -125,6 +125,12 @@ def _reversed(
         moments.visit(sums, name, gradient, norms, first + row)
 
     return *token_powers(block, seen, gradients, visit), sums
+
+
+def _bytes_of_row(stream: ModelStream, row: Tensor) -> int:
+    """Bytes of the states before all blocks that are kept of one row."""
+    first = total_bytes(_kept(stream, stream.embed(row, 1).hidden))
+    return int(first * stream.state_growth(row)) * len(stream.structure.blocks)
 
 
 def _kept(stream: ModelStream, hidden: MutableSequence[Tensor]) -> MutableSequence[Tensor]:

@@ -283,6 +283,10 @@ class ModelStream:
         with self.block(index) as block:
             yield block.module
 
+    def state_growth(self, rows: Tensor) -> float:
+        """Mean size of the state before a block, in that of the one before the first; more where more is carried."""
+        return 1.0 if self._carried is None else self._carried.growth(rows)
+
     def outputs(self, rows: Tensor, hidden: Tensor) -> Tensor:
         """What the model is judged by, from the last block's output through the model's own head.
 

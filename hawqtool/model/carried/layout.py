@@ -102,6 +102,11 @@ class Layout:
         floats = [leaf.dtype for leaf in self.leaves if leaf.dtype.is_floating_point]
         return reduce(torch.promote_types, floats)
 
+    @property
+    def width(self) -> int:
+        """Numbers per position."""
+        return sum(leaf.width(self.positions) for leaf in self.leaves)
+
     def pack(self, values: Mapping[LeafName, Tensor]) -> Tensor:
         """``[rows, positions, width]`` from the tensors by name; a single ``[rows, positions, n]`` stays what it is."""
         parts = [leaf.packed(values[leaf.name], self.positions, self.dtype) for leaf in self.leaves]

@@ -123,6 +123,11 @@ class CarriedWalk:
         first = self._record(batch)
         return batch.layouts[0].pack({FIRST: first}), [CarriedCall(batch, n) for n in range(len(self.flow.names))]
 
+    def growth(self, rows: Tensor) -> float:
+        """Mean size of what is alive before a block, in that of the first block's input."""
+        widths = [layout.width for layout in self._rows(rows).layouts[:-1]]
+        return sum(widths) / len(widths) / widths[0]
+
     def outputs(self, rows: Tensor, packed: Tensor) -> Any:
         """What the model gives, from what is alive behind the last block."""
         batch = self._rows(rows)
