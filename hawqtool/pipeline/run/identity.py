@@ -13,6 +13,7 @@ from hawqtool import __version__
 from hawqtool.checkpoint.content import ContentRecord
 from hawqtool.checkpoint.index import CheckpointIndex, fingerprint, stored_places, weights_hash
 from hawqtool.checkpoint.originals.codec import stored_parts
+from hawqtool.checkpoint.rotated.codec import original_index
 from hawqtool.config import SETTINGS, names_affecting
 from hawqtool.data.sources import public_name
 from hawqtool.errors import InputLostError
@@ -76,7 +77,7 @@ def record_content(index: CheckpointIndex, before: Stamps, reporter: Reporter) -
     content = index.content
     assert content is not None  # `prepare` makes one
     check_unchanged(index, before)
-    parts = {part.place for info in index.tensors.values() for part in stored_parts(info)}
+    parts = {part.place for info in original_index(index).tensors.values() for part in stored_parts(info)}
     # By file and offset, so that a part follows the tensor that it belongs to, whose bytes are in memory then.
     places = sorted(parts.union(stored_places(index.files)))
     content.read(places, lambda done, total: reporter.progress("fingerprint of the weights", done, total))

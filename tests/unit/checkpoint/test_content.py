@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from hawqtool.checkpoint.content import ContentRecord
-from hawqtool.checkpoint.index import read_index, stored_places, weights_hash
+from hawqtool.checkpoint.index import ExpertStack, read_index, stored_places, weights_hash
 from hawqtool.checkpoint.originals.codec import stored_parts
 from hawqtool.checkpoint.originals.recognition import read_original
 from hawqtool.checkpoint.reader import TensorReader
@@ -19,6 +19,12 @@ from hawqtool.checkpoint.stacked_experts import split_stacked
 from hawqtool.errors import InputLostError
 from tests.support.quantized_originals import quantized_pair
 from tests.support.tiny import tiny_llama
+
+STACKS = {
+    "m.experts.gate_up_proj": ExpertStack("m.experts", ("gate_proj", "up_proj"), False, True, "weight"),
+    "m.experts.down_proj": ExpertStack("m.experts", ("down_proj",), True, True, "weight"),
+}
+"""Parts that lie together in the file, and others that are columns of it."""
 
 
 def quiet(_done: int, _total: int) -> None:
@@ -44,7 +50,7 @@ def stacked(folder: Path) -> Path:
 @pytest.mark.parametrize("first", ["read", "chunks", "ahead"])
 @pytest.mark.parametrize("second", ["read", "chunks"])
 def test_a_change_shows_at_the_next_read(tmp_path: Path, first: str, second: str) -> None:
-    index = split_stacked(replace(read_index(stacked(tmp_path)), content=ContentRecord()), lambda _: True)
+    index = split_stacked(replace(read_index(stacked(tmp_path)), content=ContentRecord()), STACKS)
     reader, record = TensorReader(index), index.content
     assert record is not None
 
