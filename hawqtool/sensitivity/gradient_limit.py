@@ -1,4 +1,4 @@
-"""Keeps single rows from ruling the scores: gradients that grow far beyond the others' on their way are shortened."""
+"""Keeps single rows from ruling scores and importance: gradients that grow far beyond the others' are shortened."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 GRADIENT_LIMIT = 4.0
-"""How many times the median growth of ‖g‖² a row may reach.
+"""How many times the median growth of ‖g‖² a row may reach, hence twice that of ‖g‖: scores are made of squares.
 
 On SmolLM2 the first tokens of a few rows carry gradients that are 45 to 300 times the median in the lower blocks; other
 rows stay under 2.4 times. The losses of such rows are far from quadratic over a rounding error, so that the second
@@ -36,17 +36,12 @@ class GradientLimit:
     @classmethod
     def of(cls, gradients: Sequence[Tensor], limit: float = GRADIENT_LIMIT) -> GradientLimit:
         """Begin at the last block's output, with gradients ``[rows, positions, width]`` per batch."""
-        start = _powers(gradients)
+        start = row_powers(gradients)
         return cls(start, torch.ones_like(start), limit)
 
     def limited(self, gradients: Sequence[Tensor]) -> list[Tensor]:
         """The gradients ``[rows, positions, width]`` per batch, those of rows that grew too much made shorter."""
-        growth = _powers(gradients) / self.start.clamp(min=torch.finfo(torch.float64).tiny)
-        moving = growth[growth > 0]
-        if not len(moving):
-            return list(gradients)
-        allowed = self.limit * moving.median()
-        factors = torch.where(growth > allowed, (allowed / growth).sqrt(), 1.0)
+        factors = _factors(row_powers(gradients), self.start, self.limit).sqrt()
         self.share = self.share * factors
         parts = factors.split([len(gradient) for gradient in gradients])
         # Batches without such a row stay as they are, to the bit and without a copy.
@@ -61,6 +56,28 @@ class GradientLimit:
         return int((self.share < 1).sum())
 
 
-def _powers(gradients: Sequence[Tensor]) -> Tensor:
-    """‖g‖² per row, ``[rows]`` float64 on the CPU."""
+def limited_powers(powers: Tensor, start: Tensor, limit: float = GRADIENT_LIMIT) -> Tensor:
+    """‖g‖² of the tokens of one layer, ``[rows, positions]`` float32, those of rows that grew too much made smaller.
+
+    Args:
+        powers: ``[rows, positions]`` float32.
+        start: ``[rows]`` float64, ‖g‖² at the last block's output.
+        limit: Times the median growth that is allowed.
+    """
+    factors = _factors(powers.sum(1, dtype=torch.float64), start, limit)
+    return powers if bool((factors == 1).all()) else powers * factors.to(powers)[:, None]
+
+
+def _factors(powers: Tensor, start: Tensor, limit: float) -> Tensor:
+    """What brings the ‖g‖² of each row down to the limit, ``[rows]`` float64; 1 where it grew less."""
+    growth = powers / start.clamp(min=torch.finfo(torch.float64).tiny)
+    moving = growth[growth > 0]
+    if not len(moving):
+        return torch.ones_like(growth)
+    allowed = limit * moving.median()
+    return torch.where(growth > allowed, allowed / growth, 1.0)
+
+
+def row_powers(gradients: Sequence[Tensor]) -> Tensor:
+    """‖g‖² per row, ``[rows]`` float64 on the CPU, of gradients ``[rows, positions, width]`` per batch."""
     return torch.cat([g.float().square().flatten(1).sum(1, dtype=torch.float64) for g in gradients]).cpu()

@@ -15,6 +15,7 @@ from hawqtool.records import TokenImportance
 from hawqtool.runtime.determinism import FixedOrder
 from hawqtool.runtime.malloc import release_freed_pages
 from hawqtool.sensitivity.backward import token_powers
+from hawqtool.sensitivity.gradient_limit import limited_powers, row_powers
 from hawqtool.sensitivity.label_gradients import loss_gradients
 from hawqtool.sensitivity.output_moments import OutputMomentSums, Sums
 from hawqtool.streaming.block import Activations, advance, check_states
@@ -65,8 +66,8 @@ def token_importance(
     The loss grows by ½ Σ_t (g_t · D x_t)² to second order, g_t being the gradient at a layer's output for labels drawn
     from the model. Compensated rounding makes Σ_t ‖D x_t‖² small; with the importance ‖g_t‖² of every token it makes
     the loss small as far as g_t has no preferred direction. GuidedQuant (arXiv 2505.07004) does so, for groups of
-    output channels apart; the exponent is ours. Experts, whose tokens change with rounding, and an output head have
-    none.
+    output channels apart; the exponent is ours, and so is the limit that keeps single rows from ruling (see
+    `GRADIENT_LIMIT`). Experts, whose tokens change with rounding, and an output head have none.
 
     Args:
         stream: The original model.
@@ -81,7 +82,7 @@ def token_importance(
         NumericalError: If outputs or gradients are not finite.
     """
     generator = torch.Generator(stream.device).manual_seed(seed)
-    order, powers = FixedOrder(stream.device), dict[str, list[Tensor]]()
+    order, powers, starts = FixedOrder(stream.device), dict[str, list[Tensor]](), list[Tensor]()
     blocks = stream.structure.blocks
     row_bytes = _bytes_of_row(stream, rows[:1])
     batch_size = portions.batch_size
@@ -97,6 +98,7 @@ def token_importance(
         # Logits need memory in other sizes than blocks do.
         release_freed_pages()
         gradients, _ = loss_gradients(stream, part.split(batch_size), seen.hidden, generator, _POSITIONS)
+        starts.append(row_powers(gradients))
         stream.release_ends()
         release_freed_pages()
         for spec in reversed(blocks):
@@ -110,7 +112,8 @@ def token_importance(
                 powers.setdefault(name, []).append(power.cpu())
             progress(done := done + 1, total)
         first += len(part)
-    return {name: _importance(torch.cat(found), exponent) for name, found in powers.items()}
+    start = torch.cat(starts)
+    return {n: _importance(limited_powers(torch.cat(found), start), exponent) for n, found in powers.items()}
 
 
 def _reversed(

@@ -160,6 +160,13 @@ _SENSITIVITY = (
         (_LIMIT,),
     ),
     PlantedError(
+        "importance of exploding rows as it is",
+        "hawqtool/sensitivity/token_importance.py",
+        "limited_powers(torch.cat(found), start)",
+        "torch.cat(found)",
+        (_LIMIT,),
+    ),
+    PlantedError(
         "importance without its exponent",
         "hawqtool/sensitivity/token_importance.py",
         "EXPONENT = 0.5",

@@ -184,6 +184,22 @@ def test_auto_takes_the_beta_of_least_held_out_error(seed: int) -> None:
         assert same([final], [round_group(tasks, layer.factor, RoundingMethod("foem", settings.beta))[index]])
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_auto_takes_the_shift_of_least_held_out_error(seed: int) -> None:
+    """Of a shift that was fitted to the other rows, which would take all of it: most of this drift is noise."""
+    layer, generator = drifted(24, 96, seed), torch.Generator().manual_seed(seed)
+    layer = replace(layer, original=layer.original + torch.randn(layer.inputs.shape, generator=generator))
+    statistics, fitting = layer.statistics, layer.statistics.fitting
+    assert fitting is not None and fitting.drift is not None
+    method = RoundingMethod("gptq", shift="auto")
+    (chosen,) = choose_settings([task(layer.weight)], layer.factor, method, statistics)
+    full = full_shift(layer.weight, fitting.drift, factorize(fitting.gram, fitting.num_tokens, DAMPING))
+    none, half, whole = (layer.held_out_error(layer.weight + share * full) for share in (0.0, 0.5, 1.0))
+    # The vertex of the parabola through the three.
+    assert chosen.shift == pytest.approx((3 * none - 4 * half + whole) / (4 * (none - 2 * half + whole)), rel=1e-3)
+    assert chosen.shift < 0.5 < best_shift(layer.weight, full, fitting)
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize(("rows", "columns", "group_size"), SHAPES)

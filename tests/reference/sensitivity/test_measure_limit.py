@@ -16,9 +16,11 @@ from hawqtool.pipeline.run.job import Job, prepare
 from hawqtool.records import MeasurementRows, Rows
 from hawqtool.rounding.method import RoundingMethod
 from hawqtool.rounding.spec import RoundingSpec
+from hawqtool.sensitivity import token_importance
 from hawqtool.sensitivity.gradient_limit import GRADIENT_LIMIT
 from hawqtool.sensitivity.label_gradients import draw_labels
 from hawqtool.sensitivity.measure import Measurement, SweepSettings, measure
+from tests.support.importance64 import slow_importance
 from tests.support.tiny import tiny_model
 
 ROWS, LENGTH, SEED, EXPLODING, TOKEN = 6, 16, 3, 2, 7
@@ -94,3 +96,19 @@ def test_an_exploding_row_is_limited_to_twice_the_median_gradient(job: Job, toke
         share = expected[unit.members[0].block]
         before, after = (torch.tensor(m.projections[unit.name]["w2g32"]) for m in (free, limited))
         torch.testing.assert_close(after, before * share, rtol=1e-4, atol=0, msg=unit.name)
+
+
+def test_an_exploding_row_does_not_rule_the_importance(
+    job: Job, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_importance, "_STORED", torch.float64)
+    portions = token_importance.Portions(batch_size=4, room=0)  # the rows of two passes
+    found = token_importance.token_importance(job.stream(), tokens, portions, SEED, lambda *_: None)
+    start, limited = powers(job, tokens)[-1], set()
+    for name, power in slow_importance(job, tokens, 1.0, SEED).items():  # ‖g‖², but for a factor
+        growth = power.sum(1) / start
+        share = (GRADIENT_LIMIT * growth.median() / growth).clamp(max=1.0)
+        limited |= {(name.split(".")[2], row) for row in range(ROWS) if share[row] < 1}
+        expected = (power * share[:, None]).sqrt()
+        torch.testing.assert_close(found[name].double(), expected / expected.mean(), rtol=1e-3, atol=1e-3, msg=name)
+    assert limited == {("0", EXPLODING)}
