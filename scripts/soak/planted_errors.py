@@ -35,6 +35,7 @@ _SECOND = (
 )
 _TRACE = "tests/reference/sensitivity/curvature/test_trace.py::test_hawq_is_half_trace_over_weights_times_error"
 _LIMIT = "tests/reference/sensitivity/test_measure_limit.py"
+_FAKE_QUANT = "tests/reference/rounding/learned/test_fake_quant.py"
 _BLOCK = "tests/reference/rounding/learned/test_block.py"
 _END_TO_END = "tests/reference/rounding/learned/test_end_to_end.py"
 
@@ -238,14 +239,14 @@ _ROUNDING = (
         "hawqtool/rounding/learned/fake_quant.py",
         "self.latent.round().clamp_(self.low, self.high)",
         "self.latent.round().clamp_(self.low - 1, self.high)",
-        (_BLOCK, _END_TO_END),
+        (_FAKE_QUANT,),
     ),
     PlantedError(
         "learned offsets may pass the border of the grid",
         "hawqtool/rounding/learned/fake_quant.py",
         "torch.minimum(self.latent + reach, self.high + EDGE)",
         "self.latent + reach",
-        (_BLOCK, _END_TO_END),
+        (_FAKE_QUANT,),
     ),
     PlantedError(
         "little damping with few tokens",
