@@ -66,8 +66,8 @@ def token_importance(
     The loss grows by ½ Σ_t (g_t · D x_t)² to second order, g_t being the gradient at a layer's output for labels drawn
     from the model. Compensated rounding makes Σ_t ‖D x_t‖² small; with the importance ‖g_t‖² of every token it makes
     the loss small as far as g_t has no preferred direction. GuidedQuant (arXiv 2505.07004) does so, for groups of
-    output channels apart; the exponent is ours, and so is the limit that keeps single rows from ruling (see
-    `GRADIENT_LIMIT`). Experts, whose tokens change with rounding, and an output head have none.
+    output channels apart; the exponent and the limit of single rows are ours. Experts, whose tokens change with
+    rounding, and an output head have none.
 
     Args:
         stream: The original model.
@@ -83,9 +83,8 @@ def token_importance(
     """
     generator = torch.Generator(stream.device).manual_seed(seed)
     order, powers, starts = FixedOrder(stream.device), dict[str, list[Tensor]](), list[Tensor]()
-    blocks = stream.structure.blocks
+    blocks, batch_size = stream.structure.blocks, portions.batch_size
     row_bytes = _bytes_of_row(stream, rows[:1])
-    batch_size = portions.batch_size
     parts = rows.split(max(1, portions.room // (row_bytes * batch_size)) * batch_size)
     total, done, first = 2 * len(blocks) * len(parts), 0, 0
     for part in parts:
@@ -112,8 +111,7 @@ def token_importance(
                 powers.setdefault(name, []).append(power.cpu())
             progress(done := done + 1, total)
         first += len(part)
-    start = torch.cat(starts)
-    return {n: _importance(limited_powers(torch.cat(found), start), exponent) for n, found in powers.items()}
+    return {name: _importance(torch.cat(found), torch.cat(starts), exponent) for name, found in powers.items()}
 
 
 def _reversed(
@@ -146,8 +144,14 @@ def _kept(stream: ModelStream, hidden: MutableSequence[Tensor]) -> MutableSequen
     return kept
 
 
-def _importance(power: Tensor, exponent: float) -> Tensor:
-    """Importance with mean 1 from ``[rows, positions]`` float32; all alike where no gradient arrives at all."""
-    importance = power.double().pow(exponent)
+def _importance(power: Tensor, start: Tensor, exponent: float) -> Tensor:
+    """Importance with mean 1 from ``[rows, positions]`` float32; all alike where no gradient arrives at all.
+
+    Args:
+        power: ``[rows, positions]``, ‖g‖² of every token at the layer's output.
+        start: ``[rows]``, ‖g‖² at the last block's output, from where growth counts (see `GRADIENT_LIMIT`).
+        exponent: Power of ‖g‖².
+    """
+    importance = limited_powers(power, start).double().pow(exponent)
     mean = importance.mean()
     return (importance / mean if mean > 0 else torch.ones_like(importance)).float()

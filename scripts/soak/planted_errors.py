@@ -163,8 +163,8 @@ _SENSITIVITY = (
     PlantedError(
         "importance of exploding rows as it is",
         "hawqtool/sensitivity/token_importance.py",
-        "limited_powers(torch.cat(found), start)",
-        "torch.cat(found)",
+        "limited_powers(power, start).double()",
+        "power.double()",
         (_LIMIT,),
     ),
     PlantedError(
