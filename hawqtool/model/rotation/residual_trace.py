@@ -22,7 +22,7 @@ _SAME = frozenset(
     (
         *("to", "float", "double", "half", "bfloat16", "type", "type_as", "contiguous", "clone", "detach", "dropout"),
         *("view", "view_as", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "expand_as"),
-        *("__getitem__", "transpose", "permute", "split", "chunk", "narrow", "index_select"),
+        *("__getitem__", "transpose", "permute", "split", "chunk", "narrow", "index_select", "repeat"),
     )
 )
 """Operations after which the last dimension holds what it held, if its size is still the same."""
@@ -227,7 +227,9 @@ class ResidualTrace(TorchFunctionMode):
         """
         for _, kind in known:
             if isinstance(kind, Normed):
-                raise self._refused(f"{name} reads the output of the norm of {kind.gain}, which is no linear")
+                # Experts that stay one tensor give the shape alone on meta.
+                reader = "what stays one tensor, such as experts," if name == "empty_like" else f"{name}, no linear,"
+                raise self._refused(f"{reader} reads the output of the norm of {kind.gain}")
             if self.is_stream(kind):
                 what = (
                     "something else than a linear's output, such as a norm's, enters"
