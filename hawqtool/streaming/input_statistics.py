@@ -188,8 +188,9 @@ def _refuse_bypassed(groups: Sequence[Sequence[LinearSpec]], seen: Container[str
     missed = next((group[0].name for group in groups if group[0].name not in seen), None)
     if missed is not None:
         raise InputError(
-            f"{missed} was not called with data, as it was in the trace: its module reads its weight directly, as fused "
-            "kernels on a GPU do; expected a call, whose inputs rounding needs; use --device cpu, or remove the kernels"
+            f"{missed} was not called with data, as it was in the trace: its module reads its weight directly, as "
+            "fused kernels on a GPU do; expected a call, whose inputs rounding needs; use --device cpu, or remove "
+            "the kernels"
         )
 
 
