@@ -195,7 +195,8 @@ class RunConfig(Fields):
             raise ValueError("target_shift and scale_refit belong to compensated rounding; drop them or rounding rtn")
         if self.foem_form == "paper" and self.foem_beta == 1:
             raise ValueError("foem_form paper needs foem_beta below 1, found 1; lower it, or use rounding rtn")
-        if self.output_feedback != "off" and (self.rounding in ("rtn", "gptaq") or self.token_importance == "none"):
+        fed = self.output_feedback not in (None, "off")
+        if fed and (self.rounding in ("rtn", "gptaq") or self.token_importance == "none"):
             raise ValueError("output_feedback needs rounding gptq or foem, and token_importance; drop one of the two")
         if self.rounding == "gptaq" and self.target_shift:
             raise ValueError("rounding gptaq and target_shift make the same correction twice; drop one of the two")
@@ -206,15 +207,9 @@ class RunConfig(Fields):
         if (self.baseline is None) != (self.max_regression is None):
             raise ValueError("baseline and max_regression are needed together, only one was found; add the other")
         if (self.refine_steps or self.sensitivity_steps) and self._chooses_roundings:
-            raise ValueError(
-                "refine_steps and sensitivity_steps start from rtn, gptq or foem with a fixed foem_beta and "
-                "target_shift; drop them, or gptaq, scale_refit and what is auto"
-            )
-        if (self.refine_steps or self.sensitivity_steps or self.distill_steps) and self.num_samples == 1:
-            raise ValueError(
-                "refine_steps, sensitivity_steps and distill_steps hold calibration rows out and need at least 2; "
-                "raise num_samples"
-            )
+            raise ValueError("refine_steps and sensitivity_steps need a rounding without gptaq, scale_refit and auto")
+        if (self.learns or self.sensitivity_steps) and self.num_samples == 1:
+            raise ValueError("steps that learn hold calibration rows out and need at least 2; raise num_samples")
         if self.distill_codes and not self.distill_steps:
             raise ValueError("distill_codes says what distill_steps learn, found none of them; add distill_steps")
         if self.costs is not None and self.plan is not None:
@@ -230,6 +225,11 @@ class RunConfig(Fields):
             if self.swaps or (self.shortlist or 1) > 1:
                 raise ValueError("shortlist and swaps compare plans by evaluation; drop them, or eval false")
         return self
+
+    @property
+    def learns(self) -> bool:
+        """Whether steps are learned after rounding, for which calibration rows are held out."""
+        return bool(self.refine_steps or self.distill_steps)
 
     @property
     def group_sizes(self) -> tuple[int, ...]:
@@ -283,8 +283,7 @@ class RunConfig(Fields):
     def _needs_no_inputs(self) -> bool:
         """Whether each weight may be rounded to nearest by itself."""
         fixed = self.plan is not None or self.uniform_width is not None
-        learns = self.refine_steps or self.distill_steps
-        return fixed and self.rounding == "rtn" and self.calibration == (SELF,) and not learns
+        return fixed and self.rounding == "rtn" and self.calibration == (SELF,) and not self.learns
 
     def require_one_target(self) -> None:
         """Check that exactly one of target_bpw, target_size, target_kl and plan is given, or one width alone.

@@ -310,14 +310,15 @@ class Fields(BaseModel):
         detail="The gradient is that at the layer's output; it takes one more pass over the calibration rows forwards "
         "and backwards.", panel=METHOD, expert=True, affects=Affects.SCORES, commands=("measure",),
     )] = "auto"
-    output_feedback: Annotated[str, Setting(
+    output_feedback: Annotated[str | None, Setting(
         help="Let rows of a layer make up for each other's rounding errors, by the gradients at its output: off, auto "
         "(layers with at most twice as many outputs as inputs), a layer's name or a pattern such as "
         "'re:.*[qk]_proj$'.",
+        default="auto on a GPU where nothing is learned and token importance is known, else off",
         detail="Each layer goes without where held-out rows predict a gain of less than 3 %. Experts and an output "
         "head have none, nor have scores. The host's memory holds half a square matrix of its outputs per layer.",
         panel=METHOD, expert=True, affects=Affects.WEIGHTS, metavar="off|auto|NAME",
-    )] = Field(default="off", min_length=1)
+    )] = Field(default=None, min_length=1)
     damping: Annotated[float | None, Setting(
         help="Fraction of the mean diagonal that is added to the Gram matrix.",
         default="0.05, 0.2 below 8 tokens per column",

@@ -20,8 +20,11 @@ from hawqtool.rounding.factor import Factor, factorize
 from hawqtool.rounding.grid import Quantized, dequantize
 from hawqtool.rounding.two_pass import Problem, refit, round_targets
 
-ROW_BLOCKS = 48
-"""Blocks of rows that are rounded one after the other; fewer where there are fewer rows."""
+ROW_BLOCKS = 16
+"""Blocks of rows that are rounded one after the other; fewer where there are fewer rows.
+
+48 lower KL by another point of a hundred and take three times as long.
+"""
 
 DAMPINGS = (0.03, 0.1, 0.3, 1.0)
 """What the damping of S is chosen from, over its mean diagonal."""

@@ -270,7 +270,7 @@ class Bench:
             job.config.seed,
             job.config.rotate,
             job.settings.uses_token_importance,
-            (job.config.output_feedback, job.config.refine_steps > 0, job.settings.method.needs_held_out)
+            (job.settings.output_feedback, job.config.learns, job.settings.method.needs_held_out)
             if job.feedback_layers
             else None,
         )

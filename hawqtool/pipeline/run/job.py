@@ -115,7 +115,7 @@ class Job:
         Raises:
             UsageError: If the configuration names none.
         """
-        wanted, head = self.config.output_feedback, self.structure.head
+        wanted, head = self.settings.output_feedback, self.structure.head
         if wanted == "off":
             return frozenset()
         members = [member for unit in self.units for member in unit.members]
@@ -266,7 +266,7 @@ def _check_method(job: Job) -> None:
             f"{expert} is an expert, which after rounding gets other tokens than before, so that --rounding gptaq and "
             "--target-shift have nothing to compare; use --rounding gptq or foem without a shift"
         )
-    least = SETTINGS_HELD_OUT_EVERY + bool(job.config.refine_steps)
+    least = SETTINGS_HELD_OUT_EVERY + job.config.learns
     if job.feedback_layers and rows < least:
         raise UsageError(
             f"--output-feedback is judged on every {SETTINGS_HELD_OUT_EVERY}th calibration row that rounding sees, "

@@ -13,7 +13,7 @@ from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.export.packed_reader import packed_parts, unpack_parts
 from hawqtool.model.block import LoadedBlock
 from hawqtool.pipeline.run.job import Job
-from hawqtool.pipeline.stages.refine import BlockRefiner, split_rows
+from hawqtool.pipeline.stages.refine import BlockRefiner, fitting_rows, split_rows
 from hawqtool.records import BlockSpec, LinearSpec, RoundedLayer, Rows, UnitFormats
 from hawqtool.rounding.grid import Quantized, dequantize
 from hawqtool.rounding.layer import quantized, round_layers, round_without_inputs, with_codes
@@ -97,6 +97,8 @@ def round_blocks(
     stream, rounding = job.stream(), RoundingSpec.of_plan(job.settings.method, formats, job.stored_dtypes)
     rounding = replace(rounding, output_moments=rows.output_moments)
     schedule = schedule or Schedule(job.config.refine_steps, job.config.seed)
+    if job.config.distill_steps and not schedule.steps:
+        rows = fitting_rows(rows)  # on rows that rounding saw, distillation's steps would look like losses
     refiner = BlockRefiner(job, stream, rows, schedule) if schedule.steps else None
     finished = finished or Finished()
     activations = refiner.walked if refiner else _walked(job, stream, rows)

@@ -57,8 +57,8 @@ def with_token_importance(context: RunContext, rows: Rows, for_feedback: bool = 
 
 
 def _kinds(job: Job, count: int) -> torch.Tensor:
-    """What each row is to the moments, ``[rows]`` int64: refinement's held-out rows are for nothing else to see."""
+    """What each row is to the moments, ``[rows]`` int64: rows that learning holds out are for nothing else to see."""
     kinds = torch.full((count,), LEFT_OUT)
-    kept = ~refine.is_held_out(count) if job.config.refine_steps else torch.ones(count, dtype=torch.bool)
+    kept = ~refine.is_held_out(count) if job.config.learns else torch.ones(count, dtype=torch.bool)
     kinds[kept] = torch.where(is_held_out(torch.arange(int(kept.sum()))), HELD_OUT, FITTING)
     return kinds

@@ -126,7 +126,7 @@ def test_without_correlations_no_code_changes() -> None:
     for method in (RoundingMethod(), RoundingMethod("foem")):
         plain, fed = (round_layers([task], statistics, factor, method, moments=m)[0] for m in (None, diagonal))
         assert torch.equal(plain.codes, fed.codes) and torch.equal(plain.scales, fed.scales)
-        assert (plain.metrics.feedback_blocks, fed.metrics.feedback_blocks) == (0, 40)
+        assert (plain.metrics.feedback_blocks, fed.metrics.feedback_blocks) == (0, 14)
 
 
 def test_the_loss_falls_where_the_output_error_grows() -> None:
@@ -136,7 +136,7 @@ def test_the_loss_falls_where_the_output_error_grows() -> None:
     losses = [loss(Quantized(r.codes, r.scales, None), task.weight, across, statistics.gram) for r in (plain, fed)]
     assert losses[1] < 0.5 * losses[0]
     assert fed.metrics.output_error > 1.05 * plain.metrics.output_error
-    assert (fed.metrics.feedback_ratio, fed.metrics.feedback_damping, fed.metrics.feedback_blocks) == (0.5, LAMBDA, 48)
+    assert (fed.metrics.feedback_ratio, fed.metrics.feedback_damping, fed.metrics.feedback_blocks) == (0.5, LAMBDA, 16)
 
 
 def test_settings_are_chosen_by_the_loss() -> None:

@@ -53,3 +53,14 @@ def test_targets_are_shifted_by_half_where_the_rounding_and_the_model_allow_it()
     assert shift(has_experts=True) == shift(rounding="rtn") == shift(rounding="gptaq") == 0.0
     assert shift(target_shift="off") == 0.0 and shift(target_shift="auto") == "auto"
     assert shift(True, target_shift=0.25) == 0.25  # asked for: refused with the model, not dropped
+
+
+def test_output_feedback_is_on_where_it_was_measured_to_pay() -> None:
+    assert resolved("cuda").output_feedback == "auto" == resolved("cuda", rounding="foem").output_feedback
+    assert resolved("cpu").output_feedback == "off"
+    without: tuple[dict[str, Any], ...] = (
+        {"rounding": "rtn"}, {"rounding": "gptaq"}, {"token_importance": "none"}, {"num_samples": 4},
+        {"refine_steps": 5}, {"distill_steps": 5}, {"output_feedback": "off"},
+    )  # fmt: skip
+    assert {resolved("cuda", **values).output_feedback for values in without} == {"off"}
+    assert resolved("cpu", output_feedback="re:.*q_proj").output_feedback == "re:.*q_proj"
