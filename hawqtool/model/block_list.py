@@ -79,6 +79,10 @@ def find_blocks(model: Any) -> tuple[str, nn.ModuleList]:
             name = str(reached)
             return name, lists[name]
         except TRACE_ERRORS as error:
+            if "written-to tensor" in str(error):
+                raise InputError(
+                    f"{type(model).__name__} writes into its weights when it is run; expected a model that leaves them"
+                ) from error
             raise InputError(
                 f"{type(model).__name__}: the part before the blocks cannot be traced: {one_line(error)}; "
                 "this architecture is not supported"

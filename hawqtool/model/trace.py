@@ -73,6 +73,10 @@ def block_calls(model: Any, blocks: nn.ModuleList) -> tuple[list[Call], ExtraOut
         with torch.no_grad():
             output = blocks[0].to("meta")(*args, **kwargs)
     except TRACE_ERRORS as raised:
+        if "meta tensor" in str(raised):
+            raise InputError(
+                f"{kind}: block 0 cannot be run without data ({one_line(raised)}); this architecture is not supported"
+            ) from raised
         raise InputError(
             f"{kind}: block 0 cannot be run as config.json describes it ({one_line(raised)}); "
             "check its sizes, such as num_key_value_heads"

@@ -52,6 +52,12 @@ def test_a_model_that_draws_numbers_is_refused() -> None:
         find_blocks(_Blocks(linear, lambda x: x if torch.rand([]) < 0.5 else -x))
 
 
+def test_a_model_that_writes_into_its_weights_is_refused() -> None:
+    model = _Blocks(torch.nn.Linear(8, 8), lambda hidden: model.layers[0][0].weight.div_(2) @ hidden[0])
+    with pytest.raises(InputError, match="_Blocks writes into its weights"):
+        find_blocks(model)
+
+
 def test_blocks_without_a_linear_are_refused() -> None:
     with pytest.raises(InputError, match="its blocks hold no linear layer"):
         find_blocks(_Blocks(torch.nn.Conv1d(1, 1, 1)))

@@ -47,6 +47,14 @@ def test_what_reads_images_or_hashes_has_no_embedding_of_tokens() -> None:
         assert token_embedding(transformers.CanineModel(transformers.CanineConfig(**sizes))) is None
 
 
+def test_a_model_of_two_towers_is_refused(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1}
+    parts = {"text_config": sizes, "vision_config": sizes | {"image_size": 8, "patch_size": 4}}
+    transformers.CLIPModel(transformers.CLIPConfig(**parts)).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="CLIPModel reads an image beside each text"):
+        build_skeleton(tmp_path, torch.float32)
+
+
 def drop_architectures(folder: Path) -> Path:
     path = folder / "config.json"
     config = json.loads(path.read_text())
