@@ -50,7 +50,8 @@ def test_codes_stay_and_only_scales_and_gains_change(place: Path, tmp_path: Path
     for steps in (0, STEPS):
         job = job_of(place / "model", **{"refine_steps": 0, "distill_steps": steps} | more)
         folder = tmp_path / str(steps)
-        seen = rows if steps or more.get("refine_steps") else fitting_rows(rows)  # those that distillation holds out are not rounded on
+        # Rows that distillation holds out are not rounded on.
+        seen = rows if steps or more.get("refine_steps") else fitting_rows(rows)
         found = round_to_folder(RunContext(job), plan_of(job, 3), seen, folder, "test")
         files.append(load_file(folder / "model.safetensors"))
     plain, distilled = files
