@@ -168,7 +168,7 @@ def split_experts(model: nn.Module, why_unread: WhyUnread = lambda *_: None) -> 
             reason = proved[kind]
             if layout is None or reason is not None:
                 whole[f"{path}.{name}" if path else name] = child.why_whole = str(reason)
-                if layout is not None:
+                if layout is not None or len(child._parameters) == 1:
                     child.__class__ = type(kind.__name__, (WholeExperts, kind), {})
             else:
                 setattr(owner, name, (ScaledExperts if layout.scaled else SplitExperts)(child, layout))
@@ -179,8 +179,14 @@ class WholeExperts(nn.Module):
     """Experts that stay as they are: routing needs data, hence on meta they give the shape alone."""
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Output of the experts ``[tokens, width]``."""
-        return torch.empty_like(hidden) if hidden.is_meta else super().forward(hidden, *args, **kwargs)
+        """Output of the experts ``[tokens, width]``; of one linear of each, as many as these have outputs."""
+        if not hidden.is_meta:
+            return super().forward(hidden, *args, **kwargs)
+        width = hidden.shape[-1]
+        shapes = [parameter.shape[1:] for parameter in self._parameters.values() if parameter is not None]
+        if len(shapes) == 1 and width in shapes[0]:
+            width = shapes[0][0] if shapes[0][1] == width else shapes[0][1]
+        return hidden.new_empty(*hidden.shape[:-1], width)
 
 
 def _why_whole(module: nn.Module, layout: ExpertsLayout | None, why_unread: WhyUnread) -> str | None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.models.aria.modeling_aria import AriaGroupedExpertsGemm
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
@@ -178,3 +179,14 @@ def test_whole_experts_run_on_meta_and_on_data() -> None:
     assert torch.equal(copy.deepcopy(holder).experts(*call()), expected)
     hidden = call()[0].to("meta")
     assert holder.to("meta").experts(hidden, *call()[1:]).shape == hidden.shape
+
+
+def test_single_linears_of_all_experts_run_on_meta() -> None:
+    holder = nn.Module()
+    holder.experts = AriaGroupedExpertsGemm(WIDTH, INNER, COUNT)
+    nn.init.normal_(holder.experts.weight)
+    hidden, counts = torch.randn(TOKENS, WIDTH), torch.tensor([TOKENS, 0, 0, 0])
+    expected = holder.experts(hidden, counts)
+    assert "unknown layout" in split_experts(holder)["experts"]
+    assert torch.equal(holder.experts(hidden, counts), expected)
+    assert holder.to("meta").experts(hidden.to("meta"), counts.to("meta")).shape == expected.shape
