@@ -6,6 +6,7 @@ that can be found, hooked and rounded like any other, and that carry the names u
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -170,6 +171,7 @@ def split_experts(model: nn.Module, why_unread: WhyUnread = lambda *_: None) -> 
                 whole[f"{path}.{name}" if path else name] = child.why_whole = str(reason)
                 if layout is not None or len(child._parameters) == 1:
                     child.__class__ = type(kind.__name__, (WholeExperts, kind), {})
+                    _run_plainly(child)
             else:
                 setattr(owner, name, (ScaledExperts if layout.scaled else SplitExperts)(child, layout))
     return whole
@@ -187,6 +189,13 @@ class WholeExperts(nn.Module):
         if len(shapes) == 1 and width in shapes[0]:
             width = shapes[0][0] if shapes[0][1] == width else shapes[0][1]
         return hidden.new_empty(*hidden.shape[:-1], width)
+
+
+def _run_plainly(experts: Any) -> None:
+    """Have experts compute one by one: fused products of all have no forward derivatives."""
+    if getattr(experts, "config", None) is not None:
+        experts.config = copy.copy(experts.config)
+        experts.config._experts_implementation = "eager"
 
 
 def _why_whole(module: nn.Module, layout: ExpertsLayout | None, why_unread: WhyUnread) -> str | None:
