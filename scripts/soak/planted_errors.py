@@ -281,7 +281,7 @@ _ROUNDING = (
         "hawqtool/rounding/learned/end_to_end.py",
         "order = batch_order(fitting, schedule.steps, schedule.seed)",
         "order = batch_order(len(inputs), schedule.steps, schedule.seed)",
-        (_END_TO_END,),
+        (f"{_END_TO_END}::test_nothing_is_learned_from_held_out_batches",),
     ),
     PlantedError(
         "distillation takes held-out rows for fitting ones",

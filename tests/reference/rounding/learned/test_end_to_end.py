@@ -201,6 +201,23 @@ def test_held_out_divergence_falls_and_is_what_the_result_gives() -> None:
     assert found.log.best_step > 0
 
 
+def test_nothing_is_learned_from_held_out_batches() -> None:
+    """They only judge, and the others only teach."""
+    batches, taught, judged = inputs(8), set[int](), set[int]()
+
+    class Noting(Comparison):
+        def divergence(self, hidden: Tensor) -> Tensor:
+            judged.add(next(i for i, batch in enumerate(batches) if batch is self.batch))
+            return super().divergence(hidden)
+
+        def gradient(self, hidden: Tensor) -> Tensor:
+            taught.add(next(i for i, batch in enumerate(batches) if batch is self.batch))
+            return super().gradient(hidden)
+
+    distill(trainable_blocks(torch.bfloat16), batches, 6, [Noting(batch) for batch in batches], DistillSchedule(12))
+    assert (taught, judged) == (set(range(6)), {6, 7})
+
+
 def test_codes_are_learned_within_their_limits() -> None:
     rates = {"scale_rate": 5e-3, "gain_rate": 5e-3}
     fixed, found = run(DistillSchedule(60, **rates)), run(DistillSchedule(60, latent_rate=5e-3, **rates))
