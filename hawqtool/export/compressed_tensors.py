@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -36,7 +36,8 @@ def quantization_config(
     """Build the ``quantization_config`` of ``config.json``.
 
     Targets are anchored regexes without the prefix of the block list, one per group and role, because engines
-    know the same block under different prefixes; they hit each quantized module in exactly one group.
+    know the same block under different prefixes; they hit each quantized module in exactly one group. Where two lists
+    hold namesakes, as encoder and decoder do, the part before the list tells them apart.
 
     Args:
         formats: Format of every quantized module, by module name.
@@ -53,10 +54,11 @@ def quantization_config(
     by_format: dict[QuantFormat, list[str]] = defaultdict(list)
     for module, quant_format in formats.items():
         by_format[quant_format] += [module, aliases[module]] if module in aliases else [module]
-    bare = _bare_roles((*formats, *aliases.values()))
+    shared = _shared_roles(formats)
+    bare = _bare_roles((*formats, *aliases.values()), shared)
     groups = {
         quant_format.label: {
-            "targets": sorted(_targets(modules, bare)),
+            "targets": sorted(_targets(modules, bare, shared)),
             "weights": _weights(quant_format),
             "input_activations": None,
             "output_activations": None,
@@ -76,7 +78,13 @@ def quantization_config(
     quantized = {*formats, *aliases.values()}
     strays = {name for name in others if name not in quantized and matching_targets(config, name)}
     config["ignore"] = sorted(strays | set(other_linears))
-    for module in (*formats, *aliases.values()):
+    _check_hits(config, (*formats, *aliases.values()))
+    return config
+
+
+def _check_hits(config: Mapping[str, Any], modules: Iterable[str]) -> None:
+    """Check that one target hits each quantized module, and ``ignore`` none."""
+    for module in modules:
         hit = matching_targets(config, module)
         if len(hit) != 1 or is_ignored(config, module):
             found = ", ".join(target.pattern for target in hit)
@@ -84,7 +92,6 @@ def quantization_config(
                 f"{module} is ignored or hit by {len(hit)} targets ({found}); expected one; "
                 "its name is ambiguous without the prefix of its block list; exclude one of the namesakes"
             )
-    return config
 
 
 def hits(pattern: str, module: str) -> bool:
@@ -185,27 +192,40 @@ class _Place:
     prefixed: bool
 
 
-def _place(module: str) -> _Place | None:
+def _place(module: str, shared: Collection[tuple[str, str]] = ()) -> _Place | None:
+    """Place of a name; in roles that several lists share it begins one part before the list."""
     parts = module.split(".")
     numbers = [place for place, part in enumerate(parts) if part.isdecimal()]
     if not numbers or numbers[0] == 0:
         return None
     # The name from the outermost list on: the inner index alone (an expert) would not tell blocks apart.
     start, last = numbers[0] - 1, numbers[-1]
-    return _Place((".".join(parts[start:last]), ".".join(parts[last + 1 :])), int(parts[last]), start > 0)
+    tail = ".".join(parts[last + 1 :])
+    if start > 0 and (".".join(parts[start:last]), tail) in shared:
+        start -= 1
+    return _Place((".".join(parts[start:last]), tail), int(parts[last]), start > 0)
 
 
-def _bare_roles(modules: Iterable[str]) -> frozenset[tuple[str, str]]:
+def _shared_roles(modules: Iterable[str]) -> frozenset[tuple[str, str]]:
+    """Roles in which two of the modules have one index, as those of an encoder and of a decoder."""
+    places = Counter((place.role, place.index) for place in map(_place, modules) if place)
+    return frozenset(role for (role, _), count in places.items() if count > 1)
+
+
+def _bare_roles(modules: Iterable[str], shared: Collection[tuple[str, str]]) -> frozenset[tuple[str, str]]:
     """Roles that some name has without a prefix: it is optional there, so that one target serves both names."""
-    return frozenset(place.role for place in map(_place, modules) if place and not place.prefixed)
+    places = (_place(module, shared) for module in modules)
+    return frozenset(place.role for place in places if place and not place.prefixed)
 
 
-def _targets(modules: Iterable[str], bare: Collection[tuple[str, str]]) -> list[str]:
+def _targets(
+    modules: Iterable[str], bare: Collection[tuple[str, str]], shared: Collection[tuple[str, str]]
+) -> list[str]:
     """One regex per role: what surrounds the last index of a name, with the indices joined."""
     roles: dict[tuple[str, str], set[int]] = defaultdict(set)
     plain: list[str] = []
     for module in modules:
-        place = _place(module)
+        place = _place(module, shared)
         if place is None:
             plain.append(rf"re:(.*\.)?{re.escape(module)}$")
         else:

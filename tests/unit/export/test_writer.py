@@ -312,6 +312,15 @@ def test_config_ignores_further_matrices_that_a_target_hits() -> None:
     assert config["ignore"] == ["lm_head", "mtp.layers.0.fc"]
 
 
+def test_namesakes_in_encoder_and_decoder_have_targets_of_their_own() -> None:
+    four, two = QuantFormat(4, 32), QuantFormat(2, 32)
+    names = ("encoder.block.0.layer.0.q", "decoder.block.0.layer.0.q", "decoder.block.1.layer.1.q")
+    for prefix in ("", "model."):
+        formats = {prefix + name: quant_format for name, quant_format in zip(names, (four, two, four), strict=True)}
+        config = quantization_config(formats, {name: name for name in formats}, [], {})
+        assert {name: module_format(config, name) for name in formats} == formats
+
+
 def test_config_refuses_split_units_and_ambiguous_names() -> None:
     names = ("m.layers.0.self_attn.q_proj", "m.layers.0.self_attn.k_proj")
     with pytest.raises(InputError, match=r"fuse them into m.layers.0.self_attn.qkv_proj"):
@@ -319,6 +328,6 @@ def test_config_refuses_split_units_and_ambiguous_names() -> None:
     mixed = dict(zip(names, (QuantFormat(4, 32), QuantFormat(4, 32, symmetric=False)), strict=True))
     with pytest.raises(InputError, match="is w4g32a and .* is w4g32;"):
         config_of(mixed, [])
-    both = {"encoder.layers.0.fc": QuantFormat(4, 32), "decoder.layers.0.fc": QuantFormat(3, 32)}
+    both = {"layers.0.fc": QuantFormat(4, 32), "decoder.layers.0.fc": QuantFormat(3, 32)}
     with pytest.raises(InputError, match="ambiguous"):
         config_of(both, [])
