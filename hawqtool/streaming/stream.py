@@ -131,6 +131,12 @@ class ModelStream:
         """Load what lies outside the blocks: embedding, last norm, head."""
         self._load(self.model, "", skip=self.structure.inside, shared=self._matrices)
         self._has_ends = True
+        name, first = next(self.model.named_parameters())
+        if name in self.structure.unused:
+            # By its device transformers knows that of a model; zeros of any shape take the memory of one.
+            owner, _, leaf = name.rpartition(".")
+            zeros = torch.zeros((), dtype=first.dtype, device=self.device).expand(first.shape)
+            self.model.get_submodule(owner)._parameters[leaf] = nn.Parameter(zeros, requires_grad=False)
 
     def _load_buffers(self) -> None:
         """Load the stored buffers of the whole model, such as routing biases and scalars of layers; they are small.
