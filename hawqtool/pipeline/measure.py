@@ -41,7 +41,7 @@ def run_measure(config: RunConfig, output: Path, reporter: Reporter) -> Sensitiv
         run.begin(run_identity(job), config.restart)
         menu = format_menu(job.units, config.bits or WIDE_MENU, config)
         context = RunContext(job, reporter, run.saved)
-        sets = gather_rows(context)
+        sets = gather_rows(context, scores_alone=True)
         run.check_rows({name: rows.fingerprint for name, rows in sets.items()})
         check_rotation(context, sets)
         alone = config.sensitivity in SWEEP_METRICS

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hawqtool.checkpoint.prefetch import Prefetcher
 from hawqtool.checkpoint.reader import check_finite
@@ -112,7 +113,7 @@ class ModelStream:
     ) -> Iterator[tuple[str, list[tuple[str, nn.Module, str]]]]:
         """Stored name of each parameter with the places that share it."""
         aliases: dict[int, list[tuple[str, nn.Module, str]]] = {}
-        unused = () if prefix else self.structure.unused
+        unused = () if prefix else self._left_out()
         for path, owner in module.named_modules():
             for leaf, parameter in owner._parameters.items():
                 name = f"{path}.{leaf}" if path else leaf
@@ -126,6 +127,12 @@ class ModelStream:
                     f"{places[0][0]} is not in the checkpoint; the model that config.json describes needs it"
                 )
             yield stored, places
+
+    def _left_out(self) -> set[str]:
+        """Parameters that no row reaches, but for the first of each model: transformers goes by its device."""
+        models = ((path, m) for path, m in self.model.named_modules() if isinstance(m, PreTrainedModel))
+        firsts = {f"{path}." * bool(path) + next(m.named_parameters(), ("", None))[0] for path, m in models}
+        return set(self.structure.unused) - firsts
 
     def _load_ends(self) -> None:
         """Load what lies outside the blocks: embedding, last norm, head."""

@@ -223,3 +223,10 @@ def test_a_metric_measured_alone(place: Path, tmp_path: Path) -> None:
     assert run_allocate(
         config.model_copy(update={"sensitivity": "kron"}), tmp_path / "kron.json", tmp_path / "plan.json", Silent()
     )["layers"]
+
+
+@pytest.mark.parametrize("rounding", ["gptq", "rtn"])
+def test_one_width_alone_is_scored(rounding: str, place: Path, tmp_path: Path) -> None:
+    config = settings(place, bits="4", rounding=rounding)
+    document = run_measure(config, tmp_path / "s.json", Silent())
+    assert {label for scores in document["scores"].values() for unit in scores.values() for label in unit} == {"w4g32"}

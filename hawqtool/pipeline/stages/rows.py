@@ -40,20 +40,20 @@ def row_counts(num_samples: int, eval_samples: int, length: int | None) -> dict[
     return {"calibration": num_samples, "scoring": scoring, "selection": side, "report": eval_samples}
 
 
-def gather_rows(context: RunContext) -> dict[str, Rows]:
+def gather_rows(context: RunContext, scores_alone: bool = False) -> dict[str, Rows]:
     """Cut or sample the calibration, scoring, selection and report rows; sampled ones are saved, and read from there.
 
-    Sets that the run has no use for are left out.
+    Sets that the run has no use for are left out, but not where scores are all that is made: then each width has some.
 
     Raises:
         UsageError: If a source's weight is so small that it gives no row.
         InputError: If a source holds too little text, or sets overlap.
     """
     job, config = context.job, context.job.config
-    if not config.reads_rows:
+    if not config.reads_rows and not scores_alone:
         return {}
     check_calibration(job)
-    counts = _counts(job)
+    counts = _counts(job) | ({"scoring": _all_counts(job)["scoring"]} if scores_alone else {})
     # Text first: what is wrong with it shows before minutes go into sampling.
     report = {}
     if config.eval_data is not None:
@@ -94,14 +94,18 @@ def used_rows(job: Job) -> dict[str, int]:
 
 def _counts(job: Job) -> dict[str, int]:
     """Rows of each set that the calibration sources give; of a uniform plan there is nothing to score or to choose."""
-    config, length = job.config, None if job.takes_images else job.settings.seq_len
-    counts = row_counts(job.settings.num_samples, job.settings.eval_samples, length)
+    config, counts = job.config, _all_counts(job)
     unused = {"report"} if config.eval_data is not None or not config.evaluates else set()
     if config.uniform_width is not None:
         unused |= {"scoring", "selection"}
     elif not config.evaluates:
         unused.add("selection")
     return {role: count for role, count in counts.items() if role not in unused}
+
+
+def _all_counts(job: Job) -> dict[str, int]:
+    length = None if job.takes_images else job.settings.seq_len
+    return row_counts(job.settings.num_samples, job.settings.eval_samples, length)
 
 
 def calibration_rows(context: RunContext, counts: dict[str, int]) -> dict[str, Rows]:
