@@ -8,9 +8,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.console import Console
+
 from hawqtool.cli import options as o
 from hawqtool.cli.junit import recorded_run
-from hawqtool.cli.render import announcement, print_report
+from hawqtool.cli.render import announcement, fitted, print_report
 from hawqtool.cli.session import decide_hub_access, print_json, session
 from hawqtool.cli.terminal import Terminal
 from hawqtool.config import SETTINGS, load_config
@@ -59,14 +61,16 @@ def quantize(
             if "estimate" in description:
                 terminal.expect(description["estimate"]["phases"])
             for line in announcement(description):
-                terminal.say(line)
+                for part in fitted(line, terminal.console).splitlines():
+                    terminal.say(part)
 
         if dry_run:
             description = described(settings, terminal)
             if json:
                 print_json({"schema": "hawqtool.dryrun/1", **description})
             else:
-                print("\n".join(map(printable, announcement(description))))
+                console = Console()
+                print("\n".join(fitted(printable(line), console) for line in announcement(description)))
             return
         command = shlex.join(["hawqtool", *shortened(sys.argv[1:])])
         report = run_quantize(settings, command, terminal, announce, estimates=not quiet)

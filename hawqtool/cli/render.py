@@ -165,6 +165,11 @@ def _quality_table(report: Report, evaluation: PlanComparison, width: int) -> Ta
     return table
 
 
+def fitted(line: str, console: Console) -> str:
+    """A labelled line, wrapped between words on a terminal; elsewhere it stays one line."""
+    return hanging(line, console.width) if console.is_terminal else line
+
+
 def hanging(line: str, width: int) -> str:
     """A line of a 12-character label and text, continued below the text where the terminal ends."""
     return "\n".join(textwrap.wrap(line, width, subsequent_indent=" " * _LABEL, break_on_hyphens=False)) or line

@@ -17,6 +17,8 @@ from hawqtool.report.wording import duration
 _PLAIN_SECONDS = 5.0
 """Seconds after which a plain line says how far the work is."""
 
+_TRUST = 0.1
+
 
 class Course:
     """Where a run is among its phases, and how much time it has left.
@@ -52,8 +54,10 @@ class Course:
             return None
         own = self.phases[self.position]["seconds"]
         spent, estimated = self._spent + seconds, self._estimated + own * share
-        pace = spent / estimated if estimated > 0 and spent > 0 else 1.0
         later = sum(phase["seconds"] for phase in self.phases[self.position + 1 :])
+        # A short first phase tells little of the others: the estimate counts as a tenth of the run that was on time.
+        trust = _TRUST * sum(phase["seconds"] for phase in self.phases)
+        pace = (spent + trust) / (estimated + trust) if estimated + trust > 0 else 1.0
         return pace * (own * (1 - share) + later)
 
 

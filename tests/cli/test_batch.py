@@ -89,7 +89,9 @@ def test_a_batch_its_rerun_and_changed_settings(place: Path, monkeypatch: pytest
     assert sorted(row["measurement"] for row in summary["jobs"][1:]) == ["run", "shared"]
     assert summary["measured"] == 1 and len(list((runs / "measurements").iterdir())) == 1
     assert "is not a folder" in summary["jobs"][0]["error"]
-    assert [line.split(":")[0].split()[0] for line in found.stderr.splitlines()] == [f"[{n}/3]" for n in range(1, 4)]
+    # On a slow machine jobs say in between where they are.
+    said = [line.split(":")[0].split()[0] for line in found.stderr.splitlines() if line.startswith("[")]
+    assert said == [f"[{n}/3]" for n in range(1, 4)]
     assert [row["name"] for row in csv.DictReader((runs / "summary.csv").open())] == [
         row["name"] for row in summary["jobs"]
     ]

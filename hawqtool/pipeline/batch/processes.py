@@ -17,6 +17,7 @@ from hawqtool.runtime.lifeline import Lifeline
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 _POLL_SECONDS = 0.05
+_TELL_SECONDS = 10.0
 _GRACE_SECONDS = 15.0
 """Time of a terminated program to clean up; it can be gone on with in any case."""
 
@@ -90,7 +91,10 @@ def device_slots(count: int, environment: Mapping[str, str], installed: Callable
 
 
 def run_programs(
-    programs: Sequence[Program], slots: Sequence[str | None], ended: Callable[[Program, Outcome], None]
+    programs: Sequence[Program],
+    slots: Sequence[str | None],
+    ended: Callable[[Program, Outcome], None],
+    working: Callable[[Program, float], None] = lambda _program, _seconds: None,
 ) -> None:
     """Run all programs, one at a time per slot; they are terminated when this is interrupted, and when it is killed.
 
@@ -98,7 +102,9 @@ def run_programs(
         programs: In the order in which they are to start.
         slots: See `device_slots`.
         ended: Called as each ends.
+        working: Called now and then with each that runs, and its seconds.
     """
+    told = time.monotonic()
     waiting, running = list(programs), dict[int, _Running]()
     with Lifeline() as line:
         try:
@@ -113,6 +119,10 @@ def run_programs(
                     if code is not None:
                         del running[slot]
                         ended(entry.program, _outcome(entry, code, slots[slot]))
+                if time.monotonic() - told >= _TELL_SECONDS:
+                    told = time.monotonic()
+                    for entry in running.values():
+                        working(entry.program, told - entry.start)
                 time.sleep(_POLL_SECONDS)
         finally:
             _stop([entry.process for entry in running.values()])

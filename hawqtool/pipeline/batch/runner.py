@@ -19,12 +19,15 @@ from hawqtool.pipeline.batch.processes import Outcome, Program, run_programs
 from hawqtool.pipeline.batch.summary import GATE_FAILED, Row, empty_row, result, summarize, write_summary
 from hawqtool.pipeline.run.files import REPORT_SCHEMA, write_text
 from hawqtool.pipeline.run.fingerprint import config_fingerprint
+from hawqtool.report import escape
 from hawqtool.report.schema import Report
-from hawqtool.report.wording import MEASURES
+from hawqtool.report.wording import MEASURES, duration
 from hawqtool.runtime.reporter import Reporter
 
 OUT_OF_MEMORY, CRASHED = 5, 1
 _DOCUMENTED = (0, 1, 2, 3, 4, 5, 130, 143)
+_LOOKED_AT = 4096
+"""Bytes at the end of a log in which its last line is looked for."""
 _LONGEST_ERROR = 400
 
 TO_DO, DONE, CHANGED, DAMAGED = "to do", "done", "other settings", "damaged"
@@ -101,7 +104,7 @@ def run_batch(batch: Batch, slots: Sequence[str | None], reporter: Reporter) -> 
     check_batch(batch)
     run = _BatchRun(batch, reporter)
     try:
-        run_programs(run.prepare(), slots, run.ended)
+        run_programs(run.prepare(), slots, run.ended, run.working)
     finally:
         summary = run.write()
     return summary
@@ -115,6 +118,7 @@ class _BatchRun:
         self.start, self.count, self.measured = time.monotonic(), 0, 0
         self.rows = {job.name: empty_row(job) for job in batch.jobs}
         self.logs = batch.folder / JOBS
+        self.said: dict[str, str] = {}
 
     def prepare(self) -> list[Program]:
         """Settle what needs no run; the programs of the rest."""
@@ -137,6 +141,13 @@ class _BatchRun:
                 kind = repr(measured_settings(job.config))
                 programs.append(Program(job.name, command, self.logs / f"{job.name}.log", kind))
         return programs
+
+    def working(self, program: Program, seconds: float) -> None:
+        """Say where a job is: the last line that it said, where it is a new one."""
+        said = _last_line(program.log)
+        if said and said != self.said.get(program.name):
+            self.said[program.name] = said
+            self.reporter.say(f"{program.name}, {duration(seconds)}: {said}")
 
     def ended(self, program: Program, outcome: Outcome) -> None:
         """Record how a job ended."""
@@ -163,6 +174,14 @@ class _BatchRun:
         summary = summarize(list(self.rows.values()), time.monotonic() - self.start, self.measured)
         write_summary(self.batch.folder, summary)
         return summary
+
+
+def _last_line(log: Path) -> str:
+    """The last line of a log that has anything on it; empty where there is none."""
+    with log.open("rb") as stream:
+        stream.seek(max(0, log.stat().st_size - _LOOKED_AT))
+        lines = stream.read().decode("utf-8", errors="replace").splitlines()
+    return escape.one_line(next((line for line in reversed(lines) if line.strip()), ""), _LONGEST_ERROR)
 
 
 def _failure(code: int, log: Path) -> tuple[int, str]:

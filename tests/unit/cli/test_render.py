@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from rich.console import Console
 
-from hawqtool.cli.render import hanging, print_report, result_lines
+from hawqtool.cli.render import fitted, hanging, print_report, result_lines
 from tests.unit.pipeline.test_report import a_report, a_search, uniform
 
 WIDTH = 100
@@ -46,3 +47,11 @@ def test_a_mixed_plan_that_is_uniform_is_shown_once(capsys: pytest.CaptureFixtur
 
 def test_text_hangs_below_its_label() -> None:
     assert hanging("size        " + "word " * 4, 24) == "size        word word\n            word word"
+
+
+def test_the_first_screen_wraps_between_words_on_a_terminal_only() -> None:
+    line = "size        269.1 MB now, 112.8 MB (112,760,696 bytes) afterwards, and quite a few words more than fit here"
+    narrow, plain = Console(width=60, force_terminal=True), Console(width=60, force_terminal=False)
+    parts = fitted(line, narrow).splitlines()
+    assert fitted(line, plain) == line and len(parts) > 1 and parts[1].startswith(" " * 12)
+    assert max(map(len, parts)) <= 60 and " ".join(part.strip() for part in parts).split() == line.split()
