@@ -140,28 +140,31 @@ def verdict_lines(report: Report) -> list[str]:
 
 
 def _quality_table(report: Report, evaluation: PlanComparison, width: int) -> Table:
-    """Original, uniform and mixed plan in the columns of their kind of model."""
-    columns = quality_columns(evaluation)
+    """Original, uniform and mixed plan in the columns of their kind of model; narrow terminals get no formats."""
+    columns, roomy = quality_columns(evaluation), width >= _ROOMY
     table = Table(title="quality on the report rows" + (" (in-domain)" if report["rows"]["report_in_domain"] else ""))
-    for name in ("model", "formats"):
+    for name in ("model", *(("formats",) if roomy else ())):
         table.add_column(name, overflow="fold")
-    for name in ("bits/weight", "file", *columns):
-        # Text folds before numbers, where there is room for these.
-        table.add_column(name, justify="right", overflow="fold", no_wrap=width >= _ROOMY)
+    for name in ("bits/weight" if roomy else "bits", "file", *columns):
+        table.add_column(name, justify="right", no_wrap=True)
+
+    def add(name: str, formats: str, *cells: str) -> None:
+        table.add_row(name, *((formats,) if roomy else ()), *cells)
+
     original = report["sizes"]["original_bytes"]
-    table.add_row("original", "", "", size(original), *(show(evaluation["original"]) for show in columns.values()))
+    add("original", "", "", size(original), *(show(evaluation["original"]) for show in columns.values()))
     alone = same_plan(evaluation["mixed"], evaluation["uniform"])
     for name, values in (("uniform", evaluation["uniform"]), ("mixed", evaluation["mixed"])):
         if values is None or (name == "mixed" and alone):
             continue
         cells = (" ".join(values["formats"]), f"{values['bpw_linears']:.3f}", size(values["total_bytes"]))
-        table.add_row(name, *cells, *(show(values) for show in columns.values()))
+        add(name, *cells, *(show(values) for show in columns.values()))
     interpolated = evaluation["uniform_interpolated"]
     if interpolated and not alone:
         bits = f"{evaluation['mixed']['bpw_linears']:.3f}"
         between = cast(Quality, interpolated)  # of which only the divergence is shown
         shown = [show(between) if name in MEASURES.values() else "" for name, show in columns.items()]
-        table.add_row("uniform, interpolated", "", bits, "", *shown)
+        add("uniform, interpolated", "", bits, "", *shown)
     return table
 
 

@@ -77,13 +77,27 @@ def grade_of(measure: str, value: float) -> Grade:
 
 
 def next_bound(found: Verdict) -> tuple[Grade, float] | None:
-    """The better grade to aim at, and the most divergence that it allows; None for what is near lossless."""
-    measure = "kl" if "kl" in found["measures"] else "embedding_error"
+    """The better grade to aim at, and the most divergence that lets all measures reach it; None for near lossless.
+
+    Where another measure than the divergence is in the way, the share of changed outputs is taken to grow with the root
+    of the divergence, and perplexity with the divergence itself.
+    """
     if found["grade"] == NEAR_LOSSLESS:
         return None
-    if found["grade"] == DAMAGED:
-        return "usable", LIMITS[measure].usable
-    return "near lossless", LIMITS[measure].near_lossless
+    aim: Grade = "usable" if found["grade"] == DAMAGED else "near lossless"
+    values = found["measures"]
+    measure = "kl" if "kl" in values else "embedding_error"
+    bound = _limit(measure, aim)
+    for name, value in values.items():
+        if name != measure and value > _limit(name, aim):
+            power = 2 if name == "changed_top" else 1
+            bound = min(bound, values[measure] * (_limit(name, aim) / value) ** power)
+    return aim, bound
+
+
+def _limit(measure: str, grade: Grade) -> float:
+    limits = LIMITS[measure]
+    return limits.usable if grade == USABLE else limits.near_lossless
 
 
 def verdict_text(found: Verdict) -> str:
@@ -107,7 +121,7 @@ def advice_text(found: Verdict) -> str | None:
         return None
     good = found["good"]
     if good is None:
-        return f"for {aim[0]} use more bits (a wider --bits or a higher target), or --target-kl {aim[1]:g}"
+        return f"for {aim[0]} use more bits (a wider --bits or a higher target), or --target-kl {aim[1]:.2g}"
     return (
         f"{good['grade']} is expected at {good['bpw_linears']:.2f} bits per weight, {good['bytes'] / 1e6:,.1f} MB "
         f"(--target-bpw {good['bpw_linears']:.2f}), as the scores predict"

@@ -22,6 +22,15 @@ def test_the_result_fits_the_terminal(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert any(line.startswith("            [bold]a warning") for line in lines)
 
 
+def test_no_word_is_broken_at_80_columns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    print_report(a_report(experts={}, **a_search()), "out", 100)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    for whole in ("perplexity", "interpolated", "same top-1", "0.4000 ± 0.0100"):
+        assert any(whole in line for line in lines), whole
+
+
 def test_all_plans_the_search_and_the_gates_are_listed() -> None:
     report = a_report(experts={}, **a_search())
     report["timings"] |= {"round kron": 2.0, "round uniform w3g64": 3.0}

@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 
 from hawqtool.report.schema import Quality
-from hawqtool.report.verdict import LIMITS, advice_text, verdict, verdict_text
+from hawqtool.report.verdict import LIMITS, advice_text, next_bound, verdict, verdict_text
 
 DOCUMENTED = Path(__file__).resolve().parents[3] / "docs/evaluation.md"
 ORIGINAL = cast(Quality, {"num_tokens": 8192, "perplexity": 20.0, "kl": 0.0, "same_top": 1.0})
@@ -39,6 +39,15 @@ def test_the_worst_measure_decides(values: dict[str, float], grade: str) -> None
     found = verdict(ORIGINAL, quality(**values), 32)
     assert found["grade"] == grade and verdict_text(found).startswith(grade) and not found["few_rows"]
     assert (advice_text(found) is None) == (grade == "near lossless")
+
+
+def test_what_is_in_the_way_lowers_the_bound() -> None:
+    found = verdict(ORIGINAL, quality(kl=0.14, same_top=0.78, perplexity=21.0), 32)
+    aim = next_bound(found)
+    assert found["grade"] == "damaged" and aim is not None
+    assert aim[0] == "usable" and aim[1] == pytest.approx(0.14 * (0.20 / 0.22) ** 2)
+    aim = next_bound(verdict(ORIGINAL, quality(kl=0.3, same_top=0.85, perplexity=21.0), 32))
+    assert aim == ("usable", 0.15)
 
 
 def test_embeddings_are_graded_by_their_error() -> None:
