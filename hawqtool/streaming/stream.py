@@ -113,7 +113,7 @@ class ModelStream:
     ) -> Iterator[tuple[str, list[tuple[str, nn.Module, str]]]]:
         """Stored name of each parameter with the places that share it."""
         aliases: dict[int, list[tuple[str, nn.Module, str]]] = {}
-        unused = () if prefix else self._left_out()
+        unused = () if prefix else self.structure.unused
         for path, owner in module.named_modules():
             for leaf, parameter in owner._parameters.items():
                 name = f"{path}.{leaf}" if path else leaf
@@ -128,22 +128,18 @@ class ModelStream:
                 )
             yield stored, places
 
-    def _left_out(self) -> set[str]:
-        """Parameters that no row reaches, but for the first of each model: transformers goes by its device."""
-        models = ((path, m) for path, m in self.model.named_modules() if isinstance(m, PreTrainedModel))
-        firsts = {f"{path}." * bool(path) + next(m.named_parameters(), ("", None))[0] for path, m in models}
-        return set(self.structure.unused) - firsts
-
     def _load_ends(self) -> None:
         """Load what lies outside the blocks: embedding, last norm, head."""
         self._load(self.model, "", skip=self.structure.inside, shared=self._matrices)
         self._has_ends = True
-        name, first = next(self.model.named_parameters())
-        if name in self.structure.unused:
-            # By its device transformers knows that of a model; zeros of any shape take the memory of one.
-            owner, _, leaf = name.rpartition(".")
-            zeros = torch.zeros((), dtype=first.dtype, device=self.device).expand(first.shape)
-            self.model.get_submodule(owner)._parameters[leaf] = nn.Parameter(zeros, requires_grad=False)
+        for path, model in self.model.named_modules():
+            first = next(model.parameters(), None)
+            name = next((f"{path}.{n}" if path else n for n, _ in model.named_parameters()), "")
+            if isinstance(model, PreTrainedModel) and first is not None and name in self.structure.unused:
+                # By its device transformers knows that of a model; zeros of any shape take the memory of one.
+                owner, _, leaf = name.rpartition(".")
+                zeros = torch.zeros((), dtype=first.dtype, device=self.device).expand(first.shape)
+                self.model.get_submodule(owner)._parameters[leaf] = nn.Parameter(zeros, requires_grad=False)
 
     def _load_buffers(self) -> None:
         """Load the stored buffers of the whole model, such as routing biases and scalars of layers; they are small.
