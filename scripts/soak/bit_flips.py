@@ -210,10 +210,11 @@ def judge(trial: Trial, expected: dict[str, Any], damaged: str, redone: set[str]
 def _is_part(key: str, damaged: str) -> bool:
     """Whether a key is the damaged one or rests on it.
 
-    A plan rests on its written files and on the record of them, a rounded block on those before it in its plan.
+    A plan rests on its written files and on the records of them, which are removed where another plan is better; a
+    rounded block on those before it in its plan.
     """
     name = Path(damaged).name.removesuffix(SUFFIX).removeprefix("copy.")
-    whole = re.search(r"plans/(\w+)", damaged) or re.fullmatch(r"(\w+)\.as-written", name)
+    whole = re.search(r"plans/(\w+)", damaged) or re.fullmatch(r"(\w+)\.(as-written|rounding|quality)", name)
     block = re.match(r"\w+\.block\.", name)
     return key == name or key.startswith(whole[1] if whole else block[0] if block else "\0")
 

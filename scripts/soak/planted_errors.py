@@ -235,13 +235,6 @@ _ROUNDING = (
         (_LAYER,),
     ),
     PlantedError(
-        "learned codes may leave the grid by one",
-        "hawqtool/rounding/learned/fake_quant.py",
-        "self.latent.round().clamp_(self.low, self.high)",
-        "self.latent.round().clamp_(self.low - 1, self.high)",
-        (_FAKE_QUANT,),
-    ),
-    PlantedError(
         "learned offsets may pass the border of the grid",
         "hawqtool/rounding/learned/fake_quant.py",
         "torch.minimum(self.latent + reach, self.high + EDGE)",

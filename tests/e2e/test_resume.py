@@ -176,7 +176,7 @@ def test_another_run_is_refused(place: Path, tmp_path: Path, monkeypatch: pytest
     assert quantize(config)["starts"] == 2
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "reproduce/checksums.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "reproduce/checksums.json", "rounding.state"])
 def test_a_plan_that_was_damaged_is_rounded_again(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -190,9 +190,11 @@ def test_a_plan_that_was_damaged_is_rounded_again(
         assert interrupt.keys[-1].endswith(".as-written")
     (part,) = (tmp_path / ".out.hawqtool/plans").iterdir()
     folder = part.rename(part.with_name(part.name.removesuffix(".part")))  # as a moment later
-    content = bytearray((folder / name).read_bytes())
+    saved = tmp_path / f".out.hawqtool/saved/{folder.name}.{name}"
+    damaged = saved if name == "rounding.state" else folder / name
+    content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
-    (folder / name).write_bytes(content)
+    damaged.write_bytes(content)
     report = quantize(config)
     assert report["starts"] == 2
     assert result_without_scores(tmp_path / "out") == result_without_scores(tmp_path / "undisturbed")

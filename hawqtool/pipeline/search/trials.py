@@ -117,6 +117,8 @@ class TrialRunner:
         return trial.folder
 
     def _rounded(self, plan: BitPlan, folder: Path, name: str) -> RoundingResult:
+        if folder.exists():  # an earlier start wrote it, and its record is damaged
+            self._remove(folder)
         with Stopwatch(self.timings, f"round {name}"):
             part = self.context.part(folder.name)
             rounding = round_to_folder(part, plan, self.sets.get("calibration"), folder, name)
