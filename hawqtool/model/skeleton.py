@@ -15,8 +15,11 @@ from hawqtool.errors import HawqError, InputError, one_line
 from hawqtool.model.experts import split_experts
 from hawqtool.model.initialization import compute_unstored
 from hawqtool.model.stored_names import stored_names, why_unread
-from hawqtool.model.tasks import TASKS, class_task, model_task
+from hawqtool.model.tasks import MASKED, TASKS, class_task, model_task
 from hawqtool.parsing import shown
+
+SENTENCE_ENCODER = "modules.json"
+"""File by which sentence-transformers knows its models; it loads them without a head."""
 
 _LARGE = 1 << 14
 _FILLS = {"normal_", "trunc_normal_", "uniform_", "zero_", "zeros_", "ones_", "fill_", "constant_"}
@@ -73,7 +76,7 @@ def build_skeleton(
     config = _read_config(folder, trust_remote_code)
     try:
         with _LargeTensorsOnMeta(), torch.random.fork_rng(devices=[]):
-            model = _build(config, dtype, trust_remote_code)
+            model = _build(config, dtype, trust_remote_code, (folder / SENTENCE_ENCODER).is_file())
     except HawqError:
         raise
     except Exception as error:  # configuration classes raise errors of any type on values that make no sense
@@ -120,15 +123,21 @@ def _refuse_absurd(folder: Path, config: Any) -> None:
             )
 
 
-def _build(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    """The class that the checkpoint names; a causal language model where it names none, or code of its own."""
+def _build(config: Any, dtype: torch.dtype, trust_remote_code: bool, encodes_sentences: bool) -> Any:
+    """The class that the checkpoint names; a causal language model where it names none, or code of its own.
+
+    A sentence encoder that names the masked language model it was made from has no head: it is the base model.
+    """
     import transformers
 
     named = (getattr(config, "architectures", None) or [None])[0]
     own_code = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if named is None or own_code:
         return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    if class_task(named) is None:
+    task = class_task(named)
+    if encodes_sentences and task is not None and task.mapping == MASKED:
+        return transformers.AutoModel.from_config(config, dtype=dtype)
+    if task is None:
         tasks = ", ".join(task.name for task in TASKS)
         raise InputError(f"architecture {named} is not supported; expected a model of one of these kinds: {tasks}")
     return getattr(transformers, named)._from_config(config, dtype=dtype)

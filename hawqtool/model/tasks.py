@@ -31,6 +31,7 @@ class ModelTask:
     auto_class: str = "AutoModelForCausalLM"
 
 
+MASKED = "MODEL_FOR_MASKED_LM_MAPPING_NAMES"
 _IMAGES = "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES"
 
 TASKS = (
@@ -45,7 +46,7 @@ TASKS = (
         mapping="MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
         auto_class="AutoModelForSeq2SeqLM",
     ),
-    ModelTask("masked language model", True, False, False, "MODEL_FOR_MASKED_LM_MAPPING_NAMES"),
+    ModelTask("masked language model", True, False, False, MASKED),
     ModelTask("sequence classifier", True, True, False, "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"),
     ModelTask("image classifier", True, True, False, _IMAGES),
     ModelTask("embedding model", False, True, False, "MODEL_MAPPING_NAMES"),
