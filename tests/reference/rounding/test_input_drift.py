@@ -75,17 +75,17 @@ def same(one: list[Quantized], other: list[Quantized]) -> bool:
 
 @pytest.mark.parametrize("beta", [0.05, 0.1, 0.4])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_foem_gives_exactly_the_codes_of_its_published_rule(bits: int, beta: float) -> None:
+def test_foem_gives_exactly_the_codes_of_its_authors_code(bits: int, beta: float) -> None:
     case, fmt = make_case(24, 256, seed=5), QuantFormat(bits, 64)
     scales = scales_of(case, fmt)
     reference = reference_of(case, fmt, scales)
-    published = oracles.foem_in_place(reference.weight, reference.grid, reference.hessian, beta)[0]
+    theirs = oracles.foem_in_place(reference.weight, reference.grid, reference.hessian, beta)[0]
     # In float64, where the order of summation decides no tie.
     factor = replace(case.factor, upper=torch.from_numpy(oracles.upper_factor(reference.hessian)))
     weight, step = case.weight.double(), expand_scales(scales, 256).double()
     lowest, highest = (weight.new_full((24,), float(v)) for v in (fmt.min_code, fmt.max_code))
     codes = round_compensated(weight, RowGrids(step, lowest, highest), factor, beta)
-    assert np.array_equal(codes.numpy()[:, reference.order], published)
+    assert np.array_equal(codes.numpy()[:, reference.order], theirs)
 
 
 @pytest.mark.parametrize("alpha", [0.25, 1.0])
