@@ -105,7 +105,7 @@ class RunConfig(Fields):
             raise ValueError("expected a number from 0 to 1, or auto")
         return share
 
-    @field_validator("output_feedback", "rotate", mode="before", json_schema_input_type=str | bool)
+    @field_validator("output_feedback", "rotate", mode="before", json_schema_input_type=str | bool | None)
     @classmethod
     def _parse_switch(cls, value: Any) -> Any:
         # YAML reads bare words on and off as true and false.

@@ -113,4 +113,4 @@ def test_a_processor_of_another_model_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"size": {"height": 48, "width": 48}}))
     job = prepare(RunConfig(model=str(source), group_size=32, device="cpu"))
     with pytest.raises(InputError, match="images of 3 x 48 x 48, the model takes 3 x 32 x 32"):
-        evaluation_rows(job, str(save_images(tmp_path / "images", 3)))
+        evaluation_rows(job, str(save_images(tmp_path / "images", 3)), 2)
