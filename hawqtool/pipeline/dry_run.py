@@ -146,7 +146,7 @@ def describe(job: Job) -> DryRun:
         "device": str(job.device),
         "calibration": f"{job.settings.num_samples} {length}" if config.reads_rows else "no data",
         "evaluation": _evaluation(job, length),
-        "rounding": ", ".join([config.rounding, *_learning(config)]),
+        "rounding": ", ".join([config.rounding, *["output feedback"] * bool(job.feedback_layers), *_learning(config)]),
         "seed": config.seed,
     }
 

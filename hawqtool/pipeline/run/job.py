@@ -42,6 +42,9 @@ from hawqtool.streaming.converted import WeightSource
 from hawqtool.streaming.offload import Offload
 from hawqtool.streaming.stream import ModelStream, StreamMemory
 
+FEEDBACK_BYTES = 8 << 30
+"""Most bytes of moments in the host's memory for output feedback that nobody asked for: an 8B model has 3.3 GB."""
+
 FEEDBACK_ASPECT = 2
 """Most outputs per input of layers that ``--output-feedback auto`` takes.
 
@@ -120,11 +123,11 @@ class Job:
             return frozenset()
         members = [member for unit in self.units for member in unit.members]
         without = {m.name for m in members if is_expert(m.name)} | {m.name for m in (head.linears if head else ())}
-        if wanted == "auto":
-            found = frozenset(m.name for m in members if m.out_features <= FEEDBACK_ASPECT * m.in_features)
-        else:
-            found = matching_layers(wanted, self.units, "--output-feedback")
-        return found - without
+        if wanted != "auto":
+            return matching_layers(wanted, self.units, "--output-feedback") - without
+        found = [m for m in members if m.name not in without and m.out_features <= FEEDBACK_ASPECT * m.in_features]
+        too_much = sum(2 * m.out_features**2 for m in found) > FEEDBACK_BYTES
+        return frozenset() if self.config.output_feedback is None and too_much else frozenset(m.name for m in found)
 
     def rounding(self, menu: Menu, refiner: Refiner | None = None) -> RoundingSpec:
         """How units are rounded to the formats of a menu."""
