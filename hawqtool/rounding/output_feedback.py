@@ -23,7 +23,7 @@ from hawqtool.rounding.two_pass import Problem, refit, round_targets
 ROW_BLOCKS = 16
 """Blocks of rows that are rounded one after the other; fewer where there are fewer rows.
 
-48 lower KL by another point of a hundred and take three times as long.
+48 took off 0 to 2 points more of a hundred of KL on SmolLM2 and its copy, for three times the loops.
 """
 
 DAMPINGS = (0.03, 0.1, 0.3, 1.0)

@@ -133,12 +133,14 @@ class ModelStream:
         self._load(self.model, "", skip=self.structure.inside, shared=self._matrices)
         self._has_ends = True
         for path, model in self.model.named_modules():
-            first = next(model.parameters(), None)
-            name = next((f"{path}.{n}" if path else n for n, _ in model.named_parameters()), "")
-            if isinstance(model, PreTrainedModel) and first is not None and name in self.structure.unused:
+            first = next(model.named_parameters(), None) if isinstance(model, PreTrainedModel) else None
+            if first is None:
+                continue
+            name, parameter = f"{path}.{first[0]}" if path else first[0], first[1]
+            if name in self.structure.unused:
                 # By its device transformers knows that of a model; zeros of any shape take the memory of one.
                 owner, _, leaf = name.rpartition(".")
-                zeros = torch.zeros((), dtype=first.dtype, device=self.device).expand(first.shape)
+                zeros = torch.zeros((), dtype=parameter.dtype, device=self.device).expand(parameter.shape)
                 self.model.get_submodule(owner)._parameters[leaf] = nn.Parameter(zeros, requires_grad=False)
 
     def _load_buffers(self) -> None:
