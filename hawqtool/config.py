@@ -3,172 +3,31 @@
 from __future__ import annotations
 
 import difflib
-import math
-import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import (
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_serializer,
-    field_validator,
-    model_validator,
-)
+from pydantic import ConfigDict, ValidationError, model_validator
 
 from hawqtool.errors import UsageError
-from hawqtool.fields import NEED_EVALUATION, SELF, Fields
-from hawqtool.formats import (
-    ASYMMETRIC_PROFILES,
-    GROUP_STEP,
-    MAX_BITS,
-    MIN_BITS,
-    asymmetric_refusal,
-    group_size_refusal,
-    is_served,
-)
+from hawqtool.formats import ASYMMETRIC_PROFILES, asymmetric_refusal, group_size_refusal, is_served
 from hawqtool.parsing import read_yaml, shown
 from hawqtool.presets import find_preset
 from hawqtool.records import EXTRA_METRICS, SCORE_METRICS
-from hawqtool.settings import Affects, Setting, choices, flag_of, settings_of
-from hawqtool.values import parse_group_size, parse_share, parse_size, split_weight
+from hawqtool.settings.fields import SELF
+from hawqtool.settings.metadata import Affects, Setting, choices, flag_of, settings_of
+from hawqtool.settings.targets import NEED_EVALUATION
+from hawqtool.settings.value_rules import CheckedFields
+from hawqtool.values import split_weight
 
-_GroupSize = Annotated[int, Field(gt=0, multiple_of=GROUP_STEP)] | Literal["channel"]
 DEFAULT, PRESET, FILE, FLAG = "default", "preset", "file", "flag"
 """Where the value of a setting comes from; a later one wins."""
 
 
-class RunConfig(Fields):
+class RunConfig(CheckedFields):
     """Every setting of a run, checked."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
-
-    @field_validator("bits", mode="before", json_schema_input_type=str | int | list[int] | None)
-    @classmethod
-    def _parse_bits(cls, value: Any) -> Any:
-        if isinstance(value, (str, int)):
-            value = [part.strip() for part in str(value).split(",")]
-        if value is None:
-            return None
-        if (
-            not isinstance(value, (list, tuple))
-            or not value
-            or not all(re.fullmatch(r"\d+", str(v)) and MIN_BITS <= int(v) <= MAX_BITS for v in value)
-        ):
-            raise ValueError(f"expected widths from {MIN_BITS} to {MAX_BITS}, such as 2,3,4,8")
-        return tuple(sorted({int(v) for v in value}))
-
-    @field_validator("group_size", mode="before", json_schema_input_type=_GroupSize)
-    @classmethod
-    def _parse_group_size(cls, value: Any) -> int:
-        return parse_group_size(value)
-
-    @field_validator("extra_group_sizes", mode="before", json_schema_input_type=str | int | list[int | str])
-    @classmethod
-    def _parse_extra_group_sizes(cls, value: Any) -> tuple[int, ...]:
-        parts = [part.strip() for part in str(value).split(",")] if isinstance(value, (str, int)) else value
-        return tuple(dict.fromkeys(parse_group_size(part) for part in parts or ()))
-
-    @field_serializer("group_size", "extra_group_sizes", when_used="json")
-    def _name_channel(self, value: int | tuple[int, ...]) -> Any:
-        return [size or "channel" for size in value] if isinstance(value, tuple) else value or "channel"
-
-    @field_validator("extra_metrics", mode="before", json_schema_input_type=str | list[str])
-    @classmethod
-    def _parse_extra_metrics(cls, value: Any) -> Any:
-        names = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
-        if not isinstance(names, (list, tuple)) or not all(name in EXTRA_METRICS for name in names):
-            raise ValueError(f"expected {', '.join(EXTRA_METRICS)}")
-        return tuple(dict.fromkeys(names))
-
-    @field_validator("target_shift", mode="before", json_schema_input_type=float | str | bool | None)
-    @classmethod
-    def _parse_shift(cls, value: Any) -> Any:
-        return value if value is None else cls._parse_share_or_auto(value)
-
-    @field_validator("foem_beta", mode="before", json_schema_input_type=float | str | bool)
-    @classmethod
-    def _parse_share_or_auto(cls, value: Any) -> Any:
-        # YAML reads a bare off as false.
-        if value is False or value == "off":
-            return 0.0
-        if value == "auto":
-            return value
-        try:
-            share = float(value)
-        except (TypeError, ValueError, OverflowError):
-            share = math.nan
-        if isinstance(value, bool) or not 0 <= share <= 1:
-            raise ValueError("expected a number from 0 to 1, or auto")
-        return share
-
-    @field_validator("output_feedback", "rotate", mode="before", json_schema_input_type=str | bool | None)
-    @classmethod
-    def _parse_switch(cls, value: Any) -> Any:
-        # YAML reads bare words on and off as true and false.
-        return ("on" if value else "off") if isinstance(value, bool) else value
-
-    @field_validator("pin", "ignore", "calibration", mode="before", json_schema_input_type=str | list[str])
-    @classmethod
-    def _parse_list(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
-
-    @field_validator("calibration")
-    @classmethod
-    def _check_calibration(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        names = [split_weight(source)[0] for source in value]
-        if not names or not all(names):
-            raise ValueError("expected a source, such as self, text.txt or text.txt=2")
-        if not all(0 < split_weight(source)[1] < float("inf") for source in value):
-            raise ValueError("expected weights above 0 that are finite")
-        if len(set(names)) < len(names):
-            raise ValueError("a source is given twice; give it once, with a weight")
-        return value
-
-    @field_validator("eval_data")
-    @classmethod
-    def _check_eval_data(cls, value: str | None) -> str | None:
-        if value == SELF:
-            raise ValueError("expected text that the model did not write; leave it out for further calibration rows")
-        return value
-
-    @field_validator("sensitivity")
-    @classmethod
-    def _check_sensitivity(cls, value: str) -> str:
-        if value not in ("auto", *SCORE_METRICS) and not os.path.isfile(value):
-            raise ValueError(f"expected auto, {', '.join(SCORE_METRICS)} or an existing sensitivity.json")
-        return value
-
-    @field_validator("max_memory")
-    @classmethod
-    def _check_memory(cls, value: str) -> str:
-        if value != "auto":
-            parse_size(value)
-        return value
-
-    @field_validator(
-        "max_ppl_increase",
-        "min_same_top",
-        "max_flips",
-        "max_task_drop",
-        "max_regression",
-        "max_kept",
-        mode="before",
-        json_schema_input_type=float | str | None,
-    )
-    @classmethod
-    def _parse_share(cls, value: Any) -> Any:
-        return value if value is None else parse_share(value)
-
-    @field_validator("target_size", "max_size")
-    @classmethod
-    def _check_size(cls, value: str | None) -> str | None:
-        if value is not None:
-            parse_size(value)
-        return value
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:

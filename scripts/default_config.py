@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / "configs/default.yaml"
 WIDTH = 118
 HEADER = """\
-# Every key of a run with its default, made by scripts/default_config.py from hawqtool/fields.py. Keys equal the flags
+# Every key of a run with its default, made by scripts/default_config.py from hawqtool/settings. Keys equal the flags
 # of hawqtool quantize (--target-bpw is target_bpw); flags win over this file, null means that the run decides as the
 # comment says, and unknown keys are errors. Exactly one of target_bpw, target_size, target_kl and plan is needed. The
 # values of model, output and target_bpw are examples.
@@ -54,7 +54,7 @@ def text() -> str:
 def comment(name: str) -> str:
     """Help and details of a setting; the default in words only where its value does not say it."""
     from hawqtool.config import SETTINGS, RunConfig
-    from hawqtool.settings import help_of
+    from hawqtool.settings.metadata import help_of
 
     setting, field = SETTINGS[name], RunConfig.model_fields[name]
     said = help_of(field, setting) if field.default is None else setting.help

@@ -13,7 +13,7 @@ from hawqtool.cli import options as o
 from hawqtool.cli.session import print_json, session
 from hawqtool.config import DEFAULT, FILE, PRESET, SETTINGS, RunConfig, load_config, merge_sources, preset_and_file
 from hawqtool.report.escape import one_line
-from hawqtool.settings import RUN, help_of
+from hawqtool.settings.metadata import RUN, help_of
 
 CONFIG_SCHEMA = "hawqtool.config/1"
 MISSING = "missing"

@@ -85,7 +85,7 @@ def inspect(
         decide_hub_access(settings.data_sources if spectrum else ())
 
         from hawqtool.cli.render_inspect import print_description, print_spectrum
-        from hawqtool.pipeline.inspect import run_inspect
+        from hawqtool.pipeline.inspection.checkpoint import run_inspect
 
         description = run_inspect(model)
         if spectrum:

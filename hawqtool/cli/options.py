@@ -1,4 +1,4 @@
-"""Options of the command line: those of settings are made from `hawqtool.fields`, the others stand here."""
+"""Options of the command line: those of settings are made from `hawqtool.settings`, the others stand here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import typer
 from hawqtool.cli.command import show_all
 from hawqtool.config import SETTINGS, RunConfig
 from hawqtool.presets import preset_names
-from hawqtool.settings import EXPERT, RUN, choices, flag_of, flag_type, help_of
+from hawqtool.settings.metadata import EXPERT, RUN, choices, flag_of, flag_type, help_of
 
 Values = dict[str, Any]
 """Settings by name as the command line gave them; None where it did not."""

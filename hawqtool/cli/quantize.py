@@ -22,7 +22,7 @@ from hawqtool.parsing import printable
 from hawqtool.report.documents import DryRun
 from hawqtool.report.schema import Gate, Report
 from hawqtool.report.wording import gate_found
-from hawqtool.settings import flag_of
+from hawqtool.settings.metadata import flag_of
 from hawqtool.values import split_weight
 
 

@@ -1,6 +1,6 @@
 """Which engines load a packed checkpoint, and why not where they do not.
 
-The rules are those of the engines' released sources. A run tries transformers alone (pipeline/stages/load_trial); each
+The rules are those of the engines' released sources. A run tries transformers alone (pipeline/load_trial); each
 reason says what it rests on.
 """
 

@@ -15,6 +15,7 @@ from hawqtool.export.manifest import seal
 from hawqtool.export.verify import verify_folder
 from hawqtool.export.writer import copy_small_files
 from hawqtool.pipeline.dry_run import check_free, describe, output_folder
+from hawqtool.pipeline.load_trial.trial import trial_rows, try_loading
 from hawqtool.pipeline.report import write_page
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.files import PART, read_report
@@ -33,7 +34,6 @@ from hawqtool.pipeline.search.quality_target import find_smallest
 from hawqtool.pipeline.search.selection import choose, compare, try_plans
 from hawqtool.pipeline.search.trials import TIMINGS, Trial, TrialRunner
 from hawqtool.pipeline.stages.evaluate import check_rotation
-from hawqtool.pipeline.stages.load_trial import trial_rows, try_loading
 from hawqtool.pipeline.stages.report import Outcome, build_report, write_card, write_reproduce
 from hawqtool.pipeline.stages.rows import gather_rows
 from hawqtool.pipeline.stages.token_importance import with_token_importance

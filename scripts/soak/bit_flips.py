@@ -34,8 +34,8 @@ from hawqtool.errors import HawqError
 from hawqtool.export.manifest import file_hash
 from hawqtool.parsing import load_json
 from hawqtool.pipeline import quantize
+from hawqtool.pipeline.load_trial.trial import SWITCH
 from hawqtool.pipeline.run.checkpoints import SUFFIX, Checkpoints
-from hawqtool.pipeline.stages.load_trial import SWITCH
 from hawqtool.rounding.learned import training
 from hawqtool.runtime.reporter import Silent
 from hawqtool.streaming import resume_points

@@ -12,7 +12,7 @@ from hawqtool.cli.render import announcement
 from hawqtool.export.manifest import file_hash
 from hawqtool.export.verify import verify_folder
 from hawqtool.pipeline.dry_run import describe
-from hawqtool.pipeline.inspect import run_inspect
+from hawqtool.pipeline.inspection.checkpoint import run_inspect
 from hawqtool.pipeline.run.job import prepare
 from tests.support.quantized_originals import FORMATS, quantized_pair
 from tests.support.runs import Run, read, settings

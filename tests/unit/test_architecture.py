@@ -21,11 +21,12 @@ TESTS = sorted(path for kind in ("unit", "reference") for path in (ROOT / "tests
 
 LAYERS = (
     *("errors", "formats", "records", "report.schema", "report.documents"),
-    *("parsing", "values", "settings", "fields", "presets", "config"),
+    *("parsing", "values", "settings", "presets", "config"),
     *("runtime",),
     *("checkpoint", "model", "rounding.kernels", "rounding", "rounding.learned", "streaming", "data"),
     *("evaluation", "sensitivity", "sensitivity.curvature", "allocation", "export", "report", "report.page"),
-    *("pipeline.run", "pipeline.stages", "pipeline.search", "pipeline", "pipeline.batch"),
+    *("pipeline.run", "pipeline.load_trial", "pipeline.stages", "pipeline.search", "pipeline.inspection", "pipeline"),
+    *("pipeline.batch",),
     *("api", "cli", "__main__"),
 )
 """From the bottom to the top: a module imports from its own layer and from those before it."""

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from hawqtool.cli.app import app
 from hawqtool.config import SETTINGS, RunConfig, load_config, names_affecting
 from hawqtool.errors import UsageError
-from hawqtool.fields import NEED_EVALUATION
-from hawqtool.settings import Affects, flag_of, setting_of
+from hawqtool.settings.metadata import Affects, flag_of, setting_of
+from hawqtool.settings.targets import NEED_EVALUATION
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT = ROOT / "configs/default.yaml"
@@ -83,7 +83,7 @@ def test_a_setting_is_written_in_one_place() -> None:
         for path in sorted((ROOT / "hawqtool").rglob("*.py"))
         if re.search(r"gptaq[_-]alpha|GptaqAlpha", path.read_text(encoding="utf-8"))
     ]
-    assert found == ["hawqtool/fields.py", "hawqtool/pipeline/run/resolved.py"]
+    assert found == ["hawqtool/pipeline/run/resolved.py", "hawqtool/settings/fields.py"]
 
 
 @pytest.mark.parametrize("command", sorted(typer.main.get_command(app).commands))  # type: ignore[attr-defined]

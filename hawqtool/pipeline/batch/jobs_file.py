@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from hawqtool.config import SETTINGS, RunConfig, describe_problem, load_config, names_affecting
 from hawqtool.errors import UsageError
 from hawqtool.parsing import read_yaml, shown
-from hawqtool.settings import Affects
+from hawqtool.settings.metadata import Affects
 
 JOBS, MEASUREMENTS, SUMMARY_JSON, SUMMARY_CSV = "jobs", "measurements", "summary.json", "summary.csv"
 """What lies in the folder of a batch beside the folders of its results."""

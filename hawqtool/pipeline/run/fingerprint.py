@@ -12,7 +12,7 @@ from hawqtool.checkpoint.content import ContentRecord
 from hawqtool.checkpoint.index import read_index, stored_places, weights_hash
 from hawqtool.config import SETTINGS, RunConfig, names_affecting
 from hawqtool.errors import InputError
-from hawqtool.settings import Affects
+from hawqtool.settings.metadata import Affects
 from hawqtool.values import split_weight
 
 _CONFIG = "config.json"

@@ -22,7 +22,7 @@ from hawqtool.pipeline.run.fingerprint import small_file_hashes
 from hawqtool.pipeline.run.job import Job
 from hawqtool.rounding.kernels.dispatch import kernel_version
 from hawqtool.runtime.reporter import Reporter
-from hawqtool.settings import Affects
+from hawqtool.settings.metadata import Affects
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scipy")
 _WITHOUT_EFFECT = (Affects.PLACE, Affects.GATES)

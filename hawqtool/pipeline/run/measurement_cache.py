@@ -26,7 +26,7 @@ from hawqtool.records import SWEEP_METRICS, Menu, Rows
 from hawqtool.report.documents import SensitivityDocument
 from hawqtool.rounding.kernels.dispatch import kernel_version
 from hawqtool.runtime.reporter import Reporter
-from hawqtool.settings import Affects
+from hawqtool.settings.metadata import Affects
 
 Document = SensitivityDocument
 

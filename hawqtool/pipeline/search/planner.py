@@ -9,9 +9,9 @@ from typing import cast
 
 from hawqtool.allocation.frontier import Frontier, frontier, solve
 from hawqtool.allocation.problem import build_problem, predicted_loss
-from hawqtool.config import ASYMMETRIC_PROFILES, RunConfig, asymmetric_refusal, group_size_refusal
+from hawqtool.config import RunConfig
 from hawqtool.errors import InputError, UsageError
-from hawqtool.formats import is_served
+from hawqtool.formats import ASYMMETRIC_PROFILES, asymmetric_refusal, group_size_refusal, is_served
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.files import (
     SENSITIVITY_SCHEMA,

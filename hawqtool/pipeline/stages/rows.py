@@ -6,7 +6,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from hawqtool.config import SELF
 from hawqtool.data.generate import SampledModel, generate_rows
 from hawqtool.data.images import image_processor, image_rows
 from hawqtool.data.mixing import SourceRows, mix_rows, quotas, require_rows
@@ -19,6 +18,7 @@ from hawqtool.pipeline.run.checkpoints import SAMPLED
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.job import Job
 from hawqtool.records import Rows
+from hawqtool.settings.fields import SELF
 
 ROLES = ("calibration", "scoring", "selection", "report")
 _SMALLEST_SET, _SCORING_SET, _SHORT_ROW, _FEWEST_REPORT_ROWS = 8, 16, 512, 2

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from hawqtool.cli.app import app
 from hawqtool.config import SETTINGS
-from hawqtool.settings import flag_of
+from hawqtool.settings.metadata import flag_of
 
 WIDTH = {"COLUMNS": "80", "TERMINAL_WIDTH": "80", "NO_COLOR": "1"}
 

@@ -70,7 +70,7 @@ def try_loading(job: Job, folder: Path, rows: Tensor) -> LoadTrial:
     with tempfile.TemporaryDirectory(prefix="hawqtool-load-") as place:
         given, written = Path(place) / "rows.safetensors", Path(place) / "outputs.safetensors"
         save_file({"rows": row}, given)
-        command = [sys.executable, "-m", f"{__package__}.load_child", str(folder), type(job.skeleton).__name__]
+        command = [sys.executable, "-m", f"{__package__}.child", str(folder), type(job.skeleton).__name__]
         command += [str(int(job.source.runs_code)), str(given), str(written)]
         try:
             done = _run(command)

@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hawqtool.config import RunConfig
+from hawqtool.pipeline.load_trial import child as load_child
+from hawqtool.pipeline.load_trial import trial as load_trial
+from hawqtool.pipeline.load_trial.trial import SWITCH, _difference, try_loading
 from hawqtool.pipeline.run.job import Job, prepare
-from hawqtool.pipeline.stages import load_child, load_trial
-from hawqtool.pipeline.stages.load_trial import SWITCH, _difference, try_loading
 from tests.support.packed_folder import write_packed
 from tests.support.tiny import tiny_model
 

@@ -1,6 +1,6 @@
 """Child process of a load trial: transformers loads a folder and makes one forward pass.
 
-``python -m hawqtool.pipeline.stages.load_child FOLDER CLASS TRUST ROWS OUTPUTS``: what the model of the class gives on
+``python -m hawqtool.pipeline.load_trial.child FOLDER CLASS TRUST ROWS OUTPUTS``: what the model of the class gives on
 the rows of one safetensors file is written to the other. A failure ends in a traceback, whose last line says why.
 """
 

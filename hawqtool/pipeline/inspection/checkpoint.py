@@ -17,7 +17,7 @@ from hawqtool.errors import HawqError, InputError, UsageError
 from hawqtool.export.compressed_tensors import METHOD
 from hawqtool.export.packed_reader import read_config
 from hawqtool.formats import CHANNEL, GROUP_SIZES, QuantFormat
-from hawqtool.pipeline.inspect_packed import describe_packed
+from hawqtool.pipeline.inspection.packed import describe_packed
 from hawqtool.pipeline.run.job import Job, prepare
 from hawqtool.records import BlockSpec, LinearSpec, Unit
 from hawqtool.report.wording import role, starred

@@ -1,0 +1,1 @@
+"""What a checkpoint is, original or quantized, without running it."""
