@@ -211,11 +211,11 @@ def _is_part(key: str, damaged: str) -> bool:
     """Whether a key is the damaged one or rests on it.
 
     A plan rests on its written files and on the records of them, which are removed where another plan is better; a
-    rounded block on those before it in its plan.
+    rounded block on those before it in its plan, and what is distilled is one part.
     """
     name = Path(damaged).name.removesuffix(SUFFIX).removeprefix("copy.")
     whole = re.search(r"plans/(\w+)", damaged) or re.fullmatch(r"(\w+)\.(as-written|rounding|quality)", name)
-    block = re.match(r"\w+\.block\.", name)
+    block = re.match(r"\w+\.(block|distill)\.", name)
     return key == name or key.startswith(whole[1] if whole else block[0] if block else "\0")
 
 

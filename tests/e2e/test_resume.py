@@ -200,6 +200,33 @@ def test_a_plan_that_was_damaged_is_rounded_again(
     assert result_without_scores(tmp_path / "out") == result_without_scores(tmp_path / "undisturbed")
 
 
+@pytest.mark.parametrize("name", ["distilled", "written", "replaced"])
+def test_damage_after_distillation_replaced_codes_costs_distillation_alone(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    small: dict[str, Any] = {"bits": "4", "target_bpw": 4.5, "num_samples": 8, "seq_len": 16, "eval": False}
+    small |= {"eval_samples": None}
+    learned = {"distill_steps": 4, "distill_codes": True, "target_shift": 0}
+    config = settings(place, **small, **learned, output=tmp_path / "out")
+    monkeypatch.setattr("hawqtool.pipeline.quantize.write_page", lambda _: None)
+    quantize(config, output=str(tmp_path / "undisturbed"))
+    with monkeypatch.context() as patch:
+        interrupt = Interrupt(patch)
+        interrupt.stop = ".rounding"
+        with pytest.raises(KeyboardInterrupt):
+            quantize(config)
+    (tmp_path / ".out.hawqtool/saved").joinpath(interrupt.keys[-1] + ".state").unlink()  # as a moment before
+    (damaged,) = (tmp_path / ".out.hawqtool/saved").glob(f"*.distill.{name}.state")
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    again = Interrupt(monkeypatch)
+    quantize(config)
+    assert not [key for key in again.keys if ".block." in key]
+    assert any(key.endswith(".distill.distilled") for key in again.keys) == (name == "distilled")
+    assert file_hash(tmp_path / "out/model.safetensors") == file_hash(tmp_path / "undisturbed/model.safetensors")
+
+
 def test_measure_goes_on(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = settings(place, bits="2,4", num_samples=8, seq_len=16)
     run_measure(config, tmp_path / "undisturbed.json", Silent())

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from hawqtool.checkpoint.index import CheckpointIndex
 from hawqtool.checkpoint.packing import pack_codes
 from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.config import RunConfig
@@ -33,7 +34,8 @@ from hawqtool.streaming.stream import ModelStream
 CODE_RATE = 6e-3
 """First step of the rounding offsets, in codes; three times less gained less in as many steps."""
 
-_LEARNED = "distilled"
+_LEARNED, _REPLACED = "distilled", "replaced"
+"""Keys of the result, and of what it replaces in the files: the first is damaged alone where the second is there."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,31 @@ def learned_names(saved: Saved) -> set[str]:
     return {*(f"{name}{suffix}" for name in known["layers"] for suffix in (PACKED, SCALE)), *known["gains"]}
 
 
+def put_back(index: CheckpointIndex, layout: Layout, folder: Path, saved: Saved) -> Written | None:
+    """Undo the replacement of tensors by distillation in a written folder, so that it can be done anew.
+
+    Returns:
+        What is known of the folder as rounding left it; None where nothing was replaced, or nobody can say what.
+    """
+    known = saved.load(_REPLACED)
+    if known is None or unfinished_reader(layout, folder) is None:
+        return None
+    written, tensors = Written(**known["written"]), known["tensors"]
+    _overwrite(index, layout, folder, written, tensors)
+    return written
+
+
+def _overwrite(
+    index: CheckpointIndex, layout: Layout, folder: Path, written: Written, tensors: Mapping[str, Tensor]
+) -> dict[str, str]:
+    """Replace tensors of a written folder; checksums of all of its tensors as they are then."""
+    kept = {name: digest for name, digest in written.checksums.items() if name not in tensors}
+    with CheckpointWriter(index, layout, folder, kept) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+    return writer.checksums
+
+
 def distill_folder(
     context: RunContext,
     plan: BitPlan,
@@ -98,7 +125,7 @@ def distill_folder(
     """Distil into a checkpoint that is written already: its scales and norm gains are replaced in place.
 
     Args:
-        context: The run; its store keeps where the learning is, and its result until that is written.
+        context: The run; its store keeps where the learning is, its result, and what that replaces.
         plan: Formats by unit.
         layout: Of the checkpoint.
         folder: Where it lies.
@@ -107,29 +134,35 @@ def distill_folder(
         label: Name of the plan in the progress.
     """
     job, saved = context.job, context.saved
+    reader = unfinished_reader(layout, folder)
+    assert reader is not None  # the caller has seen its files
     known = saved.load(_LEARNED)
     if known is None:
-        reader = unfinished_reader(layout, folder)
-        assert reader is not None  # the caller has seen its files
         rounded = _layers(job, plan.formats, reader)
         changed = {name: reader.tensor(name) for name in written.changed}
         learned = distill_model(context, plan.formats, rounded, changed, rows, label)
-        saved.save(_LEARNED, vars(learned))
     else:
         restored = {name: Quantized(*parts) for name, parts in known["layers"].items()}
         learned = DistilledModel(**known | {"layers": restored})
-    tensors, formats = dict(learned.gains), job.layer_formats(plan.formats)
-    for name, layer in learned.layers.items():
-        tensors[name + PACKED] = pack_codes(layer.codes, formats[name].bits)
-        tensors[name + SCALE] = layer.scales
-    kept = {name: digest for name, digest in written.checksums.items() if name not in tensors}
-    with CheckpointWriter(job.index, layout, folder, kept) as writer:
-        for name, tensor in tensors.items():
-            writer.write(name, tensor)
-    written.checksums, written.changed = writer.checksums, sorted({*written.changed, *learned.gains})
+    tensors = _stored(learned, job.layer_formats(plan.formats))
+    if known is None:
+        replaced = {name: reader.tensor(name) for name in tensors}
+        saved.save(_REPLACED, {"written": vars(written), "tensors": replaced})
+        saved.save(_LEARNED, vars(learned))
+    written.checksums = _overwrite(job.index, layout, folder, written, tensors)
+    written.changed = sorted({*written.changed, *learned.gains})
     for name, error in learned.weight_errors.items():
         written.layers[name]["weight_error"] = error
     return learned
+
+
+def _stored(learned: DistilledModel, formats: LayerFormats) -> dict[str, Tensor]:
+    """What was learned, by tensor of the files."""
+    tensors = dict(learned.gains)
+    for name, layer in learned.layers.items():
+        tensors[name + PACKED] = pack_codes(layer.codes, formats[name].bits)
+        tensors[name + SCALE] = layer.scales
+    return tensors
 
 
 def _layers(job: Job, formats: UnitFormats, reader: TensorReader) -> dict[str, Quantized]:

@@ -20,7 +20,7 @@ from hawqtool.export.writer import CheckpointWriter, intact, unfinished_reader, 
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.files import PART, plan_document, write_json
 from hawqtool.pipeline.run.job import Job
-from hawqtool.pipeline.stages.distill import Written, distill_folder, learned_names
+from hawqtool.pipeline.stages.distill import Written, distill_folder, learned_names, put_back
 from hawqtool.pipeline.stages.round_blocks import Findings, Finished, round_blocks, round_weights
 from hawqtool.records import BitPlan, BlockSpec, Rows, UnitFormats
 from hawqtool.report.schema import RoundingResult, Training
@@ -62,7 +62,7 @@ def round_to_folder(
     part = folder.with_name(f"{folder.name}{PART}")
     job, layout = context.job, context.job.layout(plan.formats)
     blocks, learning = context.part("block"), context.part("distill")
-    written, distillation = _known(layout, part, learning.saved), Training()
+    written, distillation = _known(job, layout, part, learning.saved), Training()
     if written is None:
         written = _write_blocks(blocks, plan, layout, part, rows, label)
     if job.config.distill_steps and rows is not None:
@@ -113,15 +113,17 @@ def target_config(job: Job, formats: UnitFormats) -> dict[str, Any]:
     return quantization_config(job.layer_formats(formats), units, job.unquantized_linears, aliases, others)
 
 
-def _known(layout: Layout, part: Path, learning: Saved) -> Written | None:
+def _known(job: Job, layout: Layout, part: Path, learning: Saved) -> Written | None:
     """The record of a checkpoint whose distillation was cut, if the files are still those."""
+    rounded = put_back(job.index, layout, part, learning)
     known, reader = learning.load(_WRITTEN), unfinished_reader(layout, part)
-    if known is None or reader is None:
+    written = rounded if known is None else Written(**known)
+    if written is None or reader is None:
         return None
-    # Scales and gains may have been replaced already, and will be once more.
+    # Where nothing was put back, scales and gains may have been replaced already, and will be once more.
     replaced = learned_names(learning)
-    fixed = {name: digest for name, digest in known["checksums"].items() if name not in replaced}
-    return Written(**known) if intact(reader, fixed) else None
+    fixed = {name: digest for name, digest in written.checksums.items() if name not in replaced}
+    return written if intact(reader, fixed) else None
 
 
 def _write_blocks(
