@@ -21,12 +21,16 @@ CHARACTERS_PER_TOKEN = 16
 
 
 def source_rows(
-    tokenizer: Any, source: Source, num_rows: int, seq_len: int, seed: int, special_tokens: bool = False
+    tokenizer: Any, source: Source, num_rows: int, seq_len: int, seed: int, sentences: bool = False
 ) -> Tensor:
     """Whole rows of a source, at least ``num_rows`` where it holds them.
 
     Texts are joined by newlines and tokenized as one, so it does not matter in which kind of file they lie; token
     ids are concatenated. No more is read than the rows are likely to need, and twice as much when they need more.
+
+    Every row of text begins as the tokenizer begins a text (``<bos>`` of Gemma and Llama; nothing of GPT-2 and Qwen):
+    models that learned with such a token put their largest activations there, and are lost without it. Token ids of
+    running text are taken as they are: whoever made them has decided that.
 
     Args:
         tokenizer: Tokenizer of the model.
@@ -35,8 +39,8 @@ def source_rows(
         seq_len: Tokens per row.
         seed: With 0 rows stand in the source's order, so that other tools can be given the same rows; any other
             seed shuffles those that were read.
-        special_tokens: Whether each row stands between the tokenizer's special tokens, as encoders expect; they
-            count in ``seq_len``.
+        sentences: Whether each row stands between the tokenizer's special tokens, as encoders expect. All special
+            tokens count in ``seq_len``.
 
     Returns:
         ``[rows, seq_len]`` int64.
@@ -44,17 +48,22 @@ def source_rows(
     Raises:
         InputError: If a record cannot be used.
     """
-    before, after = frame(tokenizer) if special_tokens else ([], [])
-    length = seq_len - len(before) - len(after)
-    if length < 1:
-        raise InputError(f"rows of {seq_len} tokens leave no room beside the special tokens; raise --seq-len")
-    limit = CHARACTERS_PER_TOKEN * num_rows * length
     with closing(source.records):  # releases files and connections of what is not read to its end
-        corpus = _Corpus(tokenizer, source, not special_tokens)
+        corpus = _Corpus(tokenizer, source)
+        before, after = frame(tokenizer) if sentences or not corpus.holds_ids() else ([], [])
+        after = after if sentences else []
+        length = seq_len - len(before) - len(after)
+        if length < 1:
+            raise InputError(f"rows of {seq_len} tokens leave no room beside the special tokens; raise --seq-len")
+        # Running text has them once at its end, where there are none to begin each row with.
+        corpus.special_tokens = not sentences and not before
+        limit = CHARACTERS_PER_TOKEN * num_rows * length
         tokens = corpus.tokens(limit)
         while len(tokens) < num_rows * length and not corpus.exhausted(limit):
             limit *= 2
             tokens = corpus.tokens(limit)
+    if before and not sentences and tokens[: len(before)] == before:
+        tokens = tokens[len(before) :]  # a chat template wrote them already
     count = len(tokens) // length
     rows = torch.tensor(tokens[: count * length], dtype=torch.int64).view(count, length)
     rows = torch.cat([_repeated(before, count), rows, _repeated(after, count)], dim=1)
@@ -66,9 +75,9 @@ def source_rows(
 class _Corpus:
     """The documents of a source as one text, or as one list of token ids, as far as they were read."""
 
-    def __init__(self, tokenizer: Any, source: Source, special_tokens: bool) -> None:
-        self.tokenizer, self.special_tokens = tokenizer, special_tokens
-        self.source = source
+    def __init__(self, tokenizer: Any, source: Source) -> None:
+        self.tokenizer, self.source = tokenizer, source
+        self.special_tokens = False
         self.parts: list[str] = []
         self.ids: list[int] = []
         self.size = 0
@@ -82,6 +91,12 @@ class _Corpus:
             return self.ids[:limit]
         text = "\n".join(self.parts)[:limit]
         return encode(self.tokenizer, text, self.special_tokens)
+
+    def holds_ids(self) -> bool:
+        """Whether the first record that says something holds token ids."""
+        while not (self.parts or self.ids or self.ended):
+            self._read()
+        return bool(self.ids)
 
     def exhausted(self, limit: int) -> bool:
         """Whether the first ``limit`` characters are all."""

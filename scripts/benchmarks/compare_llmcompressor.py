@@ -89,12 +89,17 @@ def _hawqtool_command(arguments: argparse.Namespace, output: Path) -> list[str]:
 
 
 def token_rows(model: Path, text: Path, count: int, seq_len: int) -> Any:
-    """First ``count`` rows of a text, ``[count, seq_len]`` int64."""
+    """First ``count`` rows of a text as hawqtool cuts them, ``[count, seq_len]`` int64."""
+    import torch
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    tokens = tokenizer(text.read_text(encoding="utf-8"), return_tensors="pt", verbose=False).input_ids[0]
-    return tokens[: count * seq_len].view(count, seq_len)
+    word = tokenizer("a", return_special_tokens_mask=True)
+    begin = torch.tensor(word.input_ids[: word.special_tokens_mask.index(0)], dtype=torch.int64)
+    tokens = tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False).input_ids
+    length = seq_len - len(begin)
+    rows = torch.tensor(tokens[: count * length]).view(count, length)
+    return torch.cat([begin.expand(count, len(begin)), rows], dim=1)
 
 
 def divergence(arguments: argparse.Namespace, folder: Path) -> float:

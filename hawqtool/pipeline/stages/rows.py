@@ -161,8 +161,7 @@ def _rows(job: Job, text: str, count: int, seed: int) -> tuple[str, Tensor]:
         return Path(text).name, images
     source = open_source(text)
     # Encoders were trained on sequences between special tokens, language models on running text.
-    framed = not job.task.generates
-    rows = source_rows(job.tokenizer(), source, count, job.settings.seq_len, seed, special_tokens=framed)
+    rows = source_rows(job.tokenizer(), source, count, job.settings.seq_len, seed, sentences=not job.task.generates)
     return source.title, _known(job, rows)
 
 

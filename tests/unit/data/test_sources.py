@@ -168,7 +168,7 @@ def framed_tokenizer() -> Any:
 
 def test_special_tokens_stand_around_every_row(tmp_path: Path) -> None:
     tokenizer, path = framed_tokenizer(), kinds(tmp_path)["text"]
-    found = source_rows(tokenizer, open_source(str(path)), 8, 16, 0, special_tokens=True)
+    found = source_rows(tokenizer, open_source(str(path)), 8, 16, 0, sentences=True)
     plain = tokenizer("\n".join(LINES), add_special_tokens=False).input_ids
     assert found.shape[1] == 16 and len(found) >= 8
     assert found[:, 0].eq(0).all() and found[:, -1].eq(1).all()
@@ -177,13 +177,34 @@ def test_special_tokens_stand_around_every_row(tmp_path: Path) -> None:
 
 def test_special_tokens_around_token_ids(tmp_path: Path) -> None:
     path = json_lines(tmp_path / "ids.jsonl", [{"input_ids": list(range(5, 35))}])
-    found = source_rows(framed_tokenizer(), open_source(str(path)), 2, 16, 0, special_tokens=True)
+    found = source_rows(framed_tokenizer(), open_source(str(path)), 2, 16, 0, sentences=True)
     assert found.tolist() == [[0, *range(5, 19), 1], [0, *range(19, 33), 1]]
+
+
+def test_rows_of_running_text_begin_as_a_text_does(tmp_path: Path) -> None:
+    tokenizer, path = framed_tokenizer(), kinds(tmp_path)["text"]
+    found = source_rows(tokenizer, open_source(str(path)), 8, 16, 0)
+    plain = tokenizer("\n".join(LINES), add_special_tokens=False).input_ids
+    assert found.shape[1] == 16 and len(found) >= 8
+    assert found[:, 0].eq(0).all() and found[:, 1:].flatten().tolist() == plain[: len(found) * 15]
+    # What a chat template wrote is not written twice.
+    written = text(tmp_path / "chat.txt", "<s>" + "\n".join(LINES))
+    assert source_rows(tokenizer, open_source(str(written)), 8, 16, 0).tolist() == found.tolist()
+    ids = json_lines(tmp_path / "ids.jsonl", [{"input_ids": list(range(5, 37))}])
+    assert source_rows(tokenizer, open_source(str(ids)), 2, 16, 0).flatten().tolist() == list(range(5, 37))
+
+
+def test_a_tokenizer_that_only_ends_texts_begins_no_row(tmp_path: Path) -> None:
+    tokenizer, path = tiny_tokenizer(), kinds(tmp_path)["text"]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokens = tokenizer("\n".join(LINES)).input_ids
+    found = source_rows(tokenizer, open_source(str(path)), 10_000, 16, 0)
+    assert found.flatten().tolist() == tokens[: len(tokens) // 16 * 16]
 
 
 def test_a_tokenizer_without_special_tokens_adds_none(tmp_path: Path) -> None:
     path = kinds(tmp_path)["text"]
-    assert rows(path, special_tokens=True).tolist() == rows(path).tolist()
+    assert rows(path, sentences=True).tolist() == rows(path).tolist()
 
 
 # What cannot be used.
