@@ -17,7 +17,9 @@ PANEL = "Spectrum"
 
 @o.with_settings
 def inspect(
-    model: Annotated[str, typer.Argument(help="A checkpoint, original or quantized: a folder, or org/name of a hub.")],
+    model: Annotated[
+        str, typer.Argument(help="A checkpoint, original or quantized: a folder, org/name of a hub, or a GGUF file.")
+    ],
     values: o.Values,
     spectrum: Annotated[
         bool,
@@ -76,6 +78,8 @@ def inspect(
 
     Example: hawqtool inspect ./out --json
 
+    Example: hawqtool inspect model-Q4_K_M.gguf
+
     Example: hawqtool inspect ./model --spectrum --calibration text.txt --seq-len 64 --plots ./figures
     """
     with session(quiet, debug, json) as terminal:
@@ -88,6 +92,8 @@ def inspect(
         from hawqtool.pipeline.inspection.checkpoint import run_inspect
 
         description = run_inspect(model)
+        if spectrum and description["kind"] == "gguf":
+            raise UsageError(f"--spectrum runs the model, and {model} is a GGUF file; give the original's folder")
         if spectrum:
             from hawqtool.pipeline.spectrum import SpectrumSettings, run_spectrum
 

@@ -19,6 +19,9 @@ _BAR_WIDTH = 40
 def print_description(description: dict[str, Any]) -> None:
     """Print a description of schema ``hawqtool.inspect/1``."""
     console = Console(highlight=False)
+    if description["kind"] == "gguf":
+        _print_gguf(console, description)
+        return
     _print_header(console, description)
     if not description["supported"]:
         _print_refused(console, description)
@@ -219,6 +222,51 @@ def _print_quantized(console: Console, description: dict[str, Any]) -> None:
         left=4,
     )
     _print_recorded(console, description)
+
+
+def _print_gguf(console: Console, description: dict[str, Any]) -> None:
+    name = f" ({description['name']})" if description["name"] else ""
+    _line(console, "model", f"{description['model']}: {description['architecture'] or 'not stated'}{name}")
+    _line(
+        console,
+        "file",
+        f"{description['bytes']:,} bytes ({size(description['bytes'])}), GGUF version {description['version']}, "
+        f"{description['tensors']:,} tensors, {description['elements']:,} numbers",
+    )
+    matrices = description["bpw_matrices"]
+    shown = "no matrices" if matrices is None else f"{matrices:.4f} bits per weight over matrices"
+    _line(console, "stored", f"{shown}, {description['bpw_file']:.4f} over the whole file")
+    _table(
+        console,
+        "types",
+        ("type", "bits per weight", "tensors", "numbers", "bytes", "share"),
+        (
+            (
+                kind,
+                f"{found['bits']:g}",
+                found["tensors"],
+                f"{found['elements']:,}",
+                f"{found['bytes']:,}",
+                _percent(found["bytes"] / description["bytes"]),
+            )
+            for kind, found in description["types"].items()
+        ),
+    )
+    _table(
+        console,
+        "matrices",
+        ("role", "shape", "count", "stored bits per weight", "types"),
+        (
+            (
+                r["role"],
+                _shape(r["shape"]),
+                r["count"],
+                f"{r['bpw']:.3f}",
+                ", ".join(f"{kind} x{count}" for kind, count in r["types"].items()),
+            )
+            for r in description["roles"]
+        ),
+    )
 
 
 def _print_recorded(console: Console, description: dict[str, Any]) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from hawqtool.allocation.problem import stored_bytes
 from hawqtool.allocation.uniform import uniform_formats, unit_group_size
+from hawqtool.checkpoint.gguf.header import is_gguf
 from hawqtool.checkpoint.index import CheckpointIndex, TensorInfo, read_index
 from hawqtool.checkpoint.originals.recognition import read_original
 from hawqtool.checkpoint.source import locate
@@ -17,6 +19,7 @@ from hawqtool.errors import HawqError, InputError, UsageError
 from hawqtool.export.compressed_tensors import METHOD
 from hawqtool.export.packed_reader import read_config
 from hawqtool.formats import CHANNEL, GROUP_SIZES, QuantFormat
+from hawqtool.pipeline.inspection.gguf import describe_gguf
 from hawqtool.pipeline.inspection.packed import describe_packed
 from hawqtool.pipeline.run.job import Job, prepare
 from hawqtool.records import BlockSpec, LinearSpec, Unit
@@ -27,15 +30,17 @@ SHOWN_WIDTHS = (2, 3, 4, 8)
 
 
 def run_inspect(model: str) -> dict[str, Any]:
-    """``hawqtool inspect``: describe an original or a quantized checkpoint, a folder or a hub id.
+    """``hawqtool inspect``: describe an original or a quantized checkpoint, a folder, a hub id or a GGUF file.
 
     Returns:
-        ``kind`` is ``original``, ``quantized`` (written by hawqtool or in the same format) or ``other``; where
-        ``supported`` is false, ``refusal`` says why and the rest is what the headers tell.
+        ``kind`` is ``original``, ``quantized`` (written by hawqtool or in the same format), ``other`` or ``gguf`` (see
+        `describe_gguf`); where ``supported`` is false, ``refusal`` says why and the rest is what the headers tell.
 
     Raises:
         InputError: If it is no checkpoint at all.
     """
+    if is_gguf(Path(model)):
+        return describe_gguf(Path(model))
     folder = locate(model).folder
     index = read_index(folder)
     config = read_config(folder)
