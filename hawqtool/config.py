@@ -107,8 +107,8 @@ class RunConfig(CheckedFields):
 
     @property
     def data_sources(self) -> tuple[str, ...]:
-        """Every source of text: calibration (rows of the model itself aside) and evaluation."""
-        named = (*self.calibration_weights, self.eval_data)
+        """Every source of text: calibration (rows of the model itself aside), selection and evaluation."""
+        named = dict.fromkeys((*self.calibration_weights, *self.selection_data, self.eval_data))
         return tuple(source for source in named if source not in (None, SELF))
 
     @property
@@ -123,6 +123,11 @@ class RunConfig(CheckedFields):
         if self.bits is None or len(self.bits) > 1 or self.extra_group_sizes:
             return None
         return self.bits[0] if all(getattr(self, name) is None for name in names_affecting(Affects.TARGET)) else None
+
+    @property
+    def chooses(self) -> bool:
+        """Whether selection rows decide what is shipped: between several plans, or where a quality target is met."""
+        return self.plan is None and self.uniform_width is None and self.evaluates
 
     @property
     def evaluates(self) -> bool:

@@ -135,6 +135,7 @@ class Rows:
         fingerprint: SHA-256 of the tokens.
         importance: How much each token counts where layers are rounded on these rows; None where all count alike.
         output_moments: Of the linears that are rounded with output feedback, by name; none where that is off.
+        sources: Source of each row; empty where nothing depends on it.
     """
 
     tokens: Tensor
@@ -142,6 +143,7 @@ class Rows:
     fingerprint: str
     importance: TokenImportance | None = None
     output_moments: Mapping[str, OutputMoments] = field(default_factory=dict)
+    sources: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -324,6 +326,7 @@ class Evaluation:
         kl_p99: KL that one output of a hundred reaches; logits only.
         kl_p999: KL that one output of a thousand reaches; logits only.
         flips: Share of another likeliest class among outputs that the original is sure of; None where it is of none.
+        sources: Source of each row; empty where nothing depends on it.
     """
 
     measure: str
@@ -337,3 +340,4 @@ class Evaluation:
     kl_p99: float | None = None
     kl_p999: float | None = None
     flips: float | None = None
+    sources: tuple[str, ...] = field(default=(), repr=False)

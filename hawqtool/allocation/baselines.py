@@ -1,15 +1,13 @@
-"""What a measured plan is compared with: the same scores on the wrong units, and a rule that needs no scores."""
+"""What a measured plan is compared with in studies: the same scores on the wrong units."""
 
 from __future__ import annotations
 
-import math
 import random
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 
-from hawqtool.allocation.problem import AllocationProblem, require_feasible
 from hawqtool.formats import parse_label
-from hawqtool.records import BitPlan, Unit, UnitScores
+from hawqtool.records import Unit, UnitScores
 
 
 def permuted_scores(units: Sequence[Unit], scores: UnitScores, seed: int) -> UnitScores:
@@ -62,50 +60,3 @@ def reversed_scores(units: Sequence[Unit], scores: UnitScores) -> UnitScores:
             pairs = zip(labels[name], labels[source], strict=True)
             turned[name] = {own: scores[source][other] for own, other in pairs}
     return {unit.name: turned[unit.name] for unit in units}
-
-
-def edges_plan(problem: AllocationProblem, units: Sequence[Unit], budget_bytes: int) -> BitPlan:
-    """The first/last-blocks rule, which needs no measurement: the outermost blocks get more bits.
-
-    From the cheapest choices on, blocks are visited from both ends inwards (first, last, second, last but one), and
-    each of their units takes its next dearer choice if that fits. Rounds are repeated until one leaves a unit behind
-    that does not fit, so that all units are within one step of each other. A unit with members in several blocks
-    belongs to the outermost of them.
-
-    Args:
-        problem: The problem; pinned units have one choice and keep it.
-        units: The units of the problem.
-        budget_bytes: Most stored bytes allowed.
-
-    Raises:
-        UsageError: If even the cheapest choices exceed the budget.
-    """
-    require_feasible(problem, budget_bytes)
-    last = max((member.block for unit in units for member in unit.members), default=0)
-
-    def place(unit: Unit) -> tuple[int, int]:
-        return min((min(m.block, last - m.block), m.block) for m in unit.members)
-
-    order = [unit.name for unit in sorted(units, key=place)]
-    chosen = dict.fromkeys(problem.choices, 0)
-    slack, raised, all_fit = budget_bytes - problem.minimum_bytes, True, True
-    while raised and all_fit:
-        raised = False
-        for unit in order:
-            options, index = problem.choices[unit], chosen[unit]
-            if index + 1 == len(options):
-                continue
-            step = options[index + 1].cost_bytes - options[index].cost_bytes
-            if step > slack:
-                all_fit = False
-                continue
-            chosen[unit], slack, raised = index + 1, slack - step, True
-    choices = {unit: problem.choices[unit][index] for unit, index in chosen.items()}
-    return BitPlan(
-        formats={unit: choice.quant_format for unit, choice in choices.items()},
-        stored_bytes=sum(choice.cost_bytes for choice in choices.values()),
-        num_weights=problem.num_weights,
-        budget_bytes=budget_bytes,
-        predicted_loss=math.fsum(choice.loss for choice in choices.values()),
-        solver="edges",
-    )

@@ -106,7 +106,7 @@ def _load(source: SampledModel, first: int, seq_len: int) -> tuple[Any, Any]:
     except (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError) as error:
         raise InputError(
             f"{source.folder}: transformers cannot load this model to sample rows from it ({one_line(error)}); "
-            "correct that, or give --calibration a text"
+            "correct that, or give --calibration and --selection-data texts"
         ) from error
     model.config.return_dict = True
     model.to(source.device).eval()

@@ -49,22 +49,36 @@ def require_rows(sources: Sequence[SourceRows]) -> None:
         raise InputError(f"{'; '.join(short)}; give more, or lower --num-samples or --seq-len")
 
 
-def mix_rows(sources: Sequence[SourceRows]) -> dict[str, Rows]:
+def equal_quotas(quotas_by_weight: Sequence[dict[str, int]], name: str, takes_part: Sequence[bool]) -> None:
+    """Give the rows of one set in equal parts to the sources that take part in it, and none to the others."""
+    count = sum(quota[name] for quota in quotas_by_weight)
+    parts = iter(shares(count, [1.0] * sum(takes_part)))
+    for quota, takes in zip(quotas_by_weight, takes_part, strict=True):
+        quota[name] = next(parts) if takes else 0
+
+
+def mix_rows(sources: Sequence[SourceRows], lengths: Mapping[str, int] | None = None) -> dict[str, Rows]:
     """Cut the rows of sources into named sets that share no row, sources interleaved evenly in each.
+
+    Args:
+        sources: The sources; their rows may differ in length where ``lengths`` makes those of a set equal.
+        lengths: Tokens that the rows of a set are cut to, by name.
 
     Raises:
         InputError: If a source holds too few rows.
     """
     require_rows(sources)
-    sets, taken = {}, [0] * len(sources)
+    sets, taken, lengths = {}, [0] * len(sources), lengths or {}
     for name in sources[0].quota:
         drawn = []
         for index, source in enumerate(sources):
             count = source.quota[name]
             drawn += [((k + 0.5) / count, index, source.tokens[taken[index] + k]) for k in range(count)]
             taken[index] += count
-        tokens = torch.stack([row for _, _, row in sorted(drawn, key=lambda entry: entry[:2])])
-        sets[name] = Rows(tokens, _label(sources, name), fingerprint(tokens))
+        drawn.sort(key=lambda entry: entry[:2])
+        tokens = torch.stack([row[: lengths.get(name)] for _, _, row in drawn])
+        labels = tuple(sources[index].label for _, index, _ in drawn)
+        sets[name] = Rows(tokens, _label(sources, name), fingerprint(tokens), sources=labels)
     return sets
 
 

@@ -43,7 +43,7 @@ class Tail:
         self.confident += int(confident.sum())
         self.flipped += int((confident & ~same).sum())
 
-    def figures(self) -> dict[str, float | None]:
+    def figures(self) -> dict[str, Any]:
         """99th and 99.9th percentile of KL over outputs (each an output's own value), and the share of flips."""
         if not self.divergences:
             return {}
@@ -254,7 +254,7 @@ def perplexity(nats: float) -> float:
 
 def as_evaluation(values: dict[str, Any]) -> Evaluation:
     """An evaluation from its saved fields."""
-    return Evaluation(**values | {"row_divergence": tuple(values["row_divergence"])})
+    return Evaluation(**values | {name: tuple(values[name]) for name in ("row_divergence", "sources")})
 
 
 def as_record(evaluation: Evaluation) -> Quality:

@@ -181,15 +181,15 @@ def _choice(report: Report) -> str:
     if report["search"] is not None:
         return f"uniform, which meets the bound and is no larger than the mixed plan, {how}"
     return (
-        "the best uniform plan within the budget, because the mixed one was no better by more than two standard "
-        f"errors on the selection rows; that one was {how}"
+        "the best uniform plan within the budget, because the mixed one was not better for sure on the selection "
+        f"rows; that one was {how}"
     )
 
 
 def _searched(search: Search, metric: str) -> str:
     count = len(search["trials"])
     plans = "1 plan that was" if count == 1 else f"{count} plans that were"
-    bound = f"a divergence of at most {search['bound']:g} on the selection and the report rows"
+    bound = f"a divergence of at most {search['bound']:g} on the selection rows"
     found = f"the smallest with {bound}" if search["met"] else f"the best one, as none has {bound}"
     return f"chosen per layer by the sensitivity metric {code(metric)}: of {plans} rounded and measured, {found}"
 

@@ -69,11 +69,23 @@ class PlanQuality(Quality):
     predicted_loss: NotRequired[Annotated[float | None, "Predicted loss in the scores that made it; of `tried`."]]
 
 
+class SourceDifference(TypedDict):
+    """The same on the rows of one source."""
+
+    difference: Annotated[float, "Mean difference in divergence."]
+    stderr: Annotated[float, "Its paired standard error."]
+
+
 class SelectionDifference(TypedDict):
     """The best mixed plan less the uniform one on the selection rows."""
 
-    mixed_minus_uniform: Annotated[float, "Mean difference in divergence."]
+    mixed_minus_uniform: Annotated[float, "Mean difference in divergence, each source of rows counting alike."]
     stderr: Annotated[float, "Its paired standard error."]
+    errors_needed: Annotated[
+        float | None, "Standard errors by which the mixed plan must be better to be shipped; null: no number is enough."
+    ]
+    plans: Annotated[int, "Mixed plans that were tried, for which that number is corrected (Holm)."]
+    by_source: Annotated[dict[str, SourceDifference], "The difference on the rows of each source."]
 
 
 class Measured(TypedDict):

@@ -99,6 +99,18 @@ class Fields(TargetFields):
         detail="There are fewer where the text is shorter.", panel=CALIBRATION, affects=Affects.ROWS,
         commands=("evaluate",),
     )] = Field(default=None, ge=2)
+    selection_samples: Annotated[int | None, Setting(
+        help="Rows that choose between the plans that are tried: more resolve smaller differences.",
+        by_device=ByDevice(cuda=64, cpu=32), detail="They have at most 256 tokens, and each source gives as many. "
+        "32 rows resolve 3 to 5 % of the divergence, 2 % takes 64 and more.", panel=CALIBRATION, expert=True,
+        affects=Affects.ROWS,
+    )] = Field(default=None, ge=2)
+    selection_data: Annotated[tuple[str, ...], Setting(
+        help="Where these rows come from; repeatable. Sources as for --calibration, self among them.",
+        default="the calibration sources; beside a single text also self, where the model fits into memory",
+        detail="What one text gains another must not lose. Rows of a calibration source are further ones.",
+        panel=CALIBRATION, expert=True, affects=Affects.ROWS, metavar="SOURCE", names="source",
+    )] = ()
     eval: Annotated[bool | None, Setting(
         help="Judge the result on held-out rows, or leave that out: then the first plan is shipped as it is.",
         default="on, but for one width with --rounding rtn and no flag of data: that reads no data",
@@ -117,14 +129,15 @@ class Fields(TargetFields):
         expert=True, affects=Affects.PLACE, metavar="DIR", commands=("measure",), in_batch="measurements at the top",
     )] = Field(default=None, min_length=1)
     shortlist: Annotated[int | None, Setting(
-        help="Mixed plans to round and evaluate, the metric's own among them; the best on the selection rows competes "
-        "with uniform.", by_device=ByDevice(cuda=4, cpu=2), detail="With max_cost it is the metric's own alone.",
+        help="Mixed plans to round and evaluate, the metric's own among them, beside the rule that people use; the "
+        "best on the selection rows competes with uniform.", by_device=ByDevice(cuda=1, cpu=1),
+        detail="More are plans of other metrics. With max_cost it is the metric's own alone.",
         panel=METHOD, expert=True, affects=Affects.PLAN,
     )] = Field(default=None, ge=1)
     swaps: Annotated[int | None, Setting(
         help="Rounds that improve the best mixed plan: the divergence of moving every unit one width up or down is "
         "measured at the plan, and the best moves are taken, each round from the last one's plan and measurements; the "
-        "best of all is kept; holds the whole model on the device.", by_device=ByDevice(cuda=2, cpu=0),
+        "best of all is kept; holds the whole model on the device.", by_device=ByDevice(cuda=0, cpu=0),
         detail="With target_kl or max_cost there are none.", panel=METHOD, expert=True,
         affects=Affects.PLAN, metavar="ROUNDS",
     )] = Field(default=None, ge=0)

@@ -126,6 +126,8 @@ def default_words(field: FieldInfo, setting: Setting) -> str:
     """The default in words; empty where there is none to speak of."""
     if setting.default:
         return setting.default
+    if setting.by_device is not None and setting.by_device.cuda == setting.by_device.cpu:
+        return str(setting.by_device.cpu)
     if setting.by_device is not None:
         return f"{setting.by_device.cuda}, on a CPU {setting.by_device.cpu}"
     if field.is_required() or field.default in (None, ()) or isinstance(field.default, bool):

@@ -55,7 +55,7 @@ class TargetFields(BaseModel):
     )] = None
     target_kl: Annotated[float | None, Setting(
         help="Find the smallest size whose measured KL in nats per token (relative error for embedding models) is at "
-        "most this; exit code 3 if none is.", detail="It holds on the selection rows and on the report rows.",
+        "most this; exit code 3 if none is.", detail="It holds on the selection rows; the report rows choose nothing.",
         panel=TARGET, affects=Affects.TARGET,
     )] = Field(default=None, gt=0, allow_inf_nan=False)
     plan: Annotated[str | None, Setting(

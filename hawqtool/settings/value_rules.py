@@ -87,7 +87,9 @@ class CheckedFields(Fields):
         # YAML reads bare words on and off as true and false.
         return ("on" if value else "off") if isinstance(value, bool) else value
 
-    @field_validator("pin", "ignore", "calibration", mode="before", json_schema_input_type=str | list[str])
+    @field_validator(
+        "pin", "ignore", "calibration", "selection_data", mode="before", json_schema_input_type=str | list[str]
+    )
     @classmethod
     def _parse_list(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
@@ -102,6 +104,13 @@ class CheckedFields(Fields):
             raise ValueError("expected weights above 0 that are finite")
         if len(set(names)) < len(names):
             raise ValueError("a source is given twice; give it once, with a weight")
+        return value
+
+    @field_validator("selection_data")
+    @classmethod
+    def _check_selection_data(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(value) or len(set(value)) < len(value):
+            raise ValueError("expected sources such as self or text.txt, each once")
         return value
 
     @field_validator("eval_data")

@@ -25,6 +25,7 @@ class PlantedError(NamedTuple):
 
 _DIVERGENCE = "tests/reference/evaluation/test_divergence.py"
 _SELECTION = "tests/unit/pipeline/search/test_selection.py"
+_PAIRED = "tests/unit/evaluation/test_paired.py"
 _DEFAULT_PATH = "tests/reference/streaming/test_stream_default_path.py"
 _LAYER = "tests/reference/rounding/test_layer.py"
 _DRIFT = "tests/reference/rounding/test_input_drift.py"
@@ -108,33 +109,73 @@ _FIGURES = (
 _CHOICE = (
     PlantedError(
         "sign of the choice",
-        "hawqtool/pipeline/search/selection.py",
-        '"mixed" if difference < -DECISIVE * stderr',
-        '"mixed" if difference > DECISIVE * stderr',
+        "hawqtool/evaluation/paired.py",
+        "self.value < -self.needed(tried) * self.stderr",
+        "self.value > self.needed(tried) * self.stderr",
         (_SELECTION,),
     ),
     PlantedError(
-        "threshold of the choice",
-        "hawqtool/pipeline/search/selection.py",
-        "DECISIVE = 2.0",
-        "DECISIVE = 1.9",
+        "threshold of the normal distribution, whatever the number of rows",
+        "hawqtool/evaluation/paired.py",
+        "float(stdtrit(self.freedom, 1 - LEVEL / tried))",
+        "float(stdtrit(1e9, 1 - LEVEL / tried))",
         (_SELECTION,),
+    ),
+    PlantedError(
+        "two-sided threshold of the choice",
+        "hawqtool/evaluation/paired.py",
+        "1 - LEVEL / tried))",
+        "1 - LEVEL / 2 / tried))",
+        (_SELECTION,),
+    ),
+    PlantedError(
+        "choice that forgets how many plans were tried",
+        "hawqtool/pipeline/search/selection.py",
+        "difference.is_less(len(selection.mixed))",
+        "difference.is_less(1)",
+        (_SELECTION,),
+    ),
+    PlantedError(
+        "choice in which one source of rows may lose",
+        "hawqtool/evaluation/paired.py",
+        "* self.stderr and not loses",
+        "* self.stderr",
+        (_SELECTION,),
+    ),
+    PlantedError(
+        "standard error of a mean over sources as if they were one",
+        "hawqtool/evaluation/paired.py",
+        "(stderr / len(means)) ** 2",
+        "stderr**2",
+        (_PAIRED,),
     ),
     PlantedError(
         "choice between mixed and uniform on the report rows",
         "hawqtool/pipeline/search/selection.py",
-        """    difference, stderr = paired_difference(mixed.quality["selection"], uniform.quality["selection"])
-    return "mixed\"""",
-        """    difference, stderr = paired_difference(mixed.quality["report"], uniform.quality["report"])
-    return "mixed\"""",
+        'return compare_paired(mixed.quality["selection"], uniform.quality["selection"])',
+        'return compare_paired(mixed.quality["report"], uniform.quality["report"])',
         (_SELECTION,),
     ),
     PlantedError(
         "choice among mixed plans on the report rows",
         "hawqtool/pipeline/search/trials.py",
-        'return self.quality["selection"].divergence',
-        'return self.quality["report"].divergence',
+        'return balanced_divergence(self.quality["selection"])',
+        'return balanced_divergence(self.quality["report"])',
         (_SELECTION,),
+    ),
+    PlantedError(
+        "choice among mixed plans by the rows of the larger source",
+        "hawqtool/pipeline/search/trials.py",
+        'return balanced_divergence(self.quality["selection"])',
+        'return self.quality["selection"].divergence',
+        (_SELECTION,),
+    ),
+    PlantedError(
+        "rule that favours gate and up instead of down",
+        "hawqtool/allocation/role_rule.py",
+        "(down_proj|w2|fc2",
+        "(gate_proj|up_proj|w2|fc2",
+        ("tests/unit/allocation/test_role_rule.py",),
     ),
     PlantedError(
         "short list by the largest pair loss",

@@ -62,7 +62,7 @@ def test_the_short_list_is_tried_and_its_best_plan_reported(run: Run) -> None:
     _, report = run(bits="2,3,4,8", target_bpw=MIXED_TARGET, shortlist=4)
     evaluation = report["evaluation"]
     tried = evaluation["tried"]
-    assert next(iter(tried)) == "projection" and 2 <= len(tried) <= 4
+    assert next(iter(tried)) == "projection" and 2 <= len(tried) <= 5
     best = min(tried, key=lambda name: tried[name]["selection"]["kl"])
     assert evaluation["mixed"]["chosen_by"] == best
     assert evaluation["mixed"]["kl"] == tried[best]["kl"]
@@ -75,15 +75,22 @@ def test_the_short_list_is_tried_and_its_best_plan_reported(run: Run) -> None:
         assert values["bpw_linears"] <= MIXED_TARGET
 
 
-def test_the_short_list_of_one_is_the_metric_alone(run: Run) -> None:
-    _, report = run(bits="2,3,4,8", target_bpw=MIXED_TARGET, shortlist=1)
-    assert list(report["evaluation"]["tried"]) == ["projection"]
+def test_by_default_the_metrics_own_plan_and_the_rule_are_tried(run: Run, place: Path) -> None:
+    """The rows that choose are of two sources: the text, and the model itself."""
+    sources = {"selection_samples": 12, "selection_data": ()}
+    _, report = run(bits="2,3,4,8", target_bpw=MIXED_TARGET, **sources)
+    evaluation = report["evaluation"]
+    assert list(evaluation["tried"]) == ["projection", "by-role rule"]
+    assert report["rows"]["selection"]["count"] == 12
+    assert report["rows"]["selection"]["source"] == "text.txt (6 rows), self (6 rows)"
+    assert evaluation["selection"]["plans"] == 2 and set(evaluation["selection"]["by_source"]) == {"text.txt", "self"}
+    assert evaluation["selection"]["errors_needed"] > 1.96
 
 
 def test_swaps_add_plans_within_the_budget(run: Run) -> None:
     _, report = run(bits="2,3,4,8", target_bpw=4.0, sensitivity="hawq-ggn", shortlist=1, swaps=2)
     tried = report["evaluation"]["tried"]
-    assert list(tried)[:2] == ["hawq-ggn", "width swap 1"]
+    assert list(tried)[:3] == ["hawq-ggn", "by-role rule", "width swap 1"]
     assert tried["width swap 1"]["selection"]["kl"] < tried["hawq-ggn"]["selection"]["kl"]
     assert all(values["bpw_linears"] <= 4.0 for values in tried.values())
     assert report["timings"]["width swap"] > 0

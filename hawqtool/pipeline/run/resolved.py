@@ -17,6 +17,7 @@ class ResolvedSettings:
     Args:
         num_samples: Calibration rows.
         seq_len: Tokens per row.
+        selection_samples: Rows that choose between plans.
         eval_samples: Rows to report on; 0 where nothing is evaluated.
         batch_size: Rows per forward pass; 0 until the memory is known.
         shortlist: Mixed plans to round and evaluate at a budget.
@@ -29,6 +30,7 @@ class ResolvedSettings:
 
     num_samples: int
     seq_len: int
+    selection_samples: int
     eval_samples: int
     batch_size: int
     shortlist: int
@@ -70,6 +72,7 @@ def resolve_settings(
     return ResolvedSettings(
         num_samples,
         config.seq_len or min(seq_len, longest or seq_len),
+        config.selection_samples or _default("selection_samples", device_type),
         _eval_samples(config, num_samples),
         config.batch_size or 0,
         _shortlist(config, device_type),

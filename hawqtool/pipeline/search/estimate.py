@@ -11,8 +11,9 @@ from hawqtool.model.skeleton import token_embedding
 from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.run.memory_budget import Work
 from hawqtool.pipeline.run.menu import budget_bytes, job_menu, unquantized_bytes
-from hawqtool.pipeline.stages.rows import used_rows
+from hawqtool.pipeline.stages.rows import SELECTION_LENGTH, selection_sources, used_rows
 from hawqtool.report.documents import Estimate, Phase
+from hawqtool.settings.fields import SELF
 
 ROUNDING_OPERATIONS = {"cpu": 13e3, "cuda": 2e5}
 """Operations of a matrix product that take as long as the scale search and the column loop of one weight in one format.
@@ -70,7 +71,8 @@ def _operations(job: Job) -> list[tuple[str, float]]:
     embedding = token_embedding(job.skeleton)
     head = math.prod(embedding) if job.task.logits and embedding is not None else 0
     forward, outputs = 2 * weights * length, 2 * head * length
-    calibrating, judged = rows.get("calibration", 0), rows.get("selection", 0) + rows.get("report", 0)
+    calibrating, choosing = rows.get("calibration", 0), rows.get("selection", 0) * min(1.0, SELECTION_LENGTH / length)
+    judged = choosing + rows.get("report", 0)
     menu = job_menu(job, None if config.target_kl or config.plan else _budget(job))
     choices = 0 if config.plan else sum(len(menu[unit.name]) for unit in job.units if unit.name not in job.pins)
     measured = config.measures and choices > len(job.units) - len(job.pins)
@@ -80,8 +82,10 @@ def _operations(job: Job) -> list[tuple[str, float]]:
     plan = (_ORIGINAL_TOO + settings.method.needs_drift) * forward * calibrating + rounding
     plan += config.refine_steps * 4 * forward + config.distill_steps * 4 * forward
     found: list[tuple[str, float]] = []
-    if rows and config.calibration_weights.get("self"):
+    if rows and SELF in config.calibration_weights:
         found.append(("sampling", sum(rows.values()) * forward / _SAMPLING))
+    elif choosing and SELF in (sources := selection_sources(job)):
+        found.append(("sampling", choosing / len(sources) * forward / _SAMPLING))
     if settings.uses_token_importance and calibrating:
         found.append(("token importance", calibrating * (forward * (1 + _BACKWARD) + outputs * _BACKWARD)))
     if measured:
@@ -102,12 +106,12 @@ def _budget(job: Job) -> int:
 
 
 def _plans(job: Job, measured: bool) -> int:
-    """Plans that are rounded: the short list, swaps, and the uniform neighbours of the best."""
+    """Plans that are rounded: the short list, the rule, swaps, and the uniform neighbours of the best."""
     if not measured or not job.config.evaluates:
         return 1
     if job.config.target_kl is not None:
         return 7
-    return job.settings.shortlist + job.settings.swaps + 2
+    return job.settings.shortlist + 1 + job.settings.swaps + 2
 
 
 def _memory(job: Job) -> int:

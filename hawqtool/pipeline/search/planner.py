@@ -23,8 +23,14 @@ from hawqtool.pipeline.run.files import (
 )
 from hawqtool.pipeline.run.identity import model_fingerprint
 from hawqtool.pipeline.run.job import Job
-from hawqtool.pipeline.run.menu import budget_bytes, job_menu, second_budget, unquantized_bytes
-from hawqtool.pipeline.search.shortlist import alternatives
+from hawqtool.pipeline.run.menu import (
+    budget_bytes,
+    job_menu,
+    meets_second_budget,
+    second_budget,
+    unquantized_bytes,
+)
+from hawqtool.pipeline.search.shortlist import RULE, alternatives, rule_plan
 from hawqtool.pipeline.stages.measure import Origin, measured
 from hawqtool.records import BitPlan, Menu, Rows, SensitivityTable, Unit, UnitFormats, UnitScores
 from hawqtool.report.documents import SensitivityDocument
@@ -101,13 +107,18 @@ class Planner:
         return {metric: loss for metric, loss in sums.items() if loss is not None}
 
     def shortlist(self, budget: int) -> dict[str, BitPlan]:
-        """Plans to try at a budget, by name; the configured metric's own comes first."""
-        own = self.plan(budget)
+        """Plans to try at a budget, by name; the configured metric's own comes first, that of the rule last."""
+        own, job = self.plan(budget), self.job
         if self.table is None:
             return {"uniform menu": own}
-        job = self.job
-        others = alternatives(job.units, job_menu(job, budget), self.table, job.pins, own, budget)
-        return dict([(self.metric, own), *others.items()][: job.settings.shortlist])
+        plans, known = {self.metric: own}, (job.units, job_menu(job, budget), self.table, job.pins, own, budget)
+        if job.settings.shortlist > 1:
+            plans = dict([*plans.items(), *alternatives(*known).items()][: job.settings.shortlist])
+        rule = rule_plan(*known)
+        new = all(rule.formats != plan.formats for plan in plans.values())
+        if new and len(set(rule.formats.values())) > 1 and meets_second_budget(job.config, job.units, rule.formats):
+            plans[RULE] = rule
+        return plans
 
 
 def make_planner(context: RunContext, sets: dict[str, Rows]) -> Planner:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from hawqtool.allocation.problem import stored_bytes
 from hawqtool.allocation.uniform import UniformPlan, neighbours
 from hawqtool.evaluation.divergence import as_record, interpolate_log, paired_difference
+from hawqtool.evaluation.paired import PairedDifference, compare_paired
 from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.run.menu import job_menu, meets_second_budget
 from hawqtool.pipeline.search.trials import Trial, TrialRunner
@@ -15,9 +17,6 @@ from hawqtool.pipeline.search.width_swap import swapped
 from hawqtool.records import BitPlan, Evaluation
 from hawqtool.report.schema import Divergence, Interpolated, PlanComparison, PlanQuality, Shipped
 from hawqtool.sensitivity.measured_kl import UnitScores
-
-DECISIVE = 2.0
-"""Paired standard errors by which a mixed plan must be better than uniform to be shipped in its place."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,14 @@ class Selection:
     mixed: dict[str, Trial]
     uniform: dict[str, Trial]
     best: str
+
+    @property
+    def minus_uniform(self) -> PairedDifference | None:
+        """The best mixed plan less the uniform one on the selection rows; None where one is missing or both are one."""
+        mixed, uniform = self.mixed[self.best], self.uniform.get("uniform")
+        if uniform is None or uniform is mixed or "selection" not in uniform.quality:
+            return None
+        return compare_paired(mixed.quality["selection"], uniform.quality["selection"])
 
 
 def try_plans(runner: TrialRunner, plans: dict[str, BitPlan], scores: UnitScores) -> Selection:
@@ -99,9 +106,11 @@ def _as_plan(job: Job, trial: UniformPlan) -> BitPlan:
 def choose(job: Job, selection: Selection) -> Shipped:
     """``mixed`` or ``uniform``: what is shipped; a plan file is shipped as given.
 
-    Uniform wins ties: the best mixed plan must be better on the selection rows by more than `DECISIVE` paired standard
-    errors. Under ``target_kl``, where the mixed plan is as small as the search could make it, a uniform plan of no more
-    bytes that meets the bound is no worse by that measure, so it is shipped.
+    Uniform wins ties: the best mixed plan must be better on the selection rows for sure, by a paired t-test that knows
+    how many mixed plans were tried (see `PairedDifference.is_less`). The report rows choose nothing.
+
+    Under ``target_kl``, where the mixed plan is as small as the search could make it, a uniform plan of no more bytes
+    that meets the bound is no worse by that measure, so it is shipped.
     """
     mixed, uniform = selection.mixed[selection.best], selection.uniform.get("uniform")
     if job.config.plan is not None or uniform is None:
@@ -113,8 +122,9 @@ def choose(job: Job, selection: Selection) -> Shipped:
     bound = job.config.target_kl
     if bound is not None:
         return "uniform" if uniform.selection <= bound else "mixed"
-    difference, stderr = paired_difference(mixed.quality["selection"], uniform.quality["selection"])
-    return "mixed" if difference < -DECISIVE * stderr else "uniform"
+    difference = selection.minus_uniform
+    assert difference is not None  # both were evaluated
+    return "mixed" if difference.is_less(len(selection.mixed)) else "uniform"
 
 
 def obeys(job: Job, plan: BitPlan) -> bool:
@@ -167,9 +177,18 @@ def compare(
     }
     if uniform is not None:
         result["mixed_minus_uniform"] = _paired(mixed, uniform, "report")
-    if uniform is not None and "selection" in uniform.quality:
-        difference, stderr = paired_difference(mixed.quality["selection"], uniform.quality["selection"])
-        result["selection"] = {"mixed_minus_uniform": difference, "stderr": stderr}
+    difference = selection.minus_uniform
+    if difference is not None:
+        needed = difference.needed(len(selection.mixed))
+        result["selection"] = {
+            "mixed_minus_uniform": difference.value,
+            "stderr": difference.stderr,
+            "errors_needed": needed if math.isfinite(needed) else None,
+            "plans": len(selection.mixed),
+            "by_source": {
+                name: {"difference": value, "stderr": stderr} for name, (value, stderr) in difference.by_source.items()
+            },
+        }
     return result
 
 

@@ -1,4 +1,4 @@
-"""Other plans that are worth trying beside the chosen metric's own, most promising first."""
+"""Other plans that are worth trying beside the chosen metric's own: those of other metrics, and the rule's."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 import torch
 
-from hawqtool.allocation.baselines import edges_plan
 from hawqtool.allocation.frontier import solve
 from hawqtool.allocation.problem import build_problem
+from hawqtool.allocation.role_rule import role_plan
 from hawqtool.records import BitPlan, Menu, SensitivityTable, Unit, UnitFormats
 
-EDGES = "first and last blocks"
+RULE = "by-role rule"
+"""Name of the plan of `hawqtool.allocation.role_rule`, which is tried beside every mixed plan."""
 
 
 def alternatives(
@@ -22,7 +23,7 @@ def alternatives(
     own: BitPlan,
     budget: int,
 ) -> dict[str, BitPlan]:
-    """Plans of the other metrics and of the first-and-last-blocks rule at the same budget, without repetitions.
+    """Plans of the other metrics at the same budget, without repetitions.
 
     They are ordered by `pair_loss` where the table has what that needs, so that a short list takes the plans that
     pair terms prefer. Pair terms only compare a few plans here: a plan that minimises them overfits their noise.
@@ -31,8 +32,6 @@ def alternatives(
     for metric, scores in table.scores.items():
         if metric != own.metric:
             plans[metric] = solve(build_problem(units, menu, scores, pins), budget, metric)
-    problem = build_problem(units, menu, table.scores[own.metric or next(iter(table.scores))], pins)
-    plans[EDGES] = edges_plan(problem, units, budget)
     seen, distinct = [own.formats], dict[str, BitPlan]()
     for name, plan in plans.items():
         # A plan of one format is uniform, which competes anyway.
@@ -42,6 +41,14 @@ def alternatives(
     if not table.projections:
         return distinct
     return dict(sorted(distinct.items(), key=lambda item: pair_loss(item[1], table)))
+
+
+def rule_plan(
+    units: Sequence[Unit], menu: Menu, table: SensitivityTable, pins: UnitFormats, own: BitPlan, budget: int
+) -> BitPlan:
+    """The plan of the rule that people use at the same budget; the scores of ``own`` say what it begins with."""
+    problem = build_problem(units, menu, table.scores[own.metric or next(iter(table.scores))], pins)
+    return role_plan(problem, units, budget)
 
 
 def pair_loss(plan: BitPlan, table: SensitivityTable) -> float:

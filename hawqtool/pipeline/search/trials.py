@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hawqtool.evaluation.divergence import as_evaluation, as_record
+from hawqtool.evaluation.paired import balanced_divergence
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.folder import REMOVED
 from hawqtool.pipeline.stages.evaluate import Evaluator
@@ -43,8 +44,8 @@ class Trial:
 
     @property
     def selection(self) -> float:
-        """Divergence on the selection rows."""
-        return self.quality["selection"].divergence
+        """Divergence on the selection rows, each source of them counting alike."""
+        return balanced_divergence(self.quality["selection"])
 
     def record(self, predicted: dict[str, float]) -> PlanQuality:
         """JSON form: quality on report and selection rows, sizes, formats.

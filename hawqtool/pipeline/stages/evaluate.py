@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -133,6 +134,6 @@ class Evaluator:
                 saved.part(role).drop()
             else:
                 found = as_evaluation(known)
-            results[role] = found
+            results[role] = replace(found, sources=rows.sources)
         self.stream.release_ends()
         return results

@@ -199,11 +199,13 @@ def public_config(job: Job) -> dict[str, Any]:
     # What follows a source's name is its weight.
     weighted = zip(job.config.calibration, job.config.calibration_weights, strict=True)
     values["calibration"] = [public_name(name) + given.removeprefix(name) for given, name in weighted]
+    values["selection_data"] = [*map(public_name, job.config.selection_data)]
     values["eval_data"] = public_name(job.config.eval_data) if job.config.eval_data else None
     resolved = {
         "model": job.source.spec,
         "num_samples": job.settings.num_samples,
         "seq_len": job.settings.seq_len,
+        "selection_samples": job.settings.selection_samples,
         "eval_samples": job.settings.eval_samples or None,
         "eval": job.config.evaluates,
         "batch_size": job.settings.batch_size,

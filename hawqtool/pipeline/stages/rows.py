@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import os
 from pathlib import Path
 
 from torch import Tensor
 
 from hawqtool.data.generate import SampledModel, generate_rows
 from hawqtool.data.images import image_processor, image_rows
-from hawqtool.data.mixing import SourceRows, mix_rows, quotas, require_rows
+from hawqtool.data.mixing import SourceRows, equal_quotas, mix_rows, quotas, require_rows
 from hawqtool.data.sources import is_hub, open_source
 from hawqtool.data.tokens import overlap, source_rows
 from hawqtool.errors import InputError, UsageError
@@ -17,27 +19,32 @@ from hawqtool.model.tasks import image_shape
 from hawqtool.pipeline.run.checkpoints import SAMPLED
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.job import Job
+from hawqtool.pipeline.run.memory_budget import memory_limit
 from hawqtool.records import Rows
 from hawqtool.settings.fields import SELF
 
 ROLES = ("calibration", "scoring", "selection", "report")
 _SMALLEST_SET, _SCORING_SET, _SHORT_ROW, _FEWEST_REPORT_ROWS = 8, 16, 512, 2
 
+SELECTION_LENGTH = 256
+"""Most tokens of a selection row: of so many tokens, more and shorter rows are of more texts."""
 
-def row_counts(num_samples: int, eval_samples: int, length: int | None) -> dict[str, int]:
+
+def row_counts(num_samples: int, selection_samples: int, eval_samples: int, length: int | None) -> dict[str, int]:
     """Rows of each set: rounding, scoring, selecting a plan, reporting.
 
     Rows of less than 512 tokens are scored on at least 16: noise falls with the rows, and short ones cost little.
 
     Args:
         num_samples: Calibration rows.
+        selection_samples: Rows that choose.
         eval_samples: Rows to report on.
         length: Tokens of a row; None for images.
     """
     side = max(_SMALLEST_SET, num_samples // 16)
     short = length is None or length < _SHORT_ROW
     scoring = max(side, _SCORING_SET) if short else side
-    return {"calibration": num_samples, "scoring": scoring, "selection": side, "report": eval_samples}
+    return {"calibration": num_samples, "scoring": scoring, "selection": selection_samples, "report": eval_samples}
 
 
 def gather_rows(context: RunContext, scores_alone: bool = False) -> dict[str, Rows]:
@@ -78,8 +85,7 @@ def check_sources(job: Job) -> None:
     config = job.config
     if not config.reads_rows:
         return
-    names, weights = zip(*config.calibration_weights.items(), strict=True)
-    shares = zip(names, quotas(_counts(job), weights), strict=True)
+    shares = _shares(job, _counts(job)).items()
     require_rows([_given_source(job, name, quota) for name, quota in shares if name != SELF and not is_hub(name)])
     if config.eval_data is not None and not is_hub(config.eval_data):
         evaluation_rows(job, config.eval_data, job.settings.eval_samples)
@@ -105,7 +111,43 @@ def _counts(job: Job) -> dict[str, int]:
 
 def _all_counts(job: Job) -> dict[str, int]:
     length = None if job.takes_images else job.settings.seq_len
-    return row_counts(job.settings.num_samples, job.settings.eval_samples, length)
+    settings = job.settings
+    return row_counts(settings.num_samples, settings.selection_samples, settings.eval_samples, length)
+
+
+def selection_sources(job: Job) -> tuple[str, ...]:
+    """Sources of the selection rows: those asked for, else the calibration sources, two where that can be.
+
+    Beside a single text stand rows that the model writes, if the whole model fits into memory and its tokenizer names
+    a token to begin with.
+    """
+    config, names = job.config, tuple(job.config.calibration_weights)
+    if config.selection_data:
+        return config.selection_data
+    alone = len(names) == 1 and SELF not in names
+    return (*names, SELF) if alone and config.chooses and _can_sample(job) else names
+
+
+def _can_sample(job: Job) -> bool:
+    # Quantized originals are read by us alone; transformers may take them for something else.
+    if not job.task.generates or job.index.source_format is not None:
+        return False
+    limit = memory_limit(job.config, job.device) or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    weights = sum(math.prod(info.shape) for info in job.index.tensors.values())
+    tokenizer = job.tokenizer()
+    begins = tokenizer.bos_token_id is not None or tokenizer.eos_token_id is not None
+    return begins and weights * job.dtype.itemsize <= limit
+
+
+def _shares(job: Job, counts: dict[str, int]) -> dict[str, dict[str, int]]:
+    """Rows of each set by source: by their weights, but the selection rows in equal parts."""
+    names, weights = zip(*job.config.calibration_weights.items(), strict=True)
+    found = dict(zip(names, quotas(counts, weights), strict=True))
+    if counts.get("selection"):
+        wanted = selection_sources(job)
+        found |= {name: dict.fromkeys(counts, 0) for name in wanted if name not in found}
+        equal_quotas(list(found.values()), "selection", [name in wanted for name in found])
+    return found
 
 
 def calibration_rows(context: RunContext, counts: dict[str, int]) -> dict[str, Rows]:
@@ -115,14 +157,13 @@ def calibration_rows(context: RunContext, counts: dict[str, int]) -> dict[str, R
         UsageError: If a source's weight is so small that it gives no row.
         InputError: If a source holds too little text.
     """
-    job, config = context.job, context.job.config
-    names, weights = zip(*config.calibration_weights.items(), strict=True)
-    shares = dict(zip(names, quotas(counts, weights), strict=True))
+    job, shares = context.job, _shares(context.job, counts)
     sources = {name: _given_source(job, name, quota) for name, quota in shares.items() if name != SELF}
     require_rows(list(sources.values()))
     if SELF in shares:
         sources[SELF] = _sampled_source(context, shares[SELF])
-    return mix_rows([sources[name] for name in names])
+    lengths = {} if job.takes_images else {"selection": SELECTION_LENGTH}
+    return mix_rows([sources[name] for name in shares], lengths)
 
 
 def evaluation_rows(job: Job, text: str, wanted: int) -> Rows:
@@ -142,11 +183,13 @@ def check_calibration(job: Job) -> None:
     Raises:
         UsageError: If rows are to be sampled from a model that is no causal language model.
     """
-    if SELF in job.config.calibration_weights and not job.task.generates:
-        raise UsageError(
-            f"rows cannot be sampled from this {job.task.name}; give --calibration "
-            + ("a folder of images" if job.takes_images else "a text")
-        )
+    config = job.config
+    for flag, names in (("--calibration", config.calibration_weights), ("--selection-data", config.selection_data)):
+        if SELF in names and not job.task.generates:
+            raise UsageError(
+                f"rows cannot be sampled from this {job.task.name}; give {flag} "
+                + ("a folder of images" if job.takes_images else "a text")
+            )
 
 
 def _given_source(job: Job, text: str, quota: dict[str, int]) -> SourceRows:
@@ -170,10 +213,13 @@ def _sampled_source(context: RunContext, quota: dict[str, int]) -> SourceRows:
     known = context.saved.load(SAMPLED)
     if known is not None:
         return SourceRows(SELF, known, quota)
-    context.reporter.say(f"sampling {count} rows of {job.settings.seq_len} tokens from the model")
+    length = job.settings.seq_len
+    if SELF not in job.config.calibration_weights:  # they choose alone
+        length = min(length, SELECTION_LENGTH)
+    context.reporter.say(f"sampling {count} rows of {length} tokens from the model")
     trusted, loader = job.source.runs_code, job.task.auto_class
     model = SampledModel(job.index.folder, job.tokenizer(), job.device, job.dtype, trusted, loader)
-    tokens = generate_rows(model, count, job.settings.seq_len, job.config.seed, context.progress("sampling tokens"))
+    tokens = generate_rows(model, count, length, job.config.seed, context.progress("sampling tokens"))
     context.saved.save(SAMPLED, tokens)
     return SourceRows(SELF, tokens, quota)
 

@@ -220,8 +220,8 @@ def _quality(report: Report) -> str:
         f"neither calibrated nor chose anything.{domain}</p>\n{_gates(report['gates'])}"
         f"<h3>Plans that were tried</h3>\n{tried_table(report, evaluation['measure'])}\n"
         '<p class="note">Numbers are those in the figures. The selection rows choose: among the mixed plans the lowest '
-        "value, and against the best uniform plan that fits the paired difference. The report rows choose "
-        "nothing.</p>"
+        "value, and against the best uniform plan that fits a paired t-test that knows how many were tried. The "
+        "report rows choose nothing.</p>"
     )
 
 

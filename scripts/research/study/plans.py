@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hawqtool.allocation.baselines import edges_plan, permuted_scores, reversed_scores
+from hawqtool.allocation.baselines import permuted_scores, reversed_scores
 from hawqtool.allocation.problem import AllocationProblem, build_problem, stored_bytes
+from hawqtool.allocation.role_rule import role_plan
 from hawqtool.allocation.uniform import neighbours
 from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.evaluation.divergence import OutputComparison, interpolate_log, standard_error
@@ -32,7 +33,7 @@ from hawqtool.streaming.stream import WeightSource
 from study.scores import predicted_sums
 from study.setting import Findings, Setting
 
-KINDS = ("metric", "width swap", "uniform", "random", "reversed", "edges")
+KINDS = ("metric", "width swap", "uniform", "random", "reversed", "rule")
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def candidates(
     for seed in range(seeds):
         yield Candidate(f"random {seed}", "random", solved(permuted_scores(units, base, seed)))
     yield Candidate("reversed", "reversed", solved(reversed_scores(units, base)))
-    yield Candidate("edges", "edges", edges_plan(build_problem(units, menu, base, {}), units, budget).formats)
+    yield Candidate("rule", "rule", role_plan(build_problem(units, menu, base, {}), units, budget).formats)
 
 
 class PlanEvaluator:

@@ -1,16 +1,13 @@
-"""Plans to compare with: permuted and reversed scores, and the first/last-blocks rule."""
+"""Plans to compare with: permuted and reversed scores."""
 
 from __future__ import annotations
 
 import random
 from collections import Counter
 
-import pytest
-
-from hawqtool.allocation.baselines import edges_plan, permuted_scores, reversed_scores
+from hawqtool.allocation.baselines import permuted_scores, reversed_scores
 from hawqtool.allocation.frontier import solve
 from hawqtool.allocation.problem import build_problem
-from hawqtool.errors import UsageError
 from hawqtool.formats import QuantFormat
 from hawqtool.records import LinearSpec, Menu, Score, Unit, UnitScores
 
@@ -83,46 +80,3 @@ def test_units_measured_at_other_widths_are_ranked_apart() -> None:
     scores["0.pair"]["w6g128"] = Score(0.5, 0.0)
     turned = reversed_scores(units, scores)
     assert turned["0.pair"] == scores["0.pair"] and permuted_scores(units, scores, 3)["0.pair"] == scores["0.pair"]
-
-
-def test_edges_go_from_both_ends_inwards() -> None:
-    units = make_units()
-    problem = build_problem(units, menu_of(units), scores_of(units), {})
-    step = [sum(problem.choices[f"0.{k}"][i + 1].cost_bytes for k in ("pair", "down")) for i in range(3)]
-    base = sum(problem.choices[f"0.{k}"][0].cost_bytes for k in ("pair", "down"))
-    for blocks, raised in ((1, {0}), (2, {0, 4}), (3, {0, 1, 4}), (5, set(range(5)))):
-        plan = edges_plan(problem, units, problem.minimum_bytes + blocks * (step[0] - base))
-        assert {name: fmt.bits for name, fmt in plan.formats.items()} == {
-            unit.name: 3 if unit.members[0].block in raised else 2 for unit in units
-        }
-        assert plan.stored_bytes == plan.budget_bytes
-    full = edges_plan(problem, units, problem.maximum_bytes)
-    assert {fmt.bits for fmt in full.formats.values()} == {8}
-    assert edges_plan(problem, units, 10 * problem.maximum_bytes).formats == full.formats
-
-
-@pytest.mark.parametrize("seed", range(50))
-def test_edges_respect_budget_and_pins_and_do_not_depend_on_order(seed: int) -> None:
-    units, rng = make_units(), random.Random(seed)
-    pins = {unit.name: QuantFormat(8, 32) for unit in rng.sample(units, 3)}
-    problem = build_problem(units, menu_of(units), scores_of(units), pins)
-    budget = rng.randint(problem.minimum_bytes, problem.maximum_bytes)
-    plan = edges_plan(problem, units, budget)
-    assert plan.stored_bytes == sum(u.stored_bytes(plan.formats[u.name]) for u in units) <= budget
-    assert all(plan.formats[unit] == fmt for unit, fmt in pins.items())
-    places = [WIDTHS.index(fmt.bits) for unit, fmt in plan.formats.items() if unit not in pins]
-    assert max(places) - min(places) <= 1
-    assert plan == edges_plan(problem, units, budget)
-    with pytest.raises(UsageError, match="cannot be met"):
-        edges_plan(problem, units, problem.minimum_bytes - 1)
-
-
-def test_a_unit_of_several_blocks_belongs_to_the_outermost() -> None:
-    experts = Unit("experts", tuple(LinearSpec(f"{b}.e", 64, 128, b, "experts", 2) for b in range(BLOCKS)))
-    units = [*(unit for unit in make_units() if unit.name[0] not in "0"), experts]
-    menu = {unit.name: tuple(QuantFormat(bits, 32) for bits in WIDTHS) for unit in units}
-    scores = {unit.name: {f.label: Score(1.0, 0.0) for f in menu[unit.name]} for unit in units}
-    problem = build_problem(units, menu, scores, {})
-    first, second = (problem.choices["experts"][i].cost_bytes for i in (0, 1))
-    plan = edges_plan(problem, units, problem.minimum_bytes + second - first)
-    assert [unit for unit, fmt in plan.formats.items() if fmt.bits == 3] == ["experts"]

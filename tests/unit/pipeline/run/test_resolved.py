@@ -14,11 +14,12 @@ def resolved(device_type: str = "cpu", longest: int | None = None, **values: Any
     return resolve_settings(RunConfig(model="m", **values), device_type, longest)
 
 
-@pytest.mark.parametrize(("device", "expected"), [("cpu", (16, 256, 2, 0)), ("cuda", (128, 2048, 4, 2))])
+@pytest.mark.parametrize(("device", "expected"), [("cpu", (16, 256, 32, 1, 0)), ("cuda", (128, 2048, 64, 1, 0))])
 def test_defaults_are_those_that_the_help_names(device: str, expected: tuple[int, ...]) -> None:
     found = resolved(device)
-    assert (found.num_samples, found.seq_len, found.shortlist, found.swaps) == expected
-    for name in ("num_samples", "seq_len", "shortlist", "swaps"):
+    names = ("num_samples", "seq_len", "selection_samples", "shortlist", "swaps")
+    assert tuple(getattr(found, name) for name in names) == expected
+    for name in names:
         by_device = SETTINGS[name].by_device
         assert by_device is not None and getattr(found, name) == by_device.on(device)
 

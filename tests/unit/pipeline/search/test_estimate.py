@@ -32,7 +32,7 @@ def test_a_run_goes_through_the_phases_of_its_estimate(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("hawqtool.pipeline.quantize.write_page", lambda _: None)
-    config = settings(place, bits="2,4,8", target_bpw=MIXED_TARGET, shortlist=1, output=tmp_path / "out")
+    config = settings(place, bits="2,4,8", target_bpw=MIXED_TARGET, selection_data=(), output=tmp_path / "out")
     found, reporter = estimate(prepare(config)), Noting()
     run_quantize(config, "hawqtool quantize", reporter, lambda _: None)
     course, positions = Course(found["phases"]), []
@@ -41,8 +41,9 @@ def test_a_run_goes_through_the_phases_of_its_estimate(
         positions.append(course.position)
     # Every stage but those of further uniform plans is a phase of its own, in the order of the estimate.
     assert positions == sorted(positions) and positions[0] == 0 and positions[-1] == len(found["phases"]) - 1
-    assert [phase["name"] for phase in found["phases"]][:4] == [
+    assert [phase["name"] for phase in found["phases"]][:5] == [
         "fingerprint",
+        "sampling",
         "token importance",
         "forward sweep",
         "reverse sweep",

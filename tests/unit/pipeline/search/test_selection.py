@@ -16,7 +16,7 @@ from hawqtool.pipeline.search.trials import Trial
 from hawqtool.records import BitPlan, Evaluation
 
 
-def evaluation(rows: list[float]) -> Evaluation:
+def evaluation(rows: list[float], sources: tuple[str, ...] = ()) -> Evaluation:
     mean = sum(rows) / len(rows)
     return Evaluation(
         measure="kl",
@@ -26,6 +26,7 @@ def evaluation(rows: list[float]) -> Evaluation:
         num_tokens=1,
         perplexity=1.0,
         same_top=1.0,
+        sources=sources,
     )
 
 
@@ -50,7 +51,7 @@ LOW, HIGH = [1.0, 1.1, 0.9, 1.0], [2.0, 2.1, 1.9, 2.0]
     [
         ((LOW, HIGH), (HIGH, LOW), "mixed"),
         ((HIGH, LOW), (LOW, HIGH), "uniform"),
-        # Better, but within two paired standard errors: the differences are -1, 1, -1, 0.9.
+        # Better, but not for sure: the differences are -1, 1, -1, 0.9.
         (([1.0, 2.0, 1.0, 2.0], LOW), ([2.0, 1.0, 2.0, 1.1], HIGH), "uniform"),
         # Better by a little on every row is better for sure.
         (([0.99, 1.09, 0.89, 0.991], HIGH), (LOW, LOW), "mixed"),
@@ -64,14 +65,43 @@ def test_the_selection_rows_choose(monkeypatch: pytest.MonkeyPatch, mixed: Any, 
     assert choose(job, tried) == wanted
 
 
-@pytest.mark.parametrize(("errors", "wanted"), [(1.95, "uniform"), (2.05, "mixed")])
-def test_two_paired_standard_errors_decide(monkeypatch: pytest.MonkeyPatch, errors: float, wanted: str) -> None:
+# Student's t, one-sided, three degrees of freedom, from tables: 2.353 at 5 %, 3.182 at 2.5 %, 4.541 at 1 %.
+@pytest.mark.parametrize(
+    ("tried", "errors", "wanted"),
+    [(1, 2.30, "uniform"), (1, 2.40, "mixed"), (2, 3.15, "uniform"), (2, 3.20, "mixed"), (5, 4.50, "uniform")],
+)
+def test_students_t_and_the_number_of_plans_decide(
+    monkeypatch: pytest.MonkeyPatch, tried: int, errors: float, wanted: str
+) -> None:
     monkeypatch.setattr(selection, "obeys", lambda *_: True)
     # Differences of ±1 around their mean have a standard error of √(4 / 3) / √4 over four rows.
     mixed = [value + sign - errors / 3**0.5 for value, sign in zip(LOW, (1, -1, 1, -1), strict=True)]
     job: Any = FakeJob(RunConfig(model="m", target_bpw=4.0))
-    tried = Selection({"kron": trial("kron", mixed, HIGH)}, {"uniform": trial("uniform", LOW, LOW)}, "kron")
-    assert choose(job, tried) == wanted
+    others = {str(number): trial(str(number), HIGH, LOW) for number in range(1, tried)}
+    found = Selection({"kron": trial("kron", mixed, HIGH)} | others, {"uniform": trial("uniform", LOW, LOW)}, "kron")
+    assert choose(job, found) == wanted
+
+
+BOTH = ("a", "a", "a", "b", "b", "b")
+
+
+@pytest.mark.parametrize(
+    ("differences", "wanted"),
+    [
+        ([-1.0, -1.1, -0.9, -1.0, -1.1, -0.9], "mixed"),
+        # Better on average for sure, but text b is worse.
+        ([-3.0, -3.1, -2.9, 0.2, 0.1, 0.3], "uniform"),
+        # Worse on b by less than its standard error.
+        ([-3.0, -3.1, -2.9, 0.1, -0.2, 0.2], "mixed"),
+    ],
+)
+def test_no_source_may_lose(monkeypatch: pytest.MonkeyPatch, differences: list[float], wanted: str) -> None:
+    monkeypatch.setattr(selection, "obeys", lambda *_: True)
+    job: Any = FakeJob(RunConfig(model="m", target_bpw=4.0))
+    uniform, mixed = trial("uniform", [5.0] * 6, LOW), trial("kron", [5 + d for d in differences], HIGH)
+    for entry in (uniform, mixed):
+        entry.quality["selection"] = evaluation([*entry.quality["selection"].row_divergence], BOTH)
+    assert choose(job, Selection({"kron": mixed}, {"uniform": uniform}, "kron")) == wanted
 
 
 @pytest.mark.parametrize(("uniform", "wanted"), [((LOW, HIGH), "uniform"), ((HIGH, LOW), "mixed")])
@@ -87,6 +117,14 @@ def test_the_selection_rows_choose_under_a_quality_target(
 def test_the_best_mixed_plan_is_that_of_the_selection_rows() -> None:
     tried = {"kron": trial("kron", HIGH, LOW), "fisher": trial("fisher", LOW, HIGH)}
     assert _best(tried) is tried["fisher"]
+
+
+def test_each_source_of_selection_rows_counts_alike() -> None:
+    """Of rows a, a, a, b the mean of all is 2.5 and 2, that of the sources 2 and 3."""
+    many, one = trial("many", [3.0, 3.0, 3.0, 1.0], LOW), trial("one", [1.0, 1.0, 1.0, 5.0], LOW)
+    for entry in (many, one):
+        entry.quality["selection"] = evaluation([*entry.quality["selection"].row_divergence], ("a", "a", "a", "b"))
+    assert (many.selection, one.selection) == (2.0, 3.0) and _best({"one": one, "many": many}) is many
 
 
 def test_report_and_selection_rows_are_told_apart() -> None:
