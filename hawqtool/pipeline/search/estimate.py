@@ -1,9 +1,8 @@
-"""Estimate of a run before it: seconds of each phase, peak memory, disk, from headers and a rate measured at once."""
+"""Estimate of a run before it: seconds of each phase, peak memory, disk, from headers and rates measured at once."""
 
 from __future__ import annotations
 
 import math
-import time
 
 import torch
 
@@ -11,15 +10,10 @@ from hawqtool.model.skeleton import token_embedding
 from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.run.memory_budget import Work
 from hawqtool.pipeline.run.menu import budget_bytes, job_menu, unquantized_bytes
+from hawqtool.pipeline.search.rates import Rates, measured_rates
 from hawqtool.pipeline.stages.rows import SELECTION_LENGTH, selection_sources, used_rows
 from hawqtool.report.documents import Estimate, Phase
 from hawqtool.settings.fields import SELF
-
-ROUNDING_OPERATIONS = {"cpu": 13e3, "cuda": 2e5}
-"""Operations of a matrix product that take as long as the scale search and the column loop of one weight in one format.
-
-Fitted once: SmolLM2 on two cores of a CPU at 3 bits; on a GPU, whose products are far faster than its loops, an order
-of magnitude only."""
 
 _BACKWARD, _ORIGINAL_TOO = 3, 2
 """Forward passes that a pass backwards costs with the one that it repeats, and that rounding makes of each row."""
@@ -27,7 +21,6 @@ _EFFICIENCY = 0.6
 """Share of the rate of large products that a forward pass reaches."""
 _SAMPLING = 0.15
 """The same of sampling, which multiplies by few rows at a time."""
-_SIDE, _BUDGET_SECONDS, _FEWEST_PRODUCTS = 1024, 0.2, 3
 _LIBRARIES = 700_000_000
 """Bytes of the process before it has any tensor."""
 _HASHED_PER_SECOND = 1e9
@@ -35,25 +28,10 @@ _FIXED = {"cpu": 15.0, "cuda": 25.0}
 """Seconds of loading the result once in another process, reading it back, and drawing the page."""
 
 
-def measured_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of a large matrix product: the quickest of those that a fraction of a second has room for.
-
-    The first one, in which libraries load what they need, is not the quickest.
-    """
-    matrix, began, best = torch.ones((_SIDE, _SIDE), device=device, dtype=dtype), time.perf_counter(), math.inf
-    count = 0
-    while count < _FEWEST_PRODUCTS or time.perf_counter() - began < _BUDGET_SECONDS:
-        start = time.perf_counter()
-        float((matrix @ matrix)[0, 0])
-        best, count = min(best, time.perf_counter() - start), count + 1
-    return 2 * _SIDE**3 / best
-
-
 def estimate(job: Job) -> Estimate:
     """What a run takes: an order of magnitude, mostly right within a factor of two."""
-    rate = measured_rate(job.device, job.dtype) * _EFFICIENCY
     phases = [Phase(name="fingerprint", seconds=job.index.total_bytes / _HASHED_PER_SECOND)]
-    phases += [Phase(name=name, seconds=operations / rate) for name, operations in _operations(job)]
+    phases += [Phase(name=name, seconds=seconds) for name, seconds in _work(job, measured_rates(job))]
     phases.append(Phase(name="checking", seconds=_FIXED[job.device.type]))
     return {
         "phases": phases,
@@ -63,37 +41,40 @@ def estimate(job: Job) -> Estimate:
     }
 
 
-def _operations(job: Job) -> list[tuple[str, float]]:
-    """Operations of each phase in the order of the run, by the beginning of what it is called in the progress."""
+def _work(job: Job, rates: Rates) -> list[tuple[str, float]]:
+    """Seconds of each phase in the order of the run, by the beginning of what it is called in the progress."""
     config, settings, rows = job.config, job.settings, used_rows(job)
     length = 1 if job.takes_images else settings.seq_len
     weights = sum(linear.num_weights for spec in job.structure.blocks for linear in spec.linears)
     embedding = token_embedding(job.skeleton)
     head = math.prod(embedding) if job.task.logits and embedding is not None else 0
-    forward, outputs = 2 * weights * length, 2 * head * length
+    second = rates.operations * _EFFICIENCY
+    forward, outputs = 2 * weights * length / second, 2 * head * length / second
+    loading = job.index.total_bytes / rates.read
     calibrating, choosing = rows.get("calibration", 0), rows.get("selection", 0) * min(1.0, SELECTION_LENGTH / length)
     judged = choosing + rows.get("report", 0)
     menu = job_menu(job, None if config.target_kl or config.plan else _budget(job))
     choices = 0 if config.plan else sum(len(menu[unit.name]) for unit in job.units if unit.name not in job.pins)
     measured = config.measures and choices > len(job.units) - len(job.pins)
-    rounding = ROUNDING_OPERATIONS[job.device.type] * sum(unit.num_weights for unit in job.units)
-    if settings.method.name == "rtn":
-        rounding /= 3
-    plan = (_ORIGINAL_TOO + settings.method.needs_drift) * forward * calibrating + rounding
+    rounding = sum(unit.num_weights for unit in job.units) / rates.rounded
+    streams = _ORIGINAL_TOO + settings.method.needs_drift
+    plan = streams * forward * calibrating + rounding + loading * (1 + settings.method.needs_drift)
     plan += config.refine_steps * 4 * forward + config.distill_steps * 4 * forward
     found: list[tuple[str, float]] = []
     if rows and SELF in config.calibration_weights:
-        found.append(("sampling", sum(rows.values()) * forward / _SAMPLING))
+        found.append(("sampling", loading + sum(rows.values()) * forward / _SAMPLING))
     elif choosing and SELF in (sources := selection_sources(job)):
-        found.append(("sampling", choosing / len(sources) * forward / _SAMPLING))
+        found.append(("sampling", loading + choosing / len(sources) * forward / _SAMPLING))
     if settings.uses_token_importance and calibrating:
-        found.append(("token importance", calibrating * (forward * (1 + _BACKWARD) + outputs * _BACKWARD)))
+        importance = calibrating * (forward * (1 + _BACKWARD) + outputs * _BACKWARD)
+        found.append(("token importance", 2 * loading + importance))
     if measured:
         formats = choices / max(1, len(job.units))
-        found.append(("forward sweep", rows.get("scoring", 0) * forward + formats * rounding))
-        found.append(("reverse sweep", rows.get("scoring", 0) * (forward * _BACKWARD + outputs * _BACKWARD)))
+        found.append(("forward sweep", loading + rows.get("scoring", 0) * forward + formats * rounding))
+        backward = rows.get("scoring", 0) * (forward * _BACKWARD + outputs * _BACKWARD)
+        found.append(("reverse sweep", loading + backward))
     if judged:
-        found.append(("evaluating the original model", judged * forward))
+        found.append(("evaluating the original model", loading + judged * forward))
     for _ in range(_plans(job, measured)):
         found.append(("round", plan))
         if judged:

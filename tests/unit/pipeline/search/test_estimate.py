@@ -10,6 +10,7 @@ from hawqtool.cli.terminal import Course
 from hawqtool.pipeline.quantize import run_quantize
 from hawqtool.pipeline.run.job import prepare
 from hawqtool.pipeline.search.estimate import estimate
+from hawqtool.pipeline.search.rates import Rates
 from hawqtool.runtime.reporter import Silent
 from tests.support.runs import MIXED_TARGET, place, settings  # noqa: F401
 
@@ -49,6 +50,14 @@ def test_a_run_goes_through_the_phases_of_its_estimate(
         "reverse sweep",
     ]
     assert len(set(positions)) >= 8
+
+
+def test_seconds_follow_the_measured_rates(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    job, slow = prepare(settings(place, bits="4")), Rates(operations=1e30, rounded=100.0, read=1e30)
+    monkeypatch.setattr("hawqtool.pipeline.search.estimate.measured_rates", lambda _: slow)
+    seconds = {phase["name"]: phase["seconds"] for phase in estimate(job)["phases"]}
+    assert seconds["round"] == pytest.approx(sum(unit.num_weights for unit in job.units) / 100)
+    assert seconds["token importance"] == pytest.approx(0, abs=1e-9)
 
 
 def test_what_is_left_out_takes_no_time(place: Path) -> None:  # noqa: F811

@@ -1,0 +1,120 @@
+"""Rates of this machine, measured on the model's own shapes: products, rounding, reading of weights."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from hawqtool.checkpoint.reader import TensorReader
+from hawqtool.pipeline.run.job import Job
+from hawqtool.pipeline.run.menu import job_menu
+from hawqtool.records import LinearSpec
+from hawqtool.rounding.factor import factorize
+from hawqtool.rounding.layer import round_layers, round_without_inputs
+from hawqtool.rounding.method import Task
+from hawqtool.rounding.statistics import GroupStatistics
+
+_SIDE, _BUDGET_SECONDS, _FEWEST_PRODUCTS = 1024, 0.2, 3
+_MOST_WEIGHTS, _MOST_COLUMNS = {"cpu": 1 << 18, "cuda": 1 << 24}, 4096
+"""Weights and columns of the layer that is rounded for its rate: enough to keep the device busy, in a part of a
+second."""
+_FEWEST_READ = 1 << 24
+"""Bytes below which the time of reading them says nothing of more."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How fast the machine is at what runs consist of.
+
+    Args:
+        operations: Floating-point operations per second of a large matrix product.
+        rounded: Weights per second of the scale search and the column loop, in one format, losses included.
+        read: Bytes per second from the files of the model into the device's memory; infinite where its weights are too
+            small to tell, and to matter.
+    """
+
+    operations: float
+    rounded: float
+    read: float
+
+
+def measured_rates(job: Job) -> Rates:
+    """Measure them; a second or two, and as long again where kernels are compiled for the first time on a machine."""
+    return Rates(product_rate(job.device, job.dtype), rounding_rate(job), reading_rate(job))
+
+
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of a large matrix product: the quickest of those that a fraction of a second has room for.
+
+    The first one, in which libraries load what they need, is not the quickest.
+    """
+    matrix = torch.ones((_SIDE, _SIDE), device=device, dtype=dtype)
+    return 2 * _SIDE**3 / _quickest(lambda: float((matrix @ matrix)[0, 0]))
+
+
+def rounding_rate(job: Job) -> float:
+    """Weights per second of rounding a layer of a typical shape of the model as the run will round it."""
+    if not job.units:
+        return math.inf
+    linear = _typical_linear(job)
+    columns = min(linear.in_features, _MOST_COLUMNS)
+    rows = max(1, min(linear.out_features, _MOST_WEIGHTS[job.device.type] // columns))
+    formats = job_menu(job, None)[linear.unit]
+    fmt = next((f for f in formats if f.group_size and columns % f.group_size == 0), formats[0])
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn((rows, columns), generator=generator).to(job.device)
+    task = Task(linear.name, weight, fmt, job.stored_dtypes[linear.name])
+    method = job.settings.method
+    if not job.config.reads_rows:
+        return rows * columns / _quickest(lambda: round_without_inputs([task], method), fewest=2)
+    statistics = _statistics(job, torch.randn((columns, columns), generator=generator).to(job.device))
+    factor = factorize(statistics.gram, statistics.num_tokens, method.damping, name=linear.name)
+    return rows * columns / _quickest(lambda: round_layers([task], statistics, factor, method), fewest=2)
+
+
+def _statistics(job: Job, inputs: torch.Tensor) -> GroupStatistics:
+    """Statistics of some inputs, of all the kinds that the method looks at."""
+    method, gram, count = job.settings.method, inputs.T @ inputs / len(inputs), 8 * len(inputs)
+    drift = torch.zeros_like(gram) if method.needs_drift else None
+    weighted = job.settings.uses_token_importance
+    held = GroupStatistics(gram.clone(), count // 4, count // 4, drift, weighted=weighted)
+    return GroupStatistics(gram, count, count, drift, held if method.needs_held_out else None, weighted)
+
+
+def reading_rate(job: Job) -> float:
+    """Bytes per second of reading weights into the device's memory: the largest linear of the first block."""
+    names = [linear.name for linear in job.structure.blocks[0].linears]
+    reader = TensorReader(job.index)
+    stored = [f"{name}.weight" for name in names if f"{name}.weight" in reader]
+    if not stored:
+        return math.inf
+    name = max(stored, key=lambda name: job.index.tensors[name].num_bytes)
+    start = time.perf_counter()
+    tensor = reader.tensor(name).to(job.device)
+    float(tensor.flatten()[-1])  # a copy to a GPU is waited for
+    size = tensor.nbytes
+    return size / (time.perf_counter() - start) if size >= _FEWEST_READ else math.inf
+
+
+def _typical_linear(job: Job) -> LinearSpec:
+    """The linear whose shape most weights of the model have."""
+    members = [member for unit in job.units for member in unit.members]
+    totals: dict[tuple[int, int], int] = {}
+    for member in members:
+        shape = member.out_features, member.in_features
+        totals[shape] = totals.get(shape, 0) + member.num_weights
+    return next(m for m in members if (m.out_features, m.in_features) == max(totals, key=lambda s: totals[s]))
+
+
+def _quickest(work: Callable[[], object], fewest: int = _FEWEST_PRODUCTS) -> float:
+    """Seconds of the quickest of some repetitions: at least so many, more while a fraction of a second has room."""
+    began, best, count = time.perf_counter(), math.inf, 0
+    while count < fewest or time.perf_counter() - began < _BUDGET_SECONDS:
+        start = time.perf_counter()
+        work()
+        best, count = min(best, time.perf_counter() - start), count + 1
+    return best
