@@ -63,7 +63,7 @@ def batch(
         if dry_run:
             decide_hub_access(source for job in found.jobs for source in job.config.data_sources)
             rows = work.dry_run(found, terminal)
-            terminal.close()
+            terminal.end()
             code = batch_code(rows)
             if json:
                 print_json({"schema": "hawqtool.batch-dryrun/1", "jobs": rows})
@@ -72,6 +72,7 @@ def batch(
         else:
             slots = device_slots(jobs, os.environ, _cuda_devices)
             summary = work.run_batch(found, slots, terminal)
+            terminal.end()
             code = summary["exit_code"]
             if json:
                 print_json(summary)

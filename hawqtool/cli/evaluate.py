@@ -39,7 +39,7 @@ def evaluate(
         from hawqtool.pipeline.evaluate import run_evaluate
 
         result = run_evaluate(settings, folder, terminal)
-        terminal.close()
+        terminal.end()
         if json:
             print_json(result)
             return

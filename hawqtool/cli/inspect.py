@@ -99,7 +99,7 @@ def inspect(
 
             wanted = SpectrumSettings(rows, iterations, starts, width, plots)
             description["spectrum"] = run_spectrum(settings, wanted, terminal)
-            terminal.close()
+            terminal.end()
         if json:
             print_json(description)
             return

@@ -43,7 +43,7 @@ def measure(
         from hawqtool.pipeline.measure import run_measure
 
         document = run_measure(settings, Path(output), terminal)
-        terminal.close()
+        terminal.end()
         if json:
             print_json(document)
         else:

@@ -75,7 +75,7 @@ def quantize(
         command = shlex.join(["hawqtool", *shortened(sys.argv[1:])])
         report = run_quantize(settings, command, terminal, announce, estimates=not quiet)
         record.gates = report["gates"]
-        terminal.close()
+        terminal.end()
         terminal.answered = True
         if json:
             print_json(report)

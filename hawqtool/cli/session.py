@@ -43,6 +43,7 @@ def session(quiet: bool = False, debug: bool = False, json: bool = False, verbos
     code, failure, failed = 0, "", tuple[str, ...]()
     try:
         with ending_signals(), _quiet_libraries(debug):
+            terminal.watch()
             yield terminal
     except HawqError as error:
         if debug:
@@ -60,7 +61,7 @@ def session(quiet: bool = False, debug: bool = False, json: bool = False, verbos
             raise
         code, failure = 2 if path else 5, "; ".join([f"error: {terminal_line(reason)}", *_notes(error)])
     finally:
-        terminal.close()
+        terminal.end()
     if code:
         failure = printable(failure)
         print(failure, file=sys.stderr)

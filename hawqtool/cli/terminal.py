@@ -8,14 +8,27 @@ import time
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Column
+from rich.text import Text
 
 from hawqtool.parsing import terminal_line
 from hawqtool.report.documents import Phase
 from hawqtool.report.wording import duration
 
-_PLAIN_SECONDS = 5.0
-"""Seconds after which a plain line says how far the work is."""
+_PLAIN_SECONDS = 4.0
+"""Seconds after which a plain line says how far the work is: with a beat each fifth, silence stays below five."""
+_WIDE = 100
+"""Columns from which a bar has room for the time of its stage."""
 
 _TRUST = 0.1
 
@@ -61,8 +74,23 @@ class Course:
         return pace * (own * (1 - share) + later)
 
 
+class StageColumn(ProgressColumn):
+    """What a bar stands for; on a narrow terminal its end gives way, and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__(table_column=Column(no_wrap=False))
+
+    def render(self, task: Task) -> Text:
+        """One line of text."""
+        return Text(task.description, no_wrap=True, overflow="ellipsis")
+
+
 class Terminal:
     """A bar with time left on a terminal, plain lines elsewhere, nothing when quiet.
+
+    While it is watched, which a session sees to, it is never silent for long: where nothing else is said, such as while
+    the result is drawn, a line says that the work goes on. Before anything was said only a person at a terminal is
+    told: elsewhere a failure stays one line.
 
     Args:
         quiet: Say nothing but warnings.
@@ -79,7 +107,7 @@ class Terminal:
         self._task: TaskID | None = None
         self._started = self._begin = self._printed = time.monotonic()
         self._stage, self._done, self._total = "", 0, 1
-        self._course = Course(())
+        self._course, self._spoke = Course(()), False
         self._pulse: _Pulse | None = None
 
     @property
@@ -91,14 +119,28 @@ class Terminal:
         """The phases that are to come, for their number and the time left."""
         self._course = Course(phases)
 
+    def watch(self) -> None:
+        """Say now and then that the work goes on, until `end`."""
+        if not self.quiet:
+            self._pulse = _Pulse(self)
+
+    def end(self) -> None:
+        """Finish the current bar; nothing more is said by itself."""
+        self.close()
+        if self._pulse is not None:
+            self._pulse.end()
+            self._pulse = None
+
     def say(self, text: str) -> None:
         """One line of narration."""
+        self._heard()
         if not self.quiet:
             self.console.print(terminal_line(text), markup=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
         """A warning line; kept to be repeated at the end."""
         self.warnings.append(text)
+        self._heard()
         self.console.print(f"warning: {terminal_line(text)}", markup=False, style="yellow", soft_wrap=True)
 
     def progress(self, stage: str, done: int, total: int) -> None:
@@ -117,14 +159,15 @@ class Terminal:
     def _begin_stage(self, stage: str, now: float) -> None:
         self.close()
         self._course.enter(stage, now - self._begin)
-        self._stage, self._begin, self._printed, self._done, self._total = stage, now, now, 0, 1
+        self._stage, self._begin, self._done, self._total = stage, now, 0, 1
+        self._spoke = True
         if sys.stderr.isatty():
-            columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[left]}"))
-            self._bar = Progress(TextColumn("{task.description}", markup=False), *columns, console=self.console)
+            self._bar = Progress(*_columns(self.console.width), console=self.console)
             self._bar.start()
             self._task = self._bar.add_task(self._title(), total=None, left="")
-        else:
-            self._pulse = _Pulse(self)
+
+    def _heard(self) -> None:
+        self._printed, self._spoke = time.monotonic(), True
 
     def _title(self) -> str:
         return f"{self._course.label}, {self._stage}" if self._course.label else self._stage
@@ -144,24 +187,36 @@ class Terminal:
         self._printed = now
 
     def beat(self) -> None:
-        """Print how far the stage is where nothing was said for a while."""
+        """Print how far the work is where nothing was said for a while; a bar shows that by itself."""
         now = time.monotonic()
-        if now - self._printed >= _PLAIN_SECONDS:
+        if self._bar is not None or now - self._printed < _PLAIN_SECONDS:
+            return
+        if self._stage:
             self._print_line(now)
+        elif self._spoke or sys.stderr.isatty():
+            what = "at work" if self._spoke else "starting"
+            self.console.print(f"{what}, {now - self._started:.0f} s", markup=False, soft_wrap=True)
+            self._printed = now
 
     def close(self) -> None:
         """Finish the current bar."""
-        if self._pulse is not None:
-            self._pulse.end()
-            self._pulse = None
         if self._bar is not None:
             self._bar.stop()
             self._bar = self._task = None
+            self._printed = time.monotonic()
         if self.verbose and self._stage and not self.quiet:
             self.console.print(f"{self._title()}: done in {time.monotonic() - self._begin:.1f} s", markup=False)
         if self._stage:
             self._course.enter("", time.monotonic() - self._begin)
             self._stage, self._begin = "", time.monotonic()
+
+
+def _columns(width: int) -> list[ProgressColumn]:
+    """Columns of a bar: stage, bar, steps, seconds where there is room, and what is left."""
+    left = TextColumn("{task.fields[left]}")
+    if width < _WIDE:
+        return [StageColumn(), BarColumn(8), MofNCompleteColumn(), left]
+    return [StageColumn(), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), left]
 
 
 class _Pulse:
@@ -173,7 +228,7 @@ class _Pulse:
         self._thread.start()
 
     def _run(self) -> None:
-        while not self._over.wait(_PLAIN_SECONDS):
+        while not self._over.wait(_PLAIN_SECONDS / 5):
             self._terminal.beat()
 
     def end(self) -> None:

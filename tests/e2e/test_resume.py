@@ -78,7 +78,7 @@ CHAINS: dict[str, dict[str, Any]] = {
     "dense": {"swaps": 1, "extra_metrics": ("kl",), "calibration": "self"},
     "drift": {"rounding": "gptaq", "swaps": 1},
     "refined": {"refine_steps": 4, "sensitivity_steps": 2, "shortlist": 1, "output_feedback": "re:.*[qo]_proj$"},
-    "distilled": {"distill_steps": 4, "refine_steps": 2, "target_shift": 0.5, "shortlist": 1},
+    "distilled": {"distill_steps": 4, "distill_codes": True, "refine_steps": 2, "target_shift": 0.5, "shortlist": 1},
     "refined, and the head": {
         "kind": "llama",
         "refine_steps": 2,
@@ -86,7 +86,6 @@ CHAINS: dict[str, dict[str, Any]] = {
         "quantize_lm_head": True,
         "shortlist": 1,
     },
-    "distilled codes": {"distill_steps": 4, "distill_codes": True, "shortlist": 1},
     "held-out rows": {"rounding": "foem", "foem_beta": "auto", "target_shift": "auto", "batch_size": 4},
     "experts in batches": {"kind": "qwen3-moe", "batch_size": 4, "swaps": 1},
     "experts in one batch": {"kind": "qwen3-moe", "batch_size": 16, "shortlist": 1, "rounding": "foem"},

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import io
+import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from hawqtool.cli import terminal as module
+from hawqtool.cli.session import session
 from hawqtool.cli.terminal import Course, Terminal
+from hawqtool.pipeline import quantize as quantizing
 from hawqtool.report.documents import Phase
+from tests.support.runs import place, settings  # noqa: F401
 
 PHASES: list[Phase] = [
     {"name": "token importance", "seconds": 10.0},
@@ -39,6 +47,7 @@ def test_plain_lines_go_on_while_a_stage_is_silent(
 ) -> None:
     monkeypatch.setattr(module, "_PLAIN_SECONDS", 0.02)
     terminal = Terminal(quiet=False, verbose=True)
+    terminal.watch()
     terminal.expect(PHASES)
     terminal.progress("rounding the plan", 1, 4)
     deadline = time.monotonic() + 30
@@ -46,14 +55,65 @@ def test_plain_lines_go_on_while_a_stage_is_silent(
     while said.count("phase 2 of 5, rounding the plan: 1/4") < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
         said += capsys.readouterr().err
-    terminal.close()
+    terminal.end()
     assert said.count("left in all") >= 2 and "\x1b" not in said
     assert "rounding the plan: done in" in capsys.readouterr().err
 
 
+class Screen(io.StringIO):
+    """Stands for stderr."""
+
+    def __init__(self, live: bool) -> None:
+        super().__init__()
+        self.live = live
+
+    def isatty(self) -> bool:
+        return self.live
+
+
+SLOW = (
+    "prepare", "estimate", "record_content", "gather_rows", "check_rotation", "make_planner", "choose", "build_report",
+    "try_loading", "verify_folder", "seal", "write_page",
+)  # fmt: skip
+"""What a run calls between its walks through the model."""
+
+
+@pytest.mark.parametrize("live", [False, True], ids=["file", "terminal"])
+def test_no_part_of_a_run_is_silent(
+    place: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    live: bool,
+) -> None:
+    screen, silent = Screen(live), list[str]()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr(module, "_PLAIN_SECONDS", 0.05)
+
+    def slow(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        def until_something_is_said(*given: Any, **named: Any) -> Any:
+            before, deadline = screen.tell(), time.monotonic() + 30
+            while screen.tell() == before and time.monotonic() < deadline:
+                time.sleep(0.01)
+            if screen.tell() == before:
+                silent.append(name)
+            return None if name == "write_page" else work(*given, **named)
+
+        return until_something_is_said
+
+    for name in SLOW[0 if live else 2 :]:  # before the first screen a file is told nothing
+        monkeypatch.setattr(quantizing, name, slow(name, getattr(quantizing, name)))
+    config = settings(place, bits="2,4", target_bpw=3.5, num_samples=8, seq_len=16, output=tmp_path / "out")
+    with session() as terminal:
+        announce = lambda found: (terminal.expect(found["estimate"]["phases"]), terminal.say("model"))  # noqa: E731
+        quantizing.run_quantize(config, "hawqtool quantize", terminal, announce, estimates=True)
+    assert not silent
+    assert ("starting, " in screen.getvalue()) == live
+
+
 def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     terminal = Terminal(quiet=True, verbose=True)
+    terminal.watch()
     terminal.progress("rounding", 1, 1)
     terminal.say("text")
-    terminal.close()
+    terminal.end()
     assert capsys.readouterr().err == ""
