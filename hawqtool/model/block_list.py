@@ -90,13 +90,35 @@ def find_blocks(model: Any) -> tuple[str, nn.ModuleList]:
     raise InputError(f"{type(model).__name__}: no list of blocks is run; this architecture is not supported")
 
 
-def run_on_zeros(model: Any, rows: Tensor | None = None, differentiable: bool = False) -> Any:
+def cache_error(model: Any) -> str | None:
+    """What a model raises before its first block when it is to keep keys and values; None where it reaches it.
+
+    Args:
+        model: Skeleton; its buffers are real.
+    """
+    with _reporting(block_lists(model)):
+        try:
+            run_on_zeros(model, use_cache=True)
+        except _FirstBlock:
+            return None
+        except TRACE_ERRORS as error:
+            return one_line(error)
+    return None
+
+
+def run_on_zeros(model: Any, rows: Tensor | None = None, differentiable: bool = False, **options: Any) -> Any:
     """Output of a model for the example row, or for others, every weight zero.
 
     Zeros of any shape take the memory of one: what the model computes here is of no interest.
+
+    Args:
+        model: Skeleton; its buffers are real.
+        rows: What the model reads.
+        differentiable: Whether gradients are kept track of.
+        options: Further arguments of the model.
     """
     weights = {n: torch.zeros((), dtype=p.dtype).expand(p.shape) for n, p in model.named_parameters()}
-    inputs = model_inputs(model, example_row(model) if rows is None else rows)
+    inputs = model_inputs(model, example_row(model) if rows is None else rows) | options
     with torch.set_grad_enabled(differentiable), _NoChance(type(model).__name__):
         return torch.func.functional_call(model, weights, (), inputs)
 

@@ -19,7 +19,6 @@ from hawqtool.model.block_list import TRACE_ERRORS
 from hawqtool.model.carried.flow import DataFlow
 from hawqtool.model.carried.nested import all_nonzero
 from hawqtool.model.experts import routers
-from hawqtool.model.initialization import INITIALIZED, initialized_linears
 from hawqtool.model.kept import (
     CONVERTED,
     ENGINE,
@@ -41,6 +40,7 @@ from hawqtool.model.kept import (
     kept_tensors,
     use_reason,
 )
+from hawqtool.model.loading.initialization import INITIALIZED, initialized_linears
 from hawqtool.model.replay import Call, ExtraOutputs
 from hawqtool.model.stored_names import Conversion, loading_names
 from hawqtool.model.trace import Walk, WeightUses, refuse_other_outputs, trace_walk, unused_parameters

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from hawqtool.errors import HawqError, InputError, one_line
 from hawqtool.model.experts import split_experts
-from hawqtool.model.initialization import compute_unstored
+from hawqtool.model.loading.initialization import compute_unstored
 from hawqtool.model.stored_names import stored_names, why_unread
 from hawqtool.model.tasks import MASKED, TASKS, class_task, model_task
 from hawqtool.parsing import shown

@@ -27,6 +27,7 @@ from hawqtool.errors import InputError, UsageError
 from hawqtool.export.layout import Layout, plan_layout
 from hawqtool.export.packed_reader import PackedReader
 from hawqtool.model.discovery import Structure, check_shapes, discover
+from hawqtool.model.loading.original import cache_obstacle, precision_obstacle, scale_obstacle
 from hawqtool.model.rotation.fold import rotate_checkpoint
 from hawqtool.model.skeleton import build_skeleton, max_positions, untie_stored
 from hawqtool.model.stored_names import ONE_EXPERT, UNJOINED, UNPACKED, joins_experts, with_stored_experts_split
@@ -203,7 +204,7 @@ def prepare(
         structure = structure.without_undivided(lambda u: unit_group_size(u, config.group_size) is not None, index)
     if not structure.linears:
         raise InputError(f"{config.model}: no linear layer was found in its blocks")
-    stored = torch_dtype(index.tensors[f"{next(iter(structure.linears))}.weight"].dtype)
+    stored = _stored_dtype(index, structure)
     dtype = torch.float32 if device.type == "cpu" else stored
     ignored = resolve_ignored(config.ignore, structure.units, structure.other_linears)
     for line in ignored_along(config.ignore, structure.units):
@@ -242,12 +243,32 @@ def _discovered(config: RunConfig, source: ResolvedModel) -> tuple[Any, Checkpoi
         index = rotate_checkpoint(probe, index, config.seed)
         untie_stored(probe, index.tensors)
         probe.all_tied_weights_keys = {}  # as the written config.json has it
+    cache = cache_obstacle(probe)
     structure = discover(probe, index, vllm, config.quantize_lm_head, not alone, for_transformers=not vllm)
     if vllm and any(is_expert(name) for name in structure.linears) and not joins_experts(probe):
         structure = replace(structure, obstacle=structure.obstacle or UNJOINED)
     if any(ONE_EXPERT.search(name) for c in structure.conversions.values() for _, name in c.sources):
         structure = replace(structure, obstacle=structure.obstacle or UNPACKED)
+    structure = replace(
+        structure, obstacle=structure.obstacle or cache or _dtype_obstacle(probe, source, index, structure)
+    )
     return probe, index, structure
+
+
+def _dtype_obstacle(probe: Any, source: ResolvedModel, index: CheckpointIndex, structure: Structure) -> str | None:
+    """Why transformers cannot run the model in the dtype of its weights, packed or not."""
+    linears = [linear.module_name for linear in structure.linears.values()]
+    if not linears:
+        return None
+    dtype = _stored_dtype(index, structure)
+    return scale_obstacle(probe, linears, dtype) or precision_obstacle(
+        probe, dtype, lambda: build_skeleton(index.folder, dtype, source.runs_code, index.tensors)
+    )
+
+
+def _stored_dtype(index: CheckpointIndex, structure: Structure) -> torch.dtype:
+    """The dtype of the first linear."""
+    return torch_dtype(index.tensors[f"{next(iter(structure.linears))}.weight"].dtype)
 
 
 def _pins(config: RunConfig, units: tuple[Unit, ...]) -> UnitFormats:

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import MarianConfig, MarianMTModel, PretrainedConfig, PreTrainedModel
 
 from hawqtool.checkpoint.index import read_index
-from hawqtool.model.initialization import initialized_linears
+from hawqtool.model.loading.initialization import initialized_linears
 from hawqtool.model.skeleton import build_skeleton
 
 

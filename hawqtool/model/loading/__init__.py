@@ -1,0 +1,1 @@
+"""What transformers does while it loads a model, as far as packed layers are concerned."""
