@@ -54,6 +54,8 @@ class RunConfig(CheckedFields):
             raise ValueError("target_shift and scale_refit belong to compensated rounding; drop them or rounding rtn")
         if self.foem_form == "paper" and self.foem_beta == 1:
             raise ValueError("foem_form paper needs foem_beta below 1, found 1; lower it, or use rounding rtn")
+        if self.gram_steps and self.rounding in ("rtn", "gptaq"):
+            raise ValueError(f"gram_steps need rounding gptq or foem, found {self.rounding}; drop one of the two")
         fed = self.output_feedback not in (None, "off")
         if fed and (self.rounding in ("rtn", "gptaq") or self.token_importance == "none"):
             raise ValueError("output_feedback needs rounding gptq or foem, and token_importance; drop one of the two")
@@ -69,6 +71,8 @@ class RunConfig(CheckedFields):
             raise ValueError("refine_steps and sensitivity_steps need a rounding without gptaq, scale_refit and auto")
         if (self.learns or self.sensitivity_steps) and self.num_samples == 1:
             raise ValueError("steps that learn hold calibration rows out and need at least 2; raise num_samples")
+        if self.refine_learner != "adam" and not self.refine_steps:
+            raise ValueError("refine_learner says how refine_steps learn, found none of them; add refine_steps")
         if self.distill_codes and not self.distill_steps:
             raise ValueError("distill_codes says what distill_steps learn, found none of them; add distill_steps")
         if self.costs is not None and self.plan is not None:

@@ -287,6 +287,8 @@ class LayerMetrics:
     what it changes on purpose. ``feedback_ratio``, ``feedback_damping`` and ``feedback_blocks`` are those of output
     feedback: the predicted loss relative to that without, λ, and blocks of rows; 1, None and 0 where there is none.
     With feedback, output errors are larger on purpose: the loss, not the output, is what rows make up for.
+    ``gram_gain`` is the share of the held-out error that learning from the Gram matrix took off, 0 where the layer
+    stayed as it was, None where that was not tried.
     """
 
     output_error: float | None
@@ -307,6 +309,7 @@ class LayerMetrics:
     feedback_ratio: float = 1.0
     feedback_damping: float | None = None
     feedback_blocks: int = 0
+    gram_gain: float | None = None
 
 
 @dataclass(frozen=True)

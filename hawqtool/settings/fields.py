@@ -221,11 +221,24 @@ class Fields(TargetFields):
         default="0.05, 0.2 below 8 tokens per column",
         panel=METHOD, expert=True, affects=Affects.SCORES, commands=("measure",),
     )] = Field(default=None, gt=0, allow_inf_nan=False)
+    gram_steps: Annotated[int, Setting(
+        help="Learn codes and scales of every layer in so many steps after rounding it, from the Gram matrix of its "
+        "inputs alone: no forward passes.",
+        detail="Every fourth calibration row says layer by layer whether and how far. Layers with output feedback stay "
+        "as they are. 200 steps give most of it.",
+        panel=METHOD, expert=True, affects=Affects.WEIGHTS,
+    )] = Field(default=0, ge=0)
     refine_steps: Annotated[int, Setting(
         help="Learn rounding, scales and norm gains of every block in so many steps after rounding it.",
         detail="Its output then comes closer to the original's. One calibration row of 8 is held out.",
         panel=METHOD, affects=Affects.WEIGHTS,
     )] = Field(default=0, ge=0)
+    refine_learner: Annotated[Literal["adam", "gumbel"], Setting(
+        help="How --refine-steps learn codes: adam moves offsets by gradients, gumbel anneals a noisy choice among "
+        "codes at most two away, for long runs at 2 and 3 bits.",
+        detail="gumbel takes 64 bytes of the device's memory per weight of a block, adam 28.",
+        panel=METHOD, expert=True, affects=Affects.WEIGHTS,
+    )] = "adam"
     sensitivity_steps: Annotated[int, Setting(
         help="Learn the rounding of every block and width in so many steps before scoring it, for plans that are "
         "carried out with --refine-steps.", detail="Layers that refinement rescues then count as rescued.",

@@ -204,7 +204,9 @@ class Bench:
         formats = self._formats(job, overrides)
         if "tool" in overrides:
             return self._measure_tool(job, formats, name, overrides, seed)
-        schedule = Schedule(**{"steps": job.config.refine_steps, "seed": seed} | dict(overrides.get("schedule") or {}))
+        config = job.config
+        given: dict[str, Any] = {"steps": config.refine_steps, "seed": seed, "learner": config.refine_learner}
+        schedule = Schedule(**given | dict(overrides.get("schedule") or {}))
         memory = Memory(frozenset(n for n, linear in job.structure.linears.items() if linear.transposed))
         rows = self._rows(job)
         self.reporter.say(f"{name}, seed {seed}")

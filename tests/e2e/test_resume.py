@@ -77,11 +77,18 @@ def result_without_scores(folder: Path) -> tuple[str, dict[str, Any], Any]:
 CHAINS: dict[str, dict[str, Any]] = {
     "dense": {"swaps": 1, "extra_metrics": ("kl",), "calibration": "self"},
     "drift": {"rounding": "gptaq", "swaps": 1},
-    "refined": {"refine_steps": 4, "sensitivity_steps": 2, "shortlist": 1, "output_feedback": "re:.*[qo]_proj$"},
+    "refined": {
+        "refine_steps": 4,
+        "sensitivity_steps": 2,
+        "shortlist": 1,
+        "output_feedback": "re:.*[qo]_proj$",
+        "gram_steps": 4,
+    },
     "distilled": {"distill_steps": 4, "distill_codes": True, "refine_steps": 2, "target_shift": 0.5, "shortlist": 1},
     "refined, and the head": {
         "kind": "llama",
         "refine_steps": 2,
+        "refine_learner": "gumbel",
         "target_shift": 0.5,
         "quantize_lm_head": True,
         "shortlist": 1,

@@ -221,6 +221,8 @@ def test_refinement_needs_a_row_to_hold_out() -> None:
     load_config(None, {"model": "m", "refine_steps": 5, "num_samples": 2})
     with pytest.raises(UsageError, match="at least 2; raise num_samples"):
         load_config(None, {"model": "m", "refine_steps": 5, "num_samples": 1})
+    with pytest.raises(UsageError, match="add refine_steps"):
+        load_config(None, {"model": "m", "refine_learner": "gumbel"})
 
 
 @pytest.mark.parametrize("profile", ["auto", "portable", "transformers", "vllm"])
@@ -259,6 +261,8 @@ def test_shares_are_numbers_or_auto(tmp_path: Path) -> None:
         {"rounding": "gptaq", "output_feedback": "auto"},
         {"rounding": "foem", "foem_form": "paper", "foem_beta": 1},
         {"token_importance": "none", "output_feedback": "auto"},
+        {"rounding": "rtn", "gram_steps": 10},
+        {"rounding": "gptaq", "gram_steps": 10},
     ],
 )
 def test_corrections_that_do_not_fit_the_rounding_are_refused(values: dict[str, Any]) -> None:

@@ -113,6 +113,11 @@ class Job:
         return {n: torch_dtype(self.index.tensors[f"{n}.weight"].dtype) for n in self.structure.linears}
 
     @property
+    def holds_out_tokens(self) -> bool:
+        """Whether rounding looks at held-out tokens by themselves."""
+        return self.settings.method.needs_held_out or bool(self.config.gram_steps)
+
+    @property
     def feedback_layers(self) -> frozenset[str]:
         """Layers that are to be rounded with output feedback, experts and an output head never among them.
 
@@ -294,6 +299,11 @@ def _check_method(job: Job) -> None:
     if job.feedback_layers and rows < least:
         raise UsageError(
             f"--output-feedback is judged on every {SETTINGS_HELD_OUT_EVERY}th calibration row that rounding sees, "
+            f"found --num-samples {rows}; raise it to {least} or more"
+        )
+    if job.config.gram_steps and rows < least:
+        raise UsageError(
+            f"--gram-steps are judged on every {SETTINGS_HELD_OUT_EVERY}th calibration row that rounding sees, "
             f"found --num-samples {rows}; raise it to {least} or more"
         )
     if method.needs_held_out and rows < SETTINGS_HELD_OUT_EVERY:

@@ -88,7 +88,8 @@ class BlockRefiner:
         self.schedule = schedule
         self.job, self.batch_rows = job, BATCH_ROWS[job.device.type]
         fitting, held_out = split_rows(rows.tokens)
-        self.walked = stream.embed(fitting, job.settings.batch_size, importance=fitting_rows(rows).importance)
+        importance = fitting_rows(rows).importance
+        self.walked = stream.embed(fitting, job.settings.batch_size, job.holds_out_tokens, importance=importance)
         self.held_out = stream.embed(held_out, self.batch_rows)
         batches = stream.embed(fitting, self.batch_rows)
         self.calls = [*batches.calls, *self.held_out.calls]

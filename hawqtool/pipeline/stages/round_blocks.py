@@ -18,7 +18,7 @@ from hawqtool.records import BlockSpec, LinearSpec, RoundedLayer, Rows, UnitForm
 from hawqtool.rounding.grid import Quantized, dequantize
 from hawqtool.rounding.layer import quantized, round_layers, round_without_inputs, with_codes
 from hawqtool.rounding.learned.block import Schedule
-from hawqtool.rounding.method import RoundingMethod
+from hawqtool.rounding.learned.gram_matrix import GramSchedule, learn_group
 from hawqtool.rounding.spec import InitialRounding, RoundingSpec
 from hawqtool.rounding.statistics import GroupStatistics
 from hawqtool.runtime.store import NOTHING_SAVED, Saved
@@ -96,7 +96,7 @@ def round_blocks(
     """
     stream, rounding = job.stream(), RoundingSpec.of_plan(job.settings.method, formats, job.stored_dtypes)
     rounding = replace(rounding, output_moments=rows.output_moments)
-    schedule = schedule or Schedule(job.config.refine_steps, job.config.seed)
+    schedule = schedule or Schedule(job.config.refine_steps, job.config.seed, learner=job.config.refine_learner)
     if job.config.distill_steps and not schedule.steps:
         rows = fitting_rows(rows)  # on rows that rounding saw, distillation's steps would look like losses
     refiner = BlockRefiner(job, stream, rows, schedule) if schedule.steps else None
@@ -174,7 +174,7 @@ def _rounded_alone(rounding: RoundingSpec, block: LoadedBlock, sink: Sink) -> Fi
 
 def _walked(job: Job, stream: ModelStream, rows: Rows) -> Activations:
     """Hidden states of all rows before the first block, with what the method wants to know of them."""
-    needs = job.settings.method.needs_held_out, job.settings.method.needs_drift
+    needs = job.holds_out_tokens, job.settings.method.needs_drift
     activations = stream.embed(rows.tokens, job.settings.batch_size, *needs, rows.importance)
     stream.release_ends()
     return activations
@@ -236,8 +236,12 @@ class _BlockRounder:
             factor = self.rounding.factor(tasks, statistics)
         moments = self.rounding.output_moments.get(group[0].name)  # who has any is alone with its Gram matrix
         layers = round_layers(tasks, statistics, factor, method, recorder, moments)
+        if self.job.config.gram_steps:
+            schedule = GramSchedule(self.job.config.gram_steps, self.job.config.seed)
+            with recorder.stage("gram learning"):
+                layers = learn_group(tasks, layers, statistics, factor, method, schedule)
         for task, layer in zip(tasks, layers, strict=True):
-            fallback = _fallback(statistics, method)
+            fallback = _fallback(statistics, self.job)
             self.tokens[layer.name] = {"num_tokens": statistics.num_routed, "fallback": fallback}
             if self.refiner:
                 self.waiting[layer.name] = layer
@@ -287,10 +291,10 @@ class _BlockRounder:
                 self._put(linear, value)
 
 
-def _fallback(statistics: GroupStatistics, method: RoundingMethod) -> str | None:
+def _fallback(statistics: GroupStatistics, job: Job) -> str | None:
     """What replaced tokens that an expert lacked, and settings that could not be chosen without them."""
     lent = statistics.num_tokens - statistics.num_routed
     reasons = [f"statistics with {lent} tokens that were routed to other experts"] if lent else []
-    if method.needs_held_out and statistics.fitting is None:
+    if job.holds_out_tokens and statistics.fitting is None:
         reasons.append("rounded as gptq, for no held-out tokens or no others came here to choose settings on")
     return "; ".join(reasons) or None

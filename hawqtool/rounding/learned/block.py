@@ -5,14 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from hawqtool.rounding.grid import Quantized
 from hawqtool.rounding.learned.fake_quant import FlatLayers, by_kind
+from hawqtool.rounding.learned.gumbel import GumbelLayers, SignMomentum, logit_rate, scale_rate
 from hawqtool.rounding.learned.training import Gain, Objective, TrainingLog, batch_order, learn
 from hawqtool.rounding.spec import InitialRounding
+
+Learner = Literal["adam", "gumbel"]
+"""What refinement learns codes by."""
 
 Forward = Callable[[Mapping[str, Tensor], Tensor, int], Tensor]
 """Output ``[rows, positions, width]`` of the block with weights and gains by name, from the input of a batch."""
@@ -29,6 +34,9 @@ class Schedule:
         scale_rate: First relative step of the scales.
         gain_rate: First step of norm gains, relative to their root mean square.
         reach: How far an offset may go, in codes.
+        learner: ``adam``: offsets by straight-through gradients; ``gumbel``: annealed choice among codes at most two
+            away (see `hawqtool.rounding.learned.gumbel`), with rates of its own and steps by sign for all that is
+            learned.
     """
 
     steps: int
@@ -37,6 +45,7 @@ class Schedule:
     scale_rate: float = 3e-3
     gain_rate: float = 3e-3
     reach: float = 1.0
+    learner: Learner = "adam"
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,12 @@ def output_error(output: Tensor, target: Tensor) -> Tensor:
     return (error / goal.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)).mean()
 
 
+def _learnable(initial: Sequence[InitialRounding], schedule: Schedule) -> FlatLayers | GumbelLayers:
+    if schedule.learner == "gumbel":
+        return GumbelLayers(initial, schedule.steps, schedule.seed)
+    return FlatLayers(initial, schedule.reach)
+
+
 class _State:
     """Everything that is learned of one block."""
 
@@ -82,16 +97,16 @@ class _State:
         self,
         initial: Sequence[InitialRounding],
         gains: Mapping[str, tuple[Tensor, torch.dtype]],
-        reach: float,
+        schedule: Schedule,
         dtype: torch.dtype,
     ) -> None:
-        self.flats = [FlatLayers(some, reach) for some in by_kind(initial)]
+        self.schedule, self.flats = schedule, [_learnable(some, schedule) for some in by_kind(initial)]
         self.gains = {name: Gain(*found) for name, found in gains.items()}
         self.dtype = dtype
 
     @property
     def learned(self) -> list[Tensor]:
-        flats = [t for flat in self.flats for t in (flat.latent, flat.log_change)]
+        flats = [t for flat in self.flats for t in (*flat.latents, flat.log_change)]
         return flats + [gain.change for gain in self.gains.values()]
 
     def weights(self, differentiable: bool) -> dict[str, Tensor]:
@@ -100,13 +115,23 @@ class _State:
             found |= flat.weights(self.dtype, differentiable)
         return found
 
-    def optimizer(self, schedule: Schedule) -> torch.optim.Optimizer:
+    def optimizer(self) -> torch.optim.Optimizer:
+        schedule = self.schedule
+        by_sign, steps = schedule.learner == "gumbel", schedule.steps
+        scales = scale_rate(steps) if by_sign else schedule.scale_rate
         groups = [
-            {"params": [flat.latent for flat in self.flats], "lr": schedule.latent_rate},
-            {"params": [flat.log_change for flat in self.flats], "lr": schedule.scale_rate},
-            {"params": [gain.change for gain in self.gains.values()], "lr": schedule.gain_rate},
+            {
+                "params": [latent for flat in self.flats for latent in flat.latents],
+                "lr": logit_rate(steps) if by_sign else schedule.latent_rate,
+            },
+            {"params": [flat.log_change for flat in self.flats], "lr": scales},
+            {
+                "params": [gain.change for gain in self.gains.values()],
+                "lr": scales if by_sign else schedule.gain_rate,
+            },
         ]
-        return torch.optim.Adam([g for g in groups if g["params"]], betas=(0.9, 0.95), fused=True)
+        groups = [group for group in groups if group["params"]]
+        return SignMomentum(groups) if by_sign else torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
 
     def collect(self) -> None:
         for flat in self.flats:
@@ -146,8 +171,8 @@ def refine(
         NumericalError: If the start's error is not finite.
     """
     start = time.perf_counter()
-    state = _State(initial, gains, schedule.reach, fitting.inputs[0].dtype)
-    optimizer = state.optimizer(schedule)
+    state = _State(initial, gains, schedule, fitting.inputs[0].dtype)
+    optimizer = state.optimizer()
     log = learn(
         Objective(
             f"{initial[0].name}: the rounded block",

@@ -76,9 +76,9 @@ class FlatLayers:
     def __init__(self, initial: Sequence[InitialRounding], reach: float) -> None:
         self.initial = initial
         self.stored_dtype = initial[0].rounded.scales.dtype
-        self.width = _width(initial[0].rounded)
+        self.width = group_width(initial[0].rounded)
         self.scale_start = torch.cat([s.rounded.scales.float().view(-1, 1) for s in initial])
-        self.zero = torch.cat([_zeros(s.rounded).view(-1, 1) for s in initial])
+        self.zero = torch.cat([zero_points(s.rounded).view(-1, 1) for s in initial])
         self.low = self._per_group([s.quant_format.min_code for s in initial])
         self.high = self._per_group([s.quant_format.max_code for s in initial])
         self.latent = torch.cat([_start_latent(s).view(-1, self.width) for s in initial])
@@ -107,7 +107,7 @@ class FlatLayers:
         value = value.to(dtype).requires_grad_(differentiable)
         if differentiable:  # otherwise those of a whole model would stay in memory
             self.leaf, self.levels = value, levels
-        return _by_layer(self.initial, value)
+        return by_layer(self.initial, value)
 
     def collect(self) -> None:
         """Set the gradients of latents and log_change from that of `leaf`, where it has one, and let both go."""
@@ -162,7 +162,7 @@ class FlatScales:
         value = value.to(dtype).requires_grad_(differentiable)
         if differentiable:
             self._leaf = value
-        return _by_layer(self.initial, value)
+        return by_layer(self.initial, value)
 
     def collect(self) -> None:
         """Set the gradient of `log_change` from that of the latest weights, and let both go.
@@ -191,27 +191,29 @@ def by_kind(initial: Iterable[InitialRounding]) -> list[list[InitialRounding]]:
     """Layers by width of their groups and dtype of their scales."""
     kinds: dict[tuple[int, torch.dtype], list[InitialRounding]] = {}
     for layer in initial:
-        kinds.setdefault((_width(layer.rounded), layer.rounded.scales.dtype), []).append(layer)
+        kinds.setdefault((group_width(layer.rounded), layer.rounded.scales.dtype), []).append(layer)
     return list(kinds.values())
 
 
-def _by_layer(initial: Sequence[InitialRounding], flat: Tensor) -> dict[str, Tensor]:
+def by_layer(initial: Sequence[InitialRounding], flat: Tensor) -> dict[str, Tensor]:
     """Views ``[out, in]`` of flat weights by layer."""
     parts = flat.split([s.rounded.scales.numel() for s in initial])
     return {s.name: part.view(s.rounded.codes.shape) for s, part in zip(initial, parts, strict=True)}
 
 
-def _width(rounded: Quantized) -> int:
+def group_width(rounded: Quantized) -> int:
+    """Weights that share a scale."""
     return rounded.codes.shape[1] // rounded.scales.shape[1]
 
 
 def _levels(rounded: Quantized) -> Tensor:
     """Codes less zero points, ``[groups, width]`` in the smallest integers that hold them."""
-    codes = rounded.codes.reshape(-1, _width(rounded))
+    codes = rounded.codes.reshape(-1, group_width(rounded))
     return codes if rounded.zeros is None else codes.short() - rounded.zeros.short().view(-1, 1)
 
 
-def _zeros(rounded: Quantized) -> Tensor:
+def zero_points(rounded: Quantized) -> Tensor:
+    """Zero points ``[out, groups]`` float32, zeros on a symmetric grid."""
     return torch.zeros_like(rounded.scales.float()) if rounded.zeros is None else rounded.zeros.float()
 
 
@@ -223,6 +225,6 @@ def _start_latent(start: InitialRounding) -> Tensor:
     """
     codes, scales, _ = start.rounded
     columns = codes.shape[1]
-    place = start.weight.float() / expand_scales(scales, columns) + expand_scales(_zeros(start.rounded), columns)
+    place = start.weight.float() / expand_scales(scales, columns) + expand_scales(zero_points(start.rounded), columns)
     offset = place - codes.float()
     return codes.float() + torch.where(offset.abs() < EDGE, offset, 0)
