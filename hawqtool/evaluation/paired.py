@@ -54,7 +54,12 @@ class PairedDifference:
 def compare_paired(first: Evaluation, second: Evaluation) -> PairedDifference:
     """``first - second`` in divergence; both on the same rows."""
     rows, other = (torch.tensor(e.row_divergence, dtype=torch.float64) for e in (first, second))
-    found = {name: part for name, part in _by_source(rows - other, first.sources).items() if len(part)}
+    return paired_rows(rows - other, first.sources)
+
+
+def paired_rows(differences: Tensor, sources: tuple[str, ...]) -> PairedDifference:
+    """The comparison from the difference of every row, ``[rows]`` float64, and its source; of one source if none."""
+    found = {name: part for name, part in _by_source(differences, sources).items() if len(part)}
     means = {name: (float(part.mean()), standard_error(part)) for name, part in found.items()}
     variances = {name: (stderr / len(means)) ** 2 for name, (_, stderr) in means.items()}
     spread = math.fsum(variances.values())

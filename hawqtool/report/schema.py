@@ -88,6 +88,20 @@ class SelectionDifference(TypedDict):
     by_source: Annotated[dict[str, SourceDifference], "The difference on the rows of each source."]
 
 
+class SwapAttempt(TypedDict):
+    """A plan that swaps by gradient tried, put together of roundings that lay ready."""
+
+    round: Annotated[int, "Round, from 1; each takes one gradient, at the plan that the last one led to."]
+    share: Annotated[float, "Most of the stored bytes that might move."]
+    moves: Annotated[int, "Units with another format than in the round's plan."]
+    stored_bytes: Annotated[int, "Bytes of codes, scales and zero points of the linears."]
+    predicted: Annotated[float, "Predicted change of the divergence."]
+    predicted_stderr: Annotated[float, "Its standard error over the scoring rows."]
+    measured: Annotated[float, "Measured change on the selection rows."]
+    measured_stderr: Annotated[float, "Its paired standard error."]
+    accepted: Annotated[bool, "Whether the next round went on from it."]
+
+
 class Measured(TypedDict):
     """What models are compared by, and the original's own quality."""
 
@@ -105,6 +119,7 @@ class PlanComparison(Measured):
     tried: Annotated[dict[str, PlanQuality], "All mixed plans by name."]
     mixed_minus_uniform: NotRequired[Annotated[Divergence, "Difference of the two on the report rows."]]
     selection: NotRequired[Annotated[SelectionDifference, "Difference of the two on the selection rows."]]
+    swaps: NotRequired[Annotated[list[SwapAttempt], "Plans that swaps by gradient tried, in order."]]
 
 
 class Sizes(TypedDict):

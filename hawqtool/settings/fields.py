@@ -137,10 +137,15 @@ class Fields(TargetFields):
     swaps: Annotated[int | None, Setting(
         help="Rounds that improve the best mixed plan: the divergence of moving every unit one width up or down is "
         "measured at the plan, and the best moves are taken, each round from the last one's plan and measurements; the "
-        "best of all is kept; holds the whole model on the device.", by_device=ByDevice(cuda=0, cpu=0),
-        detail="With target_kl or max_cost there are none.", panel=METHOD, expert=True,
-        affects=Affects.PLAN, metavar="ROUNDS",
+        "best of all is kept; holds the whole model on the device, but with --swap-scores gradient.",
+        by_device=ByDevice(cuda=0, cpu=0), detail="With target_kl or max_cost there are none.", panel=METHOD,
+        expert=True, affects=Affects.PLAN, metavar="ROUNDS",
     )] = Field(default=None, ge=0)
+    swap_scores: Annotated[Literal["measured", "gradient"], Setting(
+        help="What --swaps goes by: measured (each unit in each format run alone), or gradient (one reverse sweep at "
+        "the plan for all units; many moves at a time, each round judged by the real divergence, one block on the "
+        "device at a time).", panel=METHOD, expert=True, affects=Affects.PLAN,
+    )] = "measured"
     extra_metrics: Annotated[tuple[str, ...], Setting(
         help="Scores to measure beside the four cheap ones: hawq (true Hessian), kl (measured, one unit at a time; "
         "holds the whole model on the device).", default="none",

@@ -76,7 +76,7 @@ def result_without_scores(folder: Path) -> tuple[str, dict[str, Any], Any]:
 
 CHAINS: dict[str, dict[str, Any]] = {
     "dense": {"swaps": 1, "extra_metrics": ("kl",), "calibration": "self"},
-    "drift": {"rounding": "gptaq", "swaps": 1},
+    "drift": {"rounding": "gptaq", "swaps": 2, "swap_scores": "gradient", "sensitivity": "hawq-ggn"},
     "refined": {
         "refine_steps": 4,
         "sensitivity_steps": 2,

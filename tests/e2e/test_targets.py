@@ -98,6 +98,22 @@ def test_swaps_add_plans_within_the_budget(run: Run) -> None:
     assert report["evaluation"]["mixed"]["chosen_by"] == best
 
 
+def test_swaps_by_gradient_improve_a_plan_of_poor_scores(run: Run) -> None:
+    """What was put together is what is written: without feedback and learning, rounding gives nearly the same."""
+    changes = {"extra_group_sizes": (64, "channel"), "profile": "transformers", "sensitivity": "hawq-ggn"}
+    _, report = run(bits="2,3,4", target_bpw=3.3, shortlist=1, swaps=3, swap_scores="gradient", **changes)
+    evaluation = report["evaluation"]
+    tried, attempts = evaluation["tried"], evaluation["swaps"]
+    taken = [attempt for attempt in attempts if attempt["accepted"]]
+    assert taken and [attempt["round"] for attempt in taken] == list(range(1, len(taken) + 1))
+    *others, last = (plan["selection"]["kl"] for plan in tried.values())
+    assert list(tried)[-1] == "width swap 1"
+    gained = last - min(others)
+    assert gained < 0 and gained == pytest.approx(sum(attempt["measured"] for attempt in taken), rel=0.5)
+    assert all(values["bpw_linears"] <= 3.3 for values in tried.values())
+    assert tried["width swap 1"]["stored_bytes"] == taken[-1]["stored_bytes"]
+
+
 def test_without_a_choice_nothing_is_swapped(run: Run) -> None:
     _, report = run(bits="3", target_bpw=3.5, swaps=2)
     assert "width swap" not in report["timings"]

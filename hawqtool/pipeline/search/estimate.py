@@ -6,11 +6,14 @@ import math
 
 import torch
 
+from hawqtool.formats import QuantFormat
 from hawqtool.model.skeleton import token_embedding
 from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.run.memory_budget import Work
 from hawqtool.pipeline.run.menu import budget_bytes, job_menu, unquantized_bytes
+from hawqtool.pipeline.search.gradient_swap import REACH, SHARES
 from hawqtool.pipeline.search.rates import Rates, measured_rates
+from hawqtool.pipeline.search.width_swap import neighbouring
 from hawqtool.pipeline.stages.rows import SELECTION_LENGTH, selection_sources, used_rows
 from hawqtool.report.documents import Estimate, Phase
 from hawqtool.settings.fields import SELF
@@ -75,6 +78,11 @@ def _work(job: Job, rates: Rates) -> list[tuple[str, float]]:
         found.append(("reverse sweep", loading + backward))
     if judged:
         found.append(("evaluating the original model", loading + judged * forward))
+    if measured and _by_gradient(job):
+        sweep = rows.get("scoring", 0) * (forward * (1 + 2 * _BACKWARD) + outputs * (1 + _BACKWARD))
+        judging = len(SHARES) * (loading + choosing * forward)
+        found.append(("swaps, every format", 2 * loading + calibrating * forward + _swap_formats(job) * rounding))
+        found.append(("swaps, gradient", settings.swaps * (2 * loading + sweep + judging)))
     for _ in range(_plans(job, measured)):
         found.append(("round", plan))
         if judged:
@@ -92,7 +100,28 @@ def _plans(job: Job, measured: bool) -> int:
         return 1
     if job.config.target_kl is not None:
         return 7
-    return job.settings.shortlist + 1 + job.settings.swaps + 2
+    return job.settings.shortlist + 1 + (1 if _by_gradient(job) else job.settings.swaps) + 2
+
+
+def _by_gradient(job: Job) -> bool:
+    """Whether there are swaps by gradient."""
+    return bool(job.settings.swaps) and job.config.swap_scores == "gradient" and job.config.plan is None
+
+
+def _swap_formats(job: Job) -> float:
+    """Formats, the most of them, that each unit is rounded in for swaps by gradient."""
+    menu = neighbouring(job_menu(job, None), {unit.name: _middle(job, unit.name) for unit in job.units}, set(), REACH)
+    return sum(map(len, menu.values())) / max(1, len(menu))
+
+
+def _middle(job: Job, unit: str) -> QuantFormat:
+    formats = sorted(job_menu(job, None)[unit])
+    return formats[len(formats) // 2]
+
+
+def _stored_roundings(job: Job) -> int:
+    """Bytes of the roundings that swaps by gradient keep; formats are about as large as the plan's own."""
+    return int(_swap_formats(job) * _budget(job)) if _by_gradient(job) else 0
 
 
 def _memory(job: Job) -> int:
@@ -107,6 +136,7 @@ def _memory(job: Job) -> int:
     )  # fmt: skip
     width = max((linear.in_features for spec in job.structure.blocks for linear in spec.linears[:1]), default=0)
     states = sum(rows.values()) * length * width * size * (1 + method.needs_drift)
+    states += _stored_roundings(job)
     return work.needed_bytes(settings.batch_size) + states + (_LIBRARIES if job.device.type == "cpu" else 0)
 
 
@@ -115,4 +145,5 @@ def _disk(job: Job) -> int:
     largest = job.layout({unit.name: max((*job_menu(job, None)[unit.name],)) for unit in job.units}).total_bytes
     fixed = unquantized_bytes(job, job_menu(job, None))
     one = largest if job.config.target_kl or job.config.plan else min(largest, fixed + _budget(job))
-    return one * (1 if job.config.uniform_width is not None or not job.config.evaluates else 3)
+    spilled = 0 if job.offload is None else max(0, _stored_roundings(job) - job.offload.memory_bytes)
+    return one * (1 if job.config.uniform_width is not None or not job.config.evaluates else 3) + spilled

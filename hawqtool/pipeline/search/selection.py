@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hawqtool.allocation.problem import stored_bytes
 from hawqtool.allocation.uniform import UniformPlan, neighbours
@@ -12,10 +12,11 @@ from hawqtool.evaluation.divergence import as_record, interpolate_log, paired_di
 from hawqtool.evaluation.paired import PairedDifference, compare_paired
 from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.run.menu import job_menu, meets_second_budget
+from hawqtool.pipeline.search.gradient_swap import moved_by_gradient
 from hawqtool.pipeline.search.trials import Trial, TrialRunner
 from hawqtool.pipeline.search.width_swap import swapped
 from hawqtool.records import BitPlan, Evaluation
-from hawqtool.report.schema import Divergence, Interpolated, PlanComparison, PlanQuality, Shipped
+from hawqtool.report.schema import Divergence, Interpolated, PlanComparison, PlanQuality, Shipped, SwapAttempt
 from hawqtool.sensitivity.measured_kl import UnitScores
 
 
@@ -28,11 +29,13 @@ class Selection:
         uniform: ``uniform`` (the largest that fits the budget), ``below`` and ``above`` the best mixed plan's bytes,
             as far as they exist.
         best: Name of the mixed plan with the lowest divergence on the selection rows.
+        swaps: Plans that were tried on the way of swaps by gradient, without being rounded for it.
     """
 
     mixed: dict[str, Trial]
     uniform: dict[str, Trial]
     best: str
+    swaps: list[SwapAttempt] = field(default_factory=list)
 
     @property
     def minus_uniform(self) -> PairedDifference | None:
@@ -55,12 +58,12 @@ def try_plans(runner: TrialRunner, plans: dict[str, BitPlan], scores: UnitScores
     for name, plan in plans.items():
         mixed[name] = runner.run_trial(name, plan)
         runner.keep_only([_best(mixed)])
-    _swap(runner, mixed, scores)
+    attempts = _swap(runner, mixed, scores)
     best = _best(mixed)
     job, plan = runner.context.job, best.plan
     if job.config.uniform_width is not None:  # there is no budget for others to compete in
         (name,) = mixed
-        return Selection(mixed, {} if job.pins else {"uniform": best}, name)
+        return Selection(mixed, {} if job.pins else {"uniform": best}, name, attempts)
     # Uniform plans may have what the mixed one has, even where a plan file says more than the configuration.
     kind = plan.symmetric, {*job.config.group_sizes, *(fmt.group_size for fmt in plan.formats.values())}
     below, above = neighbours(job.units, plan.stored_bytes, *kind)
@@ -73,24 +76,32 @@ def try_plans(runner: TrialRunner, plans: dict[str, BitPlan], scores: UnitScores
         if trial is not None:
             uniform[name] = runner.run_trial(f"uniform {trial.label}", _as_plan(job, trial))
             runner.keep_only([best, uniform.get("uniform", best)])
-    return Selection(mixed, uniform, next(name for name, trial in mixed.items() if trial is best))
+    return Selection(mixed, uniform, next(name for name, trial in mixed.items() if trial is best), attempts)
 
 
-def _swap(runner: TrialRunner, mixed: dict[str, Trial], scores: UnitScores) -> None:
+def _swap(runner: TrialRunner, mixed: dict[str, Trial], scores: UnitScores) -> list[SwapAttempt]:
     """Add plans that rounds of swaps give: the first at the best one so far, each other at what the last gave.
 
-    A round that makes a plan worse is no reason to stop: the next one knows what it measured.
+    A round that makes a plan worse is no reason to stop: the next one knows what it measured. Rounds by gradient are
+    judged as they go, so that only what they lead to is rounded; the plans on the way are returned.
     """
-    latest = _best(mixed)
-    budget = latest.plan.budget_bytes
-    if runner.context.job.config.plan is not None or budget is None:
-        return
-    for number in range(1, runner.context.job.settings.swaps + 1):
+    latest, config = _best(mixed), runner.context.job.config
+    budget, rounds = latest.plan.budget_bytes, runner.context.job.settings.swaps
+    if config.plan is not None or budget is None or not rounds:
+        return []
+    if config.swap_scores == "gradient":
+        plan, attempts = moved_by_gradient(runner, latest, budget, scores)
+        if plan.formats != latest.plan.formats:
+            mixed["width swap 1"] = runner.run_trial("width swap 1", plan)
+            runner.keep_only([_best(mixed)])
+        return attempts
+    for number in range(1, rounds + 1):
         plan, scores = swapped(runner, latest, budget, scores)
         if any(plan.formats == trial.plan.formats for trial in mixed.values()):
             break
         latest = mixed[f"width swap {number}"] = runner.run_trial(f"width swap {number}", plan)
         runner.keep_only([_best(mixed), latest])
+    return []
 
 
 def _best(mixed: dict[str, Trial]) -> Trial:
@@ -175,6 +186,8 @@ def compare(
             for name, trial in selection.mixed.items()
         },
     }
+    if selection.swaps:
+        result["swaps"] = selection.swaps
     if uniform is not None:
         result["mixed_minus_uniform"] = _paired(mixed, uniform, "report")
     difference = selection.minus_uniform

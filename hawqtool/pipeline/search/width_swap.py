@@ -81,7 +81,7 @@ def swap_widths(
     context.reporter.say(
         f"measured changes are {trust.scale:.2f} times what was expected, give or take {trust.share:.0%} of the scores"
     )
-    changes = _changes(scores, measured, labels)
+    changes = relative_scores(scores, measured, labels)
     # What was not measured (an output head) keeps its format.
     choice = {
         unit: tuple(fmt for fmt in formats if fmt.label in changes[unit]) or (present[unit],)
@@ -90,7 +90,7 @@ def swap_widths(
     return solve(build_problem(job.units, choice, changes, job.pins), budget, "width swap"), scores
 
 
-def _changes(scores: UnitScores, measured: UnitScores, present: Mapping[str, str]) -> UnitScores:
+def relative_scores(scores: UnitScores, measured: UnitScores, present: Mapping[str, str]) -> UnitScores:
     """Scores of what was measured less those of the present formats, and these with 0."""
     changes = {unit: {label: Score(0.0, 0.0)} for unit, label in present.items()}
     for unit, found in measured.items():
@@ -99,8 +99,11 @@ def _changes(scores: UnitScores, measured: UnitScores, present: Mapping[str, str
     return changes
 
 
-def neighbouring(menu: Menu, present: UnitFormats, pinned: set[str]) -> Menu:
-    """The present format of each unit and its neighbours in the menu by size; pinned units keep theirs."""
+def neighbouring(menu: Menu, present: UnitFormats, pinned: set[str], reach: int = 1) -> Menu:
+    """The present format of each unit and its neighbours in the menu by size; pinned units keep theirs.
+
+    With a reach beyond 1, so many places to either side, and the widths next to the present one at its group size.
+    """
     found: dict[str, Sequence[QuantFormat]] = {}
     for unit, formats in menu.items():
         # Larger groups are smaller formats, whole rows the smallest: group sizes cost less than a bit.
@@ -109,5 +112,10 @@ def neighbouring(menu: Menu, present: UnitFormats, pinned: set[str]) -> Menu:
             found[unit] = (present[unit],)
             continue
         place = ordered.index(present[unit])
-        found[unit] = tuple(ordered[max(0, place - 1) : place + 2])
+        near, own = ordered[max(0, place - reach) : place + reach + 1], present[unit]
+        alike = sorted({fmt.bits for fmt in ordered if fmt.group_size == own.group_size})
+        beside = set(alike[max(0, alike.index(own.bits) - 1) : alike.index(own.bits) + 2]) if reach > 1 else set()
+        found[unit] = tuple(
+            fmt for fmt in ordered if fmt in near or (fmt.bits in beside and fmt.group_size == own.group_size)
+        )
     return found
