@@ -73,7 +73,6 @@ def model_task(model: Any) -> ModelTask:
     """
     task = class_task(type(model).__name__)
     if task is not None:
-        _refuse_classifiers_of_pairs(model, task)
         _refuse_scores(model, task)
         _refuse_other_inputs(model, task)
         _refuse_both_directions(model, task)
@@ -94,7 +93,8 @@ def image_shape(config: Any) -> tuple[int, tuple[int, int] | None]:
 def model_inputs(model: Any, rows: Tensor) -> dict[str, Tensor]:
     """Arguments of a model for rows of what it reads.
 
-    A decoder beside an encoder gets the same tokens ``[rows, seq_len]``, one place later.
+    A decoder beside an encoder gets the same tokens ``[rows, seq_len]``, one place later. A classifier of such a pair
+    is read where a row ends, so that its rows have one end token, at their end.
 
     Args:
         model: The model.
@@ -103,11 +103,22 @@ def model_inputs(model: Any, rows: Tensor) -> dict[str, Tensor]:
     Raises:
         InputError: If nothing says what a decoder begins with.
     """
+    if feeds_decoder(model) and model_task(model).per_row:
+        rows = _with_one_end(model.config, rows)
     inputs = {str(model.main_input_name): rows}
     if feeds_decoder(model):
         start = first_decoder_token(model.config)
         inputs["decoder_input_ids"] = rows.roll(1, 1).index_fill(1, rows.new_zeros(1), start)
     return inputs
+
+
+def _with_one_end(config: Any, rows: Tensor) -> Tensor:
+    """Rows of tokens that end in the end token and hold it nowhere else; unchanged where the config names none."""
+    end, padding = config.eos_token_id, getattr(config, "pad_token_id", None)
+    if not isinstance(end, int):
+        return rows
+    rows = rows.masked_fill(rows == end, padding if isinstance(padding, int) else first_decoder_token(config))
+    return rows.index_fill(1, rows.new_tensor([rows.shape[1] - 1]), end)
 
 
 def feeds_decoder(model: Any) -> bool:
@@ -136,15 +147,6 @@ def judged_output(model: Any, result: Any) -> Tensor:
     """Of what a model gives, the tensor that it is judged by: logits, or the last hidden state."""
     found: Tensor = result.logits if model_task(model).logits else result.last_hidden_state
     return found
-
-
-def _refuse_classifiers_of_pairs(model: Any, task: ModelTask) -> None:
-    """A classifier with encoder and decoder looks for the end of a text, which rows of calibration do not have."""
-    if task.per_row and task.logits and feeds_decoder(model):
-        raise InputError(
-            f"{type(model).__name__} is a classifier with encoder and decoder; not supported: expected an encoder, or "
-            "the sequence-to-sequence model itself"
-        )
 
 
 def _refuse_scores(model: Any, task: ModelTask) -> None:

@@ -130,8 +130,8 @@ def own_code(place: Place) -> None:
     place.edit("model/config.json", lambda c: c.update(auto_map={"AutoModelForCausalLM": "modeling_mine.Mine"}))
 
 
-def encoder_decoder(place: Place) -> None:
-    config = {"model_type": "t5", "architectures": ["T5ForSequenceClassification"]}
+def needs_images(place: Place) -> None:
+    config = {"model_type": "blip", "architectures": ["BlipForConditionalGeneration"]}
     (place.model / "config.json").write_text(json.dumps(config))
 
 
@@ -240,7 +240,7 @@ CASES: dict[str, Case] = {
     "NaN in the last norm, sampled rows": Case(5, NORM, spoil=nan(NORM), text=False),
     "unknown architecture": Case(4, "hitherto_unknown", spoil=no_code),
     "unknown architecture with code": Case(4, "--trust-remote-code", spoil=own_code),
-    "encoder-decoder": Case(4, "classifier with encoder and decoder", spoil=encoder_decoder),
+    "images beside texts": Case(4, "needs pixel_values beside a text", spoil=needs_images),
     "quantized already": Case(4, "is quantized already", spoil=quantized),
     "no tokenizer": Case(4, "no tokenizer", spoil=without_tokenizer),
     "broken tokenizer": Case(4, "no tokenizer", spoil=write("model/tokenizer.json", b"{broken")),

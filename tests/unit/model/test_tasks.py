@@ -13,7 +13,7 @@ from hawqtool.config import RunConfig
 from hawqtool.errors import InputError, UsageError
 from hawqtool.evaluation.divergence import interpolate_log
 from hawqtool.model.skeleton import build_skeleton, max_positions, token_embedding
-from hawqtool.model.tasks import class_task, image_shape, model_task
+from hawqtool.model.tasks import class_task, image_shape, model_inputs, model_task
 from hawqtool.pipeline.dry_run import describe
 from hawqtool.pipeline.evaluate import run_evaluate
 from hawqtool.pipeline.quantize import run_quantize
@@ -53,6 +53,23 @@ def test_a_model_of_two_towers_is_refused(tmp_path: Path) -> None:
     transformers.CLIPModel(transformers.CLIPConfig(**parts)).save_pretrained(tmp_path)
     with pytest.raises(InputError, match="CLIPModel reads an image beside each text"):
         build_skeleton(tmp_path, torch.float32)
+
+
+def test_rows_of_a_classifier_with_encoder_and_decoder_end_once_where_it_is_read(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 128, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1}
+    sizes |= {f"{part}_{size}": 32 for part in ("encoder", "decoder") for size in ("ffn_dim",)}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 64}
+    place = save(tmp_path / "m", "BartConfig", "BartForSequenceClassification", **sizes, **heads)
+    model = transformers.BartForSequenceClassification.from_pretrained(place, dtype=torch.float32).eval()
+    end, padding = model.config.eos_token_id, model.config.pad_token_id
+    rows = torch.tensor([[0, 7, end, 8, 9], [0, 11, 12, end, end]])
+    inputs = model_inputs(model, rows)
+    assert inputs["input_ids"].tolist() == [[0, 7, padding, 8, end], [0, 11, 12, padding, end]]
+    assert inputs["decoder_input_ids"][:, 0].tolist() == [end, end]  # BART's decoder begins with it
+    with torch.no_grad():
+        assert model(**inputs).logits.shape == (2, 3)
+    job = prepare(RunConfig(model=str(place), group_size=32))
+    assert [spec.name for spec in job.structure.blocks] == ["model.encoder.layers.0", "model.decoder.layers.0"]
 
 
 def drop_architectures(folder: Path) -> Path:
