@@ -6,14 +6,13 @@ import shlex
 import textwrap
 from collections import Counter
 from pathlib import Path
-from typing import cast
 
 from rich.console import Console
 from rich.table import Table
 
 from hawqtool.parsing import printable
 from hawqtool.report.documents import DryRun, EvaluationDocument
-from hawqtool.report.schema import Gate, Kept, PlanComparison, Quality, Report, Search, Shipped, shipped_of
+from hawqtool.report.schema import Gate, Kept, PlanComparison, Report, Search, Shipped, shipped_of
 from hawqtool.report.verdict import FEW_ROWS_TEXT, advice_text, verdict_text
 from hawqtool.report.wording import (
     MEASURES,
@@ -159,12 +158,6 @@ def _quality_table(report: Report, evaluation: PlanComparison, width: int) -> Ta
             continue
         cells = (" ".join(values["formats"]), f"{values['bpw_linears']:.3f}", size(values["total_bytes"]))
         add(name, *cells, *(show(values) for show in columns.values()))
-    interpolated = evaluation["uniform_interpolated"]
-    if interpolated and not alone:
-        bits = f"{evaluation['mixed']['bpw_linears']:.3f}"
-        between = cast(Quality, interpolated)  # of which only the divergence is shown
-        shown = [show(between) if name in MEASURES.values() else "" for name, show in columns.items()]
-        add("uniform, interpolated", "", bits, "", *shown)
     return table
 
 

@@ -155,7 +155,8 @@ def _outcome(runner: TrialRunner, plans: dict[str, BitPlan], planner: Planner | 
     selection = try_plans(runner, plans, planner.scores if planner else {})
     shipped = choose(job, selection)
     evaluation = compare(selection, runner.original(), planner.predicted if planner else lambda _: {})
-    winner = selection.mixed[selection.best] if shipped == "mixed" else selection.uniform["uniform"]
+    winner = selection.mixed[selection.best] if shipped == "mixed" else selection.uniform
+    assert winner is not None  # otherwise no uniform plan were shipped
     return winner, Outcome(winner.plan, winner.rounding, evaluation, shipped)
 
 

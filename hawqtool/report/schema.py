@@ -46,12 +46,6 @@ class TaskResult(TypedDict):
     same: Annotated[float, "Share of questions to which both give the same answer, right or wrong."]
 
 
-class Interpolated(Divergence):
-    """The uniform curve at the mixed plan's bytes."""
-
-    stored_bytes: Annotated[int, "Bytes of the linears."]
-
-
 class PlanQuality(Quality):
     """A plan that was rounded, written and evaluated; the figures are those of the report rows."""
 
@@ -114,8 +108,6 @@ class PlanComparison(Measured):
 
     mixed: Annotated[PlanQuality, "The best mixed plan."]
     uniform: Annotated[PlanQuality | None, "The largest uniform plan within the budget."]
-    uniform_interpolated: Annotated[Interpolated | None, "Divergence of uniform plans at the mixed plan's bytes."]
-    neighbours: Annotated[dict[str, PlanQuality], "Uniform plans `below` and `above` the mixed plan's bytes."]
     tried: Annotated[dict[str, PlanQuality], "All mixed plans by name."]
     mixed_minus_uniform: NotRequired[Annotated[Divergence, "Difference of the two on the report rows."]]
     selection: NotRequired[Annotated[SelectionDifference, "Difference of the two on the selection rows."]]

@@ -84,19 +84,16 @@ def tried_plans(report: Report) -> list[dict[str, Any]]:
     evaluation, shipped = report["evaluation"], report["shipped"]
     if evaluation is None:
         return []
-    uniform: list[PlanQuality] = []
-    for candidate in (evaluation["uniform"], *evaluation["neighbours"].values()):
-        if candidate is not None and not any(same_plan(candidate, known) for known in uniform):
-            uniform.append(candidate)
+    uniform = evaluation["uniform"]
     found: list[dict[str, Any]] = []
     for name, record in evaluation["tried"].items():
-        if not any(same_plan(record, known) for known in uniform):
+        if not same_plan(record, uniform):
             chosen = shipped == "mixed" and name == evaluation["mixed"]["chosen_by"]
             plan = {"mark": str(len(found) + 1), "name": name, "kind": "mixed", "record": record, "shipped": chosen}
             found.append(plan)
-    for record in uniform:
-        mark, chosen = " ".join(record["formats"]), same_plan(record, evaluation[shipped])
-        found.append({"mark": mark, "name": f"uniform {mark}", "kind": "uniform", "record": record, "shipped": chosen})
+    if uniform is not None:
+        mark, chosen = " ".join(uniform["formats"]), same_plan(uniform, evaluation[shipped])
+        found.append({"mark": mark, "name": f"uniform {mark}", "kind": "uniform", "record": uniform, "shipped": chosen})
     return found
 
 

@@ -43,7 +43,7 @@ def test_report_has_the_documented_keys(mixed: tuple[Path, Report]) -> None:
     assert set((expected + "peak_memory_bytes warnings").split()) <= set(stored)
     assert {"original_bytes", "quantized_bytes", "bpw_linears", "bpw_file"} <= set(stored["sizes"])
     assert set(stored["plan"][0]) == {"name", "unit", "bits", "group_size", "symmetric", "bytes"}
-    assert {"original", "uniform", "uniform_interpolated", "mixed"} <= set(stored["evaluation"])
+    assert {"original", "uniform", "mixed"} <= set(stored["evaluation"])
     for name in ("original", "uniform", "mixed"):
         assert {"perplexity", "kl", "kl_stderr", "same_top", "num_tokens"} <= set(stored["evaluation"][name])
     assert stored["evaluation"]["original"]["kl"] == pytest.approx(0, abs=1e-6)
@@ -156,7 +156,7 @@ def test_the_uniform_reference_is_the_matching_single_width_run(mixed: tuple[Pat
     assert uniform["formats"] == ["w4g32"]
     single = run(bits="4", target_bpw=4.5)[1]["evaluation"]
     assert single["mixed"]["formats"] == ["w4g32"]
-    assert uniform["kl"] == single["mixed"]["kl"] == single["uniform"]["kl"] == single["uniform_interpolated"]["kl"]
+    assert uniform["kl"] == single["mixed"]["kl"] == single["uniform"]["kl"]
     assert uniform["total_bytes"] == single["mixed"]["total_bytes"]
 
 

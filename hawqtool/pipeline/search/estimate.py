@@ -95,12 +95,12 @@ def _budget(job: Job) -> int:
 
 
 def _plans(job: Job, measured: bool) -> int:
-    """Plans that are rounded: the short list, the rule, swaps, and the uniform neighbours of the best."""
+    """Plans that are rounded: the short list, the rule, swaps, and the largest uniform one."""
     if not measured or not job.config.evaluates:
         return 1
     if job.config.target_kl is not None:
         return 7
-    return job.settings.shortlist + 1 + (1 if _by_gradient(job) else job.settings.swaps) + 2
+    return job.settings.shortlist + 1 + (1 if _by_gradient(job) else job.settings.swaps) + 1
 
 
 def _by_gradient(job: Job) -> bool:

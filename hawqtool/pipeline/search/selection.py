@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from hawqtool.allocation.problem import stored_bytes
-from hawqtool.allocation.uniform import UniformPlan, neighbours
-from hawqtool.evaluation.divergence import as_record, interpolate_log, paired_difference
+from hawqtool.allocation.uniform import UniformPlan, best_uniform
+from hawqtool.evaluation.divergence import as_record, paired_difference
 from hawqtool.evaluation.paired import PairedDifference, compare_paired
 from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.run.menu import job_menu, meets_second_budget
@@ -16,7 +16,7 @@ from hawqtool.pipeline.search.gradient_swap import moved_by_gradient
 from hawqtool.pipeline.search.trials import Trial, TrialRunner
 from hawqtool.pipeline.search.width_swap import swapped
 from hawqtool.records import BitPlan, Evaluation
-from hawqtool.report.schema import Divergence, Interpolated, PlanComparison, PlanQuality, Shipped, SwapAttempt
+from hawqtool.report.schema import Divergence, PlanComparison, PlanQuality, Shipped, SwapAttempt
 from hawqtool.sensitivity.measured_kl import UnitScores
 
 
@@ -26,28 +26,27 @@ class Selection:
 
     Args:
         mixed: Plans of the short list by name, the configured metric's own first.
-        uniform: ``uniform`` (the largest that fits the budget), ``below`` and ``above`` the best mixed plan's bytes,
-            as far as they exist.
+        uniform: The largest uniform plan that fits the budget, if there is one.
         best: Name of the mixed plan with the lowest divergence on the selection rows.
         swaps: Plans that were tried on the way of swaps by gradient, without being rounded for it.
     """
 
     mixed: dict[str, Trial]
-    uniform: dict[str, Trial]
+    uniform: Trial | None
     best: str
     swaps: list[SwapAttempt] = field(default_factory=list)
 
     @property
     def minus_uniform(self) -> PairedDifference | None:
         """The best mixed plan less the uniform one on the selection rows; None where one is missing or both are one."""
-        mixed, uniform = self.mixed[self.best], self.uniform.get("uniform")
+        mixed, uniform = self.mixed[self.best], self.uniform
         if uniform is None or uniform is mixed or "selection" not in uniform.quality:
             return None
         return compare_paired(mixed.quality["selection"], uniform.quality["selection"])
 
 
 def try_plans(runner: TrialRunner, plans: dict[str, BitPlan], scores: UnitScores) -> Selection:
-    """Try a short list, the best uniform plan that fits, and the uniform neighbours to interpolate with.
+    """Try a short list, and the largest uniform plan that fits.
 
     Args:
         runner: Rounds and evaluates.
@@ -63,19 +62,12 @@ def try_plans(runner: TrialRunner, plans: dict[str, BitPlan], scores: UnitScores
     job, plan = runner.context.job, best.plan
     if job.config.uniform_width is not None:  # there is no budget for others to compete in
         (name,) = mixed
-        return Selection(mixed, {} if job.pins else {"uniform": best}, name, attempts)
+        return Selection(mixed, None if job.pins else best, name, attempts)
     # Uniform plans may have what the mixed one has, even where a plan file says more than the configuration.
     kind = plan.symmetric, {*job.config.group_sizes, *(fmt.group_size for fmt in plan.formats.values())}
-    below, above = neighbours(job.units, plan.stored_bytes, *kind)
-    largest, _ = neighbours(job.units, max(plan.budget_bytes or 0, plan.stored_bytes), *kind)
-    if below is not None and below.stored_bytes == plan.stored_bytes:
-        above = None
-    wanted = {"uniform": largest, "below": below, "above": above}
-    uniform: dict[str, Trial] = {}
-    for name, trial in wanted.items():
-        if trial is not None:
-            uniform[name] = runner.run_trial(f"uniform {trial.label}", _as_plan(job, trial))
-            runner.keep_only([best, uniform.get("uniform", best)])
+    largest, uniform = best_uniform(job.units, max(plan.budget_bytes or 0, plan.stored_bytes), *kind), None
+    if largest is not None:
+        uniform = runner.run_trial(f"uniform {largest.label}", _as_plan(job, largest))
     return Selection(mixed, uniform, next(name for name, trial in mixed.items() if trial is best), attempts)
 
 
@@ -123,7 +115,7 @@ def choose(job: Job, selection: Selection) -> Shipped:
     Under ``target_kl``, where the mixed plan is as small as the search could make it, a uniform plan of no more bytes
     that meets the bound is no worse by that measure, so it is shipped.
     """
-    mixed, uniform = selection.mixed[selection.best], selection.uniform.get("uniform")
+    mixed, uniform = selection.mixed[selection.best], selection.uniform
     if job.config.plan is not None or uniform is None:
         return "mixed"
     if mixed is uniform:
@@ -165,7 +157,7 @@ def compare(
         original: The original model on the report rows.
         predict: Gives the predicted loss of a plan by metric.
     """
-    mixed, uniform = selection.mixed[selection.best], selection.uniform.get("uniform")
+    mixed, uniform = selection.mixed[selection.best], selection.uniform
 
     def record(trial: Trial) -> PlanQuality:
         return trial.record(predict(trial.plan))
@@ -175,8 +167,6 @@ def compare(
         "original": as_record(original),
         "mixed": {**record(mixed), "chosen_by": selection.best},
         "uniform": None if uniform is None else record(uniform),
-        "uniform_interpolated": _interpolated(selection, mixed),
-        "neighbours": {n: record(selection.uniform[n]) for n in ("below", "above") if n in selection.uniform},
         "tried": {
             name: {
                 **record(trial),
@@ -203,17 +193,6 @@ def compare(
             },
         }
     return result
-
-
-def _interpolated(selection: Selection, mixed: Trial) -> Interpolated | None:
-    """The uniform curve at the mixed plan's bytes; None where these lie outside it."""
-    points = {c.plan.stored_bytes: c.quality["report"].divergence for c in selection.uniform.values()}
-    value = interpolate_log(sorted(points.items()), mixed.plan.stored_bytes)
-    if value is None:
-        return None
-    if mixed.quality["report"].measure == "kl":
-        return {"kl": value, "stored_bytes": mixed.plan.stored_bytes}
-    return {"embedding_error": value, "stored_bytes": mixed.plan.stored_bytes}
 
 
 def _paired(first: Trial, second: Trial, role: str) -> Divergence:

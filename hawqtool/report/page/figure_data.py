@@ -11,7 +11,7 @@ from typing import Any
 from hawqtool.records import SensitivityTable, Unit
 from hawqtool.report.page.score_figures import score_figures
 from hawqtool.report.schema import LayerRecord, PlanEntry, Report, Search
-from hawqtool.report.wording import MEASURES, role, same_plan, tried_plans
+from hawqtool.report.wording import MEASURES, role, tried_plans
 
 Data = dict[str, Any]
 Place = tuple[str, str]
@@ -56,7 +56,7 @@ def figure_data(
 
 
 def measured_points(report: Report) -> list[Data]:
-    """The plans that were rounded and evaluated, and the uniform curve at the mixed plan's bytes.
+    """The plans that were rounded and evaluated.
 
     Returns:
         Points of ``{mark, label, kind, shipped, bpw, value, stderr, predicted}`` with the predicted loss by metric;
@@ -65,13 +65,7 @@ def measured_points(report: Report) -> list[Data]:
     evaluation = report["evaluation"]
     if evaluation is None:
         return []
-    measure, mixed, plans = evaluation["measure"], evaluation["mixed"], tried_plans(report)
-    points = [_point(plan, measure) for plan in plans]
-    between = evaluation["uniform_interpolated"]
-    if between and not any(plan["kind"] == "uniform" and same_plan(plan["record"], mixed) for plan in plans):
-        record = between | {"bpw_linears": mixed["bpw_linears"], "predicted": {}}
-        plan = {"mark": "", "name": "uniform, interpolated", "kind": "interpolated", "shipped": False}
-        points.append(_point(plan | {"record": record}, measure))
+    points = [_point(plan, evaluation["measure"]) for plan in tried_plans(report)]
     return [point for point in points if math.isfinite(point["value"])]
 
 

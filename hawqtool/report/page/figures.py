@@ -43,7 +43,6 @@ _WIDE_RANGE = 8
 _MARKS = {
     "mixed": ("o", BLUE, 8),
     "uniform": ("s", ORANGE, 8),
-    "interpolated": ("D", "white", 6),
     "searched": ("o", "white", 6),
 }
 """Marker, colour and size of each kind of plan."""
@@ -96,8 +95,7 @@ def measured(data: Data) -> Figure:
     ordered = sorted((p["bpw"], p["value"]) for p in points if p["kind"] == "uniform")
     if len(ordered) > 1:
         axes.plot(*zip(*ordered, strict=True), color=ORANGE, lw=1.2, ls="--", zorder=1)
-    # Only error bars hide one another; the interpolated point has none and stays at its place.
-    moved = _side_by_side([p for p in points if p["kind"] != "interpolated"])
+    moved = _side_by_side(points)  # so that no error bar hides another
     places = [moved.get(point["label"], point["bpw"]) for point in points]
     for place, point in zip(places, points, strict=True):
         text = f"{plain(point['label'])}{', shipped' * point['shipped']}: {number(point['value'])}"

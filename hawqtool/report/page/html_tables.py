@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 from hawqtool.report.escape import one_line
 from hawqtool.report.schema import (
@@ -47,7 +47,6 @@ def quality_table(report: Report, evaluation: PlanComparison) -> str:
     mixed, uniform = evaluation["mixed"], evaluation["uniform"]
     rows = [["original", "", "", size(report["sizes"]["original_bytes"])] + _shown(evaluation["original"], columns)]
     records = {"mixed": None if same_plan(mixed, uniform) else mixed, "uniform": uniform}
-    records |= {f"uniform, {name}": r for name, r in evaluation["neighbours"].items() if not same_plan(r, uniform)}
     chosen = None
     for name, record in records.items():
         if record is None:
@@ -56,10 +55,6 @@ def quality_table(report: Report, evaluation: PlanComparison) -> str:
             chosen, name = len(rows), f"{name} (shipped)"
         cells = [name, " ".join(record["formats"]), f"{record['bpw_linears']:.3f}", size(record["total_bytes"])]
         rows.append(cells + _shown(record, columns))
-    between = evaluation["uniform_interpolated"]
-    if between and not same_plan(mixed, uniform):
-        shown = [show(cast(Quality, between)) if name in MEASURES.values() else "" for name, show in columns.items()]
-        rows.append(["uniform, interpolated", "", f"{mixed['bpw_linears']:.3f}", "", *shown])
     heading = ["plan", "formats", "bits/weight", "weight files", *columns]
     return _table(heading, rows, numbers=range(2, len(heading)), chosen=chosen)
 

@@ -27,7 +27,7 @@ def test_no_word_is_broken_at_80_columns(monkeypatch: pytest.MonkeyPatch, capsys
     print_report(a_report(experts={}, **a_search()), "out", 100)
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
-    for whole in ("perplexity", "interpolated", "same top-1", "0.4000 ± 0.0100"):
+    for whole in ("perplexity", "original", "same top-1", "0.4000 ± 0.0100"):
         assert any(whole in line for line in lines), whole
 
 

@@ -111,8 +111,6 @@ def a_report(measure: str = "kl", prefix: str = "model.layers", **changes: Any) 
             },
             "mixed": tried(measure, 0.4, mixed, 0.5, "w3g64", "w4g64") | {"chosen_by": "kron"},
             "uniform": uniform(3, 0.6, measure),
-            "neighbours": {"below": uniform(3, 0.6, measure), "above": uniform(4, 0.3, measure)},
-            "uniform_interpolated": {measure: 0.45, "stored_bytes": mixed},
             "mixed_minus_uniform": {measure: -0.2, f"{measure}_stderr": 0.02},
         },
         "shipped": "mixed",
@@ -190,7 +188,6 @@ def test_all_parts_are_there(tmp_path: Path) -> None:
     assert "Left out" not in text
     for part in (
         "mixed (shipped)",
-        "uniform, above",
         "-0.2000 ± 0.0200",
         "ab" * 32,
         "10.0 kB → 4.0 kB",
@@ -257,7 +254,6 @@ def test_without_scores_the_page_says_what_is_left_out(tmp_path: Path) -> None:
     report = a_report(shipped="uniform", metric=None, predicted_loss=None)
     tried = {"uniform menu": alone | {"minus_uniform": {}, "predicted_loss": None}}
     report["evaluation"] |= {"mixed": alone | {"chosen_by": "uniform menu"}, "uniform": alone, "tried": tried}
-    report["evaluation"] |= {"neighbours": {}, "uniform_interpolated": None}
     text = page_of(written(tmp_path / "out", report, scores=False))
     assert len(figures_in(text)) == 4
     assert "Left out (frontier): reproduce/ has no sensitivity.json" in text
@@ -270,7 +266,7 @@ def test_uniform_shipped_instead_of_mixed() -> None:
     figures, _ = figure_data(report, None)
     points = figures["measured"]["points"]
     assert [p["label"] for p in points if p["shipped"]] == ["uniform w3g64"]
-    assert [p["kind"] for p in points] == ["mixed", "mixed", "uniform", "uniform", "interpolated"]
+    assert [p["kind"] for p in points] == ["mixed", "mixed", "uniform"]
 
 
 def test_predictions_are_those_of_the_scores(tmp_path: Path) -> None:
@@ -280,9 +276,9 @@ def test_predictions_are_those_of_the_scores(tmp_path: Path) -> None:
     figures, missing = figure_data(report, measured)
     assert not missing
     predicted = {p["label"]: p["predicted"] for p in figures["predicted"]["points"]}
-    uniform_sums = {"uniform w3g64": 6 * 0.5 / 27, "uniform w4g64": 6 * 0.5 / 64}
-    assert predicted == pytest.approx({"1 kron": 0.5, "2 width swap 1": 0.55} | uniform_sums)
-    assert [plan["mark"] for plan in figures["frontier"]["plans"]] == ["1", "2", "w3g64", "w4g64"]
+    uniform_sum = {"uniform w3g64": 6 * 0.5 / 27}
+    assert predicted == pytest.approx({"1 kron": 0.5, "2 width swap 1": 0.55} | uniform_sum)
+    assert [plan["mark"] for plan in figures["frontier"]["plans"]] == ["1", "2", "w3g64"]
     hull = figures["frontier"]["hull"]
     assert hull[0] == pytest.approx((2.25, 6 * 0.5 / 8)) and hull[-1] == pytest.approx((8.25, 6 * 0.5 / 512))
     assert figures["sensitivity"]["values"] == [0.5 / 8] * 6
@@ -302,7 +298,7 @@ def test_every_plan_that_was_tried_is_in_the_table(tmp_path: Path) -> None:
     assert "predicted (kron)" in table and "0.5500" in table
     # Selection rows, report rows, and the paired difference on each.
     assert "0.5000 ± 0.0100" in table and "0.4500 ± 0.0100" in table and table.count("-0.1500 ± 0.0200") == 2
-    assert table.count("uniform w3g64") == 1 and table.count("uniform w4g64") == 1
+    assert table.count("uniform w3g64") == 1
 
 
 def test_a_plan_of_swaps_is_shown_with_the_scores_of_the_run() -> None:
@@ -330,8 +326,8 @@ def test_attempts_of_a_search_stand_in_predicted_against_measured(tmp_path: Path
     assert figures["search"]["bpw"] == [3.25, 4.25, 8.25]
     assert figures["search"]["series"] == {"selection": [0.6, 0.3, 0.1], "report": [0.5, 0.2, 0.1]}
     searched = [p for p in figures["predicted"]["points"] if p["kind"] == "searched"]
-    # The others are the uniform plans, which are points already.
-    assert [p["value"] for p in searched] == [0.1]
+    # The other one is the uniform plan, which is a point already.
+    assert [p["value"] for p in searched] == [0.1, 0.2]
     assert searched[0]["predicted"] == pytest.approx(6 * 0.5 / 512)
 
 

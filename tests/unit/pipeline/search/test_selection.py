@@ -61,7 +61,7 @@ LOW, HIGH = [1.0, 1.1, 0.9, 1.0], [2.0, 2.1, 1.9, 2.0]
 def test_the_selection_rows_choose(monkeypatch: pytest.MonkeyPatch, mixed: Any, uniform: Any, wanted: str) -> None:
     monkeypatch.setattr(selection, "obeys", lambda *_: True)
     job: Any = FakeJob(RunConfig(model="m", target_bpw=4.0))
-    tried = Selection({"kron": trial("kron", *mixed)}, {"uniform": trial("uniform", *uniform)}, "kron")
+    tried = Selection({"kron": trial("kron", *mixed)}, trial("uniform", *uniform), "kron")
     assert choose(job, tried) == wanted
 
 
@@ -78,7 +78,7 @@ def test_students_t_and_the_number_of_plans_decide(
     mixed = [value + sign - errors / 3**0.5 for value, sign in zip(LOW, (1, -1, 1, -1), strict=True)]
     job: Any = FakeJob(RunConfig(model="m", target_bpw=4.0))
     others = {str(number): trial(str(number), HIGH, LOW) for number in range(1, tried)}
-    found = Selection({"kron": trial("kron", mixed, HIGH)} | others, {"uniform": trial("uniform", LOW, LOW)}, "kron")
+    found = Selection({"kron": trial("kron", mixed, HIGH)} | others, trial("uniform", LOW, LOW), "kron")
     assert choose(job, found) == wanted
 
 
@@ -101,7 +101,7 @@ def test_no_source_may_lose(monkeypatch: pytest.MonkeyPatch, differences: list[f
     uniform, mixed = trial("uniform", [5.0] * 6, LOW), trial("kron", [5 + d for d in differences], HIGH)
     for entry in (uniform, mixed):
         entry.quality["selection"] = evaluation([*entry.quality["selection"].row_divergence], BOTH)
-    assert choose(job, Selection({"kron": mixed}, {"uniform": uniform}, "kron")) == wanted
+    assert choose(job, Selection({"kron": mixed}, uniform, "kron")) == wanted
 
 
 @pytest.mark.parametrize(("uniform", "wanted"), [((LOW, HIGH), "uniform"), ((HIGH, LOW), "mixed")])
@@ -110,7 +110,7 @@ def test_the_selection_rows_choose_under_a_quality_target(
 ) -> None:
     monkeypatch.setattr(selection, "obeys", lambda *_: True)
     job: Any = FakeJob(RunConfig(model="m", target_kl=1.5))
-    tried = Selection({"kron": trial("kron", LOW, LOW)}, {"uniform": trial("uniform", *uniform)}, "kron")
+    tried = Selection({"kron": trial("kron", LOW, LOW)}, trial("uniform", *uniform), "kron")
     assert choose(job, tried) == wanted
 
 
@@ -129,7 +129,7 @@ def test_each_source_of_selection_rows_counts_alike() -> None:
 
 def test_report_and_selection_rows_are_told_apart() -> None:
     """The comparison is of the report rows, beside what the choice saw."""
-    tried = Selection({"kron": trial("kron", LOW, HIGH)}, {"uniform": trial("uniform", HIGH, LOW)}, "kron")
+    tried = Selection({"kron": trial("kron", LOW, HIGH)}, trial("uniform", HIGH, LOW), "kron")
     found = compare(tried, evaluation(LOW), lambda _: {})
     assert found["mixed"]["kl"] == pytest.approx(2.0) and found["mixed"]["selection"]["kl"] == pytest.approx(1.0)
     assert found["mixed_minus_uniform"]["kl"] == pytest.approx(1.0)
