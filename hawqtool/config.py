@@ -13,7 +13,7 @@ from hawqtool.errors import UsageError
 from hawqtool.formats import ASYMMETRIC_PROFILES, asymmetric_refusal, group_size_refusal, is_served
 from hawqtool.parsing import read_yaml, shown
 from hawqtool.presets import find_preset
-from hawqtool.records import EXTRA_METRICS, SCORE_METRICS
+from hawqtool.records import EXTRA_METRICS, SCORE_METRICS, SWEEP_METRICS
 from hawqtool.settings.fields import SELF
 from hawqtool.settings.metadata import Affects, Setting, choices, flag_of, settings_of
 from hawqtool.settings.targets import NEED_EVALUATION
@@ -22,6 +22,18 @@ from hawqtool.values import split_weight
 
 DEFAULT, PRESET, FILE, FLAG = "default", "preset", "file", "flag"
 """Where the value of a setting comes from; a later one wins."""
+
+
+_GGUF_ALONE = ("template", "tensor_types", "block_types", "embedding_type")
+"""Settings that say something of GGUF files alone."""
+
+_WITH_GGUF = {
+    *("model", "output", "to", *_GGUF_ALONE, "target_bpw", "target_size", "ignore", "profile"),
+    *("calibration", "num_samples", "seq_len", "eval_data", "eval_samples", "eval", "sensitivity"),
+    *("rounding", "target_shift", "token_importance", "damping"),
+    *("device", "batch_size", "max_memory", "seed", "trust_remote_code"),
+}
+"""Settings that GGUF files take; all others must be left alone."""
 
 
 class RunConfig(CheckedFields):
@@ -77,6 +89,29 @@ class RunConfig(CheckedFields):
             raise ValueError("distill_codes says what distill_steps learn, found none of them; add distill_steps")
         if self.costs is not None and self.plan is not None:
             raise ValueError("a plan is carried out as it is; drop plan, or costs and max_cost")
+        return self
+
+    @model_validator(mode="after")
+    def _check_gguf(self) -> RunConfig:
+        if self.to != "gguf":
+            given = (n for n in _GGUF_ALONE if getattr(self, n) != RunConfig.model_fields[n].default)
+            for name in given:
+                raise ValueError(f"{name} is for GGUF files; drop it, or give --to gguf")
+            return self
+        if self.template is None:
+            raise ValueError(
+                "to gguf needs a template, which has metadata and tokenizer: convert the model with llama.cpp's "
+                "convert_hf_to_gguf.py --outtype bf16 and give that file as --template"
+            )
+        for name, field in RunConfig.model_fields.items():
+            if name not in _WITH_GGUF and getattr(self, name) != field.default:
+                raise ValueError(f"{flag_of(name)} has no effect on GGUF files yet; drop it, or --to gguf")
+        if self.rounding not in ("rtn", "gptq") or self.target_shift == "auto":
+            raise ValueError("to gguf rounds by rtn or gptq, with target_shift off or a number; drop other choices")
+        if not self.measures or self.metric in EXTRA_METRICS:
+            raise ValueError(f"to gguf chooses by {', '.join(SWEEP_METRICS)}, found sensitivity {self.sensitivity}")
+        if self.target_bpw is not None and self.target_size is not None:
+            raise ValueError("target_bpw and target_size are both given; drop one of the two")
         return self
 
     @model_validator(mode="after")

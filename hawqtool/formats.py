@@ -18,6 +18,12 @@ GROUP_STEP = 16
 CHANNEL = 0
 """``group_size`` of a format with one scale per output channel."""
 
+BLOCK_LABELS = (
+    *("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K"),
+    *("Q4_0", "IQ4_NL", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
+)
+"""Block types of GGUF that hawqtool writes, blocks of 256 first; `hawqtool.checkpoint.gguf` has their layouts."""
+
 SHAPE_TENSOR_BYTES = 16
 """Bytes of the ``weight_shape`` tensor (two int64) that accompanies every packed weight."""
 

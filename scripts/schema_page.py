@@ -23,6 +23,7 @@ DOCUMENTS = (
     documents.EvaluationDocument,
     documents.ComparisonDocument,
     documents.DryRun,
+    documents.GgufDocument,
     documents.VerifyDocument,
     documents.PushDocument,
     documents.ErrorDocument,

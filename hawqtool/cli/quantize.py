@@ -15,9 +15,9 @@ from hawqtool.cli.junit import recorded_run
 from hawqtool.cli.render import announcement, fitted, print_report
 from hawqtool.cli.session import decide_hub_access, print_json, session
 from hawqtool.cli.terminal import Terminal
-from hawqtool.config import SETTINGS, load_config
+from hawqtool.config import SETTINGS, RunConfig, load_config
 from hawqtool.data.sources import public_name
-from hawqtool.errors import QualityError
+from hawqtool.errors import QualityError, UsageError
 from hawqtool.parsing import printable
 from hawqtool.report.documents import DryRun
 from hawqtool.report.schema import Gate, Report
@@ -45,6 +45,8 @@ def quantize(
     Example: hawqtool quantize ./model -o ./out --preset fast
 
     Example: hawqtool quantize ./model -o ./out --bits 4 --target-bpw 4.25 --group-size 64 --calibration text.txt
+
+    Example: hawqtool quantize ./model -o out.gguf --to gguf --template model-bf16.gguf --target-bpw 4
     """
     if dry_run:
         gc.disable()  # nearly all of its time goes to imports, which collections only make longer
@@ -52,6 +54,9 @@ def quantize(
         settings = load_config(config, values, preset)
         record.model = settings.model
         decide_hub_access(settings.data_sources)
+        if settings.to == "gguf":
+            _quantize_to_gguf(settings, terminal, dry_run, json)
+            return
         settings.require_one_target()
 
         from hawqtool.pipeline.dry_run import dry_run as described
@@ -82,6 +87,22 @@ def quantize(
         else:
             print_report(report, str(settings.output), terminal.seconds)
         _check_gates(report, terminal)
+
+
+def _quantize_to_gguf(settings: RunConfig, terminal: Terminal, dry_run: bool, json: bool) -> None:
+    """One file for llama.cpp; its record is what is printed."""
+    if dry_run:
+        raise UsageError("--dry-run describes folders; a run with --to gguf says exact sizes before its work")
+    from hawqtool.cli.render_gguf import print_gguf
+    from hawqtool.pipeline.gguf.conversion import run_gguf
+
+    document = run_gguf(settings, terminal)
+    terminal.close()
+    terminal.answered = True
+    if json:
+        print_json(document)
+    else:
+        print_gguf(document)
 
 
 def _check_gates(report: Report, terminal: Terminal) -> None:

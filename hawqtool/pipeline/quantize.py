@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hawqtool.allocation.exact import plan_warnings
 from hawqtool.config import RunConfig
-from hawqtool.errors import InputError, NumericalError, disk_errors
+from hawqtool.errors import InputError, NumericalError, UsageError, disk_errors
 from hawqtool.export.engines import TRANSFORMERS
 from hawqtool.export.manifest import seal
 from hawqtool.export.verify import verify_folder
@@ -66,6 +66,8 @@ def run_quantize(
     Raises:
         HawqError: With a note where finished work is kept (see `RunFolder`); else nothing is left behind.
     """
+    if config.to == "gguf":
+        raise UsageError("GGUF files are written by hawqtool quantize on the command line alone; drop --to gguf here")
     config.require_one_target()
     output = output_folder(config)
     with RunFolder(output, reporter) as run:

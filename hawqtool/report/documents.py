@@ -226,3 +226,29 @@ class ErrorDocument(TypedDict):
     schema: Annotated[Literal["hawqtool.error/1"], "`hawqtool.error/1`."]
     error: Annotated[str, "What was found, what was expected, what to do next."]
     exit_code: Annotated[int, "Exit code of the command."]
+
+
+class GgufQuality(TypedDict):
+    """Original and file on the report rows."""
+
+    original: Annotated[Quality, "The original."]
+    quantized: Annotated[Quality, "The file, its weights dequantized in float32."]
+
+
+class GgufDocument(TypedDict):
+    """Record of a GGUF file, printed and written beside it (FILE.gguf.json)."""
+
+    schema: Annotated[str, "`hawqtool.gguf/1`."]
+    model: Annotated[str, "Name of the original."]
+    template: Annotated[str, "Name of the template's file."]
+    output: Annotated[str, "Name of the file."]
+    bytes: Annotated[int, "Its size."]
+    bpw: Annotated[float, "Stored bits per weight of the tensors that the plan is about."]
+    num_weights: Annotated[int, "Their weights."]
+    metric: Annotated[str | None, "Scores that chose the types; null where there was no choice."]
+    predicted_loss: Annotated[float | None, "Sum of the chosen scores, nats per token."]
+    types: Annotated[dict[str, str], "Type of every quantized tensor, embedding and output among them."]
+    kept: Annotated[dict[str, str], "Why each other matrix stays as the template has it."]
+    output_error: Annotated[dict[str, float], "Squared error of a linear's outputs over their squares."]
+    quality: Annotated[GgufQuality | None, "Judgement on held-out rows; null where nothing was evaluated."]
+    seconds: Annotated[float, "Time of the run."]

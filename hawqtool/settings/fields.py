@@ -63,6 +63,17 @@ class Fields(TargetFields):
         help="Layers to leave as they are; repeatable.", detail="Names, or patterns that begin with re:.",
         panel=FORMATS, affects=Affects.FORMATS, metavar="NAME", commands=("measure", "allocate"),
     )] = ()
+    block_types: Annotated[tuple[str, ...], Setting(
+        help="Types to choose from with --to gguf: Q3_K,Q4_K,Q6_K; one alone needs no target.",
+        default="Q2_K to Q8_0 and IQ4_XS, for rows that no 256 divides IQ4_NL to Q8_0",
+        detail="Types whose blocks do not divide a tensor's rows are left out there.",
+        panel=FORMATS, affects=Affects.FORMATS, as_text=True,
+    )] = ()
+    embedding_type: Annotated[str, Setting(
+        help="Type of embedding and output with --to gguf, auto or keep.",
+        detail="Auto is Q6_K, or Q8_0 where no 256 divides the rows; keep leaves them as the template has them.",
+        panel=FORMATS, affects=Affects.FORMATS, metavar="TYPE", expert=True,
+    )] = "auto"
     quantize_lm_head: Annotated[bool, Setting(
         help="Quantize the output head too, where it is not tied to the embedding.",
         panel=FORMATS, affects=Affects.FORMATS, commands=("measure",),

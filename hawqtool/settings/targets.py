@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -28,6 +28,19 @@ class TargetFields(BaseModel):
     output: Annotated[str | None, Setting(
         help="Folder to create.", detail="It must not exist or must be empty.", panel=OUTPUT, affects=Affects.PLACE,
         metavar="DIR", flags=("--output", "-o"), example="path/to/output", in_batch="name",
+    )] = Field(default=None, min_length=1)
+    to: Annotated[Literal["compressed-tensors", "gguf"], Setting(
+        help="compressed-tensors (a folder) or gguf (one file for llama.cpp, with --template).",
+        detail="For gguf formats are block types, and the output is a file.", panel=OUTPUT, affects=Affects.FORMATS,
+    )] = "compressed-tensors"
+    template: Annotated[str | None, Setting(
+        help="The model as llama.cpp's converter writes it (--outtype bf16), for --to gguf.",
+        detail="Metadata, tokenizer and all that is not quantized are copied from it.", panel=OUTPUT,
+        affects=Affects.FORMATS, metavar="FILE", names="file",
+    )] = Field(default=None, min_length=1)
+    tensor_types: Annotated[str | None, Setting(
+        help="Write the types as the list that llama-quantize takes, for --to gguf.", panel=OUTPUT,
+        affects=Affects.PLACE, metavar="FILE", expert=True,
     )] = Field(default=None, min_length=1)
     base_model: Annotated[str | None, Setting(
         help="Hub id of the original for the model card, org/name.",

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_serializer, field_validator
 
-from hawqtool.formats import GROUP_STEP, MAX_BITS, MIN_BITS
+from hawqtool.formats import BLOCK_LABELS, GROUP_STEP, MAX_BITS, MIN_BITS
 from hawqtool.records import EXTRA_METRICS, SCORE_METRICS
 from hawqtool.settings.fields import SELF, Fields
 from hawqtool.values import parse_group_size, parse_share, parse_size, split_weight
@@ -36,6 +36,21 @@ class CheckedFields(Fields):
         ):
             raise ValueError(f"expected widths from {MIN_BITS} to {MAX_BITS}, such as 2,3,4,8")
         return tuple(sorted({int(v) for v in value}))
+
+    @field_validator("block_types", mode="before", json_schema_input_type=str | list[str])
+    @classmethod
+    def _parse_block_types(cls, value: Any) -> Any:
+        parts = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+        if not isinstance(parts, (list, tuple)) or not all(str(part).upper() in BLOCK_LABELS for part in parts):
+            raise ValueError(f"expected block types of {', '.join(BLOCK_LABELS)}")
+        return tuple(dict.fromkeys(str(part).upper() for part in parts))
+
+    @field_validator("embedding_type", mode="before", json_schema_input_type=str)
+    @classmethod
+    def _parse_embedding_type(cls, value: Any) -> Any:
+        if value in ("auto", "keep") or str(value).upper() in BLOCK_LABELS:
+            return value if value in ("auto", "keep") else str(value).upper()
+        raise ValueError(f"expected auto, keep or one of {', '.join(BLOCK_LABELS)}")
 
     @field_validator("group_size", mode="before", json_schema_input_type=_GroupSize)
     @classmethod

@@ -25,8 +25,15 @@ LAYERS = (
     *("runtime",),
     *("checkpoint", "model", "rounding.kernels", "rounding", "rounding.learned", "streaming", "data"),
     *("evaluation", "sensitivity", "sensitivity.curvature", "allocation", "export", "report", "report.page"),
-    *("pipeline.run", "pipeline.load_trial", "pipeline.stages", "pipeline.search", "pipeline.inspection", "pipeline"),
-    *("pipeline.batch",),
+    *(
+        "pipeline.run",
+        "pipeline.load_trial",
+        "pipeline.stages",
+        "pipeline.search",
+        "pipeline.gguf",
+        "pipeline.inspection",
+    ),
+    *("pipeline", "pipeline.batch"),
     *("api", "cli", "__main__"),
 )
 """From the bottom to the top: a module imports from its own layer and from those before it."""

@@ -12,7 +12,7 @@ IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 8
 """Values of the sixteen codes of IQ4_NL and IQ4_XS, in units of the scale; none of them is zero."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class StoredType:
     """A type of the tensor table, ours to write or not.
 
@@ -38,7 +38,7 @@ class StoredType:
         return weights // self.block_size * self.block_bytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class BlockType(StoredType):
     """A weight grid of GGUF: w = step * value(code) + offset, with a step and an offset per sub-block.
 
@@ -78,6 +78,10 @@ class BlockType(StoredType):
     def num_groups(self, in_features: int) -> int:
         """Steps of a row."""
         return in_features // self.group_size
+
+    def group_width(self, in_features: int) -> int:
+        """Inputs that share a step, whatever the width of a row."""
+        return self.group_size
 
     def divides(self, in_features: int) -> bool:
         """Whether blocks cover a row exactly; llama.cpp loads no other."""

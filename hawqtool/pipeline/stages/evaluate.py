@@ -108,6 +108,10 @@ class Evaluator:
         self.seconds += time.perf_counter() - start
         return states
 
+    def candidate(self, folder: Path) -> ModelStream:
+        """The model with the weights of a written folder."""
+        return self.job.packed_stream(folder)
+
     def evaluate(self, folder: Path | None, label: str, saved: Saved = NOTHING_SAVED) -> dict[str, Evaluation]:
         """Quality of a written folder (None: the original itself) by role.
 
@@ -116,7 +120,7 @@ class Evaluator:
             label: Its name in the progress.
             saved: Keeps what is known already; of no use once this has returned.
         """
-        stream = self.stream if folder is None else self.job.packed_stream(folder)
+        stream = self.stream if folder is None else self.candidate(folder)
         results = {}
         # What the original is on the selection rows nobody asks.
         judged = self.sets if folder is not None else {role: self.sets[role] for role in self.sets if role == "report"}

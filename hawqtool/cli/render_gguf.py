@@ -1,0 +1,31 @@
+"""The record of a GGUF file for people."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from hawqtool.cli.render import size
+from hawqtool.parsing import printable
+from hawqtool.report.documents import GgufDocument
+
+
+def print_gguf(document: GgufDocument) -> None:
+    """Print a record of schema ``hawqtool.gguf/1``."""
+    counts = Counter(document["types"].values())
+    lines = [
+        f"file        {document['output']}: {document['bytes']:,} bytes ({size(document['bytes'])})",
+        f"stored      {document['bpw']:.4f} bits per weight over {document['num_weights']:,} weights",
+        f"types       {', '.join(f'{name} x{count}' for name, count in sorted(counts.items()))}",
+    ]
+    if document["kept"]:
+        lines.append(f"kept        {len(document['kept'])} matrices as the template has them")
+    quality = document["quality"]
+    if quality is not None:
+        original, found = quality["original"], quality["quantized"]
+        if "kl" in found:
+            lines.append(f"KL          {found['kl']:.4f} ± {found['kl_stderr']:.4f} nats per token from the original")
+        if "perplexity" in found and "perplexity" in original:
+            lines.append(f"perplexity  {original['perplexity']:.3f} -> {found['perplexity']:.3f}")
+        if "same_top" in found:
+            lines.append(f"same top    {100 * found['same_top']:.1f} %")
+    print("\n".join(map(printable, lines)))

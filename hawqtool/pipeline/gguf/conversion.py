@@ -1,0 +1,276 @@
+"""From a checkpoint and a template to a mixed GGUF file: measure, allocate, round, write, evaluate."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from hawqtool.allocation.exact import solve as solve_exactly
+from hawqtool.allocation.problem import AllocationProblem, build_problem
+from hawqtool.checkpoint.gguf.block_codec import BlockFields, pack_blocks
+from hawqtool.checkpoint.gguf.block_types import BlockType
+from hawqtool.checkpoint.reader import TensorReader
+from hawqtool.config import RunConfig
+from hawqtool.errors import InputError, NumericalError, UsageError, disk_errors
+from hawqtool.evaluation.divergence import as_record
+from hawqtool.export.gguf.writer import GgufWriter
+from hawqtool.pipeline.gguf.source import GgufSource
+from hawqtool.pipeline.gguf.tensors import GgufJob, Place, prepare_gguf
+from hawqtool.pipeline.run.context import RunContext
+from hawqtool.pipeline.run.files import write_json
+from hawqtool.pipeline.run.identity import check_unchanged, stamps
+from hawqtool.pipeline.stages.evaluate import Evaluator
+from hawqtool.pipeline.stages.measure import check_scores
+from hawqtool.pipeline.stages.rows import gather_rows
+from hawqtool.pipeline.stages.token_importance import with_token_importance
+from hawqtool.records import BitPlan, LinearSpec, MeasurementRows, Menu, Rows, UnitScores
+from hawqtool.report.documents import GgufDocument, GgufQuality
+from hawqtool.rounding.blocks.spec import BlockRounding, round_alone
+from hawqtool.rounding.statistics import GroupStatistics
+from hawqtool.runtime.reporter import Reporter
+from hawqtool.sensitivity.measure import SweepSettings, measure
+from hawqtool.streaming.input_statistics import collect_statistics
+from hawqtool.streaming.stream import ModelStream
+from hawqtool.values import parse_size
+
+SCHEMA = "hawqtool.gguf/1"
+RECORD = ".json"
+"""What the name of the record beside the file ends in."""
+
+Plan = Mapping[str, BlockType]
+"""Type of every unit, which is a tensor."""
+
+
+def run_gguf(config: RunConfig, reporter: Reporter) -> GgufDocument:
+    """``hawqtool quantize --to gguf``: write a file for llama.cpp, of exactly the size that was planned.
+
+    Args:
+        config: The run's configuration, with a template.
+        reporter: Narration and progress.
+
+    Returns:
+        The record, which lies beside the file too (`hawqtool.gguf/1`).
+
+    Raises:
+        HawqError: With nothing left behind.
+    """
+    start, output = time.perf_counter(), output_file(config)
+    gguf = prepare_gguf(config, reporter)
+    before = stamps(gguf.job.index)
+    budget = _budget(gguf)
+    if budget is not None:
+        _check_feasible(gguf, budget)
+    _announce(gguf, budget, reporter)
+    context = RunContext(gguf.job, reporter)
+    sets = gather_rows(context)
+    calibration = with_token_importance(context, sets["calibration"]) if "calibration" in sets else None
+    plan = _plan(context, gguf, sets, calibration, budget)
+    layout = gguf.layout(_types(plan))
+    with GgufWriter(gguf.template, layout, output) as writer:
+        _write_ends(gguf, writer)
+        errors = _write_blocks(context, gguf, plan, calibration, writer)
+        check_unchanged(gguf.job.index, before)
+    if output.stat().st_size != layout.total_bytes:
+        raise NumericalError(f"{output} has {output.stat().st_size} bytes; {layout.total_bytes} were planned")
+    quality = _judged(context, gguf, sets, output)
+    document = _document(gguf, plan, errors, quality, output)
+    document["seconds"] = time.perf_counter() - start
+    write_json(output.with_name(output.name + RECORD), cast(dict[str, Any], document))
+    if config.tensor_types is not None:
+        write_type_list(Path(config.tensor_types), {**gguf.ends, **_types(plan)})
+    return document
+
+
+def output_file(config: RunConfig) -> Path:
+    """The file to write.
+
+    Raises:
+        UsageError: If there is none, it exists, or its folder does not.
+    """
+    if config.output is None or not config.output.endswith(".gguf"):
+        raise UsageError(f"--to gguf writes one file, found --output {config.output}; name it, such as out.gguf")
+    output = Path(config.output).resolve()
+    if not output.parent.is_dir():
+        raise UsageError(f"the parent folder of {config.output} does not exist; create it first")
+    for path in (output, output.with_name(output.name + RECORD)):
+        if path.exists():
+            raise UsageError(f"{path} exists; remove it or choose another name")
+    return output
+
+
+def write_type_list(path: Path, types: Mapping[str, BlockType]) -> None:
+    """Write types by tensor as llama-quantize takes them with ``--tensor-type-file``: a line ``pattern=type`` each."""
+    lines = [f"^{re.escape(name)}$={kind.name.lower()}\n" for name, kind in types.items()]
+    with disk_errors(path):
+        path.write_text("".join(lines), encoding="utf-8")
+
+
+def _types(plan: BitPlan) -> Plan:
+    return cast(Plan, plan.formats)
+
+
+def _budget(gguf: GgufJob) -> int | None:
+    """Most stored bytes of all units; None where every unit has one type."""
+    config, units = gguf.job.config, gguf.job.units
+    if config.target_bpw is not None:
+        return AllocationProblem({}, sum(unit.num_weights for unit in units)).budget_bytes(config.target_bpw)
+    if config.target_size is not None:
+        cheapest = {name: min(kinds, key=lambda kind: kind.bits) for name, kinds in gguf.menu.items()}
+        stored = sum(cheapest[unit.name].num_bytes(unit.num_weights) for unit in units)
+        # Tensors begin at multiples of the alignment: a plan may lose almost that at each of them.
+        others = gguf.layout(cheapest).total_bytes - stored + gguf.template.alignment * len(units)
+        return parse_size(config.target_size) - others
+    several = next((name for name, kinds in gguf.menu.items() if len(kinds) > 1), None)
+    if several is None:
+        return None
+    raise UsageError(
+        f"{several} may have {len(gguf.menu[several])} types; give --target-bpw or --target-size, or one of "
+        "--block-types that fits all tensors"
+    )
+
+
+def _announce(gguf: GgufJob, budget: int | None, reporter: Reporter) -> None:
+    weights = sum(unit.num_weights for unit in gguf.job.units)
+    low, high = (
+        gguf.layout({name: choose(kinds, key=lambda kind: kind.bits) for name, kinds in gguf.menu.items()}).total_bytes
+        for choose in (min, max)
+    )
+    reporter.say(f"{len(gguf.job.units)} tensors with {weights:,} weights to quantize; {len(gguf.kept)} matrices stay")
+    for name, reason in gguf.kept.items():
+        reporter.say(f"stays       {name}: {reason}")
+    for name, kind in gguf.ends.items():
+        reporter.say(f"{name} becomes {kind.name}, rounded by itself")
+    target = "" if budget is None else f"; the target leaves {8 * budget / weights:.3f} bits per weight"
+    reporter.say(f"files of {low:,} to {high:,} bytes are in reach{target}")
+
+
+def _check_feasible(gguf: GgufJob, budget: int) -> None:
+    """Check before the work that the smallest types keep the budget.
+
+    Raises:
+        UsageError: Otherwise; states what is in reach.
+    """
+    units, weights = gguf.job.units, sum(unit.num_weights for unit in gguf.job.units)
+    sizes = [[kind.num_bytes(unit.num_weights) for kind in gguf.menu[unit.name]] for unit in units]
+    low, high = sum(map(min, sizes)), sum(map(max, sizes))
+    if budget < low:
+        raise UsageError(
+            f"the target of {8 * budget / weights:.3f} bits per weight cannot be met: {8 * low / weights:.3f} to "
+            f"{8 * high / weights:.3f} are in reach; raise the target or add smaller --block-types"
+        )
+
+
+def _plan(
+    context: RunContext, gguf: GgufJob, sets: Mapping[str, Rows], calibration: Rows | None, budget: int | None
+) -> BitPlan:
+    """The plan of least predicted loss within the budget, from measured scores."""
+    job, menu = gguf.job, cast(Menu, gguf.menu)
+    fixed = {name: kinds[0] for name, kinds in menu.items() if len(kinds) == 1}
+    scores: UnitScores = {}
+    if len(fixed) < len(menu):
+        assert calibration is not None  # rows are left out where nothing is to be measured
+        found = measure(
+            job.stream(),
+            MeasurementRows(calibration, sets["scoring"].tokens, job.settings.batch_size),
+            BlockRounding(job.settings.method, menu, job.stored_dtypes),
+            SweepSettings(job.config.seed),
+            context.reporter.progress,
+        )
+        check_scores(found.scores, found.projections)
+        scores = found.scores[job.settings.metric]
+    problem = build_problem(job.units, menu, scores, fixed)
+    return solve_exactly(problem, problem.maximum_bytes if budget is None else budget, job.settings.metric)
+
+
+def _write_ends(gguf: GgufJob, writer: GgufWriter) -> None:
+    """Embedding and output."""
+    reader = TensorReader(gguf.job.index)
+    for name, place in gguf.places.items():
+        if place.tensor in gguf.ends:
+            kind = gguf.ends[place.tensor]
+            weight = gguf.matrix(name, reader).float().to(gguf.job.device)
+            _write(writer, place, round_alone(name, weight, kind), kind)
+
+
+def _write_blocks(
+    context: RunContext, gguf: GgufJob, plan: BitPlan, calibration: Rows | None, writer: GgufWriter
+) -> dict[str, float]:
+    """Round block by block on the quantized prefix and write; output errors by linear."""
+    if calibration is None:
+        raise InputError("no calibration rows; expected some, as rounding to block types needs inputs; run again")
+    job, errors = gguf.job, dict[str, float]()
+    one_each = {unit: (kind,) for unit, kind in plan.formats.items()}
+    rounding = BlockRounding(job.settings.method, one_each, job.stored_dtypes)
+    stream = job.stream()
+    activations = stream.embed(
+        calibration.tokens, job.settings.batch_size, False, job.settings.method.needs_drift, calibration.importance
+    )
+    stream.release_ends()
+    progress = context.progress("rounding")
+    for spec in job.structure.blocks:
+        with stream.block(spec.index) as block:
+
+            def visit(group: Any, statistics: GroupStatistics, block: Any = block) -> None:
+                linears: dict[str, LinearSpec] = {linear.name: linear for linear in group}
+                for layer, _ in rounding.layers(block, group, statistics):
+                    _write(writer, gguf.places[f"{layer.name}.weight"], layer.fields, layer.kind)
+                    errors[layer.name] = layer.output_error
+                    block.set_weight(linears[layer.name], layer.values)
+
+            collect_statistics(block, activations, visit)
+        progress(spec.index + 1, len(job.structure.blocks))
+    return errors
+
+
+def _write(writer: GgufWriter, place: Place, fields: BlockFields, kind: BlockType) -> None:
+    """Pack rows in the template's order and write them."""
+    stored = pack_blocks(fields, kind)
+    if place.piece.rows is not None:
+        stored = stored[place.piece.rows.to(stored.device)]
+    writer.write(place.tensor, stored, place.first_row)
+
+
+class _GgufEvaluator(Evaluator):
+    """`Evaluator` of a GGUF file."""
+
+    def __init__(self, context: RunContext, sets: dict[str, Rows], gguf: GgufJob) -> None:
+        super().__init__(context, sets)
+        self._gguf = gguf
+
+    def candidate(self, folder: Path) -> ModelStream:
+        """The model with the weights of a file."""
+        return self.job.stream(GgufSource(folder, self._gguf))
+
+
+def _judged(context: RunContext, gguf: GgufJob, sets: Mapping[str, Rows], output: Path) -> GgufQuality | None:
+    """Quality of original and file on the report rows; None where that is not asked for."""
+    if not gguf.job.config.evaluates:
+        return None
+    evaluator = _GgufEvaluator(context, {"report": sets["report"]}, gguf)
+    original, quantized = evaluator.evaluate(None, "original"), evaluator.evaluate(output, output.name)
+    return {"original": as_record(original["report"]), "quantized": as_record(quantized["report"])}
+
+
+def _document(
+    gguf: GgufJob, plan: BitPlan, errors: dict[str, float], quality: GgufQuality | None, output: Path
+) -> GgufDocument:
+    types = {**gguf.ends, **_types(plan)}
+    return {
+        "schema": SCHEMA,
+        "model": gguf.job.source.name,
+        "template": gguf.template.path.name,
+        "output": output.name,
+        "bytes": output.stat().st_size,
+        "bpw": plan.bpw,
+        "num_weights": plan.num_weights,
+        "metric": plan.metric if len(set(map(len, gguf.menu.values())) - {1}) else None,
+        "predicted_loss": plan.predicted_loss,
+        "types": {name: kind.name for name, kind in types.items()},
+        "kept": dict(gguf.kept),
+        "output_error": errors,
+        "quality": quality,
+        "seconds": 0.0,
+    }

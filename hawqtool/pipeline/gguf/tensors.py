@@ -1,0 +1,218 @@
+"""A model with the template of its GGUF file: which tensors are quantized, to which types they may go, exact sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from hawqtool.checkpoint.dtypes import torch_dtype
+from hawqtool.checkpoint.gguf.block_types import BLOCK_TYPES, BlockType, StoredType
+from hawqtool.checkpoint.gguf.header import ARCHITECTURE_KEY, GgufHeader, GgufTensor, read_gguf
+from hawqtool.checkpoint.reader import TensorReader
+from hawqtool.config import RunConfig
+from hawqtool.errors import InputError, UsageError
+from hawqtool.export.gguf.template import Match, Piece, match_template
+from hawqtool.export.gguf.writer import GgufLayout, plan_gguf
+from hawqtool.model.discovery import Structure
+from hawqtool.pipeline.run.job import Job, prepare
+from hawqtool.records import BlockSpec, LinearSpec, Unit
+from hawqtool.runtime.reporter import Reporter
+
+LARGE_BLOCKS = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+"""Types to choose from where rows are whole blocks of 256."""
+
+SMALL_BLOCKS = ("IQ4_NL", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+"""Types to choose from elsewhere; Q4_0 takes the bits of IQ4_NL and loses more."""
+
+EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
+
+TypeMenu = Mapping[str, Sequence[BlockType]]
+"""Types to choose from, by tensor."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the rows of a matrix of the checkpoint lie in the file.
+
+    Args:
+        tensor: Name of the tensor.
+        first_row: First row there; others than 0 in experts.
+        piece: The matrix and the order of its rows.
+    """
+
+    tensor: str
+    first_row: int
+    piece: Piece
+
+
+@dataclass(frozen=True)
+class GgufJob:
+    """A job whose units are tensors of a GGUF file.
+
+    Args:
+        job: The job; formats of its units are block types.
+        template: Header of the template.
+        menu: Types to choose from by unit.
+        ends: Types of embedding and output, which are rounded by themselves, by name of tensor.
+        places: Where matrices lie, by the name of the checkpoint's tensor.
+        kept: Matrices that stay as the template has them, with the reason.
+    """
+
+    job: Job
+    template: GgufHeader
+    menu: TypeMenu
+    ends: Mapping[str, BlockType]
+    places: Mapping[str, Place]
+    kept: Mapping[str, str]
+
+    def layout(self, plan: Mapping[str, BlockType]) -> GgufLayout:
+        """Exact bytes of the file for types by unit."""
+        kinds: dict[str, StoredType] = {**self.ends, **plan}
+        return plan_gguf(self.template, kinds)
+
+    def matrix(self, name: str, reader: TensorReader) -> Tensor:
+        """A matrix of the checkpoint as ``[out, in]``."""
+        return _matrix(name, self.job.structure, reader)
+
+
+def prepare_gguf(config: RunConfig, reporter: Reporter) -> GgufJob:
+    """Read model and template, and find which tensor is which.
+
+    Raises:
+        UsageError: If a setting does not fit the model.
+        InputError: If the template is damaged, or is not of this model.
+    """
+    assert config.template is not None  # the configuration's rules saw to it
+    template = read_gguf(Path(config.template))
+    if template.text(ARCHITECTURE_KEY) is None:
+        raise InputError(f"{config.template} names no {ARCHITECTURE_KEY}; expected a model converted by llama.cpp")
+    # Layers that transformers would keep apart are apart in GGUF as well.
+    job = prepare(config.model_copy(update={"profile": "transformers"}), reporter, writes=False)
+    reader = TensorReader(job.index)
+    linears = {f"{name}.weight" for name in job.structure.linears}
+    shapes = {n: _shape(n, job) for n, info in job.index.tensors.items() if len(info.shape) == 2}
+    dtype = torch_dtype(job.index.tensors[next(iter(linears))].dtype)
+    reporter.say(f"matching the tensors of {Path(config.template).name} with those of {job.source.name}")
+    matches = match_template(template, shapes, lambda name: _matrix(name, job.structure, reader), dtype)
+    allowed = {f"{member.name}.weight" for unit in job.units for member in unit.members}
+    members = _members(matches, allowed)
+    if not members:
+        raise InputError(
+            f"no tensor of {config.template} holds rows of {config.model}; expected its template: convert this model "
+            "with llama.cpp's convert_hf_to_gguf.py --outtype bf16"
+        )
+    job = _with_units(job, members)
+    ends = _ends(config, matches, members)
+    places = {
+        piece.source: Place(name, number * match.tensor.shape[-2], piece)
+        for name, match in matches.items()
+        if name in members or name in ends
+        for number, piece in enumerate(match.pieces)
+    }
+    kept = _kept(template, matches, members, ends)
+    return GgufJob(job, template, _menu(config, job.units), ends, places, kept)
+
+
+def _matrix(name: str, structure: Structure, reader: TensorReader) -> Tensor:
+    linear = structure.linears.get(name.removesuffix(".weight"))
+    weight = reader.tensor(name)
+    return weight.t().contiguous() if linear is not None and linear.transposed else weight
+
+
+def _shape(name: str, job: Job) -> tuple[int, int]:
+    first, second = job.index.tensors[name].shape
+    linear = job.structure.linears.get(name.removesuffix(".weight"))
+    return (second, first) if linear is not None and linear.transposed else (first, second)
+
+
+def _members(matches: Mapping[str, Match], allowed: set[str]) -> dict[str, tuple[str, ...]]:
+    """Linears of each tensor all of whose matrices are linears that may be quantized, none of them twice."""
+    found, taken = dict[str, tuple[str, ...]](), set[str]()
+    for name, match in matches.items():
+        sources = [piece.source for piece in match.pieces]
+        if set(sources) <= allowed - taken and len(set(sources)) == len(sources):
+            found[name] = tuple(source.removesuffix(".weight") for source in sources)
+            taken.update(sources)
+    return found
+
+
+def _with_units(job: Job, members: Mapping[str, Sequence[str]]) -> Job:
+    """The job with one unit a tensor; linears of no tensor are left as they are."""
+    unit_of = {linear: tensor for tensor, linears in members.items() for linear in linears}
+
+    def named(linear: LinearSpec) -> LinearSpec:
+        return replace(linear, unit=unit_of.get(linear.name, linear.unit))
+
+    def regrouped(spec: BlockSpec) -> BlockSpec:
+        return replace(spec, input_groups=tuple(tuple(map(named, group)) for group in spec.input_groups))
+
+    head = job.structure.head
+    structure = replace(
+        job.structure, blocks=tuple(map(regrouped, job.structure.blocks)), head=regrouped(head) if head else None
+    )
+    units = tuple(unit for unit in structure.units if unit.name in members)
+    return replace(job, structure=structure, units=units, pins={})
+
+
+def _ends(config: RunConfig, matches: Mapping[str, Match], members: Mapping[str, object]) -> dict[str, BlockType]:
+    """Types of embedding and output where they are to be quantized.
+
+    Raises:
+        UsageError: If rows do not allow the type.
+    """
+    found = {}
+    for name in (EMBEDDING, OUTPUT):
+        if name in members or name not in matches or config.embedding_type == "keep":
+            continue
+        columns = matches[name].tensor.shape[-1]
+        if config.embedding_type == "auto":
+            kind = next((BLOCK_TYPES[t] for t in ("Q6_K", "Q8_0") if BLOCK_TYPES[t].divides(columns)), None)
+        else:
+            kind = BLOCK_TYPES[config.embedding_type]
+            if not kind.divides(columns):
+                raise _undivided(f"--embedding-type {kind.name}", name, columns)
+        if kind is not None:
+            found[name] = kind
+    return found
+
+
+def _menu(config: RunConfig, units: Sequence[Unit]) -> dict[str, tuple[BlockType, ...]]:
+    """Types of each unit that divide its rows.
+
+    Raises:
+        UsageError: If a unit has none.
+    """
+    menu = {}
+    for unit in units:
+        columns = unit.members[0].in_features
+        names = config.block_types or (SMALL_BLOCKS if columns % 256 else LARGE_BLOCKS)
+        menu[unit.name] = tuple(BLOCK_TYPES[name] for name in names if BLOCK_TYPES[name].divides(columns))
+        if not menu[unit.name]:
+            raise _undivided(f"--block-types {','.join(names)}", unit.name, columns)
+    return menu
+
+
+def _undivided(option: str, tensor: str, columns: int) -> UsageError:
+    fitting = [kind.name for kind in BLOCK_TYPES.values() if kind.divides(columns)]
+    advice = f"add one of {', '.join(fitting)}" if fitting else "leave it as it is: --ignore its layer"
+    return UsageError(f"{option} does not fit {tensor}, whose rows of {columns} weights are no whole blocks; {advice}")
+
+
+def _kept(
+    template: GgufHeader,
+    matches: Mapping[str, Match],
+    members: Mapping[str, object],
+    ends: Mapping[str, object],
+) -> dict[str, str]:
+    """Why each other matrix stays as the template has it."""
+
+    def reason(tensor: GgufTensor) -> str:
+        if tensor.name not in matches:
+            return "its rows are not those of any matrix of the checkpoint"
+        return "--embedding-type keep" if tensor.name in (EMBEDDING, OUTPUT) else "not a linear that is quantized"
+
+    matrices = (tensor for tensor in template.tensors.values() if len(tensor.shape) > 1)
+    return {t.name: reason(t) for t in matrices if t.name not in members and t.name not in ends}

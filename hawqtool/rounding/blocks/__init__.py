@@ -1,0 +1,1 @@
+"""Rounding on the grids of GGUF's blocks: scales in two levels, float offsets, tables of values."""

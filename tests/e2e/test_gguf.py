@@ -1,0 +1,163 @@
+"""``--to gguf``: from a tiny model and its template to a mixed file that gguf and llama.cpp read as we do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from hawqtool.checkpoint.gguf.block_types import BLOCK_TYPES
+from hawqtool.config import load_config
+from hawqtool.errors import InputError, UsageError
+from hawqtool.pipeline.gguf.conversion import run_gguf
+from hawqtool.pipeline.gguf.source import GgufSource
+from hawqtool.pipeline.gguf.tensors import prepare_gguf
+from hawqtool.report.documents import GgufDocument
+from hawqtool.runtime.reporter import Silent
+from tests.support import llama_cpp
+from tests.support.gguf_template import permuted, write_template
+from tests.support.runs import random_text
+from tests.support.tiny import tiny_llama
+
+gguf = pytest.importorskip("gguf")
+
+LINEARS = 14
+TOKENS = list(range(3, 67))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose down projections alone have rows of 256, its template and a text."""
+    folder = tmp_path_factory.mktemp("gguf")
+    (folder / "text.txt").write_text(random_text(1, 6000))
+    tiny_llama(folder / "model", intermediate_size=256)
+    write_template(folder / "model", folder / "t.gguf")
+    return folder
+
+
+def settings(place: Path, output: Path, **overrides: Any) -> dict[str, Any]:
+    values: dict[str, Any] = {"model": place / "model", "template": place / "t.gguf", "calibration": place / "text.txt"}
+    values |= {"to": "gguf", "output": output, "num_samples": 16, "seq_len": 32, "device": "cpu"}
+    values |= {"eval_samples": 4} if overrides.get("eval", True) else {}
+    values = {k: str(v) if isinstance(v, Path) else v for k, v in (values | overrides).items()}
+    return values | {"calibration": (values["calibration"],)}
+
+
+def run(place: Path, output: Path, **overrides: Any) -> GgufDocument:
+    return run_gguf(load_config(None, settings(place, output, **overrides)), Silent())
+
+
+@pytest.fixture(scope="module")
+def mixed(place: Path) -> tuple[Path, GgufDocument]:
+    path = place / "mixed.gguf"
+    return path, run(place, path, target_bpw=5.6, tensor_types=place / "types.txt")
+
+
+def test_a_mixed_file_keeps_the_budget_and_is_what_its_record_says(mixed: tuple[Path, GgufDocument]) -> None:
+    path, document = mixed
+    theirs = {t.name: t for t in gguf.GGUFReader(path).tensors}
+    assert document["bytes"] == path.stat().st_size and document["bpw"] <= 5.6
+    assert document == json.loads(path.with_name("mixed.gguf.json").read_text())
+    assert len(document["types"]) == LINEARS + 2 and not document["kept"]
+    assert {name: theirs[name].tensor_type.name for name in document["types"]} == document["types"]
+    blocks = {name: kind for name, kind in document["types"].items() if name.startswith("blk.")}
+    stored = sum(theirs[name].n_bytes for name in blocks)
+    assert document["bpw"] == pytest.approx(8 * stored / document["num_weights"])
+    assert len(set(blocks.values())) > 1
+    large = {name for name, kind in blocks.items() if BLOCK_TYPES[kind].block_size == 256}
+    assert all("ffn_down" in name for name in large)
+    assert document["types"]["output.weight"] == document["types"]["token_embd.weight"] == "Q8_0"
+    kept = gguf.GGUFReader(path.with_name("t.gguf")).fields["llama.rope.freq_base"].contents()
+    assert gguf.GGUFReader(path).fields["llama.rope.freq_base"].contents() == kept
+    types = (path.with_name("types.txt")).read_text().splitlines()
+    assert r"^token_embd\.weight$=q8_0" in types and len(types) == LINEARS + 2
+
+
+def test_rows_lie_as_llama_cpp_wants_them_and_are_read_back(place: Path, mixed: tuple[Path, GgufDocument]) -> None:
+    path, document = mixed
+    job = prepare_gguf(load_config(None, settings(place, path, target_bpw=5.6)), Silent())
+    source = GgufSource(path, job)
+    theirs = {t.name: t for t in gguf.GGUFReader(path).tensors}
+
+    def values(name: str) -> torch.Tensor:
+        return torch.from_numpy(gguf.quants.dequantize(theirs[name].data, theirs[name].tensor_type))
+
+    ours = source.tensor("model.layers.1.self_attn.k_proj.weight")
+    assert torch.equal(permuted(ours, 2), values("blk.1.attn_k.weight"))
+    down = source.tensor("model.layers.0.mlp.down_proj.weight")
+    assert torch.equal(down, values("blk.0.ffn_down.weight"))
+    original = AutoModelForCausalLM.from_pretrained(place / "model").get_parameter(
+        "model.layers.0.mlp.down_proj.weight"
+    )
+    assert float((down - original.float()).square().mean() / original.float().square().mean()) < 0.1
+
+
+def test_compensation_and_bits_lower_the_error(place: Path) -> None:
+    def mean(document: GgufDocument) -> float:
+        return sum(document["output_error"].values()) / LINEARS
+
+    plain = run(place, place / "plain.gguf", block_types="Q4_1", rounding="rtn", eval=False)
+    ours = run(place, place / "ours.gguf", block_types="q4_1", eval=False)
+    fine = run(place, place / "fine.gguf", block_types="Q8_0", embedding_type="keep")
+    assert mean(ours) < 0.9 * mean(plain) and mean(fine) < 0.01 * mean(ours)
+    assert plain["bytes"] == ours["bytes"] and plain["quality"] is None
+    assert fine["quality"] is not None and fine["quality"]["quantized"]["kl"] < 1e-3
+    assert fine["kept"] == dict.fromkeys(("token_embd.weight", "output.weight"), "--embedding-type keep")
+
+
+def test_a_size_is_kept(place: Path) -> None:
+    target = 130_000
+    document = run(place, place / "size.gguf", target_size=f"{target}B", eval=False)
+    assert target - 6000 < document["bytes"] <= target
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"template": None}, "convert_hf_to_gguf.py"),
+        ({"bits": "4"}, "--bits has no effect on GGUF files yet"),
+        ({"rounding": "foem"}, "rtn or gptq"),
+        ({"block_types": "Q4_K"}, r"Q4_K does not fit blk.0.* rows of 64 .* add one of Q4_0"),
+        ({}, "give --target-bpw or --target-size, or one of --block-types"),
+        ({"target_bpw": 2.0}, r"2.000 bits per weight cannot be met: 4.\d+ to 8.500"),
+        ({"output": "folder"}, "--to gguf writes one file"),
+        ({"to": "compressed-tensors"}, "template is for GGUF files"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_the_work(
+    place: Path, tmp_path: Path, overrides: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        run(place, overrides.pop("output", tmp_path / "no.gguf"), **overrides)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_template_of_another_model_is_refused(place: Path, tmp_path: Path) -> None:
+    tiny_llama(tmp_path / "other", intermediate_size=256, seed=1)
+    write_template(tmp_path / "other", tmp_path / "o.gguf")
+    with pytest.raises(InputError, match="holds rows of"):
+        run(place, tmp_path / "no.gguf", template=tmp_path / "o.gguf", target_bpw=5)
+
+
+@pytest.mark.skipif(llama_cpp.library() is None, reason="xllamacpp, which brings llama.cpp, is not installed")
+def test_llama_cpp_computes_what_we_say(place: Path, mixed: tuple[Path, GgufDocument], tmp_path: Path) -> None:
+    path, _ = mixed
+    job = prepare_gguf(load_config(None, settings(place, path, target_bpw=5.6)), Silent())
+    source, model = GgufSource(path, job), AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(source.tensor(name).float())
+        expected = model(torch.tensor([TOKENS])).logits[0].log_softmax(-1)
+
+    def divergence(file: Path) -> float:
+        found = llama_cpp.logits(file, TOKENS).log_softmax(-1)
+        return float((expected.exp() * (expected - found)).sum(-1).mean())
+
+    assert divergence(path) < 0.01
+    write_template(place / "model", tmp_path / "t.gguf", permute=False)
+    run(place, tmp_path / "wrong.gguf", template=tmp_path / "t.gguf", target_bpw=5.6, eval=False)
+    assert divergence(tmp_path / "wrong.gguf") > 3 * divergence(path)
