@@ -146,7 +146,7 @@ def describe(job: Job) -> DryRun:
         "device": str(job.device),
         "calibration": f"{job.settings.num_samples} {length}" if config.reads_rows else "no data",
         "evaluation": _evaluation(job, length),
-        "rounding": ", ".join([config.rounding, *["output feedback"] * bool(job.feedback_layers), *_learning(config)]),
+        "rounding": ", ".join([config.rounding, *["output feedback"] * bool(job.feedback_layers), *_learning(job)]),
         "seed": config.seed,
     }
 
@@ -158,9 +158,12 @@ def _evaluation(job: Job, length: str) -> str:
     return f"{job.settings.eval_samples} {length} (--eval-samples for more or fewer, --no-eval for none)"
 
 
-def _learning(config: RunConfig) -> list[str]:
+def _learning(job: Job) -> list[str]:
+    config = job.config
+    gram = "Gram steps where there is no feedback" if job.feedback_layers else "Gram steps"
     distillation = "distillation steps on codes too" if config.distill_codes else "distillation steps"
-    kinds = ("refinement steps", config.refine_steps), (distillation, config.distill_steps)
+    refinement = "refinement steps" if config.refine_learner == "adam" else "annealed refinement steps"
+    kinds = (gram, config.gram_steps), (refinement, config.refine_steps), (distillation, config.distill_steps)
     return [f"{steps} {kind}" for kind, steps in kinds if steps]
 
 

@@ -38,6 +38,8 @@ _COLUMN_BYTES, _COLUMN_MATRICES = 8, 6
 """Per entry of a Gram matrix in the column loop, with its factor; float32 matrices per stacked weight."""
 _FORWARD_WIDE, _FORWARD_NARROW = 3, 6
 """Tensors of a forward pass that live at a time: as wide as the widest layer, and as the hidden state."""
+_ANNEALING_BYTES = 64
+"""Per weight that is learned from its Gram matrix: three logits with mean and gradient, what makes them, the weight."""
 _BACKWARD_COPIES = 2
 """A layer's inputs and outputs while scores are taken: values and gradients."""
 
@@ -84,6 +86,9 @@ class Work:
         if self.sees_original:
             single = tokens[0] if batch_size >= self.num_samples else 0
             needed += drift_bytes(self.structure, self.dtype, single)
+        if self.config.gram_steps:
+            linears = (linear for spec in self.structure.blocks for linear in spec.linears)
+            needed += _ANNEALING_BYTES * max((linear.num_weights for linear in linears), default=0)
         return needed
 
 

@@ -24,6 +24,8 @@ _EFFICIENCY = 0.6
 """Share of the rate of large products that a forward pass reaches."""
 _SAMPLING = 0.15
 """The same of sampling, which multiplies by few rows at a time."""
+_ANNEALING = {"cpu": 3000, "cuda": 50_000}
+"""Operations that an annealed weight's step could be exchanged for, its product aside."""
 _LIBRARIES = 700_000_000
 """Bytes of the process before it has any tensor."""
 _HASHED_PER_SECOND = 1e9
@@ -63,6 +65,7 @@ def _work(job: Job, rates: Rates) -> list[tuple[str, float]]:
     streams = _ORIGINAL_TOO + settings.method.needs_drift
     plan = streams * forward * calibrating + rounding + loading * (1 + settings.method.needs_drift)
     plan += config.refine_steps * 4 * forward + config.distill_steps * 4 * forward
+    plan += config.gram_steps * _gram_operations(job) / second
     found: list[tuple[str, float]] = []
     if rows and SELF in config.calibration_weights:
         found.append(("sampling", loading + sum(rows.values()) * forward / _SAMPLING))
@@ -88,6 +91,12 @@ def _work(job: Job, rates: Rates) -> list[tuple[str, float]]:
         if judged:
             found.append(("evaluating", judged * (forward + 2 * outputs)))
     return found
+
+
+def _gram_operations(job: Job) -> float:
+    """Operations of a step of learning from Gram matrices: products, and what passes over the memory count as."""
+    linears = [linear for spec in job.structure.blocks for linear in spec.linears]
+    return float(sum(n.num_weights * (2 * n.in_features + _ANNEALING[job.device.type]) for n in linears))
 
 
 def _budget(job: Job) -> int:

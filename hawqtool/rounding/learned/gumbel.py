@@ -156,10 +156,10 @@ class GumbelLayers:
 
     def soft(self) -> Tensor:
         """Soft weights at this step, ``[groups, width]`` float32."""
-        noise_scale, slope = self._sharpening
-        likely = torch.mul(self.logits, slope)
-        for part, noise in self._noise_parts(likely):
-            part.add_(noise, alpha=noise_scale)
+        coldness, slope = self._sharpening
+        likely = torch.empty_like(self.logits)
+        for part, logits, noise in self._noisy_parts(likely):
+            torch.add(noise * coldness, logits, alpha=slope, out=part)
         self._probabilities = torch.softmax(likely, 0)
         self._mean = torch.mul(self._probabilities[-1], self.distances[-1])
         for part, distance in zip(self._probabilities[:-1], self.distances[:-1], strict=True):
@@ -167,15 +167,16 @@ class GumbelLayers:
                 self._mean.add_(part, alpha=distance)
         return (self.codes - self.zero + self._mean).mul_(self.scale)
 
-    def _noise_parts(self, likely: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-        """Views of ``[levels, groups, width]`` and the noise to be added to each, the same for many groups."""
+    def _noisy_parts(self, likely: Tensor) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
+        """Views of ``likely`` and of the logits, and the noise to be added, the same for many groups."""
         levels, groups, width = likely.shape
         tile = min(groups, max(1, _NOISE // (levels * width)))
         noise = gumbel_noise(levels * tile * width, self.key, self.taken, likely.device).view(levels, tile, width)
         whole = groups // tile * tile
-        yield likely[:, :whole].unflatten(1, (-1, tile)), noise[:, None]
+        first, logits = (t[:, :whole].unflatten(1, (-1, tile)) for t in (likely, self.logits))
+        yield first, logits, noise[:, None]
         if whole < groups:
-            yield likely[:, whole:], noise[:, : groups - whole]
+            yield likely[:, whole:], self.logits[:, whole:], noise[:, : groups - whole]
 
     def collect(self) -> None:
         """Set the gradients of logits and log_change from that of `leaf`, where it has one, and let all three go."""
@@ -196,8 +197,15 @@ class GumbelLayers:
         self.taken += 1
 
     def _hard_codes(self) -> Tensor:
-        """The likeliest codes without noise, ``[groups, width]`` int8."""
-        return self.codes + (self.logits.argmax(0) + self.distances[0]).to(torch.int8)
+        """The likeliest codes without noise, ``[groups, width]`` int8; the lowest of equals.
+
+        A maximum along the first axis took a CPU as long as twenty steps.
+        """
+        most, moved = self.logits[0], torch.full_like(self.codes, self.distances[0])
+        for part, distance in zip(self.logits[1:], self.distances[1:], strict=True):
+            moved.masked_fill_(part > most, distance)
+            most = torch.maximum(part, most)
+        return moved.add_(self.codes)
 
     def rounded(self) -> dict[str, Quantized]:
         """Codes, scales and zero points of every layer as they are now."""

@@ -1,4 +1,4 @@
-"""Which layers have output feedback: by default none where its matrices would take much of the host's memory."""
+"""Which layers have output feedback, and what rounding needs rows for."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from hawqtool.config import RunConfig
+from hawqtool.errors import UsageError
 from hawqtool.pipeline.dry_run import describe
 from hawqtool.pipeline.run import job as jobs
 from hawqtool.pipeline.run.job import prepare
@@ -30,3 +31,14 @@ def test_output_feedback_that_nobody_asked_for_takes_little_memory(
     monkeypatch.setattr(jobs, "FEEDBACK_BYTES", jobs.FEEDBACK_BYTES - 1)
     assert not job.feedback_layers
     assert replace(job, config=job.config.model_copy(update={"output_feedback": "auto"})).feedback_layers
+
+
+def test_gram_steps_are_told_and_need_a_fourth_row(tmp_path: Path) -> None:
+    model = str(tiny_model("llama", tmp_path / "model"))
+    config = RunConfig(model=model, device="cpu", target_bpw=4.5, group_size=32, gram_steps=9, refine_steps=3)
+    fed = config.model_copy(update={"output_feedback": "re:.*q_proj", "refine_learner": "gumbel"})
+    told = [str(describe(prepare(given, writes=False))["rounding"]) for given in (config, fed)]
+    assert told[0] == "gptq, 9 Gram steps, 3 refinement steps"
+    assert told[1] == "gptq, output feedback, 9 Gram steps where there is no feedback, 3 annealed refinement steps"
+    with pytest.raises(UsageError, match="--gram-steps are judged on every 4th .* raise it to 5"):
+        prepare(config.model_copy(update={"num_samples": 4}), writes=False)
