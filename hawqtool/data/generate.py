@@ -60,13 +60,16 @@ def generate_rows(
         InputError: If the tokenizer names no token to begin with, or transformers cannot load the model.
         NumericalError: If weights or logits are not finite.
     """
-    from transformers import StoppingCriteriaList
+    from transformers import GenerationConfig, StoppingCriteriaList
 
     tokenizer, device = source.tokenizer, source.device
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if first is None:
         raise InputError("the tokenizer names no begin or end token to start from; give --calibration a text")
-    model, settings = _load(source, first, seq_len)
+    model = load_sampled(source, first)
+    settings = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=seq_len - 1, pad_token_id=first
+    )
     parts = []
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), torch.no_grad():
@@ -88,12 +91,21 @@ def generate_rows(
     return torch.cat(parts)
 
 
-def _load(source: SampledModel, first: int, seq_len: int) -> tuple[Any, Any]:
-    """The whole model and the settings of its sampling."""
+def load_sampled(source: SampledModel, padding: int) -> Any:
+    """The whole model, whatever its own generation settings are.
+
+    Args:
+        source: The model.
+        padding: Token that fills up rows.
+
+    Raises:
+        InputError: If transformers cannot load it.
+        NumericalError: If weights are not finite.
+    """
     import transformers
 
     # The checkpoint's own generation settings (an end token, a top-k) must not shape the rows; they are not read.
-    neutral = transformers.GenerationConfig(pad_token_id=first)
+    neutral = transformers.GenerationConfig(pad_token_id=padding)
     try:
         with _no_progress_bars():
             model: Any = getattr(transformers, source.auto_class).from_pretrained(
@@ -112,10 +124,7 @@ def _load(source: SampledModel, first: int, seq_len: int) -> tuple[Any, Any]:
     model.to(source.device).eval()
     for name, parameter in model.named_parameters():
         check_finite(name, parameter.detach())
-    settings = transformers.GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=seq_len - 1, pad_token_id=first
-    )
-    return model, settings
+    return model
 
 
 @contextmanager

@@ -1,61 +1,45 @@
-"""Rows of images for image classifiers."""
+"""Images as a model takes them, through the model's own processor."""
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hawqtool.data.media import MediaKind, MediaRecord, read_media
 from hawqtool.errors import InputError, one_line
 from hawqtool.parsing import load_json
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
+IMAGE = MediaKind("image", "image", (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"))
 
 
-def image_rows(processor: Any, folder: Path, num_rows: int, seed: int) -> Tensor:
-    """The first images of a folder and its subfolders by path, as the model takes them.
+def image_row(processor: Any, record: MediaRecord) -> Tensor:
+    """One image as the model takes it, ``[channels, height, width]`` float32.
 
     Args:
         processor: The model's image processor.
-        folder: Folder of image files.
-        num_rows: Images that are needed; no more are opened.
-        seed: With 0 by path; any other seed shuffles all before taking the first.
-
-    Returns:
-        ``[images, channels, height, width]`` float32, fewer than ``num_rows`` where there are no more.
+        record: The image.
 
     Raises:
-        InputError: If the folder is missing, a file is no image, or the processor leaves images of several shapes.
+        InputError: If it cannot be read.
     """
     from PIL import Image
 
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder; this model takes images: give a folder of image files")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    if not files:
-        raise InputError(f"{folder} holds no image ({', '.join(SUFFIXES)}); give a folder of image files")
-    if seed:
-        order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))
-        files = [files[index] for index in order]
-    rows = []
-    for path in files[:num_rows]:
-        try:
-            with Image.open(path) as image:
-                rows.append(processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"][0].float())
-        except Exception as error:  # decoders raise errors of any type on damaged files
-            raise InputError(f"{path} cannot be read as an image ({one_line(error)}); remove it") from error
-        if rows[-1].shape != rows[0].shape:
-            raise InputError(
-                f"the image processor makes {_size(rows[0])} of {files[0]} but {_size(rows[-1])} of {path}; expected "
-                "one size; give images of one shape, or set size in preprocessor_config.json to a height and a width"
-            )
-    return torch.stack(rows)
+    content = io.BytesIO(record.content) if isinstance(record.content, bytes) else record.content
+    try:
+        with Image.open(content) as image:
+            found = processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+    except Exception as error:  # decoders raise errors of any type on damaged files
+        raise InputError(f"{record.place} cannot be read as an image ({one_line(error)}); remove it") from error
+    return torch.as_tensor(found).float()
 
 
-def _size(row: Tensor) -> str:
-    return " x ".join(map(str, row.shape))
+def image_rows(processor: Any, source: str | Path, num_rows: int, seed: int) -> Tensor:
+    """Images of a source as the model takes them, ``[images, channels, height, width]``; see `read_media`."""
+    return read_media(IMAGE, str(source), num_rows, seed, lambda record: image_row(processor, record)).values
 
 
 def image_processor(folder: Path) -> Any:

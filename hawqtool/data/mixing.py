@@ -15,7 +15,7 @@ from hawqtool.records import Rows
 
 @dataclass(frozen=True)
 class SourceRows:
-    """What one source gives: ``tokens`` ``[rows, seq_len]`` int64 or images, and ``quota`` rows of them to each set."""
+    """What a source gives: ``tokens`` ``[rows, seq_len]`` int64, images or sounds; ``quota`` of them go to each set."""
 
     label: str
     tokens: Tensor
@@ -85,7 +85,7 @@ def mix_rows(sources: Sequence[SourceRows], lengths: Mapping[str, int] | None = 
 def _shortage(source: SourceRows) -> str:
     wanted = ", ".join(f"{count} {name}" for name, count in source.quota.items() if count)
     rows, *shape = source.tokens.shape
-    held = f"{rows} rows of {shape[0]} tokens" if len(shape) == 1 else f"{rows} images"
+    held = f"{rows} rows" if source.tokens.is_floating_point() else f"{rows} rows of {shape[0]} tokens"
     return f"{source.label} holds {held}, {sum(source.quota.values())} are needed ({wanted})"
 
 

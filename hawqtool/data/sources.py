@@ -96,8 +96,12 @@ def public_name(text: str) -> str:
     return text if is_hub(text) else Path(text).name or Path(text).resolve().name
 
 
-def open_source(text: str) -> Source:
+def open_source(text: str, decode: bool = True) -> Source:
     """Open a text, JSON, CSV or parquet file, a folder that ``datasets`` can load, or a dataset of the hub.
+
+    Args:
+        text: What the user gave.
+        decode: Whether ``datasets`` decodes images and sounds; otherwise they come as the bytes of files.
 
     Raises:
         InputError: If there is no such source, it cannot be read, or the library for it is not installed. Reading
@@ -109,12 +113,12 @@ def open_source(text: str) -> Source:
         readers |= dict.fromkeys(_SEPARATORS, _table)
         return Source(path.name, readers.get(path.suffix.lower(), _text_lines)(path))
     if os.path.isdir(path):
-        return _local_dataset(DatasetSpec(text))
+        return _local_dataset(DatasetSpec(text), decode)
     if is_hub(text):
-        return _hub_dataset(parse_dataset(text))
+        return _hub_dataset(parse_dataset(text), decode)
     name = text.partition("@")[0].partition(":")[0]
     if os.path.isdir(name):
-        return _local_dataset(parse_dataset(text))
+        return _local_dataset(parse_dataset(text), decode)
     raise InputError(
         f"source {short(text)} was not found; give a text, .jsonl, .csv or .parquet file, a folder of such files, the "
         "name of a hub dataset, or (to calibrate) self"
@@ -206,14 +210,14 @@ def _parquet(path: Path) -> Generator[Record, None, None]:
         raise InputError(f"{path} cannot be read as parquet after row {number}: {_first_line(error)}") from error
 
 
-def _local_dataset(spec: DatasetSpec) -> Source:
+def _local_dataset(spec: DatasetSpec, decode: bool) -> Source:
     if spec.revision:
         raise InputError(f"{spec}: a local folder has no revisions; leave @{spec.revision} out")
     folder = Path(spec.name).resolve()
-    return Source(str(DatasetSpec(folder.name, spec.config, spec.split)), _dataset_records(spec, str(folder)))
+    return Source(str(DatasetSpec(folder.name, spec.config, spec.split)), _dataset_records(spec, str(folder), decode))
 
 
-def _hub_dataset(spec: DatasetSpec) -> Source:
+def _hub_dataset(spec: DatasetSpec, decode: bool) -> Source:
     """A dataset of the hub at the commit that its revision names now, so that the report says what was read."""
     _import_datasets(spec)
     import httpx
@@ -237,10 +241,10 @@ def _hub_dataset(spec: DatasetSpec) -> Source:
                 f"{_first_line(error)}"
             ) from error
     resolved = DatasetSpec(spec.name, spec.config, spec.split, commit)
-    return Source(str(resolved), _dataset_records(resolved, resolved.name))
+    return Source(str(resolved), _dataset_records(resolved, resolved.name, decode))
 
 
-def _dataset_records(spec: DatasetSpec, path: str) -> Generator[Record, None, None]:
+def _dataset_records(spec: DatasetSpec, path: str, decode: bool) -> Generator[Record, None, None]:
     datasets = _import_datasets(spec)
     import httpx
     import pyarrow
@@ -248,7 +252,8 @@ def _dataset_records(spec: DatasetSpec, path: str) -> Generator[Record, None, No
     known = (datasets.exceptions.DatasetsError, pyarrow.ArrowException, httpx.HTTPError)
     number = 0
     try:
-        for value in datasets.load_dataset(path, spec.config, split=spec.split, revision=spec.revision, streaming=True):
+        found = datasets.load_dataset(path, spec.config, split=spec.split, revision=spec.revision, streaming=True)
+        for value in found if decode else found.decode(False):
             number += 1
             yield Record(f"{spec}, record {number}", value)
     # A dataset made of a script is a RuntimeError, a codec that is not installed an ImportError.

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from hawqtool.errors import InputError, one_line
+from hawqtool.model.inputs.arguments import model_inputs, row_format
 from hawqtool.model.kept import is_linear
-from hawqtool.model.tasks import image_shape, model_inputs
 
 TOKENS, _TOKEN = 8, 2
-_IMAGE = 224, 224
+_PARAMETRIZED = ".parametrizations."
 
 TRACE_ERRORS = (
     *(RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError, LookupError, ArithmeticError),
@@ -57,7 +57,7 @@ class _FirstBlock(Exception):
 def find_blocks(model: Any) -> tuple[str, nn.ModuleList]:
     """Module name of the list of blocks, and the list.
 
-    The first list of composite modules that a row reaches is the one: towers of a multimodal model come first in the
+    The first list of modules with linears that a row reaches is the one: towers of a multimodal model come first in the
     model, but are not called by tokens.
 
     Args:
@@ -66,8 +66,8 @@ def find_blocks(model: Any) -> tuple[str, nn.ModuleList]:
     Raises:
         InputError: If no list is reached.
     """
-    lists = block_lists(model)
-    if not any(is_linear(module) for found in lists.values() for module in found.modules()):
+    lists = {name: found for name, found in block_lists(model).items() if any(map(is_linear, found.modules()))}
+    if not lists:
         raise InputError(
             f"{type(model).__name__}: its blocks hold no linear layer, only convolutions or layers of its own, which "
             "are not quantized; expected a transformer"
@@ -109,7 +109,8 @@ def cache_error(model: Any) -> str | None:
 def run_on_zeros(model: Any, rows: Tensor | None = None, differentiable: bool = False, **options: Any) -> Any:
     """Output of a model for the example row, or for others, every weight zero.
 
-    Zeros of any shape take the memory of one: what the model computes here is of no interest.
+    Zeros of any shape take the memory of one: what the model computes here is of no interest. What is divided by its
+    norm is one, because zeros would make NaN.
 
     Args:
         model: Skeleton; its buffers are real.
@@ -117,18 +118,17 @@ def run_on_zeros(model: Any, rows: Tensor | None = None, differentiable: bool = 
         differentiable: Whether gradients are kept track of.
         options: Further arguments of the model.
     """
-    weights = {n: torch.zeros((), dtype=p.dtype).expand(p.shape) for n, p in model.named_parameters()}
+    weights = {
+        n: torch.full((), float(_PARAMETRIZED in n), dtype=p.dtype).expand(p.shape) for n, p in model.named_parameters()
+    }
     inputs = model_inputs(model, example_row(model) if rows is None else rows) | options
     with torch.set_grad_enabled(differentiable), _NoChance(type(model).__name__):
         return torch.func.functional_call(model, weights, (), inputs)
 
 
 def example_row(model: Any, rows: int = 1, tokens: int = TOKENS) -> Tensor:
-    """Rows of what the model reads: ``[rows, tokens]``, or images ``[rows, channels, height, width]``."""
-    if model.main_input_name == "pixel_values":
-        channels, size = image_shape(model.config)
-        return torch.zeros(rows, channels, *(size or _IMAGE), dtype=model.dtype)
-    return torch.full((rows, tokens), _TOKEN)
+    """Rows of what the model reads (see `model_inputs`), of so many tokens where it reads any."""
+    return row_format(model).example(rows, tokens, _TOKEN, model.dtype)
 
 
 def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:

@@ -183,7 +183,8 @@ def to_meta(module: nn.Module) -> None:
 
 def max_positions(model: Any) -> int | None:
     """Tokens that a row can have; None where the config names no limit."""
-    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    config = model.config.get_text_config(decoder=True)
+    longest = getattr(config, "max_position_embeddings", None) or getattr(config, "max_target_positions", None)
     for name, module in model.named_modules():
         # RoBERTa and its kin number positions from the one after their padding's.
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:

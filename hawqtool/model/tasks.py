@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hawqtool.errors import InputError
@@ -33,6 +34,9 @@ class ModelTask:
 
 MASKED = "MODEL_FOR_MASKED_LM_MAPPING_NAMES"
 _IMAGES = "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES"
+_SOUNDS = "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES"
+_TOWERS = ("text_model", "vision_model"), ("image_embeds", "text_embeds")
+"""Attributes and outputs of a model of two encoders, of texts and of images."""
 
 TASKS = (
     ModelTask("causal language model", True, False, True, "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
@@ -46,6 +50,13 @@ TASKS = (
         mapping="MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
         auto_class="AutoModelForSeq2SeqLM",
     ),
+    ModelTask(
+        *("speech-to-text model", True, False, False),
+        mapping="MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
+        auto_class="AutoModelForSpeechSeq2Seq",
+    ),
+    ModelTask("speech recognizer by CTC", True, False, False, "MODEL_FOR_CTC_MAPPING_NAMES"),
+    ModelTask("sound classifier", True, True, False, _SOUNDS),
     ModelTask("masked language model", True, False, False, MASKED),
     ModelTask("sequence classifier", True, True, False, "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"),
     ModelTask("image classifier", True, True, False, _IMAGES),
@@ -82,71 +93,48 @@ def model_task(model: Any) -> ModelTask:
     raise InputError(f"{type(model).__name__} is no {', '.join(t.name for t in TASKS)}; this model is not supported")
 
 
-def image_shape(config: Any) -> tuple[int, tuple[int, int] | None]:
-    """Channels, and height and width, of the images that a model takes; None for a size that is free."""
-    vision = getattr(config, "vision_config", config)
-    size = getattr(vision, "image_size", None)
-    channels = int(getattr(vision, "num_channels", 3))
-    return channels, size if size is None else (size, size) if isinstance(size, int) else tuple(size)
-
-
-def model_inputs(model: Any, rows: Tensor) -> dict[str, Tensor]:
-    """Arguments of a model for rows of what it reads.
-
-    A decoder beside an encoder gets the same tokens ``[rows, seq_len]``, one place later. A classifier of such a pair
-    is read where a row ends, so that its rows have one end token, at their end.
-
-    Args:
-        model: The model.
-        rows: Tokens, or images in the model's dtype.
-
-    Raises:
-        InputError: If nothing says what a decoder begins with.
-    """
-    if feeds_decoder(model) and model_task(model).per_row:
-        rows = _with_one_end(model.config, rows)
-    inputs = {str(model.main_input_name): rows}
-    if feeds_decoder(model):
-        start = first_decoder_token(model.config)
-        inputs["decoder_input_ids"] = rows.roll(1, 1).index_fill(1, rows.new_zeros(1), start)
-    return inputs
-
-
-def _with_one_end(config: Any, rows: Tensor) -> Tensor:
-    """Rows of tokens that end in the end token and hold it nowhere else; unchanged where the config names none."""
-    end, padding = config.eos_token_id, getattr(config, "pad_token_id", None)
-    if not isinstance(end, int):
-        return rows
-    rows = rows.masked_fill(rows == end, padding if isinstance(padding, int) else first_decoder_token(config))
-    return rows.index_fill(1, rows.new_tensor([rows.shape[1] - 1]), end)
-
-
 def feeds_decoder(model: Any) -> bool:
-    """Whether a model has a decoder beside its encoder."""
-    return bool(getattr(model.config, "is_encoder_decoder", False))
+    """Whether a model has a decoder beside its encoder; a classifier of sounds has Whisper's encoder alone."""
+    task = class_task(type(model).__name__)
+    encoder_alone = task is not None and task.mapping == _SOUNDS
+    return bool(getattr(model.config, "is_encoder_decoder", False)) and not encoder_alone
 
 
-def first_decoder_token(config: Any) -> int:
-    """Token that a decoder beside an encoder begins with.
-
-    Raises:
-        InputError: If the config names none.
-    """
-    for part in (config, config.get_text_config(decoder=True)):
-        for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id"):
-            token = getattr(part, name, None)
-            if isinstance(token, int):
-                return token
-    raise InputError(
-        f"config.json of {config.model_type} names no token for its decoder to begin with; "
-        "expected decoder_start_token_id"
-    )
+def has_two_towers(model: Any) -> bool:
+    """Whether a model gives embeddings of texts and of images, each by an encoder of its own."""
+    return not model_task(model).logits and all(hasattr(model, name) for name in _TOWERS[0])
 
 
 def judged_output(model: Any, result: Any) -> Tensor:
-    """Of what a model gives, the tensor that it is judged by: logits, or the last hidden state."""
+    """Of what a model gives, the tensor that it is judged by.
+
+    Returns:
+        Logits, the last hidden state ``[rows, positions, width]``, or ``[rows, 2, width]``: of an image and of a text.
+    """
+    if has_two_towers(model):
+        return torch.stack([result[name] for name in _TOWERS[1]], 1)
     found: Tensor = result.logits if model_task(model).logits else result.last_hidden_state
     return found
+
+
+def traced_output(model: Any, result: Any) -> Any:
+    """What `judged_output` is computed from, without the norms that two towers divide by: of zeros they make NaN."""
+    if has_two_towers(model):
+        return result.vision_model_output, result.text_model_output
+    return judged_output(model, result)
+
+
+def row_outputs(model: Any, result: Any) -> Tensor:
+    """Of what a model gives, the outputs that its rows are judged by.
+
+    Returns:
+        Logits ``[rows, positions, classes]``, with one position where a row has one output, or embeddings
+        ``[rows, 1, width]``: the mean of the last hidden state over positions; two of them from two towers.
+    """
+    found, task = judged_output(model, result), model_task(model)
+    if not task.logits:
+        return found if has_two_towers(model) else found.mean(1, keepdim=True)
+    return found[:, None] if task.per_row else found
 
 
 def _refuse_scores(model: Any, task: ModelTask) -> None:
@@ -168,11 +156,6 @@ def _refuse_other_inputs(model: Any, task: ModelTask) -> None:
         raise InputError(
             f"{type(model).__name__} reads {model.main_input_name}; expected an image classifier that reads "
             "pixel_values alone: only on these is it calibrated and judged"
-        )
-    if not task.logits and hasattr(model, "text_model") and hasattr(model, "vision_model"):
-        raise InputError(
-            f"{type(model).__name__} reads an image beside each text; expected one of its two models, saved alone, "
-            "which reads texts or images"
         )
     if task.generates and model.main_input_name != "input_ids":
         raise InputError(

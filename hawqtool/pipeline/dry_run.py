@@ -21,6 +21,7 @@ from hawqtool.pipeline.stages.rows import check_calibration, check_sources
 from hawqtool.pipeline.stages.write import target_config
 from hawqtool.records import Menu
 from hawqtool.report.documents import DryRun
+from hawqtool.report.wording import rows_name
 from hawqtool.runtime.reporter import Reporter
 
 
@@ -122,7 +123,7 @@ def describe(job: Job) -> DryRun:
     symmetric = plan.symmetric if plan else config.symmetric
     limit = budget if budget is not None else expected
     uniform = best_uniform(job.units, limit, symmetric, config.group_sizes)
-    length = "images" if job.takes_images else f"rows of {job.settings.seq_len} tokens"
+    length = rows_name(job.row_format.kind, job.settings.seq_len)
     return {
         "model": job.source.spec,
         "source_format": job.index.source_format,

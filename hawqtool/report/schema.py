@@ -222,7 +222,10 @@ class RowSet(TypedDict):
 
     source: Annotated[str, "Where the rows come from."]
     count: Annotated[int, "Rows."]
-    shape: Annotated[list[int], "Shape of a row: tokens, or channels, height and width."]
+    kind: Annotated[str, "What a row is: tokens, images, sounds, images with tokens or sounds with tokens."]
+    shape: Annotated[
+        list[int], "Shape of a row: tokens; channels, height and width; samples; frames and bands; tokens first of two."
+    ]
     fingerprint: Annotated[str, "SHA-256 of the rows."]
 
 

@@ -17,7 +17,7 @@ EXPLANATIONS = {
     "kl": "KL is that of the original's distribution to the quantized model's, in nats per output (per token for "
     "language models), with its standard error over rows.",
     "embedding_error": "The relative error is the squared change of the embedding (mean of the last hidden state over "
-    "tokens) over its square, with its standard error over rows.",
+    "tokens, or those of an image and of a text together) over its square, with its standard error over rows.",
 }
 
 NOT_EVALUATED = "Not evaluated: nothing is known of the quality. `hawqtool evaluate` measures it against the original."
@@ -185,10 +185,16 @@ def task_lines(results: Sequence[TaskResult]) -> list[str]:
 
 def rows_text(record: RowSet) -> str:
     """Number and shape of rows, such as ``16 rows of 256 tokens``."""
-    shape = record["shape"]
-    if len(shape) == 1:
-        return f"{record['count']} rows of {shape[0]} tokens"
-    return f"{record['count']} images of {' x '.join(map(str, shape))}"
+    kind, shape = record["kind"], record["shape"]
+    sizes = f" of {' x '.join(map(str, shape))}" if kind == "images" else ""
+    return f"{record['count']} {rows_name(kind, shape[0])}{sizes}"
+
+
+def rows_name(kind: str, positions: int) -> str:
+    """Rows of a kind, such as ``rows of 256 tokens`` or ``sounds with 64 tokens``."""
+    if kind == "tokens":
+        return f"rows of {positions} tokens"
+    return kind.replace("with tokens", f"with {positions} tokens")
 
 
 def starred(name: str) -> str:

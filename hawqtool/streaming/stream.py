@@ -19,10 +19,11 @@ from hawqtool.errors import InputError
 from hawqtool.model.block import BlockCall, LoadedBlock
 from hawqtool.model.carried.walk import CarriedWalk
 from hawqtool.model.discovery import Structure
+from hawqtool.model.inputs.arguments import model_inputs
 from hawqtool.model.replay import replayed_blocks
 from hawqtool.model.skeleton import to_meta
 from hawqtool.model.stored_names import stored_buffers
-from hawqtool.model.tasks import model_inputs, model_task
+from hawqtool.model.tasks import model_task, row_outputs
 from hawqtool.records import TokenImportance
 from hawqtool.rounding.statistics import GroupStatistics, is_held_out, second_moments
 from hawqtool.runtime.malloc import kept_pages, release_freed_pages
@@ -302,8 +303,7 @@ class ModelStream:
         """What the model is judged by, from the last block's output through the model's own head.
 
         Returns:
-            Logits ``[rows, positions, classes]``, with one position where a row has one output, or embeddings
-            ``[rows, 1, width]``: the mean of the last hidden state over positions.
+            As `row_outputs`.
         """
         self._need_ends()
         if self._carried is not None:
@@ -311,9 +311,7 @@ class ModelStream:
         else:
             with replayed_blocks(self._list, self.structure.extra_outputs, output=hidden):
                 result = self.model(**self._inputs(rows))
-        if not self.task.logits:
-            return result.last_hidden_state.mean(1, keepdim=True)
-        return result.logits[:, None] if self.task.per_row else result.logits
+        return row_outputs(self.model, result)
 
     def output_parts(self, positions: int, most: int = _POSITIONS) -> list[slice]:
         """Positions of a row whose outputs are computed together: on a CPU some, because logits outweigh all else."""
@@ -355,8 +353,11 @@ class ModelStream:
         return total
 
     def _inputs(self, rows: Tensor) -> dict[str, Tensor]:
-        moved = rows.to(self.device, self.dtype) if rows.is_floating_point() else rows.to(self.device)
-        return model_inputs(self.model, moved)
+        # Taken apart first: tokens of joined rows are exact in float32 alone.
+        return {
+            name: value.to(self.device, self.dtype) if value.is_floating_point() else value.to(self.device)
+            for name, value in model_inputs(self.model, rows).items()
+        }
 
     def final_hidden(
         self, rows: Tensor, batch_size: int, progress: Callable[[int], None], saved: Saved = NOTHING_SAVED

@@ -28,7 +28,7 @@ from hawqtool.formats import QuantFormat
 from hawqtool.records import UnitFormats
 from hawqtool.rounding.grid import dequantize, expand_scales, search_scales
 from tests.support import oracles
-from tests.support.tiny_zoo import Kind
+from tests.support.tiny_zoo import Kind, value_shape
 
 PRODUCTS = {"linear": (0, 1), "matmul": (0, 1), "__matmul__": (0, 1), "addmm": (1, 2)}
 """Operations that apply a weight, with the places of the input and of the weight among their arguments."""
@@ -147,8 +147,14 @@ def _holds(weight: Tensor, view: Tensor) -> bool:
 
 def arguments_of(kind: Kind, model: nn.Module, inputs: Tensor) -> dict[str, Any]:
     """Arguments of a live model for rows of inputs; a decoder beside an encoder gets the same, one place later."""
-    values = inputs.to(next(model.parameters()).dtype) if kind.task == "image" else inputs
-    arguments: dict[str, Any] = {"pixel_values" if kind.task == "image" else "input_ids": values}
+    dtype = next(model.parameters()).dtype
+    if kind.task in ("speech", "towers"):
+        values = inputs[..., 1:].reshape(len(inputs), *value_shape(kind)).to(dtype)
+        names = ("decoder_input_ids", "input_features") if kind.task == "speech" else ("input_ids", "pixel_values")
+        return dict(zip(names, (inputs[..., 0].long(), values), strict=True))
+    if kind.task in ("image", "ctc"):
+        return {"pixel_values" if kind.task == "image" else "input_values": inputs.to(dtype)}
+    arguments: dict[str, Any] = {"input_ids": inputs}
     if kind.task in ("causal", "multimodal", "seq2seq"):
         arguments["use_cache"] = False
     if kind.task == "seq2seq":
@@ -159,9 +165,11 @@ def arguments_of(kind: Kind, model: nn.Module, inputs: Tensor) -> dict[str, Any]
 
 
 def run(kind: Kind, model: nn.Module, inputs: Tensor) -> Tensor:
-    """Logits, or the last hidden state of a model without a head."""
+    """Logits, the last hidden state of a model without a head, or the embeddings of two towers."""
     with torch.no_grad():
         output = model(**arguments_of(kind, model, inputs))
+    if kind.task == "towers":
+        return torch.stack([output.image_embeds, output.text_embeds], 1)
     return output.last_hidden_state if kind.task == "embedding" else output.logits
 
 

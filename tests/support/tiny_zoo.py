@@ -12,9 +12,10 @@ from torch import Tensor
 
 from tests.support.tiny import VOCAB_SIZE, tiny_tokenizer
 
-KindTask = Literal["causal", "multimodal", "seq2seq", "masked", "embedding", "image"]
+KindTask = Literal["causal", "multimodal", "seq2seq", "masked", "embedding", "image", "speech", "ctc", "towers"]
 HIDDEN, HEADS, INNER, POSITIONS = 64, 4, 128, 512
 IMAGE_SIZE, PATCH_SIZE, CHANNELS, CLASSES = 32, 8, 3, 10
+BANDS, FRAMES, SAMPLES = 32, 100, 9600
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,9 @@ class Kind:
             "masked": "AutoModelForMaskedLM",
             "embedding": "AutoModel",
             "image": "AutoModelForImageClassification",
+            "speech": "AutoModelForSpeechSeq2Seq",
+            "ctc": "AutoModelForCTC",
+            "towers": "AutoModel",
         }
         return getattr(transformers, names[self.task])
 
@@ -75,6 +79,13 @@ _TEXT = {
     "eos_token_id": 1,
     "pad_token_id": None,
     "tie_word_embeddings": False,
+}
+_TOWER = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": INNER,
+    "num_attention_heads": HEADS,
+    "num_hidden_layers": 2,
+    "initializer_range": 0.08,
 }
 _GROUPED = _TEXT | {"num_key_value_heads": 2}
 _EXPERTS = _GROUPED | {"head_dim": 16, "moe_intermediate_size": 64, "num_experts_per_tok": 2}
@@ -340,6 +351,65 @@ ZOO: tuple[Kind, ...] = (
         },
     ),
     Kind(
+        "whisper",
+        "WhisperConfig",
+        "WhisperForConditionalGeneration",
+        "speech",
+        seed=1,
+        settings={
+            "vocab_size": VOCAB_SIZE,
+            "num_mel_bins": BANDS,
+            "d_model": HIDDEN,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_attention_heads": HEADS,
+            "decoder_attention_heads": HEADS,
+            "encoder_ffn_dim": INNER,
+            "decoder_ffn_dim": INNER,
+            "max_source_positions": FRAMES // 2,
+            "max_target_positions": 64,
+            "init_std": 0.08,
+            "pad_token_id": 1,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "decoder_start_token_id": 0,
+            "suppress_tokens": None,
+            "begin_suppress_tokens": None,
+        },
+    ),
+    Kind(
+        "wav2vec2",
+        "Wav2Vec2Config",
+        "Wav2Vec2ForCTC",
+        "ctc",
+        settings={
+            "vocab_size": VOCAB_SIZE,
+            "hidden_size": HIDDEN,
+            "num_hidden_layers": 2,
+            "num_attention_heads": HEADS,
+            "intermediate_size": INNER,
+            "initializer_range": 0.08,
+            "conv_dim": (32, 32),
+            "conv_stride": (20, 16),
+            "conv_kernel": (20, 16),
+            "num_feat_extract_layers": 2,
+            "num_conv_pos_embeddings": 16,
+            "num_conv_pos_embedding_groups": 4,
+        },
+    ),
+    Kind(
+        "clip",
+        "CLIPConfig",
+        "CLIPModel",
+        "towers",
+        settings={
+            "text_config": _TOWER
+            | {"vocab_size": VOCAB_SIZE, "max_position_embeddings": 32, "eos_token_id": 1, "bos_token_id": 0},
+            "vision_config": _TOWER | {"image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE},
+            "projection_dim": 48,
+        },
+    ),
+    Kind(
         "modernbert",
         "ModernBertConfig",
         "ModernBertForMaskedLM",
@@ -370,9 +440,11 @@ def save_kind(kind: Kind, folder: Path, dtype: torch.dtype = torch.bfloat16) -> 
             for parameter in model.parameters():
                 _perturb(parameter)
     model.save_pretrained(folder)
-    if kind.task == "image":
+    if kind.task in ("image", "towers"):
         image_processor().save_pretrained(folder)
-    else:
+    if kind.task in ("speech", "ctc"):
+        sound_extractor(kind).save_pretrained(folder)
+    if kind.task not in ("image", "ctc"):
         tiny_tokenizer().save_pretrained(folder)
     return Path(folder)
 
@@ -389,9 +461,25 @@ def image_processor() -> Any:
     return transformers.ViTImageProcessor(size=size)
 
 
+def sound_extractor(kind: Kind) -> Any:
+    """The feature extractor of a kind that takes sounds: a second of them, or as many samples as there are."""
+    if kind.task == "ctc":
+        return transformers.Wav2Vec2FeatureExtractor()
+    return transformers.WhisperFeatureExtractor(feature_size=BANDS, chunk_length=FRAMES // 100)
+
+
+def value_shape(kind: Kind) -> tuple[int, ...]:
+    """Shape of a row's image or sound; empty where a kind takes tokens alone."""
+    image = (CHANNELS, IMAGE_SIZE, IMAGE_SIZE)
+    return {"image": image, "towers": image, "speech": (BANDS, FRAMES), "ctc": (SAMPLES,)}.get(kind.task, ())
+
+
 def calibration_inputs(kind: Kind, seed: int = 4) -> Tensor:
-    """``[rows, 32]`` token ids, or ``[rows, channels, height, width]`` pixels of an image kind."""
+    """``[rows, 32]`` token ids, ``[rows, ...]`` pixels or sounds, or both, a 32nd of the numbers behind each token."""
     generator = torch.Generator().manual_seed(seed)
-    if kind.task == "image":
-        return torch.randn(kind.rows, CHANNELS, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
-    return torch.randint(3, VOCAB_SIZE, (kind.rows, 32), generator=generator)
+    shape = value_shape(kind)
+    values = torch.randn(kind.rows, *shape, generator=generator)
+    if kind.task in ("image", "ctc"):
+        return values
+    tokens = torch.randint(3, VOCAB_SIZE, (kind.rows, 32), generator=generator)
+    return torch.cat([tokens[..., None], values.reshape(kind.rows, 32, -1)], -1) if shape else tokens

@@ -19,7 +19,7 @@ from hawqtool.model.carried.stand_ins import BlockReached, Given, stand_ins
 from hawqtool.model.carried.trace import FIRST, Trace, Traced
 from hawqtool.model.kept import is_linear
 from hawqtool.model.replay import Call
-from hawqtool.model.tasks import judged_output
+from hawqtool.model.tasks import traced_output
 
 _ROWS = 2
 """Rows of the second traced run, which has one position more too: what has grown is known by its size."""
@@ -115,7 +115,7 @@ def _traced(model: Any, names: Sequence[str], rows: int, tokens: int) -> Traced:
 
 def _outputs(model: Any, rows: int, tokens: int, differentiable: bool) -> Any:
     result = run_on_zeros(model, example_row(model, rows, tokens), differentiable)
-    return judged_output(model, result)
+    return traced_output(model, result)
 
 
 def _flow(kind: str, first: Traced, second: Traced) -> DataFlow:

@@ -85,7 +85,7 @@ class Trace:
         self._names_of: dict[int, LeafName] = {}
         self._held: list[Any] = []  # so that no identity is used twice
         self._roots: dict[LeafName, Tensor] = {}
-        self._largest = 0
+        self._largest = self._large = 0
 
     def run(self, outputs: Callable[[], Any]) -> Traced:
         """Trace one run.
@@ -101,12 +101,16 @@ class Trace:
 
     def _called(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.found:
-            first = next(leaf for leaf in leaves((args, kwargs)) if leaf.is_floating_point())
+            first = first_input(args, kwargs)
             self._names_of[id(first)], self._largest = FIRST, first.numel()
             self.shapes[FIRST], self.dtypes[FIRST] = tuple(first.shape), first.dtype
         if any(isinstance(value, Cache) for value in (*args, *kwargs.values())):
             raise InputError(f"{self.names[number]} is called with a cache of keys and values; not supported")
         refers, derives = self._sources((args, kwargs))
+        hidden = first_input(args, kwargs)
+        # A decoder, or a second tower, begins with a hidden state of its own size.
+        begins = id(hidden) not in self._names_of and not hidden.requires_grad
+        self._large = min(self._largest, hidden.numel()) if begins else self._largest
         call = mapped((args, kwargs), lambda tensor: tensor)
         self._held.append(call)
         outside = any(self._is_outside(tensor) for tensor in leaves(call))
@@ -117,7 +121,7 @@ class Trace:
 
     def _is_outside(self, tensor: Tensor) -> bool:
         fresh = id(tensor) not in self._names_of and not tensor.requires_grad
-        return fresh and tensor.is_floating_point() and tensor.numel() >= self._largest
+        return fresh and tensor.is_floating_point() and tensor.numel() >= self._large
 
     def _sources(self, value: Any) -> tuple[frozenset[LeafName], frozenset[LeafName]]:
         """What of the blocks is in a value as it was given, and what the rest of it is computed from."""
@@ -184,6 +188,13 @@ class Trace:
         self._names_of[id(found)] = name
         self._held.append(found)
         return found
+
+
+def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Hidden state among the arguments of a block's call."""
+    if "hidden_states" in kwargs and not args:
+        return kwargs["hidden_states"]
+    return next(leaf for leaf in leaves((args, kwargs)) if leaf.is_floating_point())
 
 
 def connected(tensor: Tensor, roots: Mapping[Any, Tensor]) -> set[Any]:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from hawqtool.errors import InputError
 from hawqtool.model.carried.flow import DataFlow
 from hawqtool.model.carried.layout import Layout, Leaf, LeafName
-from hawqtool.model.carried.nested import Carried, all_nonzero, leaves, mapped, on_meta
+from hawqtool.model.carried.nested import Carried, all_nonzero, mapped, on_meta
 from hawqtool.model.carried.stand_ins import BlockReached, stand_ins
-from hawqtool.model.carried.trace import FIRST
+from hawqtool.model.carried.trace import FIRST, first_input
 from hawqtool.model.replay import Call
 
 Inputs = Mapping[str, Tensor]
@@ -75,23 +75,30 @@ class CarriedCall:
         args, kwargs = self.rows.walk.arguments(self.rows, self.number, values)
         if torch.is_grad_enabled() and self.number not in self.rows.recorded:
             nothing = packed.flatten()[0] * 0
-            args, kwargs = mapped((args, kwargs), lambda tensor: self._differentiable(tensor, nothing))
+            large = self._large(args, kwargs)
+            args, kwargs = mapped((args, kwargs), lambda tensor: _differentiable(tensor, large, nothing))
         output = module(*args, **kwargs)
         found = self.rows.walk.flow.given[self.number].found((args, kwargs), output)
         return behind.pack(values | found)
 
-    def _differentiable(self, tensor: Tensor, nothing: Tensor) -> Tensor:
-        """Have linears that see nothing carried, such as a decoder's first, take part in differentiation too.
-
-        Args:
-            tensor: An argument of the call.
-            nothing: A zero that is computed from what is carried.
-        """
+    def _large(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        """Numbers of a hidden state: of the first block's, or of one that begins here."""
         (first,) = self.rows.layouts[0].leaves
-        large = tensor.numel() >= torch.Size(first.shape).numel() * self.rows.count
-        if tensor.is_floating_point() and large and not tensor.requires_grad:
-            return tensor + nothing.to(tensor.dtype)
-        return tensor
+        of_first, hidden = torch.Size(first.shape).numel() * self.rows.count, first_input(args, kwargs)
+        return of_first if hidden.requires_grad else min(of_first, hidden.numel())
+
+
+def _differentiable(tensor: Tensor, large: int, nothing: Tensor) -> Tensor:
+    """Have linears that see nothing carried, such as a decoder's first, take part in differentiation too.
+
+    Args:
+        tensor: An argument of a block's call.
+        large: Numbers of a hidden state.
+        nothing: A zero that is computed from what is carried.
+    """
+    if tensor.is_floating_point() and tensor.numel() >= large and not tensor.requires_grad:
+        return tensor + nothing.to(tensor.dtype)
+    return tensor
 
 
 class CarriedWalk:
@@ -117,7 +124,7 @@ class CarriedWalk:
         """What is alive before the first block, packed, and the calls of the blocks.
 
         Args:
-            rows: Tokens ``[rows, seq_len]``.
+            rows: Rows of what the model reads.
         """
         batch = self._rows(rows)
         first = self._record(batch)
@@ -191,7 +198,7 @@ class CarriedWalk:
         return first[0]
 
     def _rows(self, rows: Tensor) -> Rows:
-        positions = rows.shape[1]
+        positions = _positions(rows)
         if positions not in self._known:
             shapes = _Shapes(self, self._inputs(rows[:1]))
             layouts = [shapes.layout(behind, positions) for behind in range(-1, len(self.flow.names))]
@@ -207,7 +214,7 @@ class CarriedWalk:
             InputError: If both differ.
         """
         found: dict[LeafName, Tensor] = {}
-        layouts, _, shapes = self._known[rows.shape[1]]
+        layouts, _, shapes = self._known[_positions(rows)]
         for number in sorted({leaf[0] for leaf in self.flow.constants}):
             given = []
             with self._load(number) as block, torch.no_grad():
@@ -225,11 +232,9 @@ class CarriedWalk:
         return found
 
 
-def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Input of the first block among the arguments of its call."""
-    if "hidden_states" in kwargs and not args:
-        return kwargs["hidden_states"]
-    return next(leaf for leaf in leaves((args, kwargs)) if leaf.is_floating_point())
+def _positions(rows: Tensor) -> int:
+    """Positions by which what is carried is packed: tokens of a row; all samples of a sound are one."""
+    return 1 if rows.is_floating_point() and rows.ndim == 2 else int(rows.shape[1])
 
 
 def _meta_copy(block: nn.Module) -> nn.Module:

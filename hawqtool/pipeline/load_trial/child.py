@@ -13,7 +13,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from hawqtool.model.tasks import judged_output, model_inputs, model_task
+from hawqtool.model.inputs.arguments import model_inputs
+from hawqtool.model.tasks import row_outputs
 from hawqtool.runtime.lifeline import watch_parent
 
 
@@ -22,11 +23,10 @@ def main(folder: str, class_name: str, trust: str, rows_file: str, outputs_file:
     kind = getattr(transformers, class_name, transformers.AutoModelForCausalLM)
     model = kind.from_pretrained(folder, dtype="auto", trust_remote_code=trust == "1").eval()
     rows = load_file(rows_file)["rows"]
-    inputs = rows.to(next(model.parameters()).dtype) if rows.is_floating_point() else rows
+    dtype = next(model.parameters()).dtype
+    inputs = {n: v.to(dtype) if v.is_floating_point() else v for n, v in model_inputs(model, rows).items()}
     with torch.no_grad():
-        result = model(**model_inputs(model, inputs))
-    found = judged_output(model, result)
-    outputs = found if model_task(model).logits else found.mean(1, keepdim=True)
+        outputs = row_outputs(model, model(**inputs))
     save_file({"outputs": outputs.float().contiguous()}, outputs_file)
 
 

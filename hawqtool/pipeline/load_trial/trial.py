@@ -59,7 +59,7 @@ def try_loading(job: Job, folder: Path, rows: Tensor) -> LoadTrial:
     Args:
         job: The original model.
         folder: A written folder with its small files.
-        rows: Tokens ``[rows, seq_len]`` or images; the first row's beginning is used.
+        rows: Tokens ``[rows, seq_len]``, images or sounds; the first row's beginning is used.
     """
     obstacle = _not_possible(job)
     if obstacle is not None:
@@ -107,10 +107,13 @@ def trial_rows(job: Job, sets: Mapping[str, Rows]) -> Tensor:
         if role in sets:
             return sets[role].tokens
     generator = torch.Generator().manual_seed(0)
-    if job.takes_images:
-        return torch.randn(example_row(job.skeleton).shape)
+    form, positions = job.row_format, min(_TOKENS, job.settings.seq_len)
+    values = torch.randn(example_row(job.skeleton, tokens=positions).shape, generator=generator)
+    if form.tokens is None:
+        return values
     known, _ = token_embedding(job.skeleton) or (_FEW_TOKENS, None)
-    return torch.randint(known, (1, min(_TOKENS, job.settings.seq_len)), generator=generator)
+    tokens = torch.randint(known, (1, positions), generator=generator)
+    return form.join(tokens, form.split(values)[str(form.values)]) if form.is_joint else tokens
 
 
 def _not_possible(job: Job) -> str | None:

@@ -27,6 +27,8 @@ from hawqtool.errors import InputError, UsageError
 from hawqtool.export.layout import Layout, plan_layout
 from hawqtool.export.packed_reader import PackedReader
 from hawqtool.model.discovery import Structure, check_shapes, discover
+from hawqtool.model.inputs.arguments import row_format, row_positions
+from hawqtool.model.inputs.row_format import RowFormat
 from hawqtool.model.loading.original import cache_obstacle, precision_obstacle, scale_obstacle
 from hawqtool.model.rotation.fold import rotate_checkpoint
 from hawqtool.model.skeleton import build_skeleton, max_positions, untie_stored
@@ -45,6 +47,9 @@ from hawqtool.streaming.stream import ModelStream, StreamMemory
 
 FEEDBACK_BYTES = 8 << 30
 """Most bytes of moments in the host's memory for output feedback that nobody asked for: an 8B model has 3.3 GB."""
+
+JOINT_TOKENS = 64
+"""Tokens beside an image or a sound where nothing is asked for: captions, and what is said in 10 s, are as short."""
 
 FEEDBACK_ASPECT = 2
 """Most outputs per input of layers that ``--output-feedback auto`` takes.
@@ -95,9 +100,9 @@ class Job:
         return model_task(self.skeleton)
 
     @property
-    def takes_images(self) -> bool:
-        """Whether rows are images, not tokens."""
-        return bool(self.skeleton.main_input_name == "pixel_values")
+    def row_format(self) -> RowFormat:
+        """What a row holds: tokens, an image, a sound, or tokens beside one of these."""
+        return row_format(self.skeleton)
 
     def unrotated(self) -> Job:
         """The job of the same model with every weight as it is stored."""
@@ -223,6 +228,8 @@ def prepare(
     longest = max_positions(probe)
     if config.seq_len and longest and config.seq_len > longest:
         raise UsageError(f"--seq-len {config.seq_len} exceeds the model's {longest} positions; lower it")
+    if row_format(probe).is_joint:
+        longest = min(longest or JOINT_TOKENS, JOINT_TOKENS)
     skeleton = build_skeleton(index.folder, dtype, source.runs_code, index.tensors, config.profile == "vllm")
     experts = any(is_expert(name) for name in structure.linears)  # ignored ones are walked through as well
     settings = resolve_settings(config, device.type, longest, experts)
@@ -230,7 +237,7 @@ def prepare(
     _check_method(job)
     if writes and config.profile != "vllm":
         _check_experts(job)
-    rows = (settings.num_samples, settings.seq_len)
+    rows = (settings.num_samples, max(settings.seq_len, row_positions(probe, settings.seq_len)))
     work = Work(config, index, structure, device, dtype, *rows, settings.method.needs_drift)
     job = job.with_batch_size(settings.batch_size or choose_batch_size(work))
     return replace(job, offload=make_offload(work, job.settings.batch_size, (reporter or Silent()).warn, states))

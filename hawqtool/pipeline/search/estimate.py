@@ -7,6 +7,7 @@ import math
 import torch
 
 from hawqtool.formats import QuantFormat
+from hawqtool.model.inputs.arguments import row_positions
 from hawqtool.model.skeleton import token_embedding
 from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.run.memory_budget import Work
@@ -49,7 +50,7 @@ def estimate(job: Job) -> Estimate:
 def _work(job: Job, rates: Rates) -> list[tuple[str, float]]:
     """Seconds of each phase in the order of the run, by the beginning of what it is called in the progress."""
     config, settings, rows = job.config, job.settings, used_rows(job)
-    length = 1 if job.takes_images else settings.seq_len
+    length = row_positions(job.skeleton, settings.seq_len)
     weights = sum(linear.num_weights for spec in job.structure.blocks for linear in spec.linears)
     embedding = token_embedding(job.skeleton)
     head = math.prod(embedding) if job.task.logits and embedding is not None else 0
@@ -137,7 +138,7 @@ def _memory(job: Job) -> int:
     """Most bytes of the device: one block's work, the hidden states of all rows, and what the libraries take."""
     settings, rows = job.settings, used_rows(job)
     size = torch.finfo(job.dtype).bits // 8
-    length = (1 if job.takes_images else settings.seq_len) if rows else 0
+    length = row_positions(job.skeleton, settings.seq_len) if rows else 0
     method = settings.method
     work = Work(
         job.config, job.index, job.structure, job.device, job.dtype, max(rows.values(), default=1), length,

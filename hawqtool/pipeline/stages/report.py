@@ -122,6 +122,7 @@ def _row_sets(job: Job, sets: dict[str, Rows]) -> RowSets:
         name: {
             "source": rows.source,
             "count": len(rows.tokens),
+            "kind": job.row_format.kind,
             "shape": list(rows.tokens.shape[1:]),
             "fingerprint": rows.fingerprint,
         }

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 import os
-from pathlib import Path
+from functools import partial
 
+import torch
 from torch import Tensor
 
 from hawqtool.data.generate import SampledModel, generate_rows
-from hawqtool.data.images import image_processor, image_rows
+from hawqtool.data.media_rows import MediaReader, RowTexts, Transcribe
 from hawqtool.data.mixing import SourceRows, equal_quotas, mix_rows, quotas, require_rows
 from hawqtool.data.sources import is_hub, open_source
 from hawqtool.data.tokens import overlap, source_rows
+from hawqtool.data.transcribe import transcribe
 from hawqtool.errors import InputError, UsageError
+from hawqtool.model.inputs.arguments import first_decoder_token, image_shape
+from hawqtool.model.inputs.row_format import IMAGES, SOUNDS
 from hawqtool.model.skeleton import token_embedding
-from hawqtool.model.tasks import image_shape
+from hawqtool.model.tasks import feeds_decoder
 from hawqtool.pipeline.run.checkpoints import SAMPLED
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.job import Job
@@ -24,6 +28,7 @@ from hawqtool.records import Rows
 from hawqtool.settings.fields import SELF
 
 ROLES = ("calibration", "scoring", "selection", "report")
+_EXPECTED = {IMAGES: "a folder of images", **dict.fromkeys(SOUNDS, "a folder of WAV files")}
 _SMALLEST_SET, _SCORING_SET, _SHORT_ROW, _FEWEST_REPORT_ROWS = 8, 16, 512, 2
 
 SELECTION_LENGTH = 256
@@ -86,9 +91,10 @@ def check_sources(job: Job) -> None:
     if not config.reads_rows:
         return
     shares = _shares(job, _counts(job)).items()
-    require_rows([_given_source(job, name, quota) for name, quota in shares if name != SELF and not is_hub(name)])
+    here = [(name, quota) for name, quota in shares if name != SELF and not is_hub(name)]
+    require_rows([_given_source(job, name, quota, samples=False) for name, quota in here])
     if config.eval_data is not None and not is_hub(config.eval_data):
-        evaluation_rows(job, config.eval_data, job.settings.eval_samples)
+        evaluation_rows(job, config.eval_data, job.settings.eval_samples, samples=False)
 
 
 def used_rows(job: Job) -> dict[str, int]:
@@ -110,7 +116,7 @@ def _counts(job: Job) -> dict[str, int]:
 
 
 def _all_counts(job: Job) -> dict[str, int]:
-    length = None if job.takes_images else job.settings.seq_len
+    length = job.settings.seq_len if job.row_format.values is None else None
     settings = job.settings
     return row_counts(settings.num_samples, settings.selection_samples, settings.eval_samples, length)
 
@@ -162,17 +168,17 @@ def calibration_rows(context: RunContext, counts: dict[str, int]) -> dict[str, R
     require_rows(list(sources.values()))
     if SELF in shares:
         sources[SELF] = _sampled_source(context, shares[SELF])
-    lengths = {} if job.takes_images else {"selection": SELECTION_LENGTH}
+    lengths = {} if job.row_format.values is not None else {"selection": SELECTION_LENGTH}
     return mix_rows([sources[name] for name in shares], lengths)
 
 
-def evaluation_rows(job: Job, text: str, wanted: int) -> Rows:
-    """The first ``wanted`` rows of a source, fewer where it is shorter.
+def evaluation_rows(job: Job, text: str, wanted: int, samples: bool = True) -> Rows:
+    """The first ``wanted`` rows of a source, fewer where it is shorter; transcripts that it lacks are sampled or not.
 
     Raises:
         InputError: If it holds fewer than two rows.
     """
-    label, rows = _rows(job, text, wanted, seed=0)
+    label, rows = _rows(job, text, wanted, 0, samples)
     quota = {"report": max(len(rows[:wanted]), _FEWEST_REPORT_ROWS)}
     return mix_rows([SourceRows(label, rows[:wanted], quota)])["report"]
 
@@ -186,22 +192,43 @@ def check_calibration(job: Job) -> None:
     config = job.config
     for flag, names in (("--calibration", config.calibration_weights), ("--selection-data", config.selection_data)):
         if SELF in names and not job.task.generates:
-            raise UsageError(
-                f"rows cannot be sampled from this {job.task.name}; give {flag} "
-                + ("a folder of images" if job.takes_images else "a text")
-            )
+            expected = _EXPECTED.get(str(job.row_format.values), "a text")
+            raise UsageError(f"rows cannot be sampled from this {job.task.name}; give {flag} {expected}")
 
 
-def _given_source(job: Job, text: str, quota: dict[str, int]) -> SourceRows:
-    return SourceRows(*_rows(job, text, _needed(text, quota), job.config.seed), quota)
+def _given_source(job: Job, text: str, quota: dict[str, int], samples: bool = True) -> SourceRows:
+    return SourceRows(*_rows(job, text, _needed(text, quota), job.config.seed, samples), quota)
 
 
-def _rows(job: Job, text: str, count: int, seed: int) -> tuple[str, Tensor]:
-    """Label and rows of a source, at least ``count`` where it holds them."""
-    if job.takes_images:
-        images = image_rows(image_processor(job.index.folder), Path(text), count, seed)
-        _check_images(job, images)
-        return Path(text).name, images
+def _media_rows(job: Job, text: str, count: int, seed: int, samples: bool) -> tuple[str, Tensor]:
+    """Label and rows of images or sounds, with tokens where the model reads both."""
+    form, texts = job.row_format, None
+    if form.is_joint:
+        start = first_decoder_token(job.skeleton.config) if feeds_decoder(job.skeleton) else None
+        texts = RowTexts(
+            job.tokenizer(), job.settings.seq_len, start, _transcribe(job, samples) if start is not None else None
+        )
+    label, values, tokens = MediaReader(form, job.index.folder, texts).read(text, count, seed)
+    _check_shape(job, values)
+    return label, values if tokens is None else form.join(_known(job, tokens), values)
+
+
+def _transcribe(job: Job, samples: bool) -> Transcribe:
+    """Gives tokens for sounds without a transcript; where none are sampled, the first one over and over."""
+    if not samples:
+        return lambda sounds, before, positions: torch.tensor(before[:1]).expand(len(sounds), positions)
+    return partial(transcribe, _sampled_model(job))
+
+
+def _sampled_model(job: Job) -> SampledModel:
+    trusted, loader = job.source.runs_code, job.task.auto_class
+    return SampledModel(job.index.folder, job.tokenizer(), job.device, job.dtype, trusted, loader)
+
+
+def _rows(job: Job, text: str, count: int, seed: int, samples: bool = True) -> tuple[str, Tensor]:
+    """Label and rows of a source, at least ``count`` where it holds them; transcripts that it lacks are sampled."""
+    if job.row_format.values is not None:
+        return _media_rows(job, text, count, seed, samples)
     source = open_source(text)
     # Encoders were trained on sequences between special tokens, language models on running text.
     rows = source_rows(job.tokenizer(), source, count, job.settings.seq_len, seed, sentences=not job.task.generates)
@@ -217,9 +244,8 @@ def _sampled_source(context: RunContext, quota: dict[str, int]) -> SourceRows:
     if SELF not in job.config.calibration_weights:  # they choose alone
         length = min(length, SELECTION_LENGTH)
     context.reporter.say(f"sampling {count} rows of {length} tokens from the model")
-    trusted, loader = job.source.runs_code, job.task.auto_class
-    model = SampledModel(job.index.folder, job.tokenizer(), job.device, job.dtype, trusted, loader)
-    tokens = generate_rows(model, count, length, job.config.seed, context.progress("sampling tokens"))
+    progress = context.progress("sampling tokens")
+    tokens = generate_rows(_sampled_model(job), count, length, job.config.seed, progress)
     context.saved.save(SAMPLED, tokens)
     return SourceRows(SELF, tokens, quota)
 
@@ -242,12 +268,14 @@ def _known(job: Job, tokens: Tensor) -> Tensor:
     return tokens
 
 
-def _check_images(job: Job, images: Tensor) -> None:
-    channels, size = image_shape(job.skeleton.config)
-    found = tuple(images.shape[1:])
-    expected = (channels, *(size or found[1:]))
-    if found != expected:
+def _check_shape(job: Job, values: Tensor) -> None:
+    form, found = job.row_format, tuple(values.shape[1:])
+    free = form.values == IMAGES and image_shape(job.skeleton.config)[1] is None
+    expected = (*(form.shape or ())[:1], *found[1:]) if free else form.shape or found
+    if len(found) != len(expected) or any(size not in (-1, seen) for size, seen in zip(expected, found, strict=True)):
+        kind = form.kind.partition(" ")[0]
         raise InputError(
-            f"the image processor gives images of {' x '.join(map(str, found))}, the model takes "
-            f"{' x '.join(map(str, expected))}; expected preprocessor_config.json and config.json of one model"
+            f"the {kind[:-1]} processor gives {kind} of {' x '.join(map(str, found))}, the model takes "
+            f"{' x '.join('any' if size < 0 else str(size) for size in expected)}; expected "
+            "preprocessor_config.json and config.json of one model"
         )

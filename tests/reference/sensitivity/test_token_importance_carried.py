@@ -18,7 +18,7 @@ from tests.support.tiny_zoo import calibration_inputs, kind_named, save_kind
 SEED = 5
 
 
-@pytest.mark.parametrize("name", ["t5", "gemma4-shared", "gemma3n"])
+@pytest.mark.parametrize("name", ["t5", "gemma4-shared", "gemma3n", "whisper"])
 def test_importance_is_that_of_the_whole_model(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweeps, "_STORED", torch.float64)  # not two bytes a number between the sweeps
     kind = kind_named(name)

@@ -12,8 +12,9 @@ import transformers
 from hawqtool.config import RunConfig
 from hawqtool.errors import InputError, UsageError
 from hawqtool.evaluation.divergence import interpolate_log
+from hawqtool.model.inputs.arguments import model_inputs
 from hawqtool.model.skeleton import build_skeleton, max_positions, token_embedding
-from hawqtool.model.tasks import class_task, image_shape, model_inputs, model_task
+from hawqtool.model.tasks import class_task, model_task
 from hawqtool.pipeline.dry_run import describe
 from hawqtool.pipeline.evaluate import run_evaluate
 from hawqtool.pipeline.quantize import run_quantize
@@ -32,27 +33,12 @@ def save(folder: Path, config: str, model: str, **settings: object) -> Path:
     return folder
 
 
-def test_the_shape_of_images_is_that_of_the_vision_part() -> None:
-    vision = transformers.CLIPVisionConfig(image_size=32)
-    assert image_shape(transformers.CLIPConfig(vision_config=vision.to_dict())) == (3, (32, 32))
-    assert image_shape(transformers.ViTConfig(image_size=[32, 48], num_channels=1)) == (1, (32, 48))
-    assert image_shape(transformers.SegformerConfig()) == (3, None)
-
-
 def test_what_reads_images_or_hashes_has_no_embedding_of_tokens() -> None:
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1}
     with torch.device("meta"):
         assert token_embedding(transformers.BertModel(transformers.BertConfig(vocab_size=9, **sizes))) == (9, 8)
         assert token_embedding(transformers.ViTModel(transformers.ViTConfig(**sizes))) is None
         assert token_embedding(transformers.CanineModel(transformers.CanineConfig(**sizes))) is None
-
-
-def test_a_model_of_two_towers_is_refused(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1}
-    parts = {"text_config": sizes, "vision_config": sizes | {"image_size": 8, "patch_size": 4}}
-    transformers.CLIPModel(transformers.CLIPConfig(**parts)).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="CLIPModel reads an image beside each text"):
-        build_skeleton(tmp_path, torch.float32)
 
 
 def test_rows_of_a_classifier_with_encoder_and_decoder_end_once_where_it_is_read(tmp_path: Path) -> None:

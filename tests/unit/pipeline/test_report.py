@@ -76,7 +76,7 @@ def a_report(measure: str = "kl", prefix: str = "model.layers", **changes: Any) 
     bits = [3, 4] * BLOCKS
     mixed = sum(map(stored_bytes, bits))
     errors = {"output_error": 0.01, "rtn_error": 0.03, "fallback": None}
-    rows = {"source": "text.txt", "count": 8, "shape": [64], "fingerprint": "ab" * 32}
+    rows = {"source": "text.txt", "count": 8, "kind": "tokens", "shape": [64], "fingerprint": "ab" * 32}
     report: dict[str, Any] = {
         "schema": "hawqtool.report/2",
         "model": "tiny",

@@ -37,7 +37,7 @@ def quality(kl: float, *formats: str) -> dict[str, Any]:
 
 
 def a_report(**changes: Any) -> dict[str, Any]:
-    rows = {"source": "self", "count": 16, "shape": [256], "fingerprint": "f"}
+    rows = {"source": "self", "count": 16, "kind": "tokens", "shape": [256], "fingerprint": "f"}
     entry = {"unit": "u", "symmetric": True, "bytes": 10}
     names = [f"model.layers.{block}.{leaf}" for block in range(2) for leaf in ("attn.q_proj", "mlp.down_proj")]
     report: dict[str, Any] = {

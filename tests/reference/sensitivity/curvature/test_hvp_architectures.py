@@ -23,8 +23,8 @@ from hawqtool.sensitivity.curvature.hvp import (
 )
 from tests.support.tiny_zoo import SUPPORTED, Kind, calibration_inputs, save_kind
 
-LABELS = {"causal": DATA, "multimodal": DATA, "embedding": OWN_OUTPUT} | dict.fromkeys(
-    ("seq2seq", "masked", "image"), SAMPLED
+LABELS = {"causal": DATA, "multimodal": DATA, "embedding": OWN_OUTPUT, "towers": OWN_OUTPUT} | dict.fromkeys(
+    ("seq2seq", "masked", "image", "speech", "ctc"), SAMPLED
 )
 
 

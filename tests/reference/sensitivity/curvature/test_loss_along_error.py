@@ -159,7 +159,7 @@ def test_at_one_it_is_the_quantized_model(kind: str, settings: dict[str, Any], t
     folder = save_kind(kind_named(kind), tmp_path / "model", torch.float32)
     job = prepare(RunConfig(model=str(folder), device="cpu", **settings))
     generator = torch.Generator().manual_seed(2)
-    if job.takes_images:
+    if job.row_format.values is not None:
         size = job.skeleton.config.image_size
         calibration, rows = (torch.randn(n, 3, size, size, generator=generator) for n in (8, 5))
     else:
