@@ -69,7 +69,8 @@ def _work(job: Job, rates: Rates) -> list[tuple[str, float]]:
     plan += config.gram_steps * _gram_operations(job) / second
     found: list[tuple[str, float]] = []
     if rows and SELF in config.calibration_weights:
-        found.append(("sampling", loading + sum(rows.values()) * forward / _SAMPLING))
+        given = rows.get("report", 0) if config.eval_data is not None else 0
+        found.append(("sampling", loading + (sum(rows.values()) - given) * forward / _SAMPLING))
     elif choosing and SELF in (sources := selection_sources(job)):
         found.append(("sampling", loading + choosing / len(sources) * forward / _SAMPLING))
     if settings.uses_token_importance and calibrating:
