@@ -10,7 +10,15 @@ from typing import Any
 from pydantic import ConfigDict, ValidationError, model_validator
 
 from hawqtool.errors import UsageError
-from hawqtool.formats import ASYMMETRIC_PROFILES, asymmetric_refusal, group_size_refusal, is_served
+from hawqtool.formats import (
+    ASYMMETRIC_PROFILES,
+    CHANNEL,
+    GROUP_SIZES,
+    asymmetric_refusal,
+    group_size_refusal,
+    is_served,
+    parse_label,
+)
 from hawqtool.parsing import read_yaml, shown
 from hawqtool.presets import find_preset
 from hawqtool.records import EXTRA_METRICS, SCORE_METRICS, SWEEP_METRICS
@@ -19,6 +27,9 @@ from hawqtool.settings.metadata import Affects, Setting, choices, flag_of, setti
 from hawqtool.settings.targets import NEED_EVALUATION
 from hawqtool.settings.value_rules import CheckedFields
 from hawqtool.values import split_weight
+
+DEFAULT_GROUP_SIZE = 128
+"""Group size of one width alone, and of pins, where none is given."""
 
 DEFAULT, PRESET, FILE, FLAG = "default", "preset", "file", "flag"
 """Where the value of a setting comes from; a later one wins."""
@@ -43,7 +54,7 @@ class RunConfig(CheckedFields):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
-        if self.profile == "portable" and self.bits and not set(self.bits) <= {4, 8}:
+        if self.profile == "portable" and not set(self.given_widths or ()) <= {4, 8}:
             raise ValueError(
                 "profile portable allows widths 4 and 8 only; drop the others from bits or choose another profile"
             )
@@ -115,6 +126,18 @@ class RunConfig(CheckedFields):
         return self
 
     @model_validator(mode="after")
+    def _check_formats(self) -> RunConfig:
+        if self.formats is None:
+            return self
+        for other in (n for n in ("bits", "group_size", "extra_group_sizes") if getattr(self, n) not in (None, ())):
+            raise ValueError(f"formats is the whole menu, found {other} too; drop one of the two")
+        wrong = next((label for label in self.formats if label[2:] and label.endswith("a") == self.symmetric), None)
+        if wrong is not None:
+            kind, flag = ("has", "--asymmetric") if self.symmetric else ("has no", "--symmetric")
+            raise ValueError(f"{wrong} in formats {kind} zero points; give {flag}, or another label")
+        return self
+
+    @model_validator(mode="after")
     def _check_evaluation(self) -> RunConfig:
         if self.eval is False:
             given = (n for n in (*NEED_EVALUATION, "eval_data", "eval_samples") if getattr(self, n) is not None)
@@ -132,7 +155,27 @@ class RunConfig(CheckedFields):
     @property
     def group_sizes(self) -> tuple[int, ...]:
         """Group sizes that a plan may have; layers that one does not divide fall to a smaller one."""
-        return (self.group_size, *self.extra_group_sizes)
+        if self.formats is not None:
+            named = [parse_label(label).group_size for label in self.formats if label[2:]]
+            return tuple(dict.fromkeys(named if len(named) == len(self.formats) else (*named, *GROUP_SIZES, CHANNEL)))
+        return (*GROUP_SIZES, CHANNEL) if self.chooses_groups else (self.base_group_size, *self.extra_group_sizes)
+
+    @property
+    def base_group_size(self) -> int:
+        """The group size of one width alone, of pins, and which layers must be divided by to be quantized."""
+        if self.formats is not None:
+            return max(self.group_sizes) if CHANNEL not in self.group_sizes else CHANNEL
+        return DEFAULT_GROUP_SIZE if self.group_size is None else self.group_size
+
+    @property
+    def chooses_groups(self) -> bool:
+        """Whether plans may have every group size that engines load: where nothing is said of them."""
+        return self.group_size is None and not self.extra_group_sizes and self.formats is None
+
+    @property
+    def given_widths(self) -> tuple[int, ...] | None:
+        """Widths that were asked for; None where the run decides."""
+        return self.bits if self.formats is None else tuple(sorted({int(label[1]) for label in self.formats}))
 
     @property
     def both_signs(self) -> bool:
@@ -264,6 +307,9 @@ def merge_sources(
     targets = names_affecting(Affects.TARGET)
     if any((sources[FILE] | sources[FLAG]).get(name) is not None for name in targets):
         sources[PRESET] = {name: value for name, value in sources[PRESET].items() if name not in targets}
+    if (sources[FILE] | sources[FLAG]).get("formats") is not None:  # a whole menu gives no room to a preset's
+        menu = ("bits", "group_size", "extra_group_sizes")
+        sources[PRESET] = {name: value for name, value in sources[PRESET].items() if name not in menu}
     values: dict[str, Any] = {}
     origin: dict[str, str] = {}
     for source, found in sources.items():

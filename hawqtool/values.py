@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from typing import Any
 
-from hawqtool.formats import CHANNEL, GROUP_STEP
+from hawqtool.formats import CHANNEL, GROUP_STEP, MAX_BITS, MIN_BITS, parse_label
 from hawqtool.parsing import shown
 
 MAX_BYTES = 1 << 62
@@ -23,6 +24,28 @@ def parse_group_size(value: Any) -> int:
     if re.fullmatch(r"[1-9][0-9]{1,4}", str(value)) and int(value) % GROUP_STEP == 0:
         return int(value)
     raise ValueError(f"expected 32, 64, 128, channel, or another multiple of {GROUP_STEP}")
+
+
+def format_label(text: str) -> str:
+    """A label of a format, or a width such as ``w4``, from what a user writes.
+
+    Raises:
+        ValueError: If it is neither; names the nearest label.
+    """
+    try:
+        if re.fullmatch(r"w\d", text):
+            parse_label(f"{text}ch")
+            return text
+        size = parse_label(text).group_size
+        if size % GROUP_STEP:
+            raise ValueError(f"groups of {size} are no multiple of {GROUP_STEP}")
+    except ValueError as error:
+        known = [
+            f"w{bits}{size}" for bits in range(MIN_BITS, MAX_BITS + 1) for size in ("g32", "g64", "g128", "ch", "")
+        ]
+        near = difflib.get_close_matches(text, known, n=1)
+        raise ValueError(str(error) + (f", did you mean {near[0]!r}?" if near else "")) from None
+    return text
 
 
 def parse_size(text: str) -> int:

@@ -55,6 +55,7 @@ def announcement(description: DryRun) -> list[str]:
         *_source_lines(description),
         f"widths      {', '.join(map(str, description['widths']))} bits{kind}; achievable {low:.3f} to {high:.3f} "
         "stored bits per weight",
+        *_menu_lines(description),
         f"budget      {aim}",
         f"size        {size(description['original_bytes'])} now, {about}{size(description['expected_bytes'])} "
         f"({description['expected_bytes']:,} bytes) afterwards",
@@ -64,6 +65,17 @@ def announcement(description: DryRun) -> list[str]:
     ]
     lines += [*estimate_lines(description), *kept_lines(description["kept"])]
     return lines + [f"note        {text}" for text in description["group_falls"]]
+
+
+def _menu_lines(description: DryRun) -> list[str]:
+    """Group sizes by width, where there are several to choose from."""
+    by_width: dict[str, list[str]] = {}
+    for label in description["menu"]:
+        by_width.setdefault(label[:2], []).append(label[2:])
+    if max(map(len, by_width.values()), default=0) < 2:
+        return []
+    shown = (f"{width} {' '.join(sizes)}" for width, sizes in by_width.items())
+    return [f"menu        {', '.join(shown)}"]
 
 
 def estimate_lines(description: DryRun) -> list[str]:

@@ -22,7 +22,7 @@ from hawqtool.pipeline.run.files import (
     write_json,
     write_text,
 )
-from hawqtool.pipeline.run.menu import budget_bytes, format_menu, widths
+from hawqtool.pipeline.run.menu import budget_bytes, format_menu, measured_menu, widths
 from hawqtool.pipeline.search.planner import allocate
 from hawqtool.pipeline.stages.measure import score_warnings
 from hawqtool.records import Menu, Unit, UnitFormats, UnitScores
@@ -99,7 +99,7 @@ def run_frontier(config: RunConfig, sensitivity: Path, output: Path, count: int 
         raise UsageError("--frontier answers every budget; drop the target (and --costs), or --frontier")
     check_writable(output, "--frontier")
     saved = _load(config, sensitivity)
-    menu = _menu(saved, saved.config.bits or _measured_widths(saved))
+    menu = _menu(saved, saved.config.given_widths or _measured_widths(saved))
     problem = build_problem(saved.units, menu, saved.scores, saved.pins)
     as_csv = output.suffix.lower() == ".csv"
     points = curve_points(problem, count if count is not None or as_csv else JSON_POINTS)
@@ -130,21 +130,25 @@ def _load(config: RunConfig, sensitivity: Path) -> _Saved:
     units = tuple(unit for unit in measured if unit.name not in ignored)
     metric = config.metric
     scores = metric_scores(table, metric, sensitivity)
-    if "group_size" not in config.model_fields_set:
-        config = config.model_copy(update={"group_size": _group_size(scores)})
-    sizes = {name: fmt.group_size for name, fmt in uniform_formats(units, 8, config.group_size).items()}
+    base = _group_size(scores) if config.chooses_groups else config.base_group_size
+    if config.uniform_width is not None:
+        config = config.model_copy(update={"group_size": base})
+    sizes = {name: fmt.group_size for name, fmt in uniform_formats(units, 8, base).items()}
     pins = resolve_pins(config.pin, units, sizes, config.symmetric)
     return _Saved(config, units, tuple(m.name for m in left), unquantized, metric, scores, pins)
 
 
 def _menu(saved: _Saved, bits: tuple[int, ...]) -> Menu:
-    return format_menu(saved.units, bits, saved.config)
+    """The formats that were asked for, else all that were measured at these widths."""
+    if not saved.config.chooses_groups:
+        return format_menu(saved.units, bits, saved.config)
+    return measured_menu(saved.units, bits, saved.scores)
 
 
 def _widths(saved: _Saved, budget: int) -> tuple[int, ...]:
     """Widths to choose from: the usual ones, or all that were measured where some of those were not."""
     usual = widths(saved.config, saved.units, budget)
-    if saved.config.bits is not None:
+    if saved.config.given_widths is not None:
         return usual
     measured = _measured_widths(saved)
     return usual if set(usual) <= set(measured) else measured

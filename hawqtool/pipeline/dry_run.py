@@ -133,6 +133,7 @@ def describe(job: Job) -> DryRun:
         "units": len(job.units),
         "quantized_weights": weights,
         "widths": sorted({f.bits for formats in menu.values() for f in formats}),
+        "menu": [f.label for f in sorted({f for formats in menu.values() for f in formats})],
         "symmetric": symmetric,
         "kept": kept_record(job),
         "group_falls": _group_falls(job, menu),
@@ -185,7 +186,9 @@ def _check_feasible(job: Job, menu: Menu, budget: int, weights: int, fixed: int)
 
 
 def _group_falls(job: Job, menu: Menu) -> list[str]:
-    wanted = job.config.group_size
+    wanted = job.config.base_group_size
+    if job.config.formats is not None or (job.config.chooses_groups and job.config.uniform_width is None):
+        return []  # the menu has what divides
     fallen = [u.name for u in job.units if menu[u.name][0].group_size != wanted]
     if not fallen:
         return []

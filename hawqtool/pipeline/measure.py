@@ -39,7 +39,7 @@ def run_measure(config: RunConfig, output: Path, reporter: Reporter) -> Sensitiv
         before = stamps(job.index)
         record_content(job.index, before, reporter)
         run.begin(run_identity(job), config.restart)
-        menu = format_menu(job.units, config.bits or WIDE_MENU, config)
+        menu = format_menu(job.units, config.given_widths or WIDE_MENU, config)
         context = RunContext(job, reporter, run.saved)
         sets = gather_rows(context, scores_alone=True)
         run.check_rows({name: rows.fingerprint for name, rows in sets.items()})

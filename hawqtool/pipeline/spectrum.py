@@ -109,7 +109,7 @@ def _single(found: Spectrum) -> float:
 
 def _loss(context: RunContext, sets: dict[str, Rows], width: int) -> dict[str, Any]:
     job = context.job
-    formats = uniform_formats(job.units, width, job.config.group_size)
+    formats = uniform_formats(job.units, width, job.config.base_group_size)
     found = loss_along(
         job.stream(dtype=torch.float32),
         sets["calibration"].tokens if "calibration" in sets else None,

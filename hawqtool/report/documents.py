@@ -181,6 +181,7 @@ class DryRun(TypedDict):
     units: Annotated[int, "Units of the plan."]
     quantized_weights: Annotated[int, "Weights of these linears."]
     widths: Annotated[list[int], "Bits to choose from."]
+    menu: Annotated[list[str], "Formats to choose from, of all units together."]
     symmetric: Annotated[bool, "Whether grids have no zero points."]
     kept: Annotated[Kept, "Matrices that stay as they are."]
     group_falls: Annotated[list[str], "Group sizes that do not divide, and what takes their place."]

@@ -42,6 +42,9 @@ InitialRoundings = dict[str, dict[str, InitialRounding]]
 RoundingErrors = dict[str, dict[str, Tensor]]
 """D = Q(W) - W by linear and format label, each ``[out, in]`` float32."""
 
+TOGETHER_ELEMENTS = 1 << 29
+"""Most weights, one in several formats counting as several, that go through the column loop together."""
+
 InputGroups = Iterable[tuple[Sequence[LinearSpec], GroupStatistics]]
 """Linears that share an input, with the statistics of that input."""
 
@@ -117,9 +120,10 @@ class RoundingSpec:
         if not tasks:
             return found
         factor = self.factor(tasks, statistics)
-        for task, rounded in zip(tasks, round_group(tasks, factor, self.method, statistics), strict=True):
-            rounding = InitialRounding(task.name, task.weight, rounded, task.quant_format)
-            found.setdefault(task.name, {})[task.quant_format.label] = rounding
+        for part in _parts(tasks):
+            for task, rounded in zip(part, round_group(part, factor, self.method, statistics), strict=True):
+                rounding = InitialRounding(task.name, task.weight, rounded, task.quant_format)
+                found.setdefault(task.name, {})[task.quant_format.label] = rounding
         return found
 
     def errors(self, block: LoadedBlock, group: Sequence[LinearSpec], statistics: GroupStatistics) -> RoundingErrors:
@@ -138,6 +142,18 @@ class RoundingSpec:
         for group, statistics in groups:
             found |= self.roundings(block, group, statistics)
         return _as_errors(found if self.refiner is None else self.refiner(block, hidden, found))
+
+
+def _parts(tasks: Sequence[Task]) -> list[list[Task]]:
+    """Tasks in their order, so many together as memory is meant to take; at least one."""
+    parts, elements = [[tasks[0]]], tasks[0].weight.numel()
+    for task in tasks[1:]:
+        elements += task.weight.numel()
+        if elements > TOGETHER_ELEMENTS:
+            parts.append([])
+            elements = task.weight.numel()
+        parts[-1].append(task)
+    return parts
 
 
 def _as_errors(roundings: InitialRoundings) -> RoundingErrors:

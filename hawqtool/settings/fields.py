@@ -25,18 +25,25 @@ class Fields(TargetFields):
         detail="Profile portable takes 4 and 8 only.",
         panel=FORMATS, affects=Affects.FORMATS, as_text=True, commands=("measure", "allocate"),
     )] = None
-    group_size: Annotated[int, Setting(
+    group_size: Annotated[int | None, Setting(
         help="Inputs per scale: 128, 64, 32 or channel, with --profile transformers any multiple of 16; falls to the "
         "largest smaller one of these that divides a layer.",
+        default="all that engines load, the plan chooses; 128 for one width and for pins",
         detail="Channel is the whole row. The run says where it falls.",
         panel=FORMATS, affects=Affects.FORMATS, as_text=True, commands=("measure", "allocate", "inspect"),
-    )] = 128
+    )] = None
     extra_group_sizes: Annotated[tuple[int, ...], Setting(
-        help="Further ones that a plan may give to units: 32,channel.",
-        detail="They give a finer choice of sizes between two widths, for more measuring. Pins and memory estimates "
-        "keep to group_size.", panel=FORMATS, expert=True,
+        help="Further ones that a plan may give to units, beside --group-size: 32,channel.",
+        detail="They give a finer choice of sizes between two widths, for more measuring. Pins keep to group_size.",
+        panel=FORMATS, expert=True,
         affects=Affects.FORMATS, as_text=True, commands=("measure", "allocate"),
     )] = ()
+    formats: Annotated[tuple[str, ...] | None, Setting(
+        help="The menu, label by label, in place of --bits and --group-size: w2g32,w3g64,w4ch; w4 alone is 4 bits in "
+        "every group size that engines load.", default="by bits and group_size",
+        detail="Labels are those that reports print; w4g64a has zero points and needs --asymmetric.",
+        panel=FORMATS, affects=Affects.FORMATS, metavar="LABELS", as_text=True, commands=("measure", "allocate"),
+    )] = None
     symmetric: Annotated[bool, Setting(
         help="Grids without or with zero points; asymmetric needs --profile vllm.", default="symmetric",
         detail="Symmetric is scale * code. Asymmetric is scale * (code - zero): smaller errors for one zero point more "

@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_serializer, field_validator
 
-from hawqtool.formats import BLOCK_LABELS, GROUP_STEP, MAX_BITS, MIN_BITS
+from hawqtool.formats import BLOCK_LABELS, CHANNEL, GROUP_STEP, MAX_BITS, MIN_BITS
 from hawqtool.records import EXTRA_METRICS, SCORE_METRICS
 from hawqtool.settings.fields import SELF, Fields
-from hawqtool.values import parse_group_size, parse_share, parse_size, split_weight
+from hawqtool.values import format_label, parse_group_size, parse_share, parse_size, split_weight
 
 _GroupSize = Annotated[int, Field(gt=0, multiple_of=GROUP_STEP)] | Literal["channel"]
 
@@ -52,10 +52,20 @@ class CheckedFields(Fields):
             return value if value in ("auto", "keep") else str(value).upper()
         raise ValueError(f"expected auto, keep or one of {', '.join(BLOCK_LABELS)}")
 
-    @field_validator("group_size", mode="before", json_schema_input_type=_GroupSize)
+    @field_validator("group_size", mode="before", json_schema_input_type=_GroupSize | None)
     @classmethod
-    def _parse_group_size(cls, value: Any) -> int:
-        return parse_group_size(value)
+    def _parse_group_size(cls, value: Any) -> int | None:
+        return value if value is None else parse_group_size(value)
+
+    @field_validator("formats", mode="before", json_schema_input_type=str | list[str] | None)
+    @classmethod
+    def _parse_formats(cls, value: Any) -> Any:
+        if value is None:
+            return None
+        parts = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+        if not isinstance(parts, (list, tuple)) or not parts:
+            raise ValueError("expected labels such as w3g64,w4ch")
+        return tuple(dict.fromkeys(format_label(str(part)) for part in parts))
 
     @field_validator("extra_group_sizes", mode="before", json_schema_input_type=str | int | list[int | str])
     @classmethod
@@ -64,8 +74,10 @@ class CheckedFields(Fields):
         return tuple(dict.fromkeys(parse_group_size(part) for part in parts or ()))
 
     @field_serializer("group_size", "extra_group_sizes", when_used="json")
-    def _name_channel(self, value: int | tuple[int, ...]) -> Any:
-        return [size or "channel" for size in value] if isinstance(value, tuple) else value or "channel"
+    def _name_channel(self, value: int | tuple[int, ...] | None) -> Any:
+        if isinstance(value, tuple):
+            return [size or "channel" for size in value]
+        return "channel" if value == CHANNEL else value
 
     @field_validator("extra_metrics", mode="before", json_schema_input_type=str | list[str])
     @classmethod

@@ -191,7 +191,7 @@ class Bench:
             "model_fingerprint": model_fingerprint(self.job.index, self.reporter),
             "device": self.job.device.type,
             "bits": self.options.bits,
-            "group_size": self.job.config.group_size,
+            "group_size": self.job.config.base_group_size,
             "calibration": Path(self.options.calibration).name,
             "rows": [self.job.settings.num_samples, self.job.settings.seq_len],
             "batch_size": self.job.settings.batch_size,
@@ -262,7 +262,7 @@ class Bench:
         if job.config.plan is not None:
             return given_plan(job.config, job.units).formats
         bits = int(overrides.get("bits", self.options.bits))
-        return uniform_formats(job.units, bits, job.config.group_size, job.config.symmetric)
+        return uniform_formats(job.units, bits, job.config.base_group_size, job.config.symmetric)
 
     def _rows(self, job: Job) -> Rows:
         key = (

@@ -38,7 +38,7 @@ def test_a_preset_is_a_run_with_one_target(name: str) -> None:
 @pytest.mark.parametrize("preset", list_presets(), ids=lambda preset: preset.name)
 def test_the_engines_of_a_preset_are_those_that_load_its_formats(preset: object) -> None:
     settings = read_yaml(preset.path)  # type: ignore[attr-defined]
-    formats = {f"layers.{bits}.up_proj": QuantFormat(bits, settings["group_size"]) for bits in settings["bits"]}
+    formats = {f"layers.{bits}.up_proj": QuantFormat(bits, settings.get("group_size", 64)) for bits in settings["bits"]}
     found = engines(formats, dict.fromkeys(formats, (512, 512)))
     loading = [entry["engine"] for entry in found if entry["loads"]]
     assert preset.loads_in.split(", ") == loading  # type: ignore[attr-defined]

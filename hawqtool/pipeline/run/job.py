@@ -211,7 +211,7 @@ def prepare(
         )
     check_shapes(probe, structure, index)
     if config.plan is None:
-        structure = structure.without_undivided(lambda u: unit_group_size(u, config.group_size) is not None, index)
+        structure = structure.without_undivided(lambda u: unit_group_size(u, config.base_group_size) is not None, index)
     if not structure.linears:
         raise InputError(f"{config.model}: no linear layer was found in its blocks")
     stored = _stored_dtype(index, structure)
@@ -285,7 +285,7 @@ def _stored_dtype(index: CheckpointIndex, structure: Structure) -> torch.dtype:
 
 def _pins(config: RunConfig, units: tuple[Unit, ...]) -> UnitFormats:
     """Formats that ``--pin`` fixes, each at the group size that its unit takes."""
-    sizes = {name: fmt.group_size for name, fmt in uniform_formats(units, 8, config.group_size).items()}
+    sizes = {name: fmt.group_size for name, fmt in uniform_formats(units, 8, config.base_group_size).items()}
     return resolve_pins(config.pin, units, sizes, config.symmetric)
 
 

@@ -12,8 +12,10 @@ import torch
 
 from hawqtool.checkpoint.index import CheckpointIndex
 from hawqtool.config import RunConfig
+from hawqtool.formats import MAX_BITS
 from hawqtool.model.discovery import Structure
 from hawqtool.records import BlockSpec, LinearSpec
+from hawqtool.rounding.spec import TOGETHER_ELEMENTS
 from hawqtool.streaming.offload import Offload
 from hawqtool.values import parse_size
 
@@ -81,7 +83,7 @@ class Work:
         """Estimate of the memory that measuring and rounding take besides."""
         scoring = max(_MOST_SCORING_ROWS, self.num_samples // _MOST_SCORING_ROWS)
         tokens = [min(batch_size, count) * self.seq_len for count in (self.num_samples, scoring)]
-        formats = len(self.config.bits or _FOUR_WIDTHS) * (1 + len(self.config.extra_group_sizes))
+        formats = _most_formats(self.config)
         needed = workspace_bytes(self.index, self.structure, self.dtype, tokens[0], tokens[1], formats)
         if self.sees_original:
             single = tokens[0] if batch_size >= self.num_samples else 0
@@ -151,6 +153,16 @@ def workspace_bytes(
     )
 
 
+def _most_formats(config: RunConfig) -> int:
+    """Formats that a layer is measured in, at most; the widest has whole rows alone where groups are not given."""
+    bits, sizes = config.given_widths or _FOUR_WIDTHS, len(config.group_sizes)
+    if config.formats is not None:
+        return sum(1 if label[2:] else sizes for label in config.formats)
+    if config.uniform_width is not None:
+        return 1
+    return sum(1 if config.chooses_groups and width == MAX_BITS else sizes for width in bits)
+
+
 def drift_bytes(structure: Structure, dtype: torch.dtype, single_tokens: int) -> int:
     """What rounding holds besides to see the original's inputs.
 
@@ -196,5 +208,6 @@ def _block_bytes(spec: BlockSpec, size: int, batch_tokens: int, scoring_tokens: 
 def _rounding_bytes(group: Sequence[LinearSpec], formats: int) -> int:
     columns = group[0].in_features
     rows = sum(linear.out_features for linear in group)
-    loop = columns**2 * _COLUMN_BYTES + _COLUMN_MATRICES * _FLOAT_BYTES * rows * columns * formats
+    stacked = min(rows * columns * formats, max(TOGETHER_ELEMENTS, max(m.num_weights for m in group)))
+    loop = columns**2 * _COLUMN_BYTES + _COLUMN_MATRICES * _FLOAT_BYTES * stacked
     return max(columns**2 * _FACTOR_BYTES, loop)

@@ -9,16 +9,28 @@ from typing import TYPE_CHECKING
 from hawqtool.allocation.problem import AllocationProblem, stored_bytes
 from hawqtool.allocation.second_cost import second_cost
 from hawqtool.allocation.uniform import uniform_formats
+from hawqtool.checkpoint.fusion import is_expert
 from hawqtool.config import RunConfig
 from hawqtool.errors import UsageError
+from hawqtool.formats import CHANNEL, GROUP_SIZES, parse_label
 from hawqtool.pipeline.run.job import Job
-from hawqtool.records import Menu, Unit, UnitFormats
+from hawqtool.records import Menu, Unit, UnitFormats, UnitScores
 from hawqtool.values import parse_size
 
 if TYPE_CHECKING:
     from hawqtool.allocation.exact import SecondCost
 
 NARROW_MENU, WIDE_MENU = (4, 8), (2, 3, 4, 8)
+WIDEST = 8
+"""At this width groups cost bytes and lower no loss that counts: whole rows alone."""
+
+BELOW, ABOVE = 1.0, 1.25
+"""Bits per weight around the budget in which all group sizes are worth measuring.
+
+Of a width that lies above, the smallest format is a unit's escape; of one that lies below, the finest."""
+
+_EXPERT_ROWS = (4, 8)
+"""Widths at which vLLM's kernels take whole rows in experts, by its source."""
 
 
 def budget_bytes(config: RunConfig, units: Sequence[Unit], unquantized_bytes: int, pins: UnitFormats) -> int:
@@ -31,7 +43,7 @@ def budget_bytes(config: RunConfig, units: Sequence[Unit], unquantized_bytes: in
         pins: Fixed formats by unit, which count where one width is all that is asked for.
     """
     if config.uniform_width is not None:
-        uniform = uniform_formats(units, config.uniform_width, config.group_size, config.symmetric)
+        uniform = uniform_formats(units, config.uniform_width, config.base_group_size, config.symmetric)
         return stored_bytes(units, {**uniform, **pins})
     if config.target_bpw is not None:
         return AllocationProblem({}, sum(unit.num_weights for unit in units)).budget_bytes(config.target_bpw)
@@ -65,21 +77,66 @@ def widths(config: RunConfig, units: Sequence[Unit], budget: int | None) -> tupl
 
     With widths 4 and 8 all engines load the result; narrower budgets need 2 and 3 bits as well.
     """
-    if config.bits is not None:
-        return config.bits
-    four = stored_bytes(units, uniform_formats(units, 4, config.group_size, config.symmetric))
+    if config.given_widths is not None:
+        return config.given_widths
+    four = stored_bytes(units, uniform_formats(units, 4, config.base_group_size, config.symmetric))
     if config.profile == "portable" or (budget is not None and budget >= four):
         return NARROW_MENU
     return WIDE_MENU
 
 
-def format_menu(units: Sequence[Unit], bits: Sequence[int], config: RunConfig) -> Menu:
+def format_menu(units: Sequence[Unit], bits: Sequence[int], config: RunConfig, bpw: float | None = None) -> Menu:
     """Formats that each unit may take, by rising width, the configuration's own group size first at each.
 
     Group sizes fall where they do not divide; of formats made equal by that one is kept.
+
+    Args:
+        units: Units that are quantized.
+        bits: Widths.
+        config: The run's configuration.
+        bpw: Budget in stored bits per weight, where it is known: group sizes that no good plan has are left out.
     """
-    plans = [uniform_formats(units, width, size, config.symmetric) for width in bits for size in config.group_sizes]
-    return {unit.name: tuple(dict.fromkeys(formats[unit.name] for formats in plans)) for unit in units}
+    kinds = [kind for width in bits for kind in _kinds(config, width, bpw)]
+    plans = [uniform_formats(units, width, size, config.symmetric) for width, size in kinds]
+    menu = {unit.name: tuple(dict.fromkeys(formats[unit.name] for formats in plans)) for unit in units}
+    if not config.chooses_groups:
+        return menu
+    for unit in (unit for unit in units if any(is_expert(member.name) for member in unit.members)):
+        taken = (f for f in menu[unit.name] if f.group_size != CHANNEL or f.bits in _EXPERT_ROWS)
+        menu[unit.name] = tuple(taken) or menu[unit.name]
+    return menu
+
+
+def _kinds(config: RunConfig, width: int, bpw: float | None) -> list[tuple[int, int]]:
+    """Width and group size of the formats of one width."""
+    if config.formats is not None:
+        named = [parse_label(label).group_size for label in config.formats if label[2:] and label[1] == str(width)]
+        whole = f"w{width}" in config.formats
+        return [(width, size) for size in dict.fromkeys((*named, *(_SERVED if whole else ())))]
+    if not config.chooses_groups:
+        return [(width, size) for size in config.group_sizes]
+    if config.uniform_width is not None:
+        return [(width, config.base_group_size)]
+    if width == WIDEST:
+        return [(width, CHANNEL)]
+    if bpw is None:
+        return [(width, size) for size in _SERVED]
+    near = [size for size in _SERVED if bpw - BELOW <= width + _scale_bits(size) <= bpw + ABOVE]
+    return [(width, size) for size in near or [min(GROUP_SIZES) if width < bpw else CHANNEL]]
+
+
+_SERVED = (*GROUP_SIZES, CHANNEL)
+
+
+def _scale_bits(group_size: int) -> float:
+    """Bits per weight of 16-bit scales; nothing to speak of for whole rows."""
+    return 16 / group_size if group_size else 0.0
+
+
+def measured_menu(units: Sequence[Unit], bits: Sequence[int], scores: UnitScores) -> Menu:
+    """All formats of these widths that were measured, by unit."""
+    found = {unit.name: sorted(map(parse_label, scores.get(unit.name, {}))) for unit in units}
+    return {name: tuple(fmt for fmt in formats if fmt.bits in bits) for name, formats in found.items()}
 
 
 def unquantized_bytes(job: Job, menu: Menu) -> int:
@@ -91,4 +148,5 @@ def unquantized_bytes(job: Job, menu: Menu) -> int:
 def job_menu(job: Job, budget: int | None) -> Menu:
     """Formats of each unit under the configuration's widths and budget."""
     config = job.config
-    return format_menu(job.units, widths(config, job.units, budget), config)
+    bpw = None if budget is None else 8 * budget / max(1, sum(unit.num_weights for unit in job.units))
+    return format_menu(job.units, widths(config, job.units, budget), config, bpw)

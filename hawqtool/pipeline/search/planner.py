@@ -26,9 +26,11 @@ from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.run.menu import (
     budget_bytes,
     job_menu,
+    measured_menu,
     meets_second_budget,
     second_budget,
     unquantized_bytes,
+    widths,
 )
 from hawqtool.pipeline.search.shortlist import RULE, alternatives, rule_plan
 from hawqtool.pipeline.stages.measure import Origin, measured
@@ -79,9 +81,16 @@ class Planner:
             )
         return self.table.scores[metric]
 
+    def _menu(self, budget: int | None) -> Menu:
+        """Formats of each unit; of a file what it holds, where nothing is said of group sizes."""
+        config, units = self.job.config, self.job.units
+        if self.table is None or config.measures or not config.chooses_groups:
+            return job_menu(self.job, budget)
+        return measured_menu(units, widths(config, units, budget), self.scores)
+
     def plan(self, budget: int) -> BitPlan:
         """The plan of least predicted loss within a budget."""
-        job, menu = self.job, job_menu(self.job, budget)
+        job, menu = self.job, self._menu(budget)
         if self.table is None:
             fixed = single_choice_plan(job.units, menu, job.pins, budget, job.config)
             assert fixed is not None  # otherwise something was measured
@@ -95,7 +104,7 @@ class Planner:
 
     def curve(self) -> Frontier:
         """The whole frontier of predicted loss."""
-        menu = job_menu(self.job, None)
+        menu = self._menu(None)
         only = {} if self.table else {unit: formats[0] for unit, formats in menu.items()}
         pins = {**only, **self.job.pins}
         return frontier(build_problem(self.job.units, menu, self.scores, pins))
@@ -111,7 +120,7 @@ class Planner:
         own, job = self.plan(budget), self.job
         if self.table is None:
             return {"uniform menu": own}
-        plans, known = {self.metric: own}, (job.units, job_menu(job, budget), self.table, job.pins, own, budget)
+        plans, known = {self.metric: own}, (job.units, self._menu(budget), self.table, job.pins, own, budget)
         if job.settings.shortlist > 1:
             plans = dict([*plans.items(), *alternatives(*known).items()][: job.settings.shortlist])
         rule = rule_plan(*known)

@@ -138,11 +138,13 @@ def obeys(job: Job, plan: BitPlan) -> bool:
     if any(plan.formats[unit].bits != fmt.bits for unit, fmt in job.pins.items()):
         return False
     menu = job_menu(job, None)
-    fixed_widths = config.bits is not None or config.profile == "portable"
+    fixed_widths = config.given_widths is not None or config.profile == "portable"
     for unit, fmt in plan.formats.items():
         if fixed_widths and fmt.bits not in {f.bits for f in menu[unit]}:
             return False
-        if "group_size" in config.model_fields_set and fmt.group_size not in {f.group_size for f in menu[unit]}:
+        if config.group_size is not None and fmt.group_size not in {f.group_size for f in menu[unit]}:
+            return False
+        if config.formats is not None and unit not in job.pins and fmt not in menu[unit]:
             return False
     return True
 

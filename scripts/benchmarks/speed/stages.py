@@ -241,7 +241,7 @@ class Benchmark:
 
 def uniform_plan(job: Job) -> BitPlan:
     """All units at 4 bits."""
-    formats = uniform_formats(job.units, 4, job.config.group_size)
+    formats = uniform_formats(job.units, 4, job.config.base_group_size)
     return BitPlan(formats, stored_bytes(job.units, formats), sum(unit.num_weights for unit in job.units))
 
 
