@@ -16,7 +16,7 @@ from hawqtool.report.verdict import FEW_ROWS_TEXT, verdict, verdict_text
 
 @o.with_settings
 def evaluate(
-    folder: Annotated[Path, typer.Argument(help="A quantized folder.")],
+    folder: Annotated[Path, typer.Argument(help="A quantized folder, or a GGUF file that hawqtool wrote.")],
     against: Annotated[str, typer.Option("--against", help="The original: a folder or a hub id.", metavar="MODEL")],
     values: o.Values,
     eval_data: Annotated[
@@ -36,9 +36,11 @@ def evaluate(
         settings = load_config(None, values | {"model": against, "eval_data": eval_data})
         decide_hub_access(settings.data_sources)
 
+        from hawqtool.checkpoint.gguf.header import is_gguf
         from hawqtool.pipeline.evaluate import run_evaluate
+        from hawqtool.pipeline.gguf.evaluation import evaluate_gguf
 
-        result = run_evaluate(settings, folder, terminal)
+        result = (evaluate_gguf if is_gguf(folder) else run_evaluate)(settings, folder, terminal)
         terminal.end()
         if json:
             print_json(result)

@@ -12,7 +12,7 @@ from hawqtool.cli.session import decide_hub_access, print_json, session
 
 
 def verify(
-    folder: Annotated[Path, typer.Argument(help="A folder that hawqtool wrote.")],
+    folder: Annotated[Path, typer.Argument(help="A folder or a GGUF file that hawqtool wrote.")],
     against: Annotated[
         Optional[str], typer.Option("--against", help="The original: a folder or a hub id.", metavar="MODEL")
     ] = None,
@@ -24,15 +24,22 @@ def verify(
     Problems are printed one a line.
 
     Example: hawqtool verify ./out --against ./model
+
+    Example: hawqtool verify out.gguf --against ./model
     """
     with session(debug=debug, json=json) as terminal:
         decide_hub_access()
+        from hawqtool.checkpoint.gguf.header import is_gguf
         from hawqtool.checkpoint.source import locate
         from hawqtool.errors import InputError
         from hawqtool.export.verify import verify_folder
         from hawqtool.parsing import printable
+        from hawqtool.pipeline.gguf.verification import verify_gguf
 
-        report = verify_folder(folder, None if against is None else locate(against).folder)
+        if is_gguf(folder):
+            report = verify_gguf(folder, against)
+        else:
+            report = verify_folder(folder, None if against is None else locate(against).folder)
         if json:
             terminal.answered = True
             print_json(

@@ -236,6 +236,16 @@ class GgufQuality(TypedDict):
     quantized: Annotated[Quality, "The file, its weights dequantized in float32."]
 
 
+class GgufMatrix(TypedDict):
+    """Where a matrix of the original lies in the file."""
+
+    tensor: Annotated[str, "Tensor that holds it."]
+    first_row: Annotated[int, "Its first row there; others than 0 in experts."]
+    rows: Annotated[list[int] | None, "Row of the original that each row is; null where they are in order."]
+    transposed: Annotated[bool, "Whether the original stores it transposed."]
+    weight_error: Annotated[float, "Squared error over squared weights."]
+
+
 class GgufDocument(TypedDict):
     """Record of a GGUF file, printed and written beside it (FILE.gguf.json)."""
 
@@ -244,12 +254,14 @@ class GgufDocument(TypedDict):
     template: Annotated[str, "Name of the template's file."]
     output: Annotated[str, "Name of the file."]
     bytes: Annotated[int, "Its size."]
+    sha256: Annotated[str, "SHA-256 of the file."]
     bpw: Annotated[float, "Stored bits per weight of the tensors that the plan is about."]
     num_weights: Annotated[int, "Their weights."]
     metric: Annotated[str | None, "Scores that chose the types; null where there was no choice."]
     predicted_loss: Annotated[float | None, "Sum of the chosen scores, nats per token."]
     types: Annotated[dict[str, str], "Type of every quantized tensor, embedding and output among them."]
     kept: Annotated[dict[str, str], "Why each other matrix stays as the template has it."]
+    matrices: Annotated[dict[str, GgufMatrix], "Matrices of the original that were quantized, by their tensors' names."]
     output_error: Annotated[dict[str, float], "Squared error of a linear's outputs over their squares."]
     quality: Annotated[GgufQuality | None, "Judgement on held-out rows; null where nothing was evaluated."]
     seconds: Annotated[float, "Time of the run."]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hawqtool.checkpoint.gguf.block_types import BLOCK_TYPES
+from hawqtool.checkpoint.index import read_index
 from hawqtool.config import load_config
 from hawqtool.errors import InputError, UsageError
 from hawqtool.pipeline.gguf.conversion import run_gguf
+from hawqtool.pipeline.gguf.evaluation import evaluate_gguf
+from hawqtool.pipeline.gguf.record import read_record, recorded_places
 from hawqtool.pipeline.gguf.source import GgufSource
-from hawqtool.pipeline.gguf.tensors import prepare_gguf
+from hawqtool.pipeline.gguf.verification import verify_gguf
 from hawqtool.report.documents import GgufDocument
 from hawqtool.runtime.reporter import Silent
 from tests.support import llama_cpp
@@ -34,6 +38,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose down projections alone have rows of 256, its template and a text."""
     folder = tmp_path_factory.mktemp("gguf")
     (folder / "text.txt").write_text(random_text(1, 6000))
+    (folder / "other.txt").write_text(random_text(2, 1000))
     tiny_llama(folder / "model", intermediate_size=256)
     write_template(folder / "model", folder / "t.gguf")
     return folder
@@ -54,7 +59,7 @@ def run(place: Path, output: Path, **overrides: Any) -> GgufDocument:
 @pytest.fixture(scope="module")
 def mixed(place: Path) -> tuple[Path, GgufDocument]:
     path = place / "mixed.gguf"
-    return path, run(place, path, target_bpw=5.6, tensor_types=place / "types.txt")
+    return path, run(place, path, target_bpw=5.6, tensor_types=place / "types.txt", eval_data=place / "other.txt")
 
 
 def test_a_mixed_file_keeps_the_budget_and_is_what_its_record_says(mixed: tuple[Path, GgufDocument]) -> None:
@@ -77,10 +82,35 @@ def test_a_mixed_file_keeps_the_budget_and_is_what_its_record_says(mixed: tuple[
     assert r"^token_embd\.weight$=q8_0" in types and len(types) == LINEARS + 2
 
 
+def read_back(place: Path, path: Path) -> GgufSource:
+    return GgufSource(path, recorded_places(path, read_record(path)), read_index(place / "model"))
+
+
+def test_verify_and_evaluate_read_the_file(place: Path, mixed: tuple[Path, GgufDocument], tmp_path: Path) -> None:
+    path, document = mixed
+    assert verify_gguf(path, str(place / "model")).problems == ()
+    config = load_config(
+        None,
+        {"model": str(place / "model"), "eval_data": str(place / "other.txt"), "eval_samples": 4, "seq_len": 32},
+    )
+    found = evaluate_gguf(config, path, Silent())
+    assert document["quality"] is not None
+    assert found["quantized"]["kl"] == pytest.approx(document["quality"]["quantized"]["kl"], rel=1e-3)
+    copy = tmp_path / "mixed.gguf"
+    shutil.copy(path.with_name("mixed.gguf.json"), tmp_path / "mixed.gguf.json")
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 4
+    copy.write_bytes(data)
+    assert any("other bytes" in problem for problem in verify_gguf(copy).problems)
+    tiny_llama(tmp_path / "other", intermediate_size=256, seed=1)
+    assert "differs from other's by" in verify_gguf(path, str(tmp_path / "other")).problems[0]
+    with pytest.raises(InputError, match="is not what was made from other"):
+        evaluate_gguf(config.model_copy(update={"model": str(tmp_path / "other")}), path, Silent())
+
+
 def test_rows_lie_as_llama_cpp_wants_them_and_are_read_back(place: Path, mixed: tuple[Path, GgufDocument]) -> None:
     path, document = mixed
-    job = prepare_gguf(load_config(None, settings(place, path, target_bpw=5.6)), Silent())
-    source = GgufSource(path, job)
+    source = read_back(place, path)
     theirs = {t.name: t for t in gguf.GGUFReader(path).tensors}
 
     def values(name: str) -> torch.Tensor:
@@ -146,8 +176,7 @@ def test_a_template_of_another_model_is_refused(place: Path, tmp_path: Path) -> 
 @pytest.mark.skipif(llama_cpp.library() is None, reason="xllamacpp, which brings llama.cpp, is not installed")
 def test_llama_cpp_computes_what_we_say(place: Path, mixed: tuple[Path, GgufDocument], tmp_path: Path) -> None:
     path, _ = mixed
-    job = prepare_gguf(load_config(None, settings(place, path, target_bpw=5.6)), Silent())
-    source, model = GgufSource(path, job), AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32)
+    source, model = read_back(place, path), AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(source.tensor(name).float())

@@ -8,21 +8,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from torch import Tensor
+
 from hawqtool.allocation.exact import solve as solve_exactly
 from hawqtool.allocation.problem import AllocationProblem, build_problem
-from hawqtool.checkpoint.gguf.block_codec import BlockFields, pack_blocks
+from hawqtool.checkpoint.gguf.block_codec import BlockFields, block_grid, grid_values, pack_blocks
 from hawqtool.checkpoint.gguf.block_types import BlockType
 from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.config import RunConfig
 from hawqtool.errors import InputError, NumericalError, UsageError, disk_errors
 from hawqtool.evaluation.divergence import as_record
 from hawqtool.export.gguf.writer import GgufWriter
-from hawqtool.pipeline.gguf.source import GgufSource
-from hawqtool.pipeline.gguf.tensors import GgufJob, Place, prepare_gguf
+from hawqtool.export.manifest import file_hash
+from hawqtool.export.packed_reader import relative_weight_error
+from hawqtool.model.block import LoadedBlock
+from hawqtool.pipeline.gguf.evaluation import GgufEvaluator
+from hawqtool.pipeline.gguf.record import SCHEMA, matrix_records, record_path
+from hawqtool.pipeline.gguf.tensors import GgufJob, prepare_gguf
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.files import write_json
 from hawqtool.pipeline.run.identity import check_unchanged, stamps
-from hawqtool.pipeline.stages.evaluate import Evaluator
 from hawqtool.pipeline.stages.measure import check_scores
 from hawqtool.pipeline.stages.rows import gather_rows
 from hawqtool.pipeline.stages.token_importance import with_token_importance
@@ -33,12 +38,7 @@ from hawqtool.rounding.statistics import GroupStatistics
 from hawqtool.runtime.reporter import Reporter
 from hawqtool.sensitivity.measure import SweepSettings, measure
 from hawqtool.streaming.input_statistics import collect_statistics
-from hawqtool.streaming.stream import ModelStream
 from hawqtool.values import parse_size
-
-SCHEMA = "hawqtool.gguf/1"
-RECORD = ".json"
-"""What the name of the record beside the file ends in."""
 
 Plan = Mapping[str, BlockType]
 """Type of every unit, which is a tensor."""
@@ -70,17 +70,23 @@ def run_gguf(config: RunConfig, reporter: Reporter) -> GgufDocument:
     plan = _plan(context, gguf, sets, calibration, budget)
     layout = gguf.layout(_types(plan))
     with GgufWriter(gguf.template, layout, output) as writer:
-        _write_ends(gguf, writer)
-        errors = _write_blocks(context, gguf, plan, calibration, writer)
+        file = _FileInWork(gguf, writer)
+        file.write_ends()
+        _write_blocks(context, plan, calibration, file)
         check_unchanged(gguf.job.index, before)
-    if output.stat().st_size != layout.total_bytes:
-        raise NumericalError(f"{output} has {output.stat().st_size} bytes; {layout.total_bytes} were planned")
-    quality = _judged(context, gguf, sets, output)
-    document = _document(gguf, plan, errors, quality, output)
-    document["seconds"] = time.perf_counter() - start
-    write_json(output.with_name(output.name + RECORD), cast(dict[str, Any], document))
-    if config.tensor_types is not None:
-        write_type_list(Path(config.tensor_types), {**gguf.ends, **_types(plan)})
+    try:
+        if output.stat().st_size != layout.total_bytes:
+            raise NumericalError(f"{output} has {output.stat().st_size} bytes; {layout.total_bytes} were planned")
+        document = _document(file, plan, _judged(context, gguf, sets, output), output)
+        document["seconds"] = time.perf_counter() - start
+        with disk_errors(output):
+            write_json(record_path(output), cast(dict[str, Any], document))
+        if config.tensor_types is not None:
+            write_type_list(Path(config.tensor_types), {**gguf.ends, **_types(plan)})
+    except BaseException:
+        for path in (output, record_path(output)):
+            path.unlink(missing_ok=True)
+        raise
     return document
 
 
@@ -95,7 +101,7 @@ def output_file(config: RunConfig) -> Path:
     output = Path(config.output).resolve()
     if not output.parent.is_dir():
         raise UsageError(f"the parent folder of {config.output} does not exist; create it first")
-    for path in (output, output.with_name(output.name + RECORD)):
+    for path in (output, record_path(output)):
         if path.exists():
             raise UsageError(f"{path} exists; remove it or choose another name")
     return output
@@ -185,23 +191,54 @@ def _plan(
     return solve_exactly(problem, problem.maximum_bytes if budget is None else budget, job.settings.metric)
 
 
-def _write_ends(gguf: GgufJob, writer: GgufWriter) -> None:
-    """Embedding and output."""
-    reader = TensorReader(gguf.job.index)
-    for name, place in gguf.places.items():
-        if place.tensor in gguf.ends:
-            kind = gguf.ends[place.tensor]
-            weight = gguf.matrix(name, reader).float().to(gguf.job.device)
-            _write(writer, place, round_alone(name, weight, kind), kind)
+class _FileInWork:
+    """Takes what is rounded, and keeps what the record says of it.
+
+    Args:
+        gguf: The job.
+        writer: Writer of the file.
+
+    Attributes:
+        output_errors: Squared error of outputs over squared outputs, by linear.
+        weight_errors: Squared error over squared weights, by the checkpoint's tensor.
+    """
+
+    def __init__(self, gguf: GgufJob, writer: GgufWriter) -> None:
+        self.gguf, self._writer = gguf, writer
+        self.output_errors: dict[str, float] = {}
+        self.weight_errors: dict[str, float] = {}
+
+    def write(self, name: str, weight: Tensor, fields: BlockFields, kind: BlockType) -> None:
+        """Pack rows in the template's order and write them.
+
+        Args:
+            name: Name of the checkpoint's tensor.
+            weight: ``[out, in]``, what was rounded.
+            fields: What it became.
+            kind: Type of the blocks.
+        """
+        place, stored = self.gguf.places[name], pack_blocks(fields, kind)
+        restored = grid_values(fields.codes, block_grid(fields, kind), kind)
+        self.weight_errors[name] = relative_weight_error(weight, restored)
+        if place.piece.rows is not None:
+            stored = stored[place.piece.rows.to(stored.device)]
+        self._writer.write(place.tensor, stored, place.first_row)
+
+    def write_ends(self) -> None:
+        """Round and write embedding and output."""
+        gguf, reader = self.gguf, TensorReader(self.gguf.job.index)
+        for name, place in gguf.places.items():
+            if place.tensor in gguf.ends:
+                weight = gguf.matrix(name, reader).float().to(gguf.job.device)
+                kind = gguf.ends[place.tensor]
+                self.write(name, weight, round_alone(name, weight, kind), kind)
 
 
-def _write_blocks(
-    context: RunContext, gguf: GgufJob, plan: BitPlan, calibration: Rows | None, writer: GgufWriter
-) -> dict[str, float]:
-    """Round block by block on the quantized prefix and write; output errors by linear."""
+def _write_blocks(context: RunContext, plan: BitPlan, calibration: Rows | None, file: _FileInWork) -> None:
+    """Round block by block on the quantized prefix and write."""
     if calibration is None:
         raise InputError("no calibration rows; expected some, as rounding to block types needs inputs; run again")
-    job, errors = gguf.job, dict[str, float]()
+    job = context.job
     one_each = {unit: (kind,) for unit, kind in plan.formats.items()}
     rounding = BlockRounding(job.settings.method, one_each, job.stored_dtypes)
     stream = job.stream()
@@ -213,50 +250,27 @@ def _write_blocks(
     for spec in job.structure.blocks:
         with stream.block(spec.index) as block:
 
-            def visit(group: Any, statistics: GroupStatistics, block: Any = block) -> None:
+            def visit(group: Any, statistics: GroupStatistics, block: LoadedBlock = block) -> None:
                 linears: dict[str, LinearSpec] = {linear.name: linear for linear in group}
-                for layer, _ in rounding.layers(block, group, statistics):
-                    _write(writer, gguf.places[f"{layer.name}.weight"], layer.fields, layer.kind)
-                    errors[layer.name] = layer.output_error
+                for layer, weight in rounding.layers(block, group, statistics):
+                    file.write(f"{layer.name}.weight", weight, layer.fields, layer.kind)
+                    file.output_errors[layer.name] = layer.output_error
                     block.set_weight(linears[layer.name], layer.values)
 
             collect_statistics(block, activations, visit)
         progress(spec.index + 1, len(job.structure.blocks))
-    return errors
-
-
-def _write(writer: GgufWriter, place: Place, fields: BlockFields, kind: BlockType) -> None:
-    """Pack rows in the template's order and write them."""
-    stored = pack_blocks(fields, kind)
-    if place.piece.rows is not None:
-        stored = stored[place.piece.rows.to(stored.device)]
-    writer.write(place.tensor, stored, place.first_row)
-
-
-class _GgufEvaluator(Evaluator):
-    """`Evaluator` of a GGUF file."""
-
-    def __init__(self, context: RunContext, sets: dict[str, Rows], gguf: GgufJob) -> None:
-        super().__init__(context, sets)
-        self._gguf = gguf
-
-    def candidate(self, folder: Path) -> ModelStream:
-        """The model with the weights of a file."""
-        return self.job.stream(GgufSource(folder, self._gguf))
 
 
 def _judged(context: RunContext, gguf: GgufJob, sets: Mapping[str, Rows], output: Path) -> GgufQuality | None:
     """Quality of original and file on the report rows; None where that is not asked for."""
     if not gguf.job.config.evaluates:
         return None
-    evaluator = _GgufEvaluator(context, {"report": sets["report"]}, gguf)
-    original, quantized = evaluator.evaluate(None, "original"), evaluator.evaluate(output, output.name)
-    return {"original": as_record(original["report"]), "quantized": as_record(quantized["report"])}
+    original, quantized = GgufEvaluator(context, sets["report"], gguf.places).judged(output)
+    return {"original": as_record(original), "quantized": as_record(quantized)}
 
 
-def _document(
-    gguf: GgufJob, plan: BitPlan, errors: dict[str, float], quality: GgufQuality | None, output: Path
-) -> GgufDocument:
+def _document(file: _FileInWork, plan: BitPlan, quality: GgufQuality | None, output: Path) -> GgufDocument:
+    gguf = file.gguf
     types = {**gguf.ends, **_types(plan)}
     return {
         "schema": SCHEMA,
@@ -264,13 +278,15 @@ def _document(
         "template": gguf.template.path.name,
         "output": output.name,
         "bytes": output.stat().st_size,
+        "sha256": file_hash(output),
         "bpw": plan.bpw,
         "num_weights": plan.num_weights,
         "metric": plan.metric if len(set(map(len, gguf.menu.values())) - {1}) else None,
         "predicted_loss": plan.predicted_loss,
         "types": {name: kind.name for name, kind in types.items()},
         "kept": dict(gguf.kept),
-        "output_error": errors,
+        "matrices": matrix_records(gguf.places, file.weight_errors),
+        "output_error": file.output_errors,
         "quality": quality,
         "seconds": 0.0,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -11,9 +12,10 @@ from torch import Tensor
 from hawqtool.checkpoint.gguf.block_codec import dequantize_blocks
 from hawqtool.checkpoint.gguf.block_types import BlockType
 from hawqtool.checkpoint.gguf.header import GgufTensor, read_gguf
+from hawqtool.checkpoint.index import CheckpointIndex
 from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.errors import InputLostError
-from hawqtool.pipeline.gguf.tensors import GgufJob
+from hawqtool.pipeline.gguf.record import Place
 
 
 class GgufSource:
@@ -21,12 +23,13 @@ class GgufSource:
 
     Args:
         path: The file.
-        gguf: The job that wrote it: which tensor is which.
+        places: Which tensor holds which matrix, by the name of the checkpoint's tensor.
+        index: The checkpoint, which gives all else.
     """
 
-    def __init__(self, path: Path, gguf: GgufJob) -> None:
-        self._header, self._gguf = read_gguf(path), gguf
-        self._reader = TensorReader(gguf.job.index)
+    def __init__(self, path: Path, places: Mapping[str, Place], index: CheckpointIndex) -> None:
+        self._header, self._places = read_gguf(path), places
+        self._reader = TensorReader(index)
 
     def __contains__(self, name: object) -> bool:
         return name in self._reader
@@ -37,7 +40,7 @@ class GgufSource:
         Raises:
             InputLostError: If the file cannot be read.
         """
-        place = self._gguf.places.get(name)
+        place = self._places.get(name)
         if place is None:
             return self._reader.tensor(name)
         tensor = self._header.tensors[place.tensor]
@@ -46,8 +49,7 @@ class GgufSource:
         values = dequantize_blocks(stored, tensor.kind)
         if place.piece.rows is not None:
             values = torch.empty_like(values).index_copy_(0, place.piece.rows, values)
-        linear = self._gguf.job.structure.linears.get(name.removesuffix(".weight"))
-        return values.t().contiguous() if linear is not None and linear.transposed else values
+        return values.t().contiguous() if place.transposed else values
 
     def _rows(self, tensor: GgufTensor, first: int) -> Tensor:
         rows = tensor.shape[-2]

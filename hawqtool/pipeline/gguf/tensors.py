@@ -14,9 +14,10 @@ from hawqtool.checkpoint.gguf.header import ARCHITECTURE_KEY, GgufHeader, GgufTe
 from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.config import RunConfig
 from hawqtool.errors import InputError, UsageError
-from hawqtool.export.gguf.template import Match, Piece, match_template
+from hawqtool.export.gguf.template import Match, match_template
 from hawqtool.export.gguf.writer import GgufLayout, plan_gguf
 from hawqtool.model.discovery import Structure
+from hawqtool.pipeline.gguf.record import Place
 from hawqtool.pipeline.run.job import Job, prepare
 from hawqtool.records import BlockSpec, LinearSpec, Unit
 from hawqtool.runtime.reporter import Reporter
@@ -31,21 +32,6 @@ EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 
 TypeMenu = Mapping[str, Sequence[BlockType]]
 """Types to choose from, by tensor."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where the rows of a matrix of the checkpoint lie in the file.
-
-    Args:
-        tensor: Name of the tensor.
-        first_row: First row there; others than 0 in experts.
-        piece: The matrix and the order of its rows.
-    """
-
-    tensor: str
-    first_row: int
-    piece: Piece
 
 
 @dataclass(frozen=True)
@@ -107,7 +93,7 @@ def prepare_gguf(config: RunConfig, reporter: Reporter) -> GgufJob:
     job = _with_units(job, members)
     ends = _ends(config, matches, members)
     places = {
-        piece.source: Place(name, number * match.tensor.shape[-2], piece)
+        piece.source: Place(name, number * match.tensor.shape[-2], piece, _is_transposed(piece.source, job.structure))
         for name, match in matches.items()
         if name in members or name in ends
         for number, piece in enumerate(match.pieces)
@@ -117,15 +103,18 @@ def prepare_gguf(config: RunConfig, reporter: Reporter) -> GgufJob:
 
 
 def _matrix(name: str, structure: Structure, reader: TensorReader) -> Tensor:
-    linear = structure.linears.get(name.removesuffix(".weight"))
     weight = reader.tensor(name)
-    return weight.t().contiguous() if linear is not None and linear.transposed else weight
+    return weight.t().contiguous() if _is_transposed(name, structure) else weight
+
+
+def _is_transposed(name: str, structure: Structure) -> bool:
+    linear = structure.linears.get(name.removesuffix(".weight"))
+    return linear is not None and linear.transposed
 
 
 def _shape(name: str, job: Job) -> tuple[int, int]:
     first, second = job.index.tensors[name].shape
-    linear = job.structure.linears.get(name.removesuffix(".weight"))
-    return (second, first) if linear is not None and linear.transposed else (first, second)
+    return (second, first) if _is_transposed(name, job.structure) else (first, second)
 
 
 def _members(matches: Mapping[str, Match], allowed: set[str]) -> dict[str, tuple[str, ...]]:

@@ -21,11 +21,19 @@ from hawqtool.rounding.grid import search_scales
 _CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25}
 """Weights that are searched at a time: a search holds some ten tensors of so many."""
 
-_SPANS = tuple(1.05 - 0.05 * step for step in range(14))
-"""Parts of the range of a sub-block that its codes are tried to cover, 1.05 down to 0.4."""
+_SPANS = {
+    3: tuple(1.05 - 0.05 * step for step in range(14)),
+    15: tuple(1.1 - 0.02 * step for step in range(21)),
+    31: tuple(1.06 - 0.01 * step for step in range(17)),
+}
+"""Parts of the range of a sub-block that codes up to this number are tried to cover.
+
+Finer where codes are: weights that were rounded before, as those of models trained for 4 bits, lie on a grid that few
+parts find.
+"""
 
 _TABLE_SPANS = tuple(1.15 - 0.05 * step for step in range(9))
-"""The same for tables, whose ends are not equally far from zero, with either sign."""
+"""Scales of tables for which the largest weight is this part of the largest value; with either sign."""
 
 _LEAST_TARGET = 0.75
 """The largest scale of a block becomes an integer of at least this part of the largest there is."""
@@ -148,7 +156,7 @@ def _search_affine(problem: _Problem) -> tuple[Tensor, Tensor]:
         low = low.clamp_max(0)
     span, middle = (high - low).clamp_min(1e-12), (high + low) / 2
     best: _Affine | None = None
-    for part in _SPANS:
+    for part in _SPANS[steps]:
         scale = span * part / steps
         found = _least_squares(problem, scale, middle - span * part / 2)
         for _ in range(_ROUNDS):
