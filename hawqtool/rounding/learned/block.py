@@ -13,7 +13,7 @@ from torch import Tensor
 from hawqtool.rounding.grid import Quantized
 from hawqtool.rounding.learned.fake_quant import FlatLayers, by_kind
 from hawqtool.rounding.learned.gumbel import GumbelLayers, SignMomentum, logit_rate, scale_rate
-from hawqtool.rounding.learned.training import Gain, Objective, TrainingLog, batch_order, learn
+from hawqtool.rounding.learned.training import CHECKS, PATIENCE, Gain, Objective, TrainingLog, batch_order, learn
 from hawqtool.rounding.spec import InitialRounding
 
 Learner = Literal["adam", "gumbel"]
@@ -183,6 +183,7 @@ def refine(
         optimizer,
         batch_order(len(fitting.inputs), schedule.steps, schedule.seed),
         progress,
+        patience=CHECKS if schedule.learner == "gumbel" else PATIENCE,  # noise hides what is learned until it is gone
     )
     with torch.no_grad():
         layers = {name: found for flat in state.flats for name, found in flat.rounded().items()}

@@ -163,18 +163,22 @@ def choose_stops(
         losses = torch.stack([quadratic_form(d, held_out, coarse=True) for d in differences]).tolist()
         return dict(zip((s.name for s in initial), losses, strict=True))
 
-    best = {s.name: s.rounded for s in initial}
-    start = least = errors(best)
-    stops = {s.name: Stop() for s in initial}
-    for check, layers in annealed(initial, fitting, schedule):
+    def judge(layers: Mapping[str, Quantized], seen: Mapping[str, Stop]) -> None:
         for name, error in errors(layers).items():
             if error < least[name]:
-                least = least | {name: error}
-                best[name], stops[name] = layers[name], Stop(check)
-    descended = {s.name: descend(best[s.name], s.quant_format, s.weight, fitting) for s in initial}
-    for name, error in errors(descended).items():
-        if error < least[name]:
-            least, stops[name] = least | {name: error}, replace(stops[name], descended=True)
+                least[name], best[name], stops[name] = error, layers[name], seen[name]
+
+    best = {s.name: s.rounded for s in initial}
+    stops = {s.name: Stop() for s in initial}
+    start = errors(best)
+    least, check, latest = dict(start), 0, best
+    for check, latest in annealed(initial, fitting, schedule):  # noqa: B007 (read after the loop)
+        judge(latest, {s.name: Stop(check) for s in initial})
+    # Annealing leaves codes that single moves still improve: the last ones, worse as they are, may end below the best.
+    beginnings = (dict(best), dict(stops)), (latest, {s.name: Stop(check) for s in initial})
+    for layers, seen in beginnings:
+        descended = {s.name: descend(layers[s.name], s.quant_format, s.weight, fitting) for s in initial}
+        judge(descended, {name: replace(stop, descended=True) for name, stop in seen.items()})
     return {name: replace(stop, gain=1 - least[name] / max(start[name], 1e-30)) for name, stop in stops.items()}
 
 

@@ -62,8 +62,12 @@ def gumbel_noise(count: int, key: int, step: int, device: torch.device) -> Tenso
     state = torch.arange(count, dtype=torch.int64, device=device)
     for salt in (key, step):
         state = _mixed((state ^ (salt & _MASK)) + 0x9E3779B9 & _MASK)
-    uniform = ((state >> 8).float() + 0.5) / (1 << 24)
-    return uniform.log_().neg_().log_().neg_()
+    return uniform(state).log_().neg_().log_().neg_()
+
+
+def uniform(state: Tensor) -> Tensor:
+    """Numbers of 32 bits as float32 between 0 and 1, neither of which occurs: 23 bits and a half are exact."""
+    return ((state >> 9).float() + 0.5) / (1 << 23)
 
 
 def _mixed(state: Tensor) -> Tensor:

@@ -89,6 +89,7 @@ def learn(
     order: Sequence[int],
     progress: Callable[[int], None],
     saved: Saved = NOTHING_SAVED,
+    patience: int = PATIENCE,
 ) -> TrainingLog:
     """Take steps at rates that fall linearly to zero, and end with the values of the least held-out error.
 
@@ -100,6 +101,7 @@ def learn(
         progress: Called with the number of steps done, when the error was looked at.
         saved: Keeps where the learning is when the error was looked at, if it did so long enough ago for the size; one
             that was cut is gone on with.
+        patience: Checks in a row without a better error that end it.
 
     Raises:
         NumericalError: If the error at the start is not finite.
@@ -116,7 +118,7 @@ def learn(
     fixed = FixedOrder(learned[0].device)
     interval, since = max(1, -(-steps // CHECKS)), time.monotonic()
     size = 4 * sum(tensor.nbytes for tensor in learned)  # values, best values and two moments
-    while at.done < steps and at.idle < PATIENCE:
+    while at.done < steps and at.idle < patience:
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * (1 - at.done / steps)
         fixed.run(partial(objective.learn_from, order[at.done]))

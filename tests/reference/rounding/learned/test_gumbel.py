@@ -20,6 +20,7 @@ from hawqtool.rounding.learned.gumbel import (
     SignMomentum,
     gumbel_noise,
     noise_key,
+    uniform,
 )
 from hawqtool.rounding.spec import InitialRounding
 
@@ -117,6 +118,12 @@ def test_noise_is_a_function_of_key_step_and_place() -> None:
     assert abs(float(values.var()) / (math.pi**2 / 6) - 1) < 3 * error
     for other in (gumbel_noise(count, 6, 3, noise.device), gumbel_noise(count, 5, 4, noise.device), noise.roll(1)):
         assert abs(float(torch.corrcoef(torch.stack([noise, other]))[0, 1])) < error
+
+
+def test_no_noise_is_infinite() -> None:
+    """A uniform number of 1 would be, once in 2^24 draws."""
+    lowest, highest = uniform(torch.tensor([0, 0xFFFFFFFF])).tolist()
+    assert 0 < lowest < 1e-7 and 1 - 1e-7 < highest < 1
 
 
 def test_many_groups_share_noise(monkeypatch: pytest.MonkeyPatch) -> None:
