@@ -38,10 +38,13 @@ FIRST_SHARE, SHARES = 0.1, (1.0, 0.5, 0.25)
 """Share of the stored bytes that may move at first, and the parts of the share that are tried with one gradient."""
 
 REFUSALS = 2
-"""Gradients and shares after whose refusal the search ends."""
+"""Shares of one gradient after whose refusal the search ends."""
 
-_CAUTION = 1.0
-"""Standard errors that a move has to be better by to look worthwhile to the solver."""
+ROW_LENGTH = 512
+"""Tokens to which longer rows are cut for the gradients: noise falls with the rows, not with their tokens."""
+
+CAUTIONS = (1.0, 0.0)
+"""Standard errors that are added to each move's change; the second where nothing looks worthwhile with the first."""
 
 _FOUND, _STATE = "found", "state"
 
@@ -53,7 +56,7 @@ class Standing:
     Args:
         formats: The present plan's.
         share: Share of the stored bytes that may move.
-        refusals: Times that all plans of a gradient were refused.
+        ended: Whether all that the last gradient promised was refused, or it promised nothing.
         rounds: Gradients that were taken.
         attempts: Plans that were tried, in order.
         expected: Scores known so far.
@@ -61,7 +64,7 @@ class Standing:
 
     formats: UnitFormats
     share: float
-    refusals: int
+    ended: bool
     rounds: int
     attempts: tuple[SwapAttempt, ...]
     expected: UnitScores
@@ -104,13 +107,12 @@ def moved_by_gradient(
         return plan_of_record(known["plan"]), known["attempts"]
     with Stopwatch(runner.timings, "width swap"):
         begun = context.saved.load(_STATE)
-        standing = Standing(present, FIRST_SHARE, 0, 0, (), expected) if begun is None else Standing.of_record(begun)
+        standing = (
+            Standing(present, FIRST_SHARE, False, 0, (), expected) if begun is None else Standing.of_record(begun)
+        )
         search = _Search(runner, trial, menu, budget)
-        while standing.rounds < job.settings.swaps and standing.refusals < REFUSALS:
-            after = search.round(standing)
-            if after.attempts == standing.attempts:  # no moves promise anything
-                break
-            standing = after
+        while standing.rounds < job.settings.swaps and not standing.ended:
+            standing = search.round(standing)
             context.saved.save(_STATE, standing.record())
     plan = _plan(trial.plan, runner.context, standing.formats)
     attempts = list(standing.attempts)
@@ -140,7 +142,8 @@ class _Search:
         assert runner.evaluator is not None  # without an evaluation there are no swaps
         self.context, self.menu, self.budget = runner.context, menu, budget
         job, sets, evaluator = self.context.job, runner.sets, runner.evaluator
-        self.rows = MeasurementRows(sets["calibration"], sets["scoring"].tokens, job.settings.batch_size)
+        scoring = _cut(sets["scoring"].tokens) if job.task.generates else sets["scoring"].tokens
+        self.rows = MeasurementRows(sets["calibration"], scoring, job.settings.batch_size)
         original, folder = job.stream(), runner.folder(trial)
         states = original.final_hidden(self.rows.scoring, self.rows.batch_size, lambda _: None)
         self.reference = Reference(original, self.rows.scoring, states)
@@ -182,41 +185,54 @@ class _Search:
         )
         labels = {unit: fmt.label for unit, fmt in present.items()}
         measured = changes.scores()
-        scores, _ = updated(standing.expected, measured, labels)
+        scores, trust = updated(standing.expected, measured, labels)
+        self.context.reporter.say(
+            f"changes by gradient are {trust.scale:.2f} times what was expected, give or take {trust.share:.0%} of the "
+            "scores"
+        )
         relative = relative_scores(scores, measured, labels)
-        standing = replace(standing, rounds=standing.rounds + 1)
+        standing, share = replace(standing, rounds=standing.rounds + 1), standing.share
         before, tried = self.divergence(present), [dict(present)]
-        while standing.refusals < REFUSALS:
-            plans = self.candidates(present, relative, standing.share, tried)
-            if not plans and standing.share >= 1:
-                break
-            if not plans:  # units so large that none can move
-                standing = replace(standing, share=min(1.0, 2 * standing.share))
-                continue
+        plans = self.candidates(present, relative, share, tried)
+        while not plans and share < 1:  # units so large that none can move
+            share = min(1.0, 2 * share)
+            plans = self.candidates(present, relative, share, tried)
+        for _ in range(REFUSALS):
             tried += plans
-            found = [self.attempt(standing, changes, relative, before, plan, len(plans)) for plan in plans]
-            best = min(range(len(plans)), key=lambda index: found[index]["measured"])
+            found = [
+                self.attempt(replace(standing, share=share), changes, relative, before, p, len(plans)) for p in plans
+            ]
             standing = replace(standing, attempts=(*standing.attempts, *found))
-            if found[best]["accepted"]:
-                for other in found[:best] + found[best + 1 :]:
-                    other["accepted"] = False
-                share = next_share(standing.share, found[best])
-                return replace(standing, formats=plans[best], share=share, refusals=0, expected=scores)
-            share = standing.share * SHARES[-1] / 2
-            standing = replace(standing, share=share, refusals=standing.refusals + 1)
-        return standing
+            better = [index for index, attempt in enumerate(found) if attempt["accepted"]]
+            if better:
+                best = min(better, key=lambda index: found[index]["measured"])
+                for index in better:
+                    found[index]["accepted"] = index == best
+                return replace(standing, formats=plans[best], share=next_share(share, found[best]), expected=scores)
+            share *= SHARES[-1] / 2
+            plans = self.candidates(present, relative, share, tried)
+        return replace(standing, share=share, ended=True)
 
     def candidates(
         self, present: UnitFormats, relative: UnitScores, share: float, tried: Sequence[UnitFormats]
     ) -> list[dict[str, QuantFormat]]:
-        """Plans of least predicted divergence that move parts of a share of the bytes; none that was tried before."""
+        """Plans of least predicted divergence that move parts of a share of the bytes; none that was tried before.
+
+        What is promised beyond the standard errors of the moves goes first; where that is nothing, what is promised.
+        """
+        plans = (self._within(present, relative, share, tried, caution) for caution in CAUTIONS)
+        return next((found for found in plans if found), [])
+
+    def _within(
+        self, present: UnitFormats, relative: UnitScores, share: float, tried: Sequence[UnitFormats], caution: float
+    ) -> list[dict[str, QuantFormat]]:
         units = self.context.job.units
         formats = {
             unit: tuple(fmt for fmt in found if fmt == present[unit] or fmt.label in relative.get(unit, {}))
             for unit, found in self.menu.items()
         }
         cautious = {
-            unit: {label: Score(s.value + _CAUTION * _finite(s.stderr), s.stderr) for label, s in found.items()}
+            unit: {label: Score(s.value + caution * _finite(s.stderr), s.stderr) for label, s in found.items()}
             for unit, found in relative.items()
         }
         problem = build_problem(units, formats, cautious, self.context.job.pins)
@@ -266,6 +282,12 @@ def next_share(share: float, attempt: SwapAttempt) -> float:
     if ratio > 0.5:
         return min(1.0, 1.5 * share)
     return share / 2 if ratio < 0.25 else share
+
+
+def _cut(tokens: Tensor) -> Tensor:
+    """Rows ``[rows, seq_len]`` in equal pieces of `ROW_LENGTH` tokens, where these make up a row."""
+    whole = tokens.shape[1] % ROW_LENGTH == 0 and tokens.shape[1] > ROW_LENGTH
+    return tokens.reshape(-1, ROW_LENGTH) if whole else tokens
 
 
 def _finite(error: float) -> float:

@@ -31,7 +31,7 @@ def test_the_share_follows_how_well_the_last_change_was_predicted() -> None:
 
 
 def test_a_standing_comes_back_as_it_was_saved() -> None:
-    standing = Standing({"a": W3}, 0.1, 1, 2, (attempt(-1, 1),), {"a": {"w2g32": Score(0.5, 0.1)}})
+    standing = Standing({"a": W3}, 0.1, False, 2, (attempt(-1, 1),), {"a": {"w2g32": Score(0.5, 0.1)}})
     assert Standing.of_record(standing.record()) == standing
 
 
@@ -55,7 +55,7 @@ def test_candidates_are_the_best_of_all_plans_within_their_share() -> None:
     job = SimpleNamespace(units=units, pins={})
     search = cast(Any, SimpleNamespace(context=SimpleNamespace(job=job), menu=menu, budget=total))
     share = 0.8
-    found = _Search.candidates(search, present, relative, share, [present])
+    found = _Search._within(search, present, relative, share, [present], 1.0)
     best = []
     for part in SHARES:
         allowed = []
@@ -68,4 +68,4 @@ def test_candidates_are_the_best_of_all_plans_within_their_share() -> None:
         best.append(min(allowed, key=lambda entry: entry[0])[1])
     assert [tuple(plan.values()) for plan in found] == list(dict.fromkeys(best))
     assert len(found) >= 2
-    assert _Search.candidates(search, present, relative, share, [present, *found]) == []
+    assert _Search._within(search, present, relative, share, [present, *found], 1.0) == []
