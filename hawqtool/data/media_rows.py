@@ -17,6 +17,9 @@ from hawqtool.data.tokenizer import encode, frame
 from hawqtool.errors import InputError
 from hawqtool.model.inputs.row_format import IMAGES, RowFormat
 
+_ONE_IMAGE = 3
+"""Dimensions of an image."""
+
 Transcribe = Callable[[Tensor, list[int], int], Tensor]
 """Sounds, the tokens that a decoder begins with, and a number of positions to ``[rows, positions]`` tokens."""
 
@@ -30,12 +33,14 @@ class RowTexts:
         positions: Tokens of a row.
         start: Token that a decoder begins with; None where an encoder reads the text.
         transcribe: Gives tokens for sounds without a text; None where each needs one.
+        image: Tokens that stand for the image, before the text.
     """
 
     tokenizer: Any
     positions: int
     start: int | None
     transcribe: Transcribe | None
+    image: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,9 +80,17 @@ class MediaReader:
     def _value(self) -> Callable[[MediaRecord], Tensor]:
         if self.form.values == IMAGES:
             processor = image_processor(self.folder)
-            return lambda record: image_row(processor, record)
+            if len(self.form.shape or ()) == _ONE_IMAGE:
+                return lambda record: image_row(processor, record)
+            processor.do_image_splitting = False  # a list of one image, whole
+            return lambda record: _listed(image_row(processor, record))
         extractor, positions = feature_extractor(self.folder), self.texts.positions if self.texts else 1
         return lambda record: sound_row(extractor, str(self.form.values), record, positions)
+
+
+def _listed(image: Tensor) -> Tensor:
+    """A list of one image ``[1, channels, height, width]``, as some processors give it already."""
+    return image[None] if image.ndim == _ONE_IMAGE else image
 
 
 def _tokens(texts: RowTexts, place: str, text: str | None) -> list[int] | None:
@@ -93,7 +106,7 @@ def _tokens(texts: RowTexts, place: str, text: str | None) -> list[int] | None:
                 ".txt or in a column of the dataset: this model reads both"
             )
         return None
-    body = encode(texts.tokenizer, text.strip(), special_tokens=False)
+    body = [t for t in encode(texts.tokenizer, text.strip(), special_tokens=False) if t not in texts.image]
     if not body:
         raise InputError(f"the text of {place} is empty; write one, or remove it")
     before, after = _frame(texts)
@@ -117,6 +130,8 @@ def _filled(texts: RowTexts, values: Tensor, tokens: list[list[int] | None]) -> 
 def _frame(texts: RowTexts) -> tuple[list[int], list[int]]:
     """Special tokens before and after a text; a decoder's inputs begin with its start token and have no end."""
     before, after = frame(texts.tokenizer)
+    if texts.image:
+        return [*before, *texts.image], []
     if texts.start is None:
         return before, after
     return (before if before[:1] == [texts.start] else [texts.start, *before]), []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -65,6 +65,10 @@ TASKS = (
 )
 
 
+IMAGES_READ = "_images_read"
+"""Attribute of a model that `model_images` gives."""
+
+
 def class_task(class_name: str) -> ModelTask | None:
     """Task of a transformers model class, None for what is not supported."""
     from transformers.models.auto import modeling_auto
@@ -83,6 +87,8 @@ def model_task(model: Any) -> ModelTask:
         InputError: If its class has none of the supported tasks, or its outputs are not what the task is judged by.
     """
     task = class_task(type(model).__name__)
+    if task is not None and model_images(model) is not None:
+        task = replace(task, generates=False)
     if task is not None:
         _refuse_scores(model, task)
         _refuse_other_inputs(model, task)
@@ -91,6 +97,15 @@ def model_task(model: Any) -> ModelTask:
     if model.is_custom_code():
         return TASKS[0]
     raise InputError(f"{type(model).__name__} is no {', '.join(t.name for t in TASKS)}; this model is not supported")
+
+
+def model_images(model: Any) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Shape of the image of a row, and the tokens that stand for it, of a language model that is to read both.
+
+    None where it reads texts alone; `hawqtool.model.vision.read_images` sets it.
+    """
+    found: tuple[tuple[int, ...], tuple[int, ...]] | None = getattr(model, IMAGES_READ, None)
+    return found
 
 
 def feeds_decoder(model: Any) -> bool:
@@ -129,9 +144,13 @@ def row_outputs(model: Any, result: Any) -> Tensor:
 
     Returns:
         Logits ``[rows, positions, classes]``, with one position where a row has one output, or embeddings
-        ``[rows, 1, width]``: the mean of the last hidden state over positions; two of them from two towers.
+        ``[rows, 1, width]``: the mean of the last hidden state over positions; two of them from two towers. Of rows
+        of an image and a text, the positions of the text count.
     """
     found, task = judged_output(model, result), model_task(model)
+    images = model_images(model)
+    if images is not None:
+        return found[:, len(images[1]) :]
     if not task.logits:
         return found if has_two_towers(model) else found.mean(1, keepdim=True)
     return found[:, None] if task.per_row else found

@@ -21,7 +21,7 @@ from hawqtool.model.carried.nested import all_nonzero, mappings
 from hawqtool.model.carried.nested import on_meta as on_meta_once
 from hawqtool.model.inputs.arguments import model_inputs
 from hawqtool.model.replay import Call, ExtraOutputs, replayed_blocks
-from hawqtool.model.tasks import feeds_decoder, has_two_towers
+from hawqtool.model.tasks import feeds_decoder, has_two_towers, model_images
 
 _TRANSPOSES = (Tensor.T, Tensor.mT, Tensor.H)
 
@@ -182,7 +182,7 @@ def trace_walk(model: Any) -> Walk:
     Raises:
         InputError: If its blocks cannot be run, or hand on what cannot be carried.
     """
-    if not feeds_decoder(model) and not has_two_towers(model):
+    if not feeds_decoder(model) and not has_two_towers(model) and model_images(model) is None:
         name, blocks = find_blocks(model)
         try:
             calls, extra = block_calls(model, blocks)

@@ -86,6 +86,11 @@ class Fields(TargetFields):
         panel=FORMATS, affects=Affects.FORMATS, commands=("measure",),
     )] = False
 
+    quantize_vision: Annotated[bool, Setting(
+        help="Quantize the vision tower of a multimodal model too; rows are images with captions.",
+        panel=FORMATS, affects=Affects.FORMATS, commands=("measure",),
+    )] = False
+
     calibration: Annotated[tuple[str, ...], Setting(
         help="Text, .jsonl or .parquet file, folder of them, hub dataset NAME[:CONFIG][:SPLIT][@REVISION], or self: "
         "rows sampled from the model; repeatable, SOURCE=2 gives twice the rows.",

@@ -16,6 +16,7 @@ from hawqtool.allocation.uniform import uniform_formats
 from hawqtool.config import RunConfig
 from hawqtool.errors import HawqError
 from hawqtool.model.skeleton import build_skeleton
+from hawqtool.model.vision import read_images
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.job import Job, prepare
 from hawqtool.pipeline.stages.write import round_to_folder
@@ -53,8 +54,12 @@ class Examined:
 def prepare_kind(kind: Kind, source: Path, target_shift: str | None = "off") -> Job:
     """A job that computes in float64, all rows in one batch, so that float noise does not hide errors."""
     settings = {"profile": "auto" if kind.loads else "vllm", "group_size": GROUP_SIZE, "batch_size": kind.rows}
+    settings["quantize_vision"] = kind.task == "vision"
     job = prepare(RunConfig(model=str(source), device="cpu", target_shift=target_shift, **settings))
-    return replace(job, dtype=torch.float64, skeleton=build_skeleton(source, torch.float64, vllm=not kind.loads))
+    skeleton = build_skeleton(source, torch.float64, vllm=not kind.loads)
+    if kind.task == "vision":
+        read_images(skeleton)
+    return replace(job, dtype=torch.float64, skeleton=skeleton)
 
 
 def mixed_plan(job: Job) -> BitPlan:

@@ -49,6 +49,10 @@ _DISK_NAMES: dict[str, tuple[tuple[str, str], ...]] = {
         (r"\.mlp\.fc1$", ".intermediate.dense"),
         (r"\.mlp\.fc2$", ".output.dense"),
     ),
+    "llava-vision": (
+        (r"^model\.language_model\.", "language_model.model."),
+        (r"^model\.vision_tower\.", "vision_tower."),
+    ),
     "qwen2-vl": ((r"^model\.language_model\.", "model."),),
     "vit": (
         (r"\.layers\.", ".encoder.layer."),
@@ -148,7 +152,7 @@ def _holds(weight: Tensor, view: Tensor) -> bool:
 def arguments_of(kind: Kind, model: nn.Module, inputs: Tensor) -> dict[str, Any]:
     """Arguments of a live model for rows of inputs; a decoder beside an encoder gets the same, one place later."""
     dtype = next(model.parameters()).dtype
-    if kind.task in ("speech", "towers"):
+    if kind.task in ("speech", "towers", "vision"):
         values = inputs[..., 1:].reshape(len(inputs), *value_shape(kind)).to(dtype)
         names = ("decoder_input_ids", "input_features") if kind.task == "speech" else ("input_ids", "pixel_values")
         return dict(zip(names, (inputs[..., 0].long(), values), strict=True))

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from tests.support.tiny import VOCAB_SIZE, tiny_tokenizer
 
-KindTask = Literal["causal", "multimodal", "seq2seq", "masked", "embedding", "image", "speech", "ctc", "towers"]
+KindTask = Literal[
+    "causal", "multimodal", "seq2seq", "masked", "embedding", "image", "speech", "ctc", "towers", "vision"
+]
 HIDDEN, HEADS, INNER, POSITIONS = 64, 4, 128, 512
-IMAGE_SIZE, PATCH_SIZE, CHANNELS, CLASSES = 32, 8, 3, 10
+IMAGE_SIZE, PATCH_SIZE, CHANNELS, CLASSES, IMAGE_TOKEN = 32, 8, 3, 10, 120
 BANDS, FRAMES, SAMPLES = 32, 100, 9600
 
 
@@ -63,6 +65,7 @@ class Kind:
             "speech": "AutoModelForSpeechSeq2Seq",
             "ctc": "AutoModelForCTC",
             "towers": "AutoModel",
+            "vision": "AutoModelForMultimodalLM",
         }
         return getattr(transformers, names[self.task])
 
@@ -421,6 +424,22 @@ ZOO: tuple[Kind, ...] = (
 )
 """Every kind, in the order of the table."""
 
+VISION = Kind(
+    "llava-vision",
+    "LlavaConfig",
+    "LlavaForConditionalGeneration",
+    "vision",
+    settings={
+        "text_config": _GROUPED | {"model_type": "llama"},
+        "vision_config": _TOWER
+        | {"model_type": "clip_vision_model", "image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE},
+        "image_token_index": IMAGE_TOKEN,
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "default",
+    },
+)
+"""A wrapper whose tower is quantized beside its language model."""
+
 SUPPORTED = tuple(kind for kind in ZOO if kind.supported)
 REFUSED = tuple(kind for kind in ZOO if not kind.supported)
 
@@ -440,7 +459,7 @@ def save_kind(kind: Kind, folder: Path, dtype: torch.dtype = torch.bfloat16) -> 
             for parameter in model.parameters():
                 _perturb(parameter)
     model.save_pretrained(folder)
-    if kind.task in ("image", "towers"):
+    if kind.task in ("image", "towers", "vision"):
         image_processor().save_pretrained(folder)
     if kind.task in ("speech", "ctc"):
         sound_extractor(kind).save_pretrained(folder)
@@ -471,7 +490,8 @@ def sound_extractor(kind: Kind) -> Any:
 def value_shape(kind: Kind) -> tuple[int, ...]:
     """Shape of a row's image or sound; empty where a kind takes tokens alone."""
     image = (CHANNELS, IMAGE_SIZE, IMAGE_SIZE)
-    return {"image": image, "towers": image, "speech": (BANDS, FRAMES), "ctc": (SAMPLES,)}.get(kind.task, ())
+    shapes = dict.fromkeys(("image", "towers", "vision"), image) | {"speech": (BANDS, FRAMES), "ctc": (SAMPLES,)}
+    return shapes.get(kind.task, ())
 
 
 def calibration_inputs(kind: Kind, seed: int = 4) -> Tensor:
@@ -482,4 +502,7 @@ def calibration_inputs(kind: Kind, seed: int = 4) -> Tensor:
     if kind.task in ("image", "ctc"):
         return values
     tokens = torch.randint(3, VOCAB_SIZE, (kind.rows, 32), generator=generator)
+    if kind.task == "vision":
+        tokens.clamp_(max=IMAGE_TOKEN - 1)
+        tokens[:, : (IMAGE_SIZE // PATCH_SIZE) ** 2] = IMAGE_TOKEN
     return torch.cat([tokens[..., None], values.reshape(kind.rows, 32, -1)], -1) if shape else tokens

@@ -17,6 +17,7 @@ from hawqtool.model.carried.layout import LeafName
 from hawqtool.model.carried.nested import leaves, mapped
 from hawqtool.model.carried.stand_ins import BlockReached, Given, stand_ins
 from hawqtool.model.carried.trace import FIRST, Trace, Traced
+from hawqtool.model.inputs.arguments import row_format
 from hawqtool.model.kept import is_linear
 from hawqtool.model.replay import Call
 from hawqtool.model.tasks import traced_output
@@ -72,7 +73,7 @@ def trace_flow(model: Any) -> tuple[DataFlow, Traced]:
     second = _traced(model, called, _ROWS, TOKENS + 1)
     if [block.name for block in second.blocks] != called:
         raise InputError(f"{kind}: other blocks run on other rows; not supported")
-    flow = _flow(kind, first, second)
+    flow = _flow(kind, first, second, TOKENS + len(row_format(model).image))
     _Probe(model, flow, first).check()
     return flow, first
 
@@ -118,7 +119,7 @@ def _outputs(model: Any, rows: int, tokens: int, differentiable: bool) -> Any:
     return traced_output(model, result)
 
 
-def _flow(kind: str, first: Traced, second: Traced) -> DataFlow:
+def _flow(kind: str, first: Traced, second: Traced, positions: int) -> DataFlow:
     names = tuple(block.name for block in first.blocks)
     constants = first.constants & second.constants
     recorded = tuple(n == 0 or not (b.derives - constants or b.outside) for n, b in enumerate(first.blocks))
@@ -128,7 +129,7 @@ def _flow(kind: str, first: Traced, second: Traced) -> DataFlow:
     read = frozenset[LeafName]().union(*reads)
     places = {}
     for leaf in read - constants:
-        place = _place(first.shapes[leaf], second.shapes.get(leaf, ()))
+        place = _place(first.shapes[leaf], second.shapes.get(leaf, ()), positions)
         if place is None:
             raise InputError(
                 f"{kind}: block {names[leaf[0]]} hands on a value of shape {list(first.shapes[leaf])} that is no row's "
@@ -139,12 +140,12 @@ def _flow(kind: str, first: Traced, second: Traced) -> DataFlow:
     return DataFlow(names, given, tuple(r - constants for r in reads), recorded, places, read & constants)
 
 
-def _place(shape: Sequence[int], larger: Sequence[int]) -> tuple[int, int | None] | None:
+def _place(shape: Sequence[int], larger: Sequence[int], positions: int) -> tuple[int, int | None] | None:
     """Dimensions of rows and of positions by the shapes in both runs; None where rows have no dimension."""
     if len(shape) != len(larger):
         return None
     rows = [d for d, sizes in enumerate(zip(shape, larger, strict=True)) if sizes == (1, _ROWS)]
-    tokens = [d for d, sizes in enumerate(zip(shape, larger, strict=True)) if sizes == (TOKENS, TOKENS + 1)]
+    tokens = [d for d, sizes in enumerate(zip(shape, larger, strict=True)) if sizes == (positions, positions + 1)]
     if len(rows) != 1:
         return None
     return rows[0], tokens[0] if tokens else None

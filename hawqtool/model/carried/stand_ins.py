@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,6 +68,8 @@ class _StandIn(nn.Module):
         super().__init__()
         self._stand_in_for = (block,)  # a tuple, so that the block is not registered as a child
         self._number, self._called = number, called
+        # By these transformers collects hidden states; while something stands in, the block itself gives none.
+        self._forward_hooks, block._forward_hooks = block._forward_hooks, OrderedDict()
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -100,4 +103,6 @@ def stand_ins(model: nn.Module, names: Sequence[str], called: Called) -> Iterato
         pass
     finally:
         for (owner, number), block in zip(places, blocks, strict=True):
+            if owner[number] is not block:
+                block._forward_hooks = owner[number]._forward_hooks
             owner[number] = block

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hawqtool.errors import InputError
 from hawqtool.model.inputs.row_format import IMAGES, SOUNDS, RowFormat
-from hawqtool.model.tasks import feeds_decoder, has_two_towers, model_task
+from hawqtool.model.tasks import feeds_decoder, has_two_towers, model_images, model_task
 
 _SOUND_POSITIONS = 500
 """What encoders of samples make of ten seconds."""
@@ -24,6 +24,9 @@ def row_format(model: Any) -> RowFormat:
         InputError: If nothing says how many bands its spectra have.
     """
     main = str(model.main_input_name)
+    images = model_images(model)
+    if images is not None:
+        return RowFormat("input_ids", IMAGES, *images)
     if has_two_towers(model):
         return RowFormat("input_ids", IMAGES, _image_sizes(model.config))
     if main == IMAGES:

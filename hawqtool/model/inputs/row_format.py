@@ -28,11 +28,13 @@ class RowFormat:
         tokens: Argument that takes tokens; None where a model reads none.
         values: Argument that takes an image or a sound; None where a model reads tokens alone.
         shape: Shape of the values of one row, with -1 for a length that is free; None where any shape is read.
+        image: Tokens that stand for the image in a row of a language model, before its text.
     """
 
     tokens: str | None
     values: str | None = None
     shape: tuple[int, ...] | None = None
+    image: tuple[int, ...] = ()
 
     @property
     def is_joint(self) -> bool:
@@ -75,10 +77,12 @@ class RowFormat:
         return {self.tokens: rows[..., 0].long(), self.values: flat[:, :count].reshape(len(rows), *self.shape)}
 
     def example(self, rows: int, positions: int, token: int, dtype: torch.dtype) -> Tensor:
-        """Rows of zeros and of one token, as a model takes them."""
-        tokens = torch.full((rows, positions), token)
+        """Rows of zeros and of one token, or of ones and the tokens of an image before it, as a model takes them."""
+        tokens = torch.cat([torch.tensor(self.image), torch.full((positions,), token)]).long().expand(rows, -1)
         if self.values is None:
             return tokens
         assert self.shape is not None
-        values = torch.zeros(rows, *(_EXAMPLE_LENGTH if size < 0 else size for size in self.shape), dtype=dtype)
+        # Language models pass over images of zeros, which fill up lists.
+        shape = (_EXAMPLE_LENGTH if size < 0 else size for size in self.shape)
+        values = torch.full((rows, *shape), float(bool(self.image)), dtype=dtype)
         return values if self.tokens is None else self.join(tokens, values).to(dtype)

@@ -1,11 +1,13 @@
 """Child process of a load trial: transformers loads a folder and makes one forward pass.
 
-``python -m hawqtool.pipeline.load_trial.child FOLDER CLASS TRUST ROWS OUTPUTS``: what the model of the class gives on
-the rows of one safetensors file is written to the other. A failure ends in a traceback, whose last line says why.
+``python -m hawqtool.pipeline.load_trial.child FOLDER CLASS TRUST ROWS OUTPUTS IMAGES``: what the model of the
+class gives on the rows of one safetensors file is written to the other; IMAGES is what `model_images` gives of the
+original, as JSON. A failure ends in a traceback, whose last line says why.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 
@@ -14,15 +16,17 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from hawqtool.model.inputs.arguments import model_inputs
-from hawqtool.model.tasks import row_outputs
+from hawqtool.model.tasks import IMAGES_READ, row_outputs
 from hawqtool.runtime.lifeline import watch_parent
 
 
-def main(folder: str, class_name: str, trust: str, rows_file: str, outputs_file: str) -> None:
+def main(folder: str, class_name: str, trust: str, rows_file: str, outputs_file: str, images: str) -> None:
     """Load, run, write."""
     kind = getattr(transformers, class_name, transformers.AutoModelForCausalLM)
     model = kind.from_pretrained(folder, dtype="auto", trust_remote_code=trust == "1").eval()
     rows = load_file(rows_file)["rows"]
+    if images != "null":
+        setattr(model, IMAGES_READ, tuple(map(tuple, json.loads(images))))
     dtype = next(model.parameters()).dtype
     inputs = {n: v.to(dtype) if v.is_floating_point() else v for n, v in model_inputs(model, rows).items()}
     with torch.no_grad():

@@ -7,6 +7,7 @@ only.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from hawqtool.model.block_list import example_row
 from hawqtool.model.skeleton import token_embedding
+from hawqtool.model.tasks import model_images
 from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.run.memory_budget import memory_limit
 from hawqtool.records import Rows
@@ -72,6 +74,7 @@ def try_loading(job: Job, folder: Path, rows: Tensor) -> LoadTrial:
         save_file({"rows": row}, given)
         command = [sys.executable, "-m", f"{__package__}.child", str(folder), type(job.skeleton).__name__]
         command += [str(int(job.source.runs_code)), str(given), str(written)]
+        command += [json.dumps(model_images(job.skeleton))]
         try:
             done = _run(command)
         except subprocess.TimeoutExpired:
@@ -113,6 +116,7 @@ def trial_rows(job: Job, sets: Mapping[str, Rows]) -> Tensor:
         return values
     known, _ = token_embedding(job.skeleton) or (_FEW_TOKENS, None)
     tokens = torch.randint(known, (1, positions), generator=generator)
+    tokens = torch.cat([torch.tensor([form.image]).long(), tokens], 1)
     return form.join(tokens, form.split(values)[str(form.values)]) if form.is_joint else tokens
 
 

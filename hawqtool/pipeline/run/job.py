@@ -34,6 +34,7 @@ from hawqtool.model.rotation.fold import rotate_checkpoint
 from hawqtool.model.skeleton import build_skeleton, max_positions, untie_stored
 from hawqtool.model.stored_names import ONE_EXPERT, UNJOINED, UNPACKED, joins_experts, with_stored_experts_split
 from hawqtool.model.tasks import ModelTask, model_task
+from hawqtool.model.vision import read_images
 from hawqtool.pipeline.run.memory_budget import Work, choose_batch_size, make_offload
 from hawqtool.pipeline.run.resolved import ResolvedSettings, resolve_settings
 from hawqtool.records import LayerFormats, Menu, Unit, UnitFormats
@@ -228,9 +229,13 @@ def prepare(
     longest = max_positions(probe)
     if config.seq_len and longest and config.seq_len > longest:
         raise UsageError(f"--seq-len {config.seq_len} exceeds the model's {longest} positions; lower it")
-    if row_format(probe).is_joint:
-        longest = min(longest or JOINT_TOKENS, JOINT_TOKENS)
+    form = row_format(probe)
+    if form.is_joint:
+        joint = JOINT_TOKENS + len(form.image)
+        longest = min(longest or joint, joint)
     skeleton = build_skeleton(index.folder, dtype, source.runs_code, index.tensors, config.profile == "vllm")
+    if config.quantize_vision:
+        read_images(skeleton)
     experts = any(is_expert(name) for name in structure.linears)  # ignored ones are walked through as well
     settings = resolve_settings(config, device.type, longest, experts)
     job = Job(config, settings, source, index, skeleton, structure, units, pins, device, dtype, left_units=left)
@@ -249,6 +254,8 @@ def _discovered(config: RunConfig, source: ResolvedModel) -> tuple[Any, Checkpoi
     vllm, alone = config.profile == "vllm", config.profile == "transformers"
     probe: Any = build_skeleton(stored_index.folder, torch.float32, source.runs_code, stored_index.tensors, vllm)
     index = with_stored_experts_split(probe, stored_index)
+    if config.quantize_vision:
+        read_images(probe)
     if config.rotate == "on":
         if source.runs_code:
             raise InputError(f"--rotate: {source.spec} brings its own code, which is not followed; use --rotate off")

@@ -206,7 +206,9 @@ def _media_rows(job: Job, text: str, count: int, seed: int, samples: bool) -> tu
     if form.is_joint:
         start = first_decoder_token(job.skeleton.config) if feeds_decoder(job.skeleton) else None
         texts = RowTexts(
-            job.tokenizer(), job.settings.seq_len, start, _transcribe(job, samples) if start is not None else None
+            *(job.tokenizer(), job.settings.seq_len, start),
+            transcribe=_transcribe(job, samples) if start is not None else None,
+            image=form.image,
         )
     label, values, tokens = MediaReader(form, job.index.folder, texts).read(text, count, seed)
     _check_shape(job, values)
