@@ -57,18 +57,35 @@ def equal_quotas(quotas_by_weight: Sequence[dict[str, int]], name: str, takes_pa
         quota[name] = next(parts) if takes else 0
 
 
-def mix_rows(sources: Sequence[SourceRows], lengths: Mapping[str, int] | None = None) -> dict[str, Rows]:
-    """Cut the rows of sources into named sets that share no row, sources interleaved evenly in each.
+def pieces(rows: Tensor, count: int, length: int, before: Sequence[int]) -> Tensor:
+    """Shorter rows cut from longer ones: the first piece of each, then the second of each, and so on.
 
     Args:
-        sources: The sources; their rows may differ in length where ``lengths`` makes those of a set equal.
-        lengths: Tokens that the rows of a set are cut to, by name.
+        rows: ``[rows, seq_len]`` int64.
+        count: Pieces that are wanted; fewer come of rows that do not hold as many.
+        length: Tokens of a piece, at most ``seq_len``.
+        before: Special tokens that rows begin with; where all of these do, all pieces do.
+
+    Returns:
+        ``[count, length]`` int64.
+    """
+    head = len(before) if before and bool((rows[:, : len(before)] == torch.tensor(before)).all()) else 0
+    body = length - head
+    found = [
+        torch.cat([rows[:, :head], rows[:, first : first + body]], 1)
+        for first in range(head, rows.shape[1] - body + 1, body)
+    ]
+    return torch.cat(found)[:count]
+
+
+def mix_rows(sources: Sequence[SourceRows]) -> dict[str, Rows]:
+    """Cut the rows of sources into named sets that share no row, sources interleaved evenly in each.
 
     Raises:
         InputError: If a source holds too few rows.
     """
     require_rows(sources)
-    sets, taken, lengths = {}, [0] * len(sources), lengths or {}
+    sets, taken = {}, [0] * len(sources)
     for name in sources[0].quota:
         drawn = []
         for index, source in enumerate(sources):
@@ -76,7 +93,7 @@ def mix_rows(sources: Sequence[SourceRows], lengths: Mapping[str, int] | None = 
             drawn += [((k + 0.5) / count, index, source.tokens[taken[index] + k]) for k in range(count)]
             taken[index] += count
         drawn.sort(key=lambda entry: entry[:2])
-        tokens = torch.stack([row[: lengths.get(name)] for _, _, row in drawn])
+        tokens = torch.stack([row for _, _, row in drawn])
         labels = tuple(sources[index].label for _, index, _ in drawn)
         sets[name] = Rows(tokens, _label(sources, name), fingerprint(tokens), sources=labels)
     return sets

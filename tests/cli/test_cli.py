@@ -23,7 +23,10 @@ from hawqtool.cli.app import app
 from tests.support.tiny import tiny_llama
 
 COMMANDS = ("quantize", "measure", "allocate", "evaluate", "verify", "inspect", "report", "config")
-SMALL = ("--num-samples", "8", "--seq-len", "16", "--group-size", "32", "--device", "cpu", "--eval-samples", "4")
+SMALL = (
+    *("--num-samples", "8", "--seq-len", "16", "--group-size", "32", "--device", "cpu"),
+    *("--eval-samples", "4", "--selection-samples", "8"),
+)
 TARGET = ("--bits", "4", "--target-bpw", "4.5")
 INSTALLED = Path(sys.executable).parent / "hawqtool"
 
@@ -201,7 +204,7 @@ def test_calibration_is_repeatable_and_a_list_in_yaml(place: Path, tmp_path: Pat
     weighted = f"{tmp_path / 'few.txt'}=3"
     result = quantize(place, tmp_path / "out", *TARGET, "--calibration", weighted)
     assert result.exit_code == 4
-    assert "few.txt holds 5 rows of 16 tokens, 27 are needed (6 calibration, 12 scoring" in result.stderr
+    assert "few.txt holds 5 rows of 16 tokens, 25 are needed (6 calibration, 12 scoring" in result.stderr
     run = tmp_path / "run.yaml"
     run.write_text(f"calibration:\n- {place / 'text.txt'}\n- {weighted}\n")
     again = invoke("quantize", place / "model", "-o", tmp_path / "out", "-c", run, *SMALL, *TARGET)

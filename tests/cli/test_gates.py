@@ -18,7 +18,10 @@ from tests.support.runs import random_text
 from tests.support.tiny import tiny_llama
 from tests.support.tiny_zoo import kind_named, save_kind
 
-SMALL = ("--num-samples", "8", "--seq-len", "16", "--group-size", "32", "--device", "cpu", "--eval-samples", "4")
+SMALL = (
+    *("--num-samples", "8", "--seq-len", "16", "--group-size", "32", "--device", "cpu"),
+    *("--eval-samples", "4", "--selection-samples", "8"),
+)
 TARGET = ("--bits", "4", "--target-bpw", "4.5")
 PASSED = ("--max-kl", "10", "--max-ppl-increase", "900%", "--min-same-top", "0", "--max-fallbacks", "0")
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -11,8 +13,9 @@ from torch import Tensor
 
 from hawqtool.data.generate import SampledModel, generate_rows
 from hawqtool.data.media_rows import MediaReader, RowTexts, Transcribe
-from hawqtool.data.mixing import SourceRows, equal_quotas, mix_rows, quotas, require_rows
+from hawqtool.data.mixing import SourceRows, equal_quotas, mix_rows, pieces, quotas, require_rows
 from hawqtool.data.sources import is_hub, open_source
+from hawqtool.data.tokenizer import frame
 from hawqtool.data.tokens import overlap, source_rows
 from hawqtool.data.transcribe import transcribe
 from hawqtool.errors import InputError, UsageError
@@ -31,6 +34,7 @@ ROLES = ("calibration", "scoring", "selection", "report")
 _EXPECTED = {IMAGES: "a folder of images", **dict.fromkeys(SOUNDS, "a folder of WAV files")}
 _SMALLEST_SET, _SCORING_SET, _SHORT_ROW, _FEWEST_REPORT_ROWS = 8, 16, 512, 2
 
+_FEW_PIECES = 3
 SELECTION_LENGTH = 256
 """Most tokens of a selection row: of so many tokens, more and shorter rows are of more texts."""
 
@@ -168,8 +172,41 @@ def calibration_rows(context: RunContext, counts: dict[str, int]) -> dict[str, R
     require_rows(list(sources.values()))
     if SELF in shares:
         sources[SELF] = _sampled_source(context, shares[SELF])
-    lengths = {} if job.row_format.values is not None else {"selection": SELECTION_LENGTH}
-    return mix_rows([sources[name] for name in shares], lengths)
+    choosing = [(sources[name], quota["selection"]) for name, quota in shares.items() if quota.get("selection")]
+    others = [replace(sources[name], quota=_but_selection(quota)) for name, quota in shares.items()]
+    found = mix_rows([source for source in others if any(source.quota.values())])
+    if not choosing:
+        return found
+    # Each source's selection rows lie behind its rows of the other sets.
+    selection = mix_rows([_choosing(job, source, count) for source, count in choosing])
+    return {role: (found | selection)[role] for role in counts}
+
+
+def _is_running_text(job: Job) -> bool:
+    return job.task.generates and job.row_format.values is None
+
+
+def _but_selection(quota: Mapping[str, int]) -> dict[str, int]:
+    return {role: count for role, count in quota.items() if role != "selection"}
+
+
+def _choosing(job: Job, source: SourceRows, count: int) -> SourceRows:
+    """What a source gives to the selection rows, several of them from a long row."""
+    first = sum(_but_selection(source.quota).values())
+    rows = source.tokens[first : first + source.quota["selection"]]
+    if _is_running_text(job):
+        before, _ = frame(job.tokenizer())
+        rows = pieces(rows, count, min(SELECTION_LENGTH, rows.shape[1]), before)
+    return SourceRows(source.label, rows, {"selection": count})
+
+
+def _of_long_rows(job: Job, quota: dict[str, int]) -> dict[str, int]:
+    """A quota in rows of the calibration's length: several selection rows are cut from one, of several texts still."""
+    each, count = job.settings.seq_len // SELECTION_LENGTH, quota.get("selection", 0)
+    if not _is_running_text(job) or each < _FEW_PIECES or not count:
+        return quota
+    # A special token in front of every piece leaves too little for the last one.
+    return quota | {"selection": min(count, max(_SMALLEST_SET, math.ceil(count / (each - 1))))}
 
 
 def evaluation_rows(job: Job, text: str, wanted: int, samples: bool = True) -> Rows:
@@ -197,6 +234,7 @@ def check_calibration(job: Job) -> None:
 
 
 def _given_source(job: Job, text: str, quota: dict[str, int], samples: bool = True) -> SourceRows:
+    quota = _of_long_rows(job, quota)
     return SourceRows(*_rows(job, text, _needed(text, quota), job.config.seed, samples), quota)
 
 
@@ -238,13 +276,15 @@ def _rows(job: Job, text: str, count: int, seed: int, samples: bool = True) -> t
 
 
 def _sampled_source(context: RunContext, quota: dict[str, int]) -> SourceRows:
-    job, count = context.job, _needed(SELF, quota)
+    job, length = context.job, context.job.settings.seq_len
+    if SELF in job.config.calibration_weights:
+        quota = _of_long_rows(job, quota)
+    else:  # they choose alone
+        length = min(length, SELECTION_LENGTH)
+    count = _needed(SELF, quota)
     known = context.saved.load(SAMPLED)
     if known is not None:
         return SourceRows(SELF, known, quota)
-    length = job.settings.seq_len
-    if SELF not in job.config.calibration_weights:  # they choose alone
-        length = min(length, SELECTION_LENGTH)
     context.reporter.say(f"sampling {count} rows of {length} tokens from the model")
     progress = context.progress("sampling tokens")
     tokens = generate_rows(_sampled_model(job), count, length, job.config.seed, progress)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hawqtool.config import RunConfig, load_config
-from hawqtool.data.mixing import SourceRows, mix_rows, quotas, shares
+from hawqtool.data.mixing import SourceRows, mix_rows, pieces, quotas, shares
 from hawqtool.errors import InputError, UsageError
 
 COUNTS = {"calibration": 12, "scoring": 8, "selection": 8, "report": 4}
@@ -64,6 +64,17 @@ def test_one_source_keeps_its_order_and_label() -> None:
     sets = mix_rows([numbered("a", 0, 40, quotas(COUNTS, [3])[0])])
     assert torch.cat([rows.tokens[:, 0] for rows in sets.values()]).tolist() == list(range(32))
     assert {rows.source for rows in sets.values()} == {"a"}
+
+
+def test_pieces_of_long_rows_begin_as_these_do() -> None:
+    rows = torch.arange(40).view(4, 10)
+    assert pieces(rows, 6, 5, []).tolist() == [
+        *(list(range(first, first + 5)) for first in (0, 10, 20, 30)),
+        *(list(range(first, first + 5)) for first in (5, 15)),
+    ]
+    rows[:, 0] = 99
+    assert pieces(rows, 5, 5, [99])[3:].tolist() == [[99, 31, 32, 33, 34], [99, 5, 6, 7, 8]]
+    assert len(pieces(rows, 99, 5, [99])) == 8, "nine tokens hold two bodies of four"
 
 
 def test_every_source_that_is_short_is_counted() -> None:
