@@ -248,9 +248,9 @@ def test_weights_that_are_not_finite_exit_5(place: Path, tmp_path: Path, source:
 
 
 def test_an_output_file_that_cannot_be_created_exits_2(place: Path, tmp_path: Path) -> None:
-    result = invoke("measure", place / "model", "-o", tmp_path / "missing/s.json", *SMALL[:-2])
+    result = invoke("measure", place / "model", "-o", tmp_path / "missing/s.json", *SMALL[:-4])
     assert result.exit_code == 2 and "does not exist" in result.stderr
-    result = invoke("measure", place / "model", "-o", tmp_path, *SMALL[:-2])
+    result = invoke("measure", place / "model", "-o", tmp_path, *SMALL[:-4])
     assert result.exit_code == 2 and "is a folder" in result.stderr
 
 
@@ -327,7 +327,7 @@ def test_measured_divergence_is_a_metric_where_it_is_asked_for(place: Path, tmp_
     assert set(measured["scores"]["kl"]) == set(measured["units"])
     budget = ("--target-bpw", "4", *group, "--sensitivity", "kl")
     allocated = parsed("allocate", scores, "-o", plan, *budget)
-    options = ("--bits", "2,8", "--json", "--shortlist", "1", *budget[:2], *budget[-2:])
+    options = ("--bits", "2,8", "--json", "--selection-samples", "32", *budget[:2], *budget[-2:])
     report = json.loads(quantize(place, tmp_path / "out", *options).stdout)
     assert allocated["metric"] == report["metric"] == "kl"
     result = invoke("measure", place / "model", "-o", scores, "--extra-metrics", "fisher")
@@ -361,7 +361,7 @@ def test_asymmetric_stages_chain_through_files(place: Path, tmp_path: Path) -> N
 
 def test_allocating_what_was_not_measured_exits_2(place: Path, tmp_path: Path) -> None:
     scores = tmp_path / "s.json"
-    parsed("measure", place / "model", "-o", scores, *SMALL[:-2], "--calibration", place / "text.txt", "--bits", "3,4")
+    parsed("measure", place / "model", "-o", scores, *SMALL[:-4], "--calibration", place / "text.txt", "--bits", "3,4")
     options = ("--target-bpw", "4", "--group-size", "32")
     result = invoke("allocate", scores, "-o", tmp_path / "p.json", *options, "--bits", "2,3,4")
     assert result.exit_code == 2
