@@ -210,7 +210,7 @@ class RunConfig(CheckedFields):
     def chooses(self) -> bool:
         """Whether selection rows decide what is shipped: between several plans, or where a quality target is met."""
         one = self.given_widths is not None and len(self.given_widths) == len(self.group_sizes) == 1
-        return self.plan is None and self.uniform_width is None and self.evaluates and not one
+        return self.plan is None and self.uniform_width is None and self.evaluates and not one and self.to != "gguf"
 
     @property
     def evaluates(self) -> bool:

@@ -105,7 +105,8 @@ def test_swaps_by_gradient_improve_a_plan_of_poor_scores(run: Run) -> None:
     evaluation = report["evaluation"]
     tried, attempts = evaluation["tried"], evaluation["swaps"]
     taken = [attempt for attempt in attempts if attempt["accepted"]]
-    assert taken and [attempt["round"] for attempt in taken] == list(range(1, len(taken) + 1))
+    rounds = [attempt["round"] for attempt in taken]
+    assert taken and rounds == sorted(set(rounds))
     *others, last = (plan["selection"]["kl"] for plan in tried.values())
     assert list(tried)[-1] == "width swap 1"
     gained = last - min(others)
