@@ -20,6 +20,7 @@ from hawqtool.report.wording import (
     duration,
     gate_text,
     measurement_text,
+    not_rounded_lines,
     plus_minus,
     quality_columns,
     routing_text,
@@ -219,6 +220,7 @@ def _comparison_lines(evaluation: PlanComparison, shipped: Shipped) -> list[str]
         lines.append(f"paired      {MEASURES[measure]}, mixed - uniform: {value}")
     tail = tail_text(shipped_of(evaluation, shipped))
     lines += [f"tail        {tail}"] if tail else []
+    lines += [f"predicted   {text}" for text in not_rounded_lines(evaluation)]
     return lines + tried_lines(evaluation)
 
 

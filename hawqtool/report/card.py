@@ -16,6 +16,8 @@ from hawqtool.report.wording import (
     gate_values,
     loads_text,
     measurement_text,
+    no_uniform_text,
+    not_rounded_lines,
     plus_minus,
     quality_columns,
     routing_text,
@@ -277,7 +279,8 @@ def _evaluation(report: Report) -> str:
         for limit, found in (gate_values(gate),)
     ]
     if uniform is None:
-        lines.append("No uniform plan fits the budget, so there is none to compare with.")
+        lines.append(no_uniform_text(evaluation))
+    lines += [f"{escape(text)}." for text in not_rounded_lines(evaluation)]
     return "## Quality\n\n" + "\n\n".join(lines)
 
 

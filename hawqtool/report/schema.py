@@ -103,12 +103,22 @@ class Measured(TypedDict):
     original: Annotated[Quality, "The original model."]
 
 
+class PredictedRival(TypedDict):
+    """A plan that was not rounded, for its predicted loss is far above the mixed plan's."""
+
+    formats: Annotated[list[str], "Labels of the formats that the plan uses, such as `w3g64`."]
+    stored_bytes: Annotated[int, "Bytes of codes, scales and zero points of the linears."]
+    bpw_linears: Annotated[float, "Stored bits per weight of the linears."]
+    ratio: Annotated[float, "Its predicted loss relative to the mixed plan's; nothing was measured."]
+
+
 class PlanComparison(Measured):
     """Every plan that was tried, beside the original."""
 
     mixed: Annotated[PlanQuality, "The best mixed plan."]
     uniform: Annotated[PlanQuality | None, "The largest uniform plan within the budget."]
     tried: Annotated[dict[str, PlanQuality], "All mixed plans by name."]
+    not_rounded: NotRequired[Annotated[dict[str, PredictedRival], "Rivals that were predicted, not measured, by name."]]
     mixed_minus_uniform: NotRequired[Annotated[Divergence, "Difference of the two on the report rows."]]
     selection: NotRequired[Annotated[SelectionDifference, "Difference of the two on the selection rows."]]
     swaps: NotRequired[Annotated[list[SwapAttempt], "Plans that swaps by gradient tried, in order."]]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from hawqtool.report.schema import Gate, Measured, PlanQuality, Quality, Report, RowSet, TaskResult
+from hawqtool.report.schema import Gate, Measured, PlanComparison, PlanQuality, Quality, Report, RowSet, TaskResult
 
 MEASURES = {"kl": "KL (nats)", "embedding_error": "relative error"}
 """Heading of what a model is judged by."""
@@ -65,6 +65,22 @@ def gate_found(gate: Gate) -> str:
 def gate_text(gate: Gate) -> str:
     """A gate and its verdict, such as ``max_kl at most 0.1, found 0.0312: passed``."""
     return f"{gate_found(gate)}: {'passed' if gate['passed'] else 'FAILED'}"
+
+
+def not_rounded_lines(evaluation: PlanComparison) -> list[str]:
+    """One line for each rival that was not rounded."""
+    return [
+        f"{name} ({rival['bpw_linears']:.3f} bits) is predicted to lose {rival['ratio']:.1f} times as much as the "
+        "mixed plan; predicted, not measured (--proof full measures it)"
+        for name, rival in evaluation.get("not_rounded", {}).items()
+    ]
+
+
+def no_uniform_text(evaluation: PlanComparison) -> str:
+    """Why there is no uniform plan to compare with."""
+    if any(name.startswith("uniform") for name in evaluation.get("not_rounded", {})):
+        return "No uniform plan was rounded to compare with."
+    return "No uniform plan fits the budget, so there is none to compare with."
 
 
 def same_plan(first: PlanQuality | None, second: PlanQuality | None) -> bool:

@@ -157,6 +157,12 @@ class Fields(TargetFields):
         detail="More are plans of other metrics. With max_cost it is the metric's own alone.",
         panel=METHOD, expert=True, affects=Affects.PLAN,
     )] = Field(default=None, ge=1)
+    proof: Annotated[Literal["full", "predicted"], Setting(
+        help="full: what the mixed plan must beat, uniform and the rule that people use, is rounded and measured; "
+        "predicted: not where its predicted loss is more than twice the mixed plan's, and the report says so.",
+        detail="Predictions order plans of one model well and are no measurement: their scale may be off.",
+        panel=METHOD, expert=True, affects=Affects.PLAN,
+    )] = "full"
     swaps: Annotated[int | None, Setting(
         help="Rounds that improve the best mixed plan: the divergence of moving every unit one width up or down is "
         "measured at the plan, and the best moves are taken, each round from the last one's plan and measurements; the "

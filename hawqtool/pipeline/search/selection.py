@@ -13,10 +13,11 @@ from hawqtool.evaluation.paired import PairedDifference, compare_paired
 from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.run.menu import job_menu, meets_second_budget
 from hawqtool.pipeline.search.gradient_swap import moved_by_gradient
+from hawqtool.pipeline.search.shortlist import FAR_ABOVE, RULE, predicted_ratio
 from hawqtool.pipeline.search.trials import Trial, TrialRunner
 from hawqtool.pipeline.search.width_swap import swapped
 from hawqtool.records import BitPlan, Evaluation
-from hawqtool.report.schema import Divergence, PlanComparison, PlanQuality, Shipped, SwapAttempt
+from hawqtool.report.schema import Divergence, PlanComparison, PlanQuality, PredictedRival, Shipped, SwapAttempt
 from hawqtool.sensitivity.measured_kl import UnitScores
 
 
@@ -29,12 +30,14 @@ class Selection:
         uniform: The largest uniform plan that fits the budget, if there is one.
         best: Name of the mixed plan with the lowest divergence on the selection rows.
         swaps: Plans that were tried on the way of swaps by gradient, without being rounded for it.
+        not_rounded: Rivals by name, of which the predicted loss was proof enough.
     """
 
     mixed: dict[str, Trial]
     uniform: Trial | None
     best: str
     swaps: list[SwapAttempt] = field(default_factory=list)
+    not_rounded: dict[str, PredictedRival] = field(default_factory=dict)
 
     @property
     def minus_uniform(self) -> PairedDifference | None:
@@ -53,13 +56,17 @@ def try_plans(runner: TrialRunner, plans: dict[str, BitPlan], scores: UnitScores
         plans: The short list.
         scores: Those behind its first plan, by unit and format; swaps begin with them.
     """
-    mixed: dict[str, Trial] = {}
+    job, own = runner.context.job, next(iter(plans.values()))
+    mixed, not_rounded = dict[str, Trial](), dict[str, PredictedRival]()
     for name, plan in plans.items():
+        if name == RULE and (far := _far_above(job, plan, own, scores)):
+            not_rounded[name] = far
+            continue
         mixed[name] = runner.run_trial(name, plan)
         runner.keep_only([_best(mixed)])
     attempts = _swap(runner, mixed, scores)
     best = _best(mixed)
-    job, plan = runner.context.job, best.plan
+    plan = best.plan
     if job.config.uniform_width is not None:  # there is no budget for others to compete in
         (name,) = mixed
         return Selection(mixed, None if job.pins else best, name, attempts)
@@ -67,8 +74,24 @@ def try_plans(runner: TrialRunner, plans: dict[str, BitPlan], scores: UnitScores
     kind = plan.symmetric, {*job.config.group_sizes, *(fmt.group_size for fmt in plan.formats.values())}
     largest, uniform = best_uniform(job.units, max(plan.budget_bytes or 0, plan.stored_bytes), *kind), None
     if largest is not None:
-        uniform = runner.run_trial(f"uniform {largest.label}", _as_plan(job, largest))
-    return Selection(mixed, uniform, next(name for name, trial in mixed.items() if trial is best), attempts)
+        label, rival = f"uniform {largest.label}", _as_plan(job, largest)
+        if far := _far_above(job, rival, own, scores):
+            not_rounded[label] = far
+        else:
+            uniform = runner.run_trial(label, rival)
+    found = next(name for name, trial in mixed.items() if trial is best)
+    return Selection(mixed, uniform, found, attempts, not_rounded)
+
+
+def _far_above(job: Job, rival: BitPlan, own: BitPlan, scores: UnitScores) -> PredictedRival | None:
+    """What is said of a rival in place of rounding it, where its predicted loss is proof enough; else None."""
+    if job.config.proof == "full":
+        return None
+    ratio = predicted_ratio(job.units, rival, own, scores, job.pins)
+    if ratio is None or ratio <= FAR_ABOVE:
+        return None
+    labels = sorted({fmt.label for fmt in rival.formats.values()})
+    return {"formats": labels, "stored_bytes": rival.stored_bytes, "bpw_linears": rival.bpw, "ratio": ratio}
 
 
 def _swap(runner: TrialRunner, mixed: dict[str, Trial], scores: UnitScores) -> list[SwapAttempt]:
@@ -180,6 +203,8 @@ def compare(
     }
     if selection.swaps:
         result["swaps"] = selection.swaps
+    if selection.not_rounded:
+        result["not_rounded"] = selection.not_rounded
     if uniform is not None:
         result["mixed_minus_uniform"] = _paired(mixed, uniform, "report")
     difference = selection.minus_uniform

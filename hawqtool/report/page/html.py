@@ -21,7 +21,15 @@ from hawqtool.report.page.html_tables import (
     worst_table,
 )
 from hawqtool.report.schema import Gate, Report, shipped_plan
-from hawqtool.report.wording import EXPLANATIONS, MEASURES, NOT_EVALUATED, measurement_text, plus_minus, size
+from hawqtool.report.wording import (
+    EXPLANATIONS,
+    MEASURES,
+    NOT_EVALUATED,
+    measurement_text,
+    not_rounded_lines,
+    plus_minus,
+    size,
+)
 
 _SEARCH = "Search for the smallest plan"
 SECTIONS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
@@ -214,8 +222,9 @@ def _quality(report: Report) -> str:
     if evaluation is None or rows is None:
         return f"<h2>Quality</h2>\n<p>{_text(NOT_EVALUATED)}</p>\n{_gates(report['gates'])}"
     domain = " They come from the calibration source (in-domain), which flatters." * report["rows"]["report_in_domain"]
+    judged = " ".join([verdict(evaluation), *(f"{line}." for line in not_rounded_lines(evaluation))])
     return (
-        f"<h2>Quality</h2>\n<p>{_text(verdict(evaluation))}</p>\n{quality_table(report, evaluation)}\n"
+        f"<h2>Quality</h2>\n<p>{_text(judged)}</p>\n{quality_table(report, evaluation)}\n"
         f'<p class="note">{_text(EXPLANATIONS[evaluation["measure"]])} Rows: {_text(rows["source"])}, which '
         f"neither calibrated nor chose anything.{domain}</p>\n{_gates(report['gates'])}"
         f"<h3>Plans that were tried</h3>\n{tried_table(report, evaluation['measure'])}\n"

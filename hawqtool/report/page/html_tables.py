@@ -26,6 +26,7 @@ from hawqtool.report.wording import (
     MEASURES,
     gate_values,
     loads_text,
+    no_uniform_text,
     plus_minus,
     quality_columns,
     rows_text,
@@ -67,7 +68,7 @@ def verdict(evaluation: PlanComparison) -> str:
     """Whether mixing widths paid, by the paired difference to the best uniform plan that fits."""
     mixed, uniform, measure = evaluation["mixed"], evaluation["uniform"], evaluation["measure"]
     if uniform is None:
-        return "No uniform plan fits the budget, so there is none to compare with."
+        return no_uniform_text(evaluation)
     if same_plan(mixed, uniform):
         return "The plan is uniform, so there is no mixed one to compare it with."
     difference = evaluation["mixed_minus_uniform"]

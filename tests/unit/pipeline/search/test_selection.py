@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,9 +12,11 @@ import pytest
 from hawqtool.config import RunConfig
 from hawqtool.formats import QuantFormat
 from hawqtool.pipeline.search import selection
-from hawqtool.pipeline.search.selection import Selection, _best, choose, compare
+from hawqtool.pipeline.search.selection import Selection, _best, choose, compare, try_plans
+from hawqtool.pipeline.search.shortlist import RULE
 from hawqtool.pipeline.search.trials import Trial
-from hawqtool.records import BitPlan, Evaluation
+from hawqtool.records import BitPlan, Evaluation, LinearSpec, Score, Unit
+from hawqtool.report.wording import not_rounded_lines
 
 
 def evaluation(rows: list[float], sources: tuple[str, ...] = ()) -> Evaluation:
@@ -135,3 +138,48 @@ def test_report_and_selection_rows_are_told_apart() -> None:
     assert found["mixed_minus_uniform"]["kl"] == pytest.approx(1.0)
     assert found["selection"]["mixed_minus_uniform"] == pytest.approx(-1.0)
     assert found["tried"]["kron"]["minus_uniform"]["report"]["kl"] == pytest.approx(1.0)
+
+
+class FakeRunner:
+    """Notes which plans are rounded."""
+
+    def __init__(self, config: RunConfig, units: tuple[Unit, ...]) -> None:
+        self.context = SimpleNamespace(job=FakeJob(config, units))
+        self.context.job.settings = SimpleNamespace(swaps=0)
+        self.tried: list[str] = []
+
+    def run_trial(self, name: str, plan: BitPlan) -> Trial:
+        self.tried.append(name)
+        return replace(trial(name, LOW, LOW), plan=plan)
+
+    def keep_only(self, trials: list[Trial]) -> None:
+        """All stay."""
+
+
+@pytest.mark.parametrize(
+    ("proof", "least", "tried"),
+    [
+        ("full", 1.0, ["kron", RULE, "uniform w3g32"]),
+        ("predicted", 1.0, ["kron"]),
+        ("predicted", 2.0, ["kron", RULE, "uniform w3g32"]),  # twice as much is not far above
+    ],
+)
+def test_what_is_far_above_is_predicted_alone(proof: Any, least: float, tried: list[str]) -> None:
+    units = tuple(Unit(f"u{i}", (LinearSpec(f"u{i}", 32, 64, i, f"u{i}", 2),)) for i in range(2))
+    low, high = QuantFormat(2, 32), QuantFormat(4, 32)
+    scores = {
+        "u0": {"w2g32": Score(4.0, 0.1), "w3g32": Score(3.0, 0.1), "w4g32": Score(least, 0.1)},
+        "u1": {"w2g32": Score(0.0, 0.1), "w3g32": Score(1.0, 0.1), "w4g32": Score(0.0, 0.1)},
+    }
+    size = units[0].stored_bytes(low) + units[0].stored_bytes(high)
+    own, rule = (BitPlan({"u0": a, "u1": b}, size, 4096, budget_bytes=size) for a, b in ((high, low), (low, high)))
+    runner: Any = FakeRunner(RunConfig(model="m", target_bpw=4.0, group_size=32, proof=proof), units)
+    found = try_plans(runner, {"kron": own, RULE: rule}, scores)
+    assert runner.tried == tried
+    if "uniform w3g32" not in tried:
+        ratios = {name: rival["ratio"] for name, rival in found.not_rounded.items()}
+        assert ratios == pytest.approx({RULE: 4.0, "uniform w3g32": 4.0})
+        comparison = compare(found, evaluation(LOW), lambda _: {})
+        assert choose(runner.context.job, found) == "mixed" and comparison["uniform"] is None
+        (line, other) = not_rounded_lines(comparison)
+        assert "predicted, not measured" in line and "4.0 times" in other

@@ -7,8 +7,8 @@ import pytest
 from hawqtool.allocation.frontier import solve
 from hawqtool.allocation.problem import build_problem
 from hawqtool.formats import QuantFormat
-from hawqtool.pipeline.search.shortlist import alternatives, pair_loss, rule_plan
-from hawqtool.records import LinearSpec, Score, SensitivityTable, Unit, UnitScores
+from hawqtool.pipeline.search.shortlist import alternatives, pair_loss, predicted_ratio, rule_plan
+from hawqtool.records import BitPlan, LinearSpec, Score, SensitivityTable, Unit, UnitScores
 
 LOW, HIGH = QuantFormat(2, 32), QuantFormat(4, 32)
 UNITS = [Unit(f"u{i}", (LinearSpec(f"u{i}", 32, 32, i, f"u{i}", 2),)) for i in range(4)]
@@ -34,3 +34,18 @@ def test_plans_come_by_their_pair_loss() -> None:
     assert list(plans) == ["projection", "fisher"]
     # The rule raises u0, the first block, which leaves p1 + p2 = ±1: ½.
     assert pair_loss(rule_plan(UNITS, MENU, table, {}, own, BUDGET), table) == pytest.approx(0.5)
+
+
+def uniform(fmt: QuantFormat) -> BitPlan:
+    """A uniform plan of the units."""
+    return BitPlan({u.name: fmt for u in UNITS}, sum(u.stored_bytes(fmt) for u in UNITS), 4 * 32 * 32)
+
+
+def test_the_loss_of_a_rival_is_that_of_its_scores_or_lies_on_the_uniform_curve() -> None:
+    """Groups of 32 are measured at 2 and 4 bits, with losses of 8 and 2 in all; w3g32 lies half way in bytes."""
+    scores = {u.name: {LOW.label: Score(2.0, 0.1), HIGH.label: Score(0.5, 0.1)} for u in UNITS}
+    own = BitPlan({u.name: HIGH if i < 2 else LOW for i, u in enumerate(UNITS)}, 1, 1)  # 1 + 4
+    assert predicted_ratio(UNITS, uniform(LOW), own, scores, {}) == pytest.approx(8 / 5)
+    assert predicted_ratio(UNITS, uniform(QuantFormat(3, 32)), own, scores, {}) == pytest.approx((8 * 2) ** 0.5 / 5)
+    assert predicted_ratio(UNITS, uniform(QuantFormat(8, 32)), own, scores, {}) is None  # beyond the curve
+    assert predicted_ratio(UNITS, uniform(LOW), own, {}, {}) is None
