@@ -10,9 +10,9 @@ from torch import Tensor
 _LARGEST_TOKEN = 1 << 24
 """float32 holds all smaller integers exactly."""
 
-_EXAMPLE_LENGTH = 4320
-"""Samples or frames of an example row where the length is free: a multiple of the positions of both traced runs, and of
-the 80 samples of a frame."""
+_EXAMPLE_SAMPLES, _EXAMPLE_FRAMES = 4320, 720
+"""Samples, or frames of a spectrum, of an example row where the length is free: multiples of the positions of both
+traced runs, samples also of the 80 of a frame."""
 
 SOUNDS = ("input_values", "input_features")
 """Arguments that take sounds: samples, or the bands of a spectrum over time."""
@@ -82,7 +82,8 @@ class RowFormat:
         if self.values is None:
             return tokens
         assert self.shape is not None
+        free = _EXAMPLE_SAMPLES if len(self.shape) == 1 else _EXAMPLE_FRAMES
         # Language models pass over images of zeros, which fill up lists.
-        shape = (_EXAMPLE_LENGTH if size < 0 else size for size in self.shape)
-        values = torch.full((rows, *shape), float(bool(self.image)), dtype=dtype)
+        filler = float(bool(self.image))
+        values = torch.full((rows, *(free if size < 0 else size for size in self.shape)), filler, dtype=dtype)
         return values if self.tokens is None else self.join(tokens, values).to(dtype)
