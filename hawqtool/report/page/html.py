@@ -15,12 +15,13 @@ from hawqtool.report.page.html_tables import (
     quality_table,
     rows_table,
     search_table,
+    swaps_table,
     tried_table,
     verdict,
     versions_table,
     worst_table,
 )
-from hawqtool.report.schema import Gate, Report, shipped_plan
+from hawqtool.report.schema import Gate, PlanComparison, Report, shipped_plan
 from hawqtool.report.wording import (
     EXPLANATIONS,
     MEASURES,
@@ -230,7 +231,19 @@ def _quality(report: Report) -> str:
         f"<h3>Plans that were tried</h3>\n{tried_table(report, evaluation['measure'])}\n"
         '<p class="note">Numbers are those in the figures. The selection rows choose: among the mixed plans the lowest '
         "value, and against the best uniform plan that fits a paired t-test that knows how many were tried. The "
-        "report rows choose nothing.</p>"
+        f"report rows choose nothing.</p>{_swaps(evaluation)}"
+    )
+
+
+def _swaps(evaluation: PlanComparison) -> str:
+    """The rounds of swaps by gradient, where there were any."""
+    attempts = evaluation.get("swaps")
+    if not attempts:
+        return ""
+    return (
+        f"\n<h3>Swaps by gradient</h3>\n{swaps_table(attempts)}\n"
+        '<p class="note">Changes of the divergence from the plan that the round began at, of the model put together of '
+        "roundings that lay ready. Plans of one round come from one gradient.</p>"
     )
 
 

@@ -18,6 +18,7 @@ from hawqtool.report.schema import (
     Quality,
     Report,
     Search,
+    SwapAttempt,
     layer_error,
     named_rows,
 )
@@ -119,6 +120,23 @@ def _minus(record: PlanQuality, role: str) -> Divergence | None:
 
 def _difference(values: Divergence | None, measure: Measure) -> str:
     return "" if values is None else f"{values[measure]:+.4f}{plus_minus(values, measure)}"
+
+
+def swaps_table(attempts: Sequence[SwapAttempt]) -> str:
+    """Plans that swaps by gradient tried: what might move, what did, predicted and measured change, what was taken."""
+    rows = [
+        [
+            str(attempt["round"]),
+            f"{100 * attempt['share']:.3g} %",
+            str(attempt["moves"]),
+            f"{attempt['predicted']:+.4f} ± {attempt['predicted_stderr']:.4f}",
+            f"{attempt['measured']:+.4f} ± {attempt['measured_stderr']:.4f}",
+            "taken" if attempt["accepted"] else "",
+        ]
+        for attempt in attempts
+    ]
+    heading = ["round", "bytes that might move", "units moved", "predicted change", "measured, selection", ""]
+    return _table(heading, rows, numbers=range(len(heading) - 1))
 
 
 def search_table(search: Search, measure: str) -> str:

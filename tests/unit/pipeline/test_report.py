@@ -301,6 +301,20 @@ def test_every_plan_that_was_tried_is_in_the_table(tmp_path: Path) -> None:
     assert table.count("uniform w3g64") == 1
 
 
+def test_rounds_of_swaps_by_gradient_have_their_table(tmp_path: Path) -> None:
+    report = a_report()
+    attempt = {"round": 1, "share": 0.05, "moves": 7, "stored_bytes": 8, "predicted": -0.5, "predicted_stderr": 0.25}
+    attempts = [
+        {**attempt, "measured": value, "measured_stderr": 0.125, "accepted": value < 0} for value in (0.5, -1.0)
+    ]
+    assert "Swaps by gradient" not in page_of(written(tmp_path / "without", report))
+    report["evaluation"]["swaps"] = attempts
+    text = page_of(written(tmp_path / "out", report))
+    table = text[text.index("Swaps by gradient") :]
+    assert "5 %" in table and "-0.5000 ± 0.2500" in table and "-1.0000 ± 0.1250" in table
+    assert table[: table.index("</table>")].count("taken") == 1
+
+
 def test_a_plan_of_swaps_is_shown_with_the_scores_of_the_run() -> None:
     report = a_report(metric="width swap")
     report["evaluation"]["mixed"]["chosen_by"] = "width swap 1"
