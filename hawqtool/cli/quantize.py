@@ -12,6 +12,7 @@ from rich.console import Console
 
 from hawqtool.cli import options as o
 from hawqtool.cli.junit import recorded_run
+from hawqtool.cli.ranks import assist, start_ranks
 from hawqtool.cli.render import announcement, fitted, print_report
 from hawqtool.cli.session import decide_hub_access, print_json, session
 from hawqtool.cli.terminal import Terminal
@@ -22,6 +23,7 @@ from hawqtool.parsing import printable
 from hawqtool.report.documents import DryRun
 from hawqtool.report.schema import Gate, Report
 from hawqtool.report.wording import gate_found
+from hawqtool.runtime.launched import rank
 from hawqtool.settings.metadata import flag_of
 from hawqtool.values import split_weight
 
@@ -50,6 +52,11 @@ def quantize(
     """
     if dry_run:
         gc.disable()  # nearly all of its time goes to imports, which collections only make longer
+    else:
+        start_ranks(config, values, preset)
+        if rank():
+            assist(config, values, preset, debug)
+            return
     with session(quiet, debug, json, verbose) as terminal, recorded_run(junit, terminal) as record:
         settings = load_config(config, values, preset)
         record.model = settings.model

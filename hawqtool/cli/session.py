@@ -18,6 +18,7 @@ from hawqtool.cli.terminal import Terminal
 from hawqtool.data.sources import is_hub
 from hawqtool.errors import DISK_ERRORS, HawqError, QualityError, one_line
 from hawqtool.parsing import printable, short, terminal_line
+from hawqtool.runtime.launched import rank, world_size
 from hawqtool.runtime.malloc import configure_allocators
 
 ERROR_SCHEMA = "hawqtool.error/1"
@@ -64,12 +65,18 @@ def session(quiet: bool = False, debug: bool = False, json: bool = False, verbos
         terminal.end()
     if code:
         failure = printable(failure)
-        print(failure, file=sys.stderr)
+        if not _told_elsewhere(code):
+            print(failure, file=sys.stderr)
         message = failure.removeprefix("error: ")
         annotate(failed or (message,), code)
         if json and not terminal.answered:
             print_json({"schema": ERROR_SCHEMA, "error": message, "exit_code": code})
         raise SystemExit(code)
+
+
+def _told_elsewhere(code: int) -> bool:
+    """Whether another of the processes of a run says why it ends: what started them, or the one that leads."""
+    return world_size() > 1 and (code == TERMINATED or (rank() > 0 and code == INTERRUPTED))
 
 
 @contextmanager

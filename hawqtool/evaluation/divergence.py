@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hawqtool.errors import NumericalError
 from hawqtool.records import Evaluation
 from hawqtool.report.schema import Quality
+from hawqtool.runtime.ranks import ALONE, Ranks
 from hawqtool.streaming.stream import ModelStream
 
 CONFIDENT = 0.9
@@ -50,6 +51,12 @@ class Tail:
         values = torch.cat(self.divergences)
         p99, p999 = (float(values.kthvalue(math.ceil(level * len(values))).values) for level in (0.99, 0.999))
         return {"kl_p99": p99, "kl_p999": p999, "flips": self.flipped / self.confident if self.confident else None}
+
+
+def joined_tails(tails: Sequence[Tail]) -> Tail:
+    """The tail of several sets of rows together."""
+    divergences = [values for tail in tails for values in tail.divergences]
+    return Tail(divergences, sum(tail.confident for tail in tails), sum(tail.flipped for tail in tails))
 
 
 @dataclass(frozen=True)
@@ -111,13 +118,14 @@ class OutputComparison:
                 found.append(torch.autograd.grad(self._divergence(expected, part, leaf).sum(), leaf)[0])
         return torch.cat(found) / len(hidden)
 
-    def evaluation(self, hidden: Tensor) -> Evaluation:
+    def evaluation(self, hidden: Tensor, ranks: Ranks = ALONE) -> Evaluation:
         """Divergence with its standard error over rows, perplexity, and how often the likeliest outputs agree.
 
         On a CPU logits exist for some positions of one row at a time.
 
         Args:
             hidden: ``[rows, positions, width]``, last block's output of the candidate.
+            ranks: Processes that share the rows, each with some of them; the result is of all.
 
         Raises:
             NumericalError: If the candidate's outputs are not finite.
@@ -126,6 +134,8 @@ class OutputComparison:
         with torch.no_grad():
             same = hidden is self.states and self.candidate is self.original
             results = [self._row(*row, tail, same) for row in zip(self.rows, self.states, hidden, strict=True)]
+        shares = ranks.everywhere((results, tail))
+        results, tail = [values for part, _ in shares for values in part], joined_tails([t for _, t in shares])
         divergence = torch.tensor([values["divergence"] for values in results], dtype=torch.float64)
         if not bool(torch.isfinite(divergence).all()):
             raise NumericalError("the model to evaluate gives outputs that are NaN or Inf")
@@ -135,7 +145,7 @@ class OutputComparison:
             divergence=float(divergence.mean()),
             stderr=standard_error(divergence),
             row_divergence=tuple(divergence.tolist()),
-            num_tokens=self.states.shape[0] * self.states.shape[1],
+            num_tokens=len(results) * self.states.shape[1],
             perplexity=perplexity(means["next_token"]) if "next_token" in means else None,
             same_top=means.get("same_top"),
             cosine=means.get("cosine"),

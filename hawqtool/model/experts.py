@@ -143,6 +143,11 @@ def counting_experts(block: nn.Module, batches: int) -> Iterator[None]:
             layer.least_tokens = 0
 
 
+def has_experts(block: nn.Module) -> bool:
+    """Whether a block has experts one by one, whose tokens depend on the rows."""
+    return any(isinstance(module, SplitExperts) for module in block.modules())
+
+
 WhyUnread = Callable[[Any, ExpertsLayout], str | None]
 """From an experts module and its layout to the reason why no engine reads its experts one by one; None if one does."""
 

@@ -25,7 +25,12 @@ from hawqtool.pipeline.run.identity import check_copies, check_unchanged, record
 from hawqtool.pipeline.run.job import Job, prepare
 from hawqtool.pipeline.run.measurement_cache import check_measurements
 from hawqtool.pipeline.run.menu import budget_bytes, job_menu, unquantized_bytes
-from hawqtool.pipeline.run.out_of_memory import halving_batch_size, remember_batch_size, resumed_batch_size
+from hawqtool.pipeline.run.out_of_memory import (
+    MOST_HALVINGS,
+    halving_batch_size,
+    remember_batch_size,
+    resumed_batch_size,
+)
 from hawqtool.pipeline.search.estimate import estimate
 from hawqtool.pipeline.search.gates import judge_gates, matching_baseline
 from hawqtool.pipeline.search.good_size import good_size
@@ -38,6 +43,7 @@ from hawqtool.pipeline.stages.report import Outcome, build_report, write_card, w
 from hawqtool.pipeline.stages.rows import gather_rows
 from hawqtool.pipeline.stages.token_importance import with_token_importance
 from hawqtool.pipeline.tasks import check_tasks, judge_tasks
+from hawqtool.pipeline.worker import begin_ranks, leading
 from hawqtool.records import BitPlan
 from hawqtool.report.documents import DryRun, SensitivityDocument
 from hawqtool.report.schema import Report, Search, Shipped, Verdict, shipped_of
@@ -70,7 +76,7 @@ def run_quantize(
         raise UsageError("GGUF files are written by hawqtool quantize on the command line alone; drop --to gguf here")
     config.require_one_target()
     output = output_folder(config)
-    with RunFolder(output, reporter) as run:
+    with RunFolder(output, reporter) as run, leading(config) as ranks:
         resuming = run.unfinished and not config.restart
         if not (resuming and run.in_place):
             check_free(config, output)
@@ -89,16 +95,17 @@ def run_quantize(
         if run.in_place:
             run.finish()
             return read_report(output / "report.json")
+        begin_ranks(ranks, job)
 
         def work(job: Job, warnings: list[str]) -> Report:
-            context = RunContext(job, reporter, run.saved)
+            context = RunContext(job, reporter, run.saved, ranks)
             folder, report = _quantized(context, run, command, warnings, fingerprint)
             check_unchanged(job.index, before)
             run.ship(folder)
             return report
 
         try:
-            return halving_batch_size(job, warnings, run, reporter, work)
+            return halving_batch_size(job, warnings, run, reporter, work, most=MOST_HALVINGS if ranks.size == 1 else 0)
         except (NumericalError, InputError):
             check_unchanged(job.index, before)  # which would explain it
             raise

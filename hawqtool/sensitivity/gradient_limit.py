@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hawqtool.runtime.ranks import ALONE, Ranks
+
 GRADIENT_LIMIT = 4.0
 """How many times the median growth of ‖g‖² a row may reach, hence twice that of ‖g‖: scores are made of squares.
 
@@ -39,9 +41,15 @@ class GradientLimit:
         start = row_powers(gradients)
         return cls(start, torch.ones_like(start), limit)
 
-    def limited(self, gradients: Sequence[Tensor]) -> list[Tensor]:
-        """The gradients ``[rows, positions, width]`` per batch, those of rows that grew too much made shorter."""
-        factors = _factors(row_powers(gradients), self.start, self.limit).sqrt()
+    def limited(self, gradients: Sequence[Tensor], ranks: Ranks = ALONE) -> list[Tensor]:
+        """The gradients ``[rows, positions, width]`` per batch, those of rows that grew too much made shorter.
+
+        The median is that of all rows, which ranks share.
+        """
+        shares = ranks.everywhere((row_powers(gradients), self.start))
+        powers, start = (torch.cat(parts) for parts in zip(*shares, strict=True))
+        first = sum(len(own) for _, own in shares[: ranks.rank])
+        factors = _factors(powers, start, self.limit).sqrt()[first : first + len(self.start)]
         self.share = self.share * factors
         parts = factors.split([len(gradient) for gradient in gradients])
         # Batches without such a row stay as they are, to the bit and without a copy.

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from hawqtool.model.block import LoadedBlock
 from hawqtool.records import SWEEP_METRICS, BlockSpec, LinearSpec, MeasurementRows, Score, Unit, UnitScores
-from hawqtool.rounding.spec import RoundingErrors, RoundingSpec
+from hawqtool.rounding.grid import Quantized, dequantize
+from hawqtool.rounding.spec import InputGroups, RoundingErrors, RoundingSpec
+from hawqtool.rounding.statistics import GroupStatistics
+from hawqtool.runtime.ranks import ALONE, Ranks
 from hawqtool.runtime.store import NOTHING_SAVED, Saved
 from hawqtool.sensitivity.backward import block_backward
 from hawqtool.sensitivity.forward import Progress, forward_sweep, wanted_statistics
@@ -19,6 +22,7 @@ from hawqtool.sensitivity.gradient_limit import GRADIENT_LIMIT, GradientLimit
 from hawqtool.sensitivity.label_gradients import head_rows, loss_gradients
 from hawqtool.sensitivity.scores import SIGNED, LayerRows, RowValues, add_rows, mean_score, score_rows, to_scores
 from hawqtool.streaming.block import Activations, check_states
+from hawqtool.streaming.dealt import dealt
 from hawqtool.streaming.input_statistics import group_statistics
 from hawqtool.streaming.stream import ModelStream
 
@@ -56,11 +60,13 @@ class SweepSettings:
         seed: Seed of the sampled labels.
         gradient_limit: See `GradientLimit`; infinite for gradients as they are.
         metrics: Of those that one pair of sweeps gives, the ones wanted.
+        ranks: Processes that share the rows; the leader has the measurement, the others what their rows gave.
     """
 
     seed: int
     gradient_limit: float = GRADIENT_LIMIT
     metrics: Sequence[str] = SWEEP_METRICS
+    ranks: Ranks = ALONE
 
 
 def measure(
@@ -82,22 +88,24 @@ def measure(
         saved: Keeps the reverse sweep by block; one of equal arguments that was cut is gone on with, equal to the bit.
     """
     begun, method = saved.load(_SWEEP), replace(rounding.method, passes=1)  # more make all errors smaller alike
-    rounding, scoring, size = replace(rounding, method=method), rows.scoring, rows.batch_size
+    ranks, size, calibration = settings.ranks, rows.batch_size, rows.calibration.tokens
+    rounding, scoring = replace(rounding, method=method), rows.scoring[ranks.share(len(rows.scoring))]
+    share = ranks.share(len(calibration))
     left = len(stream.structure.blocks) if begun is None else int(begun["left"])
     with stream.keeping_pages():
-        known = stream.embed(
-            rows.calibration.tokens, size, method.needs_held_out, importance=rows.calibration.importance
-        )
+        known = stream.embed(calibration[share], size, method.needs_held_out, importance=rows.calibration.importance)
+        known.ranks, known.first_row = ranks, share.start
         sets = (known, stream.embed(scoring, size))
         refined = rounding.refiner is not None
         stored = forward_sweep(stream, *sets, left, rounding.menu, progress, keeps_states=refined)
         if begun is None:
-            generator = torch.Generator(stream.device).manual_seed(settings.seed)
+            generator = torch.Generator(stream.device).manual_seed(ranks.seed(settings.seed))
             gradients, outputs = loss_gradients(stream, scoring.split(size), sets[1].hidden, generator)
             limit = GradientLimit.of(gradients, settings.gradient_limit)
             scores, positions = _Scores(list(settings.metrics), {}, {}, {}), sets[1].hidden[0].shape[1]
-            seen = LayerRows(head_rows(stream, scoring, sets[1].hidden, settings.seed), positions, outputs)
-            _measure_head(stream, rows.calibration.tokens, known, seen, rounding, scores)
+            rows_of_head = head_rows(stream, scoring, sets[1].hidden, ranks.seed(settings.seed))
+            seen = LayerRows(rows_of_head, positions, outputs)
+            _measure_head(stream, calibration[share], known, seen, rounding, scores)
         else:
             gradients, outputs = [gradient.to(stream.device) for gradient in begun["gradients"]], begun["outputs"]
             limit, scores = GradientLimit(**begun["limit"]), _Scores(**begun["scores"])
@@ -106,14 +114,35 @@ def measure(
             sets[0].hidden, sets[1].hidden = left_here.calibration, left_here.scoring
             with stream.block(spec.index) as block:
                 groups = left_here.statistics() or wanted_statistics(block, sets[0], rounding.menu)
-                errors = rounding.block_errors(block, groups, sets[0].hidden)
+                errors = _errors(rounding, block, groups, sets[0])
                 del left_here, groups
                 layers, gradients = block_backward(block, sets[1], gradients, outputs, scores.input_power)
-            check_states(gradients := limit.limited(gradients), f"the gradient at the input of block {spec.name}")
-            scores.add_block(spec, layers, errors)
+            check_states(
+                gradients := limit.limited(gradients, ranks), f"the gradient at the input of block {spec.name}"
+            )
+            scores.add_block(spec, layers, errors, ranks)
             saved.save(_SWEEP, _state(spec.index, gradients, outputs, limit, scores))
             progress("reverse sweep", left - spec.index, left)
-    return scores.measurement(stream.structure.units, outputs, limit.shortened)
+    shares = ranks.to_owner((scores, limit.shortened), 0) or [(scores, limit.shortened)]
+    shortened = sum(count for _, count in shares)
+    return _joined([part for part, _ in shares]).measurement(stream.structure.units, outputs, shortened)
+
+
+def _errors(rounding: RoundingSpec, block: LoadedBlock, groups: InputGroups, known: Activations) -> RoundingErrors:
+    """Rounding errors of a block; where ranks share the rows, each rounds some of its groups."""
+    if known.ranks.size == 1:
+        return rounding.block_errors(block, groups, known.hidden)
+
+    def rounded(group: Sequence[LinearSpec], statistics: GroupStatistics) -> dict[str, dict[str, Quantized]]:
+        found = rounding.roundings(block, group, statistics)
+        return {name: {label: one.rounded for label, one in by_label.items()} for name, by_label in found.items()}
+
+    errors: RoundingErrors = {}
+    for group, found in dealt(known.ranks, groups, rounded):
+        for linear in (linear for linear in group if linear.name in found):
+            weight, by_label = block.weight(linear), found[linear.name].items()
+            errors[linear.name] = {label: dequantize(*value).float() - weight for label, value in by_label}
+    return errors
 
 
 def _state(left: int, gradients: list[Tensor], outputs: int, limit: GradientLimit, scores: _Scores) -> dict[str, Any]:
@@ -130,20 +159,27 @@ class _Scores:
     error_norms: dict[str, dict[str, float]]
 
     def add(
-        self, linears: Sequence[LinearSpec], layers: Sequence[LayerRows], errors: Sequence[Mapping[str, Tensor]]
+        self,
+        linears: Sequence[LinearSpec],
+        layers: Sequence[LayerRows],
+        errors: Sequence[Mapping[str, Tensor]],
+        ranks: Ranks,
     ) -> None:
         """Add linears that share their input."""
-        for linear, values, by_label in zip(linears, score_rows(layers, errors, self.metrics), errors, strict=True):
+        found = score_rows(layers, errors, self.metrics, ranks)
+        for linear, values, by_label in zip(linears, found, errors, strict=True):
             add_rows(self.unit_rows.setdefault(linear.unit, {}), values)
             norms = {label: float(error.square().sum(dtype=torch.float64)) for label, error in by_label.items()}
             self.error_norms[linear.name] = norms
 
-    def add_block(self, spec: BlockSpec, layers: dict[str, LayerRows], errors: dict[str, dict[str, Tensor]]) -> None:
+    def add_block(
+        self, spec: BlockSpec, layers: dict[str, LayerRows], errors: dict[str, dict[str, Tensor]], ranks: Ranks
+    ) -> None:
         """Add the linears of a block that have errors, and forget what they saw."""
         for group in spec.input_groups:
             members = [linear for linear in group if linear.name in errors]
             if members:
-                self.add(members, [layers.pop(m.name) for m in members], [errors.pop(m.name) for m in members])
+                self.add(members, [layers.pop(m.name) for m in members], [errors.pop(m.name) for m in members], ranks)
 
     def measurement(self, units: Sequence[Unit], outputs: int, shortened_rows: int) -> Measurement:
         scores: dict[str, UnitScores] = {}
@@ -156,6 +192,19 @@ class _Scores:
                 projections[unit.name] = {label: rows.tolist() for label, rows in values[SIGNED].items()}
         power = {u.name: mean_score(self.input_power[u.name] / outputs) for u in units if u.name in self.unit_rows}
         return Measurement(scores, projections, self.error_norms, power, shortened_rows)
+
+
+def _joined(shares: Sequence[_Scores]) -> _Scores:
+    """Scores of the rows of several ranks, in their order."""
+    if len(shares) == 1:
+        return shares[0]
+    rows: dict[str, RowValues] = {}
+    for unit, values in shares[0].unit_rows.items():
+        for metric, by_label in values.items():
+            parts = {label: [share.unit_rows[unit][metric][label] for share in shares] for label in by_label}
+            rows.setdefault(unit, {})[metric] = {label: torch.cat(values) for label, values in parts.items()}
+    power = {unit: torch.cat([share.input_power[unit] for share in shares]) for unit in shares[0].input_power}
+    return _Scores(shares[0].metrics, rows, power, shares[0].error_norms)
 
 
 def rounding_errors(block: LoadedBlock, calibration: Activations, rounding: RoundingSpec) -> RoundingErrors:
@@ -175,14 +224,15 @@ def head_errors(stream: ModelStream, calibration: Tensor, known: Activations, ro
 
     Args:
         stream: The original model.
-        calibration: Rows behind the rounding.
+        calibration: Rows behind the rounding, those of this rank.
         known: Their hidden states after the last block.
         rounding: Rounding that will be applied, without its refiner.
     """
     head = stream.head
     if head is None:
         return {}
-    return rounding.errors(head, head.spec.linears, stream.head_statistics(calibration, known))
+    groups = [(head.spec.linears, stream.head_statistics(calibration, known))]
+    return _errors(replace(rounding, refiner=None), head, groups, known)
 
 
 def _measure_head(
@@ -199,7 +249,8 @@ def _measure_head(
         if head and linear.name in errors:
             powers: list[Tensor] = []
             rows = _seeing_input_power(seen.rows, head.weight(linear), powers)
-            scores.add([linear], [LayerRows(rows, seen.positions, seen.outputs)], [errors[linear.name]])
+            layer = LayerRows(rows, seen.positions, seen.outputs)
+            scores.add([linear], [layer], [errors[linear.name]], known.ranks)
             scores.input_power[linear.unit] = torch.stack(powers).cpu()
 
 

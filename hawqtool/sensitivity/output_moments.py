@@ -8,6 +8,7 @@ from torch import Tensor
 from hawqtool.records import OutputMoments
 from hawqtool.rounding.gram import gram
 from hawqtool.rounding.output_feedback import choose_moments
+from hawqtool.runtime.ranks import ALONE, Ranks
 
 FITTING, HELD_OUT, LEFT_OUT = 0, 1, 2
 """Kinds of rows: those that moments are taken of, the others that judge them, and those that nothing may see."""
@@ -25,13 +26,14 @@ class OutputMomentSums:
         names: Linears whose moments are wanted.
         kinds: ``[rows]`` int64, the kind of each row.
         keep_held_out: Whether settings are going to be chosen on held-out rows.
+        ranks: Processes that share the rows.
 
     Attributes:
         finished: Moments by name of the linear.
     """
 
-    def __init__(self, names: frozenset[str], kinds: Tensor, keep_held_out: bool) -> None:
-        self.names, self.kinds, self.keep_held_out = names, kinds, keep_held_out
+    def __init__(self, names: frozenset[str], kinds: Tensor, keep_held_out: bool, ranks: Ranks = ALONE) -> None:
+        self.names, self.kinds, self.keep_held_out, self.ranks = names, kinds, keep_held_out, ranks
         self.finished: dict[str, OutputMoments] = {}
         self._sums: Sums = {}
 
@@ -60,11 +62,22 @@ class OutputMomentSums:
                 found[name][kind].add_(gram(tokens, roots), alpha=len(tokens))
 
     def add(self, found: Sums, last: bool) -> None:
-        """Add the sums of a block over some rows to those of the rows before; after the last rows make moments."""
-        for name, sums in found.items():
+        """Add the sums of a block over some rows to those of the rows before; after the last rows make moments.
+
+        These are made by one rank each, from the sums of all.
+        """
+        for position, (name, sums) in enumerate(found.items()):
             known = self._sums.pop(name, None)
             total = sums if known is None else sums.add_(known.to(sums.device))
-            if last:
-                self.finished[name] = choose_moments(total[0], total[1], self.keep_held_out)
-            else:
+            if not last:
                 self._sums[name] = total.cpu()
+                continue
+            parts = self.ranks.to_owner(total, position % self.ranks.size)
+            if parts is not None:
+                total = sum(parts[1:], parts[0])
+                self.finished[name] = choose_moments(total[0], total[1], self.keep_held_out)
+
+    def collect(self) -> None:
+        """Give the leader all moments that are finished."""
+        for part in self.ranks.to_owner(self.finished, 0) or ():
+            self.finished |= part

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hawqtool.records import SWEEP_METRICS, Score, UnitScores
 from hawqtool.rounding.gram import GRAM_PANEL, token_product
+from hawqtool.runtime.ranks import ALONE, Ranks
 
 RowValues = dict[str, dict[str, Tensor]]
 """``[metric][format label]`` to ``[rows]`` float64; the mean over rows is the score."""
@@ -47,7 +48,10 @@ class LayerRows:
 
 
 def score_rows(
-    layers: Sequence[LayerRows], errors: Sequence[Mapping[str, Tensor]], metrics: Sequence[str] = SWEEP_METRICS
+    layers: Sequence[LayerRows],
+    errors: Sequence[Mapping[str, Tensor]],
+    metrics: Sequence[str] = SWEEP_METRICS,
+    ranks: Ranks = ALONE,
 ) -> list[RowValues]:
     """The metrics of the layers that share one input, for every format, row by row.
 
@@ -72,22 +76,23 @@ def score_rows(
         layers: Inputs and gradients on the scoring rows; the inputs are read from the first layer alone.
         errors: Per layer, format label to D = Q(W) - W, ``[out, in]`` float32.
         metrics: Those wanted. ``kron`` needs the second moments of the inputs, all others the gradients of the rows.
+        ranks: Processes that share the rows: the values are those of this one's, the two means of ``kron`` of all.
     """
     projects = any(metric != "kron" for metric in metrics)
     # Formats lie between outputs and inputs, so that the products of one output with all formats are one matrix.
     stacked = [torch.stack([error.float() for error in by_label.values()], 1) for by_label in errors]
     found = [_gradient_terms(layer, error, projects) for layer, error in zip(layers, stacked, strict=True)]
     inputs = found[0].inputs
+    powers = [ranks.mean(terms.power.mean(0), len(inputs)) for terms in found]
     if "kron" in metrics:
-        seen = _input_terms(inputs, stacked, [terms.power.mean(0) for terms in found])
+        seen = [(ranks.mean(own, len(inputs)), weighted) for own, weighted in _input_terms(inputs, stacked, powers)]
     else:
         seen = [(error.new_zeros(error.shape[:2]).double(), error.new_zeros(()).double()) for error in stacked]
-    # Sums over the tokens seen divided by all positions are p times the mean over those seen; one of the two
-    # factors of kron needs to be that mean itself.
-    mean_tokens = max(sum(map(len, inputs)), 1) / len(inputs)
-    values = []
-    for layer, labels, error, terms, (own, weighted) in zip(layers, errors, stacked, found, seen, strict=True):
-        product = terms.power @ own + weighted - terms.power.mean(0) @ own
+    mean_tokens, values = _mean_tokens(inputs, ranks), []
+    for layer, labels, error, terms, power, (own, weighted) in zip(
+        layers, errors, stacked, found, powers, seen, strict=True
+    ):
+        product = terms.power @ own + weighted - power @ own
         norms = torch.stack([by_format.norm().double().square() for by_format in error.unbind(1)])
         scale = 2 * layer.outputs
         by_metric = {
@@ -100,6 +105,16 @@ def score_rows(
         wanted = {name: v for name, v in by_metric.items() if name in metrics or (name == SIGNED and projects)}
         values.append({name: dict(zip(labels, v.t().cpu(), strict=True)) for name, v in wanted.items()})
     return values
+
+
+def _mean_tokens(inputs: Sequence[Tensor], ranks: Ranks) -> float:
+    """Mean of the tokens that a layer saw of each row.
+
+    Sums over the tokens seen divided by all positions are p times the mean over those seen; one of the two factors of
+    ``kron`` needs to be that mean itself.
+    """
+    own = torch.tensor(sum(map(len, inputs)) / len(inputs), dtype=torch.float64)
+    return float(ranks.mean(own, len(inputs))) or 1 / len(inputs)
 
 
 @dataclass(frozen=True)

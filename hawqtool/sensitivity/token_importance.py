@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableSequence, Sequence
+from collections.abc import Callable, Iterator, MutableSequence, Sequence
 from copy import copy
 from functools import partial
 from typing import NamedTuple
@@ -14,6 +14,7 @@ from hawqtool.model.block import LoadedBlock
 from hawqtool.records import TokenImportance
 from hawqtool.runtime.determinism import FixedOrder
 from hawqtool.runtime.malloc import release_freed_pages
+from hawqtool.runtime.ranks import ALONE, Ranks
 from hawqtool.sensitivity.backward import token_powers
 from hawqtool.sensitivity.gradient_limit import limited_powers, row_powers
 from hawqtool.sensitivity.label_gradients import loss_gradients
@@ -46,10 +47,16 @@ class Portions(NamedTuple):
         batch_size: Rows per pass.
         room: Bytes of hidden states that may be kept together: those before every block, of one batch at least. Less
             room means reading the weights of all blocks more often; importance does not depend on it.
+        ranks: Processes that share the rows; the leader has the result, the others none.
     """
 
     batch_size: int
     room: int
+    ranks: Ranks = ALONE
+
+    def rows_together(self, row_bytes: int) -> int:
+        """Rows whose states are kept together: whole batches."""
+        return max(1, self.room // (row_bytes * self.batch_size)) * self.batch_size
 
 
 def token_importance(
@@ -81,21 +88,18 @@ def token_importance(
     Raises:
         NumericalError: If outputs or gradients are not finite.
     """
-    generator = torch.Generator(stream.device).manual_seed(seed)
+    ranks, share = portions.ranks, portions.ranks.share(len(rows))
+    generator = torch.Generator(stream.device).manual_seed(ranks.seed(seed))
     order, powers, starts = FixedOrder(stream.device), dict[str, list[Tensor]](), list[Tensor]()
     blocks, batch_size = stream.structure.blocks, portions.batch_size
-    row_bytes = _bytes_of_row(stream, rows[:1])
-    parts = rows.split(max(1, portions.room // (row_bytes * batch_size)) * batch_size)
-    total, done, first = 2 * len(blocks) * len(parts), 0, 0
+    parts = rows[share].split(portions.rows_together(_bytes_of_row(stream, rows[:1])))
+    total, done, first = 2 * len(blocks) * len(parts), 0, share.start
     for part in parts:
         seen, stored = stream.embed(part, batch_size), []
-        for spec in blocks:
-            stored.append(_kept(stream, seen.hidden))
-            with stream.block(spec.index) as block:
-                advance(block, seen)
+        for states in _forward(stream, seen):
+            stored.append(states)
             progress(done := done + 1, total)
-        # Logits need memory in other sizes than blocks do.
-        release_freed_pages()
+        release_freed_pages()  # logits need memory in other sizes than blocks do
         gradients, _ = loss_gradients(stream, part.split(batch_size), seen.hidden, generator, _POSITIONS)
         starts.append(row_powers(gradients))
         stream.release_ends()
@@ -111,7 +115,18 @@ def token_importance(
                 powers.setdefault(name, []).append(power.cpu())
             progress(done := done + 1, total)
         first += len(part)
-    return {name: _importance(torch.cat(found), torch.cat(starts), exponent) for name, found in powers.items()}
+    if moments is not None:
+        moments.collect()
+    return _joined(ranks, powers, starts, exponent)
+
+
+def _forward(stream: ModelStream, seen: Activations) -> Iterator[MutableSequence[Tensor]]:
+    """Walk the model; gives the hidden states before each block once they have passed it."""
+    for spec in stream.structure.blocks:
+        before = _kept(stream, seen.hidden)
+        with stream.block(spec.index) as block:
+            advance(block, seen)
+        yield before
 
 
 def _reversed(
@@ -126,6 +141,24 @@ def _reversed(
         moments.visit(sums, name, gradient, norms, first + row)
 
     return *token_powers(block, seen, gradients, visit), sums
+
+
+def _joined(ranks: Ranks, powers: dict[str, list[Tensor]], starts: list[Tensor], exponent: float) -> TokenImportance:
+    """Importance of all rows for the leader, none for the others, from what each rank has of its own.
+
+    Args:
+        ranks: The processes.
+        powers: ‖g‖² by layer, ``[rows, positions]`` per part.
+        starts: That at the last block's output, ``[rows]`` per part.
+        exponent: Power of ‖g‖².
+    """
+    own = {name: torch.cat(found) for name, found in powers.items()}, torch.cat(starts)
+    shares = ranks.to_owner(own, 0)
+    if shares is None:
+        return {}
+    start = torch.cat([of_share for _, of_share in shares])
+    joined = {name: torch.cat([by_name[name] for by_name, _ in shares]) for name in own[0]}
+    return {name: _importance(power, start, exponent) for name, power in joined.items()}
 
 
 def _bytes_of_row(stream: ModelStream, row: Tensor) -> int:

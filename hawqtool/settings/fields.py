@@ -292,6 +292,11 @@ class Fields(TargetFields):
         help="auto (cuda where there is one), cpu or cuda.",
         panel=RUN, affects=Affects.MACHINE, commands=("measure", "evaluate", "inspect"),
     )] = "auto"
+    gpus: Annotated[int, Setting(
+        help="GPUs of this machine that share the work, a process each; learning, swaps and what holds the whole model "
+        "stay on the first.", detail="Several machines: start the command by torchrun on each.",
+        panel=RUN, affects=Affects.MACHINE,
+    )] = Field(default=1, ge=1)
     batch_size: Annotated[int | None, Setting(
         help="Rows per forward pass; lower it when memory is short.",
         default="the most of 128, 64 and 32 that fit into --max-memory, on a CPU 16",

@@ -11,6 +11,7 @@ from torch import Tensor
 from hawqtool.errors import NumericalError
 from hawqtool.model.block import BlockCall, LoadedBlock
 from hawqtool.records import TokenImportance
+from hawqtool.runtime.ranks import ALONE, Ranks
 from hawqtool.runtime.stage_timer import UNRECORDED, Recorder
 from hawqtool.streaming.resume_points import States
 
@@ -26,7 +27,9 @@ class Activations:
             nothing needs them.
         held_out: Whether statistics keep some rows apart too, for settings to be chosen on.
         recorder: Takes note of forward passes and Gram matrices.
-        importance: How much each token counts in statistics; None where all count alike.
+        importance: How much each token of all rows counts in statistics; None where all count alike.
+        ranks: Processes that share the rows of a walk.
+        first_row: Number of the first of these rows among those of all ranks.
     """
 
     hidden: MutableSequence[Tensor]
@@ -35,6 +38,8 @@ class Activations:
     held_out: bool = False
     recorder: Recorder = UNRECORDED
     importance: TokenImportance | None = None
+    ranks: Ranks = ALONE
+    first_row: int = 0
 
     @property
     def states(self) -> States:

@@ -13,18 +13,19 @@ from torch import Tensor, nn
 
 from hawqtool.errors import InputError
 from hawqtool.model.block import LoadedBlock
-from hawqtool.model.experts import ExpertLinear, counting_experts
+from hawqtool.model.experts import ExpertLinear, counting_experts, has_experts
 from hawqtool.records import BlockSpec, LinearSpec, TokenImportance
 from hawqtool.rounding.statistics import GroupStatistics, is_held_out, second_moments
 from hawqtool.streaming.block import Activations, advance, check_extremes, extremes
+from hawqtool.streaming.dealt import Groups
 
 
 class _StageReached(Exception):
     """Stops a block's forward pass once the inputs of a stage have been seen."""
 
 
-GroupVisitor = Callable[[Sequence[LinearSpec], GroupStatistics], None]
-"""Takes an input group with its statistics."""
+GroupVisitor = Callable[[Groups], None]
+"""Takes input groups that do not depend on each other, with their statistics; each is made when it is asked for."""
 
 InputVisitor = Callable[[Sequence[LinearSpec], Tensor, int], None]
 """Takes an input group, its inputs ``[tokens, in]``, and how many of the leading tokens belong there."""
@@ -35,22 +36,25 @@ def collect_statistics(block: LoadedBlock, activations: Activations, visit: Grou
 
     Linears of one input whose tokens have importances of their own are shown one by one.
 
-    ``visit`` may replace the weights of the group; later groups, and the block's output that replaces the
+    ``visit`` may replace the weights of the groups; later ones, and the block's output that replaces the
     hidden states, see the new weights (truly sequential rounding). One batch needs one forward pass; several
-    batches need one partial pass per stage and a full one. Where the original's inputs are wanted too, one batch needs
-    a pass of its own for all of them beforehand; with several batches they come from a copy of the block that keeps
-    its weights, run beside it.
+    batches, and experts whose tokens lie on several ranks, need one partial pass per stage and a full one. Where the
+    original's inputs are wanted too, one batch needs a pass of its own for all of them beforehand; with several
+    batches they come from a copy of the block that keeps its weights, run beside it.
     """
-    if len(activations.hidden) == 1:
+    if _one_pass(block, activations):
         part, others = _Batch.of(activations, 0, activations.hidden[0]), _original_inputs(block, activations)
 
         def see(group: Sequence[LinearSpec], x: Tensor, routed: int) -> None:
             original_x = others.pop(group[0].name, None)
             seen.add(group[0].name)
+            visit(each(group, x, routed, original_x))
+
+        def each(group: Sequence[LinearSpec], x: Tensor, routed: int, original_x: Tensor | None) -> Groups:
             for alike in equally_important(group, activations.importance):
                 with activations.recorder.stage("gram"):
                     statistics = part.statistics(block, alike, x, routed, original_x)
-                visit(alike, statistics)
+                yield alike, statistics
 
         seen: set[str] = set()
         with group_inputs(block, see):
@@ -59,8 +63,7 @@ def collect_statistics(block: LoadedBlock, activations: Activations, visit: Grou
         return
     original = None if activations.original is None else block.copy()
     for stage in stages(block.spec):
-        for group, statistics in group_statistics(block, activations, stage, original):
-            visit(group, statistics)
+        visit(group_statistics(block, activations, stage, original))
     advance(block, activations)
     _advance_original(original, activations)
 
@@ -70,6 +73,11 @@ def replay_rounded(block: LoadedBlock, activations: Activations, replace: Callab
     _advance_original(block, activations)
     replace()
     _advance_counted(block, activations)
+
+
+def _one_pass(block: LoadedBlock, activations: Activations) -> bool:
+    """Whether statistics are taken in one pass; not those of experts whose tokens lie on several ranks."""
+    return len(activations.hidden) == 1 and not (activations.ranks.size > 1 and has_experts(block.module))
 
 
 def _original_inputs(block: LoadedBlock, activations: Activations) -> dict[str, Tensor]:
@@ -95,7 +103,7 @@ def _advance_counted(block: LoadedBlock, activations: Activations) -> None:
 
     Experts are shown further tokens in a single pass, as it gives statistics and output at once.
     """
-    with counting_experts(block.module, 1) if len(activations.hidden) == 1 else nullcontext():
+    with counting_experts(block.module, 1) if _one_pass(block, activations) else nullcontext():
         advance(block, activations)
 
 
@@ -104,7 +112,7 @@ class _Batch:
     """What statistics need to know of the rows of a batch.
 
     Args:
-        first: Number of its first row among all rows.
+        first: Number of its first row among the rows of all ranks.
         shape: Its rows and the positions of a row.
         holds_out: Whether some rows are kept apart.
         importance: How much each token of all rows counts; None where all count alike.
@@ -118,6 +126,7 @@ class _Batch:
     @classmethod
     def of(cls, activations: Activations, first: int, hidden: Tensor) -> _Batch:
         """The batch with these hidden states ``[rows, positions, width]``."""
+        first += activations.first_row
         return cls(first, (hidden.shape[0], hidden.shape[1]), activations.held_out, activations.importance)
 
     def statistics(
@@ -266,7 +275,7 @@ class _Totals:
                 raise _StageReached
 
         with (
-            counting_experts(block.module, len(self.activations.hidden)),
+            counting_experts(block.module, len(self.activations.hidden) * self.activations.ranks.size),
             group_inputs(block, see_wanted),
             torch.no_grad(),
             suppress(_StageReached),

@@ -335,13 +335,13 @@ class ModelStream:
 
     def head_statistics(self, rows: Tensor, activations: Activations) -> GroupStatistics:
         """Second moments of the head's inputs over all batches; rows go one by one, because logits are large."""
-        states = _each_row(activations.hidden)
+        states, first = _each_row(activations.hidden), activations.first_row
         originals = repeat(None, len(rows)) if activations.original is None else _each_row(activations.original)
         total: GroupStatistics | None = None
         with torch.no_grad():
             for number, (row, state, other) in enumerate(zip(rows, states, originals, strict=True)):
                 x = self.head_inputs(row[None], state[None])
-                held = is_held_out(torch.full((len(x),), number)) if activations.held_out else None
+                held = is_held_out(torch.full((len(x),), first + number)) if activations.held_out else None
                 original = None if other is None else self.head_inputs(row[None], other[None])
                 with self.recorder.stage("gram"):
                     found = second_moments(x, len(x), held, original)

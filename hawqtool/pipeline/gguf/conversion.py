@@ -31,12 +31,12 @@ from hawqtool.pipeline.run.identity import check_unchanged, stamps
 from hawqtool.pipeline.stages.measure import check_scores
 from hawqtool.pipeline.stages.rows import gather_rows
 from hawqtool.pipeline.stages.token_importance import with_token_importance
-from hawqtool.records import BitPlan, LinearSpec, MeasurementRows, Menu, Rows, UnitScores
+from hawqtool.records import BitPlan, MeasurementRows, Menu, Rows, UnitScores
 from hawqtool.report.documents import GgufDocument, GgufQuality
 from hawqtool.rounding.blocks.spec import BlockRounding, round_alone
-from hawqtool.rounding.statistics import GroupStatistics
 from hawqtool.runtime.reporter import Reporter
 from hawqtool.sensitivity.measure import SweepSettings, measure
+from hawqtool.streaming.dealt import Groups
 from hawqtool.streaming.input_statistics import collect_statistics
 from hawqtool.values import parse_size
 
@@ -250,12 +250,13 @@ def _write_blocks(context: RunContext, plan: BitPlan, calibration: Rows | None, 
     for spec in job.structure.blocks:
         with stream.block(spec.index) as block:
 
-            def visit(group: Any, statistics: GroupStatistics, block: LoadedBlock = block) -> None:
-                linears: dict[str, LinearSpec] = {linear.name: linear for linear in group}
-                for layer, weight in rounding.layers(block, group, statistics):
-                    file.write(f"{layer.name}.weight", weight, layer.fields, layer.kind)
-                    file.output_errors[layer.name] = layer.output_error
-                    block.set_weight(linears[layer.name], layer.values)
+            def visit(groups: Groups, block: LoadedBlock = block) -> None:
+                for group, statistics in groups:
+                    linears = {linear.name: linear for linear in group}
+                    for layer, weight in rounding.layers(block, group, statistics):
+                        file.write(f"{layer.name}.weight", weight, layer.fields, layer.kind)
+                        file.output_errors[layer.name] = layer.output_error
+                        block.set_weight(linears[layer.name], layer.values)
 
             collect_statistics(block, activations, visit)
         progress(spec.index + 1, len(job.structure.blocks))

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 from hawqtool.pipeline.run.job import Job
+from hawqtool.runtime.ranks import ALONE, Ranks
 from hawqtool.runtime.reporter import Reporter, Silent
 from hawqtool.runtime.store import NOTHING_SAVED, Saved
 
@@ -19,15 +21,26 @@ class RunContext:
         job: The model.
         reporter: Narration and progress (default: none).
         saved: Keeps finished work for a run that resumes (default: nothing is kept).
+        ranks: Processes that share the work, of which this one leads.
     """
 
     job: Job
     reporter: Reporter = field(default_factory=Silent)
     saved: Saved = NOTHING_SAVED
+    ranks: Ranks = ALONE
 
     def part(self, name: str) -> RunContext:
         """The same with keys of its own for one part of the work."""
         return replace(self, saved=self.saved.part(name))
+
+    def shared(self, function: Callable[..., Any], *args: Any) -> Job:
+        """Have all other ranks call ``function(job, *args)``.
+
+        Returns:
+            The job with which the leader is to do its own share at once; only with this one are its rows shared.
+        """
+        self.ranks.hand_out(function, *args)
+        return replace(self.job, ranks=self.ranks)
 
     def progress(self, stage: str) -> Callable[[int, int], None]:
         """Reports ``done`` of ``total`` steps of a stage."""

@@ -21,6 +21,7 @@ from hawqtool.pipeline.run.files import file_hash
 from hawqtool.pipeline.run.fingerprint import small_file_hashes
 from hawqtool.pipeline.run.job import Job
 from hawqtool.rounding.kernels.dispatch import kernel_version
+from hawqtool.runtime.launched import world_size
 from hawqtool.runtime.reporter import Reporter
 from hawqtool.settings.metadata import Affects
 
@@ -58,6 +59,7 @@ def run_identity(job: Job) -> dict[str, Any]:
         "model": fingerprint(job.index),
         "weights": content.weights,
         "device": machine,
+        "ranks": world_size(),
         "kernel": kernel_version(job.device),
         "hawqtool": __version__,
         **versions,

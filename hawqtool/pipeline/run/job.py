@@ -40,6 +40,8 @@ from hawqtool.pipeline.run.resolved import ResolvedSettings, resolve_settings
 from hawqtool.records import LayerFormats, Menu, Unit, UnitFormats
 from hawqtool.rounding.spec import Refiner, RoundingSpec
 from hawqtool.rounding.statistics import SETTINGS_HELD_OUT_EVERY
+from hawqtool.runtime.launched import local_rank, world_size
+from hawqtool.runtime.ranks import ALONE, Ranks
 from hawqtool.runtime.reporter import Reporter, Silent
 from hawqtool.runtime.stage_timer import UNRECORDED, Recorder
 from hawqtool.streaming.converted import WeightSource
@@ -78,6 +80,7 @@ class Job:
         recorder: Takes note of the stages of walks; nothing by default.
         offload: Keeps hidden states between blocks; None where all stay on the device.
         matrices: Embeddings and heads that streams of the original have loaded, while they live.
+        ranks: Processes that share the work; this one alone by default.
     """
 
     config: RunConfig
@@ -94,6 +97,7 @@ class Job:
     offload: Offload | None = None
     left_units: tuple[Unit, ...] = ()
     matrices: WeakValueDictionary[str, Any] = field(default_factory=WeakValueDictionary, compare=False)
+    ranks: Ranks = field(default=ALONE, compare=False)
 
     @property
     def task(self) -> ModelTask:
@@ -202,7 +206,7 @@ def prepare(
     Raises:
         HawqError: For anything that would fail later and can be known now.
     """
-    device = _device(config.device)
+    device = chosen_device(config.device)
     source = _source(config, reporter or Silent())
     probe, index, structure = _discovered(config, source)
     if writes and structure.obstacle and config.profile != "vllm":
@@ -351,8 +355,15 @@ def _source(config: RunConfig, reporter: Reporter) -> ResolvedModel:
     return source
 
 
-def _device(wanted: str) -> torch.device:
+def chosen_device(wanted: str) -> torch.device:
+    """The device that ``--device`` means here.
+
+    Raises:
+        UsageError: If there is none of that kind.
+    """
     available = torch.cuda.is_available()
     if wanted == "cuda" and not available:
         raise UsageError("--device cuda was asked for, but torch finds no CUDA device; use --device cpu")
-    return torch.device("cuda" if wanted != "cpu" and available else "cpu")
+    if wanted == "cpu" or not available:
+        return torch.device("cpu")
+    return torch.device("cuda") if world_size() == 1 else torch.device("cuda", local_rank())

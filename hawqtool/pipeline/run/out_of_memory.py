@@ -24,8 +24,10 @@ _BATCHES = "batches"
 Work = Callable[[Job, list[str]], Report]
 
 
-def halving_batch_size(job: Job, warnings: list[str], run: RunFolder, reporter: Reporter, work: Work) -> Report:
-    """Do the work; when GPU memory runs out, do all of it again with half the rows per batch, at most twice.
+def halving_batch_size(
+    job: Job, warnings: list[str], run: RunFolder, reporter: Reporter, work: Work, most: int = MOST_HALVINGS
+) -> Report:
+    """Do the work; when GPU memory runs out, do all of it again with half the rows per batch, a few times at most.
 
     Rows per batch change floating-point sums, so no result may mix two values: the work starts anew, every halving is
     a warning, and a value that the user gave is kept to.
@@ -36,12 +38,13 @@ def halving_batch_size(job: Job, warnings: list[str], run: RunFolder, reporter: 
         run: Its folder, begun; remembers a halving for a run that resumes.
         reporter: Told of every halving.
         work: Called with the job and the warnings.
+        most: How often rows may be halved.
 
     Raises:
         ResourceError: If memory is still short.
     """
     fixed = job.config.batch_size is not None
-    for left in reversed(range(MOST_HALVINGS + 1)):
+    for left in reversed(range(most + 1)):
         try:
             return work(job, warnings)
         except torch.OutOfMemoryError as error:

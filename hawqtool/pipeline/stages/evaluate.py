@@ -75,15 +75,19 @@ class Evaluator:
     """Compares packed folders with the original on fixed sets of rows; the original is run once.
 
     Args:
-        context: The run; its store keeps what the original gave.
+        context: The run; its store keeps what the original gave, where no ranks share the rows.
         sets: Rows by role; all are run together.
+        sharing: The job of a rank that does not lead; None for the leader, who has the others do their shares.
     """
 
-    def __init__(self, context: RunContext, sets: dict[str, Rows]) -> None:
-        job, saved = context.job, context.saved
-        self.job, self.sets, self.reporter = job, sets, context.reporter
+    def __init__(self, context: RunContext, sets: dict[str, Rows], sharing: Job | None = None) -> None:
+        self.job = job = sharing or context.shared(_begin_along, sets)
+        self.context, self.reporter = context, context.reporter
+        shares = {role: job.ranks.share(len(rows.tokens)) for role, rows in sets.items()}
+        self.sets = {role: replace(rows, tokens=rows.tokens[shares[role]]) for role, rows in sets.items()}
         self.seconds = 0.0
         self.stream = job.stream()
+        saved = self._own(context.saved)
         known = saved.load("original-states")
         if known is None:
             walks = saved.part("original-walk")
@@ -92,6 +96,10 @@ class Evaluator:
             walks.drop()
         else:
             self.reference = {role: states.to(job.device) for role, states in known.items()}
+
+    def _own(self, saved: Saved) -> Saved:
+        """Where states of single rows are kept; nowhere where each rank has others."""
+        return saved if self.job.ranks.size == 1 else NOTHING_SAVED
 
     def _hidden(self, stream: ModelStream, label: str, role: str, saved: Saved) -> Tensor:
         start = time.perf_counter()
@@ -123,21 +131,41 @@ class Evaluator:
         stream = self.stream if folder is None else self.candidate(folder)
         results = {}
         # What the original is on the selection rows nobody asks.
-        judged = self.sets if folder is not None else {role: self.sets[role] for role in self.sets if role == "report"}
-        for role, rows in judged.items():
+        for role in self.sets if folder is not None else [role for role in self.sets if role == "report"]:
             known = saved.load(role)
             if known is None:
-                states = self.reference[role]
-                if folder is not None:
-                    states = self._hidden(stream, label, role, saved.part(role))
-                release_freed_pages()  # logits need other sizes than blocks do
-                start = time.perf_counter()
-                found = OutputComparison(self.stream, stream, rows.tokens, self.reference[role]).evaluation(states)
-                self.seconds += time.perf_counter() - start
-                saved.save(role, vars(found))
+                self.context.ranks.hand_out(_evaluate_along, folder, label, role)
+                results[role] = self.compare(stream, label, role, saved.part(role))
+                saved.save(role, vars(results[role]))
                 saved.part(role).drop()
             else:
-                found = as_evaluation(known)
-            results[role] = replace(found, sources=rows.sources)
+                results[role] = as_evaluation(known)
+            results[role] = replace(results[role], sources=self.sets[role].sources)
         self.stream.release_ends()
         return results
+
+    def compare(self, stream: ModelStream, label: str, role: str, saved: Saved = NOTHING_SAVED) -> Evaluation:
+        """Quality of a model on one set of rows, by all ranks together."""
+        states = self.reference[role]
+        if stream is not self.stream:
+            states = self._hidden(stream, label, role, self._own(saved))
+        release_freed_pages()  # logits need other sizes than blocks do
+        start, tokens = time.perf_counter(), self.sets[role].tokens
+        found = OutputComparison(self.stream, stream, tokens, self.reference[role]).evaluation(states, self.job.ranks)
+        self.seconds += time.perf_counter() - start
+        return found
+
+
+_EVALUATOR = "evaluator"
+
+
+def _begin_along(job: Job, sets: dict[str, Rows]) -> None:
+    """A rank's share of the original's states."""
+    job.ranks.kept[_EVALUATOR] = Evaluator(RunContext(job), sets, job)
+
+
+def _evaluate_along(job: Job, folder: Path | None, label: str, role: str) -> None:
+    """A rank's share of an evaluation."""
+    evaluator: Evaluator = job.ranks.kept[_EVALUATOR]
+    evaluator.compare(evaluator.stream if folder is None else job.packed_stream(folder), label, role)
+    evaluator.stream.release_ends()

@@ -24,9 +24,11 @@ from hawqtool.records import SWEEP_METRICS, MeasurementRows, Menu, Rows, Sensiti
 from hawqtool.report.documents import SensitivityDocument
 from hawqtool.report.schema import MeasurementOrigin
 from hawqtool.rounding.learned.block import Schedule
+from hawqtool.runtime.store import NOTHING_SAVED, Saved
 from hawqtool.sensitivity.curvature.hvp import Curvature
 from hawqtool.sensitivity.curvature.lanczos import SUBSETS, top_eigenvalues
 from hawqtool.sensitivity.curvature.trace import curvature_fields, hawq_scores
+from hawqtool.sensitivity.forward import Progress
 from hawqtool.sensitivity.measure import Measurement, SweepSettings, measure
 from hawqtool.sensitivity.measured_kl import single_unit_divergence
 
@@ -121,14 +123,11 @@ def measure_job(
     start = time.perf_counter()
     job, stages = context.job, context.part(_STAGES)
     wanted, calibration = wanted_formats(job, menu), with_token_importance(context, sets["calibration"])
-    found = measure(
-        job.stream(),
-        MeasurementRows(_rounded_on(job, calibration), sets["scoring"].tokens, job.settings.batch_size),
-        job.rounding(wanted, _refiner(job, calibration.tokens)),
-        SweepSettings(job.config.seed, metrics=metrics),
-        stages.reporter.progress,
-        stages.saved,
-    )
+    asked = wanted, calibration, sets["scoring"].tokens, tuple(metrics)
+    # Learning looks at all rows, and what is kept of a sweep is of all rows too.
+    sharing = job if job.config.sensitivity_steps else context.shared(_swept, *asked)
+    saved = stages.saved if sharing.ranks.size == 1 else NOTHING_SAVED
+    found = _swept(sharing, *asked, stages.reporter.progress, saved)
     curvature = input_fisher_fields(found)
     settings: dict[str, float | int | str] = {}
     if "hawq" in job.config.measured_extras or job.config.eigenvalues:
@@ -151,6 +150,26 @@ def measure_job(
         warnings=score_warnings(found.scores),
     )
     return sensitivity_document(table, job.units, unquantized_bytes(job, menu))
+
+
+def _swept(
+    job: Job,
+    wanted: Menu,
+    calibration: Rows,
+    scoring: Tensor,
+    metrics: Sequence[str],
+    progress: Progress = lambda *_: None,
+    saved: Saved = NOTHING_SAVED,
+) -> Measurement:
+    """What both sweeps give, on this rank's share of the rows; the leader has that of all."""
+    return measure(
+        job.stream(),
+        MeasurementRows(_rounded_on(job, calibration), scoring, job.settings.batch_size),
+        job.rounding(wanted, _refiner(job, calibration.tokens)),
+        SweepSettings(job.config.seed, metrics=metrics, ranks=job.ranks),
+        progress,
+        saved,
+    )
 
 
 def _settings(job: Job, sets: dict[str, Rows], found: Measurement) -> dict[str, float | int | str]:

@@ -23,6 +23,7 @@ from hawqtool.rounding.spec import InitialRounding, RoundingSpec
 from hawqtool.rounding.statistics import GroupStatistics
 from hawqtool.runtime.store import NOTHING_SAVED, Saved
 from hawqtool.streaming.block import Activations
+from hawqtool.streaming.dealt import Groups, dealt
 from hawqtool.streaming.input_statistics import collect_statistics, replay_rounded
 from hawqtool.streaming.resume_points import ResumePoints
 from hawqtool.streaming.stream import ModelStream
@@ -126,9 +127,10 @@ def round_blocks(
     if stream.head:
         if refiner:
             refiner.share_original()
-        statistics = stream.head_statistics(split_rows(rows.tokens)[0] if refiner else rows.tokens, activations)
+        fitted = split_rows(rows.tokens)[0] if refiner else rows.tokens[job.ranks.share(len(rows.tokens))]
+        statistics = stream.head_statistics(fitted, activations)
         rounder = _BlockRounder(job, rounding, stream.head, sink)
-        rounder.visit(stream.head.spec.input_groups[0], statistics)
+        rounder.visit([(stream.head.spec.input_groups[0], statistics)])
         findings.add(rounder.hand_on())
     return findings
 
@@ -175,9 +177,15 @@ def _rounded_alone(rounding: RoundingSpec, block: LoadedBlock, sink: Sink) -> Fi
 def _walked(job: Job, stream: ModelStream, rows: Rows) -> Activations:
     """Hidden states of all rows before the first block, with what the method wants to know of them."""
     needs = job.holds_out_tokens, job.settings.method.needs_drift
-    activations = stream.embed(rows.tokens, job.settings.batch_size, *needs, rows.importance)
+    share = job.ranks.share(len(rows.tokens))
+    activations = stream.embed(rows.tokens[share], job.settings.batch_size, *needs, rows.importance)
+    activations.ranks, activations.first_row = job.ranks, share.start
     stream.release_ends()
     return activations
+
+
+_Rounded = tuple[RoundedLayer, dict[str, Any]]
+"""A layer, and what the report says of its tokens."""
 
 
 class _BlockRounder:
@@ -223,14 +231,30 @@ class _BlockRounder:
             self.refiner.put_gains(self.block, reader)
         self.refiner.advance(self.block)
 
-    def visit(self, group: Sequence[LinearSpec], statistics: GroupStatistics) -> None:
-        """Round the planned layers of a group and replace their weights.
+    def visit(self, groups: Groups) -> None:
+        """Round the planned layers of some groups and replace their weights.
 
         What nothing refines is final and goes to the sink at once, which may write it while the next group is rounded.
         """
-        tasks, linears = self.rounding.tasks(self.block, group), {linear.name: linear for linear in group}
+        for group, rounded in dealt(self.job.ranks, groups, self._rounded):
+            linears = {linear.name: linear for linear in group}
+            for layer, tokens in rounded:
+                self.tokens[layer.name] = tokens
+                if self.refiner:
+                    self.waiting[layer.name] = layer
+                    # A copy: on a CPU this is the block's own weight, which is about to be replaced.
+                    original = self.block.weight(linears[layer.name])
+                    original = original.to(self.rounding.stored_dtypes[layer.name], copy=True)
+                    self.initial.append(InitialRounding(layer.name, original, quantized(layer), layer.quant_format))
+                else:
+                    self._give(layer)
+                self._put(linears[layer.name], quantized(layer))
+
+    def _rounded(self, group: Sequence[LinearSpec], statistics: GroupStatistics) -> list[_Rounded]:
+        """The planned layers of a group, each with what the report says of its tokens."""
+        tasks = self.rounding.tasks(self.block, group)
         if not tasks:
-            return
+            return []
         method, recorder = self.rounding.method, self.job.recorder
         with recorder.stage("factor"):
             factor = self.rounding.factor(tasks, statistics)
@@ -240,17 +264,8 @@ class _BlockRounder:
             schedule = GramSchedule(self.job.config.gram_steps, self.job.config.seed)
             with recorder.stage("gram learning"):
                 layers = learn_group(tasks, layers, statistics, factor, method, schedule)
-        for task, layer in zip(tasks, layers, strict=True):
-            fallback = _fallback(statistics, self.job)
-            self.tokens[layer.name] = {"num_tokens": statistics.num_routed, "fallback": fallback}
-            if self.refiner:
-                self.waiting[layer.name] = layer
-                # A copy: on a CPU the task holds the block's own weight, which is about to be replaced.
-                original = task.weight.to(task.stored_dtype, copy=True)
-                self.initial.append(InitialRounding(layer.name, original, quantized(layer), layer.quant_format))
-            else:
-                self._give(layer)
-            self._put(linears[layer.name], quantized(layer))
+        tokens = {"num_tokens": statistics.num_routed, "fallback": _fallback(statistics, self.job)}
+        return [(layer, tokens) for layer in layers]
 
     def hand_on(self) -> Findings:
         """Give the sink what it has not got yet of what came of the block."""

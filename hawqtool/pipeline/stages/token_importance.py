@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.stages import refine
-from hawqtool.records import OutputMoments, Rows
+from hawqtool.records import OutputMoments, Rows, TokenImportance
 from hawqtool.rounding.statistics import is_held_out
 from hawqtool.sensitivity.output_moments import FITTING, HELD_OUT, LEFT_OUT, OutputMomentSums
 from hawqtool.sensitivity.token_importance import Portions, token_importance
@@ -38,22 +39,29 @@ def with_token_importance(context: RunContext, rows: Rows, for_feedback: bool = 
     if importance is not None and known is not None:
         moments = {name: OutputMoments(**values) for name, values in known.items()}
         return replace(rows, importance=importance, output_moments=moments)
-    sums = OutputMomentSums(layers, _kinds(job, len(rows.tokens)), job.settings.method.needs_held_out)
-    importance = token_importance(
-        job.stream(),
-        rows.tokens,
-        Portions(
-            min(_BATCH_ROWS[job.device.type], job.settings.batch_size),
-            _CPU_BYTES if job.offload is None else job.offload.memory_bytes,
-        ),
-        job.config.seed,
-        context.progress("token importance"),
-        moments=sums if layers else None,
-    )
+    asked = rows.tokens, sorted(layers)
+    sharing = context.shared(_importance, *asked)
+    importance, found = _importance(sharing, *asked, context.progress("token importance"))
     context.saved.save(_KEY, dict(importance))
     if layers:
-        context.saved.save(_MOMENTS, {name: dict(vars(m)) for name, m in sums.finished.items()})
-    return replace(rows, importance=importance, output_moments=sums.finished)
+        context.saved.save(_MOMENTS, {name: dict(vars(m)) for name, m in found.items()})
+    return replace(rows, importance=importance, output_moments=found)
+
+
+def _importance(
+    job: Job, tokens: torch.Tensor, layers: Sequence[str], progress: Callable[[int, int], None] = lambda *_: None
+) -> tuple[TokenImportance, dict[str, OutputMoments]]:
+    """Importance, and moments of some layers, on this rank's share of the rows; the leader has those of all."""
+    kinds = _kinds(job, len(tokens))
+    sums = OutputMomentSums(frozenset(layers), kinds, job.settings.method.needs_held_out, job.ranks)
+    portions = Portions(
+        min(_BATCH_ROWS[job.device.type], job.settings.batch_size),
+        _CPU_BYTES if job.offload is None else job.offload.memory_bytes,
+        job.ranks,
+    )
+    moments = sums if layers else None
+    found = token_importance(job.stream(), tokens, portions, job.config.seed, progress, moments=moments)
+    return found, sums.finished if job.ranks.leads else {}
 
 
 def _kinds(job: Job, count: int) -> torch.Tensor:

@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from hawqtool.checkpoint.fusion import is_expert
 from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.errors import disk_errors
@@ -22,10 +24,10 @@ from hawqtool.pipeline.run.files import PART, plan_document, write_json
 from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.stages.distill import Written, distill_folder, learned_names, put_back
 from hawqtool.pipeline.stages.round_blocks import Findings, Finished, round_blocks, round_weights
-from hawqtool.records import BitPlan, BlockSpec, Rows, UnitFormats
+from hawqtool.records import BitPlan, BlockSpec, RoundedLayer, Rows, UnitFormats
 from hawqtool.report.schema import RoundingResult, Training
 from hawqtool.report.wording import shown_plan
-from hawqtool.runtime.store import Saved
+from hawqtool.runtime.store import NOTHING_SAVED, Saved
 
 ROUNDING = "rounding"
 """Key under which the result of a rounding is saved."""
@@ -157,14 +159,34 @@ def _write_blocks(
             blocks.save(str(spec.index), vars(found) | {"checksums": checksums, "seconds": seconds})
 
         known_findings = [Findings(block["layers"], block["refinement"]) for block in done]
-        finished = Finished(reader, known_findings, blocks.part("states"), keep)
+        states = blocks.part("states") if context.ranks.size == 1 else NOTHING_SAVED  # each rank has others
+        finished = Finished(reader, known_findings, states, keep)
         stage = "rounding and refining" if job.config.refine_steps else "rounding"
         progress = partial(context.reporter.progress, f"{stage} {shown_plan(label)}")
         if rows is None:
             found = round_weights(job, plan.formats, sink, progress, finished)
         else:
+            if not job.config.refine_steps:  # whose losses are those of all rows
+                job = context.shared(_round_along, plan.formats, rows, part, len(done))
             found = round_blocks(job, plan.formats, rows, sink, progress, finished=finished)
     return Written(writer.checksums, sorted(writer.changed), found.layers, found.refinement, earlier)
+
+
+class _Discarded:
+    """Takes what rounding changes where the leader writes it."""
+
+    def write_layer(self, layer: RoundedLayer) -> None:
+        """Nothing."""
+
+    def write_changed(self, name: str, tensor: Tensor) -> None:
+        """Nothing."""
+
+
+def _round_along(job: Job, formats: UnitFormats, rows: Rows, part: Path, done: int) -> None:
+    """A rank's share of a rounding; the leading blocks that are done it reads from the unfinished files."""
+    reader = unfinished_reader(job.layout(formats), part) if done else None
+    finished = Finished(reader, [Findings()] * done)
+    round_blocks(job, formats, rows, _Discarded(), lambda *_: None, finished=finished)
 
 
 def _make_anew(folder: Path) -> None:

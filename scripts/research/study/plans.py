@@ -21,13 +21,13 @@ from hawqtool.model.block import LoadedBlock
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.search.planner import allocate
 from hawqtool.pipeline.search.width_swap import neighbouring, swap_widths
-from hawqtool.records import Evaluation, LinearSpec, UnitFormats, UnitScores
+from hawqtool.records import Evaluation, UnitFormats, UnitScores
 from hawqtool.rounding.grid import dequantize
 from hawqtool.rounding.spec import RoundingSpec
-from hawqtool.rounding.statistics import GroupStatistics
 from hawqtool.runtime.reporter import Reporter
 from hawqtool.sensitivity.measured_kl import pairs_of_scores, scores_of_pairs
 from hawqtool.streaming.block import advance
+from hawqtool.streaming.dealt import Groups
 from hawqtool.streaming.input_statistics import collect_statistics
 from hawqtool.streaming.stream import WeightSource
 from study.scores import predicted_sums
@@ -114,7 +114,7 @@ class PlanEvaluator:
                 progress(spec.index)
             if stream.head:
                 statistics = stream.head_statistics(calibration.tokens, known)
-                _Rounder(rounding, stream.head, self.weights)(stream.head.spec.input_groups[0], statistics)
+                _Rounder(rounding, stream.head, self.weights)([(stream.head.spec.input_groups[0], statistics)])
             return OutputComparison(self.stream, stream, rows.tokens, self.original).evaluation(
                 torch.cat(list(held.hidden))
             )
@@ -155,13 +155,14 @@ class _Rounder:
     block: LoadedBlock
     weights: dict[str, Tensor]
 
-    def __call__(self, group: Sequence[LinearSpec], statistics: GroupStatistics) -> None:
-        roundings = self.rounding.roundings(self.block, group, statistics)
-        for linear in (linear for linear in group if linear.name in roundings):
-            (found,) = roundings[linear.name].values()
-            weight = dequantize(*found.rounded)
-            self.block.set_weight(linear, weight)
-            self.weights[linear.name] = (weight.t() if linear.transposed else weight).cpu()
+    def __call__(self, groups: Groups) -> None:
+        for group, statistics in groups:
+            roundings = self.rounding.roundings(self.block, group, statistics)
+            for linear in (linear for linear in group if linear.name in roundings):
+                (found,) = roundings[linear.name].values()
+                weight = dequantize(*found.rounded)
+                self.block.set_weight(linear, weight)
+                self.weights[linear.name] = (weight.t() if linear.transposed else weight).cpu()
 
 
 def study_plans(

@@ -107,7 +107,7 @@ def statistics_of(
     found: dict[str, GroupStatistics] = {}
     known = stream.embed(TOKENS, per_batch, held_out, importance=weights)
     with stream.block(0) as block:
-        collect_statistics(block, known, lambda group, statistics: found.update({group[0].name: statistics}))
+        collect_statistics(block, known, lambda groups: found.update({g[0].name: s for g, s in groups}))
     return found
 
 

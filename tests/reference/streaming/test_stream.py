@@ -165,7 +165,7 @@ def walked_statistics(job: Job, plan: BitPlan) -> dict[str, GroupStatistics]:
                     scales = search_scales(weight, ones, fmt, torch.bfloat16, both_signs=True)
                     block.set_weight(linear, dequantize(nearest_codes(weight, scales, fmt), scales))
 
-            collect_statistics(block, activations, visit)
+            collect_statistics(block, activations, lambda groups: [visit(*group) for group in groups])
     return found
 
 

@@ -1,0 +1,92 @@
+"""Several processes for one command: started here, one per GPU, and told apart by what they were started with."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hawqtool.cli.session import decide_hub_access, session
+from hawqtool.cli.signals import INTERRUPTED, TERMINATED
+from hawqtool.config import load_config
+from hawqtool.errors import HawqError
+from hawqtool.runtime.launched import world_size
+
+_KEPT = "finished work is kept, and the same command goes on with it"
+
+
+def start_ranks(config: Path | None, values: Mapping[str, Any], preset: str | None) -> None:
+    """Run the command in as many processes as --gpus says, and end with their exit code.
+
+    Returns where one process is enough, and in each of several.
+    """
+    if world_size() > 1:
+        return
+    try:
+        count = load_config(config, values, preset).gpus
+    except HawqError:
+        return  # the command says it
+    if count > 1:
+        raise SystemExit(_run(count, [sys.executable, "-m", "hawqtool", *sys.argv[1:]]))
+
+
+def assist(config: Path | None, values: Mapping[str, Any], preset: str | None, debug: bool) -> None:
+    """Do a share of what the leading process does; it alone speaks, but for what fails here."""
+    with session(quiet=True, debug=debug):
+        settings = load_config(config, values, preset)
+        decide_hub_access(settings.data_sources)
+
+        from hawqtool.pipeline.worker import work
+
+        work(settings)
+
+
+def _run(count: int, command: list[str]) -> int:
+    """Exit code of the processes' leader, or 1 where another failed first; one line says so.
+
+    torch's launcher ends all where one fails, and hands signals on.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch").setLevel(logging.CRITICAL)  # the processes speak for themselves
+    settings = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id=str(os.getpid()),
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    try:
+        elastic_launch(settings, command[0])(*command[1:])
+    except SignalException as error:
+        if error.sigval == signal.SIGINT:  # which the leader got too, and told
+            return INTERRUPTED
+        print(f"terminated: {_KEPT}", file=sys.stderr)
+        return TERMINATED
+    except ChildFailedError as error:
+        return _failed(error, count)
+    return 0
+
+
+def _failed(error: Any, count: int) -> int:
+    """Exit code after a failure; the leader's own has been told by the leader."""
+    rank, failure = error.get_first_failure()
+    if rank == 0 and failure.exitcode > 0:
+        return int(failure.exitcode)
+    how = f"by signal {-failure.exitcode}" if failure.exitcode < 0 else f"with exit code {failure.exitcode}"
+    print(
+        f"error: process {rank + 1} of {count} ended {how}, so that the others were ended too; {_KEPT}",
+        file=sys.stderr,
+    )
+    return 1

@@ -1,0 +1,52 @@
+"""A rank that does not lead: it prepares the same model, and does what the leader hands out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import NamedTuple
+
+from hawqtool.checkpoint.content import ContentRecord
+from hawqtool.config import RunConfig
+from hawqtool.pipeline.run.job import Job, chosen_device, prepare
+from hawqtool.runtime.ranks import Ranks, joined
+
+
+class _Beginning(NamedTuple):
+    """What the leader tells the others once it has checked everything: rows per pass, and the model's hashes."""
+
+    batch_size: int
+    content: ContentRecord | None
+
+
+@contextmanager
+def leading(config: RunConfig) -> Iterator[Ranks]:
+    """The ranks of this run, which this process leads; the others are let go at the end, unless it failed.
+
+    Raises:
+        UsageError: If there are fewer GPUs than processes.
+    """
+    ranks = joined(chosen_device(config.device).type == "cuda")
+    yield ranks
+    ranks.dismiss()
+
+
+def begin_ranks(ranks: Ranks, job: Job) -> None:
+    """Have the other ranks prepare the job that the leader has prepared."""
+    if ranks.size > 1:
+        ranks.from_owner(_Beginning(job.settings.batch_size, job.index.content), 0)
+
+
+def work(config: RunConfig) -> None:
+    """Join the ranks, wait for the leader's beginning, then do what it hands out until the run ends.
+
+    Raises:
+        HawqError: As `prepare`.
+    """
+    ranks = joined(chosen_device(config.device).type == "cuda")
+    beginning = ranks.awaited()
+    if beginning is None:  # the run had nothing to do
+        return
+    job = prepare(config).with_batch_size(beginning.batch_size)
+    ranks.serve(replace(job, index=replace(job.index, content=beginning.content), ranks=ranks))

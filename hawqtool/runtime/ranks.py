@@ -1,0 +1,222 @@
+"""Processes that share the work of a run, one per GPU: the first leads, the others do what it hands out."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hawqtool.errors import UsageError
+from hawqtool.runtime.launched import local_rank, world_size
+
+_LONGEST_WAIT = timedelta(days=30)
+"""A rank may wait for the leader while that works alone; one that dies is noticed by what started them all."""
+
+
+_SEED_STEP = 1_000_003
+"""Between the seeds of two ranks: others are a few apart from the one that was given."""
+
+
+_LEADER_GONE = 1
+"""Exit code of a rank whose leader has ended without dismissing it."""
+
+
+class Task(NamedTuple):
+    """What the leader hands out.
+
+    Args:
+        function: A module's function; its first arguments are what `Ranks.serve` was given.
+        args: Further ones.
+    """
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+
+
+class Ranks:
+    """The processes of a run, and what goes between them.
+
+    Values that go from one to another may be anything that pickles; tensors in them travel as they are, on a GPU by
+    NCCL, and arrive on the receiver's device of the same kind. Every method but `share` must be called by all ranks
+    in the same order, those with a task inside it.
+
+    Args:
+        rank: Number of this process; 0 leads.
+        size: How many there are.
+
+    Attributes:
+        kept: What tasks keep for later ones, by name.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank, self.size = rank, size
+        self.kept: dict[str, Any] = {}
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that hands out tasks."""
+        return self.rank == 0
+
+    def share(self, count: int) -> slice:
+        """The consecutive rows of ``count`` that are this rank's; shares differ by one at most.
+
+        Raises:
+            UsageError: If there are fewer rows than ranks.
+        """
+        if count < self.size:
+            raise UsageError(f"{count} rows cannot be shared by {self.size} processes; use fewer --gpus, or more rows")
+        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    def seed(self, seed: int) -> int:
+        """A seed for draws of this rank alone; the leader's is the one given."""
+        return seed + _SEED_STEP * self.rank
+
+    def to_owner(self, value: Any, owner: int) -> list[Any] | None:
+        """Values of all ranks in their order, on the rank that owns them; None on the others."""
+        if self.rank != owner:
+            _send(value, owner)
+            return None
+        return [value if rank == owner else _receive(rank) for rank in range(self.size)]
+
+    def from_owner(self, value: Any, owner: int) -> Any:
+        """The owner's value on every rank; what the others give is ignored."""
+        if self.size == 1:
+            return value
+        if self.rank == owner:
+            data, tensors = _pickled(value)
+            dist.broadcast(torch.tensor([len(data)]), owner)
+            dist.broadcast(data, owner)
+            for tensor in tensors:
+                dist.broadcast(tensor, owner)
+            return value
+        length = torch.zeros(1, dtype=torch.int64)
+        dist.broadcast(length, owner)
+        data = torch.empty(int(length), dtype=torch.uint8)
+        dist.broadcast(data, owner)
+        return _unpickled(data, lambda tensor: dist.broadcast(tensor, owner))
+
+    def everywhere(self, value: Any) -> list[Any]:
+        """Values of all ranks in their order, on every rank."""
+        return [self.from_owner(value, rank) for rank in range(self.size)]
+
+    def mean(self, value: Tensor, count: int) -> Tensor:
+        """Mean over what all ranks hold, on every rank, from each one's own mean over ``count`` things."""
+        if self.size == 1:
+            return value
+        shares = self.everywhere((value, count))
+        total = sum(number for _, number in shares)
+        return sum((own * (number / total) for own, number in shares[1:]), shares[0][0] * (shares[0][1] / total))
+
+    def hand_out(self, function: Callable[..., Any], *args: Any) -> None:
+        """Have the other ranks call ``function(..., *args)``; the leader is to do its own share then."""
+        if self.size > 1:
+            self.from_owner(Task(function, args), 0)
+
+    def serve(self, *context: Any) -> None:
+        """Do what the leader hands out, until it has nothing more.
+
+        Args:
+            context: First arguments of every task.
+        """
+        while (task := self.awaited()) is not None:
+            task.function(*context, *task.args)
+
+    def awaited(self) -> Any:
+        """What the leader gives next; the process ends where the leader has ended, which has said why."""
+        try:
+            return self.from_owner(None, 0)
+        except RuntimeError as error:
+            raise SystemExit(_LEADER_GONE) from error
+
+    def dismiss(self) -> None:
+        """Let the others go; by the leader, between tasks."""
+        if self.size > 1 and self.leads:
+            self.from_owner(None, 0)
+
+
+ALONE = Ranks()
+"""The one process of a run that has no others."""
+
+
+def joined(cuda: bool) -> Ranks:
+    """The processes that a launcher started together with this one; `ALONE` without one.
+
+    Args:
+        cuda: Whether each computes on a GPU of its own.
+
+    Raises:
+        UsageError: If there are more processes than GPUs.
+    """
+    if world_size() == 1:
+        return ALONE
+    if cuda and local_rank() >= (count := torch.cuda.device_count()):
+        raise UsageError(f"{world_size()} processes were started, but there are {count} GPUs; expected one for each")
+    if cuda:
+        torch.cuda.set_device(local_rank())
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_LONGEST_WAIT)
+    return Ranks(dist.get_rank(), dist.get_world_size())
+
+
+class _Pickler(pickle.Pickler):
+    """Leaves tensors out, noting their places."""
+
+    def __init__(self, stream: io.BytesIO) -> None:
+        super().__init__(stream)
+        self.tensors: list[Tensor] = []
+
+    def persistent_id(self, value: Any) -> Any:
+        if type(value) is not Tensor:
+            return None
+        self.tensors.append(value.detach().contiguous())
+        return value.dtype, tuple(value.shape), value.device.type
+
+
+class _Unpickler(pickle.Unpickler):
+    """Puts tensors in their places, filled by what receives them, in order."""
+
+    def __init__(self, stream: io.BytesIO) -> None:
+        super().__init__(stream)
+        self.tensors: list[Tensor] = []
+
+    def persistent_load(self, described: Any) -> Tensor:
+        dtype, shape, device = described
+        self.tensors.append(torch.empty(shape, dtype=dtype, device=device))
+        return self.tensors[-1]
+
+
+def _pickled(value: Any) -> tuple[Tensor, list[Tensor]]:
+    """Bytes ``[n]`` uint8 of a value without its tensors, and these."""
+    stream = io.BytesIO()
+    pickler = _Pickler(stream)
+    pickler.dump(value)
+    return torch.frombuffer(bytearray(stream.getvalue()), dtype=torch.uint8), pickler.tensors
+
+
+def _unpickled(data: Tensor, receive: Callable[[Tensor], Any]) -> Any:
+    unpickler = _Unpickler(io.BytesIO(data.numpy().tobytes()))
+    value = unpickler.load()
+    for tensor in unpickler.tensors:
+        receive(tensor)
+    return value
+
+
+def _send(value: Any, to: int) -> None:
+    data, tensors = _pickled(value)
+    dist.send(torch.tensor([len(data)]), to)
+    dist.send(data, to)
+    for tensor in tensors:
+        dist.send(tensor, to)
+
+
+def _receive(source: int) -> Any:
+    length = torch.zeros(1, dtype=torch.int64)
+    dist.recv(length, source)
+    data = torch.empty(int(length), dtype=torch.uint8)
+    dist.recv(data, source)
+    return _unpickled(data, lambda tensor: dist.recv(tensor, source))

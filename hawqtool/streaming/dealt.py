@@ -1,0 +1,59 @@
+"""Work on input groups that do not depend on each other, dealt to the ranks of a run by its cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import reduce
+from operator import iadd
+from typing import TypeVar
+
+from hawqtool.records import LinearSpec
+from hawqtool.rounding.statistics import GroupStatistics
+from hawqtool.runtime.ranks import Ranks
+
+Result = TypeVar("Result")
+Groups = Iterable[tuple[Sequence[LinearSpec], GroupStatistics]]
+"""Linears that share an input, with its statistics on the rows of this rank."""
+
+
+def dealt(
+    ranks: Ranks, groups: Groups, compute: Callable[[Sequence[LinearSpec], GroupStatistics], Result]
+) -> Iterator[tuple[Sequence[LinearSpec], Result]]:
+    """Each group with what ``compute`` makes of its statistics on all rows; one rank does it, all have the result.
+
+    Statistics are summed in the order of the ranks. One process alone has one group's in memory at a time.
+
+    Args:
+        ranks: The processes, each with the same groups.
+        groups: Input groups that do not depend on each other's results.
+        compute: May fall to any rank, so it must not depend on anything that only one has.
+    """
+    if ranks.size == 1:
+        for group, statistics in groups:
+            yield group, compute(group, statistics)
+        return
+    listed = list(groups)
+    owners = owners_by_cost([_cost(group) for group, _ in listed], ranks.size)
+    totals: dict[int, GroupStatistics] = {}
+    for position, (_, statistics) in enumerate(listed):
+        parts = ranks.to_owner(statistics, owners[position])
+        if parts is not None:
+            totals[position] = reduce(iadd, parts)
+    found = {position: compute(listed[position][0], totals.pop(position)) for position in list(totals)}
+    for position, (group, _) in enumerate(listed):
+        yield group, ranks.from_owner(found.pop(position, None), owners[position])
+
+
+def owners_by_cost(costs: Sequence[float], size: int) -> list[int]:
+    """A rank for every piece of work: the most costly first, each to the rank that has the least so far."""
+    loads, owners = [0.0] * size, [0] * len(costs)
+    for position in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        owners[position] = min(range(size), key=lambda rank: (loads[rank], rank))
+        loads[owners[position]] += costs[position]
+    return owners
+
+
+def _cost(group: Sequence[LinearSpec]) -> float:
+    """Operations of a group's rounding, about: the factor of its Gram matrix, and two passes of the column loop."""
+    inputs = group[0].in_features
+    return inputs**3 + 2 * inputs**2 * sum(linear.out_features for linear in group)

@@ -1,0 +1,139 @@
+"""Several ranks against one: the same importance, scores, rounding and evaluation, but for the order of sums."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hawqtool.config import RunConfig
+from hawqtool.evaluation.divergence import OutputComparison
+from hawqtool.formats import QuantFormat
+from hawqtool.pipeline.run.job import Job, prepare
+from hawqtool.pipeline.stages.measure import _swept
+from hawqtool.pipeline.stages.round_blocks import round_blocks
+from hawqtool.pipeline.stages.token_importance import _importance
+from hawqtool.records import SWEEP_METRICS, RoundedLayer, Rows
+from hawqtool.rounding.method import RoundingMethod
+from hawqtool.runtime.ranks import ALONE, Ranks
+from hawqtool.sensitivity import label_gradients
+from tests.support.crew import by_crew
+from tests.support.tiny_zoo import kind_named, save_kind
+
+RANKS = 3
+ROWS, LENGTH = 14, 24
+"""Rows that three ranks cannot share alike."""
+LOW, HIGH = QuantFormat(3, 32), QuantFormat(4, 32)
+
+
+def tokens(seed: int, rows: int = ROWS) -> Tensor:
+    return torch.randint(0, 128, (rows, LENGTH), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module", params=["llama", "mixtral"])
+def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    folder = save_kind(kind_named(request.param), tmp_path_factory.mktemp(request.param), torch.float32)
+    config = RunConfig(model=str(folder), group_size=32, device="cpu", foem_beta="auto", output_feedback="auto")
+    return prepare(config)
+
+
+@pytest.fixture(autouse=True)
+def likeliest_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labels that no rank draws by a generator of its own."""
+    monkeypatch.setattr(label_gradients, "draw_labels", lambda probabilities, _: probabilities.argmax(-1))
+
+
+def importance_of(job: Job, ranks: Ranks) -> Any:
+    return _importance(replace(job, ranks=ranks), tokens(1), sorted(job.feedback_layers))
+
+
+def test_importance_and_moments_are_those_of_one_process(job: Job) -> None:
+    (importance, moments), others = importance_of(job, ALONE), by_crew(RANKS, lambda ranks: importance_of(job, ranks))
+    assert others[1:] == [({}, {})] * (RANKS - 1)
+    shared, sums = others[0]
+    assert shared.keys() == importance.keys() and sums.keys() == moments.keys() != set()
+    for name, values in importance.items():
+        torch.testing.assert_close(shared[name], values, rtol=1e-4, atol=1e-5)
+    for name, values in moments.items():
+        assert sums[name].damping == values.damping
+        assert sums[name].ratio == pytest.approx(values.ratio, rel=1e-3)
+        torch.testing.assert_close(sums[name].lower, values.lower, rtol=1e-3, atol=1e-4)
+
+
+def test_scores_are_those_of_one_process(job: Job) -> None:
+    """Rounded to nearest, so that no error depends on the order of sums."""
+    menu, known = {unit.name: (LOW, HIGH) for unit in job.units}, Rows(tokens(1), "test", "-")
+    nearest = replace(job, settings=replace(job.settings, method=RoundingMethod("rtn")))
+
+    def swept(ranks: Ranks) -> Any:
+        return _swept(replace(nearest, ranks=ranks), menu, known, tokens(2, 10), SWEEP_METRICS)
+
+    expected, found = swept(ALONE), by_crew(RANKS, swept)[0]
+    for metric, by_unit in expected.scores.items():
+        for unit, by_label in by_unit.items():
+            for label, score in by_label.items():
+                other = found.scores[metric][unit][label]
+                assert other.value == pytest.approx(score.value, rel=1e-3), (metric, unit)
+                assert other.stderr == pytest.approx(score.stderr, rel=1e-3), (metric, unit)
+    for unit, rows_by_label in expected.projections.items():
+        for label, values in rows_by_label.items():
+            assert found.projections[unit][label] == pytest.approx(values, rel=1e-2, abs=1e-6), unit
+    assert found.shortened_rows == expected.shortened_rows
+    assert found.input_fisher.keys() == expected.input_fisher.keys()
+    for unit, score in expected.input_fisher.items():
+        assert found.input_fisher[unit].value == pytest.approx(score.value, rel=1e-4)
+
+
+class Layers:
+    """Keeps what was rounded."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, RoundedLayer] = {}
+
+    def write_layer(self, layer: RoundedLayer) -> None:
+        self.found[layer.name] = layer
+
+    def write_changed(self, name: str, tensor: Tensor) -> None:
+        raise AssertionError(name)
+
+
+def test_codes_are_those_of_one_process(job: Job) -> None:
+    formats = {unit.name: LOW for unit in job.units}
+    importance, moments = importance_of(job, ALONE)
+    rows = Rows(tokens(1), "test", "-", importance, moments)
+
+    def rounded(ranks: Ranks) -> tuple[dict[str, RoundedLayer], Any]:
+        layers = Layers()
+        findings = round_blocks(replace(job, ranks=ranks), formats, rows, layers, lambda *_: None)
+        return layers.found, findings.layers
+
+    expected, metrics = rounded(ALONE)
+    shares = by_crew(RANKS, rounded)
+    for found, told in shares:
+        assert found.keys() == expected.keys() and told.keys() == metrics.keys()
+        for name, layer in expected.items():
+            assert torch.equal(found[name].codes, shares[0][0][name].codes)
+            if metrics[name]["fallback"] is None and told[name]["fallback"] is None:
+                assert told[name]["num_tokens"] == pytest.approx(metrics[name]["num_tokens"], abs=8)
+                assert float((found[name].codes == layer.codes).double().mean()) > 0.97, name
+
+
+def test_an_evaluation_is_that_of_one_process(job: Job) -> None:
+    rows, stream = tokens(3, 8), job.stream()
+    states = stream.final_hidden(rows, 4, lambda _: None)
+    noisy = states + 0.1 * torch.randn(states.shape, generator=torch.Generator().manual_seed(4))
+
+    def judged(ranks: Ranks) -> Any:
+        own = ranks.share(len(rows))
+        first, second = job.stream(), job.stream()
+        return OutputComparison(first, second, rows[own], states[own]).evaluation(noisy[own], ranks)
+
+    expected = judged(ALONE)
+    for found in by_crew(RANKS, judged):
+        assert found.row_divergence == pytest.approx(expected.row_divergence, rel=1e-5)
+        assert found.num_tokens == expected.num_tokens
+        for name in ("divergence", "stderr", "perplexity", "same_top", "kl_p99", "kl_p999"):
+            assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-4), name

@@ -1,0 +1,55 @@
+"""Ranks as threads of one process, so that what several make of their shares can be compared with what one makes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from hawqtool.runtime.ranks import Ranks
+
+
+class Crew:
+    """What all threads see."""
+
+    def __init__(self, size: int) -> None:
+        self.slots: list[Any] = [None] * size
+        self.barrier = threading.Barrier(size)
+
+
+class ThreadRank(Ranks):
+    """A rank of a crew; values go through the slots, one exchange at a time."""
+
+    def __init__(self, rank: int, crew: Crew) -> None:
+        super().__init__(rank, len(crew.slots))
+        self.crew = crew
+
+    def to_owner(self, value: Any, owner: int) -> list[Any] | None:
+        values = self._exchanged(value)
+        return values if self.rank == owner else None
+
+    def from_owner(self, value: Any, owner: int) -> Any:
+        return self._exchanged(value)[owner]
+
+    def _exchanged(self, value: Any) -> list[Any]:
+        self.crew.slots[self.rank] = value
+        self.crew.barrier.wait(600)
+        values = list(self.crew.slots)
+        self.crew.barrier.wait(600)
+        return values
+
+
+def by_crew(size: int, work: Callable[[Ranks], Any]) -> list[Any]:
+    """What each of so many ranks returns; what one raises is raised here."""
+    crew = Crew(size)
+
+    def of_rank(rank: int) -> Any:
+        try:
+            return work(ThreadRank(rank, crew))
+        except BaseException:
+            crew.barrier.abort()
+            raise
+
+    with ThreadPoolExecutor(size) as threads:
+        return [done.result() for done in [threads.submit(of_rank, rank) for rank in range(size)]]
