@@ -63,7 +63,7 @@ class RunConfig(CheckedFields):
                 raise ValueError(group_size_refusal(size))
         if self.profile == "portable" and self.scale_sign == "both":
             raise ValueError("profile portable needs positive scales; drop scale_sign or choose another profile")
-        for other in (n for n in ("target_kl", "max_cost", "plan") if getattr(self, n) is not None):
+        for other in (n for n in ("target_kl", "max_cost", "max_active", "plan") if getattr(self, n) is not None):
             # Alternatives and swaps keep to a budget of bytes and know of nothing else.
             if self.swaps or (self.shortlist or 1) > 1:
                 raise ValueError(f"shortlist and swaps work under target_bpw or target_size alone, found {other} too")
@@ -86,8 +86,10 @@ class RunConfig(CheckedFields):
             raise ValueError("rounding gptaq and target_shift make the same correction twice; drop one of the two")
         if (self.costs is None) != (self.max_cost is None):
             raise ValueError("costs and max_cost are needed together, only one of them was found; add the other")
-        if self.costs is not None and self.solver == "hull":
-            raise ValueError("solver hull knows one budget only; costs and max_cost need solver exact or auto")
+        if self.has_second_budget and self.solver == "hull":
+            raise ValueError("solver hull knows one budget only; max_cost and max_active need solver exact or auto")
+        if self.costs is not None and self.max_active is not None:
+            raise ValueError("max_active and costs are both a second budget; drop one of the two")
         if (self.baseline is None) != (self.max_regression is None):
             raise ValueError("baseline and max_regression are needed together, only one was found; add the other")
         if (self.refine_steps or self.sensitivity_steps) and self._chooses_roundings:
@@ -98,8 +100,8 @@ class RunConfig(CheckedFields):
             raise ValueError("refine_learner says how refine_steps learn, found none of them; add refine_steps")
         if self.distill_codes and not self.distill_steps:
             raise ValueError("distill_codes says what distill_steps learn, found none of them; add distill_steps")
-        if self.costs is not None and self.plan is not None:
-            raise ValueError("a plan is carried out as it is; drop plan, or costs and max_cost")
+        if self.has_second_budget and self.plan is not None:
+            raise ValueError("a plan is carried out as it is; drop plan, or costs with max_cost, or max_active")
         return self
 
     @model_validator(mode="after")
@@ -176,6 +178,11 @@ class RunConfig(CheckedFields):
     def given_widths(self) -> tuple[int, ...] | None:
         """Widths that were asked for; None where the run decides."""
         return self.bits if self.formats is None else tuple(sorted({int(label[1]) for label in self.formats}))
+
+    @property
+    def has_second_budget(self) -> bool:
+        """Whether plans have to keep to a second budget beside that of their stored bytes."""
+        return self.max_cost is not None or self.max_active is not None
 
     @property
     def both_signs(self) -> bool:

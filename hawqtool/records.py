@@ -88,10 +88,17 @@ class BlockSpec:
 
 @dataclass(frozen=True)
 class Unit:
-    """An allocation unit: linears that must share one format because engines fuse them."""
+    """An allocation unit: linears that must share one format because engines fuse them.
+
+    Args:
+        name: Name.
+        members: The linears.
+        active_share: Share of its weights that one token reads: below 1 for routed experts, where that is asked for.
+    """
 
     name: str
     members: tuple[LinearSpec, ...]
+    active_share: float = 1.0
 
     @property
     def num_weights(self) -> int:

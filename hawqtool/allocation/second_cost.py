@@ -116,16 +116,39 @@ def second_cost(costs: Path, max_cost: float, units: Sequence[Unit], menu: Menu,
         InputError: If the file of costs is damaged.
         UsageError: If it lacks costs, or even the cheapest formats exceed the budget.
     """
+    return _feasible(CostTable(costs).of_menu(units, _allowed(units, menu, pins)), max_cost, "--max-cost")
+
+
+def active_bytes(max_bytes: int, units: Sequence[Unit], menu: Menu, pins: UnitFormats) -> SecondCost:
+    """The second budget in bytes of quantized weights that one token reads: of routed experts their share.
+
+    Args:
+        max_bytes: Most of them.
+        units: Units to allocate for, with their active shares.
+        menu: Formats that each may take.
+        pins: Those that have one format.
+
+    Raises:
+        UsageError: If even the smallest formats exceed the budget.
+    """
+    allowed = _allowed(units, menu, pins)
+    by_unit = {u.name: {fmt: u.active_share * u.stored_bytes(fmt) for fmt in allowed[u.name]} for u in units}
+    return _feasible(by_unit, max_bytes, "--max-active")
+
+
+def _allowed(units: Sequence[Unit], menu: Menu, pins: UnitFormats) -> Menu:
+    return {unit.name: (pins[unit.name],) if unit.name in pins else menu[unit.name] for unit in units}
+
+
+def _feasible(by_unit: dict[str, dict[Any, float]], max_cost: float, flag: str) -> SecondCost:
     from hawqtool.allocation.exact import SecondCost
 
-    allowed = {unit.name: (pins[unit.name],) if unit.name in pins else menu[unit.name] for unit in units}
-    by_unit = CostTable(costs).of_menu(units, allowed)
     least, most = (math.fsum(end(by_format.values()) for by_format in by_unit.values()) for end in (min, max))
     second = SecondCost(by_unit, max_cost)
     if not second.allows({unit: min(by_format, key=by_format.__getitem__) for unit, by_format in by_unit.items()}):
         raise UsageError(
             f"the second budget of {max_cost:g} cannot be met: costs from {least:g} to {most:g} are in reach; "
-            "raise --max-cost, add cheaper widths to --bits, or pin fewer layers"
+            f"raise {flag}, add cheaper widths to --bits, or pin fewer layers"
         )
     return second
 

@@ -7,13 +7,16 @@ that can be found, hooked and rounded like any other, and that carry the names u
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import operator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hawqtool.checkpoint.fusion import expert_of
 from hawqtool.model.experts_layout import (
     Combine,
     ExpertsLayout,
@@ -207,6 +210,37 @@ def _why_whole(module: nn.Module, layout: ExpertsLayout | None, why_unread: WhyU
     if layout is None:
         return f"experts of unknown layout ({type(module).__name__})"
     return why_unread(module, layout) or why_unproved(module, layout)
+
+
+_PER_TOKEN = re.compile(
+    r"(num_)?(selected_)?experts_per_tok(en)?|num_selected_experts|moe_(top_?k|k)|top_k(_experts)?|n_activated_experts"
+)
+
+
+def experts_per_token(config: Any) -> int | None:
+    """Routed experts that a token goes through, by the configuration; None where it does not say.
+
+    Where layers differ it is the most of them.
+    """
+    found = [value for name, value in vars(config.get_text_config()).items() if _PER_TOKEN.fullmatch(name)]
+    counts = [n for value in found for n in (value if isinstance(value, (list, tuple)) else [value])]
+    return max((n for n in counts if isinstance(n, int) and n > 0), default=None)
+
+
+def active_share(names: Sequence[str], weights: Sequence[int], per_token: int) -> float:
+    """Share of the weights of some linears that one token reads, experts being numbered within each of their lists.
+
+    Args:
+        names: Linears.
+        weights: Weights of each.
+        per_token: Experts that a token goes through.
+    """
+    experts = [expert_of(name) for name in names]
+    numbers: dict[str, set[int]] = {}
+    for place, number in filter(None, experts):
+        numbers.setdefault(place, set()).add(number)
+    shares = [1.0 if found is None else min(1.0, per_token / len(numbers[found[0]])) for found in experts]
+    return sum(map(operator.mul, shares, weights)) / sum(weights)
 
 
 def routers(model: nn.Module) -> set[str]:

@@ -84,6 +84,12 @@ class TargetFields(BaseModel):
         panel=TARGET, expert=True, affects=Affects.PLAN, commands=("allocate",),
     )] = Field(default=None, ge=0, allow_inf_nan=False)
 
+    max_active: Annotated[str | None, Setting(
+        help="Most bytes of quantized weights that one token reads, such as 1.2GB: of routed experts the share that a "
+        "token is routed to.", detail="A second budget beside the target, for mixtures of experts, in place of costs.",
+        panel=TARGET, expert=True, affects=Affects.PLAN, metavar="SIZE",
+    )] = None
+
     max_kl: Annotated[float | None, Setting(
         help="Most KL to the original on the report rows, in nats per token (relative error for embedding models).",
         panel=GATES, affects=Affects.GATES,

@@ -175,7 +175,7 @@ class CheckedFields(Fields):
     def _parse_share(cls, value: Any) -> Any:
         return value if value is None else parse_share(value)
 
-    @field_validator("target_size", "max_size")
+    @field_validator("target_size", "max_size", "max_active")
     @classmethod
     def _check_size(cls, value: str | None) -> str | None:
         if value is not None:

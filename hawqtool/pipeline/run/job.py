@@ -27,6 +27,7 @@ from hawqtool.errors import InputError, UsageError
 from hawqtool.export.layout import Layout, plan_layout
 from hawqtool.export.packed_reader import PackedReader
 from hawqtool.model.discovery import Structure, check_shapes, discover
+from hawqtool.model.experts import active_share, experts_per_token
 from hawqtool.model.inputs.arguments import row_format, row_positions
 from hawqtool.model.inputs.row_format import RowFormat
 from hawqtool.model.loading.original import cache_obstacle, precision_obstacle, scale_obstacle
@@ -230,6 +231,8 @@ def prepare(
     left_names = left_unquantized(original_index(index), free)
     left = tuple(unit for unit in units if unit.name in left_names)
     units = tuple(unit for unit in units if unit.name not in left_names)
+    if config.max_active is not None:
+        units = _with_active_shares(units, probe.config)
     longest = max_positions(probe)
     if config.seq_len and longest and config.seq_len > longest:
         raise UsageError(f"--seq-len {config.seq_len} exceeds the model's {longest} positions; lower it")
@@ -298,6 +301,24 @@ def _pins(config: RunConfig, units: tuple[Unit, ...]) -> UnitFormats:
     """Formats that ``--pin`` fixes, each at the group size that its unit takes."""
     sizes = {name: fmt.group_size for name, fmt in uniform_formats(units, 8, config.base_group_size).items()}
     return resolve_pins(config.pin, units, sizes, config.symmetric)
+
+
+def _with_active_shares(units: tuple[Unit, ...], config: Any) -> tuple[Unit, ...]:
+    """Units that know which share of their weights a token reads.
+
+    Raises:
+        UsageError: If no layer is an expert, or the configuration does not say how many experts a token goes through.
+    """
+    if not any(is_expert(member.name) for unit in units for member in unit.members):
+        raise UsageError("--max-active is for routed experts, and none are quantized here; use --target-size instead")
+    per_token = experts_per_token(config)
+    if per_token is None:
+        raise UsageError(
+            "--max-active: config.json does not say how many experts a token goes through (such as "
+            "num_experts_per_tok); use --costs with bytes of your own"
+        )
+    shares = (active_share([m.name for m in u.members], [m.num_weights for m in u.members], per_token) for u in units)
+    return tuple(replace(unit, active_share=share) for unit, share in zip(units, shares, strict=True))
 
 
 def _check_method(job: Job) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hawqtool.allocation.problem import AllocationProblem, stored_bytes
-from hawqtool.allocation.second_cost import second_cost
+from hawqtool.allocation.second_cost import active_bytes, second_cost
 from hawqtool.allocation.uniform import uniform_formats
 from hawqtool.checkpoint.fusion import is_expert
 from hawqtool.config import RunConfig
@@ -58,6 +58,8 @@ def second_budget(config: RunConfig, units: Sequence[Unit], menu: Menu, pins: Un
         InputError: If the file of costs is damaged.
         UsageError: If it lacks costs, or even the cheapest formats exceed the budget.
     """
+    if config.max_active is not None:
+        return active_bytes(parse_size(config.max_active), units, menu, pins)
     if config.costs is None or config.max_cost is None:
         return None
     return second_cost(Path(config.costs), config.max_cost, units, menu, pins)

@@ -122,14 +122,14 @@ def _target_shift(config: RunConfig, has_experts: bool) -> float | Literal["auto
 
 def _shortlist(config: RunConfig, device_type: str) -> int:
     # Only the metric's own plan is sure to keep a second budget.
-    if config.max_cost is not None or not config.evaluates:
+    if config.has_second_budget or not config.evaluates:
         return 1
     return config.shortlist or _default("shortlist", device_type)
 
 
 def _swaps(config: RunConfig, device_type: str) -> int:
     # Without evaluation nothing tells plans apart. Swaps know neither quality targets nor second budgets.
-    if config.target_kl is not None or config.max_cost is not None or not config.evaluates:
+    if config.target_kl is not None or config.has_second_budget or not config.evaluates:
         return 0
     return _default("swaps", device_type) if config.swaps is None else config.swaps
 
