@@ -295,7 +295,7 @@ class LayerMetrics:
     feedback: the predicted loss relative to that without, λ, and blocks of rows; 1, None and 0 where there is none.
     With feedback, output errors are larger on purpose: the loss, not the output, is what rows make up for.
     ``gram_gain`` is the share of the held-out error that learning from the Gram matrix took off, 0 where the layer
-    stayed as it was, None where that was not tried.
+    stayed as it was, None where that was not tried. ``copied`` are experts that lay on the grid of their format.
     """
 
     output_error: float | None
@@ -317,6 +317,7 @@ class LayerMetrics:
     feedback_damping: float | None = None
     feedback_blocks: int = 0
     gram_gain: float | None = None
+    copied: bool = False
 
 
 @dataclass(frozen=True)

@@ -198,11 +198,8 @@ class LayerRecord(TypedDict):
     feedback_ratio: Annotated[float, "Loss that output feedback is predicted to leave, relative; 1 where it is off."]
     feedback_damping: Annotated[float | None, "Damping of output feedback; null without feedback."]
     feedback_blocks: Annotated[int, "Blocks of rows of output feedback; 0 without feedback."]
-    gram_gain: Annotated[
-        float | None,
-        "Share of the held-out error that learning from the Gram matrix took off; 0 where the layer stayed as it was, "
-        "null where that was not tried.",
-    ]
+    gram_gain: Annotated[float | None, "Share of the held-out error that learning from the Gram matrix took off."]
+    copied: Annotated[bool, "Whether it lay on the grid of its format, so that codes and scales are the original's."]
     format: Annotated[str, "Label of the format."]
 
 

@@ -160,19 +160,21 @@ def _round_with(
     recorder: Recorder,
     rows: RowFeedback | None = None,
 ) -> list[Quantized]:
-    """Every task by its settings."""
+    """Every task by its settings; what is given stays as it is."""
+    if all(task.given is not None for task in tasks):
+        return [task.given for task in tasks if task.given is not None]
     problem = prepare(tasks, factor, method, statistics, settings, recorder, searched=rows is None)
     if method.name == "rtn":
         return [
-            Quantized(nearest_codes(t.weight, scales, t.quant_format, zeros), scales, zeros)
+            t.given or Quantized(nearest_codes(t.weight, scales, t.quant_format, zeros), scales, zeros)
             for t, (scales, zeros) in zip(tasks, problem.grids, strict=True)
         ]
     betas = [s.beta for s in settings]
     results = _looped(problem, betas, rows)
-    if not any(s.refit for s in settings) or statistics is None:
-        return results
-    refitted = _refitted(problem, results, betas, statistics.gram, rows)
-    return [new if s.refit else old for s, new, old in zip(settings, refitted, results, strict=True)]
+    if any(s.refit for s in settings) and statistics is not None:
+        refitted = _refitted(problem, results, betas, statistics.gram, rows)
+        results = [new if s.refit else old for s, new, old in zip(settings, refitted, results, strict=True)]
+    return [task.given or result for task, result in zip(tasks, results, strict=True)]
 
 
 def round_layers(
@@ -229,6 +231,7 @@ def round_layers(
             beta=chosen.beta,
             target_shift=chosen.shift,
             scales_refitted=chosen.refit,
+            copied=task.given is not None,
         )
         metrics = _with_feedback(metrics, moments, rows)
         layers.append(RoundedLayer(task.name, task.quant_format, result.codes, result.scales, metrics, result.zeros))
@@ -262,7 +265,7 @@ def round_without_inputs(tasks: Sequence[Task], method: RoundingMethod) -> list[
         start, weight, fmt = time.perf_counter(), task.weight, task.quant_format
         alike = weight.new_ones(weight.shape[1])
         scales, zeros = search_grid(weight, alike, fmt, task.stored_dtype, method.both_signs)
-        result = Quantized(nearest_codes(weight, scales, fmt, zeros), scales, zeros)
+        result = task.given or Quantized(nearest_codes(weight, scales, fmt, zeros), scales, zeros)
         metrics = LayerMetrics(
             output_error=None,
             rtn_error=None,
@@ -274,6 +277,7 @@ def round_without_inputs(tasks: Sequence[Task], method: RoundingMethod) -> list[
             dead_inputs=0,
             num_tokens=0,
             seconds=time.perf_counter() - start,
+            copied=task.given is not None,
         )
         unmeasured = RoundedLayer(task.name, fmt, result.codes, result.scales, metrics, result.zeros)
         layer = with_codes(unmeasured, result, weight)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hawqtool.formats import QuantFormat
+from hawqtool.rounding.grid import Quantized
 
 Grid = tuple[Tensor, Tensor | None]
 """Scales and zero points of a layer; no zero points on a symmetric grid."""
@@ -77,12 +78,21 @@ class RoundingMethod:
 
 @dataclass(frozen=True)
 class Task:
-    """One weight to round in one format: ``weight`` is ``[out, in]`` float32."""
+    """One weight to round in one format.
+
+    Args:
+        name: Name of the layer.
+        weight: ``[out, in]`` float32.
+        quant_format: Format.
+        stored_dtype: dtype of the stored scales.
+        given: Codes and scales that give the weight to the bit, which are taken as they are; None where it is rounded.
+    """
 
     name: str
     weight: Tensor
     quant_format: QuantFormat
     stored_dtype: torch.dtype
+    given: Quantized | None = None
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from hawqtool.checkpoint.fusion import is_expert
 from hawqtool.formats import QuantFormat
 from hawqtool.model.block import LoadedBlock
 from hawqtool.records import LinearSpec, Menu, OutputMoments, UnitFormats
 from hawqtool.rounding.factor import Factor, factorize
 from hawqtool.rounding.grid import Quantized, dequantize
+from hawqtool.rounding.lattice import on_grid
 from hawqtool.rounding.layer import round_group
 from hawqtool.rounding.method import RoundingMethod, Task
 from hawqtool.rounding.statistics import GroupStatistics
@@ -97,11 +99,13 @@ class RoundingSpec:
         """The linears of an input group to be rounded, once for each of their formats."""
         wanted = [linear for linear in group if self.formats_of(linear)]
         weights = {linear.name: block.weight(linear) for linear in wanted}
-        return [
-            Task(linear.name, weights[linear.name], fmt, self.stored_dtypes[linear.name])
-            for linear in wanted
-            for fmt in self.formats_of(linear)
-        ]
+        return [self._task(linear, weights[linear.name], fmt) for linear in wanted for fmt in self.formats_of(linear)]
+
+    def _task(self, linear: LinearSpec, weight: Tensor, fmt: QuantFormat) -> Task:
+        """One of them; experts of quantized originals that lie on the grid of the format stay what they are."""
+        dtype = self.stored_dtypes[linear.name]
+        given = on_grid(weight, fmt, dtype) if is_expert(linear.name) else None
+        return Task(linear.name, weight, fmt, dtype, given)
 
     def factor(self, tasks: Sequence[Task], statistics: GroupStatistics) -> Factor:
         """Factor of the Gram matrix behind some tasks.
