@@ -178,6 +178,13 @@ _CHOICE = (
         ("tests/unit/allocation/test_role_rule.py",),
     ),
     PlantedError(
+        "swaps by gradient taken as predicted",
+        "hawqtool/pipeline/search/gradient_swap.py",
+        '"accepted": difference.is_less(count),',
+        '"accepted": True,',
+        ("tests/unit/pipeline/search/test_gradient_swap.py::test_only_the_true_divergence_takes_a_move",),
+    ),
+    PlantedError(
         "short list by the largest pair loss",
         "hawqtool/pipeline/search/shortlist.py",
         "key=lambda item: pair_loss(item[1], table)",
@@ -194,6 +201,16 @@ _CHOICE = (
 )
 
 _SENSITIVITY = (
+    PlantedError(
+        "gradient at the plan for labels instead of the original's outputs",
+        "hawqtool/sensitivity/plan_gradient.py",
+        "q - original.softmax(-1)",
+        "q - torch.nn.functional.one_hot(original.argmax(-1), q.shape[-1])",
+        (
+            "tests/reference/sensitivity/test_plan_gradient.py"
+            "::test_the_first_order_is_the_gradient_of_the_true_divergence",
+        ),
+    ),
     PlantedError(
         "gradients never limited",
         "hawqtool/sensitivity/measure.py",

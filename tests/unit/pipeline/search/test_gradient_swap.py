@@ -10,10 +10,13 @@ import pytest
 import torch
 
 from hawqtool.formats import QuantFormat
+from hawqtool.pipeline.search import gradient_swap
 from hawqtool.pipeline.search.gradient_swap import SHARES, Standing, _Search, next_share
 from hawqtool.pipeline.search.width_swap import neighbouring
 from hawqtool.records import LinearSpec, Score, Unit
 from hawqtool.report.schema import SwapAttempt
+from hawqtool.runtime.reporter import Silent
+from hawqtool.sensitivity.plan_gradient import PlanChanges
 
 W2, W3, W4 = (QuantFormat(bits, 32) for bits in (2, 3, 4))
 
@@ -69,3 +72,37 @@ def test_candidates_are_the_best_of_all_plans_within_their_share() -> None:
     assert [tuple(plan.values()) for plan in found] == list(dict.fromkeys(best))
     assert len(found) >= 2
     assert _Search._within(search, present, relative, share, [present, *found], 1.0) == []
+
+
+class _Judged(_Search):
+    """A search over one unit, whose true divergences are given by its format."""
+
+    def __init__(self, true: dict[QuantFormat, float]) -> None:
+        unit = Unit("u", (LinearSpec("u", 32, 64, 0, "u", 2),))
+        job = SimpleNamespace(units=(unit,), pins={}, config=SimpleNamespace(seed=0))
+        self.context = cast(Any, SimpleNamespace(job=job, reporter=Silent()))
+        self.menu, self.budget, self.true = {"u": (W2, W3, W4)}, unit.stored_bytes(W4), true
+        self.rows, self.reference = cast(Any, SimpleNamespace(batch_size=1)), cast(Any, None)
+        self.selection = cast(Any, SimpleNamespace(sources=()))
+
+    def spliced(self, formats: Any) -> Any:
+        return None
+
+    def divergence(self, formats: Any) -> torch.Tensor:
+        noise = torch.linspace(-0.1, 0.1, 16, dtype=torch.float64) * (formats["u"] != W3)
+        return self.true[formats["u"]] + noise
+
+
+@pytest.mark.parametrize(("truth", "taken"), [(-0.5, True), (0.5, False), (-0.01, False)])
+def test_only_the_true_divergence_takes_a_move(truth: float, taken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient promises 1 by 4 bits and a loss by 2; what the selection rows say decides."""
+    rows = {fmt.label: torch.full((4,), value, dtype=torch.float64) for fmt, value in ((W2, 2.0), (W4, -1.0))}
+    zeros = {label: torch.zeros(4, dtype=torch.float64) for label in rows}
+    monkeypatch.setattr(gradient_swap, "plan_changes", lambda *_: PlanChanges({"u": rows}, {"u": zeros}))
+    search = _Judged({W2: 5.0, W3: 1.0, W4: 1.0 + truth})
+    found = search.round(Standing({"u": W3}, 0.1, False, 0, (), {}))
+    (attempt,) = found.attempts  # a share of a tenth holds no move of the only unit, so it grows first
+    assert (attempt["moves"], attempt["predicted"], attempt["accepted"]) == (1, pytest.approx(-1.0), taken)
+    assert attempt["measured"] == pytest.approx(truth)
+    assert found.formats == {"u": W4 if taken else W3}
+    assert (found.rounds, found.ended) == (1, not taken)
