@@ -62,6 +62,7 @@ def announcement(description: DryRun) -> list[str]:
         f"({description['expected_bytes']:,} bytes) afterwards",
         f"work        {description['rounding']} on {description['calibration']}, {description['device']}, "
         f"seed {description['seed']}",
+        f"rotation    {description['rotation']}",
         f"judged on   {description['evaluation']}",
     ]
     lines += [*estimate_lines(description), *kept_lines(description["kept"])]

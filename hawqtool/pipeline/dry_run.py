@@ -107,8 +107,7 @@ def describe(job: Job) -> DryRun:
     weights = sum(unit.num_weights for unit in job.units)
     menu = job_menu(job, None)
     fixed = unquantized_bytes(job, menu)
-    budget: int | None = None
-    plan = None
+    budget, plan = None, None
     if config.plan is not None:
         plan = given_plan(config, job.units)
     elif config.target_kl is None:
@@ -149,6 +148,7 @@ def describe(job: Job) -> DryRun:
         "calibration": f"{job.settings.num_samples} {length}" if config.reads_rows else "no data",
         "evaluation": _evaluation(job, length),
         "rounding": ", ".join([config.rounding, *["output feedback"] * bool(job.feedback_layers), *_learning(job)]),
+        "rotation": job.rotation,
         "seed": config.seed,
     }
 

@@ -139,6 +139,7 @@ def _quantized(
     report["verdict"] = _verdict(report, winner.plan, planner)
     origin = planner.origin.record if planner and planner.origin else None
     report |= {"config_fingerprint": fingerprint, "measurement": origin}
+    report["rotation_choice"] = job.rotation
     if rotation is not None:
         report["rotation"] = rotation
     report["warnings"] += warnings

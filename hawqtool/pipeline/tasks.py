@@ -43,7 +43,7 @@ def judge_tasks(context: RunContext, folder: Path) -> list[TaskResult]:
     for name, questions in check_tasks(job).items():
         taken = [
             _asked(context, stream, f"task {name}, {label}", questions)
-            for label, stream in (("original", job.stream()), ("quantized", job.packed_stream(folder)))
+            for label, stream in (("original", job.unrotated().stream()), ("quantized", job.packed_stream(folder)))
         ]
         results.append(task_result(name, questions, *taken))
     return results

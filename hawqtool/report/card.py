@@ -80,7 +80,18 @@ def _title(report: Report) -> str:
         f"# {name}, {bits:.2f} bits per weight\n\n"
         f"{name} with the weights of its linear layers in {kind}, made by hawqtool "
         f"{escape(report['hawqtool_version'])}: {bits:.4f} stored bits per weight over these layers, scales included. "
-        "Everything else (embeddings, output head, norms, what the tables below do not list) is as in the original."
+        f"Everything else (embeddings, output head, norms, what the tables below do not list) {_rest(report)}."
+    )
+
+
+def _rest(report: Report) -> str:
+    """What became of the tensors that are not quantized."""
+    found = report.get("rotation")
+    if found is None:
+        return "is as in the original"
+    return (
+        "is as in the original but for a rotation of the residual stream, which changes no output before weights are "
+        f"rounded to 16 bits (after that: KL {found['kl']:.1e})"
     )
 
 
@@ -128,6 +139,7 @@ def _method(report: Report) -> str:
         f"calibration: {given}",
         "grid: symmetric integers, compressed-tensors format `pack-quantized`",
     ]
+    lines += [f"rotation: {escape(text)}" for text in (report.get("rotation_choice"),) if text]
     lines += [f"sensitivity: {text}" for text in (measurement_text(report),) if text]
     routing = routing_text(report["experts"])
     if routing:

@@ -197,6 +197,7 @@ class DryRun(TypedDict):
     calibration: Annotated[str, "Rows in words."]
     evaluation: Annotated[str, "Rows that the result is judged on, in words."]
     rounding: Annotated[str, "Rounding in words."]
+    rotation: Annotated[str, "Whether the residual stream is rotated, and why."]
     seed: Annotated[int, "Seed."]
     estimate: NotRequired[Annotated[Estimate, "What it may take; on the command line."]]
 

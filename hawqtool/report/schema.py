@@ -366,6 +366,7 @@ class Report(TypedDict):
     starts: Annotated[int, "Times that the run was begun: more than 1 after an interruption."]
     config_fingerprint: Annotated[str, "SHA-256 of settings and input files; batches compare it."]
     measurement: Annotated[MeasurementOrigin | None, "Where the scores come from."]
+    rotation_choice: NotRequired[Annotated[str, "Whether the residual stream was rotated, `on` or `off`, and why."]]
     rotation: NotRequired[Annotated[RotationCheck, "How the residual stream was rotated; absent where it was not."]]
     manifest: NotRequired[Annotated[ManifestLink, "Hashes of all files of the folder."]]
 
@@ -385,8 +386,7 @@ def shipped_of(evaluation: PlanComparison, shipped: Shipped) -> PlanQuality:
 
 def layer_error(layer: LayerRecord) -> float:
     """Relative error of a layer's outputs, or of its weights where no outputs were looked at."""
-    found = layer["output_error"]
-    return layer["weight_error"] if found is None else found
+    return layer["weight_error"] if layer["output_error"] is None else layer["output_error"]
 
 
 def named_rows(report: Report) -> dict[str, RowSet]:

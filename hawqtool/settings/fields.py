@@ -194,13 +194,14 @@ class Fields(TargetFields):
         "or with --costs).", detail="exact stops after 60 s.",
         panel=METHOD, expert=True, affects=Affects.PLAN, commands=("allocate",),
     )] = "auto"
-    rotate: Annotated[Literal["off", "on"], Setting(
+    rotate: Annotated[Literal["auto", "off", "on"], Setting(
         help="on: rotate the residual stream by a random Hadamard matrix before rounding; the model computes the same, "
-        "a tied head gets a weight of its own.",
+        "a tied head gets a weight of its own. auto: where that costs no bytes and was seen to pay.",
         detail="Norm gains go into the linears behind, and nothing is added at run time. The seed chooses the signs. "
-        "Refused where the architecture does not allow it.",
-        panel=METHOD, expert=True, affects=Affects.SCORES, metavar="off|on", commands=("measure",),
-    )] = "off"
+        "auto leaves out tied heads, experts, quantized originals, rtn, menus above 4 bits and what cannot be rotated; "
+        "on is refused for the last alone.",
+        panel=METHOD, expert=True, affects=Affects.SCORES, metavar="auto|off|on", commands=("measure",),
+    )] = "auto"
     rounding: Annotated[Literal["rtn", "gptq", "foem", "gptaq"], Setting(
         help="rtn, gptq, foem or gptaq.",
         detail="rtn is to nearest, gptq compensates errors, foem is gptq with a first-order term, gptaq is gptq with a "

@@ -15,10 +15,10 @@ from torch.utils._pytree import tree_leaves
 from hawqtool.checkpoint.index import CheckpointIndex, TensorInfo
 from hawqtool.checkpoint.rotated.codec import RotatedInfo, rotated
 from hawqtool.checkpoint.rotated.hadamard import MAX_ODD, Rotation
-from hawqtool.errors import InputError, one_line
+from hawqtool.errors import one_line
 from hawqtool.model.block_list import TRACE_ERRORS, example_row, find_blocks
 from hawqtool.model.replay import replayed_blocks
-from hawqtool.model.rotation.residual_trace import ResidualTrace, StreamUses, is_gained_norm
+from hawqtool.model.rotation.residual_trace import NotRotatableError, ResidualTrace, StreamUses, is_gained_norm
 from hawqtool.model.skeleton import build_skeleton
 from hawqtool.model.stored_names import stored_names
 from hawqtool.model.tasks import feeds_decoder, model_task
@@ -54,14 +54,16 @@ def rotate_checkpoint(model: Any, index: CheckpointIndex, seed: int) -> Checkpoi
         seed: Of the random signs.
 
     Raises:
-        InputError: If the architecture does not allow it; says where and why.
+        NotRotatableError: If the architecture does not allow it; says where and why.
     """
     model = copy.deepcopy(model)
     if feeds_decoder(model) or not (model_task(model).generates and model.get_output_embeddings() is not None):
-        raise _refused(f"{type(model).__name__} is no causal language model with an output head")
+        raise NotRotatableError(f"{type(model).__name__} is no causal language model with an output head")
     stored = stored_names(model, index.tensors)
     if unread := _unread(model, index):
-        raise _refused(f"{unread[0]} is stored and not part of the model, so whether it reads the stream is unknown")
+        raise NotRotatableError(
+            f"{unread[0]} is stored and not part of the model, so whether it reads the stream is unknown"
+        )
     offsets = _gain_offsets(model)
     uses = trace_stream(model)
     tied = _tied_head(model, uses)
@@ -69,10 +71,10 @@ def rotate_checkpoint(model: Any, index: CheckpointIndex, seed: int) -> Checkpoi
     size = infos[min(uses.embeddings)].shape[-1]
     rotation = Rotation(size, seed)
     if rotation.odd > MAX_ODD:
-        raise _refused(f"its width {size} has the odd factor {rotation.odd}; expected at most {MAX_ODD}")
+        raise NotRotatableError(f"its width {size} has the odd factor {rotation.odd}; expected at most {MAX_ODD}")
     missing = sorted({gain for gain in uses.readers.values() if gain is not None} - offsets.keys())
     if missing:
-        raise _refused(f"{missing[0]} is of no root mean square norm")
+        raise NotRotatableError(f"{missing[0]} is of no root mean square norm")
     tensors = _turned(uses, infos, rotation, offsets)
     if tied is not None:
         table = min(uses.embeddings & uses.readers.keys())
@@ -106,7 +108,9 @@ def _turned(
         info = infos[name]
         for side, extent in (("last", info.shape[-1]), ("first", info.shape[0])):
             if side in values and extent != rotation.size:
-                raise _refused(f"{name} has shape {list(info.shape)}; expected {rotation.size} channels of the stream")
+                raise NotRotatableError(
+                    f"{name} has shape {list(info.shape)}; expected {rotation.size} channels of the stream"
+                )
         found[info.name] = replace(found.get(info.name) or rotated(info), **values)
 
     for name in sorted(uses.embeddings):
@@ -141,13 +145,13 @@ def trace_stream(model: Any) -> StreamUses:
         model: Skeleton; its buffers are lost here, so it is of no further use.
 
     Raises:
-        InputError: If something else than linears behind norms reads it, or than outputs of linears is added to it.
+        NotRotatableError: If something else than linears behind norms reads it, or than outputs of linears is added.
     """
     blocks_name, blocks = find_blocks(model)
     try:
         calls, extra_outputs = block_calls(model, blocks)
     except NotPlain as error:
-        raise _refused("its blocks hand on more than a hidden state") from error
+        raise NotRotatableError("its blocks hand on more than a hidden state") from error
     # Zeros of any shape take the memory of one; on meta masks cannot be made.
     weights = {n: torch.zeros((), dtype=p.dtype).expand(p.shape) for n, p in model.named_parameters()}
     trace = ResidualTrace({id(zeros): name for name, zeros in weights.items()})
@@ -156,11 +160,11 @@ def trace_stream(model: Any) -> StreamUses:
         try:
             torch.func.functional_call(model, weights, (), row)
         except TRACE_ERRORS as error:
-            raise _refused(f"the parts around the blocks cannot be followed ({one_line(error)})") from error
+            raise NotRotatableError(f"the parts around the blocks cannot be followed ({one_line(error)})") from error
     trace.write(ends[0][0][0])
     for args, kwargs in ends:
         if any(isinstance(leaf, Tensor) and trace.kind(leaf) for leaf in tree_leaves((args[1:], kwargs))):
-            raise _refused("blocks get the residual stream a second time")
+            raise NotRotatableError("blocks get the residual stream a second time")
     model.to("meta")
     trace.names = {id(parameter): name for name, parameter in model.named_parameters()}
     for position, block in enumerate(blocks):
@@ -169,15 +173,18 @@ def trace_stream(model: Any) -> StreamUses:
         hidden = torch.empty_like(hidden)
         trace.mark(hidden, trace.stream())
         with torch.no_grad(), trace.norms(block), trace:
-            output = block(hidden, *rest, **kwargs)
+            try:
+                output = block(hidden, *rest, **kwargs)
+            except TRACE_ERRORS as error:
+                raise NotRotatableError(f"{trace.place}: it cannot be followed ({one_line(error)})") from error
         trace.write(output[0] if extra_outputs_of(output) is not None else output)
     uses = trace.uses
     both = uses.plain & uses.writers
     if both:
-        raise _refused(f"the output of {min(both)} is added to the residual stream and used otherwise too")
+        raise NotRotatableError(f"the output of {min(both)} is added to the residual stream and used otherwise too")
     untouched = [name for name, _ in model.named_parameters() if name not in trace.touched]
     if untouched:
-        raise _refused(f"no row of tokens reaches {untouched[0]}, which may write to the residual stream")
+        raise NotRotatableError(f"no row of tokens reaches {untouched[0]}, which may write to the residual stream")
     return uses
 
 
@@ -211,7 +218,3 @@ def gain_offset(norm: nn.Module) -> float | None:
         if torch.allclose(output, plain * (offset + gain), rtol=_NORM_TOLERANCE, atol=_NORM_TOLERANCE):
             return offset
     return None
-
-
-def _refused(reason: str) -> InputError:
-    return InputError(f"--rotate: {reason}; this architecture cannot be rotated; use --rotate off")

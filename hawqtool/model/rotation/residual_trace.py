@@ -81,6 +81,18 @@ class StreamUses:
     plain: set[str] = field(default_factory=set)
 
 
+class NotRotatableError(InputError):
+    """A model whose residual stream cannot be rotated.
+
+    Args:
+        reason: Where and why.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"--rotate: {reason}; this architecture cannot be rotated; use --rotate off")
+        self.reason = reason
+
+
 class ResidualTrace(TorchFunctionMode):
     """Follows the residual stream while it is active.
 
@@ -122,7 +134,7 @@ class ResidualTrace(TorchFunctionMode):
         """Take a tensor as the residual stream: all that it is a sum of writes to it.
 
         Raises:
-            InputError: If it is no such sum.
+            NotRotatableError: If it is no such sum.
         """
         kind = self.kind(value)
         if not self.is_stream(kind):
@@ -223,7 +235,7 @@ class ResidualTrace(TorchFunctionMode):
         """Take note that tensors are used in a way that does not turn.
 
         Raises:
-            InputError: If one of them is the stream or comes from its norm.
+            NotRotatableError: If one of them is the stream or comes from its norm.
         """
         for _, kind in known:
             if isinstance(kind, Normed):
@@ -239,8 +251,8 @@ class ResidualTrace(TorchFunctionMode):
                 raise self._refused(f"{what} the residual stream ({name})")
             self.uses.plain |= kind.weights
 
-    def _refused(self, reason: str) -> InputError:
-        return InputError(f"--rotate: {self.place}: {reason}; this architecture cannot be rotated; use --rotate off")
+    def _refused(self, reason: str) -> NotRotatableError:
+        return NotRotatableError(f"{self.place}: {reason}")
 
 
 def is_gained_norm(module: nn.Module) -> bool:

@@ -96,7 +96,11 @@ def _describe_original(index: CheckpointIndex) -> dict[str, Any]:
     try:
         # Whole rows divide every layer: with a group size some models would be refused for the setting alone.
         return _describe_job(
-            prepare(load_config(None, {"model": str(index.folder), "device": "cpu", "group_size": "channel"}))
+            prepare(
+                load_config(
+                    None, {"model": str(index.folder), "device": "cpu", "group_size": "channel", "rotate": "off"}
+                )
+            )
         )
     except HawqError as error:
         return {"supported": False, "refusal": str(error)}

@@ -31,7 +31,7 @@ from hawqtool.model.experts import active_share, experts_per_token
 from hawqtool.model.inputs.arguments import row_format, row_positions
 from hawqtool.model.inputs.row_format import RowFormat
 from hawqtool.model.loading.original import cache_obstacle, precision_obstacle, scale_obstacle
-from hawqtool.model.rotation.fold import rotate_checkpoint
+from hawqtool.model.rotation.choice import choose_rotation
 from hawqtool.model.skeleton import build_skeleton, max_positions, untie_stored
 from hawqtool.model.stored_names import ONE_EXPERT, UNJOINED, UNPACKED, joins_experts, with_stored_experts_split
 from hawqtool.model.tasks import ModelTask, model_task
@@ -80,6 +80,7 @@ class Job:
         dtype: dtype of weights and activations while computing: float32 on a CPU.
         recorder: Takes note of the stages of walks; nothing by default.
         offload: Keeps hidden states between blocks; None where all stay on the device.
+        rotation: Whether the residual stream is rotated, and why.
         matrices: Embeddings and heads that streams of the original have loaded, while they live.
         ranks: Processes that share the work; this one alone by default.
     """
@@ -97,6 +98,7 @@ class Job:
     recorder: Recorder = UNRECORDED
     offload: Offload | None = None
     left_units: tuple[Unit, ...] = ()
+    rotation: str = "off"
     matrices: WeakValueDictionary[str, Any] = field(default_factory=WeakValueDictionary, compare=False)
     ranks: Ranks = field(default=ALONE, compare=False)
 
@@ -112,6 +114,8 @@ class Job:
 
     def unrotated(self) -> Job:
         """The job of the same model with every weight as it is stored."""
+        if self.index.rotation is None:
+            return self
         return replace(self, index=original_index(self.index), matrices=WeakValueDictionary())
 
     def with_batch_size(self, rows: int) -> Job:
@@ -209,7 +213,7 @@ def prepare(
     """
     device = chosen_device(config.device)
     source = _source(config, reporter or Silent())
-    probe, index, structure = _discovered(config, source)
+    probe, rotation, index, structure = _discovered(config, source, writes)
     if writes and structure.obstacle and config.profile != "vllm":
         raise InputError(
             f"{config.model}: transformers cannot load this model when it is packed: {structure.obstacle}; "
@@ -251,22 +255,23 @@ def prepare(
         _check_experts(job)
     rows = (settings.num_samples, max(settings.seq_len, row_positions(probe, settings.seq_len)))
     work = Work(config, index, structure, device, dtype, *rows, settings.method.needs_drift)
-    job = job.with_batch_size(settings.batch_size or choose_batch_size(work))
+    job = replace(job.with_batch_size(settings.batch_size or choose_batch_size(work)), rotation=rotation)
     return replace(job, offload=make_offload(work, job.settings.batch_size, (reporter or Silent()).warn, states))
 
 
-def _discovered(config: RunConfig, source: ResolvedModel) -> tuple[Any, CheckpointIndex, Structure]:
-    """The model without weights, the checkpoint with experts one by one and rotated if asked for, and its structure."""
+def _discovered(config: RunConfig, source: ResolvedModel, writes: bool) -> tuple[Any, str, CheckpointIndex, Structure]:
+    """The model without weights, whether it is rotated and why, the checkpoint, experts one by one, its structure."""
     stored_index = replace(read_original(source.folder), content=ContentRecord())
     vllm, alone = config.profile == "vllm", config.profile == "transformers"
     probe: Any = build_skeleton(stored_index.folder, torch.float32, source.runs_code, stored_index.tensors, vllm)
     index = with_stored_experts_split(probe, stored_index)
     if config.quantize_vision:
         read_images(probe)
-    if config.rotate == "on":
-        if source.runs_code:
-            raise InputError(f"--rotate: {source.spec} brings its own code, which is not followed; use --rotate off")
-        index = rotate_checkpoint(probe, index, config.seed)
+    if not writes and config.rotate == "auto":
+        config = config.model_copy(update={"rotate": "off"})  # the original is looked at, not rounded
+    rotation = choose_rotation(config, source, probe, index)
+    index = rotation.index
+    if index.rotation is not None:
         untie_stored(probe, index.tensors)
         probe.all_tied_weights_keys = {}  # as the written config.json has it
     cache = cache_obstacle(probe)
@@ -278,7 +283,7 @@ def _discovered(config: RunConfig, source: ResolvedModel) -> tuple[Any, Checkpoi
     structure = replace(
         structure, obstacle=structure.obstacle or cache or _dtype_obstacle(probe, source, index, structure)
     )
-    return probe, index, structure
+    return probe, rotation.text, index, structure
 
 
 def _dtype_obstacle(probe: Any, source: ResolvedModel, index: CheckpointIndex, structure: Structure) -> str | None:

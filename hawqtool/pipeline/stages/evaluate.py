@@ -86,7 +86,7 @@ class Evaluator:
         shares = {role: job.ranks.share(len(rows.tokens)) for role, rows in sets.items()}
         self.sets = {role: replace(rows, tokens=rows.tokens[shares[role]]) for role, rows in sets.items()}
         self.seconds = 0.0
-        self.stream = job.stream()
+        self.stream = job.unrotated().stream()  # what users have is the reference, not what is rounded
         saved = self._own(context.saved)
         known = saved.load("original-states")
         if known is None:
