@@ -39,9 +39,9 @@ _GGUF_ALONE = ("template", "tensor_types", "block_types", "embedding_type")
 """Settings that say something of GGUF files alone."""
 
 _WITH_GGUF = {
-    *("model", "output", "to", *_GGUF_ALONE, "target_bpw", "target_size", "ignore", "profile"),
+    *("model", "output", "to", *_GGUF_ALONE, "target_bpw", "target_size", "ignore", "quantize_lm_head"),
     *("calibration", "num_samples", "seq_len", "eval_data", "eval_samples", "eval", "sensitivity"),
-    *("rounding", "target_shift", "token_importance", "damping"),
+    *("rounding", "target_shift", "token_importance", "damping", "solver"),
     *("device", "batch_size", "max_memory", "seed", "trust_remote_code"),
 }
 """Settings that GGUF files take; all others must be left alone."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor
 
-from hawqtool.allocation.exact import solve as solve_exactly
-from hawqtool.allocation.problem import AllocationProblem, build_problem
+from hawqtool.allocation.problem import AllocationProblem
 from hawqtool.checkpoint.gguf.block_codec import BlockFields, block_grid, grid_values, pack_blocks
 from hawqtool.checkpoint.gguf.block_types import BlockType
 from hawqtool.checkpoint.reader import TensorReader
@@ -28,10 +28,11 @@ from hawqtool.pipeline.gguf.tensors import GgufJob, prepare_gguf
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.files import write_json
 from hawqtool.pipeline.run.identity import check_unchanged, stamps
+from hawqtool.pipeline.search.planner import allocate
 from hawqtool.pipeline.stages.measure import check_scores
 from hawqtool.pipeline.stages.rows import gather_rows
 from hawqtool.pipeline.stages.token_importance import with_token_importance
-from hawqtool.records import BitPlan, MeasurementRows, Menu, Rows, UnitScores
+from hawqtool.records import BitPlan, MeasurementRows, Menu, Rows, UnitFormats, UnitScores
 from hawqtool.report.documents import GgufDocument, GgufQuality
 from hawqtool.rounding.blocks.spec import BlockRounding, round_alone
 from hawqtool.runtime.reporter import Reporter
@@ -187,8 +188,9 @@ def _plan(
         )
         check_scores(found.scores, found.projections)
         scores = found.scores[job.settings.metric]
-    problem = build_problem(job.units, menu, scores, fixed)
-    return solve_exactly(problem, problem.maximum_bytes if budget is None else budget, job.settings.metric)
+    if budget is None:
+        budget = sum(kinds[0].num_bytes(unit.num_weights) for unit in job.units for kinds in [gguf.menu[unit.name]])
+    return allocate(job.units, menu, scores, cast(UnitFormats, fixed), budget, job.settings.metric, job.config)
 
 
 class _FileInWork:
@@ -247,19 +249,22 @@ def _write_blocks(context: RunContext, plan: BitPlan, calibration: Rows | None, 
     )
     stream.release_ends()
     progress = context.progress("rounding")
+
+    def visit(block: LoadedBlock, groups: Groups) -> None:
+        for group, statistics in groups:
+            linears = {linear.name: linear for linear in group}
+            for layer, weight in rounding.layers(block, group, statistics):
+                file.write(f"{layer.name}.weight", weight, layer.fields, layer.kind)
+                file.output_errors[layer.name] = layer.output_error
+                block.set_weight(linears[layer.name], layer.values)
+
     for spec in job.structure.blocks:
         with stream.block(spec.index) as block:
-
-            def visit(groups: Groups, block: LoadedBlock = block) -> None:
-                for group, statistics in groups:
-                    linears = {linear.name: linear for linear in group}
-                    for layer, weight in rounding.layers(block, group, statistics):
-                        file.write(f"{layer.name}.weight", weight, layer.fields, layer.kind)
-                        file.output_errors[layer.name] = layer.output_error
-                        block.set_weight(linears[layer.name], layer.values)
-
-            collect_statistics(block, activations, visit)
+            collect_statistics(block, activations, partial(visit, block))
         progress(spec.index + 1, len(job.structure.blocks))
+    if stream.head is not None:
+        statistics = stream.head_statistics(calibration.tokens, activations)
+        visit(stream.head, [(stream.head.spec.input_groups[0], statistics)])
 
 
 def _judged(context: RunContext, gguf: GgufJob, sets: Mapping[str, Rows], output: Path) -> GgufQuality | None:
