@@ -23,7 +23,7 @@ from hawqtool.parsing import printable
 from hawqtool.report.documents import DryRun
 from hawqtool.report.schema import Gate, Report
 from hawqtool.report.wording import gate_found
-from hawqtool.runtime.launched import rank
+from hawqtool.runtime.launched import rank, world_size
 from hawqtool.settings.metadata import flag_of
 from hawqtool.values import split_weight
 
@@ -100,6 +100,8 @@ def _quantize_to_gguf(settings: RunConfig, terminal: Terminal, dry_run: bool, js
     """One file for llama.cpp; its record is what is printed."""
     if dry_run:
         raise UsageError("--dry-run describes folders; a run with --to gguf says exact sizes before its work")
+    if world_size() > 1:
+        raise UsageError(f"--to gguf works in one process, found {world_size()}; start it without torchrun or srun")
     from hawqtool.cli.render_gguf import print_gguf
     from hawqtool.pipeline.gguf.conversion import run_gguf
 
