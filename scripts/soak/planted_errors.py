@@ -214,8 +214,8 @@ _SENSITIVITY = (
     PlantedError(
         "gradients never limited",
         "hawqtool/sensitivity/measure.py",
-        "gradients = limit.limited(gradients, ranks)",
-        "gradients = list(gradients)",
+        "gradients := limit.limited(gradients, ranks)",
+        "gradients := list(gradients)",
         (_LIMIT,),
     ),
     PlantedError(

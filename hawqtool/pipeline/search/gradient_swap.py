@@ -157,10 +157,10 @@ class _Search:
         )
         # Norms that learning changed go with the codes that it changed.
         self.stream = job.stream() if job.config.learns else job.packed_stream(folder)
-        self.selection = sets["selection"]
-        self.comparison = OutputComparison(
-            evaluator.stream, self.stream, self.selection.tokens, evaluator.reference["selection"]
-        )
+        self.selection, known = sets["selection"], evaluator.reference["selection"]
+        if self.context.ranks.size > 1:  # the leader has judged a share of the rows; swaps are all its own
+            known = original.final_hidden(self.selection.tokens, self.rows.batch_size, lambda _: None)
+        self.comparison = OutputComparison(evaluator.stream, self.stream, self.selection.tokens, known)
 
     def spliced(self, formats: UnitFormats) -> SplicedModel:
         """The model of such formats."""
