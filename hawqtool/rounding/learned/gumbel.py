@@ -77,18 +77,18 @@ def _mixed(state: Tensor) -> Tensor:
     return state ^ (state >> 16)
 
 
-def logit_gradients(probabilities: Tensor, distances: Sequence[int], mean: Tensor, along: Tensor) -> Tensor:
-    """∂L/∂logit_k = p_k (d_k - Σ p d) ∂L/∂level, but for the factor κ/τ; written over the probabilities.
+def logit_gradients(probabilities: Tensor, distances: Sequence[int], mean: Tensor, against: Tensor) -> Tensor:
+    """∂L/∂logit_k = p_k (d_k - Σ p d) ∂L/∂level, written over the probabilities.
 
     Args:
         probabilities: ``[levels, groups, width]`` float32.
         distances: Distance of each level from the starting code.
         mean: ``[groups, width]`` float32, Σ_k p_k d_k.
-        along: ``[groups, width]`` float32, ∂L/∂level.
+        against: ``[groups, width]`` float32, -∂L/∂level, times κ/τ.
     """
-    pull = mean * along
+    pull = mean * against
     for part, distance in zip(probabilities, distances, strict=True):
-        part.mul_(torch.sub(along * distance, pull) if distance else pull.neg())
+        part.mul_(torch.sub(pull, against, alpha=distance) if distance else pull)
     return probabilities
 
 
@@ -116,8 +116,7 @@ class GumbelLayers:
         self.zero = torch.cat([zero_points(s.rounded).view(-1, 1) for s in initial])
         self.log_change = torch.zeros_like(self.scale_start)
         self.logits = self._start_logits()
-        self.leaf = self._mean = self.scale_start
-        self._probabilities = self.scale_start
+        self.leaf = self._mean = self._levels = self._probabilities = self.scale_start
 
     @property
     def latents(self) -> list[Tensor]:
@@ -169,7 +168,8 @@ class GumbelLayers:
         for part, distance in zip(self._probabilities[:-1], self.distances[:-1], strict=True):
             if distance:
                 self._mean.add_(part, alpha=distance)
-        return (self.codes - self.zero + self._mean).mul_(self.scale)
+        self._levels = (self.codes - self.zero).add_(self._mean)
+        return self._levels * self.scale
 
     def _noisy_parts(self, likely: Tensor) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
         """Views of ``likely`` and of the logits, and the noise to be added, the same for many groups."""
@@ -186,14 +186,14 @@ class GumbelLayers:
         """Set the gradients of logits and log_change from that of `leaf`, where it has one, and let all three go."""
         if self.leaf.grad is not None:
             self.collect_from(self.leaf.grad)
-        self.leaf = self._mean = self._probabilities = self.scale_start
+        self.leaf = self._mean = self._levels = self._probabilities = self.scale_start
 
     def collect_from(self, gradient: Tensor) -> None:
         """Set the gradients of logits and log_change from that of the latest soft weights, ``[groups, width]``."""
         along = gradient.float() * self.scale
-        self.log_change.grad = ((self.codes - self.zero + self._mean) * along).sum(-1, keepdim=True)
+        self.log_change.grad = self._levels.mul_(along).sum(-1, keepdim=True)
         _, slope = self._sharpening
-        self.logits.grad = logit_gradients(self._probabilities, self.distances, self._mean, along.mul_(slope))
+        self.logits.grad = logit_gradients(self._probabilities, self.distances, self._mean, along.mul_(-slope))
 
     def confine(self) -> None:
         """Keep what moved within its limits, and go on to the next step's noise."""
