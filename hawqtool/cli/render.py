@@ -18,6 +18,7 @@ from hawqtool.report.wording import (
     MEASURES,
     NOT_EVALUATED,
     duration,
+    effort_text,
     gate_text,
     measurement_text,
     not_rounded_lines,
@@ -209,7 +210,9 @@ def result_lines(report: Report) -> list[str]:
     for stage, seconds in report["timings"].items():
         group = "round" if stage.startswith("round ") else stage
         spent[group] = spent.get(group, 0.0) + seconds
-    return [*lines, "time        " + ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in spent.items())]
+    lines.append("time        " + ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in spent.items()))
+    effort = effort_text(report["timings"])
+    return lines if effort is None else [*lines, f"            {effort}"]
 
 
 def _comparison_lines(evaluation: PlanComparison, shipped: Shipped) -> list[str]:

@@ -242,3 +242,15 @@ def routing_text(experts: Mapping[str, Sequence[int]]) -> str | None:
 def loads_text(entry: Mapping[str, Any]) -> str:
     """Whether an engine loads a folder: yes, no, or not tried."""
     return "not tried" if entry["loads"] is None else "yes" if entry["loads"] else "no"
+
+
+def effort_text(timings: Mapping[str, float]) -> str | None:
+    """What the run took beside rounding the model once, where it was rounded by this run.
+
+    The first plan that was rounded is taken for that once; trials of other plans cost as much each.
+    """
+    rounds = [seconds for stage, seconds in timings.items() if stage.startswith("round ")]
+    if not rounds or rounds[0] <= 0:
+        return None
+    total = sum(timings.values())
+    return f"rounding the model once {rounds[0]:.0f} s, all {total:.0f} s: {total / rounds[0]:.1f} times that"

@@ -26,6 +26,7 @@ from hawqtool.report.wording import (
     EXPLANATIONS,
     MEASURES,
     NOT_EVALUATED,
+    effort_text,
     measurement_text,
     not_rounded_lines,
     plus_minus,
@@ -162,7 +163,8 @@ def page(report: Report, figures: Mapping[str, str], missing: Mapping[str, str],
     parts = [_header(report, title), _quality(report)]
     known = figures.keys() | missing.keys()
     # What this run did not do has no section.
-    for heading, introduction, content in SECTIONS:
+    for heading, said, content in SECTIONS:
+        introduction = (effort_text(report["timings"]) or "").capitalize() if heading == "Time" else said
         if any(name in known for name, _ in content):
             parts.append(_section(heading, introduction, content, figures, missing))
             if heading == _SEARCH and report["search"] is not None and report["evaluation"] is not None:
