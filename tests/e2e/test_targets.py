@@ -101,7 +101,8 @@ def test_swaps_add_plans_within_the_budget(run: Run) -> None:
 def test_swaps_by_gradient_improve_a_plan_of_poor_scores(run: Run) -> None:
     """What was put together is what is written: without feedback and learning, rounding gives nearly the same."""
     changes = {"extra_group_sizes": (64, "channel"), "profile": "transformers", "sensitivity": "hawq-ggn"}
-    _, report = run(bits="2,3,4", target_bpw=3.3, shortlist=1, swaps=3, swap_scores="gradient", **changes)
+    changes |= {"selection_samples": 48, "swaps": 3, "swap_scores": "gradient"}
+    _, report = run(bits="2,3,4", target_bpw=3.3, shortlist=1, **changes)
     evaluation = report["evaluation"]
     tried, attempts = evaluation["tried"], evaluation["swaps"]
     taken = [attempt for attempt in attempts if attempt["accepted"]]
