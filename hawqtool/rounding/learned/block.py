@@ -37,6 +37,7 @@ class Schedule:
         learner: ``adam``: offsets by straight-through gradients; ``gumbel``: annealed choice among codes at most two
             away (see `hawqtool.rounding.learned.gumbel`), with rates of its own and steps by sign for all that is
             learned.
+        cap: Most that a token's error counts in a step, in medians of its batch; 0 for no limit (see `output_error`).
     """
 
     steps: int
@@ -46,6 +47,7 @@ class Schedule:
     gain_rate: float = 3e-3
     reach: float = 1.0
     learner: Learner = "adam"
+    cap: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -73,15 +75,22 @@ class Refined:
     seconds: float
 
 
-def output_error(output: Tensor, target: Tensor) -> Tensor:
+def output_error(output: Tensor, target: Tensor, cap: float = 0.0) -> Tensor:
     """Mean over tokens of the squared error over the squared target: a scalar.
 
     Every token counts the same: those with huge hidden states, which norms scale away, would drown the others.
+
+    Args:
+        output: ``[rows, positions, width]``, of any floating dtype.
+        target: What it should be.
+        cap: Most that a token counts, in medians of all tokens, after SignRoundV2's mask of the largest errors; 0 for
+            no limit.
     """
     goal = target.float()
     # In bf16 the square of the difference would lose what matters.
     error = (output.float() - goal).square().sum(-1)
-    return (error / goal.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)).mean()
+    relative = error / goal.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return (relative.clamp(max=cap * float(relative.detach().median())) if cap else relative).mean()
 
 
 def _learnable(initial: Sequence[InitialRounding], schedule: Schedule) -> FlatLayers | GumbelLayers:
@@ -194,7 +203,7 @@ def refine(
 def _learn(state: _State, forward: Forward, fitting: Batches, batch: int, optimizer: torch.optim.Optimizer) -> None:
     with torch.enable_grad():
         output = forward(state.weights(True), fitting.inputs[batch], batch)
-        output_error(output, fitting.targets[batch]).backward()
+        output_error(output, fitting.targets[batch], state.schedule.cap).backward()
     with torch.no_grad():
         state.collect()
         optimizer.step()

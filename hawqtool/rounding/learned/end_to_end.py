@@ -35,6 +35,7 @@ class DistillSchedule:
         gain_rate: First step of norm gains, relative to their root mean square.
         latent_rate: First step of the rounding offsets, in codes; with 0 all codes stay.
         reach: How far an offset may go, in codes.
+        margin: Least distance of an offset from the borders of its cell at the start, in codes.
     """
 
     steps: int
@@ -43,6 +44,7 @@ class DistillSchedule:
     gain_rate: float = 1e-3
     latent_rate: float = 0.0
     reach: float = 1.0
+    margin: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class _Learner:
         kinds = by_kind(block.layers)
         self.flats: list[FlatLayers] | list[FlatScales]
         if schedule.latent_rate:
-            self.flats = [FlatLayers(kind, schedule.reach) for kind in kinds]
+            self.flats = [FlatLayers(kind, schedule.reach, schedule.margin) for kind in kinds]
         else:
             self.flats = [FlatScales(kind) for kind in kinds]
         self.gains = {name: Gain(*found) for name, found in block.gains.items()}
@@ -171,7 +173,9 @@ def distill(
 
     order = batch_order(fitting, schedule.steps, schedule.seed)
     learned = [tensor for group in groups for tensor in group["params"]]
-    log = learn(Objective("the rounded model", learn_from, error), learned, optimizer, order, progress, saved)
+    objective = Objective("the rounded model", learn_from, error)
+    # What was refined before gets worse by the first and largest steps; only small ones, at the end, can bring it back.
+    log = learn(objective, learned, optimizer, order, progress, saved, patience=schedule.steps)
     with torch.no_grad():
         layers = {name: found for flat in flats for name, found in flat.rounded().items()}
         final = [{name: gain.stored() for name, gain in learner.gains.items()} for learner in learners]

@@ -66,6 +66,8 @@ class FlatLayers:
     Args:
         initial: The layers; their codes give the start exactly.
         reach: How far latents may move, in codes.
+        margin: Least distance of latents from the borders of their cells at the start, in codes: what the noise of a
+            few steps does not cross.
 
     Attributes:
         latent: ``[groups, width]`` float32.
@@ -73,7 +75,7 @@ class FlatLayers:
         leaf: ``[groups, width]``, the latest differentiable weights, which gradients are taken of.
     """
 
-    def __init__(self, initial: Sequence[InitialRounding], reach: float) -> None:
+    def __init__(self, initial: Sequence[InitialRounding], reach: float, margin: float = 0.0) -> None:
         self.initial = initial
         self.stored_dtype = initial[0].rounded.scales.dtype
         self.width = group_width(initial[0].rounded)
@@ -81,7 +83,7 @@ class FlatLayers:
         self.zero = torch.cat([zero_points(s.rounded).view(-1, 1) for s in initial])
         self.low = self._per_group([s.quant_format.min_code for s in initial])
         self.high = self._per_group([s.quant_format.max_code for s in initial])
-        self.latent = torch.cat([_start_latent(s).view(-1, self.width) for s in initial])
+        self.latent = torch.cat([_start_latent(s, EDGE - margin).view(-1, self.width) for s in initial])
         self.lowest = torch.maximum(self.latent - reach, self.low - EDGE)
         self.highest = torch.minimum(self.latent + reach, self.high + EDGE)
         self.log_change = torch.zeros_like(self.scale_start)
@@ -217,7 +219,7 @@ def zero_points(rounded: Quantized) -> Tensor:
     return torch.zeros_like(rounded.scales.float()) if rounded.zeros is None else rounded.zeros.float()
 
 
-def _start_latent(start: InitialRounding) -> Tensor:
+def _start_latent(start: InitialRounding, most: float) -> Tensor:
     """Where each weight lies on the grid, ``[out, in]``: one near the border of its cell is cheap to move across.
 
     Where compensation or clipping chose another code than the nearest, nothing says how strongly: the middle of its
@@ -227,4 +229,4 @@ def _start_latent(start: InitialRounding) -> Tensor:
     columns = codes.shape[1]
     place = start.weight.float() / expand_scales(scales, columns) + expand_scales(zero_points(start.rounded), columns)
     offset = place - codes.float()
-    return codes.float() + torch.where(offset.abs() < EDGE, offset, 0)
+    return codes.float() + torch.where(offset.abs() < EDGE, offset, 0).clamp_(-most, most)

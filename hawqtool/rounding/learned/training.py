@@ -22,7 +22,10 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 CHECKS = 10
-"""How often the held-out error is looked at."""
+"""How often the held-out error is looked at, at least."""
+
+MOST_STEPS = 64
+"""Steps after which it is looked at in any case, so that long learning does not overshoot its best."""
 
 PATIENCE = 6
 """Checks in a row without a better held-out error that end the learning."""
@@ -116,7 +119,7 @@ def learn(
     else:
         at, kept = _restored(known, learned, optimizer)
     fixed = FixedOrder(learned[0].device)
-    interval, since = max(1, -(-steps // CHECKS)), time.monotonic()
+    interval, since = min(max(1, -(-steps // CHECKS)), MOST_STEPS), time.monotonic()
     size = 4 * sum(tensor.nbytes for tensor in learned)  # values, best values and two moments
     while at.done < steps and at.idle < patience:
         for group, rate in zip(optimizer.param_groups, rates, strict=True):

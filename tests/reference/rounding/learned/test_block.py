@@ -205,3 +205,16 @@ def test_a_start_that_is_not_finite_is_an_error_that_names_it() -> None:
             batches(1, 2),
             Schedule(2),
         )
+
+
+def test_a_cap_takes_the_worst_tokens_out_of_the_steps() -> None:
+    target = random(1, 5, 8, seed=3)
+    output = (target + 0.1 * random(1, 5, 8, seed=4)).requires_grad_()
+    with torch.no_grad():
+        output[0, 2] += 100
+    relative = ((output - target).square().sum(-1) / target.square().sum(-1)).detach()[0]
+    expected = torch.minimum(relative, 20 * relative.median())
+    found = output_error(output, target, cap=20)
+    found.backward()
+    assert float(found.detach()) == pytest.approx(float(expected.mean()), rel=1e-5)
+    assert output.grad is not None and not output.grad[0, 2].any() and bool(output.grad[0, [0, 1, 3, 4]].any(-1).all())

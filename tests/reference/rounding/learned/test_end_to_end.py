@@ -279,3 +279,20 @@ def test_outputs_that_are_not_finite_are_an_error() -> None:
     batches = [torch.full((1, 1, WIDTH), torch.inf) for _ in range(2)]
     with pytest.raises(NumericalError, match="rounded model"):
         distill(trainable_blocks(torch.float32), batches, 1, comparisons(batches), DistillSchedule(1))
+
+
+def test_steps_that_make_it_worse_at_first_do_not_end_it() -> None:
+    """Rates so large that no check before the end is better than the start; the last steps are small."""
+    log = run(DistillSchedule(20, latent_rate=0.3, scale_rate=0.3, gain_rate=0.3)).log
+    assert (log.steps, log.best_step) == (20, 0)
+
+
+def test_a_margin_keeps_the_first_steps_from_moving_codes() -> None:
+    layers = [start(0, name, torch.bfloat16) for name in ("in", "mid")]
+    plain, kept = FlatLayers(layers, 1.0), FlatLayers(layers, 1.0, margin=0.1)
+    assert float((kept.latent - kept.latent.round()).abs().max()) <= 0.4 < float((plain.latent % 1 - 0.5).abs().max())
+    for flat in (plain, kept):
+        flat.latent += 0.09
+    moved = [int((flat.latent.round() != torch.cat([s.rounded.codes.view(-1, flat.width) for s in layers])).sum())
+             for flat in (plain, kept)]  # fmt: skip
+    assert moved[0] > 0 == moved[1]
