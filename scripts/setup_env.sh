@@ -27,11 +27,12 @@ setup_env() {
         }
         "${PYTHON:-python3}" -m venv "$VENV"
     fi
+    # Most modules are never imported: compiling all of them takes longer than the few that are.
     if ! "$PY" -c 'import torch' 2>/dev/null; then
         refuse_cuda_torch
-        "$PY" -m pip install -qq -c "$CONSTRAINTS" torch==2.13.0
+        "$PY" -m pip install -qq --no-compile -c "$CONSTRAINTS" torch==2.13.0
     fi
-    "$PY" -m pip install -qq -c "$CONSTRAINTS" -e "$ROOT[$extra]"
+    "$PY" -m pip install -qq --no-compile -c "$CONSTRAINTS" -e "$ROOT[$extra]"
     echo "$wanted" >"$stamp"
 }
 
