@@ -89,6 +89,8 @@ def model_task(model: Any) -> ModelTask:
     task = class_task(type(model).__name__)
     if task is not None and model_images(model) is not None:
         task = replace(task, generates=False)
+    if task is not None and task.generates and _encoder_class(model) == type(model).__name__:
+        task = next(other for other in TASKS if other.mapping == MASKED)
     if task is not None:
         _refuse_scores(model, task)
         _refuse_other_inputs(model, task)
@@ -185,12 +187,19 @@ def _refuse_other_inputs(model: Any, task: ModelTask) -> None:
 
 def _refuse_both_directions(model: Any, task: ModelTask) -> None:
     """An encoder under a decoder's head would see the token that it predicts."""
-    from transformers.models.auto import modeling_auto
-
-    encoders = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    if task.generates and model.config.model_type in encoders and not getattr(model.config, "is_decoder", False):
+    encoder = _encoder_class(model)
+    if task.generates and encoder is not None:
         raise InputError(
             f"{type(model).__name__} without is_decoder sees later tokens, so it is no causal language model; expected "
-            f"the class that was trained under architectures in config.json, such as "
-            f"{encoders[model.config.model_type]}"
+            f"the class that was trained under architectures in config.json, such as {encoder}"
         )
+
+
+def _encoder_class(model: Any) -> str | None:
+    """Class of the masked language model of a configuration; None where that is a decoder's. XLM has one for both."""
+    from transformers.models.auto import modeling_auto
+
+    if getattr(model.config, "is_decoder", False):
+        return None
+    found: str | None = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(model.config.model_type)
+    return found

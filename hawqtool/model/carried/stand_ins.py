@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import Cache, EncoderDecoderCache
 
 from hawqtool.model.carried.layout import LeafName
 from hawqtool.model.carried.nested import Carried, mapped, mappings
@@ -78,7 +79,13 @@ class _StandIn(nn.Module):
             return getattr(self._stand_in_for[0], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._called(self._number, args, kwargs)
+        kept = [_without_empty_cache(value) for value in args]
+        return self._called(self._number, tuple(kept), {n: _without_empty_cache(v) for n, v in kwargs.items()})
+
+
+def _without_empty_cache(value: Any) -> Any:
+    """None for a cache of keys and values that holds none: some models make one whatever they are told."""
+    return None if isinstance(value, Cache | EncoderDecoderCache) and not value.get_seq_length() else value
 
 
 @contextmanager

@@ -58,6 +58,12 @@ def test_rows_of_a_classifier_with_encoder_and_decoder_end_once_where_it_is_read
     assert [spec.name for spec in job.structure.blocks] == ["model.encoder.layers.0", "model.decoder.layers.0"]
 
 
+def test_a_class_for_both_is_a_masked_language_model_unless_it_is_a_decoder(tmp_path: Path) -> None:
+    settings = {"vocab_size": 128, "emb_dim": 32, "n_layers": 1, "n_heads": 2, "max_position_embeddings": 64}
+    place = save(tmp_path / "m", "XLMConfig", "XLMWithLMHeadModel", **settings)
+    assert model_task(build_skeleton(place, torch.float32)).name == "masked language model"
+
+
 def drop_architectures(folder: Path) -> Path:
     path = folder / "config.json"
     config = json.loads(path.read_text())

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaModel
@@ -34,6 +35,19 @@ def test_an_encoders_states_live_as_long_as_the_decoder(tmp_path: Path) -> None:
     # Position biases are the same for all rows: they are no states. Encoder states pass a norm: computed again.
     assert {leaf[0] for leaf in flow.constants} == {0, 2}
     assert flow.recorded == (True, True, False, False)
+
+
+def test_an_empty_cache_that_a_model_makes_is_none_to_its_blocks(tmp_path: Path) -> None:
+    settings = {"vocab_size": 128, "emb_dim": 32, "n_layers": 2, "n_heads": 2, "max_position_embeddings": 64}
+    config = transformers.FlaubertConfig(**settings)
+    transformers.FlaubertWithLMHeadModel(config).save_pretrained(tmp_path)
+    flow = trace_flow(build_skeleton(tmp_path, torch.float32))[0]
+    assert flow.names == (
+        "transformer.attentions.0",
+        "transformer.ffns.0",
+        "transformer.attentions.1",
+        "transformer.ffns.1",
+    )
 
 
 def test_shared_keys_and_values_are_dropped_behind_their_last_reader(tmp_path: Path) -> None:
