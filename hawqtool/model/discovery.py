@@ -21,11 +21,13 @@ from hawqtool.model.carried.nested import all_nonzero
 from hawqtool.model.experts import routers
 from hawqtool.model.kept import (
     CONVERTED,
+    DISTANCE_LINEARS,
     ENGINE,
     FUSED,
     GATE,
     INDEXER,
     OWN_FORWARD,
+    POSITIONS,
     READ_ON_LOADING,
     ROUTER,
     SHARED,
@@ -318,6 +320,7 @@ def _discover_block(context: _BlockContext, block: nn.Module, call: Call) -> tup
     indexers = tuple(f"{n}." for n, m in block.named_modules() if is_indexer(m))
     for linear, module in linears.items():
         own = INDEXER if linear.startswith(indexers) else None if is_plain_linear(module) else OWN_FORWARD
+        own = POSITIONS if linear.rpartition(".")[2] in DISTANCE_LINEARS else own
         own = CONVERTED if f"{context.name}.{linear}.weight" in context.converted else own
         reason = SHARED if linear in shared else own or use_reason(times[linear], uses.counts[linear])
         if reason is not None:

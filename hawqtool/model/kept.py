@@ -21,6 +21,7 @@ ROUTER = "router"
 EXPERTS = "experts that stay stacked"
 INDEXER = "indexer"
 GATE = "small gate"
+POSITIONS = "reads distances, not rows"
 CONVOLUTION = "convolution"
 STATE_SPACE = "state-space parameter"
 OWN_FORWARD = "own forward"
@@ -41,6 +42,9 @@ EXPECTED = (EMBEDDING, HEAD)
 
 SMALL_GATES = ("in_proj_a", "in_proj_b", "in_proj_ba")
 """Names of linears that steer the decay of linear attention, exponentially; they weigh nothing, however many rows."""
+
+DISTANCE_LINEARS = ("linear_pos",)
+"""Names of linears of conformers that project relative positions: what they see is no row's own."""
 
 _EXPERT_ROLES = ("gate_proj", "up_proj", "down_proj")
 

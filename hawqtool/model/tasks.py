@@ -178,6 +178,11 @@ def _refuse_other_inputs(model: Any, task: ModelTask) -> None:
             f"{type(model).__name__} reads {model.main_input_name}; expected an image classifier that reads "
             "pixel_values alone: only on these is it calibrated and judged"
         )
+    if not task.logits and hasattr(model, "text_model") and hasattr(model, "image_model"):
+        raise InputError(
+            f"{type(model).__name__} gives embeddings of texts, images and both, no last hidden state; expected one of "
+            "its models, saved alone"
+        )
     if task.generates and model.main_input_name != "input_ids":
         raise InputError(
             f"{type(model).__name__} needs {model.main_input_name} beside a text; expected a language model that "

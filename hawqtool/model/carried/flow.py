@@ -127,6 +127,13 @@ def _flow(kind: str, first: Traced, second: Traced, positions: int) -> DataFlow:
     reads = [b.reads if kept else b.reads - {FIRST} for b, kept in zip(first.blocks, recorded, strict=True)]
     reads.append(first.tail - {FIRST})
     read = frozenset[LeafName]().union(*reads)
+    for leaf in read & constants:
+        sizes = zip(first.shapes[leaf], second.shapes.get(leaf, ()), strict=False)
+        if any(before > 1 and after == _ROWS * before for before, after in sizes):
+            raise InputError(
+                f"{kind}: block {names[leaf[0]]} hands on a value of shape {list(first.shapes[leaf])} that holds rows "
+                "and heads in one dimension, and that later blocks read; not supported"
+            )
     places = {}
     for leaf in read - constants:
         place = _place(first.shapes[leaf], second.shapes.get(leaf, ()), positions)
