@@ -234,7 +234,9 @@ class GgufQuality(TypedDict):
     """Original and file on the report rows."""
 
     original: Annotated[Quality, "The original."]
-    quantized: Annotated[Quality, "The file, its weights dequantized in float32, on a GPU then rounded to the model's dtype."]
+    quantized: Annotated[
+        Quality, "The file, its weights dequantized in float32, on a GPU then rounded to the model's dtype."
+    ]
 
 
 class GgufMatrix(TypedDict):

@@ -141,7 +141,7 @@ def test_other_text_for_the_report(place: Path, run: Run) -> None:
 def test_too_little_text_is_counted(place: Path, run: Run, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text(random_text(3, 320))
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(InputError, match=r"holds 10 rows of 32 tokens, 48 are needed \(16 calibration"):
+    with pytest.raises(InputError, match=r"holds 10 rows of 32 tokens, 72 are needed \(16 calibration"):
         run(bits="4", target_bpw=4.5, calibration=tmp_path / "short.txt")
     assert sorted(tmp_path.iterdir()) == before
 
@@ -216,9 +216,11 @@ def test_a_huge_score_takes_the_top_width(place: Path, sensitivity: Path, tmp_pa
     assert allocated(place, path, tmp_path / "b.json", target_bpw=4.0)[unit] == 8
 
 
-def test_saved_scores_give_the_plan_of_the_run(mixed: tuple[Path, Report], place: Path, sensitivity: Path) -> None:
+def test_saved_scores_give_the_plan_of_the_run(run: Run, place: Path, sensitivity: Path) -> None:
+    """Without an evaluation the metric's own plan is shipped as it is."""
     bits = allocated(place, sensitivity, place / "again.json", target_bpw=MIXED_TARGET)
-    assert bits == {entry["unit"]: entry["bits"] for entry in mixed[1]["plan"]}
+    _, report = run(bits="2,3,4,8", target_bpw=MIXED_TARGET, eval=False, eval_samples=None)
+    assert bits == {entry["unit"]: entry["bits"] for entry in report["plan"]}
 
 
 def test_uniform_is_shipped_when_the_scores_mislead(sensitivity: Path, run: Run, tmp_path: Path) -> None:

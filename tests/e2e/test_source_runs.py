@@ -63,7 +63,7 @@ def test_rows_shared_by_sources_are_refused(run: Run, tmp_path: Path) -> None:
 
 def test_short_sources_are_counted_before_anything_is_sampled(run: Run, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text(random_text(3, 320))
-    with pytest.raises(InputError, match=r"^short.txt holds 10 rows of 32 tokens, 24 are needed \(8 calibration, 8 sc"):
+    with pytest.raises(InputError, match=r"^short.txt holds 10 rows of 32 tokens, 36 are needed \(8 calibration, 8 sc"):
         run(bits="4", target_bpw=4.5, calibration=("self", str(tmp_path / "short.txt")))
 
 

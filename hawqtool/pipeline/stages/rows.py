@@ -153,6 +153,9 @@ def _shares(job: Job, counts: dict[str, int]) -> dict[str, dict[str, int]]:
     """Rows of each set by source: by their weights, but the selection rows in equal parts."""
     names, weights = zip(*job.config.calibration_weights.items(), strict=True)
     found = dict(zip(names, quotas(counts, weights), strict=True))
+    for name, quota in found.items():  # selection rows go by no weights
+        if not any(count for role, count in quota.items() if role != "selection"):
+            raise UsageError(f"--calibration {name}: its weight is so small that it gives no row; raise it or drop it")
     if counts.get("selection"):
         wanted = selection_sources(job)
         found |= {name: dict.fromkeys(counts, 0) for name in wanted if name not in found}
