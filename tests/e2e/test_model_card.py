@@ -24,7 +24,8 @@ def test_the_folder_has_a_card_with_the_figures_of_its_report(mixed: tuple[Path,
     assert front_matter(folder)["base_model_relation"] == "quantized"
     assert f"{report['sizes']['quantized_bytes']:,} bytes" in card
     assert f"{report['evaluation']['mixed']['kl']:.4f} ±" in card
-    assert f"metric `{report['metric']}`" in card and report["metric"] == "projection"
+    chosen = report["evaluation"]["mixed"]["chosen_by"]
+    assert f"`{chosen}`" in card and report["metric"] == (chosen if chosen == "projection" else None)
     assert [e["engine"] for e in read(folder / "report.json")["engines"] if e["engine"] in card.replace("\\", "")]
     assert report["architecture"] == "LlamaForCausalLM"
 
