@@ -61,7 +61,7 @@ def test_a_study_writes_its_findings_and_goes_on_where_it_was_cut(
         low, high = found["2"]["interval"]
         assert -1 <= low <= found["2"]["spearman"] <= high <= 1
     rows = list(csv.DictReader((out / "plans.csv").open()))
-    assert {row["kind"] for row in rows} == {"metric", "width swap", "uniform", "random", "reversed", "edges"}
+    assert {row["kind"] for row in rows} == {"metric", "width swap", "uniform", "random", "reversed", "rule"}
     assert {row["name"] for row in rows} >= METRICS
     assert len(list(csv.DictReader((out / "scores.csv").open()))) == 3 * len(first["truth"])
     assert {path.name for path in out.glob("*.png")} == {"scatter.png", "spearman.png", "plans.png"}
