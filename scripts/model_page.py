@@ -41,6 +41,7 @@ FAMILIES = {
     "SEQ_TO_SEQ_CAUSAL_LM": "Encoder-decoders",
     "SPEECH_SEQ_2_SEQ": "Speech to text",
     "CTC": "Speech recognition by CTC",
+    "AUDIO_CLASSIFICATION": "Sound classifiers",
     "EXTRA": "Base models",
 }
 """Heading of each table, by transformers' name of the task, in the order of the page."""

@@ -55,7 +55,7 @@ def sound_row(extractor: Any, argument: str, record: MediaRecord, positions: int
         positions: Tokens beside it; the samples of a row are a multiple of them.
 
     Raises:
-        InputError: If it is no WAV file, empty, or the extractor fails on it.
+        InputError: If it is no WAV file, empty, or the extractor fails on it or gives what is no number.
     """
     rate = int(extractor.sampling_rate)
     samples = read_wav(record, rate)
@@ -70,7 +70,13 @@ def sound_row(extractor: Any, argument: str, record: MediaRecord, positions: int
         found = extractor(samples, sampling_rate=rate, return_tensors="pt")[argument][0]
     except Exception as error:  # as above
         raise InputError(f"{record.place}: the feature extractor fails on it ({one_line(error)})") from error
-    return torch.as_tensor(found).float()
+    row = torch.as_tensor(found).float()
+    if not bool(row.isfinite().all()):
+        raise InputError(
+            f"{record.place}: the feature extractor gives NaN or Inf for it, expected finite values; check "
+            "preprocessor_config.json, or leave the sound out"
+        )
+    return row
 
 
 def read_wav(record: MediaRecord, rate: int) -> NDArray[np.float32]:

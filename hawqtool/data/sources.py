@@ -96,6 +96,20 @@ def public_name(text: str) -> str:
     return text if is_hub(text) else Path(text).name or Path(text).resolve().name
 
 
+def check_found(text: str) -> None:
+    """Check that a source on this machine is there, without reading it.
+
+    Raises:
+        InputError: If it is not.
+    """
+    places = text, text.partition("@")[0].partition(":")[0]
+    if not (os.path.isfile(text) or any(map(os.path.isdir, places)) or is_hub(text)):
+        raise InputError(
+            f"source {short(text)} was not found; give a text, .jsonl, .csv or .parquet file, a folder of such files, "
+            "the name of a hub dataset, or (to calibrate) self"
+        )
+
+
 def open_source(text: str, decode: bool = True) -> Source:
     """Open a text, JSON, CSV or parquet file, a folder that ``datasets`` can load, or a dataset of the hub.
 
@@ -107,6 +121,7 @@ def open_source(text: str, decode: bool = True) -> Source:
         InputError: If there is no such source, it cannot be read, or the library for it is not installed. Reading
             the records raises it too, with the place of the record.
     """
+    check_found(text)
     path = Path(text)
     if os.path.isfile(path):
         readers = dict.fromkeys(_JSON_SUFFIXES, _json) | dict.fromkeys(_PARQUET_SUFFIXES, _parquet)
@@ -116,13 +131,7 @@ def open_source(text: str, decode: bool = True) -> Source:
         return _local_dataset(DatasetSpec(text), decode)
     if is_hub(text):
         return _hub_dataset(parse_dataset(text), decode)
-    name = text.partition("@")[0].partition(":")[0]
-    if os.path.isdir(name):
-        return _local_dataset(parse_dataset(text), decode)
-    raise InputError(
-        f"source {short(text)} was not found; give a text, .jsonl, .csv or .parquet file, a folder of such files, the "
-        "name of a hub dataset, or (to calibrate) self"
-    )
+    return _local_dataset(parse_dataset(text), decode)
 
 
 def _text_lines(path: Path) -> Generator[Record, None, None]:

@@ -15,7 +15,7 @@ from hawqtool.pipeline.run.measurement_cache import check_measurements
 from hawqtool.pipeline.run.menu import WIDE_MENU, format_menu
 from hawqtool.pipeline.stages.evaluate import check_rotation
 from hawqtool.pipeline.stages.measure import measured
-from hawqtool.pipeline.stages.rows import gather_rows
+from hawqtool.pipeline.stages.rows import check_calibration, gather_rows
 from hawqtool.records import SCORE_METRICS, SWEEP_METRICS
 from hawqtool.report.documents import SensitivityDocument
 from hawqtool.runtime.reporter import Reporter
@@ -36,6 +36,7 @@ def run_measure(config: RunConfig, output: Path, reporter: Reporter) -> Sensitiv
     check_measurements(config)
     with RunFolder(output.absolute(), reporter) as run:
         job = prepare(config, reporter, states=run.path)
+        check_calibration(job)
         before = stamps(job.index)
         record_content(job.index, before, reporter)
         run.begin(run_identity(job), config.restart)

@@ -14,7 +14,7 @@ from torch import Tensor
 from hawqtool.data.generate import SampledModel, generate_rows
 from hawqtool.data.media_rows import MediaReader, RowTexts, Transcribe
 from hawqtool.data.mixing import SourceRows, equal_quotas, mix_rows, pieces, quotas, require_rows
-from hawqtool.data.sources import is_hub, open_source
+from hawqtool.data.sources import check_found, is_hub, open_source
 from hawqtool.data.tokenizer import frame
 from hawqtool.data.tokens import overlap, source_rows
 from hawqtool.data.transcribe import transcribe
@@ -224,12 +224,17 @@ def evaluation_rows(job: Job, text: str, wanted: int, samples: bool = True) -> R
 
 
 def check_calibration(job: Job) -> None:
-    """Check that the calibration source suits the model.
+    """Check that sources are there and suit the model, without reading them.
 
     Raises:
         UsageError: If rows are to be sampled from a model that is no causal language model.
+        InputError: If a source is not found.
     """
     config = job.config
+    if config.reads_rows:
+        named = (*config.calibration_weights, *config.selection_data, config.eval_data)
+        for text in (text for text in named if text not in (SELF, None)):
+            check_found(text)
     for flag, names in (("--calibration", config.calibration_weights), ("--selection-data", config.selection_data)):
         if SELF in names and not job.task.generates:
             expected = _EXPECTED.get(str(job.row_format.values), "a text")

@@ -86,3 +86,15 @@ def test_a_checkpoint_without_an_extractor(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no feature extractor of sounds") as caught:
         feature_extractor(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_features_that_are_no_numbers_name_the_sound() -> None:
+    class Dividing:
+        sampling_rate = 8000
+
+        def __call__(self, samples: np.ndarray, **_: object) -> dict[str, list[np.ndarray]]:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                return {"input_features": [samples[None] / np.zeros(1, np.float32)]}
+
+    with pytest.raises(InputError, match=r"a\.wav: the feature extractor gives NaN or Inf"):
+        sound_row(Dividing(), "input_features", record(TONE.astype(np.float32)))
