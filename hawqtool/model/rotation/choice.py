@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,15 @@ WIDEST_BITS = 4
 
 Storing rotated weights in 16 bits costs a KL of 2e-4 on SmolLM2, next to nothing beside rounding to 4 bits and as much
 as rounding to 8.
+"""
+
+
+MOST_WEIGHTS = 2_000_000_000
+"""Weights up to which ``auto`` rotates.
+
+The processor rotates them anew on every read, of which a run has about ten. Of a model of 2.4e9 weights (six blocks of
+Llama-3-8B, with its vocabulary) that took longer than all else of a GPU's run, so that large ones wait for a rotation
+on the device; ``--rotate on`` does not.
 """
 
 
@@ -87,6 +97,11 @@ def _reason_against(config: RunConfig, source: ResolvedModel, model: Any, index:
     if head.weight is table.weight:
         size = max((info.num_bytes for info in index.tensors.values() if info.shape == shape), default=0)
         return f"the head is tied to the embedding and would take {size / 1e6:.1f} MB of its own (--rotate on)"
+    count = sum(math.prod(info.shape) for info in index.tensors.values())
+    if count > MOST_WEIGHTS:
+        return (
+            f"its {count / 1e9:.1f} billion weights would be rotated on every read, longer than all else (--rotate on)"
+        )
     if shape[-1] < FEWEST_CHANNELS:
         return f"its stream has {shape[-1]} channels, and fewer than {FEWEST_CHANNELS} were not measured"
     return None

@@ -20,8 +20,8 @@ RULE = "by-role rule"
 FAR_ABOVE = 2.0
 """Predicted loss, relative to the mixed plan's, above which a rival is not rounded where predictions are proof enough.
 
-Plans that are nearer each other may come out in the other order: of MPNet at 3.25 bits, the mixed plan that was predicted
-to be better was measured to be worse (an error of 0.215 against 0.177)."""
+Plans that are nearer each other may come out in the other order: of MPNet at 3.25 bits, the mixed plan that was
+predicted to be better was measured to be worse (an error of 0.215 against 0.177)."""
 
 
 def alternatives(

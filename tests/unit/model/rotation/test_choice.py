@@ -40,6 +40,13 @@ def test_untied_heads_are_rotated_and_the_rest_says_why_not(tmp_path: Path) -> N
     assert prepare(config, writes=False).index.rotation is None
 
 
+def test_models_that_take_long_to_rotate_are_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "MOST_WEIGHTS", 100_000)
+    folder = tiny_llama(tmp_path, **WIDE)
+    assert "billion weights would be rotated on every read" in job_of(folder).rotation
+    assert job_of(folder, rotate="on").index.rotation is not None
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
