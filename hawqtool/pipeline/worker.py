@@ -9,7 +9,9 @@ from typing import NamedTuple
 
 from hawqtool.checkpoint.content import ContentRecord
 from hawqtool.config import RunConfig
+from hawqtool.errors import UsageError
 from hawqtool.pipeline.run.job import Job, chosen_device, prepare
+from hawqtool.runtime.launched import world_size
 from hawqtool.runtime.ranks import Ranks, joined
 
 
@@ -25,8 +27,12 @@ def leading(config: RunConfig) -> Iterator[Ranks]:
     """The ranks of this run, which this process leads; the others are let go at the end, unless it failed.
 
     Raises:
-        UsageError: If there are fewer GPUs than processes.
+        UsageError: If there are fewer GPUs than processes, or several are asked for and nothing started them.
     """
+    if config.gpus > 1 and world_size() == 1:
+        raise UsageError(
+            f"gpus is {config.gpus}, but this is one process alone; the command line starts several, as does torchrun"
+        )
     ranks = joined(chosen_device(config.device).type == "cuda")
     yield ranks
     ranks.dismiss()
