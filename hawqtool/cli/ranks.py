@@ -82,6 +82,9 @@ def _run(count: int, command: list[str]) -> int:
 def _failed(error: Any, count: int) -> int:
     """Exit code after a failure; the leader's own has been told by the leader."""
     rank, failure = error.get_first_failure()
+    # Who was killed is the reason, whoever was noticed first; the others ended for it.
+    killed = ((number, one) for number, one in error.failures.items() if one.exitcode == -signal.SIGKILL)
+    rank, failure = next(killed, (rank, failure))
     if rank == 0 and failure.exitcode > 0:
         return int(failure.exitcode)
     how = f"by signal {-failure.exitcode}" if failure.exitcode < 0 else f"with exit code {failure.exitcode}"

@@ -227,8 +227,9 @@ def unused_parameters(model: Any, names: Sequence[str], replaced: AbstractContex
     try:
         for owner, leaf, parameter in places:
             owner[leaf] = zeros[numbers[id(parameter)]]
+        row = model_inputs(model, example_row(model))  # which asks the first parameter for its dtype
         with replaced, torch.no_grad(), uses:
-            model(**model_inputs(model, example_row(model)))
+            model(**row)
     except TRACE_ERRORS:
         return frozenset()
     finally:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -23,8 +24,8 @@ _SEED_STEP = 1_000_003
 """Between the seeds of two ranks: others are a few apart from the one that was given."""
 
 
-_LEADER_GONE = 1
-"""Exit code of a rank whose leader has ended without dismissing it."""
+OTHER_GONE = 1
+"""Exit code of a rank that another has left, which has said why, or what started them does."""
 
 
 class Task(NamedTuple):
@@ -79,27 +80,29 @@ class Ranks:
 
     def to_owner(self, value: Any, owner: int) -> list[Any] | None:
         """Values of all ranks in their order, on the rank that owns them; None on the others."""
-        if self.rank != owner:
-            _send(value, owner)
-            return None
-        return [value if rank == owner else _receive(rank) for rank in range(self.size)]
+        with _ends_with_others():
+            if self.rank != owner:
+                _send(value, owner)
+                return None
+            return [value if rank == owner else _receive(rank) for rank in range(self.size)]
 
     def from_owner(self, value: Any, owner: int) -> Any:
         """The owner's value on every rank; what the others give is ignored."""
         if self.size == 1:
             return value
-        if self.rank == owner:
-            data, tensors = _pickled(value)
-            dist.broadcast(torch.tensor([len(data)]), owner)
+        with _ends_with_others():
+            if self.rank == owner:
+                data, tensors = _pickled(value)
+                dist.broadcast(torch.tensor([len(data)]), owner)
+                dist.broadcast(data, owner)
+                for tensor in tensors:
+                    dist.broadcast(tensor, owner)
+                return value
+            length = torch.zeros(1, dtype=torch.int64)
+            dist.broadcast(length, owner)
+            data = torch.empty(int(length), dtype=torch.uint8)
             dist.broadcast(data, owner)
-            for tensor in tensors:
-                dist.broadcast(tensor, owner)
-            return value
-        length = torch.zeros(1, dtype=torch.int64)
-        dist.broadcast(length, owner)
-        data = torch.empty(int(length), dtype=torch.uint8)
-        dist.broadcast(data, owner)
-        return _unpickled(data, lambda tensor: dist.broadcast(tensor, owner))
+            return _unpickled(data, lambda tensor: dist.broadcast(tensor, owner))
 
     def everywhere(self, value: Any) -> list[Any]:
         """Values of all ranks in their order, on every rank."""
@@ -128,11 +131,8 @@ class Ranks:
             task.function(*context, *task.args)
 
     def awaited(self) -> Any:
-        """What the leader gives next; the process ends where the leader has ended, which has said why."""
-        try:
-            return self.from_owner(None, 0)
-        except RuntimeError as error:
-            raise SystemExit(_LEADER_GONE) from error
+        """What the leader gives next."""
+        return self.from_owner(None, 0)
 
     def dismiss(self) -> None:
         """Let the others go; by the leader, between tasks."""
@@ -161,6 +161,17 @@ def joined(cuda: bool) -> Ranks:
         torch.cuda.set_device(local_rank())
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_LONGEST_WAIT)
     return Ranks(dist.get_rank(), dist.get_world_size())
+
+
+@contextmanager
+def _ends_with_others() -> Iterator[None]:
+    """Ends the process where another, with which it exchanges something, has ended."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise SystemExit(OTHER_GONE) from error
 
 
 class _Pickler(pickle.Pickler):

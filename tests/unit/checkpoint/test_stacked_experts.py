@@ -21,6 +21,7 @@ from hawqtool.export.verify import verify_folder
 from hawqtool.model.kept import EXPERTS
 from hawqtool.model.stored_names import UNJOINED
 from hawqtool.pipeline.run import job
+from tests.support.runs import random_text
 from tests.support.tiny_zoo import kind_named, save_kind
 
 COUNT, WIDTH, INNER = 3, 8, 5
@@ -95,8 +96,8 @@ def test_tensors_of_other_shapes_are_refused(tmp_path: Path, shape: tuple[int, .
 
 def test_a_stacked_checkpoint_gives_the_weights_of_the_same_one_by_one(tmp_path: Path) -> None:
     texts = tmp_path / "texts.txt"
-    texts.write_text("the quick brown fox jumps over the lazy dog, " * 300)
-    (tmp_path / "others.txt").write_text("pack my box with five dozen liquor jugs; " * 300)
+    texts.write_text(random_text(1, 12000))
+    (tmp_path / "others.txt").write_text(random_text(2, 4000))
     settings = {"bits": [4], "target_bpw": 4.5, "group_size": 32, "num_samples": 6, "seq_len": 32, "eval_samples": 2}
     rows = {"calibration": str(texts), "eval_data": str(tmp_path / "others.txt"), "device": "cpu"}
     found = []
