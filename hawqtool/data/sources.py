@@ -6,6 +6,7 @@ import csv
 import os
 import re
 from collections.abc import Generator, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,10 @@ def check_found(text: str) -> None:
 
     Raises:
         InputError: If it is not.
+        OSError, ValueError: If no file system takes the path.
     """
+    with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+        os.stat(text)
     places = text, text.partition("@")[0].partition(":")[0]
     if not (os.path.isfile(text) or any(map(os.path.isdir, places)) or is_hub(text)):
         raise InputError(

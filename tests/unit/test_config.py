@@ -91,7 +91,7 @@ def test_help_pages_show_every_text_whole(command: str) -> None:
     # Square brackets are markup there: [@revision] and [default: 128] were swallowed once.
     program: Any = typer.main.get_command(app)
     flag = "--help-all" if "help_all" in {parameter.name for parameter in program.commands[command].params} else "-h"
-    result = CliRunner().invoke(app, [command, flag], env={"COLUMNS": "400", "TERMINAL_WIDTH": "400"})
+    result = CliRunner().invoke(app, [command, flag], env={"COLUMNS": "400"})
     shown = " ".join(result.stdout.split())
     for parameter in program.commands[command].params:
         wanted = " ".join(parameter.help.replace("\\[", "[").split())

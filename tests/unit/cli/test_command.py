@@ -9,7 +9,8 @@ from hawqtool.cli.app import app
 from hawqtool.config import SETTINGS
 from hawqtool.settings.metadata import flag_of
 
-WIDTH = {"COLUMNS": "80", "TERMINAL_WIDTH": "80", "NO_COLOR": "1"}
+WIDTH = {"COLUMNS": "80", "NO_COLOR": "1"}
+"""Without TERMINAL_WIDTH, which typer reads once in a process, so that one test would decide on others' pages."""
 
 
 def shown(*arguments: str) -> str:
