@@ -14,7 +14,7 @@ from hawqtool.cli.session import decide_hub_access, session
 from hawqtool.cli.signals import INTERRUPTED, TERMINATED
 from hawqtool.config import load_config
 from hawqtool.errors import HawqError
-from hawqtool.runtime.launched import world_size
+from hawqtool.runtime.launched import OTHER_GONE, world_size
 
 _KEPT = "finished work is kept, and the same command goes on with it"
 
@@ -85,7 +85,7 @@ def _failed(error: Any, count: int) -> int:
     # Who was killed is the reason, whoever was noticed first; the others ended for it.
     killed = ((number, one) for number, one in error.failures.items() if one.exitcode == -signal.SIGKILL)
     rank, failure = next(killed, (rank, failure))
-    if rank == 0 and failure.exitcode > 0:
+    if rank == 0 and failure.exitcode > OTHER_GONE:
         return int(failure.exitcode)
     how = f"by signal {-failure.exitcode}" if failure.exitcode < 0 else f"with exit code {failure.exitcode}"
     print(

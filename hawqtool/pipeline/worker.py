@@ -34,8 +34,11 @@ def leading(config: RunConfig) -> Iterator[Ranks]:
             f"gpus is {config.gpus}, but this is one process alone; the command line starts several, as does torchrun"
         )
     ranks = joined(chosen_device(config.device).type == "cuda")
-    yield ranks
-    ranks.dismiss()
+    try:
+        yield ranks
+        ranks.dismiss()
+    finally:
+        ranks.leave()
 
 
 def begin_ranks(ranks: Ranks, job: Job) -> None:
@@ -51,8 +54,10 @@ def work(config: RunConfig) -> None:
         HawqError: As `prepare`.
     """
     ranks = joined(chosen_device(config.device).type == "cuda")
-    beginning = ranks.awaited()
-    if beginning is None:  # the run had nothing to do
-        return
-    job = prepare(config).with_batch_size(beginning.batch_size)
-    ranks.serve(replace(job, index=replace(job.index, content=beginning.content), ranks=ranks))
+    try:
+        beginning = ranks.awaited()
+        if beginning is not None:  # else the run had nothing to do
+            job = prepare(config).with_batch_size(beginning.batch_size)
+            ranks.serve(replace(job, index=replace(job.index, content=beginning.content), ranks=ranks))
+    finally:
+        ranks.leave()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 
+OTHER_GONE = 1
+"""Exit code of a process that could not exchange something with another; what started them says so."""
+
 
 def world_size() -> int:
     """How many processes were started together; 1 without a launcher."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hawqtool.errors import UsageError
-from hawqtool.runtime.launched import local_rank, world_size
+from hawqtool.runtime.launched import OTHER_GONE, local_rank, world_size
 
 _LONGEST_WAIT = timedelta(days=30)
 """A rank may wait for the leader while that works alone; one that dies is noticed by what started them all."""
@@ -24,8 +25,8 @@ _SEED_STEP = 1_000_003
 """Between the seeds of two ranks: others are a few apart from the one that was given."""
 
 
-OTHER_GONE = 1
-"""Exit code of a rank that another has left, which has said why, or what started them does."""
+_SECONDS_TO_END = 3.0
+"""How long a process takes to end once it no longer exchanges anything, at most."""
 
 
 class Task(NamedTuple):
@@ -139,6 +140,11 @@ class Ranks:
         if self.size > 1 and self.leads:
             self.from_owner(None, 0)
 
+    def leave(self) -> None:
+        """Stop the threads that exchange values: a process that ends with them may be aborted."""
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
 
 ALONE = Ranks()
 """The one process of a run that has no others."""
@@ -171,6 +177,7 @@ def _ends_with_others() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
+        time.sleep(_SECONDS_TO_END)  # the other's exit code is the run's, so it has to be seen first
         raise SystemExit(OTHER_GONE) from error
 
 
