@@ -1,4 +1,4 @@
-"""Build the off-lattice copy of a Llama-type model: the same function, with every weight moved off its lattice.
+"""Build the off-lattice copy of a Llama or Qwen2 model: the same function, with every weight moved off its lattice.
 
 Checkpoints that were dequantized from a 4-bit file hold few distinct values per group, which flatters some
 roundings. The copy computes the same function with ordinary weights: the gains of the norms are folded
@@ -23,13 +23,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 TOLERANCE = 1e-3
 """Largest accepted difference of logits before the cast, relative to the logits' standard deviation."""
 CHECK_TOKENS = 64
+MODEL_TYPES = ("llama", "qwen2")
+"""What the construction holds for: RMSNorms with plain gains in front of linears, nothing else on the residual."""
 NOT_SUPPORTED = 4
 FAILED = 1
 
@@ -106,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit code: 0, 1 when the copy is not the same function, 4 when the model is not supported.
     """
-    parser = argparse.ArgumentParser(description="Build the off-lattice copy of a Llama-type model.")
+    parser = argparse.ArgumentParser(description="Build the off-lattice copy of a Llama or Qwen2 model.")
     parser.add_argument("model", type=Path, help="folder of the original")
     parser.add_argument("out", type=Path, help="folder to create (missing or empty)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the rotation (default: %(default)s)")
@@ -136,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def load_original(folder: Path) -> LlamaForCausalLM:
+def load_original(folder: Path) -> PreTrainedModel:
     """Load the original in float32, refusing what the construction is not proven for.
 
     Args:
@@ -146,21 +148,21 @@ def load_original(folder: Path) -> LlamaForCausalLM:
         The model.
 
     Raises:
-        UnsupportedModelError: Not an unquantized Llama-type model.
+        UnsupportedModelError: Not an unquantized model of these types.
     """
     if not (folder / "config.json").is_file():
-        raise UnsupportedModelError(f"{folder} holds no config.json; expected a folder of a Llama-type model")
+        raise UnsupportedModelError(f"{folder} holds no config.json; expected a folder of a Llama or Qwen2 model")
     config = AutoConfig.from_pretrained(folder)
-    if config.model_type != "llama":
-        raise UnsupportedModelError(f"{folder} is a {config.model_type} model; only Llama-type models are supported")
+    if config.model_type not in MODEL_TYPES:
+        raise UnsupportedModelError(f"{folder} is a {config.model_type} model; supported are {', '.join(MODEL_TYPES)}")
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedModelError(f"{folder} is quantized; the copy is built from an unquantized model")
-    model: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.eval()
     return model
 
 
-def build_off_lattice_copy(original: LlamaForCausalLM, seed: int) -> LlamaForCausalLM:
+def build_off_lattice_copy(original: PreTrainedModel, seed: int) -> PreTrainedModel:
     """Fold the gains, rotate the residual stream and untie the head, in float64.
 
     Args:
@@ -175,7 +177,7 @@ def build_off_lattice_copy(original: LlamaForCausalLM, seed: int) -> LlamaForCau
     copied_tensors = transform(tensors, original.config.num_hidden_layers, rotation)
     entries = original.config.to_dict() | {"tie_word_embeddings": False}
     entries.pop("_name_or_path", None)
-    copy = LlamaForCausalLM(LlamaConfig(**entries)).float()
+    copy: PreTrainedModel = type(original)(type(original.config)(**entries)).float()
     copy.load_state_dict({name: tensor.float() for name, tensor in copied_tensors.items()})
     copy.generation_config = original.generation_config
     copy.eval()
@@ -225,7 +227,7 @@ def fold_norm(tensors: dict[str, Tensor], norm: str, linears: list[str], rotatio
 
 
 @torch.no_grad()
-def round_weights(model: LlamaForCausalLM, dtype: torch.dtype) -> None:
+def round_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Round every parameter to the stored dtype and keep computing in float32.
 
     Args:
@@ -237,7 +239,7 @@ def round_weights(model: LlamaForCausalLM, dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def relative_difference(original: LlamaForCausalLM, copy: LlamaForCausalLM) -> float:
+def relative_difference(original: PreTrainedModel, copy: PreTrainedModel) -> float:
     """Largest difference of logits on a short row of random tokens.
 
     Args:
@@ -254,7 +256,7 @@ def relative_difference(original: LlamaForCausalLM, copy: LlamaForCausalLM) -> f
     return float((found - expected).abs().max() / expected.std())
 
 
-def save(copy: LlamaForCausalLM, model: Path, out: Path) -> None:
+def save(copy: PreTrainedModel, model: Path, out: Path) -> None:
     """Save the copy with the original's tokenizer; ``out`` appears only when everything is in it.
 
     Args:
