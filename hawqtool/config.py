@@ -98,6 +98,10 @@ class RunConfig(CheckedFields):
             raise ValueError("steps that learn hold calibration rows out and need at least 2; raise num_samples")
         if self.refine_learner != "adam" and not self.refine_steps:
             raise ValueError("refine_learner says how refine_steps learn, found none of them; add refine_steps")
+        if self.refine_error and not self.refine_steps:
+            raise ValueError("refine_error says what refine_steps lower, found none of them; add refine_steps")
+        if self.refine_error == "loss" and (self.rounding == "rtn" or self.token_importance == "none"):
+            raise ValueError("refine_error loss needs token_importance, and a rounding but rtn; drop one of the two")
         if self.distill_codes and not self.distill_steps:
             raise ValueError("distill_codes says what distill_steps learn, found none of them; add distill_steps")
         if self.has_second_budget and self.plan is not None:

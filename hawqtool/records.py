@@ -112,12 +112,16 @@ class Unit:
 
 TokenImportance = Mapping[str, "Tensor"]
 """How much each token counts in the Gram matrix of a linear, by its name: ``[rows, positions]`` float32, mean 1.
-All linears of an input group are named, or none, whose tokens all count alike."""
+All linears of an input group are named, or none, whose tokens all count alike. So are blocks whose output's error is
+weighted."""
 
 
 @dataclass(frozen=True)
 class OutputMoments:
-    """Second moments S of the gradients g at a linear's output, sum of g gᵀ / ‖g‖ over tokens, for output feedback.
+    """Second moments S of the gradients g at an output, sum of g gᵀ / ‖g‖ over tokens.
+
+    At a linear's output they are for feedback. At a block's, where g is times the norm of its token's output, they are
+    for refinement: they have no damping of their own, and no ratio.
 
     Args:
         ratio: Loss on held-out rows that feedback is predicted to leave, relative to that without.
@@ -126,7 +130,7 @@ class OutputMoments:
         held_out: The part of it that comes of the held-out rows; None where no setting is chosen on them.
     """
 
-    ratio: float
+    ratio: float = 1.0
     damping: float | None = None
     lower: Tensor | None = None
     held_out: Tensor | None = None
@@ -141,7 +145,8 @@ class Rows:
         source: Where they come from, for the report.
         fingerprint: SHA-256 of the tokens.
         importance: How much each token counts where layers are rounded on these rows; None where all count alike.
-        output_moments: Of the linears that are rounded with output feedback, by name; none where that is off.
+        output_moments: Of the linears that are rounded with output feedback, and of the blocks that are refined by what
+            their errors cost the loss, by name; none where that is off.
         sources: Source of each row; empty where nothing depends on it.
     """
 

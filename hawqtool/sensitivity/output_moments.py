@@ -1,4 +1,4 @@
-"""Second moments of the gradients at the outputs of linears, for output feedback."""
+"""Second moments of the gradients at the outputs of linears, for output feedback, and of blocks, for refinement."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hawqtool.records import OutputMoments
 from hawqtool.rounding.gram import gram
-from hawqtool.rounding.output_feedback import choose_moments
+from hawqtool.rounding.output_feedback import choose_moments, pack_lower
 from hawqtool.runtime.ranks import ALONE, Ranks
 
 FITTING, HELD_OUT, LEFT_OUT = 0, 1, 2
@@ -23,17 +23,26 @@ class OutputMomentSums:
     The weight ‖g‖⁻¹ is that of `token_importance`: a token counts by ‖g‖ on both sides, and S has the directions.
 
     Args:
-        names: Linears whose moments are wanted.
+        names: Linears whose moments are wanted for feedback.
+        blocks: Blocks whose moments are wanted, of gradients times the norm of the output that they belong to.
         kinds: ``[rows]`` int64, the kind of each row.
         keep_held_out: Whether settings are going to be chosen on held-out rows.
         ranks: Processes that share the rows.
 
     Attributes:
-        finished: Moments by name of the linear.
+        finished: Moments by name of the linear or block.
     """
 
-    def __init__(self, names: frozenset[str], kinds: Tensor, keep_held_out: bool, ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self,
+        names: frozenset[str],
+        kinds: Tensor,
+        keep_held_out: bool,
+        ranks: Ranks = ALONE,
+        blocks: frozenset[str] = frozenset(),
+    ) -> None:
         self.names, self.kinds, self.keep_held_out, self.ranks = names, kinds, keep_held_out, ranks
+        self.blocks = blocks
         self.finished: dict[str, OutputMoments] = {}
         self._sums: Sums = {}
 
@@ -42,12 +51,12 @@ class OutputMomentSums:
 
         Args:
             found: Sums of the block so far.
-            name: The linear.
+            name: The linear or block.
             gradient: ``[rows, positions, out]``.
             norms: ``[rows, positions]`` float32, their norms.
             first: Number of the first row among all rows.
         """
-        if name not in self.names:
+        if name not in self.names and name not in self.blocks:
             return
         width = gradient.shape[-1]
         if name not in found:
@@ -75,7 +84,12 @@ class OutputMomentSums:
             parts = self.ranks.to_owner(total, position % self.ranks.size)
             if parts is not None:
                 total = sum(parts[1:], parts[0])
-                self.finished[name] = choose_moments(total[0], total[1], self.keep_held_out)
+                self.finished[name] = self._finish(name, total[0], total[1])
+
+    def _finish(self, name: str, fitting: Tensor, held_out: Tensor) -> OutputMoments:
+        if name in self.blocks:
+            return OutputMoments(lower=pack_lower(fitting + held_out).cpu())
+        return choose_moments(fitting, held_out, self.keep_held_out)
 
     def collect(self) -> None:
         """Give the leader all moments that are finished."""

@@ -105,9 +105,9 @@ def token_importance(
         stream.release_ends()
         release_freed_pages()
         for spec in reversed(blocks):
-            seen.hidden = stored.pop()
+            outputs, seen.hidden = seen.hidden, stored.pop()
             with stream.block(spec.index) as block:
-                found, gradients, sums = order.run(partial(_reversed, block, seen, gradients, moments, first))
+                found, gradients, sums = order.run(partial(_reversed, block, seen, outputs, gradients, moments, first))
             check_states(gradients, f"the gradient at the input of block {spec.name}")
             if moments is not None:
                 moments.add(sums, last=part is parts[-1])
@@ -130,7 +130,12 @@ def _forward(stream: ModelStream, seen: Activations) -> Iterator[MutableSequence
 
 
 def _reversed(
-    block: LoadedBlock, seen: Activations, gradients: Sequence[Tensor], moments: OutputMomentSums | None, first: int
+    block: LoadedBlock,
+    seen: Activations,
+    outputs: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    moments: OutputMomentSums | None,
+    first: int,
 ) -> tuple[dict[str, Tensor], list[Tensor], Sums]:
     """Powers, gradients at the block's input (see `token_powers`) and moments; may be begun twice."""
     sums: Sums = {}
@@ -140,7 +145,28 @@ def _reversed(
     def visit(name: str, gradient: Tensor, norms: Tensor, row: int) -> None:
         moments.visit(sums, name, gradient, norms, first + row)
 
-    return *token_powers(block, seen, gradients, visit), sums
+    powers, before = token_powers(block, seen, gradients, visit)
+    if block.spec.name in moments.blocks:
+        powers[block.spec.name] = _relative_powers(outputs, gradients, partial(visit, block.spec.name))
+    return powers, before, sums
+
+
+def _relative_powers(
+    outputs: Sequence[Tensor], gradients: Sequence[Tensor], visit: Callable[[Tensor, Tensor, int], None]
+) -> Tensor:
+    """‖g‖²‖y‖² of every token at a block's output y, ``[rows, positions]`` float32: of errors relative to ‖y‖.
+
+    Norms scale the hidden states, so that an error costs what it is to their size, which differs a thousandfold.
+    """
+    powers, first = [], 0
+    for output, gradient in zip(outputs, gradients, strict=True):
+        sizes = torch.linalg.vector_norm(output.to(gradient.device), dim=-1, dtype=torch.float32)
+        relative = gradient * sizes[..., None].to(gradient.dtype)
+        norms = torch.linalg.vector_norm(relative, dim=-1, dtype=torch.float32)
+        visit(relative, norms, first)
+        powers.append(norms.square())
+        first += len(output)
+    return torch.cat(powers)
 
 
 def _joined(ranks: Ranks, powers: dict[str, list[Tensor]], starts: list[Tensor], exponent: float) -> TokenImportance:

@@ -274,6 +274,14 @@ class Fields(TargetFields):
         detail="gumbel takes 64 bytes of the device's memory per weight of a block, adam 28.",
         panel=METHOD, expert=True, affects=Affects.WEIGHTS,
     )] = "adam"
+    refine_error: Annotated[Literal["output", "loss"] | None, Setting(
+        help="What --refine-steps lower: output, the error of a block's output relative to it; loss, what that error "
+        "costs the model's loss, by the gradients at the output.",
+        default="output",
+        detail="loss takes the pass of token importance; the host's memory holds half a square matrix of the hidden "
+        "width per block.",
+        panel=METHOD, expert=True, affects=Affects.WEIGHTS,
+    )] = None
     sensitivity_steps: Annotated[int, Setting(
         help="Learn the rounding of every block and width in so many steps before scoring it, for plans that are "
         "carried out with --refine-steps.", detail="Layers that refinement rescues then count as rescued.",

@@ -56,6 +56,7 @@ from hawqtool.pipeline.run.identity import model_fingerprint
 from hawqtool.pipeline.run.job import Job, prepare
 from hawqtool.pipeline.search.planner import given_plan
 from hawqtool.pipeline.stages.distill import DistilledModel, distill_model, schedule_of
+from hawqtool.pipeline.stages.refine import weighted_blocks
 from hawqtool.pipeline.stages.round_blocks import round_blocks
 from hawqtool.pipeline.stages.rows import calibration_rows, evaluation_rows
 from hawqtool.pipeline.stages.token_importance import with_token_importance
@@ -275,6 +276,7 @@ class Bench:
             (job.settings.output_feedback, job.config.learns, job.settings.method.needs_held_out)
             if job.feedback_layers
             else None,
+            (weighted_blocks(job), job.config.learns) if weighted_blocks(job) else None,
         )
         if key not in self._calibration:
             found = calibration_rows(RunContext(job, self.reporter), {"calibration": job.settings.num_samples})

@@ -82,9 +82,16 @@ CHAINS: dict[str, dict[str, Any]] = {
         "sensitivity_steps": 2,
         "shortlist": 1,
         "output_feedback": "re:.*[qo]_proj$",
+        "refine_error": "loss",
         "gram_steps": 4,
     },
-    "distilled": {"distill_steps": 4, "distill_codes": True, "refine_steps": 2, "target_shift": 0.5, "shortlist": 1},
+    "distilled": {
+        "distill_steps": 4,
+        "distill_codes": True,
+        "refine_steps": 2,
+        "output_feedback": "auto",
+        "shortlist": 1,
+    },
     "refined, and the head": {
         "kind": "llama",
         "refine_steps": 2,

@@ -223,6 +223,8 @@ def test_refinement_needs_a_row_to_hold_out() -> None:
         load_config(None, {"model": "m", "refine_steps": 5, "num_samples": 1})
     with pytest.raises(UsageError, match="add refine_steps"):
         load_config(None, {"model": "m", "refine_learner": "gumbel"})
+    with pytest.raises(UsageError, match="add refine_steps"):
+        load_config(None, {"model": "m", "refine_error": "loss"})
 
 
 @pytest.mark.parametrize("profile", ["auto", "portable", "transformers", "vllm"])
@@ -261,6 +263,7 @@ def test_shares_are_numbers_or_auto(tmp_path: Path) -> None:
         {"rounding": "gptaq", "output_feedback": "auto"},
         {"rounding": "foem", "foem_form": "paper", "foem_beta": 1},
         {"token_importance": "none", "output_feedback": "auto"},
+        {"token_importance": "none", "refine_steps": 4, "refine_error": "loss"},
         {"rounding": "rtn", "gram_steps": 10},
         {"rounding": "gptaq", "gram_steps": 10},
     ],

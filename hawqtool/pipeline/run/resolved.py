@@ -26,6 +26,7 @@ class ResolvedSettings:
         method: Rounding method.
         uses_token_importance: Whether tokens count by their gradients.
         output_feedback: Layers with output feedback: off, auto, a name or a pattern.
+        refine_error: What refinement lowers: the error of a block's output, or what that costs the loss.
     """
 
     num_samples: int
@@ -39,6 +40,7 @@ class ResolvedSettings:
     method: RoundingMethod
     uses_token_importance: bool
     output_feedback: str
+    refine_error: Literal["output", "loss"]
 
 
 FEWEST_REPORT_ROWS, MOST_REPORT_ROWS = 8, 32
@@ -88,6 +90,7 @@ def resolve_settings(
         ),
         weighted,
         _output_feedback(config, weighted and device_type == "cuda" and num_samples > SETTINGS_HELD_OUT_EVERY),
+        config.refine_error or "output",
     )
 
 

@@ -18,7 +18,8 @@ from hawqtool.model.block import BlockCall, LoadedBlock
 from hawqtool.model.kept import is_norm
 from hawqtool.pipeline.run.job import Job
 from hawqtool.records import Rows
-from hawqtool.rounding.learned.block import Batches, Refined, Schedule, refine
+from hawqtool.rounding.learned.block import Batches, OutputMetric, Refined, Schedule, damped_metric, refine
+from hawqtool.rounding.output_feedback import unpack_lower
 from hawqtool.rounding.spec import InitialRounding, InitialRoundings
 from hawqtool.streaming.block import Activations, advance
 from hawqtool.streaming.resume_points import States
@@ -56,6 +57,12 @@ def fitting_rows(rows: Rows) -> Rows:
     fitting = ~is_held_out(len(rows.tokens))
     importance = None if rows.importance is None else {name: part[fitting] for name, part in rows.importance.items()}
     return replace(rows, tokens=split_rows(rows.tokens)[0], importance=importance)
+
+
+def weighted_blocks(job: Job) -> frozenset[str]:
+    """Blocks that are refined by what the error of their output costs the loss."""
+    wanted = job.config.refine_steps and job.settings.refine_error == "loss"
+    return frozenset(spec.name for spec in job.structure.blocks) if wanted else frozenset()
 
 
 @dataclass(frozen=True)
@@ -96,6 +103,7 @@ class BlockRefiner:
         self.original = Activations([*batches.hidden, *self.held_out.hidden], self.calls)
         self.count = len(batches.hidden)
         self.inputs: list[Tensor] = []
+        self.importance, self.moments = rows.importance or {}, rows.output_moments
 
     @property
     def states(self) -> States:
@@ -127,12 +135,13 @@ class BlockRefiner:
         """
         gains = norm_gains(self.job, block)
         targets = self.original.hidden
+        fitting, held_out = self._metrics(block.spec.name)
         result = refine(
             initial,
             {name: (block.module.get_parameter(name).detach(), dtype) for name, (_, dtype) in gains.items()},
             BlockForward(block, self.calls),
-            Batches(self.inputs[: self.count], targets[: self.count]),
-            Batches(self.inputs[self.count :], targets[self.count :]),
+            Batches(self.inputs[: self.count], targets[: self.count], fitting),
+            Batches(self.inputs[self.count :], targets[self.count :], held_out),
             self.schedule,
             progress,
         )
@@ -140,6 +149,16 @@ class BlockRefiner:
             for name, gain in result.gains.items():
                 block.module.get_parameter(name).copy_(gain)
         return RefinedBlock(result, {gains[name][0]: gain for name, gain in result.gains.items()})
+
+    def _metrics(self, name: str) -> tuple[OutputMetric | None, OutputMetric | None]:
+        """What errors at a block's output count by, in the fitting and in the held-out rows; None where all alike."""
+        if name not in weighted_blocks(self.job):
+            return None, None
+        lower = self.moments[name].lower
+        assert lower is not None  # those of blocks always have one
+        across = damped_metric(unpack_lower(lower, self.job.device), self.schedule.damping)
+        parts = [part.to(self.job.device).split(self.batch_rows) for part in split_rows(self.importance[name])]
+        return OutputMetric(across, parts[0]), OutputMetric(across, parts[1])
 
     def put_gains(self, block: LoadedBlock, reader: TensorReader) -> None:
         """Put gains in place that were learned before, from where they were written."""

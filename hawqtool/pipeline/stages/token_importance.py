@@ -29,12 +29,13 @@ def with_token_importance(context: RunContext, rows: Rows, for_feedback: bool = 
     Args:
         context: The run, whose store keeps it.
         rows: Calibration rows.
-        for_feedback: Whether a plan is going to be carried out on the rows, with output feedback where that is on.
+        for_feedback: Whether a plan is going to be carried out on the rows, with output feedback and refinement by what
+            errors cost the loss where these are on.
     """
     job = context.job
     if not job.settings.uses_token_importance or rows.importance is not None:
         return rows
-    layers = job.feedback_layers if for_feedback else frozenset()
+    layers = job.feedback_layers | refine.weighted_blocks(job) if for_feedback else frozenset()
     importance, known = context.saved.load(_KEY), context.saved.load(_MOMENTS) if layers else {}
     if importance is not None and known is not None:
         moments = {name: OutputMoments(**values) for name, values in known.items()}
@@ -51,9 +52,10 @@ def with_token_importance(context: RunContext, rows: Rows, for_feedback: bool = 
 def _importance(
     job: Job, tokens: torch.Tensor, layers: Sequence[str], progress: Callable[[int, int], None] = lambda *_: None
 ) -> tuple[TokenImportance, dict[str, OutputMoments]]:
-    """Importance, and moments of some layers, on this rank's share of the rows; the leader has those of all."""
-    kinds = _kinds(job, len(tokens))
-    sums = OutputMomentSums(frozenset(layers), kinds, job.settings.method.needs_held_out, job.ranks)
+    """Importance, and moments of some layers or blocks, on this rank's share of the rows; the leader has all's."""
+    kinds, blocks = _kinds(job, len(tokens)), refine.weighted_blocks(job).intersection(layers)
+    names = frozenset(layers) - blocks
+    sums = OutputMomentSums(names, kinds, job.settings.method.needs_held_out, job.ranks, blocks)
     portions = Portions(
         min(_BATCH_ROWS[job.device.type], job.settings.batch_size),
         _CPU_BYTES if job.offload is None else job.offload.memory_bytes,

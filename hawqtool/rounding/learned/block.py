@@ -38,6 +38,8 @@ class Schedule:
             away (see `hawqtool.rounding.learned.gumbel`), with rates of its own and steps by sign for all that is
             learned.
         cap: Most that a token's error counts in a step, in medians of its batch; 0 for no limit (see `output_error`).
+        margin: Least distance of an offset from the borders of its cell at the start, in codes.
+        damping: λ over the mean diagonal of the metric across outputs, where errors count by one (see `OutputMetric`).
     """
 
     steps: int
@@ -48,14 +50,47 @@ class Schedule:
     reach: float = 1.0
     learner: Learner = "adam"
     cap: float = 0.0
+    margin: float = 0.0
+    damping: float = 0.3
+
+
+@dataclass(frozen=True)
+class OutputMetric:
+    """What an error e of a token's output y costs the loss: a êᵀ M ê, with ê = e / ‖y‖.
+
+    To second order the loss grows by ½ (g̃ · ê)² with g̃ = g ‖y‖, g the gradient at the output for labels drawn from the
+    model. As in rounding, a token's own g̃, known from one draw, gives its importance a = ‖g̃‖, and that of all tokens
+    the directions.
+
+    Args:
+        across: ``[width, width]`` float32, M: mean of g̃ g̃ᵀ / ‖g̃‖, damped, with trace width.
+        importance: ``[rows, positions]`` float32 by batch, a.
+    """
+
+    across: Tensor
+    importance: Sequence[Tensor]
 
 
 @dataclass(frozen=True)
 class Batches:
-    """Inputs of the block and outputs that it should give, ``[rows, positions, width]`` each by batch."""
+    """Inputs of the block and outputs that it should give.
+
+    Args:
+        inputs: ``[rows, positions, width]`` by batch.
+        targets: The same.
+        metric: What errors count by; None where all of a token's and all tokens' count alike.
+    """
 
     inputs: Sequence[Tensor]
     targets: Sequence[Tensor]
+    metric: OutputMetric | None = None
+
+    def error(self, output: Tensor, position: int, cap: float = 0.0) -> Tensor:
+        """Error of the output of one of the batches, a scalar (see `output_error`)."""
+        target, metric = self.targets[position], self.metric
+        if metric is None:
+            return output_error(output, target, cap)
+        return output_error(output, target, cap, metric.across, metric.importance[position])
 
 
 @dataclass(frozen=True)
@@ -75,7 +110,20 @@ class Refined:
     seconds: float
 
 
-def output_error(output: Tensor, target: Tensor, cap: float = 0.0) -> Tensor:
+def damped_metric(moments: Tensor, damping: float) -> Tensor:
+    """M of `OutputMetric` from second moments ``[width, width]`` float32 and λ; the identity where they are zero."""
+    mean = moments.diagonal().mean()
+    alone = torch.eye(len(moments), device=moments.device)
+    return (moments / mean + damping * alone) / (1 + damping) if bool(mean > 0) else alone
+
+
+def output_error(
+    output: Tensor,
+    target: Tensor,
+    cap: float = 0.0,
+    across: Tensor | None = None,
+    importance: Tensor | None = None,
+) -> Tensor:
     """Mean over tokens of the squared error over the squared target: a scalar.
 
     Every token counts the same: those with huge hidden states, which norms scale away, would drown the others.
@@ -85,18 +133,23 @@ def output_error(output: Tensor, target: Tensor, cap: float = 0.0) -> Tensor:
         target: What it should be.
         cap: Most that a token counts, in medians of all tokens, after SignRoundV2's mask of the largest errors; 0 for
             no limit.
+        across: ``[width, width]`` float32, metric of the errors; None for the identity.
+        importance: ``[rows, positions]`` float32, how much each token counts; None where all count alike.
     """
     goal = target.float()
     # In bf16 the square of the difference would lose what matters.
-    error = (output.float() - goal).square().sum(-1)
-    relative = error / goal.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    error = output.float() - goal
+    squared = (error.square() if across is None else (error @ across) * error).sum(-1)
+    relative = squared / goal.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    if importance is not None:
+        relative = relative * importance
     return (relative.clamp(max=cap * float(relative.detach().median())) if cap else relative).mean()
 
 
 def _learnable(initial: Sequence[InitialRounding], schedule: Schedule) -> FlatLayers | GumbelLayers:
     if schedule.learner == "gumbel":
         return GumbelLayers(initial, schedule.steps, schedule.seed)
-    return FlatLayers(initial, schedule.reach)
+    return FlatLayers(initial, schedule.reach, schedule.margin)
 
 
 class _State:
@@ -203,7 +256,7 @@ def refine(
 def _learn(state: _State, forward: Forward, fitting: Batches, batch: int, optimizer: torch.optim.Optimizer) -> None:
     with torch.enable_grad():
         output = forward(state.weights(True), fitting.inputs[batch], batch)
-        output_error(output, fitting.targets[batch], state.schedule.cap).backward()
+        fitting.error(output, batch, state.schedule.cap).backward()
     with torch.no_grad():
         state.collect()
         optimizer.step()
@@ -216,8 +269,8 @@ def _error(state: _State, forward: Forward, held_out: Batches, first: int) -> fl
         weights = state.weights(False)
         total = torch.zeros((), dtype=torch.float64, device=held_out.inputs[0].device)
         tokens = 0
-        for number, (x, y) in enumerate(zip(held_out.inputs, held_out.targets, strict=True)):
-            count = y.shape[:-1].numel()
-            total += output_error(forward(weights, x, first + number), y).double() * count
+        for number, x in enumerate(held_out.inputs):
+            count = held_out.targets[number].shape[:-1].numel()
+            total += held_out.error(forward(weights, x, first + number), number).double() * count
             tokens += count
     return float(total) / tokens

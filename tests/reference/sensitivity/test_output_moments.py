@@ -1,4 +1,4 @@
-"""Moments behind output feedback against a whole model under autograd, and which rows and layers they are of."""
+"""Moments behind output feedback and refinement against a whole model under autograd, and what they are of."""
 
 from __future__ import annotations
 
@@ -38,7 +38,10 @@ def moments_of(context: RunContext) -> dict[str, OutputMoments]:
 
 
 def slow_moments(job: Job, rows: list[int]) -> dict[str, Tensor]:
-    """Sums of g gᵀ / ‖g‖ over some rows, each through the whole model in float64, labels drawn as the sweep does."""
+    """Sums of g gᵀ / ‖g‖ over some rows, each through the whole model in float64, labels drawn as the sweep does.
+
+    At the output y of a block g is times ‖y‖.
+    """
     model = AutoModelForCausalLM.from_pretrained(job.index.folder, dtype=torch.float64).eval()
     outputs: dict[str, Tensor] = {}
 
@@ -46,7 +49,8 @@ def slow_moments(job: Job, rows: list[int]) -> dict[str, Tensor]:
         output.retain_grad()
         outputs[name] = output
 
-    for name in job.structure.linears:
+    blocks = {spec.name for spec in job.structure.blocks}
+    for name in (*job.structure.linears, *blocks):
         model.get_submodule(name).register_forward_hook(lambda m, i, o, name=name: keep(o, name))
     generator, found = torch.Generator().manual_seed(job.config.seed), dict[str, Tensor]()
     for number, row in enumerate(TOKENS):
@@ -55,6 +59,8 @@ def slow_moments(job: Job, rows: list[int]) -> dict[str, Tensor]:
         nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
         for name, output in outputs.items():
             gradient = output.grad[0]  # type: ignore[index]
+            if name in blocks:
+                gradient = gradient * output[0].detach().norm(dim=1, keepdim=True)
             unit = gradient / gradient.norm(dim=1, keepdim=True).clamp_min(1e-300)
             found[name] = found.get(name, 0) + (unit.T @ gradient if number in rows else 0)
     return found
@@ -68,11 +74,13 @@ def test_they_are_the_gradients_of_the_whole_model(
     monkeypatch.setattr(sweeps, "_STORED", torch.float32)
     monkeypatch.setattr(output_feedback, "WORTHWHILE", 1e9)
     source = tiny_model("llama", tmp_path / "m", dtype=torch.float32)
-    values: dict[str, Any] = {} if steps else {"target_shift": "auto"}  # chooses on held-out rows
+    # Settings are chosen on held-out rows in one case, blocks refined in the other.
+    values: dict[str, Any] = {"refine_error": "loss"} if steps else {"target_shift": "auto"}
     job = make_job(source, refine_steps=steps, **values)
     found = moments_of(RunContext(job))
     whole, other = slow_moments(job, [0, 1, 2, 4, 5, 6, *held_out]), slow_moments(job, held_out)
-    assert set(found) == {n for n, m in job.structure.linears.items() if m.out_features <= 2 * m.in_features}
+    refined = {spec.name for spec in job.structure.blocks} if steps else set()
+    assert set(found) == {n for n, m in job.structure.linears.items() if m.out_features <= 2 * m.in_features} | refined
     for name, moments in found.items():
         assert moments.lower is not None and (moments.held_out is None) == (steps > 0)
         pairs = [(moments.lower, whole[name])] + ([] if moments.held_out is None else [(moments.held_out, other[name])])
