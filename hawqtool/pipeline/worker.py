@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 from hawqtool.checkpoint.content import ContentRecord
 from hawqtool.config import RunConfig
-from hawqtool.errors import UsageError
+from hawqtool.errors import HawqError, UsageError
 from hawqtool.pipeline.run.job import Job, chosen_device, prepare
 from hawqtool.runtime.launched import world_size
 from hawqtool.runtime.ranks import Ranks, joined
@@ -55,9 +56,21 @@ def work(config: RunConfig) -> None:
     """
     ranks = joined(chosen_device(config.device).type == "cuda")
     try:
+        # Beside the leader, which checks more than this. What is not here yet, it downloads alone.
+        early = _tried(config) if Path(config.model).is_dir() else None
         beginning = ranks.awaited()
         if beginning is not None:  # else the run had nothing to do
-            job = prepare(config).with_batch_size(beginning.batch_size)
+            if isinstance(early, HawqError):
+                raise early
+            job = (early or prepare(config)).with_batch_size(beginning.batch_size)
             ranks.serve(replace(job, index=replace(job.index, content=beginning.content), ranks=ranks))
     finally:
         ranks.leave()
+
+
+def _tried(config: RunConfig) -> Job | HawqError:
+    """The job, or what it fails by: of what the leader refuses too, nothing is to be said here."""
+    try:
+        return prepare(config)
+    except HawqError as error:
+        return error

@@ -51,14 +51,18 @@ class Ranks:
     Args:
         rank: Number of this process; 0 leads.
         size: How many there are.
+        first: Number of the first one among all processes, where they are some of them only.
+        group: torch's group of those; None for that of all.
 
     Attributes:
-        kept: What tasks keep for later ones, by name.
+        kept: What tasks keep for later ones, by name; teams have that of all ranks.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1) -> None:
+    def __init__(self, rank: int = 0, size: int = 1, first: int = 0, group: Any = None) -> None:
         self.rank, self.size = rank, size
         self.kept: dict[str, Any] = {}
+        self._first, self._group = first, group
+        self._teams: dict[int, Ranks | None] = {}
 
     @property
     def leads(self) -> bool:
@@ -79,31 +83,78 @@ class Ranks:
         """A seed for draws of this rank alone; the leader's is the one given."""
         return seed + _SEED_STEP * self.rank
 
+    def teams(self, count: int) -> tuple[int, Ranks | None]:
+        """The ranks in so many teams of equal size, for work that does not depend on each other's.
+
+        Returns:
+            Number of this rank's team, and its ranks, the first of which leads; None where this one is left over.
+        """
+        number, place = divmod(self.rank, self.size // count)
+        if count not in self._teams:
+            self._teams[count] = self._team(count, number, place)
+        return number, self._teams[count]
+
+    def _team(self, count: int, number: int, place: int) -> Ranks | None:
+        size = self.size // count
+        firsts = [self._first + team * size for team in range(count)]
+        # Every process takes part in making all of them.
+        groups = [dist.new_group(range(first, first + size)) if size > 1 else None for first in firsts]
+        if number >= count:
+            return None
+        team = Ranks(place, size, firsts[number], groups[number])
+        team.kept = self.kept
+        return team
+
     def to_owner(self, value: Any, owner: int) -> list[Any] | None:
         """Values of all ranks in their order, on the rank that owns them; None on the others."""
+        return self.folded(value, owner, _appended, [])
+
+    def folded(self, value: Any, owner: int, add: Callable[[Any, Any], Any], start: Any = None) -> Any:
+        """Sum of the values of all ranks in their order, on the rank that owns it; None on the others.
+
+        The owner holds the sum and one value of another rank at a time.
+
+        Args:
+            value: This rank's own; the owner's may be changed.
+            owner: Who gets the sum.
+            add: Gives the sum of what there is so far and the next value.
+            start: What the first value is added to; None: nothing, the first is the sum so far.
+        """
+        if self.rank != owner:
+            self._give(value, owner)
+            return None
+        total = start
+        for rank in range(self.size):
+            part = value if rank == owner else self._take(rank)
+            total = part if total is None else add(total, part)
+        return total
+
+    def _give(self, value: Any, to: int) -> None:
         with _ends_with_others():
-            if self.rank != owner:
-                _send(value, owner)
-                return None
-            return [value if rank == owner else _receive(rank) for rank in range(self.size)]
+            _send(value, self._first + to)
+
+    def _take(self, source: int) -> Any:
+        with _ends_with_others():
+            return _receive(self._first + source)
 
     def from_owner(self, value: Any, owner: int) -> Any:
         """The owner's value on every rank; what the others give is ignored."""
         if self.size == 1:
             return value
+        source, group = self._first + owner, self._group
         with _ends_with_others():
             if self.rank == owner:
                 data, tensors = _pickled(value)
-                dist.broadcast(torch.tensor([len(data)]), owner)
-                dist.broadcast(data, owner)
+                dist.broadcast(torch.tensor([len(data)]), source, group)
+                dist.broadcast(data, source, group)
                 for tensor in tensors:
-                    dist.broadcast(tensor, owner)
+                    dist.broadcast(tensor, source, group)
                 return value
             length = torch.zeros(1, dtype=torch.int64)
-            dist.broadcast(length, owner)
+            dist.broadcast(length, source, group)
             data = torch.empty(int(length), dtype=torch.uint8)
-            dist.broadcast(data, owner)
-            return _unpickled(data, lambda tensor: dist.broadcast(tensor, owner))
+            dist.broadcast(data, source, group)
+            return _unpickled(data, lambda tensor: dist.broadcast(tensor, source, group))
 
     def everywhere(self, value: Any) -> list[Any]:
         """Values of all ranks in their order, on every rank."""
@@ -144,6 +195,10 @@ class Ranks:
         """Stop the threads that exchange values: a process that ends with them may be aborted."""
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _appended(values: list[Any], value: Any) -> list[Any]:
+    return [*values, value]
 
 
 ALONE = Ranks()

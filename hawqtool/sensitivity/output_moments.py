@@ -75,16 +75,19 @@ class OutputMomentSums:
 
         These are made by one rank each, from the sums of all.
         """
+        own: Sums = {}
         for position, (name, sums) in enumerate(found.items()):
             known = self._sums.pop(name, None)
             total = sums if known is None else sums.add_(known.to(sums.device))
             if not last:
                 self._sums[name] = total.cpu()
                 continue
-            parts = self.ranks.to_owner(total, position % self.ranks.size)
-            if parts is not None:
-                total = sum(parts[1:], parts[0])
-                self.finished[name] = self._finish(name, total[0], total[1])
+            total = self.ranks.folded(total, position % self.ranks.size, Tensor.add_)
+            if total is not None:
+                own[name] = total
+        # Only now, when nobody waits for what this rank has of the others' layers.
+        for name, total in own.items():
+            self.finished[name] = self._finish(name, total[0], total[1])
 
     def _finish(self, name: str, fitting: Tensor, held_out: Tensor) -> OutputMoments:
         if name in self.blocks:

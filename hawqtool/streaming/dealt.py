@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import reduce
 from operator import iadd
 from typing import TypeVar
 
@@ -34,14 +33,25 @@ def dealt(
         return
     listed = list(groups)
     owners = owners_by_cost([_cost(group) for group, _ in listed], ranks.size)
-    totals: dict[int, GroupStatistics] = {}
-    for position, (_, statistics) in enumerate(listed):
-        parts = ranks.to_owner(statistics, owners[position])
-        if parts is not None:
-            totals[position] = reduce(iadd, parts)
-    found = {position: compute(listed[position][0], totals.pop(position)) for position in list(totals)}
-    for position, (group, _) in enumerate(listed):
-        yield group, ranks.from_owner(found.pop(position, None), owners[position])
+    by_owner = [[p for p, who in enumerate(owners) if who == rank] for rank in range(ranks.size)]
+    # What goes from one rank to another goes together: a block of many experts has hundreds of groups.
+    totals: list[GroupStatistics] = []
+    for owner, positions in enumerate(by_owner):
+        summed = ranks.folded([listed[position][1] for position in positions], owner, _added)
+        totals = totals if summed is None else summed
+    own, of_group = by_owner[ranks.rank], [group for group, _ in listed]
+    del listed  # the sums are what counts now
+    found = [compute(of_group[position], totals.pop(0)) for position in own]
+    results: dict[int, Result] = {}
+    for owner, positions in enumerate(by_owner):
+        results |= zip(positions, ranks.from_owner(found, owner), strict=True)
+    for position, group in enumerate(of_group):
+        yield group, results.pop(position)
+
+
+def _added(sums: list[GroupStatistics], more: list[GroupStatistics]) -> list[GroupStatistics]:
+    """Sums of the statistics of some groups, with those of further rows; changes the sums."""
+    return [iadd(total, part) for total, part in zip(sums, more, strict=True)]
 
 
 def owners_by_cost(costs: Sequence[float], size: int) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import reduce
 from typing import Any
 
 from hawqtool.runtime.ranks import Ranks
@@ -25,12 +26,22 @@ class ThreadRank(Ranks):
         super().__init__(rank, len(crew.slots))
         self.crew = crew
 
-    def to_owner(self, value: Any, owner: int) -> list[Any] | None:
+    def folded(self, value: Any, owner: int, add: Callable[[Any, Any], Any], start: Any = None) -> Any:
         values = self._exchanged(value)
-        return values if self.rank == owner else None
+        if self.rank != owner:
+            return None
+        return reduce(add, values) if start is None else reduce(add, values, start)
 
     def from_owner(self, value: Any, owner: int) -> Any:
         return self._exchanged(value)[owner]
+
+    def _team(self, count: int, number: int, place: int) -> Ranks | None:
+        crews = self._exchanged([Crew(self.size // count) for _ in range(count)])[0]
+        if number >= count:
+            return None
+        team = ThreadRank(place, crews[number])
+        team.kept = self.kept
+        return team
 
     def _exchanged(self, value: Any) -> list[Any]:
         self.crew.slots[self.rank] = value

@@ -47,6 +47,10 @@ class Checkpoints:
     def __init__(self, folder: Path, prefix: str = "", warn: Callable[[str], None] = lambda _: None) -> None:
         self.folder, self.prefix, self.warn = folder, prefix, warn
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In another process, as ranks of a run are, nobody is told of damaged files."""
+        return Checkpoints, (self.folder, self.prefix)
+
     def part(self, name: str) -> Checkpoints:
         """The same folder with keys of its own for one part of the work."""
         return Checkpoints(self.folder, f"{self.prefix}{name}.", self.warn)

@@ -42,6 +42,16 @@ class RunContext:
         self.ranks.hand_out(function, *args)
         return replace(self.job, ranks=self.ranks)
 
+    def keep(self, name: str, value: Any) -> None:
+        """Have all ranks keep a value under ``job.ranks.kept`` for later tasks; what they have is not sent again."""
+        if self.ranks.kept.get(name) is not value:
+            self.shared(_keep, name, value)
+            self.ranks.kept[name] = value
+
     def progress(self, stage: str) -> Callable[[int, int], None]:
         """Reports ``done`` of ``total`` steps of a stage."""
         return partial(self.reporter.progress, stage)
+
+
+def _keep(job: Job, name: str, value: Any) -> None:
+    job.ranks.kept[name] = value

@@ -57,6 +57,8 @@ def try_plans(runner: TrialRunner, plans: dict[str, BitPlan], scores: UnitScores
         scores: Those behind its first plan, by unit and format; swaps begin with them.
     """
     job, own = runner.context.job, next(iter(plans.values()))
+    if runner.context.ranks.size > 1:
+        runner.round_ahead(_foreseen(job, plans, scores))
     mixed, not_rounded = dict[str, Trial](), dict[str, PredictedRival]()
     for name, plan in plans.items():
         if name == RULE and (far := _far_above(job, plan, own, scores)):
@@ -70,9 +72,7 @@ def try_plans(runner: TrialRunner, plans: dict[str, BitPlan], scores: UnitScores
     if job.config.uniform_width is not None:  # there is no budget for others to compete in
         (name,) = mixed
         return Selection(mixed, None if job.pins else best, name, attempts)
-    # Uniform plans may have what the mixed one has, even where a plan file says more than the configuration.
-    kind = plan.symmetric, {*job.config.group_sizes, *(fmt.group_size for fmt in plan.formats.values())}
-    largest, uniform = best_uniform(job.units, max(plan.budget_bytes or 0, plan.stored_bytes), *kind), None
+    largest, uniform = _largest_uniform(job, plan), None
     if largest is not None:
         label, rival = f"uniform {largest.label}", _as_plan(job, largest)
         if far := _far_above(job, rival, own, scores):
@@ -81,6 +81,23 @@ def try_plans(runner: TrialRunner, plans: dict[str, BitPlan], scores: UnitScores
             uniform = runner.run_trial(label, rival)
     found = next(name for name, trial in mixed.items() if trial is best)
     return Selection(mixed, uniform, found, attempts, not_rounded)
+
+
+def _largest_uniform(job: Job, plan: BitPlan) -> UniformPlan | None:
+    """The largest uniform plan that fits the budget of a mixed one, or its size where that is more."""
+    # Uniform plans may have what the mixed one has, even where a plan file says more than the configuration.
+    kind = plan.symmetric, {*job.config.group_sizes, *(fmt.group_size for fmt in plan.formats.values())}
+    return best_uniform(job.units, max(plan.budget_bytes or 0, plan.stored_bytes), *kind)
+
+
+def _foreseen(job: Job, plans: dict[str, BitPlan], scores: UnitScores) -> dict[str, BitPlan]:
+    """Plans that are rounded whatever comes of each, by name; the uniform one is that beside the first plan."""
+    own = next(iter(plans.values()))
+    found = {name: plan for name, plan in plans.items() if name != RULE or not _far_above(job, plan, own, scores)}
+    largest = None if job.config.uniform_width is not None else _largest_uniform(job, own)
+    if largest is not None and not _far_above(job, rival := _as_plan(job, largest), own, scores):
+        found[f"uniform {largest.label}"] = rival
+    return found
 
 
 def _far_above(job: Job, rival: BitPlan, own: BitPlan, scores: UnitScores) -> PredictedRival | None:

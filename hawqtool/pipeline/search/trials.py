@@ -12,7 +12,7 @@ from hawqtool.evaluation.paired import balanced_divergence
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.folder import REMOVED
 from hawqtool.pipeline.stages.evaluate import Evaluator
-from hawqtool.pipeline.stages.write import ROUNDING, is_as_written, round_to_folder
+from hawqtool.pipeline.stages.write import ROUNDING, Ahead, is_as_written, round_side_by_side, round_to_folder
 from hawqtool.records import BitPlan, Evaluation, Rows, UnitFormats
 from hawqtool.report.schema import PlanQuality, RoundingResult
 from hawqtool.runtime.stage_timer import Stopwatch
@@ -80,6 +80,7 @@ class TrialRunner:
     def __init__(self, context: RunContext, sets: dict[str, Rows], work: Path, timings: dict[str, float]) -> None:
         self.context, self.sets, self.work, self.timings = context, sets, work, timings
         self._tried: dict[str, Trial] = {}
+        self._ahead: set[str] = set()
         self.evaluator: Evaluator | None = None
         if context.job.config.evaluates:
             with Stopwatch(timings, "evaluate"):
@@ -94,7 +95,7 @@ class TrialRunner:
         key = formats_key(plan.formats)
         if key not in self._tried:
             saved, folder = self.context.saved.part(key), self.work / key
-            if folder.exists():
+            if folder.exists() and key not in self._ahead:
                 self._check_written(plan, folder)
             rounding = saved.load(ROUNDING)
             if rounding is None or not (folder.exists() or saved.load(_QUALITY)):
@@ -102,6 +103,36 @@ class TrialRunner:
             quality = self._evaluated(folder, name, saved)
             self._tried[key] = Trial(name, plan, folder, rounding, quality)
         return self._tried[key]
+
+    def round_ahead(self, plans: dict[str, BitPlan]) -> None:
+        """Round plans that are going to be tried in any case side by side, as far as there are ranks for that.
+
+        Args:
+            plans: By the names under which they will be tried.
+        """
+        ranks, saved = self.context.ranks.size, self.context.saved
+        distinct = {formats_key(plan.formats): (name, plan) for name, plan in reversed(plans.items())}
+        left = [
+            Ahead(name, key, plan, self.work / key, self._has_rounding(plan, key))
+            for key, (name, plan) in reversed(distinct.items())
+        ]
+        while min(ranks, len(left)) > 1:
+            wave, left = left[:ranks], left[ranks:]
+            with Stopwatch(self.timings, f"round {' | '.join(one.label for one in wave)}"):
+                round_side_by_side(self.context, wave, self.sets.get("calibration"))
+            self._ahead |= {one.key for one in wave}
+            saved.save(TIMINGS, self.timings)
+
+    def _has_rounding(self, plan: BitPlan, key: str) -> bool:
+        """Whether an earlier start has rounded a plan, and has the folder or all that was wanted of it."""
+        saved, folder = self.context.saved.part(key), self.work / key
+        if folder.exists():
+            self._check_written(plan, folder)
+        if saved.load(ROUNDING) and (folder.exists() or saved.load(_QUALITY)):
+            return True
+        if folder.exists():  # its record is damaged
+            self._remove(folder)
+        return False
 
     def _check_written(self, plan: BitPlan, folder: Path) -> None:
         """Remove a folder of an earlier start that is not as it was written, so that it is written again."""

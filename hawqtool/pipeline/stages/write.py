@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -27,10 +29,15 @@ from hawqtool.pipeline.stages.round_blocks import Findings, Finished, round_bloc
 from hawqtool.records import BitPlan, BlockSpec, RoundedLayer, Rows, UnitFormats
 from hawqtool.report.schema import RoundingResult, Training
 from hawqtool.report.wording import shown_plan
+from hawqtool.runtime.ranks import ALONE
+from hawqtool.runtime.reporter import Reporter, Silent
 from hawqtool.runtime.store import NOTHING_SAVED, Saved
 
 ROUNDING = "rounding"
 """Key under which the result of a rounding is saved."""
+
+_ROWS = "rounding rows"
+"""Key under which ranks keep them: with importances and moments they may take gigabytes."""
 
 _WRITTEN, _AS_WRITTEN = "written", "as-written"
 _RECORDS = ("config.json", "reproduce/plan.json", "reproduce/checksums.json")
@@ -88,6 +95,53 @@ def round_to_folder(
     for finished in (blocks, learning):
         finished.saved.drop()
     return result
+
+
+class Ahead(NamedTuple):
+    """A plan to round ahead of its trial.
+
+    Args:
+        label: Its name in the progress.
+        key: What its part of the store is called.
+        plan: Formats by unit.
+        folder: Folder to create.
+        finished: Whether an earlier start of the run has done it.
+    """
+
+    label: str
+    key: str
+    plan: BitPlan
+    folder: Path
+    finished: bool
+
+
+def round_side_by_side(context: RunContext, plans: Sequence[Ahead], rows: Rows | None) -> None:
+    """Round several plans at once, each by a team of ranks; `round_to_folder` says what becomes of each.
+
+    Whose plan is whose depends on their number and that of the ranks alone, so that a run that goes on does the same.
+
+    Args:
+        context: The run.
+        plans: At most as many as there are ranks.
+        rows: Rounding rows, as in `round_to_folder`.
+    """
+    context.keep(_ROWS, rows)
+    _round_in_team(context.shared(_round_in_team, plans, context.saved), plans, context.saved, context.reporter)
+
+
+def _round_in_team(job: Job, plans: Sequence[Ahead], saved: Saved, reporter: Reporter | None = None) -> None:
+    """A rank's part of plans that are rounded side by side."""
+    all_ranks, rows = job.ranks, job.ranks.kept[_ROWS]
+    number, team = all_ranks.teams(len(plans))
+    if team is not None and not plans[number].finished:
+        if team.leads:
+            one = plans[number]
+            context = RunContext(replace(job, ranks=ALONE), reporter or Silent(), saved.part(one.key), team)
+            round_to_folder(context, one.plan, rows, one.folder, one.label)
+            team.dismiss()
+        else:
+            team.serve(replace(job, ranks=team))
+    all_ranks.everywhere(None)  # nobody reads what another has not finished
 
 
 def is_as_written(context: RunContext, plan: BitPlan, folder: Path) -> bool:
@@ -167,7 +221,8 @@ def _write_blocks(
             found = round_weights(job, plan.formats, sink, progress, finished)
         else:
             if not job.config.refine_steps:  # whose losses are those of all rows
-                job = context.shared(_round_along, plan.formats, rows, part, len(done))
+                context.keep(_ROWS, rows)
+                job = context.shared(_round_along, plan.formats, part, len(done))
             found = round_blocks(job, plan.formats, rows, sink, progress, finished=finished)
     return Written(writer.checksums, sorted(writer.changed), found.layers, found.refinement, earlier)
 
@@ -182,11 +237,11 @@ class _Discarded:
         """Nothing."""
 
 
-def _round_along(job: Job, formats: UnitFormats, rows: Rows, part: Path, done: int) -> None:
+def _round_along(job: Job, formats: UnitFormats, part: Path, done: int) -> None:
     """A rank's share of a rounding; the leading blocks that are done it reads from the unfinished files."""
     reader = unfinished_reader(job.layout(formats), part) if done else None
     finished = Finished(reader, [Findings()] * done)
-    round_blocks(job, formats, rows, _Discarded(), lambda *_: None, finished=finished)
+    round_blocks(job, formats, job.ranks.kept[_ROWS], _Discarded(), lambda *_: None, finished=finished)
 
 
 def _make_anew(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,12 +12,15 @@ from torch import Tensor
 
 from hawqtool.config import RunConfig
 from hawqtool.evaluation.divergence import OutputComparison
+from hawqtool.export.manifest import file_hash
 from hawqtool.formats import QuantFormat
+from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.job import Job, prepare
 from hawqtool.pipeline.stages.measure import _swept
 from hawqtool.pipeline.stages.round_blocks import round_blocks
 from hawqtool.pipeline.stages.token_importance import _importance
-from hawqtool.records import SWEEP_METRICS, RoundedLayer, Rows
+from hawqtool.pipeline.stages.write import Ahead, round_side_by_side, round_to_folder
+from hawqtool.records import SWEEP_METRICS, BitPlan, RoundedLayer, Rows
 from hawqtool.rounding.method import RoundingMethod
 from hawqtool.runtime.ranks import ALONE, Ranks
 from hawqtool.sensitivity import label_gradients
@@ -119,6 +123,28 @@ def test_codes_are_those_of_one_process(job: Job) -> None:
             if metrics[name]["fallback"] is None and told[name]["fallback"] is None:
                 assert told[name]["num_tokens"] == pytest.approx(metrics[name]["num_tokens"], abs=8)
                 assert float((found[name].codes == layer.codes).double().mean()) > 0.97, name
+
+
+def test_plans_rounded_side_by_side_are_those_of_one_process_to_the_bit(job: Job, tmp_path: Path) -> None:
+    """Two plans on three ranks: each is all one rank's, and the third has none."""
+    rows = Rows(tokens(1), "test", "-")
+    weights = sum(unit.num_weights for unit in job.units)
+    plans = [BitPlan({unit.name: fmt for unit in job.units}, 0, weights) for fmt in (LOW, HIGH)]
+
+    def rounded(ranks: Ranks) -> None:
+        ahead = [Ahead(f"{n}", f"{n}", plan, tmp_path / f"{ranks.size}-{n}", False) for n, plan in enumerate(plans)]
+        if ranks.leads:
+            round_side_by_side(RunContext(job, ranks=ranks), ahead, rows)
+            ranks.dismiss()
+        else:
+            ranks.serve(replace(job, ranks=ranks))
+
+    by_crew(RANKS, rounded)
+    for number, plan in enumerate(plans):
+        alone = tmp_path / f"alone-{number}"
+        round_to_folder(RunContext(job), plan, rows, alone, "alone")
+        shared = tmp_path / f"{RANKS}-{number}"
+        assert file_hash(shared / "model.safetensors") == file_hash(alone / "model.safetensors")
 
 
 def test_an_evaluation_is_that_of_one_process(job: Job) -> None:

@@ -38,6 +38,15 @@ def test_one_process_exchanges_nothing() -> None:
     assert ALONE.everywhere(value) == [value]
 
 
+@pytest.mark.parametrize(("size", "count", "teams"), [(3, 2, [0, 1, None]), (4, 4, [0, 1, 2, 3])])
+def test_ranks_part_in_teams_of_equal_size_and_some_are_left_over(
+    size: int, count: int, teams: list[int | None]
+) -> None:
+    found = [Ranks(rank, size).teams(count) for rank in range(size)]
+    assert [number if team else None for number, team in found] == teams
+    assert all(team.size == 1 and team.leads for _, team in found if team)
+
+
 def test_tensors_travel_apart_from_what_holds_them() -> None:
     value = {"rows": [torch.arange(6).view(2, 3).t(), torch.zeros(0)], "name": "x", "half": torch.ones(2).bfloat16()}
     data, tensors = _pickled(value)
