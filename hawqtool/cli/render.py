@@ -12,7 +12,8 @@ from rich.table import Table
 
 from hawqtool.parsing import printable
 from hawqtool.report.documents import DryRun, EvaluationDocument
-from hawqtool.report.schema import Gate, Kept, PlanComparison, Report, Search, Shipped, shipped_of
+from hawqtool.report.plan_comparison import PlanComparison, Shipped, shipped_of
+from hawqtool.report.schema import Gate, Kept, Report, Search
 from hawqtool.report.verdict import FEW_ROWS_TEXT, advice_text, verdict_text
 from hawqtool.report.wording import (
     MEASURES,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hawqtool.errors import NumericalError
 from hawqtool.records import Evaluation
-from hawqtool.report.schema import Quality
+from hawqtool.report.plan_comparison import Quality
 from hawqtool.runtime.ranks import ALONE, Ranks
 from hawqtool.streaming.stream import ModelStream
 

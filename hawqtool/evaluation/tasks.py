@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hawqtool.data.choices import Question
 from hawqtool.evaluation.divergence import standard_error
-from hawqtool.report.schema import TaskResult
+from hawqtool.report.plan_comparison import TaskResult
 from hawqtool.streaming.stream import ModelStream
 
 TOKENS_TOGETHER = 1 << 18

@@ -46,7 +46,8 @@ from hawqtool.pipeline.tasks import check_tasks, judge_tasks
 from hawqtool.pipeline.worker import begin_ranks, leading
 from hawqtool.records import BitPlan
 from hawqtool.report.documents import DryRun, SensitivityDocument
-from hawqtool.report.schema import Report, Search, Shipped, Verdict, shipped_of
+from hawqtool.report.plan_comparison import Shipped, shipped_of
+from hawqtool.report.schema import Report, Search, Verdict
 from hawqtool.report.verdict import verdict
 from hawqtool.runtime.reporter import Reporter
 from hawqtool.runtime.stage_timer import Stopwatch

@@ -12,7 +12,7 @@ from hawqtool.errors import InputError
 from hawqtool.evaluation.tasks import answers, task_result
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.job import Job
-from hawqtool.report.schema import TaskResult
+from hawqtool.report.plan_comparison import TaskResult
 from hawqtool.streaming.stream import ModelStream
 
 _NO_LIMIT = 1 << 20

@@ -6,7 +6,8 @@ from collections import Counter, defaultdict
 
 from hawqtool.report.escape import code, escape, fenced, table
 from hawqtool.report.front_matter import SourceFacts, Value, merged, read_source
-from hawqtool.report.schema import PlanEntry, Report, Search, shipped_of
+from hawqtool.report.plan_comparison import shipped_of
+from hawqtool.report.schema import PlanEntry, Report, Search
 from hawqtool.report.verdict import verdict_text
 from hawqtool.report.wording import (
     EXPLANATIONS,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
-from hawqtool.report.schema import Kept, Measure, Measured, PlanEntry, Quality, RotationKind, Shipped, TaskResult
+from hawqtool.report.plan_comparison import Measure, Measured, Quality, Shipped, TaskResult
+from hawqtool.report.schema import Kept, PlanEntry, RotationKind
 
 
 class MemberRecord(TypedDict):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from hawqtool.report.schema import Grade, Quality, Verdict
+from hawqtool.report.plan_comparison import Quality
+from hawqtool.report.schema import Grade, Verdict
 
 NEAR_LOSSLESS, USABLE, DAMAGED = GRADES = ("near lossless", "usable", "damaged")
 FEW_ROWS, FEW_TOKENS = 8, 4096

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from hawqtool.report.schema import Gate, Measured, PlanComparison, PlanQuality, Quality, Report, RowSet, TaskResult
+from hawqtool.report.plan_comparison import Measured, PlanComparison, PlanQuality, Quality, TaskResult
+from hawqtool.report.schema import Gate, Report, RowSet
 
 MEASURES = {"kl": "KL (nats)", "embedding_error": "relative error"}
 """Heading of what a model is judged by."""

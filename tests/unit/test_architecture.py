@@ -20,7 +20,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 TESTS = sorted(path for kind in ("unit", "reference") for path in (ROOT / "tests" / kind).rglob("test_*.py"))
 
 LAYERS = (
-    *("errors", "formats", "records", "report.schema", "report.documents"),
+    *("errors", "formats", "records", "report.plan_comparison", "report.schema", "report.documents"),
     *("parsing", "values", "settings", "presets", "config"),
     *("runtime",),
     *("checkpoint", "model", "rounding.kernels", "rounding", "rounding.learned", "streaming", "data"),

@@ -15,7 +15,8 @@ from hawqtool import __version__
 from hawqtool.config import RunConfig
 from hawqtool.pipeline.batch.jobs_file import SUMMARY_CSV, SUMMARY_JSON, BatchJob
 from hawqtool.pipeline.run.files import write_json, write_text
-from hawqtool.report.schema import Report, shipped_of
+from hawqtool.report.plan_comparison import shipped_of
+from hawqtool.report.schema import Report
 
 BATCH_SCHEMA = "hawqtool.batch/1"
 GATE_FAILED = 3

@@ -16,7 +16,8 @@ from hawqtool.pipeline.run.files import REPORT_SCHEMA, read_json
 from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.search.trials import Trial
 from hawqtool.records import Rows
-from hawqtool.report.schema import Gate, Report, shipped_of
+from hawqtool.report.plan_comparison import shipped_of
+from hawqtool.report.schema import Gate, Report
 from hawqtool.values import parse_size
 
 

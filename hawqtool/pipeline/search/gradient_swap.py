@@ -21,7 +21,7 @@ from hawqtool.pipeline.run.menu import job_menu
 from hawqtool.pipeline.search.trials import Trial, TrialRunner, formats_key
 from hawqtool.pipeline.search.width_swap import neighbouring, relative_scores
 from hawqtool.records import BitPlan, MeasurementRows, Menu, Score, UnitFormats, UnitScores
-from hawqtool.report.schema import SwapAttempt
+from hawqtool.report.plan_comparison import SwapAttempt
 from hawqtool.runtime.stage_timer import Stopwatch
 from hawqtool.sensitivity.measured_kl import pairs_of_scores, scores_of_pairs
 from hawqtool.sensitivity.plan_gradient import PlanChanges, Reference, plan_changes, round_formats

@@ -17,7 +17,14 @@ from hawqtool.pipeline.search.shortlist import FAR_ABOVE, RULE, predicted_ratio
 from hawqtool.pipeline.search.trials import Trial, TrialRunner
 from hawqtool.pipeline.search.width_swap import swapped
 from hawqtool.records import BitPlan, Evaluation
-from hawqtool.report.schema import Divergence, PlanComparison, PlanQuality, PredictedRival, Shipped, SwapAttempt
+from hawqtool.report.plan_comparison import (
+    Divergence,
+    PlanComparison,
+    PlanQuality,
+    PredictedRival,
+    Shipped,
+    SwapAttempt,
+)
 from hawqtool.sensitivity.measured_kl import UnitScores
 
 

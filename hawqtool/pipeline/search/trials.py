@@ -14,7 +14,8 @@ from hawqtool.pipeline.run.folder import REMOVED
 from hawqtool.pipeline.stages.evaluate import Evaluator
 from hawqtool.pipeline.stages.write import ROUNDING, Ahead, is_as_written, round_side_by_side, round_to_folder
 from hawqtool.records import BitPlan, Evaluation, Rows, UnitFormats
-from hawqtool.report.schema import PlanQuality, RoundingResult
+from hawqtool.report.plan_comparison import PlanQuality
+from hawqtool.report.schema import RoundingResult
 from hawqtool.runtime.stage_timer import Stopwatch
 from hawqtool.runtime.store import Saved
 

@@ -29,15 +29,8 @@ from hawqtool.pipeline.stages.kept import kept_record, kept_warnings
 from hawqtool.records import BitPlan, Rows
 from hawqtool.report.card import model_card
 from hawqtool.report.documents import SensitivityDocument
-from hawqtool.report.schema import (
-    LayerRecord,
-    PlanComparison,
-    Report,
-    RoundingResult,
-    RowSet,
-    RowSets,
-    Shipped,
-)
+from hawqtool.report.plan_comparison import PlanComparison, Shipped
+from hawqtool.report.schema import LayerRecord, Report, RoundingResult, RowSet, RowSets
 
 _PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "numpy", "pydantic", "PyYAML", "typer", "rich")
 _KIB = 1024

@@ -21,7 +21,8 @@ from hawqtool.report.page.html_tables import (
     versions_table,
     worst_table,
 )
-from hawqtool.report.schema import Gate, PlanComparison, Report, shipped_plan
+from hawqtool.report.plan_comparison import PlanComparison
+from hawqtool.report.schema import Gate, Report, shipped_plan
 from hawqtool.report.wording import (
     EXPLANATIONS,
     MEASURES,

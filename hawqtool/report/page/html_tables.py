@@ -8,20 +8,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from hawqtool.report.escape import one_line
-from hawqtool.report.schema import (
-    Divergence,
-    Gate,
-    Kept,
-    Measure,
-    PlanComparison,
-    PlanQuality,
-    Quality,
-    Report,
-    Search,
-    SwapAttempt,
-    layer_error,
-    named_rows,
-)
+from hawqtool.report.plan_comparison import Divergence, Measure, PlanComparison, PlanQuality, Quality, SwapAttempt
+from hawqtool.report.schema import Gate, Kept, Report, Search, layer_error, named_rows
 from hawqtool.report.wording import (
     GATES,
     MEASURES,

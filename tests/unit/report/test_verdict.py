@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from hawqtool.report.schema import Quality
+from hawqtool.report.plan_comparison import Quality
 from hawqtool.report.verdict import LIMITS, advice_text, next_bound, verdict, verdict_text
 
 DOCUMENTED = Path(__file__).resolve().parents[3] / "docs/evaluation.md"

@@ -14,7 +14,7 @@ from hawqtool.pipeline.search import gradient_swap
 from hawqtool.pipeline.search.gradient_swap import SHARES, Standing, _Search, next_share
 from hawqtool.pipeline.search.width_swap import neighbouring
 from hawqtool.records import LinearSpec, Score, Unit
-from hawqtool.report.schema import SwapAttempt
+from hawqtool.report.plan_comparison import SwapAttempt
 from hawqtool.runtime.reporter import Silent
 from hawqtool.sensitivity.plan_gradient import PlanChanges
 
