@@ -143,8 +143,16 @@ def row_losses(weight: Tensor, rounded: Tensor, factor: Factor) -> Tensor:
         rounded: ``[rows, in]`` float32, what it became.
         factor: Factor of the damped Gram matrix.
     """
+    return loop_errors(weight, rounded, factor).square().sum(1)
+
+
+def loop_errors(weight: Tensor, rounded: Tensor, factor: Factor) -> Tensor:
+    """e_j of every column of a loop without β, from what it rounded to: ``[rows, in]`` float32 in visiting order.
+
+    The loop leaves W0 - Q = e U, so e is found without running it (the arguments are those of `row_losses`).
+    """
     difference = (weight - rounded).index_select(1, factor.order)
-    return torch.linalg.solve_triangular(factor.upper, difference, upper=True, left=False).square().sum(1)
+    return torch.linalg.solve_triangular(factor.upper, difference, upper=True, left=False)
 
 
 def targets_at_turn(

@@ -1,4 +1,4 @@
-"""llama.cpp by its C interface: logits of a GGUF file on the CPU, from the library inside the xllamacpp wheel."""
+"""llama.cpp by its C interface, from the library inside the xllamacpp wheel: logits, quantization, dequantization."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from hawqtool.checkpoint.gguf.block_types import BlockType
 
 _ROOM = 1024
 """Bytes for parameter structures of any version: large structures travel on the stack, where more than is read does
@@ -38,6 +40,18 @@ def library() -> Path | None:
         return None
     folder = Path(next(iter(found.submodule_search_locations)))
     return next(iter(sorted(folder.glob("*.so"), key=lambda path: -path.stat().st_size)), None)
+
+
+def quantized(weight: torch.Tensor, kind: BlockType, importance: torch.Tensor | None = None) -> torch.Tensor:
+    """Blocks that ggml's own quantizer makes of ``[out, in]`` float32, ``[out, bytes of a row]`` uint8."""
+    lib, weight = ctypes.CDLL(str(library())), weight.contiguous()
+    stored = torch.empty(kind.num_bytes(weight.numel()), dtype=torch.uint8)
+    pointer = ctypes.c_void_p(None if importance is None else importance.contiguous().data_ptr())
+    rows, columns = (ctypes.c_int64(extent) for extent in weight.shape)
+    source, target = ctypes.c_void_p(weight.data_ptr()), ctypes.c_void_p(stored.data_ptr())
+    lib.ggml_quantize_init(kind.number)
+    lib.ggml_quantize_chunk(kind.number, source, target, ctypes.c_int64(0), rows, columns, pointer)
+    return stored.view(len(weight), -1)
 
 
 def logits(path: Path, tokens: Sequence[int]) -> torch.Tensor:

@@ -244,8 +244,9 @@ def _write_blocks(context: RunContext, plan: BitPlan, calibration: Rows | None, 
     one_each = {unit: (kind,) for unit, kind in plan.formats.items()}
     rounding = BlockRounding(job.settings.method, one_each, job.stored_dtypes)
     stream = job.stream()
+    method = job.settings.method
     activations = stream.embed(
-        calibration.tokens, job.settings.batch_size, False, job.settings.method.needs_drift, calibration.importance
+        *(calibration.tokens, job.settings.batch_size, method.compensates, method.needs_drift, calibration.importance)
     )
     stream.release_ends()
     progress = context.progress("rounding")

@@ -32,13 +32,23 @@ Finer where codes are: weights that were rounded before, as those of models trai
 parts find.
 """
 
+_ANCHORED = {
+    steps: (*(steps + 0.05 * part for part in range(-18, 19)), *whole)
+    for steps, whole in ((3, ()), (15, range(8, 15)), (31, range(18, 31)))
+}
+"""Steps from the lowest weight to the highest that are tried, by the largest code.
+
+Close to the largest code those of ggml's search (make_qkx3_quants), so that none of its grids is missed; below that
+whole numbers, which find the grid of weights that were rounded before.
+"""
+
 _TABLE_SPANS = tuple(1.15 - 0.05 * step for step in range(9))
 """Scales of tables for which the largest weight is this part of the largest value; with either sign."""
 
 _LEAST_TARGET = 0.75
 """The largest scale of a block becomes an integer of at least this part of the largest there is."""
 
-_ROUNDS = 2
+_ROUNDS = 3
 """Alternations of nearest codes and least squares; a third changed less than 0.1 % of the error."""
 
 
@@ -93,8 +103,12 @@ class _Problem:
 
     def errors(self, fields: BlockFields) -> Tensor:
         """Weighted squared error of each block, ``[rows, blocks]``."""
+        return self.by_block(self.group_errors(fields)).sum(-1)
+
+    def group_errors(self, fields: BlockFields) -> Tensor:
+        """Weighted squared error of each sub-block, ``[rows, groups]``."""
         restored = grid_values(fields.codes, block_grid(fields, self.kind), self.kind).view_as(self.values)
-        return self.by_block(self.sums((restored - self.values).square_())).sum(-1)
+        return self.sums((restored - self.values).square_())
 
     def with_codes(self, fields: BlockFields) -> BlockFields:
         """The stored scales with the nearest codes of their grid."""
@@ -147,22 +161,22 @@ class _Affine(NamedTuple):
 def _search_affine(problem: _Problem) -> tuple[Tensor, Tensor]:
     """Scale, never negative, and offset of every sub-block, ``[rows, groups]`` float32.
 
-    Codes are taken for parts of the range around its middle; least squares then gives scale and offset, which are
-    improved by taking codes anew. Offsets of K types are never positive, as their integers have no sign.
+    Codes are taken for parts of the range around its middle, and for numbers of steps from its lower end; least squares
+    then gives scale and offset. The best are improved by taking codes anew. Offsets of K types are never positive, as
+    their integers have no sign.
     """
     values, steps = problem.values, problem.kind.max_code
     low, high = values.aminmax(dim=-1)
     if problem.kind.max_minimum:
         low = low.clamp_max(0)
     span, middle = (high - low).clamp_min(1e-12), (high + low) / 2
-    best: _Affine | None = None
-    for part in _SPANS[steps]:
-        scale = span * part / steps
-        found = _least_squares(problem, scale, middle - span * part / 2)
-        for _ in range(_ROUNDS):
-            found = _better(found, _least_squares(problem, found.scale.clamp_min(1e-12), found.offset))
-        best = found if best is None else _better(best, found)
-    assert best is not None  # there are spans
+    starts = [(span * part / steps, middle - span * part / 2) for part in _SPANS[steps]]
+    starts += [(span / number, low) for number in _ANCHORED[steps]]
+    best = _least_squares(problem, *starts[0])
+    for scale, offset in starts[1:]:
+        best = _better(best, _least_squares(problem, scale, offset))
+    for _ in range(_ROUNDS):
+        best = _better(best, _least_squares(problem, best.scale.clamp_min(1e-12), best.offset))
     return best.scale, best.offset
 
 
@@ -258,6 +272,7 @@ def _two_levels(problem: _Problem, wanted: Tensor, weights: Tensor, lowest: int,
 
 def _refitted(problem: _Problem, fields: BlockFields) -> BlockFields:
     """The fields with fp16 numbers that fit codes and integers best, block by block, wherever that is better."""
+    fields = _with_neighbours(problem, fields)
     error = problem.errors(fields)
     for _ in range(_ROUNDS):
         scale, minimum = _fitted(problem, fields)
@@ -268,10 +283,38 @@ def _refitted(problem: _Problem, fields: BlockFields) -> BlockFields:
         fields = fields._replace(
             codes=torch.where(wide, tried.codes, fields.codes),
             scale=torch.where(better, scale, fields.scale),
-            minimum=None if minimum is None else torch.where(better, minimum, fields.minimum),  # type: ignore[arg-type]
+            minimum=_chosen(better, minimum, fields.minimum),
         )
         error = torch.where(better, found, error)
-    return fields
+    return _with_neighbours(problem, fields)
+
+
+def _with_neighbours(problem: _Problem, fields: BlockFields) -> BlockFields:
+    """The fields with integers of sub-blocks that are one more or less, wherever that is better with codes anew."""
+    if fields.scales is None or problem.kind.scale_codes is None:
+        return fields
+    (lowest, highest), minima = problem.kind.scale_codes, fields.minima
+    best, least = fields, problem.group_errors(fields)
+    for move, other in ((a, b) for a in (-1, 0, 1) for b in ((0,) if minima is None else (-1, 0, 1)) if a or b):
+        moved = fields._replace(
+            scales=(fields.scales + move).clamp_(lowest, highest),
+            minima=None if minima is None else (minima + other).clamp_(0, problem.kind.max_minimum),
+        )
+        tried = problem.with_codes(moved)
+        error = problem.group_errors(tried)
+        better = error < least
+        wide = better.repeat_interleave(problem.kind.group_size, 1)
+        best = best._replace(
+            codes=torch.where(wide, tried.codes, best.codes),
+            scales=_chosen(better, tried.scales, best.scales),
+            minima=_chosen(better, tried.minima, best.minima),
+        )
+        least = torch.where(better, error, least)
+    return best
+
+
+def _chosen(better: Tensor, first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    return None if first is None or second is None else torch.where(better, first, second)
 
 
 def _fitted(problem: _Problem, fields: BlockFields) -> tuple[Tensor, Tensor | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -17,6 +17,7 @@ from hawqtool.records import LinearSpec
 from hawqtool.rounding.blocks.block_loop import round_block_codes
 from hawqtool.rounding.blocks.block_search import search_blocks
 from hawqtool.rounding.factor import Factor
+from hawqtool.rounding.gptq import loop_errors, row_losses
 from hawqtool.rounding.gram import quadratic_form
 from hawqtool.rounding.input_drift import full_shift
 from hawqtool.rounding.method import RoundingMethod, Task
@@ -34,6 +35,7 @@ class BlockLayer:
         fields: Codes and stored scales, rows in the checkpoint's order.
         values: ``[out, in]`` float32, the weights that they stand for.
         output_error: Squared error of its outputs over squared outputs, on the rounding rows.
+        compensated: Whether later columns make up for errors.
     """
 
     name: str
@@ -41,6 +43,7 @@ class BlockLayer:
     fields: BlockFields
     values: Tensor
     output_error: float
+    compensated: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,10 @@ class BlockRounding(RoundingSpec):
         tasks = self.tasks(block, group)
         if not tasks:
             return []
-        factor = self.factor(tasks, statistics)
-        return [(round_layer(task, factor, statistics, self.method), task.weight) for task in tasks]
+        factor, part = self.factor(tasks, statistics), None
+        if self.method.compensates and statistics.fitting is not None:
+            part = self.factor(tasks, statistics.fitting)
+        return [(round_layer(task, factor, statistics, self.method, part), task.weight) for task in tasks]
 
     def errors(self, block: LoadedBlock, group: Sequence[LinearSpec], statistics: GroupStatistics) -> RoundingErrors:
         """Rounding errors of one input group in all its types, ``[out, in]`` float32 by linear and label."""
@@ -82,37 +87,108 @@ class BlockRounding(RoundingSpec):
         return found
 
 
-def round_layer(task: Task, factor: Factor, statistics: GroupStatistics, method: RoundingMethod) -> BlockLayer:
+def round_layer(
+    task: Task, factor: Factor, statistics: GroupStatistics, method: RoundingMethod, part: Factor | None = None
+) -> BlockLayer:
     """Round one weight to the block type that its task names.
 
-    Scales are searched against the damped diagonal of the Gram matrix, or, where tokens count by importance and later
-    columns compensate, against what these leave of an error (see `Factor.conditional`), as on other grids.
+    Where some rows are held out, the weight is rounded on the others first, with compensation and to nearest; the way
+    that has the less error on the held-out ones is taken.
 
     Args:
         task: Weight and block type.
         factor: Factor of the Gram matrix.
         statistics: Moments of the inputs.
         method: ``rtn`` or ``gptq``; with a share of the target shift.
+        part: Factor of the Gram matrix of the rows that are not held out; None where nothing is to be chosen.
 
     Raises:
         NumericalError: If the result is not finite; names the layer.
     """
-    kind, target = cast(BlockType, task.quant_format), task.weight
-    if method.shift and statistics.drift is not None:
-        target = target + cast(float, method.shift) * full_shift(target, statistics.drift, factor)
-    costs = factor.conditional if statistics.weighted and method.compensates else factor.diagonal
-    fields = search_blocks(target, costs, kind)
-    grid = block_grid(fields, kind)
-    if method.compensates:
-        fields = fields._replace(codes=round_block_codes(target, grid, factor, kind))
-    values = grid_values(fields.codes, grid, kind)
+    kind, plain = cast(BlockType, task.quant_format), replace(method, name="rtn", shift=0.0)
+    if part is not None and not _compensation_pays(task, part, statistics, method):
+        method = plain
+    fields = _rounded(task, factor, statistics, method)
+    values = grid_values(fields.codes, block_grid(fields, kind), kind)
     power = quadratic_form(task.weight, statistics.gram, coarse=True).clamp_min(1e-30)
     error = quadratic_form(values - task.weight, statistics.gram, coarse=True) / power
     if not bool(torch.isfinite(error)):
         raise NumericalError(
             f"{task.name}: rounding gave values that are not finite; check this weight for NaN, Inf or beyond 1e5"
         )
-    return BlockLayer(task.name, kind, fields, values, float(error))
+    return BlockLayer(task.name, kind, fields, values, float(error), method.compensates)
+
+
+def _rounded(task: Task, factor: Factor, statistics: GroupStatistics, method: RoundingMethod) -> BlockFields:
+    """Codes and stored scales of one weight.
+
+    Scales are searched against the damped diagonal of the Gram matrix, or, where tokens count by importance and later
+    columns compensate, against what these leave of an error (see `Factor.conditional`), as on other grids.
+    """
+    kind, target = cast(BlockType, task.quant_format), task.weight
+    if method.shift and statistics.drift is not None:
+        target = target + cast(float, method.shift) * full_shift(target, statistics.drift, factor)
+    if not method.compensates:
+        return search_blocks(target, factor.diagonal, kind)
+    if not statistics.weighted:
+        return round_blocks(target, factor.diagonal, factor, kind)
+    return round_blocks(target, factor.conditional, factor, kind, method.passes)
+
+
+def round_blocks(target: Tensor, costs: Tensor, factor: Factor, kind: BlockType, passes: int = 1) -> BlockFields:
+    """Scales, then codes by the column loop; again with scales for what the loop rounded, keeping each row's best.
+
+    Args:
+        target: ``[out, in]`` float32, what is rounded.
+        costs: ``[in]`` float32, what a squared error costs in each column.
+        factor: Factor of the Gram matrix of the inputs.
+        kind: Type of the blocks.
+        passes: How often scales are searched (two-pass scale search, see `RoundingMethod.passes`).
+    """
+    fields = search_blocks(target, costs, kind)
+    best = latest = _with_loop(target, fields, factor, kind)
+    least: Tensor | None = None
+    for _ in range(passes - 1):
+        values = grid_values(latest.codes, block_grid(latest, kind), kind)
+        column_errors = loop_errors(target, values, factor)
+        least = column_errors.square().sum(1) if least is None else least
+        met = values.index_add(1, factor.order, column_errors * factor.upper.diagonal())
+        latest = _with_loop(target, search_blocks(met, costs, kind), factor, kind)
+        losses = row_losses(target, grid_values(latest.codes, block_grid(latest, kind), kind), factor)
+        best = _merged(losses < least, latest, best)
+        least = torch.minimum(losses, least)
+    return best
+
+
+def _with_loop(target: Tensor, fields: BlockFields, factor: Factor, kind: BlockType) -> BlockFields:
+    return fields._replace(codes=round_block_codes(target, block_grid(fields, kind), factor, kind))
+
+
+def _merged(rows: Tensor, new: BlockFields, old: BlockFields) -> BlockFields:
+    """The rows that are marked from one result, the others from another."""
+    wide = rows[:, None]
+    parts = (
+        None if first is None or second is None else torch.where(wide, first, second)
+        for first, second in zip(new, old, strict=True)
+    )
+    return BlockFields(*parts)  # type: ignore[arg-type]
+
+
+def _compensation_pays(task: Task, part: Factor, statistics: GroupStatistics, method: RoundingMethod) -> bool:
+    """Whether later columns make up for errors on the held-out rows too, after rounding by the others."""
+    fitting, held_out, kind = statistics.fitting, statistics.held_out, cast(BlockType, task.quant_format)
+    assert fitting is not None and held_out is not None  # there is a factor of the former
+
+    def loss(fields: BlockFields) -> Tensor:
+        error = grid_values(fields.codes, block_grid(fields, kind), kind) - task.weight
+        found = quadratic_form(error, held_out.gram)
+        if held_out.drift is not None:
+            found = found - 2 * (error * (task.weight @ held_out.drift)).sum()
+        return found
+
+    once = replace(method, passes=1)
+    nearest = _rounded(task, part, fitting, replace(once, name="rtn", shift=0.0))
+    return bool(loss(_rounded(task, part, fitting, once)) <= loss(nearest))
 
 
 def round_alone(name: str, weight: Tensor, kind: BlockType) -> BlockFields:

@@ -8,6 +8,7 @@ import torch
 from hawqtool.checkpoint.gguf.block_codec import block_grid, dequantize_blocks, grid_values, pack_blocks
 from hawqtool.checkpoint.gguf.block_types import BLOCK_TYPES, BlockType
 from hawqtool.rounding.blocks.block_search import search_blocks
+from tests.support import llama_cpp
 
 torch.set_num_threads(1)
 KINDS = list(BLOCK_TYPES.values())
@@ -63,3 +64,27 @@ def test_odd_blocks_stay_finite(kind: BlockType) -> None:
     assert bool(torch.isfinite(values).all()) and not bool(values[0].any())
     assert error(values[[5]], weight[[5]], costs) < 1.2 * BOUNDS[kind.name]
     assert float((values[1:3] - weight[1:3]).abs().max()) < 0.02
+
+
+@pytest.mark.parametrize("name", ["Q4_1", "Q5_1", "Q4_K", "Q5_K"])
+def test_weights_that_were_rounded_before_are_found_again(name: str) -> None:
+    random, kind = torch.Generator().manual_seed(7), BLOCK_TYPES[name]
+    codes = torch.randint(0, 16, (8, 8, 32), generator=random).float()
+    codes[::2] = codes[::2].clamp(1, 14)  # some blocks do not use the ends of their range
+    steps = (0.01 + 0.02 * torch.rand(8, 8, 1, generator=random)).half().float()
+    weight, costs = (steps * codes - (8 * steps).half().float()).view(8, 256), weights(8, 256)[1]
+    fields = search_blocks(weight, costs, kind)
+    values = grid_values(fields.codes, block_grid(fields, kind), kind)
+    # Scales of K types have six bits, and so are off by up to a percent.
+    assert error(values, weight, costs) < (2e-6 if kind.block_size == 32 else 3e-4)
+
+
+@pytest.mark.skipif(llama_cpp.library() is None, reason="xllamacpp, which brings ggml, is not installed")
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_it_is_no_worse_than_ggml_with_an_importance_matrix(kind: BlockType) -> None:
+    weight, costs = weights(32)
+    for rows in (weight, (weight / 0.01).round() * 0.01):
+        other = dequantize_blocks(llama_cpp.quantized(rows, kind, costs), kind)
+        fields = search_blocks(rows, costs, kind)
+        values = grid_values(fields.codes, block_grid(fields, kind), kind)
+        assert error(values, rows, costs) <= error(other, rows, costs)
