@@ -117,6 +117,7 @@ class FamilyShape:
         hidden: Width of the residual stream.
         blocks: Transformer blocks.
         vocabulary: Tokens.
+        head_width: Width of a head; None where the default is the model's.
     """
 
     name: str
@@ -124,9 +125,16 @@ class FamilyShape:
     hidden: int
     blocks: int
     vocabulary: int
+    head_width: int | None = None
 
 
-FAMILIES = {shape.name: shape for shape in (FamilyShape("qwen3.5-35b-a3b", "qwen3_5_moe_text", 2048, 40, 248320),)}
+FAMILIES = {
+    shape.name: shape
+    for shape in (
+        FamilyShape("qwen3.5-35b-a3b", "qwen3_5_moe_text", 2048, 40, 248320),
+        FamilyShape("qwen3-30b-a3b", "qwen3_moe", 2048, 48, 151936, 128),
+    )
+}
 
 
 def named_shape(name: str, blocks: int | None, vocabulary: int | None, width: float = 1.0) -> Shape | FamilyShape:
@@ -200,6 +208,8 @@ def _write_family(shape: FamilyShape, folder: Path, device: torch.device, seed: 
     config = AutoConfig.for_model(shape.model_type)
     types = getattr(config, "layer_types", None)
     config.update({"num_hidden_layers": shape.blocks, "vocab_size": shape.vocabulary})
+    if shape.head_width is not None:
+        config.update({"head_dim": shape.head_width})
     if types:
         config.layer_types = types[: shape.blocks]
     torch.manual_seed(seed)
