@@ -161,7 +161,8 @@ def _relative_powers(
     powers, first = [], 0
     for output, gradient in zip(outputs, gradients, strict=True):
         sizes = torch.linalg.vector_norm(output.to(gradient.device), dim=-1, dtype=torch.float32)
-        relative = gradient * sizes[..., None].to(gradient.dtype)
+        wide = gradient.float() if gradient.dtype == torch.float16 else gradient  # sizes are out of its range
+        relative = wide * sizes[..., None].to(wide.dtype)
         norms = torch.linalg.vector_norm(relative, dim=-1, dtype=torch.float32)
         visit(relative, norms, first)
         powers.append(norms.square())
