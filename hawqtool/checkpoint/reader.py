@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -45,10 +46,11 @@ class TensorReader:
     Args:
         index: The checkpoint.
         exact: Whether rotated tensors are given in float64, as they are before they are rounded to their dtype.
+        device: Where rotated tensors are computed and given; None for the CPU, where all others are.
     """
 
-    def __init__(self, index: CheckpointIndex, exact: bool = False) -> None:
-        self.index, self._exact = index, exact
+    def __init__(self, index: CheckpointIndex, exact: bool = False, device: torch.device | None = None) -> None:
+        self.index, self._exact, self._device = index, exact, device
 
     def __contains__(self, name: object) -> bool:
         return name in self.index.tensors
@@ -64,7 +66,7 @@ class TensorReader:
         return self.index.tensors[name]
 
     def tensor(self, name: str, pinned: bool = False) -> Tensor:
-        """Tensor on the CPU in the source dtype, in its own memory, page-locked where ``pinned``.
+        """Tensor in the source dtype, in its own memory, which on the CPU is page-locked where ``pinned``.
 
         Raises:
             InputError: If there is no such tensor or the file cannot be read.
@@ -78,8 +80,8 @@ class TensorReader:
             InputError: If the file cannot be read.
         """
         if isinstance(info, DequantizedInfo | PartInfo | RotatedInfo):
-            weight = self._computed(info)
-            return weight.pin_memory() if pinned else weight
+            weight = self._computed(info, pinned)
+            return weight.pin_memory() if pinned and weight.device.type == "cpu" else weight
         dtype = torch_dtype(info.dtype)
         if info.num_bytes == 0:
             return torch.empty(info.shape, dtype=dtype)
@@ -101,9 +103,11 @@ class TensorReader:
             self.index.content.check(info.place, hashlib.sha256(view).digest(), info.name)
         return buffer.view(dtype).reshape(info.shape)
 
-    def _computed(self, info: DequantizedInfo | PartInfo | RotatedInfo) -> Tensor:
+    def _computed(self, info: DequantizedInfo | PartInfo | RotatedInfo, pinned: bool = False) -> Tensor:
         if isinstance(info, RotatedInfo):
-            return rotate_tensor(info, self.read, "F64" if self._exact else None)
+            on_device = self._device is not None and self._device.type != "cpu"
+            read = partial(self.read, pinned=pinned and on_device)
+            return rotate_tensor(info, read, "F64" if self._exact else None, self._device)
         return read_part(info, self.read) if isinstance(info, PartInfo) else dequantize_tensor(info, self.read)
 
     def raw(self, name: str) -> bytes:
@@ -122,7 +126,7 @@ class TensorReader:
         """
         info = self.info(name)
         if isinstance(info, DequantizedInfo | PartInfo | RotatedInfo):
-            view = self.read(info).view(-1).view(torch.uint8).numpy().data
+            view = self.read(info).cpu().view(-1).view(torch.uint8).numpy().data
             yield from (bytes(view[at : at + CHUNK_BYTES]) for at in range(0, len(view), CHUNK_BYTES))
             return
         digest = None if self.index.content is None else hashlib.sha256()

@@ -129,25 +129,27 @@ class PackedReader:
     def __contains__(self, name: object) -> bool:
         return name in self.index.tensors or (isinstance(name, str) and self._packed_module(name) is not None)
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str, pinned: bool = False) -> Tensor:
         """Tensor on the CPU; a packed weight on the reader's device, in the scale's dtype, as the original lies.
+
+        What lies on the CPU, if only on its way, is page-locked where ``pinned``.
 
         Raises:
             InputError: If there is no such tensor, or the packed tensors and the config disagree.
         """
         module = None if name in self.index.tensors else self._packed_module(name)
         if module is None:
-            return self._reader.tensor(name)
-        weight = dequantize(*self.codes(module))
+            return self._reader.tensor(name, pinned)
+        weight = dequantize(*self.codes(module, pinned))
         return weight.t().contiguous() if module in self.transposed else weight
 
-    def codes(self, module: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    def codes(self, module: str, pinned: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
         """Codes ``[out, in]`` int8, scales ``[out, groups]`` and zero points of a packed module, as `dequantize` takes.
 
         Raises:
             InputError: If the module is not packed, or shapes and the config group disagree.
         """
-        parts = self._parts(module)
+        parts = self._parts(module, pinned)
         quant_format = module_format(self._config, module)
         found = {suffix: tuple(part.shape) for suffix, part in parts.items()}
         problem = shape_problem(module, quant_format, found, self._shape(module))
@@ -159,12 +161,12 @@ class PackedReader:
         module = name.removesuffix(".weight")
         return module if module != name and f"{module}{PACKED}" in self.index.tensors else None
 
-    def _parts(self, module: str) -> dict[str, Tensor]:
-        parts = packed_parts(self._reader, module)
+    def _parts(self, module: str, pinned: bool) -> dict[str, Tensor]:
+        parts = packed_parts(self._reader, module, pinned)
         floating = parts[SCALE].dtype.is_floating_point
         if not floating or any(part.dtype != torch.int32 for suffix, part in parts.items() if suffix != SCALE):
             raise InputError(f"{module} is not packed as int32 words and float scales; write it again")
-        return {suffix: part.to(self._device) for suffix, part in parts.items()}
+        return {suffix: part.to(self._device, non_blocking=pinned) for suffix, part in parts.items()}
 
     def _shape(self, module: str) -> tuple[int, int]:
         shape = self._reader.tensor(f"{module}.weight_shape").tolist()
@@ -173,10 +175,12 @@ class PackedReader:
         return int(shape[0]), int(shape[1])
 
 
-def packed_parts(reader: TensorReader, module: str) -> dict[str, Tensor]:
+def packed_parts(reader: TensorReader, module: str, pinned: bool = False) -> dict[str, Tensor]:
     """Packed codes, scales and, where there are any, packed zero points of a module, by suffix."""
     names = {suffix: module + suffix for suffix in (PACKED, SCALE, ZERO_POINT)}
-    return {suffix: reader.tensor(name) for suffix, name in names.items() if suffix != ZERO_POINT or name in reader}
+    return {
+        suffix: reader.tensor(name, pinned) for suffix, name in names.items() if suffix != ZERO_POINT or name in reader
+    }
 
 
 def unpack_parts(

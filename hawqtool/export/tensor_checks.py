@@ -170,7 +170,7 @@ def _gain_problems(reader: TensorReader, source: TensorReader, name: str) -> lis
     gain = reader.tensor(name)
     if not bool(torch.isfinite(gain).all()):
         return [f"tensor {name} holds NaN or Inf; expected finite gains; write it again"]
-    return gain_problems(name, gain, source.tensor(name))
+    return gain_problems(name, gain, source.tensor(name).cpu())
 
 
 def error_problems(
@@ -212,7 +212,8 @@ def _error_problems(
     found = list(source.info(name).shape)
     if found != ([columns, rows] if module in transposed else [rows, columns]):
         return [f"{module}.weight_shape is {[rows, columns]}; the source's weight has {found}"]
-    weight = source.tensor(name).t() if module in transposed else source.tensor(name)
+    stored = source.tensor(name).cpu()
+    weight = stored.t() if module in transposed else stored
     found_errors = packed_errors(weight, packed_parts(reader, module), quant_format, device)
     measured, expected = found_errors.relative, recorded.get(module)
     if expected is None:

@@ -117,7 +117,7 @@ def verify_folder(
         problems += plan_problems(formats, index, plan)
     if against is not None:
         seed = _seed(plan)
-        source = TensorReader(_source_index(Path(against), plan))
+        source = TensorReader(_source_index(Path(against), plan), device=torch.device(device))
         source_config = read_config(Path(against)) | ({} if seed is None else {UNTIED: False})
         problems += _model_config_problems(model_config, source_config)
         problems += source_file_problems(folder, Path(against), index)
@@ -171,7 +171,8 @@ def origin_problems(folder: Path, against: Path, device: torch.device | str = "c
     """
     index = read_index(folder)
     plan, _ = _record(folder, PLAN_FILE, _is_plan)
-    reader, source = TensorReader(index), TensorReader(_source_index(against, plan))
+    reader = TensorReader(index)
+    source = TensorReader(_source_index(against, plan), device=torch.device(device))
     config: Any = read_config(folder).get("quantization_config")
     if broken := structure_problems({"ignore": [], **config} if isinstance(config, dict) else config):
         return broken

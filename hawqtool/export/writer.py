@@ -41,6 +41,7 @@ class CheckpointWriter:
         folder: Existing folder that receives the files.
         kept: Checksums of tensors that an earlier writer left in the same files (see `intact`); they are not
             written again.
+        device: Where copies of rotated tensors are computed; None for the CPU.
 
     Attributes:
         checksums: SHA-256 of the stored bytes of every tensor written so far, by name.
@@ -48,10 +49,15 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self, index: CheckpointIndex, layout: Layout, folder: Path, kept: Mapping[str, str] | None = None
+        self,
+        index: CheckpointIndex,
+        layout: Layout,
+        folder: Path,
+        kept: Mapping[str, str] | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.checksums: dict[str, str] = dict(kept or {})
-        self._reader = TensorReader(index)
+        self._reader = TensorReader(index, device=device)
         self._layout = layout
         self._folder = folder
         self._streams: dict[str, BinaryIO] = {}

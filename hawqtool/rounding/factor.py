@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -43,6 +43,21 @@ class Factor:
     retries: int
     dead_inputs: int
     num_tokens: int
+    _steps: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def steps(self, size: int) -> list[tuple[Tensor, Tensor]]:
+        """U by blocks of columns: its block on the diagonal, contiguous, and what lies right of that.
+
+        Output feedback runs the loop 32 times over one factor, on so few rows that cutting this anew would take longer
+        than the arithmetic.
+        """
+        if size not in self._steps:
+            parts = ((first, min(first + size, len(self.order))) for first in range(0, len(self.order), size))
+            self._steps[size] = [
+                (self.upper[first:last, first:last].contiguous(), self.upper[first:last, last:])
+                for first, last in parts
+            ]
+        return self._steps[size]
 
     @property
     def conditional(self) -> Tensor:

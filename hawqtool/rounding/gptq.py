@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import repeat
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,24 +85,32 @@ def round_compensated(
     size = PAPER_BLOCK if paper_form else block_size or size
     feedback = torch.zeros_like(target)
     codes = torch.empty_like(target, dtype=torch.int8)
-    scratch = torch.empty_like(target[:size]) if column_errors is None else column_errors
-    for part in _blocks(len(target), size):
-        upper = factor.upper[part, part]
-        block = ColumnBlock(
-            *(target[part], feedback[part], scales[part], None if zeros is None else zeros[part]),
-            upper=_faded(upper, feedback[part], beta) if paper_form else upper,
-            lowest=grids.lowest,
-            highest=grids.highest,
-            codes=codes[part],
-            errors=scratch[: part.stop - part.start] if column_errors is None else column_errors[part],
-        )
+    errors = torch.empty_like(target[:size]) if column_errors is None else column_errors
+    columns = target, feedback, scales, zeros, codes, errors
+    for (w, fed, scale, zero, code, error), (upper, later) in _blocks(
+        columns, factor.steps(size), column_errors is not None
+    ):
+        diagonal = _faded(upper, fed, beta) if paper_form else upper
+        block = ColumnBlock(w, fed, scale, zero, diagonal, grids.lowest, grids.highest, code, error)
         round_block(block, beta)
-        later = factor.upper[part, part.stop :]
         if later.shape[1]:
-            feedback[part.stop :].addmm_(later.t(), block.errors, alpha=-1.0)
+            feedback[len(feedback) - later.shape[1] :].addmm_(later.t(), block.errors, alpha=-1.0)
     result = torch.empty_like(codes)
     result[factor.order] = codes
     return _transposed(result)
+
+
+def _blocks(
+    columns: tuple[Tensor | None, ...], steps: Sequence[tuple[Tensor, Tensor]], keeps_errors: bool
+) -> Iterator[tuple[tuple[Any, ...], tuple[Tensor, Tensor]]]:
+    """Tensors ``[in, rows]`` by blocks, each with its part of U; errors, which come last, have one place for all."""
+    first = 0
+    for step in steps:
+        part = slice(first, first + len(step[0]))
+        *others, errors = columns
+        own = errors[part if keeps_errors else slice(len(step[0]))] if errors is not None else None
+        yield (*(None if values is None else values[part] for values in others), own), step
+        first = part.stop
 
 
 def _faded(upper: Tensor, feedback: Tensor, beta: float) -> Tensor:
@@ -189,11 +197,6 @@ def _visited(values: Tensor, factor: Factor) -> Tensor:
     """Values of groups ``[rows, groups]`` by column in visiting order, ``[in, rows]``, each a contiguous row."""
     width = len(factor.order) // values.shape[1]
     return values.t().contiguous().index_select(0, factor.order // width)
-
-
-def _blocks(columns: int, size: int) -> Iterator[slice]:
-    for first in range(0, columns, size):
-        yield slice(first, min(first + size, columns))
 
 
 def _round_block(block: ColumnBlock, beta: float) -> None:

@@ -116,6 +116,24 @@ def has_float32_products(device: torch.device, dtype: torch.dtype) -> bool:
     return "dtype" in torch.ops.aten.mm.overloads() and torch.cuda.get_device_capability(device) >= _TENSOR_CORES
 
 
+def pack_panels(matrix: Tensor) -> Tensor:
+    """What `gram` computed of a matrix ``[in, in]``: its panels from the first column to the diagonal, ``[n]``."""
+    panel = _panel(matrix, len(matrix))
+    return torch.cat([matrix[row : row + panel, : row + panel].flatten() for row in range(0, len(matrix), panel)])
+
+
+def unpack_panels(packed: Tensor, size: int) -> Tensor:
+    """The matrix ``[size, size]`` of its panels, to the bit: the rest of it is their mirror image."""
+    matrix, first = packed.new_empty(size, size), 0
+    panel = _panel(packed, size)
+    for row in range(0, size, panel):
+        target = matrix[row : row + panel, : row + panel]
+        target.copy_(packed[first : first + target.numel()].view(target.shape))
+        first += target.numel()
+    _mirror(matrix, panel)
+    return matrix
+
+
 def _panel(inputs: Tensor, width: int) -> int:
     """Rows of the matrix that are computed together; each panel stops at the diagonal."""
     if not inputs.is_cuda:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hawqtool.model.block import LoadedBlock
 from hawqtool.records import BlockSpec, LinearSpec, Menu
+from hawqtool.rounding.gram import pack_panels, unpack_panels
 from hawqtool.rounding.spec import InputGroups
 from hawqtool.rounding.statistics import GroupStatistics
 from hawqtool.streaming.block import Activations, advance
@@ -112,13 +113,17 @@ def _keeps_statistics(groups: Sequence[Sequence[LinearSpec]], calibration: Activ
 def _put_away(statistics: GroupStatistics, offload: Offload | None) -> Callable[[], GroupStatistics]:
     """Keep statistics of the original model, which have no drift, with the hidden states; the result gives them back.
 
-    The matrices of all blocks may take twice as much as the hidden states do.
+    The matrices of all blocks may take twice as much as the hidden states do; of each a triangle is kept.
     """
     if offload is None:
         return lambda: statistics
-    gram, counts = offload.store(statistics.gram), (statistics.num_tokens, statistics.num_routed)
+    packed, size = offload.store(pack_panels(statistics.gram)), len(statistics.gram)
+    counts = statistics.num_tokens, statistics.num_routed
     held_out = None if statistics.held_out is None else _put_away(statistics.held_out, offload)
     weighted = statistics.weighted
     return lambda: GroupStatistics(
-        gram.load(), *counts, held_out=None if held_out is None else held_out(), weighted=weighted
+        unpack_panels(packed.load(), size),
+        *counts,
+        held_out=None if held_out is None else held_out(),
+        weighted=weighted,
     )

@@ -24,6 +24,8 @@ from hawqtool.sensitivity.scores import SIGNED, LayerRows, RowValues, add_rows, 
 from hawqtool.streaming.block import Activations, check_states
 from hawqtool.streaming.dealt import dealt
 from hawqtool.streaming.input_statistics import group_statistics
+from hawqtool.streaming.offload import total_bytes
+from hawqtool.streaming.resume_points import Pace
 from hawqtool.streaming.stream import ModelStream
 
 _SWEEP = "reverse-sweep"
@@ -85,10 +87,11 @@ def measure(
         rounding: Rounding that will be applied, with the formats to score; an output head is not refined.
         settings: Labels, gradients and metrics.
         progress: Called with the phase, blocks done and blocks in all.
-        saved: Keeps the reverse sweep by block; one of equal arguments that was cut is gone on with, equal to the bit.
+        saved: Keeps the reverse sweep by block, or now and then where that is much; one of equal arguments that was
+            cut is gone on with, equal to the bit.
     """
     begun, method = saved.load(_SWEEP), replace(rounding.method, passes=1)  # more make all errors smaller alike
-    ranks, size, calibration = settings.ranks, rows.batch_size, rows.calibration.tokens
+    pace, ranks, size, calibration = Pace(), settings.ranks, rows.batch_size, rows.calibration.tokens
     rounding, scoring = replace(rounding, method=method), rows.scoring[ranks.share(len(rows.scoring))]
     share = ranks.share(len(calibration))
     left = len(stream.structure.blocks) if begun is None else int(begun["left"])
@@ -121,7 +124,8 @@ def measure(
                 gradients := limit.limited(gradients, ranks), f"the gradient at the input of block {spec.name}"
             )
             scores.add_block(spec, layers, errors, ranks)
-            saved.save(_SWEEP, _state(spec.index, gradients, outputs, limit, scores))
+            if pace.is_due(total_bytes(gradients)):
+                saved.save(_SWEEP, _state(spec.index, gradients, outputs, limit, scores))
             progress("reverse sweep", left - spec.index, left)
     shares = ranks.to_owner((scores, limit.shortened), 0) or [(scores, limit.shortened)]
     shortened = sum(count for _, count in shares)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, MutableSequence, Sequence
 from copy import copy
 from functools import partial
@@ -21,7 +22,7 @@ from hawqtool.sensitivity.label_gradients import loss_gradients
 from hawqtool.sensitivity.output_moments import OutputMomentSums, Sums
 from hawqtool.streaming.block import Activations, advance, check_states
 from hawqtool.streaming.offload import OffloadedBatches, total_bytes
-from hawqtool.streaming.stream import ModelStream
+from hawqtool.streaming.stream import BLOCKS_AHEAD, ModelStream
 
 EXPONENT = 0.5
 """Power of ‖g‖² that is taken for the importance, hence ‖g‖.
@@ -45,8 +46,8 @@ class Portions(NamedTuple):
 
     Args:
         batch_size: Rows per pass.
-        room: Bytes of hidden states that may be kept together: those before every block, of one batch at least. Less
-            room means reading the weights of all blocks more often; importance does not depend on it.
+        room: Bytes of hidden states that may be kept together; those of one batch are in any case. Less room means
+            walking blocks again, or reading the weights of all blocks more often; importance does not depend on it.
         ranks: Processes that share the rows; the leader has the result, the others none.
     """
 
@@ -54,9 +55,53 @@ class Portions(NamedTuple):
     room: int
     ranks: Ranks = ALONE
 
-    def rows_together(self, row_bytes: int) -> int:
-        """Rows whose states are kept together: whole batches."""
-        return max(1, self.room // (row_bytes * self.batch_size)) * self.batch_size
+    def plan(self, state_bytes: int, blocks: int, rows: int, walks_again: bool) -> tuple[int, int]:
+        """Rows whose states are kept together, whole batches, and how many blocks lie between states that are kept.
+
+        States between those come from walking these blocks once more, in the reverse sweep (checkpointing, Chen et al.
+        2016, 1604.06174): that takes less than reading all weights again for other rows, as long as it helps.
+
+        Args:
+            state_bytes: Bytes of the states of a row before one block.
+            blocks: Blocks of the model.
+            rows: Rows in all.
+            walks_again: Whether walking from what is kept gives the same states.
+        """
+        most = math.isqrt(blocks - 1) + 1 if walks_again else 1
+        held = [-(-blocks // spacing) + spacing - 1 for spacing in range(1, most + 1)]  # with those of one stretch
+        batches = -(-rows // self.batch_size)
+        for spacing, count in enumerate(held, 1):
+            if batches * self.batch_size * count * state_bytes <= self.room:
+                return batches * self.batch_size, spacing
+        count = self.room // (state_bytes * held[-1] * self.batch_size)
+        return max(1, count) * self.batch_size, most
+
+
+class _Stretches:
+    """Blocks in the order of both sweeps: forwards, and in reverse, each stretch walked again before it.
+
+    Args:
+        blocks: Blocks of the model.
+        spacing: Blocks of a stretch: states are kept before the first of each, and before all of the last one.
+    """
+
+    def __init__(self, blocks: int, spacing: int) -> None:
+        self.blocks, self.spacing = blocks, spacing
+        self._last = (blocks - 1) // spacing * spacing
+
+    def keeps(self, index: int) -> bool:
+        """Whether the forward sweep keeps the states before a block."""
+        return index % self.spacing == 0 or index > self._last
+
+    def again(self, index: int) -> range:
+        """Blocks to walk again when the reverse sweep comes to a block, none where its states are there."""
+        ends_stretch = index % self.spacing == self.spacing - 1 and index < self._last
+        return range(index - self.spacing + 1, index) if ends_stretch else range(0)
+
+    def following(self, index: int) -> list[int]:
+        """Blocks whose weights the reverse sweep reads after those of a block."""
+        order = [i for later in range(index - 1, index - 3, -1) if later >= 0 for i in (*self.again(later), later)]
+        return order[:BLOCKS_AHEAD]
 
 
 def token_importance(
@@ -92,41 +137,64 @@ def token_importance(
     generator = torch.Generator(stream.device).manual_seed(ranks.seed(seed))
     order, powers, starts = FixedOrder(stream.device), dict[str, list[Tensor]](), list[Tensor]()
     blocks, batch_size = stream.structure.blocks, portions.batch_size
-    parts = rows[share].split(portions.rows_together(_bytes_of_row(stream, rows[:1])))
+    parts, stretches = _planned(stream, rows[share], portions)
     total, done, first = 2 * len(blocks) * len(parts), 0, share.start
     for part in parts:
-        seen, stored = stream.embed(part, batch_size), []
-        for states in _forward(stream, seen):
-            stored.append(states)
-            progress(done := done + 1, total)
+        seen, stored = stream.embed(part, batch_size), _Stored()
+        for index in _forward(stream, seen, stored, stretches):
+            progress(done + index + 1, total)
         release_freed_pages()  # logits need memory in other sizes than blocks do
         gradients, _ = loss_gradients(stream, part.split(batch_size), seen.hidden, generator, _POSITIONS)
         starts.append(row_powers(gradients))
         stream.release_ends()
         release_freed_pages()
         for spec in reversed(blocks):
-            outputs, seen.hidden = seen.hidden, stored.pop()
-            with stream.block(spec.index) as block:
+            outputs = seen.hidden
+            _walk_again(stream, seen, stored, stretches.again(spec.index))
+            seen.hidden = stored.pop(spec.index)
+            with stream.block(spec.index, stretches.following(spec.index)) as block:
                 found, gradients, sums = order.run(partial(_reversed, block, seen, outputs, gradients, moments, first))
             check_states(gradients, f"the gradient at the input of block {spec.name}")
-            if moments is not None:
+            if moments:
                 moments.add(sums, last=part is parts[-1])
             for name, power in found.items():
                 powers.setdefault(name, []).append(power.cpu())
-            progress(done := done + 1, total)
-        first += len(part)
-    if moments is not None:
+            progress(done + 2 * len(blocks) - spec.index, total)
+        first, done = first + len(part), done + 2 * len(blocks)
+    if moments:
         moments.collect()
     return _joined(ranks, powers, starts, exponent)
 
 
-def _forward(stream: ModelStream, seen: Activations) -> Iterator[MutableSequence[Tensor]]:
-    """Walk the model; gives the hidden states before each block once they have passed it."""
+def _planned(stream: ModelStream, rows: Tensor, portions: Portions) -> tuple[Sequence[Tensor], _Stretches]:
+    """Rows whose states are kept together, and before which blocks they are."""
+    # Where states are rounded to be kept, walking on from them gives others.
+    walks_again, blocks = stream.dtype.itemsize <= _STORED.itemsize, len(stream.structure.blocks)
+    together, spacing = portions.plan(_state_bytes(stream, rows[:1]), blocks, len(rows), walks_again)
+    return rows.split(together), _Stretches(blocks, spacing)
+
+
+_Stored = dict[int, MutableSequence[Tensor]]
+"""States before blocks, by their numbers."""
+
+
+def _forward(stream: ModelStream, seen: Activations, stored: _Stored, stretches: _Stretches) -> Iterator[int]:
+    """Walk the model, keeping states; gives the number of each block once they have passed it."""
     for spec in stream.structure.blocks:
-        before = _kept(stream, seen.hidden)
+        if stretches.keeps(spec.index):
+            stored[spec.index] = _kept(stream, seen.hidden)
         with stream.block(spec.index) as block:
             advance(block, seen)
-        yield before
+        yield spec.index
+
+
+def _walk_again(stream: ModelStream, seen: Activations, stored: _Stored, again: range) -> None:
+    """Keep the states behind some blocks too, from those before the first of them."""
+    for index in again:
+        seen.hidden = copy(stored[index])
+        with stream.block(index, range(index + 1, index + 1 + BLOCKS_AHEAD)[: again.stop - index]) as block:
+            advance(block, seen)
+        stored[index + 1] = seen.hidden
 
 
 def _reversed(
@@ -188,10 +256,9 @@ def _joined(ranks: Ranks, powers: dict[str, list[Tensor]], starts: list[Tensor],
     return {name: _importance(power, start, exponent) for name, power in joined.items()}
 
 
-def _bytes_of_row(stream: ModelStream, row: Tensor) -> int:
-    """Bytes of the states before all blocks that are kept of one row."""
-    first = total_bytes(_kept(stream, stream.embed(row, 1).hidden))
-    return int(first * stream.state_growth(row)) * len(stream.structure.blocks)
+def _state_bytes(stream: ModelStream, row: Tensor) -> int:
+    """Bytes that are kept of one row before a block."""
+    return int(total_bytes(_kept(stream, stream.embed(row, 1).hidden)) * stream.state_growth(row))
 
 
 def _kept(stream: ModelStream, hidden: MutableSequence[Tensor]) -> MutableSequence[Tensor]:

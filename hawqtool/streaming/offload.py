@@ -66,6 +66,15 @@ class Offload:
         self._numbers = itertools.count()
 
     @property
+    def device_bytes(self) -> int:
+        """Most bytes that are kept on the device."""
+        return self._limits[DEVICE]
+
+    def with_device_bytes(self, count: int) -> Offload:
+        """An offload of its own with another limit on the device, for a stage in which this one holds nothing."""
+        return Offload(self.device, count, self._limits[HOST], self._parent)
+
+    @property
     def memory_bytes(self) -> int:
         """Most bytes that are kept without the disk."""
         return sum(self._limits.values())

@@ -15,10 +15,28 @@ LEAST_SECONDS = 3.0
 """Between two times that states are kept."""
 
 
+_SMALL_BYTES = 16 << 20
+"""What is kept at every step, however fast the steps are."""
+
 _LAST = "last"
 
 States = Mapping[str, MutableSequence[Tensor]]
 """Hidden states of a walk by name, a tensor per batch."""
+
+
+class Pace:
+    """How often a growing result of a walk may be kept, so that this costs little beside the walk itself."""
+
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+
+    def is_due(self, size: int) -> bool:
+        """Whether so many bytes may be written now; if so, the next ones have to wait for their size."""
+        now = time.monotonic()
+        if size > _SMALL_BYTES and now - self._since < size / BYTES_PER_SECOND:
+            return False
+        self._since = now
+        return True
 
 
 class ResumePoints:

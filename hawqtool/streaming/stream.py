@@ -44,6 +44,9 @@ _POSITIONS_OF_ROWS = 2048
 _BLOCKS_BETWEEN_TRIMS = 6
 """Blocks of a walk on a CPU after which the heap is trimmed: done at each, it would take a tenth of the time."""
 
+BLOCKS_AHEAD = 2
+"""Blocks whose weights are read while one is walked."""
+
 _ROWS_COMPARED = 4096
 """Rows of a matrix that are compared at a time."""
 
@@ -217,12 +220,17 @@ class ModelStream:
         return parameter if all(torch.equal(known, part.to(known)) for known, part in parts) else None
 
     @contextmanager
-    def block(self, index: int) -> Iterator[LoadedBlock]:
-        """The block with its weights loaded; they are dropped when the context ends."""
+    def block(self, index: int, following: Sequence[int] | None = None) -> Iterator[LoadedBlock]:
+        """The block with its weights loaded; they are dropped when the context ends.
+
+        Args:
+            index: Its number.
+            following: Blocks that will be asked for next (default: those in the direction of the walk).
+        """
         module = self.blocks[index]
         with self.recorder.stage("load"):
             self._load(module, self.structure.inside[index])
-        self._expect_after(index)
+        self._expect_after(index) if following is None else self._expect(following)
         try:
             yield LoadedBlock(module, self.structure.blocks[index])
         finally:
@@ -240,17 +248,21 @@ class ModelStream:
         return kept_pages() if self.device.type == "cpu" else nullcontext()
 
     def _expect_after(self, index: int) -> None:
-        """Have the next block's weights read ahead where the source can: the walk goes on the way it came.
+        """Have the next blocks' weights read ahead where the source can: the walk goes on the way it came.
 
-        A block that is walked twice in a row is one where it turned.
+        A block that is walked twice in a row is one where it turned. One thread hashes a matrix for longer than a GPU
+        needs for a block of few rows, so that one block alone ahead would set the pace.
         """
         step = -1 if self._last_index in (index, index + 1) else 1
         self._last_index = index
+        self._expect([index + step * ahead for ahead in range(1, BLOCKS_AHEAD + 1)])
+
+    def _expect(self, indices: Sequence[int]) -> None:
+        """Have the weights of blocks read ahead, as far as there are such blocks."""
         if isinstance(self.source, Prefetcher | ConvertedSource):
-            following = index + step
-            inside = 0 <= following < len(self.blocks)
-            places = self._places(self.blocks[following], self.structure.inside[following]) if inside else ()
-            self.source.expect([stored for stored, _ in places])
+            inside = [i for i in indices if 0 <= i < len(self.blocks)]
+            places = [self._places(self.blocks[i], self.structure.inside[i]) for i in inside]
+            self.source.expect([stored for of_block in places for stored, _ in of_block])
 
     def embed(
         self,
@@ -266,6 +278,7 @@ class ModelStream:
         rounded, so that the original's states begin as these do.
         """
         self._need_ends()
+        self._expect(range(BLOCKS_AHEAD))
         hidden: MutableSequence[Tensor] = [] if self.offload is None else OffloadedBatches(self.offload)
         calls: list[list[BlockCall]] = []
         for part in rows.split(batch_size):

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 _SLAB = 1 << 17
 """Weights that are rotated at a time: the float64 intermediates stay in a core's cache."""
 
+_DEVICE_SLAB = 1 << 21
+"""The same on a GPU: two of them fit into its cache, and a kernel has enough to do."""
+
 
 @dataclass(frozen=True)
 class RotatedInfo(TensorInfo):
@@ -53,31 +56,39 @@ def original_index(index: CheckpointIndex) -> CheckpointIndex:
     return replace(index, tensors=tensors, rotation=None)
 
 
-def rotate_tensor(info: RotatedInfo, read: Callable[[TensorInfo], Tensor], dtype: str | None = None) -> Tensor:
+def rotate_tensor(
+    info: RotatedInfo,
+    read: Callable[[TensorInfo], Tensor],
+    dtype: str | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
     """Compute a rotated tensor; all products are float64, rounded once at the end.
 
     Args:
         info: What to compute.
         read: Reads a stored tensor.
         dtype: Safetensors name of the result's dtype, where it is not the stored one.
+        device: Where to compute (default: the CPU); the bits are the same everywhere.
 
     Returns:
-        Tensor of the shape of ``info``, contiguous, on the CPU.
+        Tensor of the shape of ``info``, contiguous, on that device.
     """
     import torch
 
     from hawqtool.checkpoint.dtypes import torch_dtype
 
-    kind = torch_dtype(dtype or info.dtype)
+    kind, device = torch_dtype(dtype or info.dtype), device or torch.device("cpu")
     if info.constant is not None:
-        return torch.full(info.shape, info.constant, dtype=kind)
-    base = read(info.base)
-    gain = None if info.gain is None else read(info.gain).double() + info.offset
+        return torch.full(info.shape, info.constant, dtype=kind, device=device)
+    base = read(info.base).to(device, non_blocking=True)
+    gain = None if info.gain is None else read(info.gain).to(device).double() + info.offset
     rows = base.reshape(1, -1) if base.ndim == 1 else base
+    turned = _turned if device.type == "cpu" else _turned_on_device
     if info.first is None:
-        return _turned(rows, gain, info.last, kind).reshape(info.shape)
-    turned = rows if gain is None and info.last is None else _turned(rows, gain, info.last, torch.float64)
-    return _turned(turned.t(), None, info.first, kind).t().contiguous()
+        return turned(rows, gain, info.last, kind).reshape(info.shape)
+    if gain is not None or info.last is not None:
+        rows = turned(rows, gain, info.last, torch.float64)
+    return turned(rows.t(), None, info.first, kind).t().contiguous()
 
 
 def _turned(rows: Tensor, gain: Tensor | None, rotation: Rotation | None, dtype: torch.dtype) -> Tensor:
@@ -92,3 +103,25 @@ def _turned(rows: Tensor, gain: Tensor | None, rotation: Rotation | None, dtype:
             part = part * gain
         result[start : start + step] = part if rotation is None else rotation.apply(part)
     return result
+
+
+def _turned_on_device(rows: Tensor, gain: Tensor | None, rotation: Rotation | None, dtype: torch.dtype) -> Tensor:
+    """`_turned` in the order of memory that a GPU wants: channels first, so that those of many rows lie together."""
+    import torch
+
+    # Where rows are a transposed matrix, so is the result: both then lie as they are computed.
+    transposed = rows.stride(0) == 1
+    shape = rows.shape[::-1] if transposed else rows.shape
+    result = torch.empty(shape, dtype=dtype, device=rows.device)
+    target = result.t() if transposed else result
+    step = max(1, _DEVICE_SLAB // max(rows.shape[1], 1))
+    for start in range(0, len(rows), step):
+        part = rows[start : start + step].t().to(torch.float64, memory_format=torch.contiguous_format, copy=True)
+        if gain is not None:
+            part *= gain[:, None]
+        if rotation is not None:
+            signs = rotation.signs_on(part.device)
+            part = rotation.mix_columns(part.mul_(signs.repeat(len(part) // len(signs))[:, None]))
+        # As on a CPU, narrow numbers are rounded from float32: half of them has no other way there.
+        target[start : start + step] = part.t() if dtype == torch.float64 else part.float().t()
+    return target

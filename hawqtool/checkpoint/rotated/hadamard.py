@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 KIND = "hadamard"
@@ -78,48 +79,58 @@ class Rotation:
             Tensor of that shape, float64.
         """
         shape = rows.shape
-        return self._orders(rows.double().reshape(-1, self.size) * self.signs.to(rows.device)).reshape(shape)
+        return self._orders(rows.double().reshape(-1, self.size) * self.signs_on(rows.device)).reshape(shape)
 
     def undo(self, rows: Tensor) -> Tensor:
         """``rows @ Q^T``, the inverse of `apply`."""
         shape = rows.shape
-        return (self._orders(rows.double().reshape(-1, self.size)) * self.signs.to(rows.device)).reshape(shape)
+        return (self._orders(rows.double().reshape(-1, self.size)) * self.signs_on(rows.device)).reshape(shape)
 
     def _orders(self, x: Tensor) -> Tensor:
         """``x (M x H)`` for ``[rows, size]``: butterflies over 2^k, then weighted sums over m, one addition a step.
 
         Compiled code on a CPU is 10 to 20 times faster than torch's operations, whose bits are the same.
         """
-        if x.device.type != "cpu":
-            return self._orders_of_torch(x)
         import torch
 
+        if x.device.type != "cpu":
+            return self.mix_columns(x.t().clone(memory_format=torch.contiguous_format)).t()
         from hawqtool.checkpoint.rotated.transform import turn
 
         turned, half = x.contiguous().clone(), self.odd // 2
         turn(turned.numpy(), self.size // self.odd, torch.stack(self.waves).reshape(2, half, half).numpy())
         return turned
 
-    def _orders_of_torch(self, x: Tensor) -> Tensor:
-        """`_orders` on any device."""
+    def mix_columns(self, x: Tensor) -> Tensor:
+        """``(M x H) x`` by torch's operations, with the bits that compiled code has: those of every single addition.
+
+        Each operation is a kernel of its own, which rounds once, so nothing is fused into a sum; and the columns lie
+        side by side, so a GPU reads and writes whole lines.
+
+        Args:
+            x: ``[n * size, columns]`` float64, contiguous, blocks of `size` rows each by itself; used up.
+
+        Returns:
+            Tensor of that shape.
+        """
         import torch
 
-        count, m = len(x), self.odd
-        power = self.size // m
-        width = 1
+        shape, other, width = x.shape, torch.empty_like(x), 1
+        power = self.size // self.odd
         while width < power:
-            pairs = x.view(count, -1, 2, width)
-            x = torch.stack((pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]), 2)
-            width *= 2
-        x = x.reshape(count, m, power) * (1 / math.sqrt(power))
-        return (x if m == 1 else self._hartley(x)).reshape(count, self.size)
+            (low, high), (total, difference) = (values.view(-1, 2, width, shape[1]).unbind(1) for values in (x, other))
+            torch.add(low, high, out=total)
+            torch.sub(low, high, out=difference)
+            x, other, width = other, x, 2 * width
+        x.mul_(1 / math.sqrt(power))
+        return x if self.odd == 1 else self._hartley(x.view(-1, self.odd, power * shape[1])).reshape(shape)
 
     def _hartley(self, x: Tensor) -> Tensor:
         """M over the second of three dimensions; terms k and m - k have one cosine and opposite sines."""
         import torch
 
         half, unit = self.odd // 2, 1 / math.sqrt(self.odd)
-        cosines, sines = (values.to(x.device) for values in self.waves)
+        cosines, sines = self._waves_on(x.device)
         first, low, high = x[:, :1], x[:, 1 : half + 1], x[:, half + 1 :].flip(1)
         even, odd = low + high, low - high
         total, first = first.clone(), first * unit
@@ -129,3 +140,21 @@ class Rotation:
             same += even[:, k : k + 1] * cosines[:, k, None]
             opposite += odd[:, k : k + 1] * sines[:, k, None]
         return torch.cat((total * unit, same + opposite, (same - opposite).flip(1)), 1)
+
+    def signs_on(self, device: torch.device) -> Tensor:
+        """`signs` on a device, copied there once."""
+        known = self._copies.get((device, "signs"))
+        if known is None:
+            known = self._copies[device, "signs"] = (self.signs.to(device),)
+        return known[0]
+
+    def _waves_on(self, device: torch.device) -> tuple[Tensor, ...]:
+        """`waves` on a device, copied there once."""
+        known = self._copies.get((device, "waves"))
+        if known is None:
+            known = self._copies[device, "waves"] = tuple(values.to(device) for values in self.waves)
+        return known
+
+    @cached_property
+    def _copies(self) -> dict[tuple[torch.device, str], tuple[Tensor, ...]]:
+        return {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import MutableMapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ class Job:
         recorder: Takes note of the stages of walks; nothing by default.
         offload: Keeps hidden states between blocks; None where all stay on the device.
         rotation: Whether the residual stream is rotated, and why.
-        matrices: Embeddings and heads that streams of the original have loaded, while they live.
+        matrices: Embeddings and heads that streams of the original have loaded, while they live; on a GPU for good.
         ranks: Processes that share the work; this one alone by default.
     """
 
@@ -99,7 +100,7 @@ class Job:
     offload: Offload | None = None
     left_units: tuple[Unit, ...] = ()
     rotation: str = "off"
-    matrices: WeakValueDictionary[str, Any] = field(default_factory=WeakValueDictionary, compare=False)
+    matrices: MutableMapping[str, Any] = field(default_factory=WeakValueDictionary, compare=False)
     ranks: Ranks = field(default=ALONE, compare=False)
 
     @property
@@ -116,7 +117,7 @@ class Job:
         """The job of the same model with every weight as it is stored."""
         if self.index.rotation is None:
             return self
-        return replace(self, index=original_index(self.index), matrices=WeakValueDictionary())
+        return replace(self, index=original_index(self.index), matrices=type(self.matrices)())
 
     def with_batch_size(self, rows: int) -> Job:
         """The job with another number of rows per forward pass."""
@@ -172,13 +173,14 @@ class Job:
 
     def _reader(self) -> WeightSource:
         """Reads the checkpoint; on a GPU ahead, as there the host has time to."""
-        reader = TensorReader(self.index)
+        reader = TensorReader(self.index, device=self.device)
         return Prefetcher(reader, pinned=True) if self.device.type == "cuda" else reader
 
     def packed_stream(self, folder: Path) -> ModelStream:
         """The model with the weights of a written folder."""
         transposed = frozenset(n for n, linear in self.structure.linears.items() if linear.transposed)
-        return self.stream(PackedReader(folder, transposed, self.device))
+        reader = PackedReader(folder, transposed, self.device)
+        return self.stream(Prefetcher(reader, pinned=True) if self.device.type == "cuda" else reader)
 
     def layer_formats(self, formats: UnitFormats) -> LayerFormats:
         """Formats by layer from formats by unit."""
@@ -247,15 +249,15 @@ def prepare(
     skeleton = build_skeleton(index.folder, dtype, source.runs_code, index.tensors, config.profile == "vllm")
     if config.quantize_vision:
         read_images(skeleton)
-    experts = any(is_expert(name) for name in structure.linears)  # ignored ones are walked through as well
-    settings = resolve_settings(config, device.type, longest, experts)
+    settings = resolve_settings(config, device.type, longest, any(map(is_expert, structure.linears)))
     job = Job(config, settings, source, index, skeleton, structure, units, pins, device, dtype, left_units=left)
     _check_method(job)
     if writes and config.profile != "vllm":
         _check_experts(job)
     rows = (settings.num_samples, max(settings.seq_len, row_positions(probe, settings.seq_len)))
     work = Work(config, index, structure, device, dtype, *rows, settings.method.needs_drift)
-    job = replace(job.with_batch_size(settings.batch_size or choose_batch_size(work)), rotation=rotation)
+    job = job.with_batch_size(settings.batch_size or choose_batch_size(work))
+    job = replace(job, rotation=rotation, matrices={} if device.type == "cuda" else job.matrices)
     return replace(job, offload=make_offload(work, job.settings.batch_size, (reporter or Silent()).warn, states))
 
 

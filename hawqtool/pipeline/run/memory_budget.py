@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from hawqtool.checkpoint.index import CheckpointIndex
+from hawqtool.checkpoint.index import CheckpointIndex, TensorInfo
 from hawqtool.config import RunConfig
 from hawqtool.formats import MAX_BITS
 from hawqtool.model.discovery import Structure
@@ -44,6 +44,8 @@ _ANNEALING_BYTES = 64
 """Per weight that is learned from its Gram matrix: three logits with mean and gradient, what makes them, the weight."""
 _BACKWARD_COPIES = 2
 """A layer's inputs and outputs while scores are taken: values and gradients."""
+_SAVED_COPIES, _LOGIT_BYTES = 4, 24
+"""The same with all that a pass with gradients keeps, norms in float32 among it; per logit with its gradient."""
 
 
 def memory_limit(config: RunConfig, device: torch.device) -> int | None:
@@ -129,6 +131,46 @@ def make_offload(work: Work, batch_size: int, warn: Callable[[str], None], folde
     return Offload(work.device, max(0, limit - workspace), host, folder or Path(tempfile.gettempdir()))
 
 
+def importance_offload(work: Work, batch_size: int, otherwise: Offload | None) -> Offload | None:
+    """Where token importance keeps hidden states: on a GPU it leaves them more room than rounding does.
+
+    Args:
+        work: What has to be done.
+        batch_size: Rows of its passes.
+        otherwise: What keeps them while the model is rounded.
+    """
+    limit = memory_limit(work.config, work.device)
+    if otherwise is None or limit is None or work.device.type != "cuda":
+        return otherwise
+    room = limit - importance_bytes(work.index, work.structure, work.dtype, batch_size * work.seq_len, work.seq_len)
+    return otherwise.with_device_bytes(room) if room > otherwise.device_bytes else otherwise
+
+
+def importance_bytes(
+    index: CheckpointIndex, structure: Structure, dtype: torch.dtype, batch_tokens: int, positions: int
+) -> int:
+    """Estimate of the memory that token importance needs beside the hidden states between blocks.
+
+    Args:
+        index: The checkpoint.
+        structure: Its structure.
+        dtype: dtype of weights and activations.
+        batch_tokens: Tokens of a pass.
+        positions: Positions of a row, whose logits are held together.
+    """
+    size = torch.finfo(dtype).bits // 8
+    classes = max((info.shape[0] for info in _outside(index, structure) if len(info.shape) == 2), default=0)
+
+    def of_block(spec: BlockSpec) -> int:
+        ends = sum(linear.in_features + linear.out_features for linear in spec.linears)
+        moments = 2 * _FLOAT_BYTES * sum(linear.out_features**2 for linear in spec.linears)
+        weights = sum(linear.num_weights for linear in spec.linears)
+        return weights * size + batch_tokens * ends * size * _SAVED_COPIES + moments
+
+    logits = positions * classes * _LOGIT_BYTES
+    return _outside_weights(index, structure) * size + max(max(map(of_block, structure.blocks)), logits)
+
+
 def workspace_bytes(
     index: CheckpointIndex,
     structure: Structure,
@@ -180,13 +222,16 @@ def drift_bytes(structure: Structure, dtype: torch.dtype, single_tokens: int) ->
 
 
 def _outside_weights(index: CheckpointIndex, structure: Structure) -> int:
+    return sum(math.prod(info.shape) for info in _outside(index, structure))
+
+
+def _outside(index: CheckpointIndex, structure: Structure) -> list[TensorInfo]:
+    """What is loaded beside the blocks."""
     inside = tuple(f"{spec.name}." for spec in structure.blocks)
     stored = {stored: name for name, stored in structure.stored_names.items()}
     names = (stored.get(name, name) for name in index.tensors)
     loaded = zip(names, index.tensors.values(), strict=True)
-    return sum(
-        math.prod(info.shape) for name, info in loaded if not name.startswith(inside) and name not in structure.unused
-    )
+    return [info for name, info in loaded if not name.startswith(inside) and name not in structure.unused]
 
 
 def _block_bytes(spec: BlockSpec, size: int, batch_tokens: int, scoring_tokens: int, formats: int) -> int:

@@ -51,7 +51,7 @@ def check_rotation(context: RunContext, sets: dict[str, Rows]) -> RotationCheck 
     if rotation is None or known is not None:
         return cast(RotationCheck | None, known)
     context.reporter.say("comparing the rotated original with the original")
-    exact = TensorReader(job.index, exact=True)
+    exact = TensorReader(job.index, exact=True, device=job.device)
     original, few = job.unrotated().stream(dtype=torch.float32), _some_rows(job, sets)
     row = few[:1, :_ROTATION_TOKENS]
     difference = rotation_difference(original, job.stream(exact, torch.float32), rotation, row)

@@ -9,6 +9,7 @@ import torch
 
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.job import Job
+from hawqtool.pipeline.run.memory_budget import Work, importance_offload
 from hawqtool.pipeline.stages import refine
 from hawqtool.records import OutputMoments, Rows, TokenImportance
 from hawqtool.rounding.statistics import is_held_out
@@ -56,8 +57,11 @@ def _importance(
     kinds, blocks = _kinds(job, len(tokens)), refine.weighted_blocks(job).intersection(layers)
     names = frozenset(layers) - blocks
     sums = OutputMomentSums(names, kinds, job.settings.method.needs_held_out, job.ranks, blocks)
+    batch_size = min(_BATCH_ROWS[job.device.type], job.settings.batch_size)
+    work = Work(job.config, job.index, job.structure, job.device, job.dtype, *tokens.shape[:2])
+    job = replace(job, offload=importance_offload(work, batch_size, job.offload))
     portions = Portions(
-        min(_BATCH_ROWS[job.device.type], job.settings.batch_size),
+        batch_size,
         _CPU_BYTES if job.offload is None else job.offload.memory_bytes,
         job.ranks,
     )

@@ -200,7 +200,7 @@ def _write_blocks(
     earlier = done[-1]["seconds"] if done else 0.0
     known = {name: digest for block in done for name, digest in block["checksums"].items()}
     with (
-        CheckpointWriter(job.index, layout, part, known) as writer,
+        CheckpointWriter(job.index, layout, part, known, job.device) as writer,
         # Refinement may change gains of norms until the end; all else that is not rounded can be copied at any time.
         BackgroundWriter(writer, copies_ahead=not job.config.refine_steps) as sink,
     ):

@@ -10,8 +10,11 @@ from hawqtool.rounding.kernels.column_block import ColumnBlock
 
 BLOCK_COLUMNS = 128
 """Columns of a block, the height of the kernel's tile (a power of two)."""
-_TILE_ROWS = 8
-"""Rows of a program: one warp then holds its whole tile in registers and sums over columns without a barrier."""
+_TILES = ((1024, 8), (512, 4), (0, 2))
+"""Fewest rows of a call, and the rows of a program: one warp holds its whole tile in registers and sums over columns
+without a barrier. A GPU has about 132 processors: few rows, as those of output feedback, are shared by more of them,
+each of which then has less to do in a column. The bits are the same: a sum has one term that is not zero.
+"""
 
 
 @triton.jit
@@ -79,8 +82,9 @@ def round_block(block: ColumnBlock, beta: float) -> None:
     """
     target, zeros = block.target, block.zeros
     width, rows = target.shape
+    tile = next(size for least, size in _TILES if rows >= least)
     with torch.cuda.device_of(target):
-        _round_block_kernel[(triton.cdiv(rows, _TILE_ROWS),)](
+        _round_block_kernel[(triton.cdiv(rows, tile),)](
             target,
             block.feedback,
             block.scales,
@@ -96,6 +100,6 @@ def round_block(block: ColumnBlock, beta: float) -> None:
             WIDTH=width,
             HAS_ZEROS=zeros is not None,
             COLUMNS=BLOCK_COLUMNS,
-            ROWS=_TILE_ROWS,
+            ROWS=tile,
             num_warps=1,
         )

@@ -28,6 +28,14 @@ def worst(found: Tensor, expected: Tensor) -> float:
     return float(((found.double().cpu() - expected) / torch.outer(diagonal, diagonal)).abs().max())
 
 
+@pytest.mark.parametrize("width", [100, 192, 500])
+def test_panels_hold_all_of_a_matrix(width: int) -> None:
+    matrix = gram(inputs(40, width, torch.float32))
+    packed = module.pack_panels(matrix)
+    assert torch.equal(module.unpack_panels(packed, width), matrix)
+    assert packed.numel() < matrix.numel() or width <= module.GRAM_PANEL
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_on_a_cpu(dtype: torch.dtype) -> None:
     x = inputs(1000, 48, dtype)

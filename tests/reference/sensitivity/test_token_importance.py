@@ -78,6 +78,19 @@ def test_neither_room_nor_slices_matter(job: Job) -> None:
             torch.testing.assert_close(weights, whole[name], rtol=tolerance, atol=tolerance)
 
 
+def test_walking_blocks_again_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weighing_sweeps, "_STORED", torch.float32)
+    job = make_job(tiny_model("llama", tmp_path / "model", dtype=torch.float32, layers=7))
+    state, found = LENGTH * 64 * 4, list[TokenImportance]()
+    # States before all blocks; before every second and third one; of the rows of two batches, then of one.
+    for held, together, spacing in ((7, 6, 1), (5, 6, 2), (4.4, 4, 3), (0, 2, 3)):
+        room = int(held * ROWS * state)
+        assert weighing_sweeps.Portions(2, room).plan(state, 7, ROWS, walks_again=True) == (together, spacing)
+        found.append(weights_of(job, room=room))
+    assert weighing_sweeps.Portions(2, 5 * ROWS * state).plan(state, 7, ROWS, walks_again=False) == (4, 1)
+    assert all(torch.equal(weights, other[name]) for other in found[1:] for name, weights in found[0].items())
+
+
 @pytest.mark.parametrize("positions", [1, 7, 20])
 def test_how_many_logits_are_held_does_not_matter(job: Job, positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, states = weights_of(job), job.stream().final_hidden(TOKENS, 2, lambda _: None)
