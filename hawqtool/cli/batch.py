@@ -32,6 +32,14 @@ def batch(
             "--jobs", "-j", min=1, help="Jobs at a time, each on a GPU of its own; on a CPU they share its cores."
         ),
     ] = 1,
+    launcher: Annotated[
+        Optional[str],
+        typer.Option(
+            "--launcher",
+            help='Command that starts each job on a machine of a cluster, such as "srun --gpus 1 --".',
+            metavar="PREFIX",
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace results of other settings, and damaged ones.")
     ] = False,
@@ -48,6 +56,8 @@ def batch(
     Example: hawqtool batch jobs.yaml --dry-run
 
     Example: hawqtool batch jobs.yaml -o runs --jobs 4
+
+    Example: hawqtool batch jobs.yaml -o /shared/runs --jobs 8 --launcher "srun --gpus 1 --"
     """
     code = 0
     with session(quiet, debug, json) as terminal:
@@ -57,9 +67,11 @@ def batch(
 
         from hawqtool.cli.render_batch import dry_run_table, summary_table
         from hawqtool.pipeline.batch import runner as work
+        from hawqtool.pipeline.batch.launcher import Launcher
         from hawqtool.pipeline.batch.processes import device_slots
         from hawqtool.pipeline.batch.summary import batch_code
 
+        launched = None if launcher is None else Launcher.of(launcher)
         if dry_run:
             decide_hub_access(source for job in found.jobs for source in job.config.data_sources)
             rows = work.dry_run(found, terminal)
@@ -70,8 +82,9 @@ def batch(
             else:
                 dry_run_table(rows)
         else:
-            slots = device_slots(jobs, os.environ, _cuda_devices)
-            summary = work.run_batch(found, slots, terminal)
+            # What a launcher starts gets its devices from that.
+            slots = [None] * jobs if launched else device_slots(jobs, os.environ, _cuda_devices)
+            summary = work.run_batch(found, slots, terminal, launched)
             terminal.end()
             code = summary["exit_code"]
             if json:

@@ -15,6 +15,7 @@ from typing import Any, cast
 from hawqtool.errors import HawqError, UsageError, one_line
 from hawqtool.export.manifest import first_damage
 from hawqtool.pipeline.batch.jobs_file import JOBS, Batch, BatchJob, measured_settings
+from hawqtool.pipeline.batch.launcher import Launcher
 from hawqtool.pipeline.batch.processes import Outcome, Program, run_programs
 from hawqtool.pipeline.batch.summary import GATE_FAILED, Row, empty_row, result, summarize, write_summary
 from hawqtool.pipeline.run.files import REPORT_SCHEMA, write_text
@@ -90,19 +91,22 @@ def check_batch(batch: Batch) -> None:
         raise UsageError(f"the parent folder of {batch.folder} does not exist; create it first")
 
 
-def run_batch(batch: Batch, slots: Sequence[str | None], reporter: Reporter) -> dict[str, Any]:
+def run_batch(
+    batch: Batch, slots: Sequence[str | None], reporter: Reporter, launcher: Launcher | None = None
+) -> dict[str, Any]:
     """``hawqtool batch``: run what is missing, then write the summary; also when this is interrupted.
 
     Args:
         batch: The jobs.
         slots: Devices, see `hawqtool.pipeline.batch.processes.device_slots`.
         reporter: One line per job.
+        launcher: Starts each job; None for processes of this machine.
 
     Returns:
         The summary (``hawqtool.batch/1``).
     """
     check_batch(batch)
-    run = _BatchRun(batch, reporter)
+    run = _BatchRun(batch, reporter, launcher)
     try:
         run_programs(run.prepare(), slots, run.ended, run.working)
     finally:
@@ -113,8 +117,8 @@ def run_batch(batch: Batch, slots: Sequence[str | None], reporter: Reporter) -> 
 class _BatchRun:
     """Rows of a batch as its jobs end."""
 
-    def __init__(self, batch: Batch, reporter: Reporter) -> None:
-        self.batch, self.reporter = batch, reporter
+    def __init__(self, batch: Batch, reporter: Reporter, launcher: Launcher | None) -> None:
+        self.batch, self.reporter, self.launcher = batch, reporter, launcher
         self.start, self.count, self.measured = time.monotonic(), 0, 0
         self.rows = {job.name: empty_row(job) for job in batch.jobs}
         self.logs = batch.folder / JOBS
@@ -138,6 +142,7 @@ class _BatchRun:
                 write_text(file, settings)
                 command: tuple[str, ...] = (sys.executable, "-m", "hawqtool", "quantize", "-c", str(file), "--json")
                 command += ("--restart",) if changed else ()
+                command = self.launcher.command(command) if self.launcher else command
                 kind = repr(measured_settings(job.config))
                 programs.append(Program(job.name, command, self.logs / f"{job.name}.log", kind))
         return programs
@@ -193,8 +198,9 @@ def _failure(code: int, log: Path) -> tuple[int, str]:
         return CRASHED, f"crashed ({name}); see {log}"
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     said = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "")
-    if code in (0, GATE_FAILED):
-        return CRASHED, f"ended with {code} but printed no report; see {log}"
+    if code in (0, GATE_FAILED):  # srun ends with 0 where a node fails
+        why = next((f" ({line[:_LONGEST_ERROR]})" for line in reversed(lines) if "error: " in line), "")
+        return CRASHED, f"ended with {code} but printed no report{why}; see {log}"
     return (code if code in _DOCUMENTED else CRASHED), said.removeprefix("error: ")[:_LONGEST_ERROR] or f"see {log}"
 
 
