@@ -67,6 +67,8 @@ class RunConfig(CheckedFields):
             # Alternatives and swaps keep to a budget of bytes and know of nothing else.
             if self.swaps or (self.shortlist or 1) > 1:
                 raise ValueError(f"shortlist and swaps work under target_bpw or target_size alone, found {other} too")
+        if self.proof == "layerwise" and (self.swaps or self.target_kl is not None):
+            raise ValueError("proof layerwise measures no plan as it is rounded, as swaps and target_kl do; use full")
         if self.measurements is not None and not self.measures:
             raise ValueError("measurements are shared where something is measured; drop it, or plan or the saved file")
         if not self.symmetric and self.profile not in ASYMMETRIC_PROFILES:

@@ -225,7 +225,7 @@ def _comparison_lines(evaluation: PlanComparison, shipped: Shipped) -> list[str]
         lines.append(f"paired      {MEASURES[measure]}, mixed - uniform: {value}")
     tail = tail_text(shipped_of(evaluation, shipped))
     lines += [f"tail        {tail}"] if tail else []
-    lines += [f"predicted   {text}" for text in not_rounded_lines(evaluation)]
+    lines += [f"rival       {text}" for text in not_rounded_lines(evaluation)]
     return lines + tried_lines(evaluation)
 
 

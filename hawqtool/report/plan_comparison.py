@@ -63,14 +63,14 @@ class PlanQuality(Quality):
 
 
 class SourceDifference(TypedDict):
-    """The same on the rows of one source."""
+    """A difference of two plans."""
 
     difference: Annotated[float, "Mean difference in divergence."]
     stderr: Annotated[float, "Its paired standard error."]
 
 
 class SelectionDifference(TypedDict):
-    """The best mixed plan less the uniform one on the selection rows."""
+    """The best mixed plan less the uniform one on the selection rows; layerwise where that decided."""
 
     mixed_minus_uniform: Annotated[float, "Mean difference in divergence, each source of rows counting alike."]
     stderr: Annotated[float, "Its paired standard error."]
@@ -102,13 +102,16 @@ class Measured(TypedDict):
     original: Annotated[Quality, "The original model."]
 
 
-class PredictedRival(TypedDict):
-    """A plan that was not rounded, for its predicted loss is far above the mixed plan's."""
+class UnroundedRival(TypedDict):
+    """A plan that was not carried out, for its predicted loss or a layerwise comparison was proof enough."""
 
     formats: Annotated[list[str], "Labels of the formats that the plan uses, such as `w3g64`."]
     stored_bytes: Annotated[int, "Bytes of codes, scales and zero points of the linears."]
     bpw_linears: Annotated[float, "Stored bits per weight of the linears."]
-    ratio: Annotated[float, "Its predicted loss relative to the mixed plan's; nothing was measured."]
+    ratio: NotRequired[Annotated[float, "Its predicted loss relative to the mixed plan's; nothing was measured."]]
+    minus_shipped: NotRequired[
+        Annotated[SourceDifference, "Less the shipped plan on the selection rows, layers of both rounded one by one."]
+    ]
 
 
 class PlanComparison(Measured):
@@ -117,7 +120,7 @@ class PlanComparison(Measured):
     mixed: Annotated[PlanQuality, "The best mixed plan."]
     uniform: Annotated[PlanQuality | None, "The largest uniform plan within the budget."]
     tried: Annotated[dict[str, PlanQuality], "All mixed plans by name."]
-    not_rounded: NotRequired[Annotated[dict[str, PredictedRival], "Rivals that were predicted, not measured, by name."]]
+    not_rounded: NotRequired[Annotated[dict[str, UnroundedRival], "Rivals that were not carried out, by name."]]
     mixed_minus_uniform: NotRequired[Annotated[Divergence, "Difference of the two on the report rows."]]
     selection: NotRequired[Annotated[SelectionDifference, "Difference of the two on the selection rows."]]
     swaps: NotRequired[Annotated[list[SwapAttempt], "Plans that swaps by gradient tried, in order."]]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from hawqtool.report.plan_comparison import Measured, PlanComparison, PlanQuality, Quality, TaskResult
+from hawqtool.report.plan_comparison import Measured, PlanComparison, PlanQuality, Quality, TaskResult, UnroundedRival
 from hawqtool.report.schema import Gate, Report, RowSet
 
 MEASURES = {"kl": "KL (nats)", "embedding_error": "relative error"}
@@ -69,18 +69,30 @@ def gate_text(gate: Gate) -> str:
 
 
 def not_rounded_lines(evaluation: PlanComparison) -> list[str]:
-    """One line for each rival that was not rounded."""
+    """One line for each rival that was not carried out."""
     return [
-        f"{name} ({rival['bpw_linears']:.3f} bits) is predicted to lose {rival['ratio']:.1f} times as much as the "
-        "mixed plan; predicted, not measured (--proof full measures it)"
-        for name, rival in evaluation.get("not_rounded", {}).items()
+        _rival_line(name, rival, evaluation["measure"]) for name, rival in evaluation.get("not_rounded", {}).items()
     ]
+
+
+def _rival_line(name: str, rival: UnroundedRival, measure: str) -> str:
+    less, text = rival.get("minus_shipped"), f"{name} ({rival['bpw_linears']:.3f} bits)"
+    if less is None:
+        return (
+            f"{text} is predicted to lose {rival['ratio']:.1f} times as much as the mixed plan; predicted, not "
+            "measured (--proof full measures it)"
+        )
+    error = "" if math.isnan(less["stderr"]) else f" ± {less['stderr']:.4f}"
+    return (
+        f"{text} less the shipped plan: {less['difference']:+.4f}{error} {MEASURES[measure]} on the selection rows, "
+        "layers of both rounded one by one (--proof full carries it out)"
+    )
 
 
 def no_uniform_text(evaluation: PlanComparison) -> str:
     """Why there is no uniform plan to compare with."""
     if any(name.startswith("uniform") for name in evaluation.get("not_rounded", {})):
-        return "No uniform plan was rounded to compare with."
+        return "No uniform plan was carried out to compare with."
     return "No uniform plan fits the budget, so there is none to compare with."
 
 

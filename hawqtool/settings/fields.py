@@ -157,12 +157,14 @@ class Fields(TargetFields):
         detail="More are plans of other metrics. With max_cost it is the metric's own alone.",
         panel=METHOD, expert=True, affects=Affects.PLAN,
     )] = Field(default=None, ge=1)
-    proof: Annotated[Literal["full", "predicted"], Setting(
-        help="full: what the mixed plan must beat, uniform and the rule that people use, is rounded and measured; "
-        "predicted: not where its predicted loss is more than twice the mixed plan's, and the report says so.",
-        detail="Predictions order plans of one model well and are no measurement: their scale may be off.",
+    proof: Annotated[Literal["full", "layerwise", "predicted"] | None, Setting(
+        help="full: what the mixed plan must beat, uniform and the rule that people use, is carried out and measured; "
+        "layerwise: all are measured as models whose layers are rounded one by one, and the best is carried out; "
+        "predicted: what is predicted to lose more than twice as much is not measured. The report says which.",
+        default="layerwise on a GPU where nothing is learned and a budget of bytes is kept to without swaps; else full",
+        detail="Layerwise leaves out corrections of one layer by another, alike in all plans, and output feedback.",
         panel=METHOD, expert=True, affects=Affects.PLAN,
-    )] = "full"
+    )] = None
     swaps: Annotated[int | None, Setting(
         help="Rounds that improve the best mixed plan: the divergence of moving every unit one width up or down is "
         "measured at the plan, and the best moves are taken, each round from the last one's plan and measurements; the "

@@ -27,6 +27,7 @@ class ResolvedSettings:
         uses_token_importance: Whether tokens count by their gradients.
         output_feedback: Layers with output feedback: off, auto, a name or a pattern.
         refine_error: What refinement lowers: the error of a block's output, or what that costs the loss.
+        proof: How plans are compared: full, layerwise or predicted.
     """
 
     num_samples: int
@@ -41,6 +42,7 @@ class ResolvedSettings:
     uses_token_importance: bool
     output_feedback: str
     refine_error: Literal["output", "loss"]
+    proof: str
 
 
 FEWEST_REPORT_ROWS, MOST_REPORT_ROWS = 8, 32
@@ -91,7 +93,17 @@ def resolve_settings(
         weighted,
         _output_feedback(config, weighted and device_type == "cuda" and num_samples > SETTINGS_HELD_OUT_EVERY),
         config.refine_error or "output",
+        _proof(config, device_type),
     )
+
+
+def _proof(config: RunConfig, device_type: str) -> str:
+    """How plans are compared: by default layerwise where that costs far less than carrying all of them out."""
+    if config.proof is not None:
+        return config.proof
+    budget = config.target_bpw is not None or config.target_size is not None
+    cheap = device_type == "cuda" and budget and not config.learns and not _swaps(config, device_type)
+    return "layerwise" if cheap else "full"
 
 
 def _output_feedback(config: RunConfig, worthwhile: bool) -> str:

@@ -25,6 +25,8 @@ _EFFICIENCY = 0.6
 """Share of the rate of large products that a forward pass reaches."""
 _SAMPLING = 0.15
 """The same of sampling, which multiplies by few rows at a time."""
+_COMPARED = 2
+"""Plans beside the short list that a layerwise comparison has: uniform, and that of the rule."""
 _ANNEALING = {"cpu": 3000, "cuda": 50_000}
 """Operations that an annealed weight's step could be exchanged for, its product aside."""
 _LIBRARIES = 700_000_000
@@ -88,6 +90,10 @@ def _work(job: Job, rates: Rates) -> list[tuple[str, float]]:
         judging = len(SHARES) * (loading + choosing * forward)
         found.append(("swaps, every format", 2 * loading + calibrating * forward + _swap_formats(job) * rounding))
         found.append(("swaps, gradient", settings.swaps * (2 * loading + sweep + judging)))
+    if measured and job.settings.proof == "layerwise":
+        formats = min(_COMPARED + settings.shortlist, choices / max(1, len(job.units)))
+        walks = (calibrating + (_COMPARED + settings.shortlist) * choosing) * forward
+        found.append(("comparing plans", loading + walks + formats * rounding))
     for _ in range(_plans(job, measured)):
         found.append(("round", plan))
         if judged:
@@ -107,7 +113,7 @@ def _budget(job: Job) -> int:
 
 def _plans(job: Job, measured: bool) -> int:
     """Plans that are rounded: the short list, the rule, swaps, and the largest uniform one."""
-    if not measured or not job.config.evaluates:
+    if not measured or not job.config.evaluates or job.settings.proof == "layerwise":
         return 1
     if job.config.target_kl is not None:
         return 7

@@ -13,6 +13,7 @@ from hawqtool.evaluation.paired import PairedDifference, compare_paired
 from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.run.menu import job_menu, meets_second_budget
 from hawqtool.pipeline.search.gradient_swap import moved_by_gradient
+from hawqtool.pipeline.search.layerwise import LayerwiseProof, compare_layerwise
 from hawqtool.pipeline.search.shortlist import FAR_ABOVE, RULE, predicted_ratio
 from hawqtool.pipeline.search.trials import Trial, TrialRunner
 from hawqtool.pipeline.search.width_swap import swapped
@@ -21,9 +22,9 @@ from hawqtool.report.plan_comparison import (
     Divergence,
     PlanComparison,
     PlanQuality,
-    PredictedRival,
     Shipped,
     SwapAttempt,
+    UnroundedRival,
 )
 from hawqtool.sensitivity.measured_kl import UnitScores
 
@@ -37,22 +38,31 @@ class Selection:
         uniform: The largest uniform plan that fits the budget, if there is one.
         best: Name of the mixed plan with the lowest divergence on the selection rows.
         swaps: Plans that were tried on the way of swaps by gradient, without being rounded for it.
-        not_rounded: Rivals by name, of which the predicted loss was proof enough.
+        not_rounded: Rivals by name, of which the predicted loss, or a layerwise comparison, was proof enough.
+        proof: That comparison, where it decided; then what is shipped is the only plan that was rounded.
     """
 
     mixed: dict[str, Trial]
     uniform: Trial | None
     best: str
     swaps: list[SwapAttempt] = field(default_factory=list)
-    not_rounded: dict[str, PredictedRival] = field(default_factory=dict)
+    not_rounded: dict[str, UnroundedRival] = field(default_factory=dict)
+    proof: LayerwiseProof | None = None
 
     @property
     def minus_uniform(self) -> PairedDifference | None:
         """The best mixed plan less the uniform one on the selection rows; None where one is missing or both are one."""
+        if self.proof is not None:
+            return self.proof.minus_uniform
         mixed, uniform = self.mixed[self.best], self.uniform
         if uniform is None or uniform is mixed or "selection" not in uniform.quality:
             return None
         return compare_paired(mixed.quality["selection"], uniform.quality["selection"])
+
+    @property
+    def tried(self) -> int:
+        """Mixed plans among which the best was found."""
+        return len(self.mixed) if self.proof is None else self.proof.tried
 
 
 def try_plans(runner: TrialRunner, plans: dict[str, BitPlan], scores: UnitScores) -> Selection:
@@ -64,9 +74,11 @@ def try_plans(runner: TrialRunner, plans: dict[str, BitPlan], scores: UnitScores
         scores: Those behind its first plan, by unit and format; swaps begin with them.
     """
     job, own = runner.context.job, next(iter(plans.values()))
+    if job.settings.proof == "layerwise" and scores and "calibration" in runner.sets:
+        return _compared(runner, plans)
     if runner.context.ranks.size > 1:
         runner.round_ahead(_foreseen(job, plans, scores))
-    mixed, not_rounded = dict[str, Trial](), dict[str, PredictedRival]()
+    mixed, not_rounded = dict[str, Trial](), dict[str, UnroundedRival]()
     for name, plan in plans.items():
         if name == RULE and (far := _far_above(job, plan, own, scores)):
             not_rounded[name] = far
@@ -81,7 +93,7 @@ def try_plans(runner: TrialRunner, plans: dict[str, BitPlan], scores: UnitScores
         return Selection(mixed, None if job.pins else best, name, attempts)
     largest, uniform = _largest_uniform(job, plan), None
     if largest is not None:
-        label, rival = f"uniform {largest.label}", _as_plan(job, largest)
+        label, rival = largest
         if far := _far_above(job, rival, own, scores):
             not_rounded[label] = far
         else:
@@ -90,11 +102,24 @@ def try_plans(runner: TrialRunner, plans: dict[str, BitPlan], scores: UnitScores
     return Selection(mixed, uniform, found, attempts, not_rounded)
 
 
-def _largest_uniform(job: Job, plan: BitPlan) -> UniformPlan | None:
-    """The largest uniform plan that fits the budget of a mixed one, or its size where that is more."""
+def _compared(runner: TrialRunner, plans: dict[str, BitPlan]) -> Selection:
+    """Let a layerwise comparison choose; what it chooses is all that is rounded."""
+    job, uniform = runner.context.job, _largest_uniform(runner.context.job, next(iter(plans.values())))
+    proof = compare_layerwise(runner, plans, uniform)
+    shipped, difference = proof.best, proof.minus_uniform
+    if uniform and difference and obeys(job, uniform[1]) and not difference.is_less(proof.tried):
+        shipped = uniform[0]
+    trial = runner.run_trial(shipped, proof.plans[shipped], ("report",))
+    rounded = trial if shipped == proof.uniform else None
+    return Selection({shipped: trial}, rounded, shipped, not_rounded=proof.rivals(shipped), proof=proof)
+
+
+def _largest_uniform(job: Job, plan: BitPlan) -> tuple[str, BitPlan] | None:
+    """The largest uniform plan that fits the budget of a plan, and its name; None where none does."""
     # Uniform plans may have what the mixed one has, even where a plan file says more than the configuration.
     kind = plan.symmetric, {*job.config.group_sizes, *(fmt.group_size for fmt in plan.formats.values())}
-    return best_uniform(job.units, max(plan.budget_bytes or 0, plan.stored_bytes), *kind)
+    largest = best_uniform(job.units, max(plan.budget_bytes or 0, plan.stored_bytes), *kind)
+    return None if largest is None else (f"uniform {largest.label}", _as_plan(job, largest))
 
 
 def _foreseen(job: Job, plans: dict[str, BitPlan], scores: UnitScores) -> dict[str, BitPlan]:
@@ -102,14 +127,14 @@ def _foreseen(job: Job, plans: dict[str, BitPlan], scores: UnitScores) -> dict[s
     own = next(iter(plans.values()))
     found = {name: plan for name, plan in plans.items() if name != RULE or not _far_above(job, plan, own, scores)}
     largest = None if job.config.uniform_width is not None else _largest_uniform(job, own)
-    if largest is not None and not _far_above(job, rival := _as_plan(job, largest), own, scores):
-        found[f"uniform {largest.label}"] = rival
+    if largest is not None and not _far_above(job, largest[1], own, scores):
+        found |= [largest]
     return found
 
 
-def _far_above(job: Job, rival: BitPlan, own: BitPlan, scores: UnitScores) -> PredictedRival | None:
+def _far_above(job: Job, rival: BitPlan, own: BitPlan, scores: UnitScores) -> UnroundedRival | None:
     """What is said of a rival in place of rounding it, where its predicted loss is proof enough; else None."""
-    if job.config.proof == "full":
+    if job.settings.proof != "predicted":
         return None
     ratio = predicted_ratio(job.units, rival, own, scores, job.pins)
     if ratio is None or ratio <= FAR_ABOVE:
@@ -174,7 +199,7 @@ def choose(job: Job, selection: Selection) -> Shipped:
         return "uniform" if uniform.selection <= bound else "mixed"
     difference = selection.minus_uniform
     assert difference is not None  # both were evaluated
-    return "mixed" if difference.is_less(len(selection.mixed)) else "uniform"
+    return "mixed" if difference.is_less(selection.tried) else "uniform"
 
 
 def obeys(job: Job, plan: BitPlan) -> bool:
@@ -233,12 +258,12 @@ def compare(
         result["mixed_minus_uniform"] = _paired(mixed, uniform, "report")
     difference = selection.minus_uniform
     if difference is not None:
-        needed = difference.needed(len(selection.mixed))
+        needed = difference.needed(selection.tried)
         result["selection"] = {
             "mixed_minus_uniform": difference.value,
             "stderr": difference.stderr,
             "errors_needed": needed if math.isfinite(needed) else None,
-            "plans": len(selection.mixed),
+            "plans": selection.tried,
             "by_source": {
                 name: {"difference": value, "stderr": stderr} for name, (value, stderr) in difference.by_source.items()
             },

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,8 +92,8 @@ class TrialRunner:
         """The original model on the report rows."""
         return self._evaluated(None, "original", self.context.saved.part("original"))["report"]
 
-    def run_trial(self, name: str, plan: BitPlan) -> Trial:
-        """Round, write and evaluate a plan, or return what that gave before."""
+    def run_trial(self, name: str, plan: BitPlan, roles: Collection[str] = JUDGED) -> Trial:
+        """Round, write and evaluate a plan on some sets of rows, or return what that gave before."""
         key = formats_key(plan.formats)
         if key not in self._tried:
             saved, folder = self.context.saved.part(key), self.work / key
@@ -101,7 +102,7 @@ class TrialRunner:
             rounding = saved.load(ROUNDING)
             if rounding is None or not (folder.exists() or saved.load(_QUALITY)):
                 rounding = self._rounded(plan, folder, name)
-            quality = self._evaluated(folder, name, saved)
+            quality = self._evaluated(folder, name, saved, roles)
             self._tried[key] = Trial(name, plan, folder, rounding, quality)
         return self._tried[key]
 
@@ -158,14 +159,16 @@ class TrialRunner:
         self.context.saved.save(TIMINGS, self.timings)
         return rounding
 
-    def _evaluated(self, folder: Path | None, name: str, saved: Saved) -> dict[str, Evaluation]:
+    def _evaluated(
+        self, folder: Path | None, name: str, saved: Saved, roles: Collection[str] | None = None
+    ) -> dict[str, Evaluation]:
         known = saved.load(_QUALITY)
         if known is not None:
             return {role: as_evaluation(values) for role, values in known.items()}
         if self.evaluator is None:
             return {}
         with Stopwatch(self.timings, "evaluate"):
-            quality = self.evaluator.evaluate(folder, name, saved.part(_EVALUATING))
+            quality = self.evaluator.evaluate(folder, name, saved.part(_EVALUATING), roles)
         saved.save(_QUALITY, {role: vars(evaluation) for role, evaluation in quality.items()})
         saved.part(_EVALUATING).drop()
         self.context.saved.save(TIMINGS, self.timings)

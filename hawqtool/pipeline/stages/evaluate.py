@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -11,11 +13,12 @@ import torch
 from torch import Tensor
 
 from hawqtool.checkpoint.reader import TensorReader
-from hawqtool.evaluation.divergence import OutputComparison, as_evaluation
+from hawqtool.evaluation.divergence import OutputComparison, as_evaluation, standard_error
+from hawqtool.evaluation.plan_divergence import plan_divergences
 from hawqtool.evaluation.rotation_proof import rotation_difference, rotation_kl
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.job import Job
-from hawqtool.records import Evaluation, Rows
+from hawqtool.records import Evaluation, Rows, UnitFormats
 from hawqtool.report.schema import RotationCheck
 from hawqtool.report.wording import shown_plan
 from hawqtool.runtime.malloc import release_freed_pages
@@ -120,18 +123,24 @@ class Evaluator:
         """The model with the weights of a written folder."""
         return self.job.packed_stream(folder)
 
-    def evaluate(self, folder: Path | None, label: str, saved: Saved = NOTHING_SAVED) -> dict[str, Evaluation]:
+    def evaluate(
+        self,
+        folder: Path | None,
+        label: str,
+        saved: Saved = NOTHING_SAVED,
+        roles: Collection[str] | None = None,
+    ) -> dict[str, Evaluation]:
         """Quality of a written folder (None: the original itself) by role.
 
         Args:
             folder: Packed checkpoint.
             label: Its name in the progress.
             saved: Keeps what is known already; of no use once this has returned.
+            roles: Sets of rows to evaluate on (default: all; of the original, which nobody asks for others, `report`).
         """
         stream = self.stream if folder is None else self.candidate(folder)
-        results = {}
-        # What the original is on the selection rows nobody asks.
-        for role in self.sets if folder is not None else [role for role in self.sets if role == "report"]:
+        results, roles = {}, roles or (self.sets if folder is not None else ("report",))
+        for role in (role for role in self.sets if role in roles):
             known = saved.load(role)
             if known is None:
                 self.context.ranks.hand_out(_evaluate_along, folder, label, role)
@@ -155,7 +164,56 @@ class Evaluator:
         self.seconds += time.perf_counter() - start
         return found
 
+    def compare_layerwise(self, calibration: Rows, plans: Mapping[str, UnitFormats]) -> dict[str, Evaluation]:
+        """Divergence on the selection rows of plans whose layers are rounded one by one, by all ranks together.
 
+        Args:
+            calibration: Rows behind the rounding.
+            plans: Formats by unit, by name of the plan.
+        """
+        known, count = replace(calibration, output_moments={}), len(self.job.structure.blocks)
+        self.context.ranks.hand_out(_compare_along, known, plans)
+        found = self.layerwise(known, plans, self.reporter.progress)
+        sources, positions = self.sets["selection"].sources, self.reference["selection"].shape[1]
+        self.reporter.progress(_COMPARING, count, count)
+        return {
+            name: Evaluation(
+                measure="kl" if self.job.task.logits else "embedding_error",
+                divergence=float(rows.mean()),
+                stderr=standard_error(rows),
+                row_divergence=tuple(rows.tolist()),
+                num_tokens=len(rows) * positions,
+                perplexity=None,
+                same_top=None,
+                sources=sources,
+            )
+            for name, rows in found.items()
+        }
+
+    def layerwise(
+        self,
+        calibration: Rows,
+        plans: Mapping[str, UnitFormats],
+        progress: Callable[[str, int, int], None] = lambda *_: None,
+    ) -> dict[str, Tensor]:
+        """The divergence of every row by plan, on all ranks."""
+        job, tokens = self.job, self.sets["selection"].tokens
+        menu = {unit.name: tuple(dict.fromkeys(plan[unit.name] for plan in plans.values())) for unit in job.units}
+        comparison = OutputComparison(self.stream, job.stream(), tokens, self.reference["selection"])
+        found = plan_divergences(
+            comparison,
+            calibration,
+            job.rounding(menu),
+            plans,
+            job.settings.batch_size,
+            partial(progress, _COMPARING),
+            job.ranks,
+        )
+        self.stream.release_ends()
+        return found
+
+
+_COMPARING = "comparing plans"
 _EVALUATOR = "evaluator"
 
 
@@ -169,3 +227,8 @@ def _evaluate_along(job: Job, folder: Path | None, label: str, role: str) -> Non
     evaluator: Evaluator = job.ranks.kept[_EVALUATOR]
     evaluator.compare(evaluator.stream if folder is None else job.packed_stream(folder), label, role)
     evaluator.stream.release_ends()
+
+
+def _compare_along(job: Job, calibration: Rows, plans: Mapping[str, UnitFormats]) -> None:
+    """A rank's share of a comparison of plans."""
+    job.ranks.kept[_EVALUATOR].layerwise(calibration, plans)

@@ -160,7 +160,9 @@ def _comparison_warnings(outcome: Outcome) -> list[str]:
     if evaluation is None:
         return found
     uniform = evaluation["uniform"]
-    if shipped == "uniform" and uniform is not None and evaluation["mixed"]["formats"] != uniform["formats"]:
+    rivals = evaluation.get("not_rounded", {})
+    other = uniform is not None and evaluation["mixed"]["formats"] != uniform["formats"]
+    if shipped == "uniform" and (other or rivals):
         found.append("the mixed plan was not better than the uniform one on the selection rows, so uniform was shipped")
     selection = evaluation.get("selection")
     if shipped == "mixed" and selection and selection["mixed_minus_uniform"] > 0:

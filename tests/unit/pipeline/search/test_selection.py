@@ -145,7 +145,7 @@ class FakeRunner:
 
     def __init__(self, config: RunConfig, units: tuple[Unit, ...]) -> None:
         self.context = SimpleNamespace(job=FakeJob(config, units))
-        self.context.job.settings = SimpleNamespace(swaps=0)
+        self.context.job.settings = SimpleNamespace(swaps=0, proof=config.proof)
         self.tried: list[str] = []
 
     def run_trial(self, name: str, plan: BitPlan) -> Trial:
