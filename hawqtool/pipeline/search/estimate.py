@@ -13,6 +13,7 @@ from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.run.memory_budget import Work
 from hawqtool.pipeline.run.menu import budget_bytes, job_menu, unquantized_bytes
 from hawqtool.pipeline.search.gradient_swap import REACH, SHARES
+from hawqtool.pipeline.search.layerwise import some_count
 from hawqtool.pipeline.search.rates import Rates, measured_rates
 from hawqtool.pipeline.search.width_swap import neighbouring
 from hawqtool.pipeline.stages.rows import SELECTION_LENGTH, selection_sources, used_rows
@@ -92,7 +93,7 @@ def _work(job: Job, rates: Rates) -> list[tuple[str, float]]:
         found.append(("swaps, gradient", settings.swaps * (2 * loading + sweep + judging)))
     if measured and job.settings.proof == "layerwise":
         formats = min(_COMPARED + settings.shortlist, choices / max(1, len(job.units)))
-        walks = (calibrating + (_COMPARED + settings.shortlist) * choosing) * forward
+        walks = (some_count(calibrating) + (_COMPARED + settings.shortlist) * choosing) * forward
         found.append(("comparing plans", loading + walks + formats * rounding))
     for _ in range(_plans(job, measured)):
         found.append(("round", plan))

@@ -171,9 +171,9 @@ class Evaluator:
             calibration: Rows behind the rounding.
             plans: Formats by unit, by name of the plan.
         """
-        known, count = replace(calibration, output_moments={}), len(self.job.structure.blocks)
-        self.context.ranks.hand_out(_compare_along, known, plans)
-        found = self.layerwise(known, plans, self.reporter.progress)
+        count = len(self.job.structure.blocks)
+        self.context.ranks.hand_out(_compare_along, calibration, plans)
+        found = self.layerwise(calibration, plans, self.reporter.progress)
         sources, positions = self.sets["selection"].sources, self.reference["selection"].shape[1]
         self.reporter.progress(_COMPARING, count, count)
         return {

@@ -7,14 +7,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from hawqtool.config import RunConfig
 from hawqtool.formats import QuantFormat
 from hawqtool.pipeline.search import selection
+from hawqtool.pipeline.search.layerwise import some_rows
 from hawqtool.pipeline.search.selection import choose, compare, try_plans
 from hawqtool.pipeline.search.shortlist import RULE
 from hawqtool.pipeline.search.trials import Trial
-from hawqtool.records import BitPlan, Evaluation, LinearSpec, Score, Unit
+from hawqtool.records import BitPlan, Evaluation, LinearSpec, Rows, Score, Unit
 from hawqtool.report.wording import not_rounded_lines
 from hawqtool.runtime.store import NOTHING_SAVED
 
@@ -40,7 +42,8 @@ class FakeRunner:
         self.evaluator = SimpleNamespace(
             compare_layerwise=lambda _, plans: {name: evaluation(divergence[name]) for name in plans}
         )
-        self.sets, self.timings, self.tried = {"calibration": None}, dict[str, float](), list[tuple[str, Any]]()
+        rows = Rows(torch.zeros(4, 8, dtype=torch.int64), "test", "-")
+        self.sets, self.timings, self.tried = {"calibration": rows}, dict[str, float](), list[tuple[str, Any]]()
 
     def run_trial(self, name: str, plan: BitPlan, roles: Any) -> Trial:
         self.tried.append((name, roles))
@@ -77,3 +80,12 @@ def test_the_best_is_carried_out_alone(
     for name, rival in rivals.items():
         assert rival["minus_shipped"]["difference"] == pytest.approx(mean[name] - mean[wanted])
     assert all("rounded one by one" in line for line in not_rounded_lines(record))
+
+
+def test_rows_of_a_comparison_keep_their_importance() -> None:
+    tokens = torch.arange(128)[:, None].expand(128, 4)
+    rows = Rows(tokens, "test", "-", {"a": tokens.float()})
+    found = some_rows(rows)
+    assert len(found.tokens) == 32 and found.importance is not None
+    assert torch.equal(found.importance["a"], found.tokens.float())
+    assert len(some_rows(Rows(tokens[:40], "test", "-")).tokens) == 40
