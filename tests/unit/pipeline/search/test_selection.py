@@ -17,6 +17,7 @@ from hawqtool.pipeline.search.shortlist import RULE
 from hawqtool.pipeline.search.trials import Trial
 from hawqtool.records import BitPlan, Evaluation, LinearSpec, Score, Unit
 from hawqtool.report.wording import not_rounded_lines
+from hawqtool.runtime.ranks import ALONE
 
 
 def evaluation(rows: list[float], sources: tuple[str, ...] = ()) -> Evaluation:
@@ -144,7 +145,7 @@ class FakeRunner:
     """Notes which plans are rounded."""
 
     def __init__(self, config: RunConfig, units: tuple[Unit, ...]) -> None:
-        self.context = SimpleNamespace(job=FakeJob(config, units))
+        self.context = SimpleNamespace(job=FakeJob(config, units), ranks=ALONE)
         self.context.job.settings = SimpleNamespace(swaps=0, proof=config.proof)
         self.tried: list[str] = []
 
