@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from hawqtool.rounding.learned import training as learning
 from hawqtool.runtime.reporter import Silent
 from hawqtool.streaming import resume_points as resume_points
 from tests.support.runs import MIXED_TARGET, read, settings
-from tests.support.tiny_zoo import kind_named, save_kind
+from tests.support.tiny import VOCAB_SIZE
+from tests.support.tiny_zoo import Kind, kind_named, save_kind
 
 ROOT = Path(__file__).resolve().parents[2]
 INSTALLED = Path(sys.executable).parent / "hawqtool"
@@ -74,6 +76,7 @@ def result_without_scores(folder: Path) -> tuple[str, dict[str, Any], Any]:
     return file_hash(folder / "model.safetensors"), plan, read(folder / "report.json")["evaluation"]["mixed"]["kl"]
 
 
+SHARED = kind_named("gemma4-shared")
 CHAINS: dict[str, dict[str, Any]] = {
     "dense": {"swaps": 1, "extra_metrics": ("kl",), "calibration": "self"},
     "drift": {"rounding": "gptaq", "swaps": 2, "swap_scores": "gradient", "sensitivity": "hawq-ggn"},
@@ -104,6 +107,23 @@ CHAINS: dict[str, dict[str, Any]] = {
     "experts in batches": {"kind": "qwen3-moe", "batch_size": 4, "swaps": 1},
     "experts in one batch": {"kind": "qwen3-moe", "batch_size": 16, "shortlist": 1, "rounding": "foem"},
 }
+
+
+TWO_BLOCKS = {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2, "num_kv_shared_layers": 1}
+CARRYING = (
+    Kind(
+        "qwen3.5",
+        "Qwen3_5TextConfig",
+        "Qwen3_5ForCausalLM",
+        settings={
+            **{"vocab_size": VOCAB_SIZE, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2},
+            **{"layer_types": ["linear_attention", "full_attention"], "num_attention_heads": 4, "head_dim": 16},
+            **{"num_key_value_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16},
+            **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "initializer_range": 0.08},
+        },
+    ),
+    replace(SHARED, settings=SHARED.settings | TWO_BLOCKS),
+)
 
 
 @pytest.mark.parametrize("name", CHAINS)
@@ -140,6 +160,29 @@ def test_interrupted_again_and_again(place: Path, tmp_path: Path, monkeypatch: p
     done = [key for key in interrupt.keys if once.search(key)]
     assert len({once.search(key)[0].split(".")[1] for key in done if "table" not in key}) == 3  # type: ignore[index]
     assert len(done) == len(set(done))
+
+
+@pytest.mark.parametrize("kind", CARRYING, ids=lambda kind: kind.name)
+def test_carried_states_survive_interruptions_and_limits(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind
+) -> None:
+    """Linear attention beside full attention, and keys and values that later blocks read of earlier ones."""
+    monkeypatch.setattr("hawqtool.pipeline.quantize.write_page", lambda _: None)
+    monkeypatch.setattr(resume_points, "LEAST_SECONDS", 0.0)
+    model = save_kind(kind, tmp_path / "model")
+    small = {"bits": "4,8", "target_bpw": MIXED_TARGET, "num_samples": 4, "seq_len": 16, "eval_samples": 4}
+    config = settings(place, model=model, shortlist=1, output=tmp_path / "out", **small)
+    quantize(config, output=str(tmp_path / "undisturbed"))
+    interrupt = Interrupt(monkeypatch)
+    for starts in range(1, 50):
+        interrupt.left = 12
+        try:
+            report = quantize(config, max_memory=("auto", "1KiB")[starts % 2])
+        except KeyboardInterrupt:
+            continue
+        break
+    assert report["starts"] == starts > 2
+    assert result(tmp_path / "out") == result(tmp_path / "undisturbed")
 
 
 def copies(model: Path, folder: Path) -> dict[str, Path]:
