@@ -39,9 +39,9 @@ _GGUF_ALONE = ("template", "tensor_types", "block_types", "embedding_type")
 """Settings that say something of GGUF files alone."""
 
 _WITH_GGUF = {
-    *("model", "output", "to", *_GGUF_ALONE, "target_bpw", "target_size", "ignore", "quantize_lm_head"),
+    *("model", "output", "to", *_GGUF_ALONE, "target_bpw", "target_size", "target_kl", "restart", "ignore"),
     *("calibration", "num_samples", "seq_len", "eval_data", "eval_samples", "eval", "sensitivity"),
-    *("rounding", "target_shift", "token_importance", "damping", "solver"),
+    *("quantize_lm_head", "rounding", "target_shift", "token_importance", "damping", "solver"),
     *("device", "batch_size", "max_memory", "seed", "trust_remote_code"),
 }
 """Settings that GGUF files take; all others must be left alone."""
@@ -129,8 +129,9 @@ class RunConfig(CheckedFields):
             raise ValueError("to gguf rounds by rtn or gptq, with target_shift off or a number; drop other choices")
         if not self.measures or self.metric in EXTRA_METRICS:
             raise ValueError(f"to gguf chooses by {', '.join(SWEEP_METRICS)}, found sensitivity {self.sensitivity}")
-        if self.target_bpw is not None and self.target_size is not None:
-            raise ValueError("target_bpw and target_size are both given; drop one of the two")
+        targets = [n for n in ("target_bpw", "target_size", "target_kl") if getattr(self, n) is not None]
+        if len(targets) > 1:
+            raise ValueError(f"{targets[0]} and {targets[1]} are both given; drop one of the two")
         return self
 
     @model_validator(mode="after")

@@ -112,6 +112,13 @@ def _quantize_to_gguf(settings: RunConfig, terminal: Terminal, dry_run: bool, js
         print_json(document)
     else:
         print_gguf(document)
+    search = document["search"]
+    if search is not None and not search["met"]:
+        best = min(trial["divergence"]["selection"] for trial in search["trials"])
+        raise QualityError(
+            f"no file meets --target-kl {search['bound']:g}: the best that was tried has {best:.4g} on the selection "
+            "rows. It was written; raise the target or add larger --block-types"
+        )
 
 
 def _check_gates(report: Report, terminal: Terminal) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 from hawqtool.report.plan_comparison import Measure, Measured, Quality, Shipped, TaskResult
-from hawqtool.report.schema import Kept, PlanEntry, RotationKind
+from hawqtool.report.schema import Kept, PlanEntry, RotationKind, Search
 
 
 class MemberRecord(TypedDict):
@@ -267,5 +267,7 @@ class GgufDocument(TypedDict):
     kept: Annotated[dict[str, str], "Why each other matrix stays as the template has it."]
     matrices: Annotated[dict[str, GgufMatrix], "Matrices of the original that were quantized, by their tensors' names."]
     output_error: Annotated[dict[str, float], "Squared error of a linear's outputs over their squares."]
+    rounded_to_nearest: Annotated[list[str], "Linears that compensation made worse on held-out rows, and go without."]
     quality: Annotated[GgufQuality | None, "Judgement on held-out rows; null where nothing was evaluated."]
+    search: Annotated[Search | None, "The search for the smallest file that meets `--target-kl`; null without one."]
     seconds: Annotated[float, "Time of the run."]

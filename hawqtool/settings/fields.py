@@ -78,7 +78,8 @@ class Fields(TargetFields):
     )] = ()
     embedding_type: Annotated[str, Setting(
         help="Type of embedding and output with --to gguf, auto or keep.",
-        detail="Auto is Q6_K, or Q8_0 where no 256 divides the rows; keep leaves them as the template has them.",
+        detail="Auto chooses by what they lose; without a target it is Q6_K, or Q8_0 where no 256 divides the rows. "
+        "Keep leaves them as the template has them.",
         panel=FORMATS, affects=Affects.FORMATS, metavar="TYPE", expert=True,
     )] = "auto"
     quantize_lm_head: Annotated[bool, Setting(

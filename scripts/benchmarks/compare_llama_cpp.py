@@ -184,7 +184,7 @@ def write_theirs(
 
 def _judge(gguf: GgufJob, text: Path, samples: int, theirs: Path, ours: Path) -> None:
     rows = evaluation_rows(gguf.job, str(text), samples)
-    evaluator = GgufEvaluator(RunContext(gguf.job), rows, gguf.places)
+    evaluator = GgufEvaluator(RunContext(gguf.job), {"report": rows}, gguf.places)
     other, own = (evaluator.evaluate(path, path.name)["report"] for path in (theirs, ours))
     mean, error = paired_difference(own, other)
     print(

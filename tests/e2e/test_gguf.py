@@ -71,16 +71,73 @@ def test_a_mixed_file_keeps_the_budget_and_is_what_its_record_says(mixed: tuple[
     assert len(document["types"]) == LINEARS + 2 and not document["kept"]
     assert {name: theirs[name].tensor_type.name for name in document["types"]} == document["types"]
     blocks = {name: kind for name, kind in document["types"].items() if name.startswith("blk.")}
-    stored = sum(theirs[name].n_bytes for name in blocks)
+    stored = sum(theirs[name].n_bytes for name in document["types"])
     assert document["bpw"] == pytest.approx(8 * stored / document["num_weights"])
     assert len(set(blocks.values())) > 1
     large = {name for name, kind in blocks.items() if BLOCK_TYPES[kind].block_size == 256}
     assert all("ffn_down" in name for name in large)
-    assert document["types"]["output.weight"] == document["types"]["token_embd.weight"] == "Q8_0"
+    assert document["rounded_to_nearest"] == [] and document["search"] is None
     kept = gguf.GGUFReader(path.with_name("t.gguf")).fields["llama.rope.freq_base"].contents()
     assert gguf.GGUFReader(path).fields["llama.rope.freq_base"].contents() == kept
     types = (path.with_name("types.txt")).read_text().splitlines()
-    assert r"^token_embd\.weight$=q8_0" in types and len(types) == LINEARS + 2
+    embedding = document["types"]["token_embd.weight"].lower()
+    assert rf"^token_embd\.weight$={embedding}" in types and len(types) == LINEARS + 2
+
+
+class Told(Silent):
+    """Remembers which stages began, and at what step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first: dict[str, int] = {}
+
+    @property
+    def stages(self) -> set[str]:
+        return set(self.first)
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        self.first.setdefault(stage, done)
+
+
+class _CutAt(Silent):
+    """Ends a run at a step, as a kill does."""
+
+    def __init__(self, stage: str, done: int) -> None:
+        super().__init__()
+        self._at = stage, done
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        if (stage, done) == self._at:
+            raise KeyboardInterrupt
+
+
+def test_a_run_that_is_cut_is_gone_on_with(
+    place: Path, mixed: tuple[Path, GgufDocument], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, document = mixed
+    monkeypatch.setattr("hawqtool.streaming.resume_points.LEAST_SECONDS", 0)
+    config = load_config(None, settings(place, tmp_path / "mixed.gguf", target_bpw=5.6, eval_data=place / "other.txt"))
+    for stage, done in (("reverse sweep", 1), ("rounding", 1)):
+        with pytest.raises(KeyboardInterrupt):
+            run_gguf(config, _CutAt(stage, done))
+        assert not (tmp_path / "mixed.gguf").exists()
+    told = Told()
+    again = run_gguf(config, told)
+    assert again["sha256"] == document["sha256"] and again["output_error"] == document["output_error"]
+    assert not told.stages & {"forward sweep", "reverse sweep"} and told.first["rounding"] == 2
+    assert {file.name for file in tmp_path.iterdir()} == {"mixed.gguf", "mixed.gguf.json"}
+
+
+def test_the_smallest_file_of_a_quality_is_found(place: Path, tmp_path: Path) -> None:
+    more = {"target_kl": 0.0006, "block_types": "Q4_0,Q8_0", "embedding_type": "Q8_0"}
+    document = run(place, tmp_path / "kl.gguf", **more)
+    search = document["search"]
+    assert search is not None and search["met"] and len(search["trials"]) > 1
+    chosen = next(t for t in search["trials"] if t["bpw_linears"] == document["bpw"])
+    assert chosen["divergence"]["selection"] <= 0.0006
+    smaller = [t for t in search["trials"] if t["stored_bytes"] < chosen["stored_bytes"]]
+    assert all(t["divergence"]["selection"] > 0.0006 for t in smaller)
+    assert verify_gguf(tmp_path / "kl.gguf").problems == () and len(list(tmp_path.iterdir())) == 2
 
 
 def read_back(place: Path, path: Path) -> GgufSource:
@@ -154,7 +211,7 @@ def test_a_size_is_kept(place: Path) -> None:
         ({"bits": "4"}, "--bits has no effect on GGUF files yet"),
         ({"rounding": "foem"}, "rtn or gptq"),
         ({"block_types": "Q4_K"}, r"Q4_K does not fit blk.0.* rows of 64 .* add one of Q4_0"),
-        ({}, "give --target-bpw or --target-size, or one of --block-types"),
+        ({}, "give --target-bpw, --target-size or --target-kl, or one of --block-types"),
         ({"target_bpw": 2.0}, r"2.000 bits per weight cannot be met: 4.\d+ to 8.500"),
         ({"output": "folder"}, "--to gguf writes one file"),
         ({"to": "compressed-tensors"}, "template is for GGUF files"),

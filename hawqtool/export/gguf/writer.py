@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -91,26 +91,40 @@ class GgufWriter:
     """Writes the tensors of a layout in any order; a context manager.
 
     Leaving the block without an exception copies from the template what was not written, syncs the file and gives it
-    its name; with one, nothing is left.
+    its name; with one, nothing is left, or the unfinished file where a run may go on with it.
 
     Args:
         template: Header of the template.
         layout: Layout of the file.
         path: The file.
+        resumes: Whether an unfinished file is kept, and gone on with where it has the layout's head.
+
+    Attributes:
+        resumed: Whether an unfinished file was there.
     """
 
-    def __init__(self, template: GgufHeader, layout: GgufLayout, path: Path) -> None:
-        self._template, self._layout, self.path = template, layout, path
+    def __init__(self, template: GgufHeader, layout: GgufLayout, path: Path, resumes: bool = False) -> None:
+        self._template, self._layout, self.path, self._resumes = template, layout, path, resumes
+        self.resumed = False
         self._part = path.with_name(f"{path.name}.part")
         self._written: set[str] = set()
         self._stream: BinaryIO | None = None
 
     def __enter__(self) -> Self:
         with disk_errors(self.path):
-            self._stream = self._part.open("wb")
-            self._stream.write(self._layout.head)
-            self._stream.truncate(self._layout.total_bytes)
+            self.resumed = self._resumes and self._has_head()
+            self._stream = self._part.open("r+b" if self.resumed else "wb")
+            if not self.resumed:
+                self._stream.write(self._layout.head)
+                self._stream.truncate(self._layout.total_bytes)
         return self
+
+    def _has_head(self) -> bool:
+        """Whether an unfinished file of this layout is there."""
+        if not self._part.is_file() or self._part.stat().st_size != self._layout.total_bytes:
+            return False
+        with self._part.open("rb") as stream:
+            return stream.read(len(self._layout.head)) == self._layout.head
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -119,14 +133,25 @@ class GgufWriter:
         try:
             if kind is None:
                 self._copy_rest()
+                self.sync()
                 with disk_errors(self.path):
-                    self._stream.flush()
-                    os.fsync(self._stream.fileno())
                     self._stream.close()
                     self._part.rename(self.path)
         finally:
             self._stream.close()
-            self._part.unlink(missing_ok=True)
+            if not self._resumes:
+                self._part.unlink(missing_ok=True)
+
+    def take_over(self, names: Collection[str]) -> None:
+        """Take tensors for written that an earlier run wrote and brought to the disk."""
+        self._written.update(names)
+
+    def sync(self) -> None:
+        """Bring to the disk what was written."""
+        assert self._stream is not None  # entered
+        with disk_errors(self.path):
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
 
     def write(self, name: str, stored: Tensor, first_row: int = 0) -> None:
         """Write rows of a tensor.

@@ -16,7 +16,7 @@ from hawqtool.pipeline.run.job import prepare
 from hawqtool.pipeline.run.resolved import MOST_REPORT_ROWS
 from hawqtool.pipeline.stages.evaluate import Evaluator
 from hawqtool.pipeline.stages.rows import evaluation_rows
-from hawqtool.records import Evaluation, Rows
+from hawqtool.records import Rows
 from hawqtool.report.documents import EvaluationDocument
 from hawqtool.runtime.reporter import Reporter
 from hawqtool.streaming.stream import ModelStream
@@ -27,21 +27,17 @@ class GgufEvaluator(Evaluator):
 
     Args:
         context: The run.
-        rows: Rows to judge by.
+        sets: Rows to judge by, by role.
         places: Which tensor holds which matrix.
     """
 
-    def __init__(self, context: RunContext, rows: Rows, places: Mapping[str, Place]) -> None:
-        super().__init__(context, {"report": rows})
+    def __init__(self, context: RunContext, sets: dict[str, Rows], places: Mapping[str, Place]) -> None:
+        super().__init__(context, sets)
         self._places = places
 
     def candidate(self, folder: Path) -> ModelStream:
         """The model with the weights of a file."""
         return self.job.stream(GgufSource(folder, self._places, self.job.index))
-
-    def judged(self, path: Path) -> tuple[Evaluation, Evaluation]:
-        """The original and a file."""
-        return self.evaluate(None, "original")["report"], self.evaluate(path, path.name)["report"]
 
 
 def evaluate_gguf(config: RunConfig, path: Path, reporter: Reporter) -> EvaluationDocument:
@@ -58,7 +54,8 @@ def evaluate_gguf(config: RunConfig, path: Path, reporter: Reporter) -> Evaluati
     job = prepare(config.model_copy(update={"profile": "transformers"}), reporter, writes=False)
     require_origin(path, record, job.index)
     rows = evaluation_rows(job, config.eval_data, config.eval_samples or MOST_REPORT_ROWS)
-    original, quantized = GgufEvaluator(RunContext(job, reporter), rows, recorded_places(path, record)).judged(path)
+    evaluator = GgufEvaluator(RunContext(job, reporter), {"report": rows}, recorded_places(path, record))
+    original, quantized = (evaluator.evaluate(*what)["report"] for what in ((None, "original"), (path, path.name)))
     return {
         "schema": "hawqtool.evaluation/1",
         "measure": "kl" if original.measure == "kl" else "embedding_error",

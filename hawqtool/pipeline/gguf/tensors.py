@@ -28,6 +28,12 @@ LARGE_BLOCKS = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 SMALL_BLOCKS = ("IQ4_NL", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 """Types to choose from elsewhere; Q4_0 takes the bits of IQ4_NL and loses more."""
 
+LARGE_ENDS = ("Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+"""Types of embedding and output to choose from where rows are whole blocks of 256."""
+
+SMALL_ENDS = ("IQ4_NL", "Q5_0", "Q8_0")
+"""Types of embedding and output to choose from elsewhere; these matrices are large, and so few are tried."""
+
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 
 TypeMenu = Mapping[str, Sequence[BlockType]]
@@ -41,8 +47,8 @@ class GgufJob:
     Args:
         job: The job; formats of its units are block types.
         template: Header of the template.
-        menu: Types to choose from by unit.
-        ends: Types of embedding and output, which are rounded by themselves, by name of tensor.
+        menu: Types to choose from by unit, embedding and output among them.
+        ends: Embedding and output as units, by name of tensor; the job has none of them.
         places: Where matrices lie, by the name of the checkpoint's tensor.
         kept: Matrices that stay as the template has them, with the reason.
     """
@@ -50,22 +56,31 @@ class GgufJob:
     job: Job
     template: GgufHeader
     menu: TypeMenu
-    ends: Mapping[str, BlockType]
+    ends: Mapping[str, Unit]
     places: Mapping[str, Place]
     kept: Mapping[str, str]
 
-    def layout(self, plan: Mapping[str, BlockType]) -> GgufLayout:
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        """All units of the plan."""
+        return (*self.job.units, *self.ends.values())
+
+    def layout(self, plan: Mapping[str, StoredType]) -> GgufLayout:
         """Exact bytes of the file for types by unit."""
-        kinds: dict[str, StoredType] = {**self.ends, **plan}
-        return plan_gguf(self.template, kinds)
+        return plan_gguf(self.template, plan)
 
     def matrix(self, name: str, reader: TensorReader) -> Tensor:
         """A matrix of the checkpoint as ``[out, in]``."""
         return _matrix(name, self.job.structure, reader)
 
 
-def prepare_gguf(config: RunConfig, reporter: Reporter) -> GgufJob:
+def prepare_gguf(config: RunConfig, reporter: Reporter, states: Path | None = None) -> GgufJob:
     """Read model and template, and find which tensor is which.
+
+    Args:
+        config: The run's configuration, with a template.
+        reporter: Narration.
+        states: Folder for hidden states that memory does not hold; None for a temporary one.
 
     Raises:
         UsageError: If a setting does not fit the model.
@@ -76,7 +91,7 @@ def prepare_gguf(config: RunConfig, reporter: Reporter) -> GgufJob:
     if template.text(ARCHITECTURE_KEY) is None:
         raise InputError(f"{config.template} names no {ARCHITECTURE_KEY}; expected a model converted by llama.cpp")
     # Layers that transformers would keep apart are apart in GGUF as well.
-    job = prepare(config.model_copy(update={"profile": "transformers"}), reporter, writes=False)
+    job = prepare(config.model_copy(update={"profile": "transformers"}), reporter, writes=False, states=states)
     reader = TensorReader(job.index)
     linears = {f"{name}.weight" for name in job.structure.linears}
     shapes = {n: _shape(n, job) for n, info in job.index.tensors.items() if len(info.shape) == 2}
@@ -91,7 +106,8 @@ def prepare_gguf(config: RunConfig, reporter: Reporter) -> GgufJob:
             "with llama.cpp's convert_hf_to_gguf.py --outtype bf16"
         )
     job = _with_units(job, members)
-    ends = _ends(config, matches, members)
+    end_types = _end_types(config, matches, members)
+    ends = {name: _end_unit(matches[name]) for name in end_types}
     places = {
         piece.source: Place(name, number * match.tensor.shape[-2], piece, _is_transposed(piece.source, job.structure))
         for name, match in matches.items()
@@ -99,7 +115,7 @@ def prepare_gguf(config: RunConfig, reporter: Reporter) -> GgufJob:
         for number, piece in enumerate(match.pieces)
     }
     kept = _kept(template, matches, members, ends)
-    return GgufJob(job, template, _menu(config, job.units), ends, places, kept)
+    return GgufJob(job, template, {**_menu(config, job.units), **end_types}, ends, places, kept)
 
 
 def _matrix(name: str, structure: Structure, reader: TensorReader) -> Tensor:
@@ -146,8 +162,10 @@ def _with_units(job: Job, members: Mapping[str, Sequence[str]]) -> Job:
     return replace(job, structure=structure, units=units, pins={})
 
 
-def _ends(config: RunConfig, matches: Mapping[str, Match], members: Mapping[str, object]) -> dict[str, BlockType]:
-    """Types of embedding and output where they are to be quantized.
+def _end_types(
+    config: RunConfig, matches: Mapping[str, Match], members: Mapping[str, object]
+) -> dict[str, tuple[BlockType, ...]]:
+    """Types of embedding and output where they are to be quantized; one each where nothing is to be chosen.
 
     Raises:
         UsageError: If rows do not allow the type.
@@ -157,15 +175,25 @@ def _ends(config: RunConfig, matches: Mapping[str, Match], members: Mapping[str,
         if name in members or name not in matches or config.embedding_type == "keep":
             continue
         columns = matches[name].tensor.shape[-1]
-        if config.embedding_type == "auto":
-            kind = next((BLOCK_TYPES[t] for t in ("Q6_K", "Q8_0") if BLOCK_TYPES[t].divides(columns)), None)
+        if config.embedding_type != "auto":
+            kinds = [BLOCK_TYPES[config.embedding_type]]
+            if not kinds[0].divides(columns):
+                raise _undivided(f"--embedding-type {kinds[0].name}", name, columns)
         else:
-            kind = BLOCK_TYPES[config.embedding_type]
-            if not kind.divides(columns):
-                raise _undivided(f"--embedding-type {kind.name}", name, columns)
-        if kind is not None:
-            found[name] = kind
+            names = SMALL_ENDS if columns % 256 else LARGE_ENDS
+            kinds = [BLOCK_TYPES[t] for t in names if BLOCK_TYPES[t].divides(columns)]
+            if (config.target_bpw, config.target_size, config.target_kl) == (None, None, None):
+                kinds = [kind for kind in kinds if kind.name in ("Q6_K", "Q8_0")][:1]
+        if kinds:
+            found[name] = tuple(kinds)
     return found
+
+
+def _end_unit(match: Match) -> Unit:
+    rows, columns = match.tensor.shape
+    name = match.tensor.name
+    linear = LinearSpec(match.pieces[0].source.removesuffix(".weight"), rows, columns, 0, name, 2)
+    return Unit(name, (linear,))
 
 
 def _menu(config: RunConfig, units: Sequence[Unit]) -> dict[str, tuple[BlockType, ...]]:
