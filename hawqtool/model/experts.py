@@ -23,6 +23,7 @@ from hawqtool.model.experts_layout import (
     combine_function,
     holds_experts,
     read_layout,
+    takes_choice,
     why_unproved,
 )
 
@@ -169,15 +170,17 @@ def split_experts(model: nn.Module, why_unread: WhyUnread = lambda *_: None) -> 
     proved: dict[type[nn.Module], str | None] = {}
     for path, owner in list(model.named_modules()):
         for name, child in list(owner.named_children()):
-            if not holds_experts(child):
+            if not (holds_experts(child) or takes_choice(child)):
                 continue
             layout, kind = read_layout(child), type(child)
             if kind not in proved:
                 proved[kind] = _why_whole(child, layout, why_unread)
             reason = proved[kind]
             if layout is None or reason is not None:
-                whole[f"{path}.{name}" if path else name] = child.why_whole = str(reason)
-                if layout is not None or len(child._parameters) == 1:
+                whole[f"{path}.{name}" if path else name] = str(reason)
+                for part in child.modules():
+                    part.why_whole = str(reason)  # type: ignore[assignment]
+                if layout is not None or len(child._parameters) == 1 or takes_choice(child):
                     child.__class__ = type(kind.__name__, (WholeExperts, kind), {})
                     _run_plainly(child)
             else:

@@ -91,6 +91,15 @@ def holds_experts(module: nn.Module) -> bool:
     return "down_proj" in stacked or ("Expert" in type(module).__name__ and bool(stacked))
 
 
+def takes_choice(module: nn.Module) -> bool:
+    """Whether a module is called as transformers calls experts: with rows, the experts chosen for each, and weights.
+
+    It gives rows of the same width, whatever its parameters are.
+    """
+    names = [*inspect.signature(type(module).forward).parameters][1:]
+    return names == ["hidden_states", "top_k_index", "top_k_weights"]
+
+
 def read_layout(module: Any) -> ExpertsLayout | None:
     """Layout of an experts module from its flags, or by shape where it has none; None where it is another kind."""
     own = {name: value for name, value in module._parameters.items() if value is not None}

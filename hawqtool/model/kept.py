@@ -192,8 +192,8 @@ def _reason(owner: nn.Module, otherwise: str) -> str:
         return EMBEDDING
     if isinstance(owner, nn.modules.conv._ConvNd):
         return CONVOLUTION
-    if holds_experts(owner):
-        why = getattr(owner, "why_whole", None)
+    why = getattr(owner, "why_whole", None)
+    if why is not None or holds_experts(owner):
         return EXPERTS if why is None else f"{EXPERTS}: {why}"
     return STATE_SPACE if hasattr(owner, "A_log") else otherwise
 

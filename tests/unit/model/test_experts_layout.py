@@ -181,6 +181,34 @@ def test_whole_experts_run_on_meta_and_on_data() -> None:
     assert holder.to("meta").experts(hidden, *call()[1:]).shape == hidden.shape
 
 
+class _FlatExperts(nn.Module):
+    """Experts whose matrices stand one below the other in a parameter of two dimensions, as DBRX has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.Module()
+        self.mlp.w1 = nn.Parameter(torch.randn(COUNT * WIDTH, WIDTH, dtype=torch.float64))
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        total = torch.zeros_like(hidden_states)
+        for number in range(int(top_k_index.max().item()) + 1):
+            slots, positions = torch.where(top_k_index.t() == number)
+            output = hidden_states[positions] @ self.mlp.w1.view(COUNT, WIDTH, WIDTH)[number]
+            total.index_add_(0, positions, output * top_k_weights[positions, slots, None])
+        return total
+
+
+def test_what_is_called_as_experts_are_is_run_on_meta_by_its_shape() -> None:
+    holder = nn.Module()
+    holder.experts = _FlatExperts()
+    expected = holder.experts(*call())
+    assert "unknown layout" in split_experts(holder)["experts"]
+    assert torch.equal(holder.experts(*call()), expected)
+    assert "unknown layout" in holder.experts.mlp.why_whole
+    meta = [value.to("meta") for value in call()]
+    assert holder.to("meta").experts(*meta).shape == expected.shape
+
+
 def test_single_linears_of_all_experts_run_on_meta() -> None:
     holder = nn.Module()
     holder.experts = AriaGroupedExpertsGemm(WIDTH, INNER, COUNT)
