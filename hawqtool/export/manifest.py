@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ FREE_FOLDERS = (".git", ".cache")
 _RECORDS = ("manifest.json", "plan.json", "checksums.json", "config.yaml", "sensitivity.json", "packages.json")
 _COSTS = ("costs.csv", "costs.json")
 _LENGTH_BYTES = 8
+_THREADS = 4
 
 
 def seal(folder: Path, report: Report) -> Report:
@@ -52,7 +54,7 @@ def seal(folder: Path, report: Report) -> Report:
         names = [name for name in files_below(folder) if name not in (MANIFEST_FILE, REPORT_FILE, *FREE_FILES)]
         manifest = {
             "schema": MANIFEST_SCHEMA,
-            "files": {name: _entry(folder / name) for name in names},
+            "files": _entries(folder, names),
             "config": _key_hashes(load_json(folder / CONFIG_FILE)),
             "report": content_hash({key: value for key, value in report.items() if key != "manifest"}),
         }
@@ -175,6 +177,12 @@ def file_hash(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _entries(folder: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Entries of files by name; several are hashed at a time."""
+    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1), "manifest") as pool:
+        return dict(zip(names, pool.map(_entry, (folder / name for name in names)), strict=True))
 
 
 def _entry(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -15,7 +16,7 @@ from hawqtool.export.manifest import seal
 from hawqtool.export.verify import verify_folder
 from hawqtool.export.writer import copy_small_files
 from hawqtool.pipeline.dry_run import check_free, describe, output_folder
-from hawqtool.pipeline.load_trial.trial import trial_rows, try_loading
+from hawqtool.pipeline.load_trial.trial import LoadTrial, trial_rows, try_loading
 from hawqtool.pipeline.report import write_page
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.files import PART, read_report
@@ -47,8 +48,9 @@ from hawqtool.pipeline.worker import begin_ranks, leading
 from hawqtool.records import BitPlan
 from hawqtool.report.documents import DryRun, SensitivityDocument
 from hawqtool.report.plan_comparison import Shipped, shipped_of
-from hawqtool.report.schema import Report, Search, Verdict
+from hawqtool.report.schema import Engine, Report, Search, Verdict
 from hawqtool.report.verdict import verdict
+from hawqtool.runtime.background import beside
 from hawqtool.runtime.reporter import Reporter
 from hawqtool.runtime.stage_timer import Stopwatch
 
@@ -101,6 +103,7 @@ def run_quantize(
         def work(job: Job, warnings: list[str]) -> Report:
             context = RunContext(job, reporter, run.saved, ranks)
             folder, report = _quantized(context, run, command, warnings, fingerprint)
+            context.background.finish()
             check_unchanged(job.index, before)
             run.ship(folder)
             return report
@@ -207,22 +210,33 @@ def _complete(
     copied = copy_small_files(job.index.folder, folder)
     check_copies(folder, {name: began_with.get(name, "") for name in copied})
     tell(1, _CHECKS)
-    _try_claims(job, folder, report, rows)
-    tell(2, _CHECKS)
-    write_card(job.index.folder, folder, report)
     write_reproduce(job, folder, sensitivity)
+    # Loading takes the host, verifying the device: on a GPU side by side.
+    trial = _begin_trial(job, folder, report, rows)
     problems = verify_folder(folder, job.index.folder, job.device, sealed=False).problems
     if problems:
         raise NumericalError(f"the written folder failed verification: {problems[0]} ({len(problems)} problems)")
+    tell(2, _CHECKS)
+    if trial is not None:
+        _take_claims(trial(), report)
+    write_card(job.index.folder, folder, report)
     tell(3, _CHECKS)
 
 
-def _try_claims(job: Job, folder: Path, report: Report, rows: Tensor) -> None:
-    """Replace the verdict on transformers by what a trial gave, where the formats promise that it loads the folder."""
-    entry = next(entry for entry in report["engines"] if entry["engine"] == TRANSFORMERS)
-    if not entry["loads"]:
-        return
-    trial = try_loading(job, folder, rows)
-    entry |= {"loads": trial.loads, "reason": trial.reason, "tried": trial.loads is not None}
+def _begin_trial(job: Job, folder: Path, report: Report, rows: Tensor) -> Callable[[], LoadTrial] | None:
+    """A trial in transformers, where the formats promise that it loads the folder; what waits for its result."""
+    if not _transformers(report)["loads"]:
+        return None
+    trial = partial(try_loading, job, folder, rows)
+    return beside(trial) if job.device.type == "cuda" else trial
+
+
+def _transformers(report: Report) -> Engine:
+    return next(entry for entry in report["engines"] if entry["engine"] == TRANSFORMERS)
+
+
+def _take_claims(trial: LoadTrial, report: Report) -> None:
+    """Replace the verdict on transformers by what a trial gave."""
+    _transformers(report).update({"loads": trial.loads, "reason": trial.reason, "tried": trial.loads is not None})
     if trial.loads is False:
         report["warnings"].append(f"transformers does not load this folder as it should: {trial.reason}")

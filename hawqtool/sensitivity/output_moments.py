@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from hawqtool.records import OutputMoments
 from hawqtool.rounding.gram import gram
 from hawqtool.rounding.output_feedback import choose_moments, pack_lower
+from hawqtool.runtime.background import Background
 from hawqtool.runtime.ranks import ALONE, Ranks
 
 FITTING, HELD_OUT, LEFT_OUT = 0, 1, 2
@@ -45,6 +48,7 @@ class OutputMomentSums:
         self.blocks = blocks
         self.finished: dict[str, OutputMoments] = {}
         self._sums: Sums = {}
+        self._beside: Background | None = None
 
     def visit(self, found: Sums, name: str, gradient: Tensor, norms: Tensor, first: int) -> None:
         """Add a batch of gradients to sums that lie on their device.
@@ -87,14 +91,22 @@ class OutputMomentSums:
                 own[name] = total
         # Only now, when nobody waits for what this rank has of the others' layers.
         for name, total in own.items():
-            self.finished[name] = self._finish(name, total[0], total[1])
+            work = partial(self._finish, name, total[0], total[1])
+            if total.is_cuda:  # a dozen factors of small matrices, beside which the next block is differentiated
+                self._beside = self._beside or Background(total.device)
+                self._beside.start(work)
+            else:
+                work()
 
-    def _finish(self, name: str, fitting: Tensor, held_out: Tensor) -> OutputMoments:
+    def _finish(self, name: str, fitting: Tensor, held_out: Tensor) -> None:
         if name in self.blocks:
-            return OutputMoments(lower=pack_lower(fitting + held_out).cpu())
-        return choose_moments(fitting, held_out, self.keep_held_out)
+            self.finished[name] = OutputMoments(lower=pack_lower(fitting + held_out).cpu())
+        else:
+            self.finished[name] = choose_moments(fitting, held_out, self.keep_held_out)
 
     def collect(self) -> None:
-        """Give the leader all moments that are finished."""
+        """Give the leader all moments."""
+        if self._beside is not None:
+            self._beside.finish()
         for part in self.ranks.to_owner(self.finished, 0) or ():
             self.finished |= part

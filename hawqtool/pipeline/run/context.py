@@ -8,9 +8,13 @@ from functools import partial
 from typing import Any
 
 from hawqtool.pipeline.run.job import Job
+from hawqtool.runtime.background import Background
 from hawqtool.runtime.ranks import ALONE, Ranks
 from hawqtool.runtime.reporter import Reporter, Silent
 from hawqtool.runtime.store import NOTHING_SAVED, Saved
+
+_BESIDE_BYTES = 64 << 20
+"""Content of more bytes is saved in the background: an 8B model's moments for output feedback have 3.3 GB."""
 
 
 @dataclass(frozen=True)
@@ -22,12 +26,14 @@ class RunContext:
         reporter: Narration and progress (default: none).
         saved: Keeps finished work for a run that resumes (default: nothing is kept).
         ranks: Processes that share the work, of which this one leads.
+        background: Writes beside the work what a run that is resumed would need.
     """
 
     job: Job
     reporter: Reporter = field(default_factory=Silent)
     saved: Saved = NOTHING_SAVED
     ranks: Ranks = ALONE
+    background: Background = field(default_factory=Background)
 
     def part(self, name: str) -> RunContext:
         """The same with keys of its own for one part of the work."""
@@ -41,6 +47,17 @@ class RunContext:
         """
         self.ranks.hand_out(function, *args)
         return replace(self.job, ranks=self.ranks)
+
+    def save(self, saved: Saved, key: str, content: Any, size: int) -> None:
+        """Keep a content of so many bytes, which must not change any more; where that is much, while the run goes on.
+
+        Raises:
+            ResourceError: If the disk refuses; of what is saved meanwhile, later.
+        """
+        if size > _BESIDE_BYTES:
+            self.background.start(partial(saved.save, key, content))
+        else:
+            saved.save(key, content)
 
     def keep(self, name: str, value: Any) -> None:
         """Have all ranks keep a value under ``job.ranks.kept`` for later tasks; what they have is not sent again."""

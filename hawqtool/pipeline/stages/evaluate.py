@@ -23,6 +23,7 @@ from hawqtool.report.schema import RotationCheck
 from hawqtool.report.wording import shown_plan
 from hawqtool.runtime.malloc import release_freed_pages
 from hawqtool.runtime.store import NOTHING_SAVED, Saved
+from hawqtool.streaming.offload import total_bytes
 from hawqtool.streaming.stream import ModelStream
 
 _CPU_ROWS = 2
@@ -95,7 +96,7 @@ class Evaluator:
         if known is None:
             walks = saved.part("original-walk")
             self.reference = {role: self._hidden(self.stream, "original", role, walks.part(role)) for role in sets}
-            saved.save("original-states", self.reference)
+            context.save(saved, "original-states", self.reference, total_bytes(list(self.reference.values())))
             walks.drop()
         else:
             self.reference = {role: states.to(job.device) for role, states in known.items()}

@@ -46,7 +46,8 @@ def with_token_importance(context: RunContext, rows: Rows, for_feedback: bool = 
     importance, found = _importance(sharing, *asked, context.progress("token importance"))
     context.saved.save(_KEY, dict(importance))
     if layers:
-        context.saved.save(_MOMENTS, {name: dict(vars(m)) for name, m in found.items()})
+        size = sum(m.lower.nbytes for m in found.values() if m.lower is not None)
+        context.save(context.saved, _MOMENTS, {name: dict(vars(m)) for name, m in found.items()}, size)
     return replace(rows, importance=importance, output_moments=found)
 
 

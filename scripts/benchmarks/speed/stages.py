@@ -137,8 +137,9 @@ class Benchmark:
     def _importance(self) -> Measured:
         """Weights of the tokens; those of the rows behind the scores are made beside the clock."""
         clock = BlockClock()
+        context = RunContext(self.job, clock)
         found, self.rows["calibration"] = self._timed(
-            "importance", lambda: with_token_importance(RunContext(self.job, clock), self.rows["calibration"])
+            "importance", lambda: with_token_importance(context, self.rows["calibration"], for_feedback=True)
         )
         self.rows["measuring"] = with_token_importance(RunContext(self.job), self.rows["measuring"])
         found.per_block = found.seconds / self.blocks
