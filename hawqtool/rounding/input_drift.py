@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hawqtool.rounding.factor import Factor
+from hawqtool.rounding.gram import fine_product
 from hawqtool.rounding.statistics import GroupStatistics
 
 
@@ -29,9 +30,9 @@ def full_shift(weight: Tensor, drift: Tensor, factor: Factor) -> Tensor:
     Returns:
         ``[out, in]`` float32.
     """
-    moved = (weight @ drift)[:, factor.order]
+    moved = fine_product(weight, drift)[:, factor.order]
     shift = torch.empty_like(weight)
-    shift[:, factor.order] = moved @ factor.upper.t() @ factor.upper
+    shift[:, factor.order] = fine_product(fine_product(moved, factor.upper.t()), factor.upper)
     return shift
 
 

@@ -9,6 +9,7 @@ for embedding models the relative squared error of the embedding.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hawqtool.records import SWEEP_METRICS, Score, UnitScores
-from hawqtool.rounding.gram import GRAM_PANEL, token_product
+from hawqtool.rounding.gram import GRAM_PANEL, coarse_products, token_product
 from hawqtool.runtime.ranks import ALONE, Ranks
 
 RowValues = dict[str, dict[str, Tensor]]
@@ -85,7 +86,9 @@ def score_rows(
     inputs = found[0].inputs
     powers = [ranks.mean(terms.power.mean(0), len(inputs)) for terms in found]
     if "kron" in metrics:
-        seen = [(ranks.mean(own, len(inputs)), weighted) for own, weighted in _input_terms(inputs, stacked, powers)]
+        with coarse_products() if stacked[0].is_cuda else nullcontext():
+            found_terms = _input_terms(inputs, stacked, powers)
+        seen = [(ranks.mean(own, len(inputs)), weighted) for own, weighted in found_terms]
     else:
         seen = [(error.new_zeros(error.shape[:2]).double(), error.new_zeros(()).double()) for error in stacked]
     mean_tokens, values = _mean_tokens(inputs, ranks), []

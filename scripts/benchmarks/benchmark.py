@@ -79,7 +79,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--token-importance", default="auto", help="as `hawqtool quantize` has it")
     parser.add_argument("--target-shift", help="as `hawqtool quantize` has it")
     parser.add_argument("--target-bpw", type=float, default=4.25, help="budget of the mixed plan [default: 4.25]")
-    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--group-size", type=int, default=128, help="0: whatever plans choose from [default: 128]")
+    parser.add_argument("--rotate", default="off", help="as `hawqtool quantize` has it [default: off]")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--stages", default=",".join(STAGES), help=f"[default: {','.join(STAGES)}]; or build")
     parser.add_argument("--sparse", action="store_true", help="with --stages build: headers in files that take no room")
@@ -158,7 +159,8 @@ def _config(options: argparse.Namespace, folder: Path) -> RunConfig:
         "model": str(folder),
         "target_bpw": options.target_bpw,
         "bits": options.bits,
-        "group_size": options.group_size,
+        "group_size": options.group_size or None,
+        "rotate": options.rotate,
         "seq_len": options.seq_len,
         "num_samples": options.measure_rows or options.rows,
         "batch_size": options.batch_size,

@@ -1,7 +1,8 @@
 """Compare the compiled kernels with the eager code, Triton's on a GPU, Numba's on a CPU: codes, loss and time.
 
 Weights and Gram matrices are random, in the shapes of real layers. Codes may differ where a float32 sum falls on
-a tie, which then changes the rest of the row, so the bound is on the loss of the layer, tr D H Dᵀ.
+a tie, which then changes the rest of the row, so the bound is on the loss of the layer, tr D H Dᵀ. On a GPU rotated
+weights are compared with those of the CPU, which must have the same bits, and fine products with float64.
 
     python scripts/benchmarks/check_kernels.py [--shapes 576x576,4096x4096] [--bits 2,3,4,8] [--device cpu]
 """
@@ -14,16 +15,21 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from hawqtool.checkpoint.index import TensorInfo
+from hawqtool.checkpoint.rotated.codec import rotate_tensor, rotated
+from hawqtool.checkpoint.rotated.hadamard import Rotation
 from hawqtool.formats import QuantFormat
 from hawqtool.rounding.factor import Factor, factorize
 from hawqtool.rounding.gptq import RowGrids, round_compensated
-from hawqtool.rounding.gram import quadratic_form
+from hawqtool.rounding.gram import fine_product, quadratic_form
 from hawqtool.rounding.grid import dequantize, expand_scales, nearest_codes, search_grid
 from hawqtool.rounding.kernels.dispatch import EAGER, VARIABLE, kernel_for
 
@@ -64,7 +70,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
             failures += failed
             print(f"{shape:>10} {line}{'  FAIL' if failed else ''}", flush=True)
     print(f"{failures} above the bound of {LOSS_BOUND} on the loss" if failures else "all within the bound")
+    if device.type == "cuda":
+        failures += sum(not check(device) for check in (check_rotations, check_products))
     return int(failures > 0)
+
+
+def check_rotations(device: torch.device) -> bool:
+    """Whether rotated tensors have the bits that a CPU gives them, whichever sides are rotated."""
+    same = True
+    for size in (4096, 576, 640, 24):
+        rotation = Rotation(size, 3)
+        values = {"w": torch.randn(size, size).bfloat16(), "g": torch.randn(size).bfloat16()}
+        base, gain = (TensorInfo(n, "BF16", tuple(v.shape), Path("none"), 0, v.nbytes) for n, v in values.items())
+        reader = replace(rotated(base), last=rotation, gain=gain, offset=1.0)
+        for info in (reader, replace(rotated(base), first=rotation), replace(reader, first=rotation)):
+            for dtype in (None, "F32", "F64"):
+                read = partial(_named, values)
+                found = [rotate_tensor(info, read, dtype, place) for place in (torch.device("cpu"), device)]
+                same = same and torch.equal(found[0], found[1].cpu())
+    print(f"rotated weights: {'the same bits' if same else 'other bits  FAIL'}")
+    return same
+
+
+def _named(values: dict[str, Tensor], info: TensorInfo) -> Tensor:
+    return values[info.name]
+
+
+def check_products(device: torch.device) -> bool:
+    """Whether fine products are as close to float64 as those of float32 are, within a factor."""
+    left, right = (torch.randn(4096, 4096, device=device) for _ in range(2))
+    exact = left.double() @ right.double()
+    fine, plain = ((found.double() - exact).abs().max().item() for found in (fine_product(left, right), left @ right))
+    close = fine <= 8 * plain
+    print(f"fine products: error {fine:.2g}, float32 {plain:.2g}{'' if close else '  FAIL'}")
+    return close
 
 
 def compare(

@@ -28,6 +28,29 @@ def worst(found: Tensor, expected: Tensor) -> float:
     return float(((found.double().cpu() - expected) / torch.outer(diagonal, diagonal)).abs().max())
 
 
+def tensor_core(left: Tensor, right: Tensor) -> Tensor:
+    """A product as tensor cores make it: of numbers rounded to 11 bits, exact, summed in float32 or better."""
+
+    def rounded(x: Tensor) -> Tensor:
+        far = x.double() * (2.0**42 + 1)  # Veltkamp's splitting keeps 11 of 53 bits
+        return far - (far - x.double())
+
+    return torch.mm(rounded(left), rounded(right)).float()
+
+
+def test_three_coarse_products_are_a_fine_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(3)
+    left, right = (torch.randn(60, 60, generator=generator) * torch.rand(60, generator=generator) for _ in range(2))
+    exact_product = left.double() @ right.double()
+    scale = left.double().abs() @ right.double().abs()
+    coarse = ((tensor_core(left, right) - exact_product).abs() / scale).max()
+    monkeypatch.setattr(Tensor, "__matmul__", tensor_core)
+    fine = ((module._product_of_parts(left, right) - exact_product).abs() / scale).max()
+    assert float(coarse) > 1e-5 and float(fine) < 3e-7
+    first, rest = module._parts(left)
+    assert torch.equal(first + rest, left) and float((rest / left).abs().max()) < 2**-10
+
+
 @pytest.mark.parametrize("width", [100, 192, 500])
 def test_panels_hold_all_of_a_matrix(width: int) -> None:
     matrix = gram(inputs(40, width, torch.float32))
