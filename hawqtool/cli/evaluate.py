@@ -8,10 +8,13 @@ from typing import Annotated, Optional
 import typer
 
 from hawqtool.cli import options as o
+from hawqtool.cli.ranks import assist, start_ranks
 from hawqtool.cli.render import quality_lines
 from hawqtool.cli.session import decide_hub_access, print_json, session
 from hawqtool.config import load_config
+from hawqtool.errors import UsageError
 from hawqtool.report.verdict import FEW_ROWS_TEXT, verdict, verdict_text
+from hawqtool.runtime.launched import rank, world_size
 
 
 @o.with_settings
@@ -32,11 +35,20 @@ def evaluate(
 
     Example: hawqtool evaluate ./out --against ./model --eval-data text.txt
     """
-    with session(quiet, debug, json, verbose) as terminal:
-        settings = load_config(None, values | {"model": against, "eval_data": eval_data})
-        decide_hub_access(settings.data_sources)
+    from hawqtool.checkpoint.gguf.header import is_gguf
 
-        from hawqtool.checkpoint.gguf.header import is_gguf
+    given, one_file = values | {"model": against, "eval_data": eval_data}, is_gguf(folder)
+    if not one_file:
+        start_ranks(None, given, None)
+    if rank() and not one_file:
+        assist(None, given, None, debug, folder)
+        return
+    with session(quiet, debug, json, verbose) as terminal:
+        settings = load_config(None, given)
+        decide_hub_access(settings.data_sources)
+        if one_file and max(settings.gpus, world_size()) > 1:
+            raise UsageError(f"a GGUF file is evaluated in one process, found --gpus {settings.gpus}; drop it")
+
         from hawqtool.pipeline.evaluate import run_evaluate
         from hawqtool.pipeline.gguf.evaluation import evaluate_gguf
 

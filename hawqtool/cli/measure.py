@@ -8,9 +8,11 @@ from typing import Annotated, Optional
 import typer
 
 from hawqtool.cli import options as o
+from hawqtool.cli.ranks import assist, start_ranks
 from hawqtool.cli.render_scores import print_scores
 from hawqtool.cli.session import decide_hub_access, print_json, session
 from hawqtool.config import load_config
+from hawqtool.runtime.launched import rank
 
 
 @o.with_settings
@@ -36,8 +38,13 @@ def measure(
 
     Example: hawqtool measure ./model --extra-metrics hawq --probes 16 --eigenvalues 20
     """
+    given = values | {"sensitivity": sensitivity}
+    start_ranks(config, given, preset)
+    if rank():
+        assist(config, given, preset, debug)
+        return
     with session(quiet, debug, json, verbose) as terminal:
-        settings = load_config(config, values | {"sensitivity": sensitivity}, preset)
+        settings = load_config(config, given, preset)
         decide_hub_access(settings.data_sources)
 
         from hawqtool.pipeline.measure import run_measure

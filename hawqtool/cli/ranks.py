@@ -34,15 +34,26 @@ def start_ranks(config: Path | None, values: Mapping[str, Any], preset: str | No
         raise SystemExit(_run(count, [sys.executable, "-m", "hawqtool", *sys.argv[1:]]))
 
 
-def assist(config: Path | None, values: Mapping[str, Any], preset: str | None, debug: bool) -> None:
-    """Do a share of what the leading process does; it alone speaks, but for what fails here."""
+def assist(
+    config: Path | None, values: Mapping[str, Any], preset: str | None, debug: bool, judged: Path | None = None
+) -> None:
+    """Do a share of what the leading process does; it alone speaks, but for what fails here.
+
+    Args:
+        config: File of the configuration.
+        values: Settings of the command line.
+        preset: Name of the preset.
+        debug: Whether errors come with their traceback.
+        judged: Written folder, where that is evaluated and nothing is made.
+    """
     with session(quiet=True, debug=debug):
         settings = load_config(config, values, preset)
         decide_hub_access(settings.data_sources)
 
+        from hawqtool.pipeline.evaluate import as_written
         from hawqtool.pipeline.worker import work
 
-        work(settings)
+        work(settings if judged is None else as_written(settings, judged), writes=judged is None)
 
 
 def _run(count: int, command: list[str]) -> int:

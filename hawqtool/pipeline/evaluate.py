@@ -18,11 +18,13 @@ from hawqtool.pipeline.run.resolved import MOST_REPORT_ROWS
 from hawqtool.pipeline.stages.evaluate import Evaluator
 from hawqtool.pipeline.stages.rows import evaluation_rows
 from hawqtool.pipeline.tasks import check_tasks, judge_tasks
+from hawqtool.pipeline.worker import begin_ranks, leading
 from hawqtool.report.documents import EvaluationDocument
+from hawqtool.runtime.ranks import Ranks
 from hawqtool.runtime.reporter import Reporter
 
 
-def _as_written(config: RunConfig, folder: Path) -> RunConfig:
+def as_written(config: RunConfig, folder: Path) -> RunConfig:
     """The configuration with the rotation that a folder records; the rows of `evaluate` do not depend on the seed."""
     seed = rotation_seed(folder)
     return config if seed is None else config.model_copy(update={"rotate": "on", "seed": seed})
@@ -34,10 +36,15 @@ def run_evaluate(config: RunConfig, folder: Path, reporter: Reporter) -> Evaluat
     Raises:
         InputError: If no evaluation text is given, or the folder belongs to another model.
     """
+    with leading(config) as ranks:
+        return _evaluated(config, folder, reporter, ranks)
+
+
+def _evaluated(config: RunConfig, folder: Path, reporter: Reporter, ranks: Ranks) -> EvaluationDocument:
     if config.eval_data is None:
         raise InputError("--eval-data is needed: text that was not used for calibration")
     candidate = PackedReader(folder)
-    job = prepare(_as_written(config, folder), reporter, writes=False)
+    job = prepare(as_written(config, folder), reporter, writes=False)
     broken = structure_problems(read_config(folder).get("quantization_config"))
     if not broken:
         broken = matching_problems(read_config(folder)["quantization_config"], packed_modules(candidate.index))
@@ -54,7 +61,8 @@ def run_evaluate(config: RunConfig, folder: Path, reporter: Reporter) -> Evaluat
         )
     rows = evaluation_rows(job, config.eval_data, config.eval_samples or MOST_REPORT_ROWS)
     check_tasks(job)
-    context = RunContext(job, reporter)
+    begin_ranks(ranks, job)
+    context = RunContext(job, reporter, ranks=ranks)
     evaluator = Evaluator(context, {"report": rows})
     with torch.no_grad():
         original = evaluator.evaluate(None, "original")["report"]

@@ -16,6 +16,7 @@ from hawqtool.pipeline.run.menu import WIDE_MENU, format_menu
 from hawqtool.pipeline.stages.evaluate import check_rotation
 from hawqtool.pipeline.stages.measure import measured
 from hawqtool.pipeline.stages.rows import check_calibration, gather_rows
+from hawqtool.pipeline.worker import begin_ranks, leading
 from hawqtool.records import SCORE_METRICS, SWEEP_METRICS
 from hawqtool.report.documents import SensitivityDocument
 from hawqtool.runtime.reporter import Reporter
@@ -34,14 +35,15 @@ def run_measure(config: RunConfig, output: Path, reporter: Reporter) -> Sensitiv
         raise UsageError(f"measure makes scores anew; --sensitivity names a metric there, found {config.sensitivity}")
     check_writable(output)
     check_measurements(config)
-    with RunFolder(output.absolute(), reporter) as run:
+    with RunFolder(output.absolute(), reporter) as run, leading(config) as ranks:
         job = prepare(config, reporter, states=run.path)
         check_calibration(job)
         before = stamps(job.index)
         record_content(job.index, before, reporter)
         run.begin(run_identity(job), config.restart)
         menu = format_menu(job.units, config.given_widths or WIDE_MENU, config)
-        context = RunContext(job, reporter, run.saved)
+        begin_ranks(ranks, job)
+        context = RunContext(job, reporter, run.saved, ranks)
         sets = gather_rows(context, scores_alone=True)
         run.check_rows({name: rows.fingerprint for name, rows in sets.items()})
         check_rotation(context, sets)

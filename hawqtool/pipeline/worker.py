@@ -48,8 +48,12 @@ def begin_ranks(ranks: Ranks, job: Job) -> None:
         ranks.from_owner(_Beginning(job.settings.batch_size, job.index.content), 0)
 
 
-def work(config: RunConfig) -> None:
+def work(config: RunConfig, writes: bool = True) -> None:
     """Join the ranks, wait for the leader's beginning, then do what it hands out until the run ends.
+
+    Args:
+        config: The run's configuration.
+        writes: As in `prepare`, for what the leader does.
 
     Raises:
         HawqError: As `prepare`.
@@ -57,20 +61,20 @@ def work(config: RunConfig) -> None:
     ranks = joined(chosen_device(config.device).type == "cuda")
     try:
         # Beside the leader, which checks more than this. What is not here yet, it downloads alone.
-        early = _tried(config) if Path(config.model).is_dir() else None
+        early = _tried(config, writes) if Path(config.model).is_dir() else None
         beginning = ranks.awaited()
         if beginning is not None:  # else the run had nothing to do
             if isinstance(early, HawqError):
                 raise early
-            job = (early or prepare(config)).with_batch_size(beginning.batch_size)
+            job = (early or prepare(config, writes=writes)).with_batch_size(beginning.batch_size)
             ranks.serve(replace(job, index=replace(job.index, content=beginning.content), ranks=ranks))
     finally:
         ranks.leave()
 
 
-def _tried(config: RunConfig) -> Job | HawqError:
+def _tried(config: RunConfig, writes: bool) -> Job | HawqError:
     """The job, or what it fails by: of what the leader refuses too, nothing is to be said here."""
     try:
-        return prepare(config)
+        return prepare(config, writes=writes)
     except HawqError as error:
         return error

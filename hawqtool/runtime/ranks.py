@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -168,6 +168,26 @@ class Ranks:
         total = sum(number for _, number in shares)
         return sum((own * (number / total) for own, number in shares[1:]), shares[0][0] * (shares[0][1] / total))
 
+    def averages(self, values: Sequence[Tensor], count: int) -> list[Tensor]:
+        """Means over what all ranks hold, on every rank, from each one's own means over ``count`` things.
+
+        Each value is summed by one rank, in the order of the ranks.
+        """
+        if self.size == 1:
+            return list(values)
+        owners = owners_by_cost([float(value.numel()) for value in values], self.size)
+        places = [[p for p, owner in enumerate(owners) if owner == rank] for rank in range(self.size)]
+        own: list[Tensor] = []
+        for owner, some in enumerate(places):
+            total = self.folded((count, [values[p] * count for p in some]), owner, _added)
+            if total is not None:
+                own = [value.div_(total[0]) for value in total[1]]
+        found = list(values)
+        for owner, some in enumerate(places):
+            for place, mean in zip(some, self.from_owner(own, owner), strict=True):
+                found[place] = mean
+        return found
+
     def hand_out(self, function: Callable[..., Any], *args: Any) -> None:
         """Have the other ranks call ``function(..., *args)``; the leader is to do its own share then."""
         if self.size > 1:
@@ -195,6 +215,19 @@ class Ranks:
         """Stop the threads that exchange values: a process that ends with them may be aborted."""
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def owners_by_cost(costs: Sequence[float], size: int) -> list[int]:
+    """A rank for every piece of work: the most costly first, each to the rank that has the least so far."""
+    loads, owners = [0.0] * size, [0] * len(costs)
+    for position in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        owners[position] = min(range(size), key=lambda rank: (loads[rank], rank))
+        loads[owners[position]] += costs[position]
+    return owners
+
+
+def _added(total: tuple[int, list[Tensor]], more: tuple[int, list[Tensor]]) -> tuple[int, list[Tensor]]:
+    return total[0] + more[0], [value.add_(part) for value, part in zip(total[1], more[1], strict=True)]
 
 
 def _appended(values: list[Any], value: Any) -> list[Any]:

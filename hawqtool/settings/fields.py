@@ -305,9 +305,9 @@ class Fields(TargetFields):
         panel=RUN, affects=Affects.MACHINE, commands=("measure", "evaluate", "inspect"),
     )] = "auto"
     gpus: Annotated[int, Setting(
-        help="GPUs of this machine that share the work, a process each; learning, swaps and what holds the whole model "
-        "stay on the first.", detail="Several machines: start the command by torchrun on each.",
-        panel=RUN, affects=Affects.MACHINE,
+        help="GPUs of this machine that share the work, a process each; sampling of rows and swaps stay on the first.",
+        detail="Several machines: start the command by torchrun on each.",
+        panel=RUN, affects=Affects.MACHINE, commands=("measure", "evaluate"),
     )] = Field(default=1, ge=1)
     batch_size: Annotated[int | None, Setting(
         help="Rows per forward pass; lower it when memory is short.",

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from hawqtool.records import LinearSpec
 from hawqtool.rounding.statistics import GroupStatistics
-from hawqtool.runtime.ranks import Ranks
+from hawqtool.runtime.ranks import Ranks, owners_by_cost
 
 Result = TypeVar("Result")
 Groups = Iterable[tuple[Sequence[LinearSpec], GroupStatistics]]
@@ -52,15 +52,6 @@ def dealt(
 def _added(sums: list[GroupStatistics], more: list[GroupStatistics]) -> list[GroupStatistics]:
     """Sums of the statistics of some groups, with those of further rows; changes the sums."""
     return [iadd(total, part) for total, part in zip(sums, more, strict=True)]
-
-
-def owners_by_cost(costs: Sequence[float], size: int) -> list[int]:
-    """A rank for every piece of work: the most costly first, each to the rank that has the least so far."""
-    loads, owners = [0.0] * size, [0] * len(costs)
-    for position in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        owners[position] = min(range(size), key=lambda rank: (loads[rank], rank))
-        loads[owners[position]] += costs[position]
-    return owners
 
 
 def _cost(group: Sequence[LinearSpec]) -> float:

@@ -61,7 +61,7 @@ class RunContext:
 
     def keep(self, name: str, value: Any) -> None:
         """Have all ranks keep a value under ``job.ranks.kept`` for later tasks; what they have is not sent again."""
-        if self.ranks.kept.get(name) is not value:
+        if self.ranks.size > 1 and self.ranks.kept.get(name) is not value:
             self.shared(_keep, name, value)
             self.ranks.kept[name] = value
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,17 +22,21 @@ from hawqtool.export.writer import CheckpointWriter, unfinished_reader
 from hawqtool.model.block import BlockCall, LoadedBlock
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.job import Job
-from hawqtool.pipeline.stages.refine import BATCH_ROWS, BlockForward, norm_gains, split_rows
+from hawqtool.pipeline.stages.refine import BATCH_ROWS, BlockForward, batch_sizes, can_share, norm_gains, split_rows
 from hawqtool.records import BitPlan, LayerFormats, UnitFormats
 from hawqtool.report.schema import Training
 from hawqtool.rounding.grid import Quantized, dequantize
-from hawqtool.rounding.learned.end_to_end import DistillSchedule, TrainableBlock, distill
+from hawqtool.rounding.learned.end_to_end import DistillRows, DistillSchedule, TrainableBlock, distill
 from hawqtool.rounding.spec import InitialRounding
+from hawqtool.runtime.ranks import Ranks
 from hawqtool.runtime.store import Saved
 from hawqtool.streaming.stream import ModelStream
 
 CODE_RATE = 6e-3
 """First step of the rounding offsets, in codes; three times less gained less in as many steps."""
+
+KEPT_TOKENS = "rounding tokens"
+"""Key under which ranks keep the rows that are learned from."""
 
 _LEARNED, _REPLACED = "distilled", "replaced"
 """Keys of the result, and of what it replaces in the files: the first is damaged alone where the second is there."""
@@ -140,6 +144,9 @@ def distill_folder(
     if known is None:
         rounded = _layers(job, plan.formats, reader)
         changed = {name: reader.tensor(name) for name in written.changed}
+        if can_share(rows, context.ranks):
+            context.keep(KEPT_TOKENS, rows)
+            context = replace(context, job=context.shared(_distill_along, plan.formats, folder, written.changed))
         learned = distill_model(context, plan.formats, rounded, changed, rows, label)
     else:
         restored = {name: Quantized(*parts) for name, parts in known["layers"].items()}
@@ -154,6 +161,14 @@ def distill_folder(
     for name, error in learned.weight_errors.items():
         written.layers[name]["weight_error"] = error
     return learned
+
+
+def _distill_along(job: Job, formats: UnitFormats, folder: Path, changed: Sequence[str]) -> None:
+    """A rank's share of a distillation; what was rounded it reads from the leader's files."""
+    reader = unfinished_reader(job.layout(formats), folder)
+    assert reader is not None  # the leader has seen its files
+    norms = {name: reader.tensor(name) for name in changed}
+    distill_model(RunContext(job), formats, _layers(job, formats, reader), norms, job.ranks.kept[KEPT_TOKENS], "")
 
 
 def _stored(learned: DistilledModel, formats: LayerFormats) -> dict[str, Tensor]:
@@ -194,7 +209,7 @@ def distill_model(
         formats: Formats by unit.
         rounded: Codes, scales and zero points by layer.
         changed: Norm gains that are not the original's any more, by the name of their tensor.
-        rows: Rounding rows.
+        rows: Rounding rows, which the job's ranks share.
         label: Name of the plan in the progress.
         schedule: Steps and rates (default: those of the configuration).
 
@@ -205,8 +220,7 @@ def distill_model(
     job = context.job
     schedule = schedule or schedule_of(job.config)
     size = BATCH_ROWS[job.device.type]
-    sets = [some.split(size) for some in split_rows(rows)]
-    parts, fitting = [part for some in sets for part in some], len(sets[0])
+    parts, fitting = _own_batches(rows, size, job.ranks)
     original, stream = job.stream(), job.stream()
     embedded = [stream.embed(part, size) for part in parts]
     calls = [found.calls[0] for found in embedded]
@@ -222,9 +236,12 @@ def distill_model(
         ]
         found = distill(
             trainable_blocks,
-            [states.hidden[0] for states in embedded],
-            fitting,
-            [OutputComparison(original, stream, part, goal) for part, goal in zip(parts, goals, strict=True)],
+            DistillRows(
+                [states.hidden[0] for states in embedded],
+                fitting,
+                [OutputComparison(original, stream, part, goal) for part, goal in zip(parts, goals, strict=True)],
+                job.ranks,
+            ),
             schedule,
             lambda done: context.reporter.progress(f"distilling {label}", done, schedule.steps),
             context.saved,
@@ -233,6 +250,14 @@ def distill_model(
     by_block = zip(names, found.gains, strict=True)
     gains = {tensors[name][0]: gain for tensors, learned in by_block for name, gain in learned.items()}
     return DistilledModel(found.layers, gains, errors, cast(Training, found.log.record | {"seconds": found.seconds}))
+
+
+def _own_batches(rows: Tensor, size: int, ranks: Ranks) -> tuple[list[Tensor], int]:
+    """This rank's rows in batches that have so many in all ranks, and how many of them are learned from."""
+    fitting, held_out = split_rows(rows)
+    sizes = batch_sizes(len(fitting), size, ranks)
+    own = (some[ranks.share(len(some))] for some in (fitting, held_out))
+    return [*next(own).split(sizes), *next(own).split(size)], len(sizes)
 
 
 def _weight_errors(blocks: Sequence[LoadedBlock], layers: Mapping[str, Quantized]) -> dict[str, float]:

@@ -21,6 +21,7 @@ from hawqtool.records import Rows
 from hawqtool.rounding.learned.block import Batches, OutputMetric, Refined, Schedule, damped_metric, refine
 from hawqtool.rounding.output_feedback import unpack_lower
 from hawqtool.rounding.spec import InitialRounding, InitialRoundings
+from hawqtool.runtime.ranks import ALONE, Ranks
 from hawqtool.streaming.block import Activations, advance
 from hawqtool.streaming.resume_points import States
 from hawqtool.streaming.stream import ModelStream
@@ -59,6 +60,32 @@ def fitting_rows(rows: Rows) -> Rows:
     return replace(rows, tokens=split_rows(rows.tokens)[0], importance=importance)
 
 
+def can_share(rows: Tensor, ranks: Ranks) -> bool:
+    """Whether ranks can share rows in learning: each needs some that are held out."""
+    return ranks.size <= len(split_rows(rows)[1])
+
+
+def batch_sizes(count: int, together: int, ranks: Ranks = ALONE) -> list[int]:
+    """Rows of this rank in each batch of ``count`` rows, of which it has a consecutive share; as many batches in all.
+
+    Args:
+        count: Rows of all ranks.
+        together: Rows of a batch, those of all ranks.
+        ranks: The processes.
+    """
+    if ranks.size == 1:
+        return [min(together, count - first) for first in range(0, count, together)]
+    share, batches = ranks.share(count), min(-(-count // together), count // ranks.size)
+    own = share.stop - share.start
+    return [own * (number + 1) // batches - own * number // batches for number in range(batches)]
+
+
+def embedded(stream: ModelStream, rows: Tensor, sizes: Sequence[int]) -> Activations:
+    """Hidden states before the first block, in batches of such sizes."""
+    parts = [stream.embed(part, len(part)) for part in rows.split(list(sizes))]
+    return Activations([part.hidden[0] for part in parts], [part.calls[0] for part in parts])
+
+
 def weighted_blocks(job: Job) -> frozenset[str]:
     """Blocks that are refined by what the error of their output costs the loss."""
     wanted = job.config.refine_steps and job.settings.refine_error == "loss"
@@ -84,26 +111,35 @@ class BlockRefiner:
     Args:
         job: The model.
         stream: Stream of the model that is rounded.
-        rows: Rounding rows.
+        rows: Rounding rows, which the job's ranks share.
         schedule: Steps and rates.
 
     Attributes:
         walked: Hidden states of the rows that are rounded on; the caller walks them.
+        fitting: Tokens of these rows.
     """
 
     def __init__(self, job: Job, stream: ModelStream, rows: Rows, schedule: Schedule) -> None:
         self.schedule = schedule
         self.job, self.batch_rows = job, BATCH_ROWS[job.device.type]
-        fitting, held_out = split_rows(rows.tokens)
+        self.fitting, held_out, self.sizes = self._own(rows.tokens)
         importance = fitting_rows(rows).importance
-        self.walked = stream.embed(fitting, job.settings.batch_size, job.holds_out_tokens, importance=importance)
+        self.walked = stream.embed(self.fitting, job.settings.batch_size, job.holds_out_tokens, importance=importance)
+        self.walked.ranks = job.ranks
+        self.walked.first_row = job.ranks.share(len(split_rows(rows.tokens)[0])).start
         self.held_out = stream.embed(held_out, self.batch_rows)
-        batches = stream.embed(fitting, self.batch_rows)
+        batches = embedded(stream, self.fitting, self.sizes)
         self.calls = [*batches.calls, *self.held_out.calls]
         self.original = Activations([*batches.hidden, *self.held_out.hidden], self.calls)
         self.count = len(batches.hidden)
         self.inputs: list[Tensor] = []
         self.importance, self.moments = rows.importance or {}, rows.output_moments
+
+    def _own(self, values: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+        """This rank's fitting and held-out rows of what has a row for each, and sizes of the batches of the first."""
+        ranks, (fitting, held_out) = self.job.ranks, split_rows(values)
+        sizes = batch_sizes(len(fitting), self.batch_rows, ranks)
+        return fitting[ranks.share(len(fitting))], held_out[ranks.share(len(held_out))], sizes
 
     @property
     def states(self) -> States:
@@ -116,7 +152,7 @@ class BlockRefiner:
 
     def begin(self, block: LoadedBlock) -> None:
         """Take the original's outputs of a block, whose weights are still the original's."""
-        self.inputs = [*torch.cat(list(self.walked.hidden)).split(self.batch_rows), *self.held_out.hidden]
+        self.inputs = [*torch.cat(list(self.walked.hidden)).split(self.sizes), *self.held_out.hidden]
         self.share_original()
         advance(block, self.original)
 
@@ -140,8 +176,8 @@ class BlockRefiner:
             initial,
             {name: (block.module.get_parameter(name).detach(), dtype) for name, (_, dtype) in gains.items()},
             BlockForward(block, self.calls),
-            Batches(self.inputs[: self.count], targets[: self.count], fitting),
-            Batches(self.inputs[self.count :], targets[self.count :], held_out),
+            Batches(self.inputs[: self.count], targets[: self.count], fitting, self.job.ranks),
+            Batches(self.inputs[self.count :], targets[self.count :], held_out, self.job.ranks),
             self.schedule,
             progress,
         )
@@ -157,8 +193,8 @@ class BlockRefiner:
         lower = self.moments[name].lower
         assert lower is not None  # those of blocks always have one
         across = damped_metric(unpack_lower(lower, self.job.device), self.schedule.damping)
-        parts = [part.to(self.job.device).split(self.batch_rows) for part in split_rows(self.importance[name])]
-        return OutputMetric(across, parts[0]), OutputMetric(across, parts[1])
+        fitting, held_out, sizes = self._own(self.importance[name].to(self.job.device))
+        return OutputMetric(across, fitting.split(sizes)), OutputMetric(across, held_out.split(self.batch_rows))
 
     def put_gains(self, block: LoadedBlock, reader: TensorReader) -> None:
         """Put gains in place that were learned before, from where they were written."""

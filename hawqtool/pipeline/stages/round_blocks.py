@@ -13,7 +13,7 @@ from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.export.packed_reader import packed_parts, unpack_parts
 from hawqtool.model.block import LoadedBlock
 from hawqtool.pipeline.run.job import Job
-from hawqtool.pipeline.stages.refine import BlockRefiner, fitting_rows, split_rows
+from hawqtool.pipeline.stages.refine import BlockRefiner, fitting_rows
 from hawqtool.records import BlockSpec, LinearSpec, RoundedLayer, Rows, UnitFormats
 from hawqtool.rounding.grid import Quantized, dequantize
 from hawqtool.rounding.layer import quantized, round_layers, round_without_inputs, with_codes
@@ -127,7 +127,7 @@ def round_blocks(
     if stream.head:
         if refiner:
             refiner.share_original()
-        fitted = split_rows(rows.tokens)[0] if refiner else rows.tokens[job.ranks.share(len(rows.tokens))]
+        fitted = refiner.fitting if refiner else rows.tokens[job.ranks.share(len(rows.tokens))]
         statistics = stream.head_statistics(fitted, activations)
         rounder = _BlockRounder(job, rounding, stream.head, sink)
         rounder.visit([(stream.head.spec.input_groups[0], statistics)])

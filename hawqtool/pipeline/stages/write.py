@@ -25,6 +25,7 @@ from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.files import PART, plan_document, write_json
 from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.stages.distill import Written, distill_folder, learned_names, put_back
+from hawqtool.pipeline.stages.refine import can_share
 from hawqtool.pipeline.stages.round_blocks import Findings, Finished, round_blocks, round_weights
 from hawqtool.records import BitPlan, BlockSpec, RoundedLayer, Rows, UnitFormats
 from hawqtool.report.schema import RoundingResult, Training
@@ -220,9 +221,9 @@ def _write_blocks(
         if rows is None:
             found = round_weights(job, plan.formats, sink, progress, finished)
         else:
-            if not job.config.refine_steps:  # whose losses are those of all rows
+            if not job.config.refine_steps or can_share(rows.tokens, context.ranks):
                 context.keep(_ROWS, rows)
-                job = context.shared(_round_along, plan.formats, part, len(done))
+                job = context.shared(_round_along, plan.formats, part, [list(block["refinement"]) for block in done])
             found = round_blocks(job, plan.formats, rows, sink, progress, finished=finished)
     return Written(writer.checksums, sorted(writer.changed), found.layers, found.refinement, earlier)
 
@@ -237,10 +238,13 @@ class _Discarded:
         """Nothing."""
 
 
-def _round_along(job: Job, formats: UnitFormats, part: Path, done: int) -> None:
-    """A rank's share of a rounding; the leading blocks that are done it reads from the unfinished files."""
+def _round_along(job: Job, formats: UnitFormats, part: Path, done: Sequence[Sequence[str]]) -> None:
+    """A rank's share of a rounding; the leading blocks that are done it reads from the unfinished files.
+
+    Of each of these it is told its name where it was refined.
+    """
     reader = unfinished_reader(job.layout(formats), part) if done else None
-    finished = Finished(reader, [Findings()] * done)
+    finished = Finished(reader, [Findings(refinement=dict.fromkeys(names)) for names in done])
     round_blocks(job, formats, job.ranks.kept[_ROWS], _Discarded(), lambda *_: None, finished=finished)
 
 

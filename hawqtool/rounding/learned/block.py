@@ -13,8 +13,18 @@ from torch import Tensor
 from hawqtool.rounding.grid import Quantized
 from hawqtool.rounding.learned.fake_quant import FlatLayers, by_kind
 from hawqtool.rounding.learned.gumbel import GumbelLayers, SignMomentum, logit_rate, scale_rate
-from hawqtool.rounding.learned.training import CHECKS, PATIENCE, Gain, Objective, TrainingLog, batch_order, learn
+from hawqtool.rounding.learned.training import (
+    CHECKS,
+    PATIENCE,
+    Gain,
+    Objective,
+    TrainingLog,
+    batch_order,
+    learn,
+    share_gradients,
+)
 from hawqtool.rounding.spec import InitialRounding
+from hawqtool.runtime.ranks import ALONE, Ranks
 
 Learner = Literal["adam", "gumbel"]
 """What refinement learns codes by."""
@@ -79,11 +89,13 @@ class Batches:
         inputs: ``[rows, positions, width]`` by batch.
         targets: The same.
         metric: What errors count by; None where all of a token's and all tokens' count alike.
+        ranks: Processes that share the rows of every batch.
     """
 
     inputs: Sequence[Tensor]
     targets: Sequence[Tensor]
     metric: OutputMetric | None = None
+    ranks: Ranks = ALONE
 
     def error(self, output: Tensor, position: int, cap: float = 0.0) -> Tensor:
         """Error of the output of one of the batches, a scalar (see `output_error`)."""
@@ -240,6 +252,7 @@ def refine(
             f"{initial[0].name}: the rounded block",
             lambda batch: _learn(state, forward, fitting, batch, optimizer),
             lambda: _error(state, forward, held_out, len(fitting.inputs)),
+            fitting.ranks,
         ),
         state.learned,
         optimizer,
@@ -259,12 +272,13 @@ def _learn(state: _State, forward: Forward, fitting: Batches, batch: int, optimi
         fitting.error(output, batch, state.schedule.cap).backward()
     with torch.no_grad():
         state.collect()
+        share_gradients(state.learned, fitting.ranks, len(fitting.inputs[batch]))
         optimizer.step()
         state.confine()
 
 
 def _error(state: _State, forward: Forward, held_out: Batches, first: int) -> float:
-    """Mean error over the held-out tokens."""
+    """Mean error over the held-out tokens, those of all ranks."""
     with torch.no_grad():
         weights = state.weights(False)
         total = torch.zeros((), dtype=torch.float64, device=held_out.inputs[0].device)
@@ -273,4 +287,5 @@ def _error(state: _State, forward: Forward, held_out: Batches, first: int) -> fl
             count = held_out.targets[number].shape[:-1].numel()
             total += held_out.error(forward(weights, x, first + number), number).double() * count
             tokens += count
-    return float(total) / tokens
+    shares = held_out.ranks.everywhere((float(total), tokens))
+    return sum(share for share, _ in shares) / sum(count for _, count in shares)

@@ -19,8 +19,9 @@ from torch import Tensor
 from hawqtool.rounding.grid import Quantized
 from hawqtool.rounding.learned.block import Forward
 from hawqtool.rounding.learned.fake_quant import FlatLayers, FlatScales, by_kind
-from hawqtool.rounding.learned.training import Gain, Objective, TrainingLog, batch_order, learn
+from hawqtool.rounding.learned.training import Gain, Objective, TrainingLog, batch_order, learn, share_gradients
 from hawqtool.rounding.spec import InitialRounding
+from hawqtool.runtime.ranks import ALONE, Ranks
 from hawqtool.runtime.store import NOTHING_SAVED, Saved
 
 
@@ -121,11 +122,26 @@ class _Learner:
         return leaf.grad
 
 
+@dataclass(frozen=True)
+class DistillRows:
+    """Rows that are learned from and judged on, those of this rank.
+
+    Args:
+        inputs: First block's input ``[rows, positions, width]`` by batch.
+        fitting: Number of leading batches to learn from, the same in all ranks; the others are held out.
+        comparisons: With the original's outputs, by batch.
+        ranks: Processes that share the rows of every batch.
+    """
+
+    inputs: Sequence[Tensor]
+    fitting: int
+    comparisons: Sequence[Comparison]
+    ranks: Ranks = ALONE
+
+
 def distill(
     trainable_blocks: Sequence[TrainableBlock],
-    inputs: Sequence[Tensor],
-    fitting: int,
-    comparisons: Sequence[Comparison],
+    rows: DistillRows,
     schedule: DistillSchedule,
     progress: Callable[[int], None] = lambda _: None,
     saved: Saved = NOTHING_SAVED,
@@ -136,9 +152,7 @@ def distill(
 
     Args:
         trainable_blocks: The blocks in order.
-        inputs: First block's input ``[rows, positions, width]`` by batch.
-        fitting: Number of leading batches to learn from; the others are held out.
-        comparisons: With the original's outputs, by batch.
+        rows: What is learned from and judged on.
         schedule: Steps and rates.
         progress: Called with the number of steps done.
         saved: Keeps where the learning is; one of equal arguments that was cut is gone on with, equal to the bit.
@@ -150,6 +164,7 @@ def distill(
         NumericalError: If the start's outputs are not finite.
     """
     begun = time.perf_counter()
+    inputs, fitting, comparisons, ranks = rows.inputs, rows.fitting, rows.comparisons, rows.ranks
     learners = [_Learner(block, inputs[0].dtype, schedule) for block in trainable_blocks]
     flats = [flat for learner in learners for flat in learner.flats]
     groups: list[dict[str, Any]] = [
@@ -158,22 +173,25 @@ def distill(
         {"params": [gain.change for learner in learners for gain in learner.gains.values()], "lr": schedule.gain_rate},
     ]
     optimizer = torch.optim.Adam([g for g in groups if g["params"]], betas=(0.9, 0.95), fused=True)
-    rows = sum(len(batch) for batch in inputs[fitting:])
+    judged = sum(len(batch) for batch in inputs[fitting:])
 
     def error() -> float:
         held_out = range(fitting, len(inputs))
-        return math.fsum(_divergence(learners, inputs[b], b, comparisons[b]) for b in held_out) / rows
+        own = math.fsum(_divergence(learners, inputs[b], b, comparisons[b]) for b in held_out)
+        shares = ranks.everywhere((own, judged))
+        return sum(share for share, _ in shares) / sum(count for _, count in shares)
 
     def learn_from(batch: int) -> None:
         _gradients(learners, inputs[batch], batch, comparisons[batch])
         with torch.no_grad():
+            share_gradients(learned, ranks, len(inputs[batch]))
             optimizer.step()
             for flat in flats:
                 flat.confine()
 
     order = batch_order(fitting, schedule.steps, schedule.seed)
     learned = [tensor for group in groups for tensor in group["params"]]
-    objective = Objective("the rounded model", learn_from, error)
+    objective = Objective("the rounded model", learn_from, error, ranks)
     # What was refined before gets worse by the first and largest steps; only small ones, at the end, can bring it back.
     log = learn(objective, learned, optimizer, order, progress, saved, patience=schedule.steps)
     with torch.no_grad():

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hawqtool.errors import NumericalError
 from hawqtool.runtime.determinism import FixedOrder
+from hawqtool.runtime.ranks import ALONE, Ranks
 from hawqtool.runtime.store import BYTES_PER_SECOND, NOTHING_SAVED, Saved
 
 # cuBLAS has a fixed order with workspaces of its own only, and reads this when it is first used.
@@ -78,11 +79,13 @@ class Objective:
         name: What gives the outputs, for errors.
         learn_from: Takes a training step on a batch; one that failed before it changed anything is taken again.
         held_out_error: Held-out error of the present values.
+        ranks: Processes that share the rows of every batch, and learn the same; the first one's store counts.
     """
 
     name: str
     learn_from: Callable[[int], None]
     held_out_error: Callable[[], float]
+    ranks: Ranks = ALONE
 
 
 def learn(
@@ -110,7 +113,7 @@ def learn(
         NumericalError: If the error at the start is not finite.
     """
     rates, steps = [group["lr"] for group in optimizer.param_groups], len(order)
-    known = saved.load(_STATE)
+    known = objective.ranks.from_owner(saved.load(_STATE), 0)
     if known is None:
         start = objective.held_out_error()
         if not math.isfinite(start):
@@ -140,6 +143,14 @@ def learn(
         for tensor, value in zip(learned, kept, strict=True):
             tensor.copy_(value)
     return TrainingLog(at.before, at.best, at.best_step, at.done, fixed.kept)
+
+
+def share_gradients(learned: Sequence[Tensor], ranks: Ranks, rows: int) -> None:
+    """Replace gradients of a mean over some rows by those of the mean over the rows of all ranks."""
+    if ranks.size > 1:
+        gradients = [tensor.grad for tensor in learned if tensor.grad is not None]
+        for gradient, mean in zip(gradients, ranks.averages(gradients, rows), strict=True):
+            gradient.copy_(mean)
 
 
 def _training_state(

@@ -16,11 +16,16 @@ from hawqtool.export.manifest import file_hash
 from hawqtool.formats import QuantFormat
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.job import Job, prepare
+from hawqtool.pipeline.stages.distill import DistilledModel, distill_model
 from hawqtool.pipeline.stages.measure import _swept
+from hawqtool.pipeline.stages.refine import BATCH_ROWS
 from hawqtool.pipeline.stages.round_blocks import round_blocks
 from hawqtool.pipeline.stages.token_importance import _importance
 from hawqtool.pipeline.stages.write import Ahead, round_side_by_side, round_to_folder
 from hawqtool.records import SWEEP_METRICS, BitPlan, RoundedLayer, Rows
+from hawqtool.rounding.layer import quantized
+from hawqtool.rounding.learned.block import Schedule
+from hawqtool.rounding.learned.end_to_end import DistillSchedule
 from hawqtool.rounding.method import RoundingMethod
 from hawqtool.runtime.ranks import ALONE, Ranks
 from hawqtool.sensitivity import label_gradients
@@ -92,16 +97,17 @@ def test_scores_are_those_of_one_process(job: Job) -> None:
 
 
 class Layers:
-    """Keeps what was rounded."""
+    """Keeps what was rounded; gains of norms may change where that is said."""
 
-    def __init__(self) -> None:
+    def __init__(self, changes: bool = False) -> None:
         self.found: dict[str, RoundedLayer] = {}
+        self.changes = changes
 
     def write_layer(self, layer: RoundedLayer) -> None:
         self.found[layer.name] = layer
 
     def write_changed(self, name: str, tensor: Tensor) -> None:
-        raise AssertionError(name)
+        assert self.changes, name
 
 
 def test_codes_are_those_of_one_process(job: Job) -> None:
@@ -123,6 +129,51 @@ def test_codes_are_those_of_one_process(job: Job) -> None:
             if metrics[name]["fallback"] is None and told[name]["fallback"] is None:
                 assert told[name]["num_tokens"] == pytest.approx(metrics[name]["num_tokens"], abs=8)
                 assert float((found[name].codes == layer.codes).double().mean()) > 0.97, name
+
+
+@pytest.fixture
+def one_batch(monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """Rows that are learned from in one batch, so that several ranks take the steps of one; three are held out."""
+    monkeypatch.setitem(BATCH_ROWS, "cpu", 64)
+    return tokens(5, 24)
+
+
+@pytest.mark.parametrize("job", ["llama"], indirect=True)
+def test_refinement_learns_what_one_process_does(job: Job, one_batch: Tensor) -> None:
+    formats, rows = {unit.name: LOW for unit in job.units}, Rows(one_batch, "test", "-")
+
+    def refined(ranks: Ranks) -> tuple[dict[str, RoundedLayer], Any]:
+        layers = Layers(changes=True)
+        shared = replace(job, ranks=ranks)
+        findings = round_blocks(shared, formats, rows, layers, lambda *_: None, Schedule(12, latent_rate=0.01))
+        return layers.found, findings.refinement
+
+    (_, expected), shares = refined(ALONE), by_crew(RANKS, refined)
+    for layers, told in shares:
+        assert all(torch.equal(layers[name].codes, shares[0][0][name].codes) for name in layers)
+        for name, values in expected.items():
+            assert values["error_after"] < values["error_before"]
+            assert told[name]["error_before"] == pytest.approx(values["error_before"], rel=2e-2)
+            assert told[name]["error_after"] == pytest.approx(values["error_after"], rel=2e-2)
+
+
+@pytest.mark.parametrize("job", ["llama"], indirect=True)
+def test_distillation_learns_what_one_process_does(job: Job, one_batch: Tensor) -> None:
+    formats, rows, layers = {unit.name: LOW for unit in job.units}, Rows(one_batch, "test", "-"), Layers()
+    round_blocks(job, formats, rows, layers, lambda *_: None)
+    rounded = {name: quantized(layer) for name, layer in layers.found.items()}
+
+    def distilled(ranks: Ranks) -> DistilledModel:
+        context = RunContext(replace(job, ranks=ranks))
+        return distill_model(context, formats, rounded, {}, one_batch, "", DistillSchedule(5, scale_rate=5e-3))
+
+    expected, shares = distilled(ALONE), by_crew(RANKS, distilled)
+    assert expected.record["error_after"] < expected.record["error_before"]
+    for found in shares:
+        assert found.record["error_before"] == pytest.approx(expected.record["error_before"], rel=1e-4)
+        assert found.record["error_after"] == pytest.approx(expected.record["error_after"], rel=1e-2)
+        for name, layer in expected.layers.items():
+            torch.testing.assert_close(found.layers[name].scales, layer.scales, rtol=1e-3, atol=1e-6)
 
 
 def test_plans_rounded_side_by_side_are_those_of_one_process_to_the_bit(job: Job, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hawqtool.errors import UsageError
-from hawqtool.runtime.ranks import ALONE, Ranks, _pickled, _unpickled
+from hawqtool.runtime.ranks import ALONE, Ranks, _pickled, _unpickled, owners_by_cost
 
 
 @pytest.mark.parametrize(("count", "size"), [(4, 4), (7, 3), (128, 5)])
@@ -29,6 +29,18 @@ def test_the_leader_draws_by_the_seed_itself() -> None:
     seeds = [Ranks(rank, 3).seed(5) for rank in range(3)]
     assert seeds[0] == ALONE.seed(5) == 5
     assert len(set(seeds)) == 3
+
+
+def test_the_costliest_goes_first_and_loads_are_even() -> None:
+    owners = owners_by_cost([1.0, 8.0, 3.0, 4.0, 2.0], 2)
+    loads = [sum(cost for cost, owner in zip([1, 8, 3, 4, 2], owners, strict=True) if owner == rank) for rank in (0, 1)]
+    assert loads == [9, 9]
+    assert owners[1] == 0
+
+
+def test_equal_costs_alternate() -> None:
+    assert owners_by_cost([5.0] * 4, 2) == [0, 1, 0, 1]
+    assert owners_by_cost([], 3) == []
 
 
 def test_one_process_exchanges_nothing() -> None:

@@ -13,7 +13,7 @@ from hawqtool.errors import NumericalError
 from hawqtool.formats import QuantFormat
 from hawqtool.rounding.grid import Quantized, dequantize, nearest_codes, search_grid
 from hawqtool.rounding.learned.block import Forward
-from hawqtool.rounding.learned.end_to_end import Distilled, DistillSchedule, TrainableBlock, distill
+from hawqtool.rounding.learned.end_to_end import Distilled, DistillRows, DistillSchedule, TrainableBlock, distill
 from hawqtool.rounding.learned.fake_quant import FlatLayers, FlatScales
 from hawqtool.rounding.learned.training import batch_order
 from hawqtool.rounding.spec import InitialRounding
@@ -109,7 +109,7 @@ def comparisons(batches: list[Tensor]) -> list[Comparison]:
 
 def run(schedule: DistillSchedule, dtype: torch.dtype = torch.bfloat16) -> Distilled:
     batches = inputs(8)
-    return distill(trainable_blocks(dtype), batches, 6, comparisons(batches), schedule)
+    return distill(trainable_blocks(dtype), DistillRows(batches, 6, comparisons(batches)), schedule)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -142,7 +142,9 @@ def test_gradients_are_those_of_the_whole_model(latent_rate: float, monkeypatch:
     monkeypatch.setattr(torch.optim.Adam, "step", capture)
     batches = inputs(2)
     distill(
-        trainable_blocks(torch.float32), batches, 1, comparisons(batches), DistillSchedule(1, latent_rate=latent_rate)
+        trainable_blocks(torch.float32),
+        DistillRows(batches, 1, comparisons(batches)),
+        DistillSchedule(1, latent_rate=latent_rate),
     )
     latents, logs, gains = [], [], []
     hidden = batches[0].double()
@@ -214,7 +216,11 @@ def test_nothing_is_learned_from_held_out_batches() -> None:
             taught.add(next(i for i, batch in enumerate(batches) if batch is self.batch))
             return super().gradient(hidden)
 
-    distill(trainable_blocks(torch.bfloat16), batches, 6, [Noting(batch) for batch in batches], DistillSchedule(12))
+    distill(
+        trainable_blocks(torch.bfloat16),
+        DistillRows(batches, 6, [Noting(batch) for batch in batches]),
+        DistillSchedule(12),
+    )
     assert (taught, judged) == (set(range(6)), {6, 7})
 
 
@@ -278,7 +284,7 @@ def test_every_batch_comes_before_any_comes_again() -> None:
 def test_outputs_that_are_not_finite_are_an_error() -> None:
     batches = [torch.full((1, 1, WIDTH), torch.inf) for _ in range(2)]
     with pytest.raises(NumericalError, match="rounded model"):
-        distill(trainable_blocks(torch.float32), batches, 1, comparisons(batches), DistillSchedule(1))
+        distill(trainable_blocks(torch.float32), DistillRows(batches, 1, comparisons(batches)), DistillSchedule(1))
 
 
 def test_steps_that_make_it_worse_at_first_do_not_end_it() -> None:
