@@ -87,6 +87,14 @@ class BackgroundWriter:
         for name, tensor in packed_tensors(layer).items():
             self._hand_over(_on_host(name, tensor))
 
+    def write_tensor(self, name: str, tensor: Tensor) -> None:
+        """Hand over a tensor of the layout that is no copy; it must not change any more.
+
+        Raises:
+            HawqError: If an earlier tensor could not be written.
+        """
+        self._hand_over(_on_host(name, tensor))
+
     def write_changed(self, name: str, tensor: Tensor) -> None:
         """Hand over a tensor that takes the place of the source's of that name; it must not change any more.
 

@@ -23,6 +23,7 @@ from hawqtool.export.compressed_tensors import (
     matching_targets,
     module_format,
 )
+from hawqtool.export.embedding_table import TABLE_FORMAT, TABLE_GROUP, stored_tables, table_modules
 from hawqtool.export.packed_reader import PACKED, SCALE, ZERO_POINT, shape_problem
 from hawqtool.formats import QuantFormat
 from hawqtool.parsing import short
@@ -49,11 +50,12 @@ def packed_modules(index: CheckpointIndex) -> tuple[str, ...]:
 
 
 def dense_matrices(index: CheckpointIndex) -> tuple[str, ...]:
-    """Modules with a two-dimensional ``weight`` that is not packed, in file order."""
+    """Modules with a two-dimensional ``weight`` that is neither packed nor a table in 8 bits, in file order."""
+    tables = stored_tables(index)
     return tuple(
         info.name.removesuffix(".weight")
         for info in index.tensors.values()
-        if info.name.endswith(".weight") and len(info.shape) == 2
+        if info.name.endswith(".weight") and len(info.shape) == 2 and info.name not in tables
     )
 
 
@@ -116,7 +118,7 @@ def field_problems(config: Mapping[str, Any]) -> list[str]:
         )
     where = {"quantization_config": config} | {f"config group {n}": g for n, g in config["config_groups"].items()}
     for place, holder in where.items():
-        if holder.get("format") != FORMAT:
+        if holder.get("format") != (TABLE_FORMAT if place == f"config group {TABLE_GROUP}" else FORMAT):
             problems.append(f"format of {place} is {holder.get('format')!r}; expected {FORMAT!r}; set it")
     problems += _unknown_keys("quantization_config", config, _TOP_KEYS)
     for key in ("kv_cache_scheme", "global_compression_ratio"):
@@ -187,17 +189,17 @@ def module_problems(
                 problem = str(error)
         if problem is not None:
             problems.append(problem)
-    packed = set(packed_modules(index))
+    known = {*packed_modules(index), *table_modules(index)}
     for name in index.tensors:
         for suffix in (*_PARTS[1:], ZERO_POINT):
-            if name.endswith(suffix) and name.removesuffix(suffix) not in packed:
+            if name.endswith(suffix) and name.removesuffix(suffix) not in known:
                 problems.append(f"{name} has no {name.removesuffix(suffix)}{PACKED} beside it; write it again")
     return formats, problems
 
 
 def ignore_problems(config: Mapping[str, Any], index: CheckpointIndex, other_linears: Iterable[str]) -> list[str]:
     """Unquantized linears that are missing from ``ignore`` or hit by a target, and entries that name none of them."""
-    packed = set(packed_modules(index))
+    packed = {*packed_modules(index), *table_modules(index)}
     dense = dense_matrices(index)
     linears = dict.fromkeys(other_linears) | dict.fromkeys(m for m in dense if m.rpartition(".")[2] == "lm_head")
     problems = []

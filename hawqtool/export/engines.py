@@ -48,13 +48,16 @@ Verdict = tuple[bool, str]
 """Whether an engine loads the checkpoint, and why."""
 
 
-def engines(formats: LayerFormats, shapes: Mapping[str, tuple[int, int]], obstacle: str | None = None) -> list[Engine]:
+def engines(
+    formats: LayerFormats, shapes: Mapping[str, tuple[int, int]], obstacle: str | None = None, table: bool = False
+) -> list[Engine]:
     """What each engine does with a checkpoint, from formats and shapes alone.
 
     Args:
         formats: Format of every packed module, by name in the checkpoint.
         shapes: Rows and columns of these modules' weights.
         obstacle: Why transformers cannot load packed weights of this model, where it cannot.
+        table: Whether its embedding is stored in 8 bits.
 
     Returns:
         One ``{engine, minimum_version, loads, reason, tried}`` per engine; ``tried`` is false, as nothing is run here.
@@ -67,6 +70,8 @@ def engines(formats: LayerFormats, shapes: Mapping[str, tuple[int, int]], obstac
         (SGLANG, _sglang),
     ):
         loads, reason = (False, obstacle) if engine == TRANSFORMERS and obstacle else judge(formats, shapes)
+        if table and engine != TRANSFORMERS:
+            loads, reason = False, f"its embedding is stored in 8 bits as transformers reads it ({_SOURCE_ONLY})"
         version = MINIMUM_VERSIONS[engine]
         entry: Engine = {"engine": engine, "minimum_version": version, "loads": loads, "reason": reason, "tried": False}
         found.append({**entry, "gain": GAINS[engine]})

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hawqtool.checkpoint.dtypes import DTYPE_BYTES
 from hawqtool.checkpoint.index import SINGLE_FILE, CheckpointIndex, TensorInfo
 from hawqtool.errors import InputError
 from hawqtool.formats import QuantFormat
 from hawqtool.records import LayerFormats, LinearSpec
+
+if TYPE_CHECKING:
+    from hawqtool.export.embedding_table import EmbeddingTable
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
@@ -78,6 +81,7 @@ def plan_layout(
     formats: LayerFormats,
     specs: dict[str, LinearSpec],
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    tables: Collection[EmbeddingTable] = (),
 ) -> Layout:
     """Lay out the quantized checkpoint.
 
@@ -91,17 +95,20 @@ def plan_layout(
         formats: Format of every quantized module, by module name.
         specs: Shapes of at least these modules.
         max_shard_bytes: Limit of the tensor bytes of one file.
+        tables: Embeddings that are stored in 8 bits.
 
     Raises:
         InputError: If a quantized weight is not in the source, has another shape, or is not divided by its groups.
     """
     _check_sources(index, formats, specs)
     shards: list[list[Entry]] = [[]]
-    filled = 0
+    filled, by_tensor = 0, {table.tensor: table for table in tables}
     for info in index.tensors.values():
         module = info.name.removesuffix(".weight")
         if module != info.name and module in formats:
             pieces = _packed_entries(info, specs[module], formats[module])
+        elif info.name in by_tensor:
+            pieces = _table_entries(info, by_tensor[info.name])
         else:
             pieces = [Entry(info.name, info.dtype, info.shape, 0, info.num_bytes, info.name)]
         size = sum(piece.num_bytes for piece in pieces)
@@ -145,6 +152,12 @@ def _packed_entries(info: TensorInfo, spec: LinearSpec, quant_format: QuantForma
         Entry(f"{spec.name}.{suffix}", dtype, shape, 0, math.prod(shape) * DTYPE_BYTES[dtype], None)
         for suffix, dtype, shape in parts
     ]
+
+
+def _table_entries(info: TensorInfo, table: EmbeddingTable) -> list[Entry]:
+    rows, columns = info.shape
+    scales = [Entry(name, info.dtype, (rows, 1), 0, rows * DTYPE_BYTES[info.dtype], None) for name in table.scales]
+    return [Entry(info.name, "I8", (rows, columns), 0, rows * columns, None), *scales]
 
 
 def _file_name(position: int, count: int) -> str:

@@ -15,6 +15,7 @@ from hawqtool.checkpoint.packing import unpack_codes, unpack_zeros
 from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.errors import InputError
 from hawqtool.export.compressed_tensors import module_format
+from hawqtool.export.embedding_table import restored_table, stored_tables
 from hawqtool.formats import QuantFormat
 from hawqtool.parsing import ParseError, load_json
 from hawqtool.rounding.grid import dequantize
@@ -125,6 +126,7 @@ class PackedReader:
         if not isinstance(config, dict) or not isinstance(config.get("config_groups"), dict):
             raise InputError(f"{folder}/config.json has no config_groups to unpack with; pass a packed checkpoint")
         self._config: dict[str, Any] = {"ignore": [], **config}
+        self._tables = stored_tables(self.index)
 
     def __contains__(self, name: object) -> bool:
         return name in self.index.tensors or (isinstance(name, str) and self._packed_module(name) is not None)
@@ -137,6 +139,9 @@ class PackedReader:
         Raises:
             InputError: If there is no such tensor, or the packed tensors and the config disagree.
         """
+        if name in self._tables:
+            parts = (self._reader.tensor(part, pinned) for part in (name, self._tables[name].scales[0]))
+            return restored_table(*(part.to(self._device, non_blocking=pinned) for part in parts))
         module = None if name in self.index.tensors else self._packed_module(name)
         if module is None:
             return self._reader.tensor(name, pinned)

@@ -17,6 +17,7 @@ from hawqtool.checkpoint.index import CheckpointIndex, TensorInfo
 from hawqtool.checkpoint.packing import pack_zeros, unpack_zeros
 from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.export.config_checks import packed_modules
+from hawqtool.export.embedding_table import EmbeddingTable, stored_tables, table_tensors
 from hawqtool.export.packed_reader import (
     PACKED,
     SCALE,
@@ -140,10 +141,12 @@ def copy_problems(reader: TensorReader, source: TensorReader, changed: Collectio
         source: The original.
         changed: Norm gains that were learned: finite tensors near the source's; nothing else may be among them.
     """
-    index, packed = reader.index, set(packed_modules(reader.index))
+    index, packed, tables = reader.index, set(packed_modules(reader.index)), stored_tables(reader.index)
 
     def check(name: str) -> list[str]:
         info, found = source.index.tensors[name], index.tensors.get(name)
+        if name in tables:
+            return _table_problems(reader, source, tables[name])
         if found is None:
             return [f"tensor {name} of the source is missing; expected a copy; write it again"]
         if _kind(found) != _kind(info):
@@ -157,11 +160,19 @@ def copy_problems(reader: TensorReader, source: TensorReader, changed: Collectio
     copied = (n for n in source.index.tensors if not (n.endswith(".weight") and n.removesuffix(".weight") in packed))
     problems = _all_problems(check, copied)
     parts = {f"{module}{suffix}" for module in packed for suffix in (PACKED, SCALE, ZERO_POINT, ".weight_shape")}
+    parts |= {scale for table in tables.values() for scale in table.scales}
     known = parts | set(source.index.tensors)
     unknown = [name for name in index.tensors if name not in known]
     return problems + [
         f"tensor {name} is not in the source; expected no new tensor; write it again" for name in unknown
     ]
+
+
+def _table_problems(reader: TensorReader, source: TensorReader, table: EmbeddingTable) -> list[str]:
+    """Tensors of an embedding in 8 bits that are not what rounding the source's gives."""
+    expected = table_tensors(table, source.tensor(table.tensor).cpu())
+    wrong = [name for name, tensor in expected.items() if not torch.equal(reader.tensor(name), tensor)]
+    return [f"tensor {name} is not the source's embedding rounded to 8 bits; write it again" for name in wrong]
 
 
 def _gain_problems(reader: TensorReader, source: TensorReader, name: str) -> list[str]:

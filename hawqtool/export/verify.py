@@ -28,6 +28,7 @@ from hawqtool.export.config_checks import (
     structure_problems,
     target_problems,
 )
+from hawqtool.export.embedding_table import table_modules
 from hawqtool.export.manifest import MANIFEST_FILE, REPORT_FILE, is_manifest, manifest_problems, source_file_problems
 from hawqtool.export.packed_reader import read_config
 from hawqtool.export.tensor_checks import (
@@ -98,13 +99,14 @@ def verify_folder(
         problems.append(f"{folder} has no packed module; expected *.weight_packed tensors; pass an output folder")
 
     config: Any = model_config.get("quantization_config")
-    broken = structure_problems(config) or matching_problems(config, (*packed, *dense_matrices(index)))
+    matched = (*packed, *dense_matrices(index), *table_modules(index))
+    broken = structure_problems(config) or matching_problems(config, matched)
     problems += broken
     formats: LayerFormats = {}
     if not broken:
         problems += field_problems(config)
         aliases = [layer["module"] for layer in layers if "module" in layer]
-        problems += target_problems(config, (*packed, *dense_matrices(index), *aliases))
+        problems += target_problems(config, (*matched, *aliases))
         formats, found = module_problems(config, index, reader)
         problems += found
         problems += ignore_problems(config, index, plan["other_linears"] if plan else ())

@@ -140,6 +140,8 @@ def _method(report: Report) -> str:
         f"calibration: {given}",
         "grid: symmetric integers, compressed-tensors format `pack-quantized`",
     ]
+    if config.get("embedding_bits") == 8:
+        lines.append("embedding: 8 bits, with a scale for every row; a head that is tied to it shares the codes")
     lines += [f"rotation: {escape(text)}" for text in (report.get("rotation_choice"),) if text]
     lines += [f"sensitivity: {text}" for text in (measurement_text(report),) if text]
     routing = routing_text(report["experts"])

@@ -82,6 +82,12 @@ class Fields(TargetFields):
         "Keep leaves them as the template has them.",
         panel=FORMATS, affects=Affects.FORMATS, metavar="TYPE", expert=True,
     )] = "auto"
+    embedding_bits: Annotated[int, Setting(
+        help="Bits of the token embedding, and of a head that is tied to it: 16 leaves it as it is; 8 stores a byte a "
+        "number and a scale a row, which transformers alone loads (--profile transformers).",
+        detail="Under a target size the bytes go to the linears: of small models the table is half of the file.",
+        panel=FORMATS, affects=Affects.FORMATS,
+    )] = 16
     quantize_lm_head: Annotated[bool, Setting(
         help="Quantize the output head too, where it is not tied to the embedding.",
         panel=FORMATS, affects=Affects.FORMATS, commands=("measure",),

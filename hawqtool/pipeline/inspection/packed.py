@@ -11,6 +11,7 @@ from hawqtool.checkpoint.index import CheckpointIndex
 from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.errors import InputError
 from hawqtool.export.config_checks import matching_problems, module_problems, packed_modules, structure_problems
+from hawqtool.export.embedding_table import stored_tables
 from hawqtool.export.engines import TRANSFORMERS, engines
 from hawqtool.export.verify import PLAN_FILE
 from hawqtool.formats import SHAPE_TENSOR_BYTES
@@ -47,7 +48,7 @@ def describe_packed(index: CheckpointIndex, config: dict[str, Any]) -> dict[str,
     shapes = {name: _shape(reader, name) for name in packed}
     stored = {name: sum(_bytes(index, name + part) for part in _PARTS) for name in packed}
     weights = {name: math.prod(shapes[name]) for name in packed}
-    sizes = _sizes(index, weights, stored)
+    sizes, table = _sizes(index, weights, stored), bool(stored_tables(index))
     report, note = _recorded(index.folder)
     return {
         "supported": True,
@@ -57,7 +58,7 @@ def describe_packed(index: CheckpointIndex, config: dict[str, Any]) -> dict[str,
         "bits": _by_width(formats, weights, stored),
         "roles": _roles(formats, shapes, weights, stored),
         "sizes": sizes,
-        "engines": _with_trial(engines(formats, shapes, _obstacle(index.folder)), index.folder),
+        "engines": _with_trial(engines(formats, shapes, _obstacle(index.folder), table), index.folder),
         "recorded": report,
         "recorded_note": note,
     }

@@ -25,6 +25,7 @@ from hawqtool.checkpoint.source import ResolvedModel, hub_id, resolve_model
 from hawqtool.config import RunConfig
 from hawqtool.data.tokenizer import load_tokenizer
 from hawqtool.errors import InputError, UsageError
+from hawqtool.export.embedding_table import EmbeddingTable, embedding_table
 from hawqtool.export.layout import Layout, plan_layout
 from hawqtool.export.packed_reader import PackedReader
 from hawqtool.model.discovery import Structure, check_shapes, discover
@@ -188,14 +189,16 @@ class Job:
 
     def layout(self, formats: UnitFormats) -> Layout:
         """Exact bytes of the output files for formats by unit."""
-        return plan_layout(self.index, self.layer_formats(formats), self.structure.linears)
+        return plan_layout(self.index, self.layer_formats(formats), self.structure.linears, tables=self.tables)
+
+    @property
+    def tables(self) -> tuple[EmbeddingTable, ...]:
+        """Embeddings that are stored in 8 bits."""
+        known = self.skeleton, self.structure.stored_names, self.index
+        return () if self.config.embedding_bits == 16 else (embedding_table(*known),)
 
     def tokenizer(self) -> Any:
-        """The checkpoint's tokenizer.
-
-        Raises:
-            InputError: If it cannot be loaded.
-        """
+        """The checkpoint's tokenizer; an InputError says why it cannot be loaded."""
         return load_tokenizer(self.index.folder, self.source.runs_code)
 
 

@@ -10,7 +10,8 @@ from hawqtool.report.schema import Kept
 def kept_record(job: Job) -> Kept:
     """The matrices that are kept whatever the settings, by reason and pattern of their names, large ones first."""
     found: dict[tuple[str, str], list[KeptTensor]] = {}
-    for tensor in job.structure.kept:
+    tables = {table.tensor for table in job.tables}
+    for tensor in (tensor for tensor in job.structure.kept if tensor.name not in tables):
         found.setdefault((tensor.reason, tensor.pattern), []).append(tensor)
     return {
         "bytes": sum(t.num_bytes for t in job.structure.kept if t.reason not in EXPECTED),

@@ -87,6 +87,7 @@ def build_report(job: Job, sets: dict[str, Rows], outcome: Outcome, timings: dic
             job.layer_formats(plan.formats),
             {m.name: (m.out_features, m.in_features) for unit in job.units for m in unit.members},
             job.structure.obstacle,
+            bool(job.tables),
         ),
         "layers": rounding["layers"],
         "refinement": rounding["refinement"],

@@ -18,6 +18,7 @@ from hawqtool.errors import disk_errors
 from hawqtool.export.background_writer import BackgroundWriter
 from hawqtool.export.compressed_tensors import quantization_config
 from hawqtool.export.config_checks import dense_matrices
+from hawqtool.export.embedding_table import table_tensors, with_tables
 from hawqtool.export.layout import Layout
 from hawqtool.export.manifest import file_hash
 from hawqtool.export.writer import CheckpointWriter, intact, unfinished_reader, write_config
@@ -167,7 +168,8 @@ def target_config(job: Job, formats: UnitFormats) -> dict[str, Any]:
     units = {m.name: unit.name for unit in job.units for m in unit.members}
     aliases = {m.name: m.module for unit in job.units for m in unit.members if m.module and not is_expert(m.name)}
     others = dense_matrices(job.index)
-    return quantization_config(job.layer_formats(formats), units, job.unquantized_linears, aliases, others)
+    config = quantization_config(job.layer_formats(formats), units, job.unquantized_linears, aliases, others)
+    return with_tables(config, job.tables)
 
 
 def _known(job: Job, layout: Layout, part: Path, learning: Saved) -> Written | None:
@@ -225,6 +227,10 @@ def _write_blocks(
                 context.keep(_ROWS, rows)
                 job = context.shared(_round_along, plan.formats, part, [list(block["refinement"]) for block in done])
             found = round_blocks(job, plan.formats, rows, sink, progress, finished=finished)
+        for table in job.tables:
+            weight = TensorReader(job.index, device=job.device).tensor(table.tensor)
+            for name, tensor in table_tensors(table, weight.to(job.device)).items():
+                sink.write_tensor(name, tensor)
     return Written(writer.checksums, sorted(writer.changed), found.layers, found.refinement, earlier)
 
 
