@@ -1,4 +1,4 @@
-"""`embedding_bits 8`: embedding and tied head are written in 8 bits, judged and verified, and transformers loads them."""
+"""`embedding_bits 8`: embedding and tied head are written in 8 bits, judged, verified, and loaded by transformers."""
 
 from __future__ import annotations
 
