@@ -1,11 +1,12 @@
 """Compare hawqtool's GGUF files with llama.cpp's own quantizer at equal sizes: KL on several texts, paired by rows.
 
     python scripts/benchmarks/compare_llama_cpp.py MODEL --template MODEL.gguf --calibration A.txt \
-        --eval-data B.txt C.txt --mixes Q2_K Q3_K_M
+        --eval-data B.txt C.txt --mixes Q2_K Q3_K_M --json OUT.jsonl
 
 Each mix of llama-quantize is made by ggml's quantizer (from the xllamacpp wheel) with an importance matrix of the same
-calibration rows, and its size is the target of ours. Both are judged by our dequantization in float32. ``--mixes``
-takes types too, such as Q4_0: all tensors then have it.
+calibration rows, and its size is the target of ours. ``--same-types`` adds our rounding of their types, which tells
+rounding from choice. All are judged by our dequantization in float32. ``--mixes`` takes types too, such as Q4_0: all
+tensors then have it. Scores are measured once for all mixes. Each line of the file has the KL of every row.
 """
 
 from __future__ import annotations
@@ -14,12 +15,16 @@ import argparse
 import ctypes
 import importlib.util
 import json
+import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from weakref import WeakValueDictionary
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -32,11 +37,14 @@ from hawqtool.checkpoint.reader import TensorReader  # noqa: E402
 from hawqtool.config import load_config  # noqa: E402
 from hawqtool.evaluation.divergence import paired_difference  # noqa: E402
 from hawqtool.export.gguf.writer import GgufWriter  # noqa: E402
-from hawqtool.pipeline.gguf.conversion import run_gguf  # noqa: E402
 from hawqtool.pipeline.gguf.evaluation import GgufEvaluator  # noqa: E402
-from hawqtool.pipeline.gguf.tensors import GgufJob, prepare_gguf  # noqa: E402
+from hawqtool.pipeline.gguf.planner import make_gguf_planner, stored_budget  # noqa: E402
+from hawqtool.pipeline.gguf.tensors import EMBEDDING, OUTPUT, GgufJob, prepare_gguf  # noqa: E402
+from hawqtool.pipeline.gguf.trials import GgufTrials  # noqa: E402
 from hawqtool.pipeline.run.context import RunContext  # noqa: E402
 from hawqtool.pipeline.stages.rows import evaluation_rows, gather_rows  # noqa: E402
+from hawqtool.pipeline.stages.token_importance import with_token_importance  # noqa: E402
+from hawqtool.records import BitPlan, Evaluation, Rows, Score, UnitFormats  # noqa: E402
 from hawqtool.runtime.reporter import Silent  # noqa: E402
 from hawqtool.streaming.dealt import Groups  # noqa: E402
 from hawqtool.streaming.input_statistics import collect_statistics  # noqa: E402
@@ -44,34 +52,21 @@ from hawqtool.streaming.input_statistics import collect_statistics  # noqa: E402
 MIXES = {"Q2_K": "Q2_K", "Q3_K_M": "Q3_K", "Q4_K_M": "Q4_K", "Q5_K_M": "Q5_K"}
 """Mixes of llama-quantize and the type that most of their tensors have."""
 
+_ROWS = 1024
+"""Rows that a thread quantizes at a time."""
+
 FALLBACKS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 """What llama-quantize takes where rows are no whole blocks of 256."""
 
 
 def main() -> int:
-    """Make both files for every mix and print a table."""
+    """Make the files for every mix, print a table and write its figures."""
     arguments = _parse()
-    quantizer, base = Quantizer(), _settings(arguments)
-    gguf = prepare_gguf(load_config(None, base | {"target_bpw": 16.0}), Silent())
-    importance = imatrix(gguf)
+    gguf = prepare_gguf(load_config(None, _settings(arguments) | {"target_bpw": 16.0}), Silent())
     print(f"{arguments.model.name}, {arguments.num_samples} x {arguments.seq_len} tokens, device {gguf.job.device}")
-    with tempfile.TemporaryDirectory(dir=arguments.work) as scratch:
-        for mix in arguments.mixes:
-            theirs, ours = Path(scratch) / f"{mix}.theirs.gguf", Path(scratch) / f"{mix}.ours.gguf"
-            types = mixed_types(gguf, mix)
-            start = time.perf_counter()
-            write_theirs(gguf, types, importance, quantizer, theirs)
-            seconds = time.perf_counter() - start
-            ends = {name: types[name].name for name in gguf.ends}
-            more = {"target_size": f"{theirs.stat().st_size}B", "embedding_type": next(iter(ends.values()), "keep")}
-            found = run_gguf(load_config(None, base | more | {"output": str(ours), "eval": False}), Silent())
-            sizes = f"{theirs.stat().st_size:,} and {found['bytes']:,} bytes, {found['bpw']:.3f} bits a weight"
-            print(f"{mix}: theirs and ours {sizes}; {seconds:.0f} and {found['seconds']:.0f} s")
-            for text in arguments.eval_data:
-                _judge(gguf, text, arguments.eval_samples, theirs, ours)
-            print(f"  types {json.dumps(counted(found['types']))} against {json.dumps(counted(types))}", flush=True)
-            for path in (theirs, ours):
-                path.unlink()
+    comparison = _Comparison(arguments, gguf)
+    for mix in arguments.mixes:
+        comparison.run(mix)
     return 0
 
 
@@ -85,6 +80,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--num-samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--eval-samples", type=int, default=32)
+    parser.add_argument("--same-types", action="store_true", help="round their types with our rounding too")
+    parser.add_argument("--json", type=Path, default=None, help="file that gets a line per mix and text")
+    parser.add_argument("--keep", type=Path, default=None, help="folder to which our files go, named by their mix")
     parser.add_argument("--work", type=Path, default=None, help="folder for the files while they are judged")
     return parser.parse_args()
 
@@ -97,7 +95,99 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "calibration": (str(arguments.calibration),),
         "num_samples": arguments.num_samples,
         "seq_len": arguments.seq_len,
+        "eval": False,
     }
+
+
+class _Comparison:
+    """What all mixes of a model share: rows, importance matrix, scores, the original's outputs."""
+
+    def __init__(self, arguments: argparse.Namespace, gguf: GgufJob) -> None:
+        self.arguments, self.gguf, start = arguments, gguf, time.perf_counter()
+        self.quantizer, context = Quantizer(), RunContext(gguf.job)
+        sets = gather_rows(context)
+        self.importance = imatrix(gguf, sets["calibration"])
+        self.calibration = with_token_importance(context, sets["calibration"])
+        self.planner = make_gguf_planner(context, gguf, sets, self.calibration)
+        texts = {
+            text.stem: evaluation_rows(gguf.job, str(text), arguments.eval_samples) for text in arguments.eval_data
+        }
+        # On a GPU too in float32: the differences of good files are as small as the roundings of bfloat16.
+        judging = replace(gguf.job, dtype=torch.float32, matrices=WeakValueDictionary())
+        self.evaluator = GgufEvaluator(RunContext(judging), texts, gguf.places)
+        ends = {name: _values(found) for name, found in self.planner.ends.scores.items()}
+        print(
+            f"measured in {time.perf_counter() - start:.0f} s; embedding and output lose {json.dumps(ends)}", flush=True
+        )
+
+    def run(self, mix: str) -> None:
+        """Make the files of a mix and judge them."""
+        types = mixed_types(self.gguf, mix)
+        with tempfile.TemporaryDirectory(dir=self.arguments.work) as scratch:
+            theirs, start = Path(scratch) / "theirs.gguf", time.perf_counter()
+            write_theirs(self.gguf, types, self.importance, self.quantizer, theirs)
+            seconds = {"theirs": time.perf_counter() - start}
+            config = self.gguf.job.config.model_copy(
+                update={"target_bpw": None, "target_size": f"{theirs.stat().st_size}B"}
+            )
+            budget = stored_budget(replace(self.gguf, job=replace(self.gguf.job, config=config)))
+            plans = {"ours": self.planner.plan(budget)}
+            if self.arguments.same_types:
+                plans["same_types"] = _plan_of(self.gguf, types)
+            found, files = {"theirs": self._judged(theirs)}, {"theirs": theirs}
+            for name, plan in plans.items():
+                start, trials = time.perf_counter(), self._trials(Path(scratch))
+                files[name] = trials.run(plan).path
+                seconds[name] = time.perf_counter() - start
+                found[name] = self._judged(files[name])
+            self._tell(mix, found, {name: path.stat().st_size for name, path in files.items()}, seconds)
+            if self.arguments.keep is not None:
+                shutil.copy(files["ours"], self.arguments.keep / f"{mix}.gguf")
+        kinds = json.dumps(counted(plans["ours"].formats))
+        print(f"  types {kinds} against {json.dumps(counted(types))}", flush=True)
+
+    def _trials(self, folder: Path) -> GgufTrials:
+        return GgufTrials(RunContext(self.gguf.job), self.planner, {}, self.calibration, folder)
+
+    def _judged(self, path: Path) -> dict[str, Evaluation]:
+        return self.evaluator.evaluate(path, path.name)
+
+    def _tell(
+        self,
+        mix: str,
+        found: Mapping[str, Mapping[str, Evaluation]],
+        sizes: Mapping[str, int],
+        seconds: Mapping[str, float],
+    ) -> None:
+        took = ", ".join(f"{name} {sizes[name]:,} bytes in {seconds[name]:.0f} s" for name in sizes)
+        print(f"{mix}: {took}")
+        for text, other in found["theirs"].items():
+            line: dict[str, Any] = {"model": self.arguments.model.name, "mix": mix, "text": text}
+            shown = [f"theirs {other.divergence:.5f} ± {other.stderr:.5f}"]
+            for name, by_text in found.items():
+                one = by_text[text]
+                line[name] = {"bytes": sizes[name], "kl": one.divergence, "stderr": one.stderr}
+                line[name] |= {"perplexity": one.perplexity, "same_top": one.same_top, "rows": list(one.row_divergence)}
+                line[name] |= {"seconds": seconds[name]}
+                if name != "theirs":
+                    mean, error = paired_difference(one, other)
+                    line[name] |= {"difference": mean, "difference_stderr": error}
+                    share = 100 * mean / other.divergence
+                    shown.append(f"{name} {one.divergence:.5f} ({mean:+.5f} ± {error:.5f}, {share:+.1f} %)")
+            print(f"  {text}: KL {', '.join(shown)}", flush=True)
+            if self.arguments.json is not None:
+                with self.arguments.json.open("a") as stream:
+                    stream.write(json.dumps(line) + "\n")
+
+
+def _values(scores: Mapping[str, Score]) -> dict[str, float]:
+    return {label: round(score.value, 6) for label, score in scores.items()}
+
+
+def _plan_of(gguf: GgufJob, types: Mapping[str, BlockType]) -> BitPlan:
+    stored = sum(types[unit.name].num_bytes(unit.num_weights) for unit in gguf.units)
+    # Its file is named by its bytes, which those of ours may be too.
+    return BitPlan(cast(UnitFormats, dict(types)), stored + 1, sum(unit.num_weights for unit in gguf.units))
 
 
 class Quantizer:
@@ -113,22 +203,27 @@ class Quantizer:
 
     def __call__(self, weight: Tensor, kind: BlockType, importance: Tensor | None) -> Tensor:
         """Blocks of a weight ``[out, in]`` float32, ``[out, bytes of a row]`` uint8; importance is ``[in]``."""
+        self._library.ggml_quantize_init(kind.number)
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # the library does not hold Python's lock
+            parts = pool.map(lambda rows: self._rows(rows, kind, importance), weight.split(_ROWS))
+            return torch.cat(list(parts))
+
+    def _rows(self, weight: Tensor, kind: BlockType, importance: Tensor | None) -> Tensor:
         weight = weight.contiguous()
         stored = torch.empty(kind.num_bytes(weight.numel()), dtype=torch.uint8)
-        pointer = ctypes.c_void_p(None if importance is None else importance.contiguous().data_ptr())
+        importance = None if importance is None else importance.contiguous()  # it has to live until the call
+        pointer = ctypes.c_void_p(None if importance is None else importance.data_ptr())
         rows, columns = (ctypes.c_int64(extent) for extent in weight.shape)
         source, target = ctypes.c_void_p(weight.data_ptr()), ctypes.c_void_p(stored.data_ptr())
-        self._library.ggml_quantize_init(kind.number)
         self._library.ggml_quantize_chunk(kind.number, source, target, ctypes.c_int64(0), rows, columns, pointer)
         return stored.view(len(weight), -1)
 
 
-def imatrix(gguf: GgufJob) -> dict[str, Tensor]:
+def imatrix(gguf: GgufJob, calibration: Rows) -> dict[str, Tensor]:
     """Mean square of every input of every linear on the calibration rows, ``[in]`` float32 by name."""
     job, found = gguf.job, dict[str, Tensor]()
-    rows = gather_rows(RunContext(job))["calibration"].tokens
     stream = job.stream()
-    activations = stream.embed(rows, job.settings.batch_size)
+    activations = stream.embed(calibration.tokens, job.settings.batch_size)
     for spec in job.structure.blocks:
         with stream.block(spec.index) as block:
 
@@ -146,8 +241,10 @@ def mixed_types(gguf: GgufJob, mix: str) -> dict[str, BlockType]:
     config = gguf.job.skeleton.config
     grouped = config.num_attention_heads // getattr(config, "num_key_value_heads", config.num_attention_heads)
     found = {}
-    for name in [unit.name for unit in gguf.job.units] + list(gguf.ends):
+    for name in (unit.name for unit in gguf.units):
         wanted = _wanted(name, mix, blocks, grouped)
+        if name == EMBEDDING and OUTPUT in tensors:
+            wanted = MIXES.get(mix, mix)  # it is not the output
         if tensors[name].shape[-1] % BLOCK_TYPES[wanted].block_size:
             wanted = FALLBACKS[wanted]
         found[name] = BLOCK_TYPES[wanted]
@@ -180,17 +277,6 @@ def write_theirs(
             stored = quantizer(weight, types[place.tensor], importance.get(name.removesuffix(".weight")))
             stored = stored if place.piece.rows is None else stored[place.piece.rows]
             writer.write(place.tensor, stored, place.first_row)
-
-
-def _judge(gguf: GgufJob, text: Path, samples: int, theirs: Path, ours: Path) -> None:
-    rows = evaluation_rows(gguf.job, str(text), samples)
-    evaluator = GgufEvaluator(RunContext(gguf.job), {"report": rows}, gguf.places)
-    other, own = (evaluator.evaluate(path, path.name)["report"] for path in (theirs, ours))
-    mean, error = paired_difference(own, other)
-    print(
-        f"  {text.name}: KL theirs {other.divergence:.4f}, ours {own.divergence:.4f}, difference {mean:+.4f} ± "
-        f"{error:.4f} ({100 * mean / other.divergence:+.1f} %)"
-    )
 
 
 def counted(types: Mapping[str, Any]) -> dict[str, int]:

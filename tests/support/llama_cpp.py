@@ -6,7 +6,7 @@ import ctypes
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -46,12 +46,26 @@ def quantized(weight: torch.Tensor, kind: BlockType, importance: torch.Tensor | 
     """Blocks that ggml's own quantizer makes of ``[out, in]`` float32, ``[out, bytes of a row]`` uint8."""
     lib, weight = ctypes.CDLL(str(library())), weight.contiguous()
     stored = torch.empty(kind.num_bytes(weight.numel()), dtype=torch.uint8)
-    pointer = ctypes.c_void_p(None if importance is None else importance.contiguous().data_ptr())
+    importance = None if importance is None else importance.contiguous()  # it has to live until the call
+    pointer = ctypes.c_void_p(None if importance is None else importance.data_ptr())
     rows, columns = (ctypes.c_int64(extent) for extent in weight.shape)
     source, target = ctypes.c_void_p(weight.data_ptr()), ctypes.c_void_p(stored.data_ptr())
     lib.ggml_quantize_init(kind.number)
     lib.ggml_quantize_chunk(kind.number, source, target, ctypes.c_int64(0), rows, columns, pointer)
     return stored.view(len(weight), -1)
+
+
+def dequantized(stored: torch.Tensor, kind: BlockType) -> torch.Tensor:
+    """What ggml reads from blocks ``[rows, bytes of a row]`` uint8, ``[rows, in]`` float32."""
+    lib, stored = ctypes.CDLL(str(library())), stored.contiguous()
+    count = stored.numel() // kind.block_bytes * kind.block_size
+    values = torch.empty(count, dtype=torch.float32)
+    head, _, tail = kind.name.partition("_")
+    name = f"{head.lower()}_{tail if tail == 'K' else tail.lower()}"
+    read = getattr(lib, f"dequantize_row_{name}")
+    read.restype = None
+    read(ctypes.c_void_p(stored.data_ptr()), ctypes.c_void_p(values.data_ptr()), ctypes.c_int64(count))
+    return values.view(len(stored), -1)
 
 
 def logits(path: Path, tokens: Sequence[int]) -> torch.Tensor:
@@ -60,61 +74,80 @@ def logits(path: Path, tokens: Sequence[int]) -> torch.Tensor:
     Raises:
         RuntimeError: If llama.cpp refuses the file; with the end of its log.
     """
-    place = library()
-    assert place is not None
-    lib, lines = ctypes.CDLL(str(place)), list[str]()
-    callback = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
-    log = callback(lambda _, text, __: lines.append(text.decode(errors="replace")))
-    lib.llama_log_set(log, None)
-    lib.llama_backend_init()
-    for name in ("llama_model_default_params", "llama_context_default_params"):
-        getattr(lib, name).restype = _Parameters
-    lib.llama_model_load_from_file.restype = ctypes.c_void_p
-    lib.llama_model_load_from_file.argtypes = [ctypes.c_char_p, _Parameters]
-    model = lib.llama_model_load_from_file(str(path).encode(), lib.llama_model_default_params())
-    if not model:
-        raise RuntimeError("".join(lines[-20:]))
-    try:
-        return _decoded(lib, model, tokens)
-    finally:
-        lib.llama_model_free.argtypes = [ctypes.c_void_p]
-        lib.llama_model_free(model)
+    with Session(path, len(tokens)) as session:
+        session.decode(tokens, 0)
+        return torch.stack([session.logits(place) for place in range(len(tokens))])
 
 
-def _decoded(lib: Any, model: int, tokens: Sequence[int]) -> torch.Tensor:
-    count = len(tokens)
-    settings = lib.llama_context_default_params()
-    settings.words[0] = settings.words[1] = settings.words[2] = max(count, 32)  # context, batch, micro-batch
-    lib.llama_init_from_model.restype = ctypes.c_void_p
-    lib.llama_init_from_model.argtypes = [ctypes.c_void_p, _Parameters]
-    context = lib.llama_init_from_model(model, settings)
-    for name in ("llama_set_n_threads", "llama_decode", "llama_get_logits_ith", "llama_free"):
-        getattr(lib, name).restype = None
-    lib.llama_set_n_threads.argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32]
-    lib.llama_set_n_threads(context, 1, 1)
-    lib.llama_model_get_vocab.restype = lib.llama_get_logits_ith.restype = ctypes.c_void_p
-    lib.llama_model_get_vocab.argtypes = [ctypes.c_void_p]
-    lib.llama_vocab_n_tokens.argtypes = [ctypes.c_void_p]
-    width = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
-    zero = (ctypes.c_int32 * 1)(0)
-    rows = (ctypes.POINTER(ctypes.c_int32) * count)(*[ctypes.cast(zero, ctypes.POINTER(ctypes.c_int32))] * count)
-    batch = _Batch(
-        count,
-        (ctypes.c_int32 * count)(*tokens),
-        None,
-        (ctypes.c_int32 * count)(*range(count)),
-        (ctypes.c_int32 * count)(*[1] * count),
-        rows,
-        (ctypes.c_int8 * count)(*[1] * count),
-    )
-    lib.llama_decode.restype, lib.llama_decode.argtypes = ctypes.c_int32, [ctypes.c_void_p, _Batch]
-    if lib.llama_decode(context, batch):
-        raise RuntimeError("llama_decode failed")
-    lib.llama_get_logits_ith.argtypes = [ctypes.c_void_p, ctypes.c_int32]
-    found = torch.empty(count, width)
-    for place in range(count):
-        values = ctypes.cast(lib.llama_get_logits_ith(context, place), ctypes.POINTER(ctypes.c_float * width))
-        found[place] = torch.frombuffer(values.contents, dtype=torch.float32)
-    lib.llama_free.argtypes = [ctypes.c_void_p]
-    lib.llama_free(context)
-    return found
+class Session:
+    """A model file loaded into llama.cpp, with room for so many tokens; a context manager.
+
+    Args:
+        path: The file.
+        room: Tokens.
+        threads: Threads of a CPU.
+    """
+
+    def __init__(self, path: Path, room: int, threads: int = 1) -> None:
+        place = library()
+        assert place is not None
+        self._lib: Any = ctypes.CDLL(str(place))
+        self._path, self._room, self._threads, self._lines = path, max(room, 32), threads, list[str]()
+
+    def __enter__(self) -> Self:
+        lib = self._lib
+        callback = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+        self._log = callback(lambda _, text, __: self._lines.append(text.decode(errors="replace")))
+        lib.llama_log_set(self._log, None)
+        lib.llama_backend_init()
+        for name in ("llama_model_default_params", "llama_context_default_params"):
+            getattr(lib, name).restype = _Parameters
+        for name in ("llama_model_load_from_file", "llama_init_from_model", "llama_model_get_vocab"):
+            getattr(lib, name).restype = ctypes.c_void_p
+        for name in ("llama_get_logits_ith", "llama_get_memory"):
+            getattr(lib, name).restype = ctypes.c_void_p
+        lib.llama_model_load_from_file.argtypes = [ctypes.c_char_p, _Parameters]
+        self._model = lib.llama_model_load_from_file(str(self._path).encode(), lib.llama_model_default_params())
+        if not self._model:
+            raise RuntimeError("".join(self._lines[-20:]))
+        settings = lib.llama_context_default_params()
+        settings.words[0] = settings.words[1] = settings.words[2] = self._room  # context, batch, micro-batch
+        lib.llama_init_from_model.argtypes = [ctypes.c_void_p, _Parameters]
+        self._context = ctypes.c_void_p(lib.llama_init_from_model(self._model, settings))
+        lib.llama_set_n_threads(self._context, ctypes.c_int32(self._threads), ctypes.c_int32(self._threads))
+        lib.llama_decode.restype, lib.llama_decode.argtypes = ctypes.c_int32, [ctypes.c_void_p, _Batch]
+        vocabulary = ctypes.c_void_p(lib.llama_model_get_vocab(ctypes.c_void_p(self._model)))
+        self._width = int(lib.llama_vocab_n_tokens(vocabulary))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lib.llama_free(self._context)
+        self._lib.llama_model_free(ctypes.c_void_p(self._model))
+
+    def decode(self, tokens: Sequence[int], first: int) -> None:
+        """Run tokens that lie at ``first`` and behind it; outputs are made at all of them."""
+        count = len(tokens)
+        zero = (ctypes.c_int32 * 1)(0)
+        rows = (ctypes.POINTER(ctypes.c_int32) * count)(*[ctypes.cast(zero, ctypes.POINTER(ctypes.c_int32))] * count)
+        batch = _Batch(
+            count,
+            (ctypes.c_int32 * count)(*tokens),
+            None,
+            (ctypes.c_int32 * count)(*range(first, first + count)),
+            (ctypes.c_int32 * count)(*[1] * count),
+            rows,
+            (ctypes.c_int8 * count)(*[1] * count),
+        )
+        if self._lib.llama_decode(self._context, batch):
+            raise RuntimeError("llama_decode failed")
+
+    def logits(self, place: int) -> torch.Tensor:
+        """Logits at a token of the last batch, ``[vocabulary]`` float32."""
+        found = self._lib.llama_get_logits_ith(self._context, ctypes.c_int32(place))
+        values = ctypes.cast(found, ctypes.POINTER(ctypes.c_float * self._width))
+        return torch.frombuffer(values.contents, dtype=torch.float32).clone()
+
+    def clear(self) -> None:
+        """Forget all tokens."""
+        memory = ctypes.c_void_p(self._lib.llama_get_memory(self._context))
+        self._lib.llama_memory_clear(memory, ctypes.c_bool(True))

@@ -152,7 +152,7 @@ def round_blocks(target: Tensor, costs: Tensor, factor: Factor, kind: BlockType,
         values = grid_values(latest.codes, block_grid(latest, kind), kind)
         column_errors = loop_errors(target, values, factor)
         least = column_errors.square().sum(1) if least is None else least
-        met = values.index_add(1, factor.order, column_errors * factor.upper.diagonal())
+        met = values + (column_errors * factor.upper.diagonal()).index_select(1, factor.order.argsort())
         latest = _with_loop(target, search_blocks(met, costs, kind), factor, kind)
         losses = row_losses(target, grid_values(latest.codes, block_grid(latest, kind), kind), factor)
         best = _merged(losses < least, latest, best)

@@ -14,6 +14,7 @@ from hawqtool.checkpoint.gguf.block_codec import (
     unpack_blocks,
 )
 from hawqtool.checkpoint.gguf.block_types import BLOCK_TYPES, STORED_TYPES, BlockType
+from tests.support import llama_cpp
 
 gguf = pytest.importorskip("gguf")
 KINDS = list(BLOCK_TYPES.values())
@@ -53,6 +54,13 @@ def test_blocks_are_those_of_gguf(kind: BlockType) -> None:
     assert torch.equal(dequantize_blocks(stored, kind), ours)
     for found, given in zip(unpack_blocks(stored, kind), fields, strict=True):
         assert (found is None and given is None) or torch.equal(found, given)
+
+
+@pytest.mark.skipif(llama_cpp.library() is None, reason="xllamacpp, which brings ggml, is not installed")
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_ggml_reads_the_same_numbers(kind: BlockType) -> None:
+    stored = pack_blocks(random_fields(kind, seed=2), kind)
+    assert torch.equal(llama_cpp.dequantized(stored, kind), dequantize_blocks(stored, kind))
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
