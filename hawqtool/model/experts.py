@@ -179,7 +179,7 @@ def split_experts(model: nn.Module, why_unread: WhyUnread = lambda *_: None) -> 
             if layout is None or reason is not None:
                 whole[f"{path}.{name}" if path else name] = str(reason)
                 for part in child.modules():
-                    part.why_whole = str(reason)  # type: ignore[assignment]
+                    part.why_whole = str(reason)
                 if layout is not None or len(child._parameters) == 1 or takes_choice(child):
                     child.__class__ = type(kind.__name__, (WholeExperts, kind), {})
                     _run_plainly(child)
