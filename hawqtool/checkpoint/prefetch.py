@@ -39,8 +39,14 @@ class Prefetcher:
     def __contains__(self, name: object) -> bool:
         return name in self._reader
 
-    def expect(self, names: Sequence[str]) -> None:
-        """Begin to read tensors that will be asked for next, in this order; what else was expected is dropped."""
+    def expect(self, names: Sequence[str], pinned: bool | None = None) -> None:
+        """Begin to read tensors that will be asked for next, in this order; what else was expected is dropped.
+
+        Args:
+            names: Their names.
+            pinned: Whether they lie in page-locked memory, which is never given back (default: as told at first).
+        """
+        pinned = self._pinned if pinned is None else pinned
         earlier, self._expected = self._expected, {}
         wanted = dict.fromkeys(names)
         for name, future in earlier.items():
@@ -48,7 +54,7 @@ class Prefetcher:
                 future.cancel()
         for name in wanted:
             known = earlier.get(name)
-            self._expected[name] = known or self._threads.submit(self._reader.tensor, name, self._pinned)
+            self._expected[name] = known or self._threads.submit(self._reader.tensor, name, pinned)
 
     def tensor(self, name: str) -> Tensor:
         """Tensor on the CPU in the source dtype; read now where it was not expected.

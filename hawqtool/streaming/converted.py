@@ -39,10 +39,10 @@ class ConvertedSource:
             return name in self._source
         return all(stored in self._source for _, stored in conversion.sources)
 
-    def expect(self, names: Sequence[str]) -> None:
+    def expect(self, names: Sequence[str], pinned: bool | None = None) -> None:
         """Have stored tensors read ahead where the source can (see `Prefetcher`)."""
         if isinstance(self._source, Prefetcher):
-            self._source.expect([name for name in names if name not in self._conversions])
+            self._source.expect([name for name in names if name not in self._conversions], pinned)
 
     def tensor(self, name: str) -> Tensor:
         """Parameter or stored tensor of that name, on the CPU."""

@@ -40,12 +40,14 @@ _POSITIONS = 64
 _POSITIONS_OF_ROWS = 2048
 """Positions whose logits a GPU holds at a time where rows are short: for each call alone the host would be late."""
 
-
 _BLOCKS_BETWEEN_TRIMS = 6
 """Blocks of a walk on a CPU after which the heap is trimmed: done at each, it would take a tenth of the time."""
 
 BLOCKS_AHEAD = 2
 """Blocks whose weights are read while one is walked."""
+
+_LARGE_BLOCK = 500_000_000
+"""Weights of a block above which one alone is read ahead: page-locked memory holds what is."""
 
 _ROWS_COMPARED = 4096
 """Rows of a matrix that are compared at a time."""
@@ -134,6 +136,10 @@ class ModelStream:
 
     def _load_ends(self) -> None:
         """Load what lies outside the blocks: embedding, last norm, head."""
+        if isinstance(self.source, Prefetcher | ConvertedSource):  # several at a time, as they are large
+            known = self._matrices if self._matrices is not None and self._owns else {}
+            places = self._places(self.model, "", self.structure.inside)
+            self.source.expect([stored for stored, _ in places if stored not in known], pinned=False)
         self._load(self.model, "", skip=self.structure.inside, shared=self._matrices)
         self._has_ends = True
         for path, model in self.model.named_modules():
@@ -255,7 +261,8 @@ class ModelStream:
         """
         step = -1 if self._last_index in (index, index + 1) else 1
         self._last_index = index
-        self._expect([index + step * ahead for ahead in range(1, BLOCKS_AHEAD + 1)])
+        large = sum(linear.num_weights for linear in self.structure.blocks[index].linears) > _LARGE_BLOCK
+        self._expect([index + step * ahead for ahead in range(1, 2 if large else BLOCKS_AHEAD + 1)])
 
     def _expect(self, indices: Sequence[int]) -> None:
         """Have the weights of blocks read ahead, as far as there are such blocks."""

@@ -12,6 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from hawqtool.checkpoint.prefetch import Prefetcher
 from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.evaluation.divergence import OutputComparison, as_evaluation, standard_error
 from hawqtool.evaluation.plan_divergence import plan_divergences
@@ -23,6 +24,7 @@ from hawqtool.report.schema import RotationCheck
 from hawqtool.report.wording import shown_plan
 from hawqtool.runtime.malloc import release_freed_pages
 from hawqtool.runtime.store import NOTHING_SAVED, Saved
+from hawqtool.streaming.converted import WeightSource
 from hawqtool.streaming.offload import total_bytes
 from hawqtool.streaming.stream import ModelStream
 
@@ -55,7 +57,8 @@ def check_rotation(context: RunContext, sets: dict[str, Rows]) -> RotationCheck 
     if rotation is None or known is not None:
         return cast(RotationCheck | None, known)
     context.reporter.say("comparing the rotated original with the original")
-    exact = TensorReader(job.index, exact=True, device=job.device)
+    reader = TensorReader(job.index, exact=True, device=job.device)
+    exact: WeightSource = Prefetcher(reader, pinned=True) if job.device.type == "cuda" else reader
     original, few = job.unrotated().stream(dtype=torch.float32), _some_rows(job, sets)
     row = few[:1, :_ROTATION_TOKENS]
     difference = rotation_difference(original, job.stream(exact, torch.float32), rotation, row)

@@ -48,6 +48,7 @@ def test_a_walk_reads_ahead_in_its_direction(source: Path, order: range) -> None
     watched = Watched(source)
     stream, plain = job.stream(Prefetcher(watched)), job.stream()
     watched.here.clear()
+    watched.ahead.clear()
     for index in (walked := list(order)):
         with stream.block(index) as block, plain.block(index) as expected:
             for name, parameter in expected.module.named_parameters():
