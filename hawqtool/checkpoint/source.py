@@ -93,6 +93,19 @@ def hub_id(spec: str) -> tuple[str, str | None] | None:
     return repository, revision or None
 
 
+def require_model(spec: str) -> None:
+    """Refuse what is neither a folder nor a hub id; nothing is fetched.
+
+    Raises:
+        InputError: If it is neither.
+    """
+    if hub_id(spec) is None and not os.path.isdir(spec):
+        raise InputError(
+            f"{short(spec)} is not a folder; expected one with config.json and safetensors files, or a hub id "
+            "org/name[@revision]; check the path"
+        )
+
+
 def locate(spec: str) -> ResolvedModel:
     """The checkpoint that a folder or a hub id names; what is not in the hub's cache is fetched.
 
@@ -103,14 +116,10 @@ def locate(spec: str) -> ResolvedModel:
         InputError: If there is no such folder or repository, it cannot be reached, or a link leaves the folder.
         NumericalError: If the disk refuses the download.
     """
+    require_model(spec)
     found = hub_id(spec)
     if found is None:
         folder = Path(spec)
-        if not os.path.isdir(folder):
-            raise InputError(
-                f"{short(spec)} is not a folder; expected one with config.json and safetensors files, or a hub id "
-                "org/name[@revision]; check the path"
-            )
         check_links(folder)
         return ResolvedModel(folder, folder.absolute().name)
     folder = _fetch(*found)

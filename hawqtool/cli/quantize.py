@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from hawqtool.checkpoint.source import require_model
 from hawqtool.cli import options as o
 from hawqtool.cli.junit import recorded_run
 from hawqtool.cli.ranks import assist, start_ranks
@@ -65,6 +66,8 @@ def quantize(
             _quantize_to_gguf(settings, terminal, dry_run, json)
             return
         settings.require_one_target()
+        if world_size() == 1:
+            require_model(settings.model)  # said at once: the imports below take seconds
 
         from hawqtool.pipeline.dry_run import dry_run as described
         from hawqtool.pipeline.quantize import run_quantize

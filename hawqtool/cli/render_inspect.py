@@ -199,21 +199,7 @@ def _print_quantized(console: Console, description: dict[str, Any]) -> None:
             f"{bar:<{_BAR_WIDTH}} {_percent(entry['share']):>7}  {entry['linears']} linears, {entry['bytes']:,} bytes"
         )
         console.print(Text(f"{entry['bits']} bit       {text}"), soft_wrap=True)
-    _table(
-        console,
-        "plan",
-        ("role", "shape", "count", "stored bits per weight", "formats"),
-        (
-            (
-                r["role"],
-                _shape(r["shape"]),
-                r["count"],
-                f"{r['bpw']:.3f}",
-                ", ".join(f"{label} x{count}" for label, count in r["formats"].items()),
-            )
-            for r in description["roles"]
-        ),
-    )
+    _print_roles(console, "plan", description["roles"], "formats")
     _table(
         console,
         "engines",
@@ -222,6 +208,25 @@ def _print_quantized(console: Console, description: dict[str, Any]) -> None:
         left=4,
     )
     _print_recorded(console, description)
+
+
+def _print_roles(console: Console, title: str, roles: list[dict[str, Any]], formats: str) -> None:
+    """Table of matrices of one role and shape; ``formats`` is the key of how many have which format."""
+    _table(
+        console,
+        title,
+        ("role", "shape", "count", "stored bits per weight", formats),
+        (
+            (
+                role["role"],
+                _shape(role["shape"]),
+                role["count"],
+                f"{role['bpw']:.3f}",
+                ", ".join(f"{label} x{count}" for label, count in role[formats].items()),
+            )
+            for role in roles
+        ),
+    )
 
 
 def _print_gguf(console: Console, description: dict[str, Any]) -> None:
@@ -252,21 +257,7 @@ def _print_gguf(console: Console, description: dict[str, Any]) -> None:
             for kind, found in description["types"].items()
         ),
     )
-    _table(
-        console,
-        "matrices",
-        ("role", "shape", "count", "stored bits per weight", "types"),
-        (
-            (
-                r["role"],
-                _shape(r["shape"]),
-                r["count"],
-                f"{r['bpw']:.3f}",
-                ", ".join(f"{kind} x{count}" for kind, count in r["types"].items()),
-            )
-            for r in description["roles"]
-        ),
-    )
+    _print_roles(console, "matrices", description["roles"], "types")
 
 
 def _print_recorded(console: Console, description: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -65,7 +66,8 @@ class CheckpointWriter:
         self.changed = {name for name in self.checksums if self._entries[name][1].source is not None}
 
     def __enter__(self) -> Self:
-        try:
+        with ExitStack() as unless_all_are_open:
+            unless_all_are_open.callback(self._close_streams)
             with disk_errors(self._folder):
                 for file in self._layout.files:
                     stream = (self._folder / file.name).open("r+b" if self.checksums else "wb", buffering=0)
@@ -73,9 +75,7 @@ class CheckpointWriter:
                     if not self.checksums:
                         _reserve(stream, file.total_bytes)
                         _write_all(stream, 0, [file.header])
-        except BaseException:
-            self._close_streams()
-            raise
+            unless_all_are_open.pop_all()
         return self
 
     def __exit__(

@@ -97,13 +97,8 @@ def describe(job: Job) -> DryRun:
     Raises:
         UsageError: If the budget is infeasible, or settings contradict each other.
     """
-    check_calibration(job)
-    check_gates(job)
+    _check_settings(job)
     config = job.config
-    if config.sensitivity_steps and not config.refine_steps:
-        raise UsageError(
-            "--sensitivity-steps scores roundings as --refine-steps leaves them, which is 0; give both, or drop it"
-        )
     weights = sum(unit.num_weights for unit in job.units)
     menu = job_menu(job, None)
     fixed = unquantized_bytes(job, menu)
@@ -151,6 +146,16 @@ def describe(job: Job) -> DryRun:
         "rotation": job.rotation,
         "seed": config.seed,
     }
+
+
+def _check_settings(job: Job) -> None:
+    """Refuse settings that contradict each other or the model."""
+    check_calibration(job)
+    check_gates(job)
+    if job.config.sensitivity_steps and not job.config.refine_steps:
+        raise UsageError(
+            "--sensitivity-steps scores roundings as --refine-steps leaves them, which is 0; give both, or drop it"
+        )
 
 
 def _evaluation(job: Job, length: str) -> str:

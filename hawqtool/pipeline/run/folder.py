@@ -63,7 +63,7 @@ class RunFolder:
                 if self._replaced.exists() and not self.output.exists():
                     self._replaced.rename(self.output)  # a run was killed between two renames
             return self
-        except BaseException:
+        except BaseException:  # a signal's too, at any line, which ExitStack's own lines would let through
             self._undo()
             raise
 
@@ -201,7 +201,7 @@ class RunFolder:
             self._shipping = folder
             try:
                 folder.rename(self.output)
-            except BaseException:
+            except BaseException:  # as above
                 if self._replaced.exists() and not self.output.exists():
                     self._replaced.rename(self.output)
                 raise

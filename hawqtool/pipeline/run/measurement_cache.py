@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -179,7 +179,8 @@ class MeasurementFolder:
     def _locked(self, file: Path) -> int:
         while True:
             handle = os.open(file, os.O_CREAT | os.O_RDWR, 0o666)
-            try:
+            with ExitStack() as unless_it_is_held:
+                unless_it_is_held.callback(os.close, handle)
                 try:
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
@@ -187,8 +188,5 @@ class MeasurementFolder:
                     fcntl.flock(handle, fcntl.LOCK_EX)
                 # Whoever held the lock removed the file: this handle may be of one that has no name any more.
                 if file.exists() and file.stat().st_ino == os.fstat(handle).st_ino:
+                    unless_it_is_held.pop_all()
                     return handle
-            except BaseException:
-                os.close(handle)
-                raise
-            os.close(handle)
