@@ -20,6 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 from typer.testing import CliRunner
 
 from hawqtool.cli.app import app
+from tests.support.forked import Forks
 from tests.support.tiny import tiny_llama
 
 INSTALLED = Path(sys.executable).parent / "hawqtool"
@@ -366,7 +367,8 @@ CASES: dict[str, Case] = {
     "plan of another schema": Case(4, "hawqtool.plan/1", ("--plan", "s.json")),
     "plan that is missing": Case(4, "was not found", ("--plan", "none.json")),
 }
-THROUGH_THE_COMMAND = ("two size targets", "missing folder", "NaN in the embedding, sampled rows")
+THROUGH_THE_COMMAND = ("two size targets", "missing folder")
+IN_A_PROCESS = "NaN in the embedding, sampled rows"
 
 
 @dataclass(frozen=True)
@@ -420,3 +422,11 @@ def test_bad_input(place: Place, name: str) -> None:
 @pytest.mark.parametrize("name", THROUGH_THE_COMMAND)
 def test_bad_input_through_the_installed_command(place: Place, name: str) -> None:
     check(place, CASES[name], run_installed)
+
+
+def test_bad_input_in_a_process_of_its_own(place: Place, forks: Forks) -> None:
+    def run_fork(*arguments: object) -> Outcome:
+        done = forks.run(*arguments)
+        return Outcome(done.returncode, done.stdout, done.stderr)
+
+    check(place, CASES[IN_A_PROCESS], run_fork)

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from hawqtool import __version__
 from hawqtool.cli.app import app
+from tests.support.forked import Forks
 from tests.support.tiny import tiny_llama
 
 COMMANDS = ("quantize", "measure", "allocate", "evaluate", "verify", "inspect", "report", "config")
@@ -74,16 +75,6 @@ def tampered(folder: Path, target: Path) -> Path:
 # The installed command.
 
 
-def test_dry_run_prints_json_and_writes_nothing(place: Path, tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    done = installed("quantize", place / "model", "-o", output, "--dry-run", "--json", *SMALL, *TARGET)
-    assert done.returncode == 0, done.stderr
-    document = json.loads(done.stdout)
-    assert document["schema"] == "hawqtool.dryrun/1"
-    assert document["expected_is_exact"] and document["expected_bytes"] < document["original_bytes"]
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_an_unknown_key_names_the_nearest(place: Path, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("target_bwp: 4.5\nnum_sample: 3\n")
     done = installed("quantize", place / "model", "-o", tmp_path / "out", "-c", tmp_path / "run.yaml")
@@ -108,37 +99,38 @@ def test_help_starts_without_torch() -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_leave_nothing_behind(place: Path, tmp_path: Path, number: signal.Signals, code: int) -> None:
+def test_signals_leave_nothing_behind(
+    place: Path, tmp_path: Path, forks: Forks, number: signal.Signals, code: int
+) -> None:
     model = tiny_llama(tmp_path / "model", layers=40)
     output = tmp_path / "work" / "out"
     output.parent.mkdir()
-    text = place / "text.txt"
-    command = [INSTALLED, "quantize", model, "-o", output, "--calibration", text, *SMALL, *TARGET]
-    process = subprocess.Popen(
-        [*map(str, command)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=dict(os.environ),
-        # A test run in the background of a shell inherits an ignored SIGINT; the command is to be tested without that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    deadline = time.monotonic() + 900
+    command = forks.start("quantize", model, "-o", output, "--calibration", place / "text.txt", *SMALL, *TARGET)
     # The temporary folder appears when rounding begins: the run is then in the middle of its work.
-    while not list(output.parent.iterdir()) and process.poll() is None and time.monotonic() < deadline:
+    while not list(output.parent.iterdir()) and not command.ended:
         time.sleep(0.005)
-    assert process.poll() is None, process.communicate()[1]
+    assert not command.ended, command.wait().stderr
     assert not output.exists()
-    process.send_signal(number)
-    stdout, stderr = process.communicate(timeout=900)
-    assert process.returncode == code, stderr
-    assert stdout == ""
+    os.kill(command.process_id, number)
+    done = command.wait()
+    stderr = done.stderr
+    assert done.returncode == code, stderr
+    assert done.stdout == ""
     assert "Traceback" not in stderr
     kept = list(output.parent.iterdir())  # finished work, on a machine that was slow to look
     assert kept == [] or (kept == [output.with_name(".out.hawqtool")] and "the same command goes on" in stderr), stderr
 
 
 # In process.
+
+
+def test_dry_run_prints_json_and_writes_nothing(place: Path, tmp_path: Path) -> None:
+    done = invoke("quantize", place / "model", "-o", tmp_path / "out", "--dry-run", "--json", *SMALL, *TARGET)
+    assert done.exit_code == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["schema"] == "hawqtool.dryrun/1"
+    assert document["expected_is_exact"] and document["expected_bytes"] < document["original_bytes"]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_version_and_help() -> None:

@@ -114,17 +114,20 @@ def test_a_hub_id_is_fetched_pinned_and_runs_again_offline(here: Hub, tmp_path: 
     assert verified.exit_code == 0, verified.stderr
 
 
-def test_offline_without_a_copy_is_one_line(hub: Hub, tmp_path: Path) -> None:
+def test_offline_without_a_copy_is_one_line(here: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "out"
-    done = installed(hub, tmp_path / "home", "quantize", "org/tiny", "-o", output, *TARGET, HF_HUB_OFFLINE="1")
-    assert done.returncode == 4
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv(MAY_FETCH, raising=False)
+    done = CliRunner().invoke(app, ["quantize", "org/tiny", "-o", str(output), *TARGET])
+    assert done.exit_code == 4
     assert "HF_HUB_OFFLINE forbids" in only_line(done.stderr)
-    assert hub.requests == [] and not output.exists()
+    assert here.requests == [] and not output.exists()
 
 
-def test_a_refusal_through_the_command_is_one_line(hub: Hub, tmp_path: Path) -> None:
-    done = installed(hub, tmp_path / "home", "quantize", "org/gated", "-o", tmp_path / "out", *TARGET)
-    assert done.returncode == 4
+def test_a_refusal_through_the_command_is_one_line(here: Hub, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["quantize", "org/gated", "-o", str(tmp_path / "out"), *TARGET])
+    assert done.exit_code == 4
     assert "gated" in only_line(done.stderr) and done.stdout == ""
 
 

@@ -33,6 +33,7 @@ def quantize(place: Path, output: Path, *options: object) -> Result:
     return invoke("quantize", place / "model", "-o", output, "--calibration", text, *SMALL, *options)
 
 
+@pytest.mark.usefixtures("page")
 def test_quantize_leaves_the_page_that_report_draws(place: Path, tmp_path: Path) -> None:
     out, plots = tmp_path / "out", tmp_path / "plots"
     assert quantize(place, out, "--bits", "2,4,8", "--target-bpw", "5").exit_code == 0

@@ -15,6 +15,7 @@ import pytest
 from hawqtool.errors import InputError, UsageError
 from hawqtool.export.manifest import weight_hashes
 from tests.support.dataset_hub import COMMIT, NAME, local_hub
+from tests.support.forked import Forks
 from tests.support.runs import Run, random_text, read
 
 SETS = ("calibration", "scoring", "selection", "report")
@@ -72,13 +73,18 @@ def test_a_weight_that_gives_no_row_is_refused(place: Path, run: Run) -> None:
         run(bits="4", target_bpw=4.5, calibration=("self", f"{place / 'other.txt'}=0.001"))
 
 
+OPTIONS = (
+    *("--bits", "4", "--target-bpw", "4.5", "--group-size", "32", "--num-samples", "8", "--seq-len", "32"),
+    *("--eval-samples", "4", "--device", "cpu"),
+)
+
+
 def cli(place: Path, output: Path, source: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Quantize in a process of its own: libraries read where the hub is, and whether to ask it, once."""
-    options = "--bits 4 --target-bpw 4.5 --group-size 32 --num-samples 8 --seq-len 32 --eval-samples 4 --device cpu"
     command = [sys.executable, "-m", "hawqtool", "quantize", place / "model", "-o", output, "--calibration", source]
     inherited = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
     return subprocess.run(
-        [*map(str, command), *options.split(), "--quiet"],
+        [*map(str, command), *OPTIONS, "--quiet"],
         env={**inherited, "HF_HOME": str(output.parent / "hub"), **environment},
         capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
@@ -124,7 +130,8 @@ def test_what_the_hub_does_not_have(tmp_path: Path) -> None:
     assert all(said in line for said, line in zip(expected.values(), found, strict=True)), found
 
 
-def test_no_hub_is_asked_when_the_user_forbids_it(place: Path, tmp_path: Path) -> None:
-    done = cli(place, tmp_path / "result", NAME, HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9")
+def test_no_hub_is_asked_when_the_user_forbids_it(place: Path, tmp_path: Path, forks: Forks) -> None:
+    command = ("quantize", place / "model", "-o", tmp_path / "result", "--calibration", NAME, *OPTIONS, "--quiet")
+    done = forks.run(*command, HF_HUB_OFFLINE="1")
     assert done.returncode == 4
     assert "HF_HUB_OFFLINE" in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.support.forked import Done, Forks
 from tests.support.tiny import tiny_llama
 
-INSTALLED = Path(sys.executable).parent / "hawqtool"
 OPTIONS = ("--bits", "4", "--target-bpw", "4.5", "--num-samples", "4", "--seq-len", "16", "--group-size", "32")
 CODE = """
 import os
@@ -41,23 +38,22 @@ def model(tmp_path: Path) -> Path:
     return folder
 
 
-def quantize(model: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    # The installed command: code of a checkpoint stays in the process that ran it.
+def quantize(forks: Forks, model: Path, *more: str) -> Done:
+    # In a process of its own: code of a checkpoint stays in the process that ran it.
     place = model.parent
-    command = [str(INSTALLED), "quantize", str(model), "-o", str(place / "out"), "--device", "cpu", *OPTIONS, *more]
-    environment = os.environ | {"MARK": str(place / "executed"), "HF_MODULES_CACHE": str(place / "modules")}
-    return subprocess.run(command, capture_output=True, text=True, timeout=900, check=False, env=environment)
+    command = ("quantize", model, "-o", place / "out", "--device", "cpu", *OPTIONS, *more)
+    return forks.run(*command, MARK=str(place / "executed"))
 
 
-def test_without_the_flag_nothing_is_executed(model: Path) -> None:
-    done = quantize(model)
+def test_without_the_flag_nothing_is_executed(model: Path, forks: Forks) -> None:
+    done = quantize(forks, model)
     assert done.returncode == 4, done.stderr
     assert "allow it with --trust-remote-code" in done.stderr.splitlines()[-1]
     assert not (model.parent / "executed").exists() and not (model.parent / "out").exists()
 
 
-def test_with_the_flag_it_runs_and_the_report_says_so(model: Path) -> None:
-    done = quantize(model, "--trust-remote-code", "--eval-samples", "2", "--json")
+def test_with_the_flag_it_runs_and_the_report_says_so(model: Path, forks: Forks) -> None:
+    done = quantize(forks, model, "--trust-remote-code", "--eval-samples", "2", "--json")
     assert done.returncode == 0, done.stderr
     assert (model.parent / "executed").exists()
     report = json.loads(done.stdout)

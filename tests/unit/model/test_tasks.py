@@ -135,7 +135,14 @@ def test_a_divergence_that_is_not_positive_cannot_be_interpolated(points: list[t
         ("GPT2Config", "GPT2LMHeadModel", None),
     ],
 )
-def test_quantize_and_evaluate(tmp_path: Path, config: str, model: str, settings: dict[str, object] | None) -> None:
+def test_quantize_and_evaluate(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    config: str,
+    model: str,
+    settings: dict[str, object] | None,
+) -> None:
+    monkeypatch.setattr("hawqtool.pipeline.quantize.write_page", lambda _: None)  # drawing takes longer
     source = tmp_path / "model"
     if settings is None:  # transformers does not load it packed: evaluating it must not need a profile
         save_kind(kind_named("gpt2"), source)
