@@ -32,7 +32,7 @@ def dealt(
             yield group, compute(group, statistics)
         return
     listed = list(groups)
-    owners = owners_by_cost([_cost(group) for group, _ in listed], ranks.size)
+    owners = owners_by_cost([rounding_cost(group) for group, _ in listed], ranks.size)
     by_owner = [[p for p, who in enumerate(owners) if who == rank] for rank in range(ranks.size)]
     # What goes from one rank to another goes together: a block of many experts has hundreds of groups.
     totals: list[GroupStatistics] = []
@@ -54,7 +54,7 @@ def _added(sums: list[GroupStatistics], more: list[GroupStatistics]) -> list[Gro
     return [iadd(total, part) for total, part in zip(sums, more, strict=True)]
 
 
-def _cost(group: Sequence[LinearSpec]) -> float:
+def rounding_cost(group: Sequence[LinearSpec]) -> float:
     """Operations of a group's rounding, about: the factor of its Gram matrix, and two passes of the column loop."""
     inputs = group[0].in_features
     return inputs**3 + 2 * inputs**2 * sum(linear.out_features for linear in group)
