@@ -35,7 +35,7 @@ DEFAULT, PRESET, FILE, FLAG = "default", "preset", "file", "flag"
 """Where the value of a setting comes from; a later one wins."""
 
 
-_GGUF_ALONE = ("template", "tensor_types", "block_types", "embedding_type")
+_GGUF_ALONE = ("template", "tensor_types", "imatrix", "block_types", "embedding_type")
 """Settings that say something of GGUF files alone."""
 
 _WITH_GGUF = {
@@ -123,8 +123,9 @@ class RunConfig(CheckedFields):
             return self
         if self.template is None:
             raise ValueError(
-                "to gguf needs a template, which has metadata and tokenizer: convert the model with llama.cpp's "
-                "convert_hf_to_gguf.py --outtype bf16 and give that file as --template"
+                "to gguf needs a template, which has metadata and tokenizer: run llama.cpp's python "
+                "convert_hf_to_gguf.py MODEL --outtype bf16 --outfile MODEL-bf16.gguf, then hawqtool quantize MODEL "
+                "--to gguf --template MODEL-bf16.gguf with your other options"
             )
         for name, field in RunConfig.model_fields.items():
             if name not in _WITH_GGUF and getattr(self, name) != field.default:

@@ -42,6 +42,10 @@ class TargetFields(BaseModel):
         help="Write the types as the list that llama-quantize takes, for --to gguf.", panel=OUTPUT,
         affects=Affects.PLACE, metavar="FILE", expert=True,
     )] = Field(default=None, min_length=1)
+    imatrix: Annotated[str | None, Setting(
+        help="Write the importance matrix of the calibration rows as llama-quantize reads it, for --to gguf.",
+        panel=OUTPUT, affects=Affects.PLACE, metavar="FILE", expert=True,
+    )] = Field(default=None, min_length=1)
     base_model: Annotated[str | None, Setting(
         help="Hub id of the original for the model card, org/name.",
         default="that of a model fetched from a hub, else what its own card states", panel=OUTPUT,

@@ -38,16 +38,15 @@ from hawqtool.config import load_config  # noqa: E402
 from hawqtool.evaluation.divergence import paired_difference  # noqa: E402
 from hawqtool.export.gguf.writer import GgufWriter  # noqa: E402
 from hawqtool.pipeline.gguf.evaluation import GgufEvaluator  # noqa: E402
+from hawqtool.pipeline.gguf.imatrix import input_power  # noqa: E402
 from hawqtool.pipeline.gguf.planner import make_gguf_planner, stored_budget  # noqa: E402
 from hawqtool.pipeline.gguf.tensors import EMBEDDING, OUTPUT, GgufJob, prepare_gguf  # noqa: E402
 from hawqtool.pipeline.gguf.trials import GgufTrials  # noqa: E402
 from hawqtool.pipeline.run.context import RunContext  # noqa: E402
 from hawqtool.pipeline.stages.rows import evaluation_rows, gather_rows  # noqa: E402
 from hawqtool.pipeline.stages.token_importance import with_token_importance  # noqa: E402
-from hawqtool.records import BitPlan, Evaluation, Rows, Score, UnitFormats  # noqa: E402
+from hawqtool.records import BitPlan, Evaluation, Score, UnitFormats  # noqa: E402
 from hawqtool.runtime.reporter import Silent  # noqa: E402
-from hawqtool.streaming.dealt import Groups  # noqa: E402
-from hawqtool.streaming.input_statistics import collect_statistics  # noqa: E402
 
 MIXES = {"Q2_K": "Q2_K", "Q3_K_M": "Q3_K", "Q4_K_M": "Q4_K", "Q5_K_M": "Q5_K"}
 """Mixes of llama-quantize and the type that most of their tensors have."""
@@ -106,7 +105,8 @@ class _Comparison:
         self.arguments, self.gguf, start = arguments, gguf, time.perf_counter()
         self.quantizer, context = Quantizer(), RunContext(gguf.job)
         sets = gather_rows(context)
-        self.importance = imatrix(gguf, sets["calibration"])
+        power = input_power(gguf, sets["calibration"])
+        self.importance = {name: seen.mean for name, seen in power.items()}
         self.calibration = with_token_importance(context, sets["calibration"])
         self.planner = make_gguf_planner(context, gguf, sets, self.calibration)
         texts = {
@@ -217,22 +217,6 @@ class Quantizer:
         source, target = ctypes.c_void_p(weight.data_ptr()), ctypes.c_void_p(stored.data_ptr())
         self._library.ggml_quantize_chunk(kind.number, source, target, ctypes.c_int64(0), rows, columns, pointer)
         return stored.view(len(weight), -1)
-
-
-def imatrix(gguf: GgufJob, calibration: Rows) -> dict[str, Tensor]:
-    """Mean square of every input of every linear on the calibration rows, ``[in]`` float32 by name."""
-    job, found = gguf.job, dict[str, Tensor]()
-    stream = job.stream()
-    activations = stream.embed(calibration.tokens, job.settings.batch_size)
-    for spec in job.structure.blocks:
-        with stream.block(spec.index) as block:
-
-            def visit(groups: Groups) -> None:
-                for group, statistics in groups:
-                    found.update({linear.name: statistics.gram.diagonal().float().cpu() for linear in group})
-
-            collect_statistics(block, activations, visit)
-    return found
 
 
 def mixed_types(gguf: GgufJob, mix: str) -> dict[str, BlockType]:

@@ -60,7 +60,14 @@ def run(place: Path, output: Path, **overrides: Any) -> GgufDocument:
 @pytest.fixture(scope="module")
 def mixed(place: Path) -> tuple[Path, GgufDocument]:
     path = place / "mixed.gguf"
-    return path, run(place, path, target_bpw=5.6, tensor_types=place / "types.txt", eval_data=place / "other.txt")
+    return path, run(
+        place,
+        path,
+        target_bpw=5.6,
+        tensor_types=place / "types.txt",
+        imatrix=place / "im.gguf",
+        eval_data=place / "other.txt",
+    )
 
 
 def test_a_mixed_file_keeps_the_budget_and_is_what_its_record_says(mixed: tuple[Path, GgufDocument]) -> None:
@@ -82,6 +89,17 @@ def test_a_mixed_file_keeps_the_budget_and_is_what_its_record_says(mixed: tuple[
     types = (path.with_name("types.txt")).read_text().splitlines()
     embedding = document["types"]["token_embd.weight"].lower()
     assert rf"^token_embd\.weight$={embedding}" in types and len(types) == LINEARS + 2
+
+
+def test_the_importance_matrix_is_what_llama_quantize_reads(place: Path, mixed: tuple[Path, GgufDocument]) -> None:
+    file = gguf.GGUFReader(mixed[0].with_name("im.gguf"))
+    tensors = {tensor.name: tensor for tensor in file.tensors}
+    assert file.fields["general.type"].contents() == "imatrix"
+    assert file.fields["imatrix.datasets"].contents() and file.fields["imatrix.chunk_size"].contents() == 32
+    assert len(tensors) == 2 * LINEARS
+    down = tensors["blk.0.ffn_down.weight.in_sum2"]
+    assert list(down.shape) == [256, 1] and bool((down.data > 0).all())
+    assert tensors["blk.0.ffn_down.weight.counts"].data.item() == 16 * 32
 
 
 class Told(Silent):

@@ -13,6 +13,7 @@ from hawqtool.checkpoint.gguf.block_types import BlockType
 from hawqtool.config import RunConfig
 from hawqtool.errors import NumericalError, UsageError, disk_errors
 from hawqtool.export.manifest import file_hash
+from hawqtool.pipeline.gguf.imatrix import input_power, write_imatrix
 from hawqtool.pipeline.gguf.planner import announce, check_feasible, make_gguf_planner, stored_budget, types_of
 from hawqtool.pipeline.gguf.record import SCHEMA, matrix_records, record_path
 from hawqtool.pipeline.gguf.tensors import GgufJob, prepare_gguf
@@ -94,6 +95,9 @@ def _made(context: RunContext, gguf: GgufJob, run: RunFolder, budget: int | None
     """The record, and the complete file inside the run's folder."""
     sets = gather_rows(context)
     run.check_rows({name: rows.fingerprint for name, rows in sets.items()})
+    if gguf.job.config.imatrix is not None:
+        rows = sets["calibration"]
+        write_imatrix(Path(gguf.job.config.imatrix), gguf, input_power(gguf, rows), rows)
     calibration = with_token_importance(context, sets["calibration"]) if "calibration" in sets else None
     planner = make_gguf_planner(context, gguf, sets, calibration)
     trials, bound = GgufTrials(context, planner, sets, calibration, run.plans), gguf.job.config.target_kl
