@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 _SLAB = 1 << 17
 """Weights that are rotated at a time: the float64 intermediates stay in a core's cache."""
 
-_DEVICE_SLAB = 1 << 21
-"""The same on a GPU: two of them fit into its cache, and a kernel has enough to do."""
+_DEVICE_SLAB = 1 << 23
+"""The same on a GPU, where each slab costs the host some thirty calls."""
 
 
 @dataclass(frozen=True)
