@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -89,6 +90,8 @@ def _measured(
     context: RunContext, gguf: GgufJob, choices: Mapping[str, Sequence[BlockType]], rows: tuple[Rows, Rows]
 ) -> EndRounding:
     (calibration, scoring), job, reader = rows, gguf.job, TensorReader(gguf.job.index)
+    if job.dtype != torch.float32:  # in bfloat16 roundings on the way lose as much as the better types do
+        job = replace(job, dtype=torch.float32, matrices=WeakValueDictionary())
     fitting = replace(calibration, tokens=calibration.tokens[:FIT_ROWS])
     evaluator = Evaluator(RunContext(job), {"fitting": fitting, "scoring": scoring})
     gram, tokens = _head_gram(evaluator, fitting.tokens)
