@@ -65,6 +65,15 @@ def test_feedback_into_a_quiet_group_is_no_problem() -> None:
     assert error_bound_problems("m", torch.tensor([[40.0, 40.0]]).repeat(4, 1), energy, bound)
 
 
+def test_output_feedback_into_other_rows_is_no_problem() -> None:
+    # As seen at 3 bits: rows of 19 and of 0.7 times the mean energy, the latter with 1.7 times its energy of error.
+    energy = torch.tensor([[19.0], [0.7], [0.15], [0.15]]).repeat(1, 2) / 2
+    bound, error = 0.12 * energy, torch.tensor([[1.5], [1.2], [0.1], [0.3]]).repeat(1, 2) / 2
+    assert error_bound_problems("m", error, energy, bound) == []
+    error[1] *= 40
+    assert error_bound_problems("m", error, energy, bound)
+
+
 def test_gains() -> None:
     gain = torch.tensor([1.0, 0.5, -1.0, 0.0])
     assert gain_problems("n", gain * 1.2, gain) == []
