@@ -3,11 +3,11 @@
 A grid of 2^b codes over the range r of a group has steps s = r / (2^b - 1), r being twice the largest magnitude on a
 symmetric grid, so nearest rounding errs by at most s / 2 in each of the n weights of a scale: n s² / 4 in all. Scale
 search only lowers that. Compensated rounding moves errors between columns and adds to them; in runs of every method on
-several models it reached 0.8 of this bound for whole modules and 1.6 for rows. Output feedback moves errors of loud rows
-into others as well: of a query projection whose rows differ by a factor of 10⁴, one row had 14 times its bound at
-3 bits. The limits below leave a multiple of that; codes that were drawn at random, or belong to another weight, are far
-beyond those of the module. Single groups have no limit: in a real model's quiet ones, feedback and shifted targets gave
-four times the energy of the weights at 4 bits.
+several models it reached 0.8 of this bound for whole modules and 1.6 for rows. Output feedback moves errors of loud
+rows into others as well: of a query projection whose rows differ by a factor of 10⁴, one row had 14 times its bound
+at 3 bits. The limits below leave a multiple of that; codes that were drawn at random, or belong to another weight, are
+far beyond those of the module. Single groups have no limit: in a real model's quiet ones, feedback and shifted targets
+gave four times the energy of the weights at 4 bits.
 """
 
 from __future__ import annotations
