@@ -21,12 +21,12 @@ from tests.e2e.test_refinement import job_of, plan_of
 from tests.support.runs import Run, completed, read
 from tests.support.tiny_zoo import calibration_inputs, kind_named, save_kind
 
-KINDS = ("qwen3", "gpt2", "mixtral", "bert")
 STEPS = 20
 
 
-@pytest.mark.parametrize("codes", [False, True], ids=["scales", "codes"])
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    ("name", "codes"), [("qwen3", False), ("qwen3", True), ("gpt2", True), ("mixtral", True), ("bert", False)]
+)
 def test_the_folder_has_the_divergence_that_was_reported(name: str, codes: bool, tmp_path: Path) -> None:
     kind = kind_named(name)
     job = job_of(save_kind(kind, tmp_path / "source"), refine_steps=0, distill_steps=STEPS, distill_codes=codes)

@@ -38,7 +38,7 @@ class Examined:
         source: Folder of the original.
         folder: Folder written by the pipeline.
         units: Number of allocation units.
-        shares: Share of codes equal to the float64 replay, by weight.
+        shares: Share of codes equal to the free float64 replay, by weight; empty where there was none.
         excess: Largest distance of a code from its own target beyond half a step (see `excesses`), by weight.
         seconds: Time of saving, rounding and replay.
     """
@@ -69,8 +69,14 @@ def mixed_plan(job: Job) -> BitPlan:
     return BitPlan(formats, stored_bytes(job.units, formats), sum(unit.num_weights for unit in job.units))
 
 
-def examine(kind: Kind, place: Path) -> Examined:
-    """Save a model of a kind, round it through the pipeline, and replay the rounding slowly."""
+def examine(kind: Kind, place: Path, free: bool = True) -> Examined:
+    """Save a model of a kind, round it through the pipeline, and replay the rounding slowly.
+
+    Args:
+        kind: The kind.
+        place: Existing folder.
+        free: Whether to replay it freely too, code after code of its own, beside judging every code alone.
+    """
     start = time.perf_counter()
     source, folder = save_kind(kind, place / "source", STORED), place / "rounded"
     inputs = calibration_inputs(kind)
@@ -79,7 +85,7 @@ def examine(kind: Kind, place: Path) -> Examined:
     completed(folder, source)
     packed = read_packed(folder)
     formats, scales = ({n: getattr(p, field) for n, p in packed.items()} for field in ("quant_format", "scales"))
-    expected = replay(kind, source, inputs, formats, STORED, scales)
+    expected = replay(kind, source, inputs, formats, STORED, scales) if free else {}
     shares = {n: float((packed[n].codes == layer.codes).float().mean()) for n, layer in expected.items()}
     excess = excesses(kind, source, inputs, packed)
     return Examined(source, folder, len(job.units), shares, excess, time.perf_counter() - start)

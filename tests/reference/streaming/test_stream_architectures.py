@@ -18,13 +18,18 @@ from tests.support.replay64 import read_packed
 from tests.support.tiny_zoo import REFUSED, SUPPORTED, Kind, save_kind
 
 NAMES = [kind.name for kind in SUPPORTED]
+FREE = ("llama", "gpt2", "mixtral", "t5", "vit")
+"""Kinds that are replayed freely too: a decoder, transposed weights, experts, two stacks, images.
+
+It adds little to the judgement of every code given those before it, which all kinds get.
+"""
 
 
 @pytest.fixture(scope="module", params=SUPPORTED, ids=NAMES)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Kind, Examined]:
     """A kind and what the pipeline made of it; nobody may change it."""
     kind = request.param
-    return kind, examine(kind, tmp_path_factory.mktemp(kind.name))
+    return kind, examine(kind, tmp_path_factory.mktemp(kind.name), kind.name in FREE)
 
 
 def test_every_code_is_right_given_the_codes_before_it(case: tuple[Kind, Examined]) -> None:
@@ -34,7 +39,9 @@ def test_every_code_is_right_given_the_codes_before_it(case: tuple[Kind, Examine
 
 
 def test_codes_equal_a_sequential_replay(case: tuple[Kind, Examined]) -> None:
-    _, examined = case
+    kind, examined = case
+    if kind.name not in FREE:
+        pytest.skip("judged code by code alone")
     shares = examined.shares.values()
     # The replay runs free: one code that lies on a tie changes up to a percent of the codes of the next layer.
     assert sum(shares) / len(shares) >= 0.999, examined.shares
@@ -51,7 +58,7 @@ def test_the_folder_is_sound(case: tuple[Kind, Examined]) -> None:
     _, examined = case
     report = verify_folder(examined.folder, against=examined.source)
     assert report.problems == ()
-    assert report.num_packed == len(examined.shares)
+    assert report.num_packed == len(examined.excess)
 
 
 def test_transformers_computes_with_the_written_weights(case: tuple[Kind, Examined]) -> None:

@@ -27,6 +27,9 @@ LABELS = {"causal": DATA, "multimodal": DATA, "embedding": OWN_OUTPUT, "towers":
     ("seq2seq", "masked", "image", "speech", "ctc"), SAMPLED
 )
 
+OF_INPUTS = ("llama", "gpt2", "mixtral", "t5", "vit", "gemma4-shared")
+"""Kinds whose derivatives by inputs of linears are tried too: these pass through blocks as those by weights do."""
+
 
 def vector(p: Pass, name: str, like: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(sum(name.encode()) + p.tag)
@@ -39,7 +42,7 @@ def test_the_hessian_is_symmetric(kind: Kind, tmp_path: Path) -> None:
     job = prepare(RunConfig(model=str(folder), device="cpu"), writes=False)
     source = Curvature(job.stream(dtype=torch.float64), calibration_inputs(kind)[:1], 0)
     assert source.labels == LABELS[kind.task]
-    kinds: tuple[Variables, ...] = (Weights(), Inputs())
+    kinds: tuple[Variables, ...] = (Weights(), Inputs()) if kind.name in OF_INPUTS else (Weights(),)
     for variables in kinds:
         found = {0: 0.0, 1: 0.0}
         size = {0: 0.0, 1: 0.0}
