@@ -131,7 +131,7 @@ _CHOICE = (
     PlantedError(
         "choice that forgets how many plans were tried",
         "hawqtool/pipeline/search/selection.py",
-        "difference.is_less(len(selection.mixed))",
+        "difference.is_less(selection.tried)",
         "difference.is_less(1)",
         (_SELECTION,),
     ),
@@ -337,8 +337,8 @@ _ROUNDING = (
     PlantedError(
         "distillation takes held-out rows for fitting ones",
         "hawqtool/pipeline/stages/distill.py",
-        "sets = [some.split(size) for some in split_rows(rows)]",
-        "sets = [some.split(size) for some in split_rows(rows)[::-1]]",
+        "fitting, held_out = split_rows(rows)",
+        "held_out, fitting = split_rows(rows)",
         ("tests/e2e/test_distillation.py::test_the_folder_has_the_divergence_that_was_reported",),
     ),
     PlantedError(
