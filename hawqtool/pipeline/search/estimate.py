@@ -28,6 +28,8 @@ _SAMPLING = 0.15
 """The same of sampling, which multiplies by few rows at a time."""
 _COMPARED = 2
 """Plans beside the short list that a layerwise comparison has: uniform, and that of the rule."""
+_PROOF_SWEEPS = 4
+"""Times that all weights are read to prove a rotation, which has no phase of its own."""
 _ANNEALING = {"cpu": 3000, "cuda": 50_000}
 """Operations that an annealed weight's step could be exchanged for, its product aside."""
 _LIBRARIES = 700_000_000
@@ -78,7 +80,8 @@ def _work(job: Job, rates: Rates) -> list[tuple[str, float]]:
         found.append(("sampling", loading + choosing / len(sources) * forward / _SAMPLING))
     if settings.uses_token_importance and calibrating:
         importance = calibrating * (forward * (1 + _BACKWARD) + outputs * _BACKWARD)
-        found.append(("token importance", 2 * loading + importance))
+        proof = 0 if job.index.rotation is None else _PROOF_SWEEPS * loading
+        found.append(("token importance", proof + 2 * loading + importance))
     if measured:
         formats = choices / max(1, len(job.units))
         found.append(("forward sweep", loading + rows.get("scoring", 0) * forward + formats * rounding))

@@ -86,13 +86,18 @@ def _statistics(job: Job, inputs: torch.Tensor) -> GroupStatistics:
 
 
 def reading_rate(job: Job) -> float:
-    """Bytes per second of reading weights into the device's memory: the largest linear of the first block."""
+    """Bytes per second of reading weights into the device's memory, and rotating them where that is done.
+
+    It is that of the largest linear of the first block.
+    """
     names = [linear.name for linear in job.structure.blocks[0].linears]
-    reader = TensorReader(job.index)
+    reader = TensorReader(job.index, device=job.device)
     stored = [f"{name}.weight" for name in names if f"{name}.weight" in reader]
     if not stored:
         return math.inf
     name = max(stored, key=lambda name: job.index.tensors[name].num_bytes)
+    if job.index.rotation is not None:
+        reader.tensor(name)  # compiles
     start = time.perf_counter()
     tensor = reader.tensor(name).to(job.device)
     float(tensor.flatten()[-1])  # a copy to a GPU is waited for
