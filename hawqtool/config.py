@@ -14,6 +14,7 @@ from hawqtool.formats import (
     ASYMMETRIC_PROFILES,
     CHANNEL,
     GROUP_SIZES,
+    QuantFormat,
     asymmetric_refusal,
     group_size_refusal,
     is_served,
@@ -25,7 +26,7 @@ from hawqtool.records import EXTRA_METRICS, SCORE_METRICS, SWEEP_METRICS
 from hawqtool.settings.fields import SELF
 from hawqtool.settings.metadata import Affects, Setting, choices, flag_of, settings_of
 from hawqtool.settings.targets import NEED_EVALUATION
-from hawqtool.settings.value_rules import CheckedFields
+from hawqtool.settings.value_rules import CheckedFields, check_special_formats
 from hawqtool.values import split_weight
 
 DEFAULT_GROUP_SIZE = 128
@@ -143,9 +144,11 @@ class RunConfig(CheckedFields):
     def _check_formats(self) -> RunConfig:
         if self.formats is None:
             return self
+        check_special_formats(self, [fmt.label for fmt in self.special_formats])
         for other in (n for n in ("bits", "group_size", "extra_group_sizes") if getattr(self, n) not in (None, ())):
             raise ValueError(f"formats is the whole menu, found {other} too; drop one of the two")
-        wrong = next((label for label in self.formats if label[2:] and label.endswith("a") == self.symmetric), None)
+        full = (label for label in self.formats if len(label) > len("w4"))
+        wrong = next((label for label in full if parse_label(label).symmetric != self.symmetric), None)
         if wrong is not None:
             kind, flag = ("has", "--asymmetric") if self.symmetric else ("has no", "--symmetric")
             raise ValueError(f"{wrong} in formats {kind} zero points; give {flag}, or another label")
@@ -170,8 +173,9 @@ class RunConfig(CheckedFields):
     def group_sizes(self) -> tuple[int, ...]:
         """Group sizes that a plan may have; layers that one does not divide fall to a smaller one."""
         if self.formats is not None:
-            named = [parse_label(label).group_size for label in self.formats if label[2:]]
-            return tuple(dict.fromkeys(named if len(named) == len(self.formats) else (*named, *GROUP_SIZES, CHANNEL)))
+            whole = any(len(label) == len("w4") for label in self.formats)
+            named = [fmt.group_size for fmt in self._full_formats if fmt.is_plain] or [CHANNEL]
+            return tuple(dict.fromkeys((*named, *GROUP_SIZES, CHANNEL) if whole else named))
         return (*GROUP_SIZES, CHANNEL) if self.chooses_groups else (self.base_group_size, *self.extra_group_sizes)
 
     @property
@@ -188,8 +192,34 @@ class RunConfig(CheckedFields):
 
     @property
     def given_widths(self) -> tuple[int, ...] | None:
-        """Widths that were asked for; None where the run decides."""
-        return self.bits if self.formats is None else tuple(sorted({int(label[1]) for label in self.formats}))
+        """Widths of integers that were asked for; None where the run decides."""
+        plain = set(self.formats or ()) - {fmt.label for fmt in self.special_formats}
+        return self.bits if self.formats is None else tuple(sorted({int(label[1]) for label in plain}))
+
+    @property
+    def _full_formats(self) -> tuple[QuantFormat, ...]:
+        """Formats that are named with their groups."""
+        return tuple(parse_label(label) for label in self.formats or () if len(label) > len("w4"))
+
+    @property
+    def special_formats(self) -> tuple[QuantFormat, ...]:
+        """Formats of floats, and with rounded inputs, of the menu."""
+        return tuple(fmt for fmt in self._full_formats if not fmt.is_plain)
+
+    @property
+    def uniform_format(self) -> QuantFormat | None:
+        """The format of all units where one label is the whole menu and there is no target; None otherwise."""
+        alone = self.formats is not None and len(self.formats) == len(self._full_formats) == 1
+        return self._full_formats[0] if alone and not self._has_target else None
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether one width or format is asked for and nothing else."""
+        return self.uniform_width is not None or self.uniform_format is not None
+
+    @property
+    def _has_target(self) -> bool:
+        return any(getattr(self, name) is not None for name in names_affecting(Affects.TARGET))
 
     @property
     def has_second_budget(self) -> bool:
@@ -223,13 +253,14 @@ class RunConfig(CheckedFields):
         """The width of all units where one is asked for and nothing else; None where a target says what to do."""
         if self.bits is None or len(self.bits) > 1 or self.extra_group_sizes:
             return None
-        return self.bits[0] if all(getattr(self, name) is None for name in names_affecting(Affects.TARGET)) else None
+        return None if self._has_target else self.bits[0]
 
     @property
     def chooses(self) -> bool:
         """Whether selection rows decide what is shipped: between several plans, or where a quality target is met."""
         one = self.given_widths is not None and len(self.given_widths) == len(self.group_sizes) == 1
-        return self.plan is None and self.uniform_width is None and self.evaluates and not one and self.to != "gguf"
+        one = len(self.special_formats) == 1 and not self.given_widths if self.special_formats else one
+        return self.plan is None and not self.is_uniform and self.evaluates and not one and self.to != "gguf"
 
     @property
     def evaluates(self) -> bool:
@@ -238,7 +269,7 @@ class RunConfig(CheckedFields):
             return self.eval
         names = (*names_affecting(Affects.ROWS), *NEED_EVALUATION)
         asked = any(getattr(self, name) != RunConfig.model_fields[name].default for name in names)
-        return asked or self.uniform_width is None or not self._needs_no_inputs
+        return asked or not self.is_uniform or not self._needs_no_inputs
 
     @property
     def reads_rows(self) -> bool:
@@ -248,7 +279,7 @@ class RunConfig(CheckedFields):
     @property
     def _needs_no_inputs(self) -> bool:
         """Whether each weight may be rounded to nearest by itself."""
-        fixed = self.plan is not None or self.uniform_width is not None
+        fixed = self.plan is not None or self.is_uniform
         return fixed and self.rounding == "rtn" and self.calibration == (SELF,) and not self.learns
 
     def require_one_target(self) -> None:
@@ -259,7 +290,7 @@ class RunConfig(CheckedFields):
         """
         targets = names_affecting(Affects.TARGET)
         given = [name for name in targets if getattr(self, name) is not None]
-        if len(given) != 1 and self.uniform_width is None:
+        if len(given) != 1 and not self.is_uniform:
             *first, last = map(flag_of, targets)
             found = " and ".join(map(flag_of, given)) or "none"
             raise UsageError(f"exactly one of {', '.join(first)} and {last} (or --bits 4) is needed, found {found}")

@@ -272,10 +272,11 @@ class RoundedLayer:
     """Codes, scales and zero points of one layer.
 
     Args:
-        codes: ``[out, in]`` int8, signed.
+        codes: ``[out, in]`` int8, signed, or float8_e4m3fn.
         scales: ``[out, groups]`` in the stored dtype.
         metrics: What the report says of the layer.
         zeros: ``[out, groups]`` int8, signed; None on a symmetric grid.
+        divisor: That of E4M3 scales; None where scales are stored otherwise.
     """
 
     name: str
@@ -284,6 +285,7 @@ class RoundedLayer:
     scales: Tensor
     metrics: LayerMetrics
     zeros: Tensor | None = None
+    divisor: float | None = None
 
 
 @dataclass(frozen=True)

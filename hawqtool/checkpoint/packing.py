@@ -1,10 +1,13 @@
-"""Dense bit packing of integer codes: the layout of compressed-tensors' ``pack-quantized`` from version 0.18 on."""
+"""Packing of codes as compressed-tensors 0.18 has it: dense bit streams of integers, pairs of 4-bit floats."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""Magnitudes of E2M1, by index."""
 
 _TILE = 32
 """Rows are padded to a multiple of this: 32 codes of ``bits`` bits fill exactly ``bits`` words."""
@@ -121,3 +124,27 @@ def _unpack_slice(packed: Tensor, bits: int) -> Tensor:
     for lane in range(4):
         codes[..., lane] = ((quads >> (lane * bits)) & ((1 << bits) - 1)) - (1 << (bits - 1))
     return codes.view(rows, -1)
+
+
+def pack_e2m1(codes: Tensor) -> Tensor:
+    """Pack E2M1 values two to a byte: code 2j of a row in the low half of byte j, code 2j+1 in the high half.
+
+    A code is ``sign << 3 | index`` with the index in 0, 0.5, 1, 1.5, 2, 3, 4, 6.
+
+    Args:
+        codes: ``[out, in]`` float8_e4m3fn, E2M1 values; an even number of columns.
+
+    Returns:
+        ``[out, in / 2]`` uint8 on the same device.
+    """
+    values = codes.float()
+    table = torch.tensor(E2M1_VALUES, device=codes.device)
+    nibbles = torch.searchsorted(table, values.abs()).to(torch.uint8) | (torch.signbit(values).to(torch.uint8) << 3)
+    return nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
+
+
+def unpack_e2m1(packed: Tensor) -> Tensor:
+    """Inverse of `pack_e2m1`: ``[out, in]`` float8_e4m3fn."""
+    table = torch.tensor([*E2M1_VALUES, *(-value for value in E2M1_VALUES)], device=packed.device)
+    nibbles = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1)
+    return table.to(torch.float8_e4m3fn).view(torch.uint8)[nibbles.int()].view(torch.float8_e4m3fn)

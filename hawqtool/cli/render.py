@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import textwrap
 from collections import Counter
@@ -46,6 +47,8 @@ def announcement(description: DryRun) -> list[str]:
     kind = "" if description["symmetric"] else ", asymmetric"
     if description["uniform_bits"] is not None:
         aim = f"uniform {description['uniform_bits']} bits"
+    elif description["uniform_format"] is not None:
+        aim = f"uniform {description['uniform_format']}"
     elif description["target_kl"] is not None:
         aim = f"the smallest size with a measured divergence of at most {description['target_kl']:g}"
     else:
@@ -75,10 +78,11 @@ def _menu_lines(description: DryRun) -> list[str]:
     """Group sizes by width, where there are several to choose from."""
     by_width: dict[str, list[str]] = {}
     for label in description["menu"]:
-        by_width.setdefault(label[:2], []).append(label[2:])
-    if max(map(len, by_width.values()), default=0) < 2:
+        plain = re.match(r"w\d", label) and "-" not in label
+        by_width.setdefault(label[:2] if plain else label, []).append(label[2:] if plain else "")
+    if max(map(len, by_width.values()), default=0) < 2 and not any(sizes == [""] for sizes in by_width.values()):
         return []
-    shown = (f"{width} {' '.join(sizes)}" for width, sizes in by_width.items())
+    shown = (f"{width} {' '.join(sizes)}".strip() for width, sizes in by_width.items())
     return [f"menu        {', '.join(shown)}"]
 
 
@@ -190,10 +194,10 @@ def hanging(line: str, width: int) -> str:
 def result_lines(report: Report) -> list[str]:
     """What is said below the table: the plan, sizes, comparisons, gates, seconds."""
     evaluation, sizes = report["evaluation"], report["sizes"]
-    histogram = Counter(entry["bits"] for entry in report["plan"])
+    histogram = Counter(entry.get("format") or f"{entry['bits']} bits" for entry in report["plan"])
     lines = [
         f"shipped     {report['shipped']}: "
-        + ", ".join(f"{count} linear{'s' * (count > 1)} at {bits} bits" for bits, count in sorted(histogram.items())),
+        + ", ".join(f"{count} linear{'s' * (count > 1)} at {kind}" for kind, count in sorted(histogram.items())),
         f"size        {sizes['original_bytes']:,} -> {sizes['quantized_bytes']:,} bytes; {sizes['bpw_linears']:.3f} "
         f"stored bits per weight over the linears, {sizes['bpw_file']:.3f} over the whole file",
     ]

@@ -11,7 +11,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from hawqtool.export.writer import CheckpointWriter, packed_tensors
+from hawqtool.export.stored.weights import packed_tensors
+from hawqtool.export.writer import CheckpointWriter
 from hawqtool.records import RoundedLayer
 
 PENDING_BYTES = 1 << 29

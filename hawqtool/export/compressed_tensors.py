@@ -1,4 +1,4 @@
-"""The ``quantization_config`` of compressed-tensors' ``pack-quantized`` format, and how loaders match it."""
+"""The ``quantization_config`` of compressed-tensors, and how loaders match it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ from functools import cache
 from typing import Any
 
 from hawqtool.errors import InputError
-from hawqtool.formats import CHANNEL, MAX_BITS, MIN_BITS, QuantFormat
+from hawqtool.formats import CHANNEL, MAX_BITS, MIN_BITS, QuantFormat, parse_label
+from hawqtool.formats.activations import ACTIVATIONS
+from hawqtool.formats.grids import GRIDS
 from hawqtool.records import LayerFormats
 
 METHOD = "compressed-tensors"
-FORMAT = "pack-quantized"
+MIXED = "mixed-precision"
+"""``format`` of a folder whose groups have several."""
+
 STATUS = "compressed"
 
 
@@ -60,15 +64,15 @@ def quantization_config(
         quant_format.label: {
             "targets": sorted(_targets(modules, bare, shared)),
             "weights": _weights(quant_format),
-            "input_activations": None,
+            "input_activations": quant_format.activation_format.entry if quant_format.activation_format else None,
             "output_activations": None,
-            "format": FORMAT,
+            "format": quant_format.layout,
         }
         for quant_format, modules in sorted(by_format.items())
     }
     config = {
         "quant_method": METHOD,
-        "format": FORMAT,
+        "format": top_format(quant_format.layout for quant_format in by_format),
         "quantization_status": STATUS,
         "config_groups": groups,
         "ignore": sorted(other_linears),
@@ -80,6 +84,12 @@ def quantization_config(
     config["ignore"] = sorted(strays | set(other_linears))
     _check_hits(config, (*formats, *aliases.values()))
     return config
+
+
+def top_format(layouts: Iterable[str]) -> str:
+    """``format`` of a whole config from those of its groups."""
+    found = set(layouts)
+    return found.pop() if len(found) == 1 else MIXED
 
 
 def _check_hits(config: Mapping[str, Any], modules: Iterable[str]) -> None:
@@ -136,15 +146,38 @@ def module_format(config: Mapping[str, Any], module: str) -> QuantFormat:
         raise InputError(f"packed module {module} is hit by {found}; expected one config group; fix the targets")
     if is_ignored(config, module):
         raise InputError(f"packed module {module} is hit by ignore; loaders would skip it; remove it from ignore")
-    return group_format(config["config_groups"][groups[0]]["weights"])
+    return group_format(config["config_groups"][groups[0]])
 
 
-def group_format(weights: Mapping[str, Any]) -> QuantFormat:
-    """Format of a group's ``weights`` entry.
+def group_format(group: Mapping[str, Any]) -> QuantFormat:
+    """Format of a config group, from its ``weights`` and ``input_activations``.
 
     Raises:
-        InputError: If it is not a static integer grid per group or channel.
+        InputError: If it is none of those that are written.
     """
+    weights, inputs = group["weights"], group.get("input_activations")
+    if weights.get("type") == "float":
+        plain = next((label for label in GRIDS if _said(_weights(parse_label(label))) == _said(weights)), None)
+        if plain is None:
+            raise InputError(f"weights are floats of an unknown kind; expected those of {', '.join(GRIDS)}")
+    else:
+        plain = _integers(weights).label
+    if not inputs:
+        return parse_label(plain)
+    known = (label for label in ACTIVATIONS if label.partition("-")[0] == plain)
+    found = next((label for label in known if _said(ACTIVATIONS[label].entry) == _said(inputs)), None)
+    if found is None:
+        raise InputError(f"input_activations are not those of {plain} in any of {', '.join(ACTIVATIONS)}")
+    return parse_label(found)
+
+
+def _said(entry: Any) -> dict[str, Any]:
+    """What an entry says; null says nothing."""
+    return {key: value for key, value in entry.items() if value is not None} if isinstance(entry, Mapping) else {}
+
+
+def _integers(weights: Mapping[str, Any]) -> QuantFormat:
+    """Format of integers of a ``weights`` entry."""
     bits, strategy = weights.get("num_bits"), weights.get("strategy")
     size = weights.get("group_size")
     if not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
@@ -173,6 +206,17 @@ def _check_units(formats: LayerFormats, units: Mapping[str, str]) -> None:
 
 
 def _weights(quant_format: QuantFormat) -> dict[str, Any]:
+    floats = quant_format.floats
+    if floats is not None:
+        if floats.group_rows > 1:
+            strategy: dict[str, Any] = {"strategy": "block", "block_structure": [floats.group_rows, floats.group_size]}
+        elif floats.group_size:
+            kind = "tensor_group" if floats.scale == "e4m3" else "group"
+            dtype = "torch.float8_e4m3fn" if floats.scale == "e4m3" else "torch.uint8"
+            strategy = {"strategy": kind, "group_size": floats.group_size, "scale_dtype": dtype, "zp_dtype": dtype}
+        else:
+            strategy = {"strategy": "channel"}
+        return {"num_bits": floats.bits, "type": "float", "symmetric": True, "dynamic": False, **strategy}
     return {
         "num_bits": quant_format.bits,
         "type": "int",

@@ -12,7 +12,6 @@ from hawqtool.checkpoint.index import CheckpointIndex
 from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.errors import InputError
 from hawqtool.export.compressed_tensors import (
-    FORMAT,
     METHOD,
     STATUS,
     Target,
@@ -22,10 +21,20 @@ from hawqtool.export.compressed_tensors import (
     is_ignored,
     matching_targets,
     module_format,
+    top_format,
 )
-from hawqtool.export.embedding_table import TABLE_FORMAT, TABLE_GROUP, stored_tables, table_modules
-from hawqtool.export.packed_reader import PACKED, SCALE, ZERO_POINT, shape_problem
-from hawqtool.formats import QuantFormat
+from hawqtool.export.embedding_table import TABLE_FORMAT, TABLE_GROUP, table_modules
+from hawqtool.export.packed_reader import shape_problem
+from hawqtool.export.stored.weights import (
+    CODE_DTYPES,
+    DIVISOR,
+    PACKED,
+    SCALE,
+    ZERO_POINT,
+    packed_modules,
+    stored_problem,
+)
+from hawqtool.formats import PACK_QUANTIZED, QuantFormat
 from hawqtool.parsing import short
 from hawqtool.records import LayerFormats
 from hawqtool.runtime.time_limit import TimeLimitError, time_limit
@@ -36,6 +45,7 @@ _TOP_KEYS = {
 }
 _GROUP_KEYS = {"targets", "weights", "input_activations", "output_activations", "format"}
 _WEIGHT_KEYS = {"num_bits", "type", "symmetric", "strategy", "group_size", "dynamic"}
+_FLOAT_KEYS = {"block_structure", "scale_dtype", "zp_dtype"}
 """What is written; anything else, such as ``actorder`` or ``sparsity_config``, tells loaders to compute otherwise."""
 
 MATCHING_SECONDS, SECONDS_PER_MATCH = 5.0, 2e-5
@@ -44,18 +54,12 @@ MATCHING_SECONDS, SECONDS_PER_MATCH = 5.0, 2e-5
 _PARTS = (PACKED, SCALE, ".weight_shape")
 
 
-def packed_modules(index: CheckpointIndex) -> tuple[str, ...]:
-    """Modules that have a ``weight_packed``, in file order."""
-    return tuple(name.removesuffix(PACKED) for name in index.tensors if name.endswith(PACKED))
-
-
 def dense_matrices(index: CheckpointIndex) -> tuple[str, ...]:
     """Modules with a two-dimensional ``weight`` that is neither packed nor a table in 8 bits, in file order."""
-    tables = stored_tables(index)
     return tuple(
         info.name.removesuffix(".weight")
         for info in index.tensors.values()
-        if info.name.endswith(".weight") and len(info.shape) == 2 and info.name not in tables
+        if info.name.endswith(".weight") and len(info.shape) == 2 and info.dtype not in CODE_DTYPES
     )
 
 
@@ -116,10 +120,7 @@ def field_problems(config: Mapping[str, Any]) -> list[str]:
             f"quantization_status is {status!r}; expected {STATUS!r}: with 'frozen' transformers loads wrong weights "
             "silently; set it"
         )
-    where = {"quantization_config": config} | {f"config group {n}": g for n, g in config["config_groups"].items()}
-    for place, holder in where.items():
-        if holder.get("format") != (TABLE_FORMAT if place == f"config group {TABLE_GROUP}" else FORMAT):
-            problems.append(f"format of {place} is {holder.get('format')!r}; expected {FORMAT!r}; set it")
+    problems += _format_problems(config)
     problems += _unknown_keys("quantization_config", config, _TOP_KEYS)
     for key in ("kv_cache_scheme", "global_compression_ratio"):
         if config.get(key) is not None:
@@ -128,15 +129,37 @@ def field_problems(config: Mapping[str, Any]) -> list[str]:
             )
     for name, group in config["config_groups"].items():
         problems += _unknown_keys(f"config group {name}", group, _GROUP_KEYS)
-        problems += _unknown_keys(f"weights of config group {name}", group["weights"], _WEIGHT_KEYS)
-        for key in ("input_activations", "output_activations"):
-            if group.get(key) is not None:
-                problems.append(f"{key} of config group {name} is set; expected null: only weights are quantized")
+        floats = group["weights"].get("type") == "float"
+        problems += _unknown_keys(
+            f"weights of config group {name}", group["weights"], _WEIGHT_KEYS | (_FLOAT_KEYS if floats else set())
+        )
+        if group.get("output_activations") is not None:
+            problems.append(f"output_activations of config group {name} is set; expected null; remove it")
         try:
-            group_format(group["weights"])
+            group_format(group)
         except InputError as error:
             problems.append(f"config group {name}: {error}")
     return problems
+
+
+def _format_problems(config: Mapping[str, Any]) -> list[str]:
+    """``format`` of the config or of a group that is not that of the weights."""
+    wanted = {}
+    for name, group in config["config_groups"].items():
+        if name == TABLE_GROUP and group.get("format") == TABLE_FORMAT:
+            continue  # of which the top says nothing
+        try:
+            wanted[f"config group {name}"] = group_format(group).layout, group.get("format")
+        except InputError:
+            continue  # a problem of its own
+    if wanted:
+        top = top_format(layout for layout, _ in wanted.values())
+        wanted = {"quantization_config": (top, config.get("format")), **wanted}
+    return [
+        f"format of {place} is {found!r}; expected {layout!r}; set it"
+        for place, (layout, found) in wanted.items()
+        if found != layout
+    ]
 
 
 def _unknown_keys(place: str, holder: Mapping[str, Any], known: set[str]) -> list[str]:
@@ -178,7 +201,7 @@ def module_problems(
     formats: dict[str, QuantFormat] = {}
     problems = []
     for module in packed_modules(index):
-        problem = _part_problem(module, index)
+        problem = _part_problem(module, index) if _is_bit_stream(module, index) else None
         if problem is None:
             try:
                 quant_format = module_format(config, module)
@@ -191,7 +214,7 @@ def module_problems(
             problems.append(problem)
     known = {*packed_modules(index), *table_modules(index)}
     for name in index.tensors:
-        for suffix in (*_PARTS[1:], ZERO_POINT):
+        for suffix in (*_PARTS[1:], ZERO_POINT, DIVISOR):
             if name.endswith(suffix) and name.removesuffix(suffix) not in known:
                 problems.append(f"{name} has no {name.removesuffix(suffix)}{PACKED} beside it; write it again")
     return formats, problems
@@ -281,7 +304,17 @@ def _part_problem(module: str, index: CheckpointIndex) -> str | None:
     return None
 
 
+def _is_bit_stream(module: str, index: CheckpointIndex) -> bool:
+    """Whether codes are dense bit streams of integers, or would be if they were not damaged."""
+    codes = index.tensors.get(module + PACKED)
+    return codes is not None and codes.dtype != "U8"
+
+
 def _shape_problem(module: str, quant_format: QuantFormat, index: CheckpointIndex, reader: TensorReader) -> str | None:
+    if quant_format.layout != PACK_QUANTIZED:
+        return stored_problem(module, quant_format, index)
+    if not _is_bit_stream(module, index):
+        return f"{module} is not stored as the bit stream of {quant_format.label}, its config group; write it again"
     rows, columns = (int(value) for value in reader.tensor(f"{module}.weight_shape"))
     infos = {suffix: index.tensors.get(module + suffix) for suffix in (PACKED, SCALE, ZERO_POINT)}
     found = {suffix: info.shape for suffix, info in infos.items() if info is not None}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from hawqtool.checkpoint.index import CheckpointIndex
 from hawqtool.errors import UsageError
 from hawqtool.formats import CHANNEL, QuantFormat
+from hawqtool.parsing import ParseError, load_json
 from hawqtool.rounding.grid import Quantized, dequantize
 
 TABLE_FORMAT = "int-quantized"
@@ -134,11 +136,22 @@ def stored_tables(index: CheckpointIndex) -> dict[str, EmbeddingTable]:
     bare = [module for module in bare if f"{module}.weight_packed" not in index.tensors]
     owners = [module for module in bare if f"{module}{CODES}" in index.tensors]
     found = [module for module in owners if index.tensors[f"{module}{CODES}"].dtype == "I8"]
-    if len(found) != 1:
+    if len(found) != 1 or not _has_group(index.folder / "config.json"):
         return {}
     shape = index.tensors[f"{found[0]}{SCALE}"].shape
     tied = [m for m in bare if m not in owners and index.tensors[f"{m}{SCALE}"].shape == shape]
     return {f"{found[0]}{CODES}": EmbeddingTable(f"{found[0]}{CODES}", (found[0], *tied))}
+
+
+def _has_group(path: Path) -> bool:
+    """Whether a configuration tells of a table, whose codes are stored as those of layers with INT8 inputs are."""
+    try:
+        config = load_json(path)
+    except ParseError:
+        return True  # nothing tells of such layers
+    found = config.get("quantization_config") if isinstance(config, dict) else None
+    groups = found.get("config_groups") if isinstance(found, dict) else None
+    return not isinstance(groups, dict) or TABLE_GROUP in groups
 
 
 def table_modules(index: CheckpointIndex) -> tuple[str, ...]:

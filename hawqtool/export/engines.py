@@ -44,8 +44,8 @@ _ALIGNMENT = 32
 _SOURCE_ONLY = "by its source, not run here"
 _EXPERT = re.compile(r"(?P<experts>.*\.experts)\.\d+\.(?P<role>.+)")
 
-Verdict = tuple[bool, str]
-"""Whether an engine loads the checkpoint, and why."""
+Verdict = tuple[bool | None, str]
+"""Whether an engine loads the checkpoint, None where that is not known, and why."""
 
 
 def engines(
@@ -78,6 +78,33 @@ def engines(
     return found
 
 
+_VLLM_KERNELS = {
+    "fp8": "fp8 on Humming kernels, from compute capability 8.9 on these alone",
+    "fp8-a8f": "fp8-a8f on Cutlass from 8.9 on, with inputs as they are on Marlin below",
+    "fp8b128": "fp8b128 on Humming kernels, from compute capability 8.9 on these alone",
+    "fp8b128-a8f": "fp8b128-a8f on DeepGEMM or Cutlass from 8.9 on, with inputs as they are on Marlin below",
+    "nvfp4": "nvfp4 on Marlin",
+    "mxfp4": "mxfp4 on Marlin, from 10.0 on with inputs rounded to MXFP4 whatever the file says",
+    "mxfp4-a4": "mxfp4-a4 with rounded inputs from 10.0 on, on Marlin with inputs as they are below",
+    "mxfp8": "mxfp8 on Marlin, from 10.0 on with inputs rounded to MXFP8 whatever the file says",
+    "mxfp8-a8": "mxfp8-a8 with rounded inputs from 10.0 on, on Marlin with inputs as they are below",
+    "w8ch-a8i": "w8ch-a8i on Cutlass up to 9.0; its documentation excludes 10.0 and later",
+    "w4g128-a8f": "w4g128-a8f on Cutlass at 9.0 alone, an error elsewhere",
+}
+"""What vLLM 0.33 runs a format of floats or with rounded inputs on, by compute capability, by its source."""
+
+_CPU_LABELS = ("w8ch-a8i", "fp8-a8f")
+
+
+def _special(formats: LayerFormats) -> list[str]:
+    """Labels of formats of floats or with rounded inputs."""
+    return sorted({fmt.label for fmt in formats.values() if not fmt.is_plain})
+
+
+def _plain(formats: LayerFormats) -> LayerFormats:
+    return {name: fmt for name, fmt in formats.items() if fmt.is_plain}
+
+
 def _transformers(formats: LayerFormats, shapes: Mapping[str, tuple[int, int]]) -> Verdict:
     asymmetric = [name for name, fmt in formats.items() if not fmt.symmetric]
     if asymmetric:
@@ -91,6 +118,11 @@ def _transformers(formats: LayerFormats, shapes: Mapping[str, tuple[int, int]]) 
             f"experts have formats {', '.join(sorted(labels))}; it decompresses all experts of a model with one and "
             "would compute wrong results"
         )
+    if _special(formats):
+        return True, (
+            f"compressed-tensors decodes {', '.join(_special(formats))} and rounds inputs where the label says so; the "
+            "first forward pass decompresses the whole model; tested on small models, not with this folder"
+        )
     return True, (
         "symmetric formats of every width and group size; the first forward pass decompresses the whole model; "
         "tested on small models, not with this folder"
@@ -98,9 +130,10 @@ def _transformers(formats: LayerFormats, shapes: Mapping[str, tuple[int, int]]) 
 
 
 def _vllm(formats: LayerFormats, shapes: Mapping[str, tuple[int, int]]) -> Verdict:
-    problem = _mixed_experts(formats) or _split_set(formats) or _unusual_groups(formats)
+    problem = _mixed_experts(formats) or _split_set(formats) or _unusual_groups(_plain(formats))
     if problem:
         return False, f"{problem} ({_SOURCE_ONLY})"
+    special, formats = _special(formats), _plain(formats)
     odd = {name: fmt for name, fmt in formats.items() if fmt.bits not in _MARLIN_BITS}
     wrong = [name for name in formats if shapes[name][1] % _ALIGNMENT or (name in odd and shapes[name][0] % _ALIGNMENT)]
     if wrong:
@@ -112,7 +145,7 @@ def _vllm(formats: LayerFormats, shapes: Mapping[str, tuple[int, int]]) -> Verdi
     whole = [name for name, fmt in odd.items() if fmt.group_size == CHANNEL and _EXPERT.match(name)]
     if whole:
         return False, f"experts of {odd[whole[0]].bits} bits need groups, not whole rows ({_SOURCE_ONLY})"
-    kernels = []
+    kernels = [_VLLM_KERNELS[label] for label in special]
     if len(odd) < len(formats):
         kernels.append("4 and 8 bits run on Marlin or Machete")
     if odd:
@@ -122,19 +155,25 @@ def _vllm(formats: LayerFormats, shapes: Mapping[str, tuple[int, int]]) -> Verdi
 
 
 def _vllm_cpu(formats: LayerFormats, shapes: Mapping[str, tuple[int, int]]) -> Verdict:
-    problem = _split_set(formats) or _unusual_groups(formats)
+    problem = _split_set(formats) or _unusual_groups(_plain(formats))
     if problem:
         return False, f"{problem} ({_SOURCE_ONLY})"
-    others = _other_widths(formats, (4,))
+    special = [label for label in _special(formats) if label not in _CPU_LABELS]
+    if special:
+        return False, f"it has no kernels for {', '.join(special)} on CPUs ({_SOURCE_ONLY})"
+    others = _other_widths(_plain(formats), (4,))
     if others:
         return False, f"its CPU kernels take 4 bits only, {others} ({_SOURCE_ONLY})"
     wrong = [name for name in formats if shapes[name][0] % _ALIGNMENT or shapes[name][1] % _ALIGNMENT]
     if wrong:
         return False, f"{wrong[0]} has a dimension that is no multiple of {_ALIGNMENT} ({_SOURCE_ONLY})"
-    return True, f"4 bits everywhere ({_SOURCE_ONLY})"
+    found = "4 bits" if _plain(formats) else ""
+    return True, f"{' and '.join(filter(None, (found, *_special(formats))))} everywhere ({_SOURCE_ONLY})"
 
 
 def _sglang(formats: LayerFormats, shapes: Mapping[str, tuple[int, int]]) -> Verdict:
+    if _special(formats):
+        return None, f"not known: its source was not read for {', '.join(_special(formats))}, nor was it run here"
     problem = _split_set(formats) or _unusual_groups(formats)
     if problem:
         return False, f"{problem} ({_SOURCE_ONLY})"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import struct
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -85,10 +84,9 @@ def plan_layout(
 ) -> Layout:
     """Lay out the quantized checkpoint.
 
-    ``M.weight`` of a quantized module is replaced by ``M.weight_packed``, ``M.weight_scale``, ``M.weight_shape``
-    and, on an asymmetric grid, ``M.weight_zero_point``, which stay in one shard; every other tensor keeps its name
-    and bytes. Shards are filled in source order up to ``max_shard_bytes`` of tensor data; a larger tensor gets a
-    shard of its own.
+    ``M.weight`` of a quantized module is replaced by the tensors of its format (see `QuantFormat.parts`), which stay
+    in one shard; every other tensor keeps its name and bytes. Shards are filled in source order up to
+    ``max_shard_bytes`` of tensor data; a larger tensor gets a shard of its own.
 
     Args:
         index: The source.
@@ -132,26 +130,26 @@ def _check_sources(index: CheckpointIndex, formats: LayerFormats, specs: dict[st
             )
         if info.dtype not in ("BF16", "F16", "F32"):
             raise InputError(f"{info.name} is {info.dtype}; expected BF16, F16 or F32; start from the original weights")
-        if not quant_format.divides(spec.in_features):
+        if not quant_format.fits(spec.out_features, spec.in_features):
             raise InputError(
                 f"{quant_format.label} does not divide the {spec.in_features} inputs of {module}; "
                 "choose a smaller group size for it"
             )
+        _check_scales(module, quant_format, info)
+
+
+def _check_scales(module: str, quant_format: QuantFormat, info: TensorInfo) -> None:
+    """Check that loaders decode a format in the dtype of the model: those with E4M3 or E8M0 scales give bfloat16."""
+    if quant_format.floats is not None and quant_format.floats.scale != "model" and info.dtype != "BF16":
+        raise InputError(
+            f"{quant_format.label} needs a bfloat16 model, {module} is {info.dtype}: compressed-tensors decodes this "
+            "format to bfloat16, and the first forward pass fails; convert the model, or use fp8 or integers"
+        )
 
 
 def _packed_entries(info: TensorInfo, spec: LinearSpec, quant_format: QuantFormat) -> list[Entry]:
-    groups = quant_format.num_groups(spec.in_features)
-    parts: list[tuple[str, str, tuple[int, ...]]] = [
-        ("weight_packed", "I32", (spec.out_features, quant_format.packed_columns(spec.in_features))),
-        ("weight_scale", info.dtype, (spec.out_features, groups)),
-        ("weight_shape", "I64", (2,)),
-    ]
-    if not quant_format.symmetric:
-        parts.append(("weight_zero_point", "I32", (quant_format.packed_zero_rows(spec.out_features), groups)))
-    return [
-        Entry(f"{spec.name}.{suffix}", dtype, shape, 0, math.prod(shape) * DTYPE_BYTES[dtype], None)
-        for suffix, dtype, shape in parts
-    ]
+    parts = quant_format.parts(spec.out_features, spec.in_features, info.dtype)
+    return [Entry(spec.name + part.suffix, part.dtype, part.shape, 0, part.num_bytes, None) for part in parts]
 
 
 def _table_entries(info: TensorInfo, table: EmbeddingTable) -> list[Entry]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,20 @@ from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.errors import InputError
 from hawqtool.export.compressed_tensors import module_format
 from hawqtool.export.embedding_table import restored_table, stored_tables
-from hawqtool.formats import QuantFormat
+from hawqtool.export.stored.weights import (
+    PACKED,
+    SCALE,
+    ZERO_POINT,
+    is_codes,
+    packed_parts,
+    stored_problem,
+    unpack_parts,
+    weight_shape,
+)
+from hawqtool.formats import PACK_QUANTIZED, QuantFormat
+from hawqtool.formats.activations import ActivationFormat
 from hawqtool.parsing import ParseError, load_json
-from hawqtool.rounding.grid import dequantize
-
-PACKED, SCALE, ZERO_POINT = ".weight_packed", ".weight_scale", ".weight_zero_point"
-"""Suffixes of the tensors that hold a packed weight; zero points exist on asymmetric grids only."""
+from hawqtool.rounding.grid import Quantized, dequantize
 
 _SLICE_WEIGHTS = {"cpu": 1 << 17, "cuda": 1 << 24}
 """Weights that are compared at a time: on a CPU, intermediates of more leave its cache, which takes twice as long."""
@@ -66,15 +74,20 @@ def packed_errors(
         device: Where to compute.
     """
     rows, columns = weight.shape
+    whole = None if quant_format.layout == PACK_QUANTIZED else unpack_parts(parts, quant_format, (rows, columns))
     zeros = None if quant_format.symmetric else unpack_zeros(parts[ZERO_POINT], quant_format.bits, rows)
     step = max(1, _SLICE_WEIGHTS.get(device.type, 1 << 20) // max(columns, 1))
-    groups = parts[SCALE].shape[1]
+    scales = parts[SCALE] if whole is None else whole.scales
+    groups = scales.shape[1]
     found, by_scale = [], []
     for start in range(0, max(rows, 1), step):
         some = slice(start, start + step)
-        codes = unpack_codes(parts[PACKED][some].to(device), quant_format.bits, columns)
+        if whole is None:
+            codes = unpack_codes(parts[PACKED][some].to(device), quant_format.bits, columns)
+        else:
+            codes = whole.codes[some].to(device)
         shifts = None if zeros is None else zeros[some].to(device)
-        restored = dequantize(codes, parts[SCALE][some].to(device), shifts)
+        restored = dequantize(codes, scales[some].to(device), shifts)
         original = weight[some].to(device).float()
         # Products round to the scale's dtype in every loader: at 8 bits that rounding is part of the error.
         squares = torch.stack([(restored.float() - original).square_(), original.square()])
@@ -142,20 +155,27 @@ class PackedReader:
         if name in self._tables:
             parts = (self._reader.tensor(part, pinned) for part in (name, self._tables[name].scales[0]))
             return restored_table(*(part.to(self._device, non_blocking=pinned) for part in parts))
-        module = None if name in self.index.tensors else self._packed_module(name)
+        module = None if name in self.index.tensors and not is_codes(self.index, name) else self._packed_module(name)
         if module is None:
             return self._reader.tensor(name, pinned)
         weight = dequantize(*self.codes(module, pinned))
         return weight.t().contiguous() if module in self.transposed else weight
 
-    def codes(self, module: str, pinned: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Codes ``[out, in]`` int8, scales ``[out, groups]`` and zero points of a packed module, as `dequantize` takes.
+    def codes(self, module: str, pinned: bool = False) -> Quantized:
+        """Codes, scales, zero points and divisor of a packed module, as `dequantize` takes them.
 
         Raises:
             InputError: If the module is not packed, or shapes and the config group disagree.
         """
-        parts = self._parts(module, pinned)
         quant_format = module_format(self._config, module)
+        if quant_format.layout != PACK_QUANTIZED:
+            problem = stored_problem(module, quant_format, self.index)
+            if problem:
+                raise InputError(problem)
+            parts = packed_parts(self._reader, module, pinned)
+            stored = {suffix: part.to(self._device, non_blocking=True) for suffix, part in parts.items()}
+            return unpack_parts(stored, quant_format, weight_shape(self._reader, module, quant_format))
+        parts = self._parts(module, pinned)
         found = {suffix: tuple(part.shape) for suffix, part in parts.items()}
         problem = shape_problem(module, quant_format, found, self._shape(module))
         if problem:
@@ -164,7 +184,20 @@ class PackedReader:
 
     def _packed_module(self, name: str) -> str | None:
         module = name.removesuffix(".weight")
-        return module if module != name and f"{module}{PACKED}" in self.index.tensors else None
+        packed = f"{module}{PACKED}" in self.index.tensors or is_codes(self.index, name)
+        return module if module != name and packed else None
+
+    def activation_formats(self, modules: Iterable[str]) -> dict[str, ActivationFormat]:
+        """How engines round the inputs of packed modules, for those where they do.
+
+        Raises:
+            InputError: If the packed tensors and the config disagree.
+        """
+        if not any(group.get("input_activations") for group in self._config["config_groups"].values()):
+            return {}
+        packed = (module for module in modules if self._packed_module(f"{module}.weight"))
+        found = {module: module_format(self._config, module).activation_format for module in packed}
+        return {module: activations for module, activations in found.items() if activations is not None}
 
     def _parts(self, module: str, pinned: bool) -> dict[str, Tensor]:
         parts = packed_parts(self._reader, module, pinned)
@@ -178,22 +211,6 @@ class PackedReader:
         if len(shape) != 2:
             raise InputError(f"{module}.weight_shape does not hold two numbers; write it again")
         return int(shape[0]), int(shape[1])
-
-
-def packed_parts(reader: TensorReader, module: str, pinned: bool = False) -> dict[str, Tensor]:
-    """Packed codes, scales and, where there are any, packed zero points of a module, by suffix."""
-    names = {suffix: module + suffix for suffix in (PACKED, SCALE, ZERO_POINT)}
-    return {
-        suffix: reader.tensor(name, pinned) for suffix, name in names.items() if suffix != ZERO_POINT or name in reader
-    }
-
-
-def unpack_parts(
-    parts: Mapping[str, Tensor], quant_format: QuantFormat, shape: tuple[int, int]
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Codes, scales and zero points, as `dequantize` takes them, of parts without `shape_problem`."""
-    zeros = None if quant_format.symmetric else unpack_zeros(parts[ZERO_POINT], quant_format.bits, shape[0])
-    return unpack_codes(parts[PACKED], quant_format.bits, shape[1]), parts[SCALE], zeros
 
 
 def shape_problem(

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from hawqtool.formats import QuantFormat
+from hawqtool.formats.grids import WeightGrid
+from hawqtool.rounding.floats.elements import ELEMENTS
 
 MODULE_LIMIT, ROW_LIMIT = 2.5, 20.0
 """Squared error over the bound of nearest rounding, at most, of a module and a row."""
@@ -48,11 +50,23 @@ def half_step_bounds(weight: Tensor, quant_format: QuantFormat) -> Tensor:
     """
     rows, columns = weight.shape
     grouped = weight.float().reshape(rows, quant_format.num_groups(columns), -1)
+    if quant_format.floats is not None:
+        return _float_bounds(grouped, quant_format.floats)
     if quant_format.symmetric:
         extent = 2 * grouped.abs().amax(-1)
     else:
         extent = grouped.amax(-1).clamp_min(0) - grouped.amin(-1).clamp_max(0)
     return grouped.shape[-1] * (extent / (2**quant_format.bits - 1) / 2).square()
+
+
+def _float_bounds(grouped: Tensor, grid: WeightGrid) -> Tensor:
+    """`half_step_bounds` of floats, whose steps are largest at the largest code; powers of two may double it."""
+    element = ELEMENTS[grid.element]
+    peak = grouped.abs().amax(-1)
+    if grid.group_rows > 1:
+        peak = peak.view(-1, grid.group_rows, peak.shape[1]).amax(1).repeat_interleave(grid.group_rows, dim=0)
+    half_step = float(element.spacing(torch.tensor(element.largest))) / 2 * (2 if grid.scale == "e8m0" else 1)
+    return grouped.shape[-1] * (peak * half_step / element.largest).square()
 
 
 def error_bound_problems(module: str, error: Tensor, energy: Tensor, bound: Tensor) -> list[str]:

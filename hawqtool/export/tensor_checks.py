@@ -16,17 +16,20 @@ import torch
 from hawqtool.checkpoint.index import CheckpointIndex, TensorInfo
 from hawqtool.checkpoint.packing import pack_zeros, unpack_zeros
 from hawqtool.checkpoint.reader import TensorReader
-from hawqtool.export.config_checks import packed_modules
 from hawqtool.export.embedding_table import EmbeddingTable, stored_tables, table_tensors
-from hawqtool.export.packed_reader import (
-    PACKED,
-    SCALE,
-    ZERO_POINT,
-    packed_errors,
-    packed_parts,
-)
+from hawqtool.export.packed_reader import packed_errors
 from hawqtool.export.plausibility import error_bound_problems, gain_problems, half_step_bounds
-from hawqtool.formats import CHANNEL, QuantFormat
+from hawqtool.export.stored.weights import (
+    DIVISOR,
+    PARTS,
+    SCALE,
+    SHAPE,
+    ZERO_POINT,
+    packed_modules,
+    packed_parts,
+    weight_shape,
+)
+from hawqtool.formats import CHANNEL, QuantFormat, parse_label
 from hawqtool.records import LayerFormats
 
 _THREADS = 4
@@ -56,12 +59,38 @@ def scale_problems(reader: TensorReader, modules: Sequence[str]) -> list[str]:
     problems = []
     for module in modules:
         scales = reader.tensor(f"{module}{SCALE}")
+        # Exponents as bytes: 255 is no number, and 0 a scale.
+        scales = scales.float() if scales.dtype != torch.uint8 else torch.where(scales == 255, torch.nan, 1.0)
         bad = (~torch.isfinite(scales) | (scales == 0)).nonzero()
         if len(bad):
             row, group = bad[0].tolist()
             problems.append(
                 f"{module}.weight_scale has {float(scales[row, group])} at row {row}, group {group} "
                 f"({len(bad)} such); expected finite and non-zero; write it again"
+            )
+    return problems
+
+
+def divisor_problems(reader: TensorReader, formats: LayerFormats, units: Mapping[str, str]) -> list[str]:
+    """Divisors of E4M3 scales that are no positive numbers, or that differ inside a fused set.
+
+    Args:
+        reader: The packed folder.
+        formats: Formats of the consistent packed modules.
+        units: Fused set by module; a module that it does not name is alone.
+    """
+    problems, seen = list[str](), dict[str, tuple[str, float]]()
+    for module in formats:
+        if module + DIVISOR not in reader:
+            continue
+        divisor = float(reader.tensor(module + DIVISOR))
+        if not (math.isfinite(divisor) and divisor > 0):
+            problems.append(f"{module}{DIVISOR} is {divisor}; expected a positive number; write it again")
+        first, other = seen.setdefault(units.get(module, module), (module, divisor))
+        if divisor != other:
+            problems.append(
+                f"{module}{DIVISOR} is {divisor}, that of {first} {other}; expected equal ones: engines take one for "
+                "all that they fuse, and the others would be wrong; write it again"
             )
     return problems
 
@@ -73,7 +102,7 @@ def zero_point_problems(reader: TensorReader, formats: LayerFormats) -> list[str
         if quant_format.symmetric:
             continue
         stored = reader.tensor(f"{module}{ZERO_POINT}")
-        rows = int(reader.tensor(f"{module}.weight_shape")[0])
+        rows = int(reader.tensor(module + SHAPE)[0])
         if not torch.equal(pack_zeros(unpack_zeros(stored, quant_format.bits, rows), quant_format.bits), stored):
             problems.append(
                 f"{module}{ZERO_POINT} has bits set behind its {rows} zero points of {quant_format.bits} bits; "
@@ -115,12 +144,13 @@ def plan_problems(formats: LayerFormats, index: CheckpointIndex, plan: Mapping[s
         if name not in packed:
             problems.append(f"{name} is in reproduce/plan.json but not packed; expected it packed; write it again")
             continue
-        parts = (name + PACKED, name + SCALE, name + ZERO_POINT)
+        parts = [name + suffix for suffix in PARTS]
         stored = sum(index.tensors[part].num_bytes for part in parts if part in index.tensors)
         if stored != layer["bytes"]:
             problems.append(f"{name} takes {stored} bytes; reproduce/plan.json says {layer['bytes']}; write it again")
         group_size = CHANNEL if layer["group_size"] == "channel" else layer["group_size"]
-        wanted = QuantFormat(layer["bits"], group_size, layer["symmetric"])
+        plain = QuantFormat(layer["bits"], group_size, layer["symmetric"])
+        wanted = parse_label(layer["format"]) if "format" in layer else plain
         if name in formats and formats[name] != wanted:
             problems.append(f"{name} is {formats[name].label}; reproduce/plan.json says {wanted.label}; write it again")
     unplanned = sorted(packed - set(planned))
@@ -159,7 +189,7 @@ def copy_problems(reader: TensorReader, source: TensorReader, changed: Collectio
 
     copied = (n for n in source.index.tensors if not (n.endswith(".weight") and n.removesuffix(".weight") in packed))
     problems = _all_problems(check, copied)
-    parts = {f"{module}{suffix}" for module in packed for suffix in (PACKED, SCALE, ZERO_POINT, ".weight_shape")}
+    parts = {f"{module}{suffix}" for module in packed for suffix in (*PARTS, SHAPE)}
     parts |= {scale for table in tables.values() for scale in table.scales}
     known = parts | set(source.index.tensors)
     unknown = [name for name in index.tensors if name not in known]
@@ -217,12 +247,12 @@ def _error_problems(
 ) -> list[str]:
     """Those of one module."""
     name, quant_format = f"{module}.weight", formats[module]
-    rows, columns = (int(value) for value in reader.tensor(f"{module}.weight_shape"))
+    rows, columns = weight_shape(reader, module, quant_format)
     if name not in source:
         return [f"{module} is packed but {name} is not in the source; expected the same model"]
     found = list(source.info(name).shape)
     if found != ([columns, rows] if module in transposed else [rows, columns]):
-        return [f"{module}.weight_shape is {[rows, columns]}; the source's weight has {found}"]
+        return [f"{module}{SHAPE} is {[rows, columns]}; the source's weight has {found}"]
     stored = source.tensor(name).cpu()
     weight = stored.t() if module in transposed else stored
     found_errors = packed_errors(weight, packed_parts(reader, module), quant_format, device)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from hawqtool.checkpoint.fusion import unit_name
 from hawqtool.checkpoint.index import CheckpointIndex, ExpertStack, read_index
 from hawqtool.checkpoint.originals.declaration import without_quantization
 from hawqtool.checkpoint.originals.recognition import read_original
@@ -24,22 +25,24 @@ from hawqtool.export.config_checks import (
     ignore_problems,
     matching_problems,
     module_problems,
-    packed_modules,
     structure_problems,
     target_problems,
 )
 from hawqtool.export.embedding_table import table_modules
 from hawqtool.export.manifest import MANIFEST_FILE, REPORT_FILE, is_manifest, manifest_problems, source_file_problems
 from hawqtool.export.packed_reader import read_config
+from hawqtool.export.stored.weights import packed_modules
 from hawqtool.export.tensor_checks import (
     checksum_problems,
     copy_problems,
+    divisor_problems,
     error_problems,
     plan_problems,
     scale_problems,
     zero_point_problems,
 )
 from hawqtool.export.writer import UNTIED
+from hawqtool.formats import parse_label
 from hawqtool.model.rotation.fold import rotated_source
 from hawqtool.parsing import MAX_RECORD_BYTES, MAX_RECORD_VALUES, ParseError, load_json, shown
 from hawqtool.records import LayerFormats
@@ -96,7 +99,7 @@ def verify_folder(
             problems += manifest_problems(folder, index, manifest, hash_all=checksums is None)
         problems += _learned_problems(folder, (checksums or {}).get("changed", []))
     if not packed:
-        problems.append(f"{folder} has no packed module; expected *.weight_packed tensors; pass an output folder")
+        problems.append(f"{folder} has no packed module; expected weights with a weight_scale; pass an output folder")
 
     config: Any = model_config.get("quantization_config")
     matched = (*packed, *dense_matrices(index), *table_modules(index))
@@ -110,9 +113,9 @@ def verify_folder(
         formats, found = module_problems(config, index, reader)
         problems += found
         problems += ignore_problems(config, index, plan["other_linears"] if plan else ())
-    problems += fused_problems(formats, index, {layer["name"]: layer["unit"] for layer in layers if "unit" in layer})
-    problems += scale_problems(reader, tuple(formats))
-    problems += zero_point_problems(reader, formats)
+    units = {layer["name"]: layer["unit"] for layer in layers if "unit" in layer}
+    problems += fused_problems(formats, index, units)
+    problems += _part_problems(reader, formats, units)
     if checksums:
         problems += checksum_problems(reader, index, checksums["tensors"])
     if plan:
@@ -125,6 +128,13 @@ def verify_folder(
         problems += source_file_problems(folder, Path(against), index)
         problems += _weight_problems(reader, source, formats, layers, checksums or {}, device)
     return VerifyReport(tuple(problems), len(index.tensors), len(packed), index.total_bytes)
+
+
+def _part_problems(reader: TensorReader, formats: LayerFormats, units: dict[str, str]) -> list[str]:
+    """Of scales, divisors and zero points; fused sets are those of the plan, else of the names."""
+    sets = {name: unit_name(name, formats) for name in formats} | units
+    problems = scale_problems(reader, tuple(formats)) + divisor_problems(reader, formats, sets)
+    return problems + zero_point_problems(reader, formats)
 
 
 def _source_index(against: Path, plan: dict[str, Any] | None) -> CheckpointIndex:
@@ -258,9 +268,19 @@ def _is_plan(content: Any) -> bool:
         and isinstance(layer.get("bits"), int)
         and (isinstance(layer.get("group_size"), int) or layer.get("group_size") == "channel")
         and isinstance(layer.get("symmetric"), bool)
+        and _is_label(layer.get("format", "w4ch"))
         and isinstance(layer.get("bytes"), int)
         for layer in layers
     )
+
+
+def _is_label(text: Any) -> bool:
+    """Whether it is the label of a format."""
+    try:
+        parse_label(text)
+    except (TypeError, ValueError, AttributeError):
+        return False
+    return True
 
 
 def _are_stacks(content: Any) -> bool:

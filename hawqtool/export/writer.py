@@ -20,10 +20,10 @@ from hawqtool.checkpoint.companions import companion_files
 from hawqtool.checkpoint.dtypes import dtype_name
 from hawqtool.checkpoint.index import INDEX_FILE, CheckpointIndex, read_header
 from hawqtool.checkpoint.originals.declaration import without_quantization
-from hawqtool.checkpoint.packing import pack_codes, pack_zeros
 from hawqtool.checkpoint.reader import CHUNK_BYTES, TensorReader
 from hawqtool.errors import InputError, NumericalError, disk_errors
 from hawqtool.export.layout import Entry, Layout
+from hawqtool.export.stored.weights import packed_tensors
 from hawqtool.parsing import ParseError, load_json
 from hawqtool.records import RoundedLayer
 
@@ -203,19 +203,6 @@ def intact(reader: TensorReader, checksums: Mapping[str, str]) -> bool:
         name in reader and hashlib.sha256(reader.raw(name)).hexdigest() == expected
         for name, expected in checksums.items()
     )
-
-
-def packed_tensors(layer: RoundedLayer) -> dict[str, Tensor]:
-    """The stored tensors of a rounded layer by name, on its device but for the shape."""
-    bits = layer.quant_format.bits
-    tensors = {
-        f"{layer.name}.weight_packed": pack_codes(layer.codes, bits),
-        f"{layer.name}.weight_scale": layer.scales,
-        f"{layer.name}.weight_shape": torch.tensor(layer.codes.shape, dtype=torch.int64),
-    }
-    if layer.zeros is not None:
-        tensors[f"{layer.name}.weight_zero_point"] = pack_zeros(layer.zeros, bits)
-    return tensors
 
 
 def copy_small_files(source: Path, target: Path) -> tuple[str, ...]:

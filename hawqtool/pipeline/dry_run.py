@@ -115,8 +115,7 @@ def describe(job: Job) -> DryRun:
     lowest, highest = achievable(job.units, menu, job.pins)
     expected = plan.stored_bytes if plan else highest if budget is None else min(budget, highest)
     symmetric = plan.symmetric if plan else config.symmetric
-    limit = budget if budget is not None else expected
-    uniform = best_uniform(job.units, limit, symmetric, config.group_sizes)
+    uniform = best_uniform(job.units, expected if budget is None else budget, symmetric, config.group_sizes)
     length = rows_name(job.row_format.kind, job.settings.seq_len)
     return {
         "model": job.source.spec,
@@ -139,6 +138,7 @@ def describe(job: Job) -> DryRun:
         "expected_is_exact": plan is not None,
         "best_uniform": uniform.label if uniform else None,
         "uniform_bits": config.uniform_width,
+        "uniform_format": config.uniform_format.label if config.uniform_format else None,
         "device": str(job.device),
         "calibration": f"{job.settings.num_samples} {length}" if config.reads_rows else "no data",
         "evaluation": _evaluation(job, length),

@@ -9,8 +9,9 @@ import torch
 from hawqtool.config import RunConfig
 from hawqtool.errors import InputError
 from hawqtool.evaluation.divergence import as_record
-from hawqtool.export.config_checks import matching_problems, packed_modules, structure_problems
+from hawqtool.export.config_checks import matching_problems, structure_problems
 from hawqtool.export.packed_reader import PackedReader, read_config
+from hawqtool.export.stored.weights import packed_modules
 from hawqtool.export.verify import origin_problems, rotation_seed
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.job import prepare

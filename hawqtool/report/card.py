@@ -123,6 +123,8 @@ def _formats(report: Report) -> list[str]:
 
 
 def _format(entry: PlanEntry) -> str:
+    if "format" in entry:
+        return f"`{entry['format']}`"
     size = entry["group_size"]
     return f"{entry['bits']} bit, " + ("one scale per row" if size == "channel" else f"groups of {size}")
 
@@ -138,7 +140,7 @@ def _method(report: Report) -> str:
         f"rounding: {code(config['rounding'])}, {how}",
         f"bits: {_choice(report)}",
         f"calibration: {given}",
-        "grid: symmetric integers, compressed-tensors format `pack-quantized`",
+        f"grid: {_grid(report)}",
     ]
     if config.get("embedding_bits") == 8:
         lines.append("embedding: 8 bits, with a scale for every row; a head that is tied to it shares the codes")
@@ -152,6 +154,12 @@ def _method(report: Report) -> str:
     if report.get("distillation"):
         lines.append(_distillation(report))
     return "## Method\n\n" + "\n".join(f"- {line}" for line in lines)
+
+
+def _grid(report: Report) -> str:
+    special = sorted({entry["format"] for entry in report["plan"] if "format" in entry})
+    plain = "symmetric integers, compressed-tensors format `pack-quantized`"
+    return plain if not special else f"{', '.join(map(code, special))} of compressed-tensors; all else {plain}"
 
 
 def _refinement(report: Report) -> str:

@@ -195,6 +195,7 @@ class DryRun(TypedDict):
     best_uniform: Annotated[str | None, "Best uniform plan within the budget."]
     device: Annotated[str, "Device that would compute."]
     uniform_bits: Annotated[int | None, "The one width that was asked for, where there is no other target."]
+    uniform_format: Annotated[str | None, "The one format that was asked for, where there is no target."]
     calibration: Annotated[str, "Rows in words."]
     evaluation: Annotated[str, "Rows that the result is judged on, in words."]
     rounding: Annotated[str, "Rounding in words."]

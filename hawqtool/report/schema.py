@@ -29,6 +29,7 @@ class PlanEntry(TypedDict):
     group_size: Annotated[int | str, "Weights that share a scale; `channel` for a whole row."]
     symmetric: Annotated[bool, "Whether there are no zero points."]
     bytes: Annotated[int, "Stored bytes."]
+    format: NotRequired[Annotated[str, "Label of a format of floats, or with rounded inputs."]]
     module: NotRequired[Annotated[str, "Name that engines know it by, where it differs; plan.json only."]]
     transposed: NotRequired[Annotated[Literal[True], "Set where the original stores it transposed; plan.json only."]]
 

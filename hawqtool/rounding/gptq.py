@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import repeat
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hawqtool.rounding.factor import Factor
+from hawqtool.rounding.floats.elements import CODE_DTYPE, Element
 from hawqtool.rounding.kernels.column_block import ColumnBlock
 from hawqtool.rounding.kernels.dispatch import column_loop
 
@@ -35,12 +37,14 @@ class RowGrids(NamedTuple):
         lowest: ``[rows]`` float32, smallest code of each row.
         highest: ``[rows]`` float32, largest code of each row.
         zeros: ``[rows, groups]`` float32, the zero point of each group, an integer; None for symmetric grids.
+        element: Values of codes that are floats; None for integers.
     """
 
     scales: Tensor
     lowest: Tensor
     highest: Tensor
     zeros: Tensor | None = None
+    element: Element | None = None
 
 
 def round_compensated(
@@ -75,16 +79,18 @@ def round_compensated(
         paper_form: Whether FOEM is the paper's; blocks then have 128 columns.
 
     Returns:
-        Codes, ``[rows, in]`` int8, in natural column order.
+        Codes, ``[rows, in]`` int8, or float8_e4m3fn where they are floats, in natural column order.
     """
     # Columns in visiting order, each a contiguous row: the loop goes through them one by one.
     target = _transposed(weight).index_select(0, factor.order)
     scales, zeros = _visited(grids.scales, factor), None if grids.zeros is None else _visited(grids.zeros, factor)
-    fused = column_loop(weight.device) if weight.dtype == torch.float32 else None
+    element = grids.element
+    fused = column_loop(weight.device) if weight.dtype == torch.float32 and element is None else None
     size, round_block = (BLOCK_SIZE, _round_block) if fused is None else (fused.BLOCK_COLUMNS, fused.round_block)
+    round_block = round_block if element is None else partial(_round_float_block, element)
     size = PAPER_BLOCK if paper_form else block_size or size
     feedback = torch.zeros_like(target)
-    codes = torch.empty_like(target, dtype=torch.int8)
+    codes = torch.empty_like(target, dtype=torch.int8 if element is None else CODE_DTYPE)
     errors = torch.empty_like(target[:size]) if column_errors is None else column_errors
     columns = target, feedback, scales, zeros, codes, errors
     for (w, fed, scale, zero, code, error), (upper, later) in _blocks(
@@ -214,3 +220,16 @@ def _round_block(block: ColumnBlock, beta: float) -> None:
             torch.add(weight, moved, alpha=keep_squared, out=error).addcmul_(level, scale, value=-1.0).div_(pivot)
             feedback[j:].addr_(upper[j - 1, j:], error, alpha=-1.0)
     codes.copy_(levels if zeros is None else levels.add_(zeros))
+
+
+def _round_float_block(element: Element, block: ColumnBlock, beta: float) -> None:
+    """One block of columns whose codes are floats: the nearest value of the codebook, whatever its distance."""
+    target, feedback, scales, _, upper, _, _, codes, errors = block
+    keep, keep_squared = 1.0 - beta, (1.0 - beta) ** 2
+    columns = zip(target, feedback, scales, codes, errors, upper.diagonal().tolist(), strict=False)
+    with _threads_for(target):
+        for j, (weight, moved, scale, code, error, pivot) in enumerate(columns, 1):
+            level = element.nearest_(torch.add(weight, moved, alpha=keep).div_(scale))
+            torch.add(weight, moved, alpha=keep_squared, out=error).addcmul_(level, scale, value=-1.0).div_(pivot)
+            feedback[j:].addr_(upper[j - 1, j:], error, alpha=-1.0)
+            code.copy_(level)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from hawqtool.formats import QuantFormat
+from hawqtool.rounding.floats.elements import CODE_DTYPE, ELEMENTS
+from hawqtool.rounding.floats.scale_search import search_float_scales
 from hawqtool.rounding.kernels.dispatch import scale_search
 
 COARSE_STEPS = 20
@@ -31,14 +33,16 @@ class Quantized(NamedTuple):
     """A rounded weight: ``dequantize(*quantized)`` is its value.
 
     Args:
-        codes: ``[out, in]`` int8.
-        scales: ``[out, groups]`` in the stored dtype.
+        codes: ``[out, in]`` int8; on a grid of floats float8_e4m3fn, each code being its own value.
+        scales: ``[out, groups]`` in the stored dtype, as they multiply codes.
         zeros: ``[out, groups]`` int8; None on a symmetric grid.
+        divisor: What E4M3 scales are stored times of; None where scales are stored otherwise.
     """
 
     codes: Tensor
     scales: Tensor
     zeros: Tensor | None
+    divisor: float | None = None
 
 
 def search_grid(
@@ -47,12 +51,18 @@ def search_grid(
     quant_format: QuantFormat,
     stored_dtype: torch.dtype,
     both_signs: bool,
+    divisor: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Scales and zero points of a format, ``[out, groups]`` each; zero points are None on a symmetric grid.
 
-    Arguments are those of `search_scales`; asymmetric grids have positive scales, since a zero point of
-    ``-1 - zero`` gives every grid that a negative scale could.
+    Arguments are those of `search_scales`, and the divisor of E4M3 scales; asymmetric grids have positive scales, since
+    a zero point of ``-1 - zero`` gives every grid that a negative scale could. So have grids of floats, which are
+    symmetric, and layers whose inputs are rounded.
     """
+    if quant_format.floats is not None:
+        return search_float_scales(weight, column_weights, quant_format, stored_dtype, divisor), None
+    if quant_format.activations:
+        both_signs = False  # kernels of such layers have not been seen with negative ones
     if quant_format.symmetric:
         return search_scales(weight, column_weights, quant_format, stored_dtype, both_signs), None
     return search_zeros(weight, column_weights, quant_format, stored_dtype)
@@ -262,24 +272,28 @@ def expand_scales(scales: Tensor, columns: int) -> Tensor:
 
 
 def nearest_codes(weight: Tensor, scales: Tensor, quant_format: QuantFormat, zeros: Tensor | None = None) -> Tensor:
-    """Plain rounding: ``clamp(round(w / s) + z)`` as ``[out, in]`` int8 (half to even)."""
-    return clamped_codes(torch.round(weight / expand_scales(scales, weight.shape[1])), quant_format, zeros)
+    """Plain rounding: ``clamp(round(w / s) + z)`` as ``[out, in]`` int8, or the nearest floats (half to even)."""
+    return codes_of_steps(weight / expand_scales(scales, weight.shape[1]), quant_format, zeros)
 
 
-def clamped_codes(levels: Tensor, quant_format: QuantFormat, zeros: Tensor | None = None) -> Tensor:
-    """``clamp(levels + z)`` as ``[out, in]`` int8; the levels, integers in float32, are used up."""
+def codes_of_steps(in_steps: Tensor, quant_format: QuantFormat, zeros: Tensor | None = None) -> Tensor:
+    """Codes, as of `nearest_codes`, of weights over their scales, which are used up."""
+    if quant_format.floats is not None:
+        return ELEMENTS[quant_format.floats.element].nearest_(in_steps).to(CODE_DTYPE)
+    levels = in_steps.round_()
     if zeros is not None:
         levels += expand_scales(zeros, levels.shape[1])
     return levels.clamp_(quant_format.min_code, quant_format.max_code).to(torch.int8)
 
 
-def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
+def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor | None = None, divisor: float | None = None) -> Tensor:
     """Weights as loaders compute them: code, less its zero point if there is one, times scale, in the scale's dtype.
 
     Args:
-        codes: ``[out, in]`` int8.
+        codes: ``[out, in]`` int8 or float8_e4m3fn.
         scales: ``[out, groups]`` in the stored dtype; in float32 for the values of the grid as rounding sees them.
         zeros: ``[out, groups]`` int8; None on a symmetric grid.
+        divisor: Of no effect: scales have been divided by it.
 
     Returns:
         ``[out, in]`` in the scale's dtype.
@@ -304,7 +318,7 @@ def refit_scales(rounded: Quantized, target: Tensor, gram: Tensor) -> Quantized:
         target: ``[out, in]`` float32, what the rounded weights approximate.
         gram: ``[in, in]`` float32, H, damped.
     """
-    codes, scales, zeros = rounded
+    codes, scales, zeros, divisor = rounded
     groups = scales.shape[1]
     width = codes.shape[1] // groups
     error = dequantize(*rounded).float() - target
@@ -325,4 +339,4 @@ def refit_scales(rounded: Quantized, target: Tensor, gram: Tensor) -> Quantized:
         better = (gain < 0) & torch.isfinite(scale) & (scale.sign() == old.sign())
         found[:, group] = torch.where(better, scale, old)
         error[:, part] += torch.where(better.unsqueeze(1), change, 0.0)
-    return Quantized(codes, found, zeros)
+    return Quantized(codes, found, zeros, divisor)

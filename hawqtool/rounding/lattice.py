@@ -20,10 +20,10 @@ def on_grid(weight: Tensor, quant_format: QuantFormat, stored_dtype: torch.dtype
 
     Args:
         weight: ``[out, in]`` float32, exact in the stored dtype.
-        quant_format: Width and group size; grids with zero points are not looked for.
+        quant_format: Width and group size; grids of floats, or with zero points, are not looked for.
         stored_dtype: dtype of the scales and of the weight as it is stored.
     """
-    if not quant_format.symmetric or not len(weight):
+    if not quant_format.symmetric or quant_format.grid or not len(weight):
         return None
     # Of nearly all weights one row shows that they do not lie on a grid.
     if _search(weight[:1], quant_format, stored_dtype) is None:

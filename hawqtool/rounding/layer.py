@@ -14,8 +14,9 @@ from hawqtool.errors import NumericalError
 from hawqtool.formats import QuantFormat
 from hawqtool.records import LayerMetrics, OutputMoments, RoundedLayer
 from hawqtool.rounding.factor import Factor, factorize
+from hawqtool.rounding.floats.elements import ELEMENTS
 from hawqtool.rounding.gram import quadratic_form
-from hawqtool.rounding.grid import Quantized, clamped_codes, dequantize, expand_scales, nearest_codes, search_grid
+from hawqtool.rounding.grid import Quantized, codes_of_steps, dequantize, expand_scales, nearest_codes, search_grid
 from hawqtool.rounding.input_drift import best_shift, full_shift
 from hawqtool.rounding.kernels.dispatch import kernel_for
 from hawqtool.rounding.method import BETAS, LayerSettings, RoundingMethod, Task
@@ -166,7 +167,7 @@ def _round_with(
     problem = prepare(tasks, factor, method, statistics, settings, recorder, searched=rows is None)
     if method.name == "rtn":
         return [
-            t.given or Quantized(nearest_codes(t.weight, scales, t.quant_format, zeros), scales, zeros)
+            t.given or Quantized(nearest_codes(t.weight, scales, t.quant_format, zeros), scales, zeros, t.divisor)
             for t, (scales, zeros) in zip(tasks, problem.grids, strict=True)
         ]
     betas = [s.beta for s in settings]
@@ -200,6 +201,7 @@ def round_layers(
         NumericalError: If a result is not finite; names the layer.
     """
     start, gram = time.perf_counter(), statistics.gram
+    moments = None if any(_shares_rows(task.quant_format) for task in tasks) else moments
     with recorder.stage("factor"):
         rows = None if moments is None else row_feedback(moments, gram.device)
     settings = choose_settings(tasks, factor, method, statistics, recorder, moments)
@@ -234,8 +236,13 @@ def round_layers(
             copied=task.given is not None,
         )
         metrics = _with_feedback(metrics, moments, rows)
-        layers.append(RoundedLayer(task.name, task.quant_format, result.codes, result.scales, metrics, result.zeros))
+        layers.append(RoundedLayer(task.name, task.quant_format, metrics=metrics, **result._asdict()))
     return layers
+
+
+def _shares_rows(fmt: QuantFormat) -> bool:
+    """Whether rows share a scale, so that they cannot be rounded in an order of their own."""
+    return fmt.floats is not None and fmt.floats.group_rows > 1
 
 
 def _with_feedback(metrics: LayerMetrics, moments: OutputMoments | None, rows: RowFeedback | None) -> LayerMetrics:
@@ -264,8 +271,8 @@ def round_without_inputs(tasks: Sequence[Task], method: RoundingMethod) -> list[
     for task in tasks:
         start, weight, fmt = time.perf_counter(), task.weight, task.quant_format
         alike = weight.new_ones(weight.shape[1])
-        scales, zeros = search_grid(weight, alike, fmt, task.stored_dtype, method.both_signs)
-        result = task.given or Quantized(nearest_codes(weight, scales, fmt, zeros), scales, zeros)
+        scales, zeros = search_grid(weight, alike, fmt, task.stored_dtype, method.both_signs, task.divisor)
+        result = task.given or Quantized(nearest_codes(weight, scales, fmt, zeros), scales, zeros, task.divisor)
         metrics = LayerMetrics(
             output_error=None,
             rtn_error=None,
@@ -279,7 +286,7 @@ def round_without_inputs(tasks: Sequence[Task], method: RoundingMethod) -> list[
             seconds=time.perf_counter() - start,
             copied=task.given is not None,
         )
-        unmeasured = RoundedLayer(task.name, fmt, result.codes, result.scales, metrics, result.zeros)
+        unmeasured = RoundedLayer(task.name, fmt, metrics=metrics, **result._asdict())
         layer = with_codes(unmeasured, result, weight)
         if not math.isfinite(layer.metrics.weight_error):
             raise _not_finite(task.name)
@@ -292,8 +299,8 @@ def _not_finite(name: str) -> NumericalError:
 
 
 def quantized(layer: RoundedLayer) -> Quantized:
-    """Codes, scales and zero points of a layer."""
-    return Quantized(layer.codes, layer.scales, layer.zeros)
+    """Codes, scales, zero points and divisor of a layer."""
+    return Quantized(layer.codes, layer.scales, layer.zeros, layer.divisor)
 
 
 def with_codes(layer: RoundedLayer, result: Quantized, weight: Tensor) -> RoundedLayer:
@@ -310,12 +317,14 @@ def with_codes(layer: RoundedLayer, result: Quantized, weight: Tensor) -> Rounde
     clipped = _beyond(in_steps, result, layer.quant_format)
     values = torch.stack([error, clipped]).tolist()
     metrics = replace(layer.metrics, weight_error=values[0], clip_rate=values[1])
-    return replace(layer, codes=result.codes, scales=result.scales, zeros=result.zeros, metrics=metrics)
+    return replace(layer, metrics=metrics, **result._asdict())
 
 
 def _beyond(in_steps: Tensor, result: Quantized, fmt: QuantFormat) -> Tensor:
     """Share of the weights, given in steps of their grid, that lie more than half a step outside: ``[]`` float32."""
     levels = result.codes.float()  # comparing int8 takes four times as long on a CPU
+    if fmt.floats is not None:
+        return torch.count_nonzero(ELEMENTS[fmt.floats.element].beyond(levels, in_steps)) / in_steps.numel()
     at_bound = (levels == fmt.min_code) | (levels == fmt.max_code)
     if result.zeros is not None:
         levels -= expand_scales(result.zeros, in_steps.shape[1])
@@ -326,13 +335,17 @@ def _beyond(in_steps: Tensor, result: Quantized, fmt: QuantFormat) -> Tensor:
 def _losses(task: Task, result: Quantized, gram: Tensor, factor: Factor) -> Tensor:
     """Output, plain rounding's, predicted and weight error, and clip rate: ``[5]`` float32 on the device."""
     weight, fmt = task.weight, task.quant_format
-    _, scales, zeros = result
+    scales, zeros = result.scales, result.zeros
     error = dequantize(*result).float().sub_(weight)
     in_steps = weight / expand_scales(scales, weight.shape[1])
     clipped = _beyond(in_steps, result, fmt)
-    plain = dequantize(clamped_codes(in_steps.round_(), fmt, zeros), scales, zeros).float().sub_(weight)
+    plain = dequantize(codes_of_steps(in_steps, fmt, zeros), scales, zeros).float().sub_(weight)
     power = quadratic_form(weight, gram, coarse=True).clamp_min(1e-30)
-    steps = expand_scales(scales.float().square().sum(0, keepdim=True), weight.shape[1])[0]
+    if fmt.floats is None:
+        steps = expand_scales(scales.float().square().sum(0, keepdim=True), weight.shape[1])[0]
+    else:
+        spacing = ELEMENTS[fmt.floats.element].spacing(result.codes.float().abs())
+        steps = spacing.mul_(expand_scales(scales, weight.shape[1])).square_().sum(0)
     expected = (factor.pivots.square() * steps[factor.order]).sum() / 12
     return torch.stack(
         [

@@ -86,6 +86,7 @@ class Task:
         quant_format: Format.
         stored_dtype: dtype of the stored scales.
         given: Codes and scales that give the weight to the bit, which are taken as they are; None where it is rounded.
+        divisor: That of E4M3 scales; None where scales are stored otherwise.
     """
 
     name: str
@@ -93,6 +94,7 @@ class Task:
     quant_format: QuantFormat
     stored_dtype: torch.dtype
     given: Quantized | None = None
+    divisor: float | None = None
 
 
 @dataclass(frozen=True)

@@ -158,4 +158,5 @@ def _joined(results: list[Quantized], places: Tensor) -> Quantized:
         torch.cat(parts).index_select(0, places) for parts in ([r[0] for r in results], [r[1] for r in results])
     )
     zeros = [result.zeros for result in results if result.zeros is not None]
-    return Quantized(codes, scales, torch.cat(zeros).index_select(0, places) if zeros else None)
+    joined = torch.cat(zeros).index_select(0, places) if zeros else None
+    return Quantized(codes, scales, joined, results[0].divisor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -14,6 +14,7 @@ from hawqtool.formats import QuantFormat
 from hawqtool.model.block import LoadedBlock
 from hawqtool.records import LinearSpec, Menu, OutputMoments, UnitFormats
 from hawqtool.rounding.factor import Factor, factorize
+from hawqtool.rounding.floats.scale_search import common_divisor
 from hawqtool.rounding.grid import Quantized, dequantize
 from hawqtool.rounding.lattice import on_grid
 from hawqtool.rounding.layer import round_group
@@ -76,6 +77,7 @@ class RoundingSpec:
             output head.
         output_moments: Of the linears that are rounded with output feedback when a plan is carried out; roundings that
             are scored or tried go without.
+        divisors: Of E4M3 scales, by unit; of units that are not named, from the weights of the block.
     """
 
     method: RoundingMethod
@@ -83,6 +85,7 @@ class RoundingSpec:
     stored_dtypes: Mapping[str, torch.dtype]
     refiner: Refiner | None = None
     output_moments: Mapping[str, OutputMoments] = field(default_factory=dict)
+    divisors: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of_plan(
@@ -99,7 +102,17 @@ class RoundingSpec:
         """The linears of an input group to be rounded, once for each of their formats."""
         wanted = [linear for linear in group if self.formats_of(linear)]
         weights = {linear.name: block.weight(linear) for linear in wanted}
-        return [self._task(linear, weights[linear.name], fmt) for linear in wanted for fmt in self.formats_of(linear)]
+        divided = {linear.unit for linear in wanted if any(map(_has_divisor, self.formats_of(linear)))}
+        divisors = {unit: self.divisors.get(unit) or unit_divisor(block, unit) for unit in divided}
+        tasks = [self._task(linear, weights[linear.name], fmt) for linear in wanted for fmt in self.formats_of(linear)]
+        units = [linear.unit for linear in wanted for _ in self.formats_of(linear)]
+        pairs = zip(tasks, units, strict=True)
+        return [replace(t, divisor=divisors[unit]) if _has_divisor(t.quant_format) else t for t, unit in pairs]
+
+    def on_block(self, block: LoadedBlock) -> RoundingSpec:
+        """The same with what depends on all original weights of a fused set, which are about to be replaced."""
+        wanted = (linear.unit for linear in block.spec.linears if any(map(_has_divisor, self.formats_of(linear))))
+        return replace(self, divisors={unit: unit_divisor(block, unit) for unit in dict.fromkeys(wanted)})
 
     def _task(self, linear: LinearSpec, weight: Tensor, fmt: QuantFormat) -> Task:
         """One of them; experts of quantized originals that lie on the grid of the format stay what they are."""
@@ -146,6 +159,16 @@ class RoundingSpec:
         for group, statistics in groups:
             found |= self.roundings(block, group, statistics)
         return _as_errors(found if self.refiner is None else self.refiner(block, hidden, found))
+
+
+def unit_divisor(block: LoadedBlock, unit: str) -> float:
+    """Divisor of the E4M3 scales of a unit, from its weights in a block (see `common_divisor`)."""
+    return common_divisor([block.weight(linear) for linear in block.spec.linears if linear.unit == unit])
+
+
+def _has_divisor(fmt: QuantFormat) -> bool:
+    """Whether scales of a format are stored over one divisor of the tensor."""
+    return fmt.floats is not None and fmt.floats.scale == "e4m3"
 
 
 def _parts(tasks: Sequence[Task]) -> list[list[Task]]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hawqtool.rounding.factor import Factor
+from hawqtool.rounding.floats.elements import ELEMENTS
 from hawqtool.rounding.gptq import RowGrids, round_compensated, row_losses, targets_at_turn
 from hawqtool.rounding.grid import Quantized, dequantize, expand_scales, refit_scales, search_grid
 from hawqtool.rounding.input_drift import full_shift, gptaq_problem
@@ -78,7 +79,8 @@ def prepare(
 
     def search(task: Task, target: Tensor) -> Grid:
         with recorder.stage("scale search"):
-            return search_grid(target, costs, task.quant_format, task.stored_dtype, method.both_signs)
+            grid = task.quant_format, task.stored_dtype, method.both_signs, task.divisor
+            return search_grid(target, costs, *grid)
 
     grids = [search(task, target) for task, target in zip(tasks, targets, strict=True)] if searched else []
     passes, paper_form = method.passes if fits else 1, method.paper_form
@@ -110,14 +112,14 @@ def _searched_again(
     """
     heights = [len(task.weight) for task in tasks]
     best = latest = first
-    least = _row_losses(problem, targets, first, beta, column_errors)
+    least = _row_losses(problem, tasks, targets, first, beta, column_errors)
     for _ in range(problem.passes - 1):
         with problem.recorder.stage("column loop"):
             rounded = _loop_values(latest)
             met = targets_at_turn(targets, rounded, column_errors, problem.factor, beta)
         grids = [problem.search(task, target) for task, target in zip(tasks, met.split(heights), strict=True)]
         latest = _looped(problem, tasks, targets, grids, beta, column_errors)
-        losses = _row_losses(problem, targets, latest, beta, column_errors)
+        losses = _row_losses(problem, tasks, targets, latest, beta, column_errors)
         better = (losses < least).split(heights)
         best = [_merged(rows, new, old) for rows, new, old in zip(better, latest, best, strict=True)]
         least = torch.minimum(losses, least)
@@ -132,23 +134,58 @@ def _looped(
     beta: float,
     column_errors: Tensor | None,
 ) -> list[Quantized]:
-    """The column loop over stacked tasks; writes its errors where there is room for them."""
+    """The column loop over stacked tasks, one kind of codes after the other; writes its errors where there is room."""
+    kinds = [None if task.quant_format.floats is None else task.quant_format.floats.element for task in tasks]
+    if len(set(kinds)) == 1:
+        return _looped_alike(problem, tasks, targets, grids, beta, column_errors)
+    heights = [len(task.weight) for task in tasks]
+    parts, errors = targets.split(heights), None if column_errors is None else column_errors.split(heights, 1)
+    found: dict[int, Quantized] = {}
+    for kind in dict.fromkeys(kinds):
+        alike = [index for index, value in enumerate(kinds) if value == kind]
+        own = None if errors is None else torch.cat([errors[i] for i in alike], 1)
+        stacked = torch.cat([parts[i] for i in alike])
+        rounded = _looped_alike(problem, [tasks[i] for i in alike], stacked, [grids[i] for i in alike], beta, own)
+        found |= dict(zip(alike, rounded, strict=True))
+        if own is not None and errors is not None:
+            for index, part in zip(alike, own.split([heights[i] for i in alike], 1), strict=True):
+                errors[index].copy_(part)
+    return [found[index] for index in range(len(tasks))]
+
+
+def _looped_alike(
+    problem: Problem,
+    tasks: Sequence[Task],
+    targets: Tensor,
+    grids: Sequence[Grid],
+    beta: float,
+    column_errors: Tensor | None,
+) -> list[Quantized]:
+    """The column loop over stacked tasks with one kind of codes, integers or an element of floats."""
     heights, groups = [len(task.weight) for task in tasks], max(scales.shape[1] for scales, _ in grids)
+    floats = tasks[0].quant_format.floats
     with problem.recorder.stage("column loop"):
         stacked = RowGrids(
             torch.cat([expand_scales(scales, groups) for scales, _ in grids]),
             _per_row([t.quant_format.min_code for t in tasks], heights, targets),
             _per_row([t.quant_format.max_code for t in tasks], heights, targets),
             _stacked_zeros(grids, groups),
+            None if floats is None else ELEMENTS[floats.element],
         )
         codes = round_compensated(
             targets, stacked, problem.factor, beta, column_errors=column_errors, paper_form=problem.paper_form
         )
-    return [Quantized(part, *grid) for part, grid in zip(codes.split(heights), grids, strict=True)]
+    results = zip(tasks, codes.split(heights), grids, strict=True)
+    return [Quantized(part, *grid, task.divisor) for task, part, grid in results]
 
 
 def _row_losses(
-    problem: Problem, targets: Tensor, results: Sequence[Quantized], beta: float, column_errors: Tensor
+    problem: Problem,
+    tasks: Sequence[Task],
+    targets: Tensor,
+    results: Sequence[Quantized],
+    beta: float,
+    column_errors: Tensor,
 ) -> Tensor:
     """Every row's damped loss, ``[rows]``; GPTAQ's is that of the columns at their turn, for its other feedback.
 
@@ -156,20 +193,32 @@ def _row_losses(
     """
     with problem.recorder.stage("column loop"):
         if beta == 0:
-            return column_errors.square().sum(0)
-        return row_losses(targets, _loop_values(results), problem.factor)
+            losses = column_errors.square().sum(0)
+        else:
+            losses = row_losses(targets, _loop_values(results), problem.factor)
+    return _shared_losses(tasks, losses)
+
+
+def _shared_losses(tasks: Sequence[Task], losses: Tensor) -> Tensor:
+    """Losses of rows; those of rows that share a scale, which are kept or replaced together, are their sum."""
+    shared = [1 if t.quant_format.floats is None else t.quant_format.floats.group_rows for t in tasks]
+    if max(shared) == 1:
+        return losses
+    parts = zip(losses.split([len(t.weight) for t in tasks]), shared, strict=True)
+    return torch.cat([part.view(-1, rows).sum(1).repeat_interleave(rows) for part, rows in parts])
 
 
 def _loop_values(results: Sequence[Quantized]) -> Tensor:
     """Values of the grids as the column loop sees them, ``[rows, in]`` float32: not rounded to the stored dtype."""
-    return torch.cat([dequantize(codes, scales.float(), zeros) for codes, scales, zeros in results])
+    return torch.cat([dequantize(codes, scales.float(), zeros) for codes, scales, zeros, _ in results])
 
 
 def _merged(rows: Tensor, new: Quantized, old: Quantized) -> Quantized:
     """The rows that are marked from one result, the others from another."""
     rows = rows[:, None]
     zeros = None if new.zeros is None or old.zeros is None else torch.where(rows, new.zeros, old.zeros)
-    return Quantized(torch.where(rows, new.codes, old.codes), torch.where(rows, new.scales, old.scales), zeros)
+    codes, scales = torch.where(rows, new.codes, old.codes), torch.where(rows, new.scales, old.scales)
+    return Quantized(codes, scales, zeros, old.divisor)
 
 
 def refit(problem: Problem, results: Sequence[Quantized], gram: Tensor) -> list[Quantized]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_serializer, field_validator
@@ -181,3 +182,31 @@ class CheckedFields(Fields):
         if value is not None:
             parse_size(value)
         return value
+
+
+_INTEGERS_ALONE = ("refine_steps", "distill_steps", "gram_steps", "sensitivity_steps", "scale_refit", "swaps")
+"""Settings that know of integer codes, one step apart, and of inputs as they are."""
+
+
+def check_special_formats(config: CheckedFields, labels: Sequence[str]) -> None:
+    """Check that nothing is asked for that is not known to work on grids of floats and on layers with rounded inputs.
+
+    Args:
+        config: The configuration.
+        labels: Such formats of its menu.
+
+    Raises:
+        ValueError: If something is.
+    """
+    if not labels:
+        return
+    label = labels[0]
+    if config.profile == "portable":
+        raise ValueError(f"profile portable is for integers of 4 and 8 bits, found {label} in formats; drop one")
+    if config.embedding_bits == 8 and "w8ch-a8i" in labels:
+        raise ValueError("embedding_bits 8 is stored as w8ch-a8i is, and loaders must tell them apart; drop one")
+    for name in _INTEGERS_ALONE:
+        if getattr(config, name):
+            raise ValueError(
+                f"{name} works on integer grids without rounded inputs, found {label}; drop one of the two"
+            )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableSequence, Sequence
+from collections.abc import Iterable, Iterator, MutableSequence, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,3 +88,8 @@ def check_extremes(limits: Sequence[Tensor], what: str) -> None:
             f"{what} holds NaN or Inf, expected finite values: the checkpoint is damaged, or {limits[0].dtype} is too "
             "narrow for it; check the original model's own output"
         )
+
+
+def each_row(batches: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Hidden states row by row, one batch in memory at a time."""
+    return (state for part in batches for state in part)

@@ -18,6 +18,7 @@ from hawqtool.records import BlockSpec, LinearSpec, TokenImportance
 from hawqtool.rounding.statistics import GroupStatistics, is_held_out, second_moments
 from hawqtool.streaming.block import Activations, advance, check_extremes, extremes
 from hawqtool.streaming.dealt import Groups
+from hawqtool.streaming.rounded_inputs import exact_inputs
 
 
 class _StageReached(Exception):
@@ -95,7 +96,8 @@ def _original_inputs(block: LoadedBlock, activations: Activations) -> dict[str, 
 def _advance_original(block: LoadedBlock | None, activations: Activations) -> None:
     """Replace the original's hidden states, where there are any, by the output of the block with its own weights."""
     if block is not None and activations.original is not None:
-        advance(block, Activations(activations.original, activations.calls, recorder=activations.recorder))
+        with exact_inputs(block.module):
+            advance(block, Activations(activations.original, activations.calls, recorder=activations.recorder))
 
 
 def _advance_counted(block: LoadedBlock, activations: Activations) -> None:
@@ -238,7 +240,7 @@ class _Totals:
         inputs: dict[str, Tensor] = {}
         if self.activations.original is not None:
             hidden = self.activations.original[position]
-            with self.activations.recorder.stage("forward"):
+            with self.activations.recorder.stage("forward"), exact_inputs(original.module):
                 self._run(original, position, hidden, lambda group, x, _: inputs.update({group[0].name: x}))
         return inputs
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping, MutableSequence, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from hawqtool.checkpoint.prefetch import Prefetcher
 from hawqtool.checkpoint.reader import check_finite
 from hawqtool.errors import InputError
+from hawqtool.formats.activations import ActivationFormat
 from hawqtool.model.block import BlockCall, LoadedBlock
 from hawqtool.model.carried.walk import CarriedWalk
 from hawqtool.model.discovery import Structure
@@ -29,10 +30,11 @@ from hawqtool.rounding.statistics import GroupStatistics, is_held_out, second_mo
 from hawqtool.runtime.malloc import kept_pages, release_freed_pages
 from hawqtool.runtime.stage_timer import UNRECORDED, Recorder
 from hawqtool.runtime.store import NOTHING_SAVED, Saved
-from hawqtool.streaming.block import Activations, advance
+from hawqtool.streaming.block import Activations, advance, each_row
 from hawqtool.streaming.converted import ConvertedSource, WeightSource
 from hawqtool.streaming.offload import Offload, OffloadedBatches
 from hawqtool.streaming.resume_points import ResumePoints
+from hawqtool.streaming.rounded_inputs import rounded_inputs
 
 _POSITIONS = 64
 """Positions of a row whose logits a CPU holds at a time: of 49,152 classes, 13 MB a copy."""
@@ -100,6 +102,7 @@ class ModelStream:
         memory = memory or StreamMemory()
         self.offload, self._matrices, self._owns = memory.offload, memory.matrices, memory.owns
         self._last_index: int | None = None
+        self.input_formats: Mapping[str, ActivationFormat] = {}  # of linears whose engine rounds their inputs
         self.blocks = [model.get_submodule(spec.name) for spec in structure.blocks]
         to_meta(model)
         self._load_ends()
@@ -237,8 +240,10 @@ class ModelStream:
         with self.recorder.stage("load"):
             self._load(module, self.structure.inside[index])
         self._expect_after(index) if following is None else self._expect(following)
+        loaded = LoadedBlock(module, self.structure.blocks[index])
         try:
-            yield LoadedBlock(module, self.structure.blocks[index])
+            with rounded_inputs(loaded, self.input_formats):
+                yield loaded
         finally:
             to_meta(module)
             if self.device.type == "cpu" and index % _BLOCKS_BETWEEN_TRIMS == 0:
@@ -355,8 +360,8 @@ class ModelStream:
 
     def head_statistics(self, rows: Tensor, activations: Activations) -> GroupStatistics:
         """Second moments of the head's inputs over all batches; rows go one by one, because logits are large."""
-        states, first = _each_row(activations.hidden), activations.first_row
-        originals = repeat(None, len(rows)) if activations.original is None else _each_row(activations.original)
+        states, first = each_row(activations.hidden), activations.first_row
+        originals = repeat(None, len(rows)) if activations.original is None else each_row(activations.original)
         total: GroupStatistics | None = None
         with torch.no_grad():
             for number, (row, state, other) in enumerate(zip(rows, states, originals, strict=True)):
@@ -393,8 +398,3 @@ class ModelStream:
             resume_points.keep(spec.index + 1, activations.states)
             progress(spec.index)
         return torch.cat(list(activations.hidden))
-
-
-def _each_row(batches: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Hidden states row by row, one batch in memory at a time."""
-    return (state for part in batches for state in part)

@@ -134,7 +134,7 @@ class Memory:
 
     def write_layer(self, layer: RoundedLayer) -> None:
         """A rounded layer."""
-        codes, scales, zeros = quantized(layer)
+        codes, scales, zeros, _ = quantized(layer)
         self.layers[layer.name] = Quantized(codes.cpu(), scales.cpu(), None if zeros is None else zeros.cpu())
 
     def write_changed(self, name: str, tensor: Tensor) -> None:
@@ -143,8 +143,8 @@ class Memory:
 
     def distilled(self, found: DistilledModel) -> None:
         """Take layers and gains from distillation."""
-        for name, (codes, scales, _) in found.layers.items():
-            self.layers[name] = self.layers[name]._replace(codes=codes.cpu(), scales=scales.cpu())
+        for name, layer in found.layers.items():
+            self.layers[name] = self.layers[name]._replace(codes=layer.codes.cpu(), scales=layer.scales.cpu())
         self.changed |= {name: gain.cpu() for name, gain in found.gains.items()}
 
     def weights(self) -> dict[str, Tensor]:

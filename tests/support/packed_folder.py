@@ -19,8 +19,11 @@ from hawqtool.export.manifest import seal
 from hawqtool.export.packed_reader import relative_weight_error
 from hawqtool.export.writer import CheckpointWriter, copy_small_files, write_config
 from hawqtool.formats import QuantFormat, parse_label
+from hawqtool.pipeline.run.files import plan_entry
 from hawqtool.records import LayerFormats, LayerMetrics, LinearSpec, RoundedLayer
 from hawqtool.rounding.grid import dequantize
+from hawqtool.rounding.layer import quantized, round_without_inputs
+from hawqtool.rounding.method import RoundingMethod, Task
 
 MIX = ("w4g32", "w3g64", "w8ch", "w2g32", "w5g64", "w6ch", "w7g32")
 METRICS = LayerMetrics(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
@@ -45,7 +48,11 @@ def mixed_formats(specs: Mapping[str, LinearSpec], labels: Sequence[str] = MIX) 
 
 
 def round_nearest(name: str, weight: Tensor, quant_format: QuantFormat) -> RoundedLayer:
-    """Plain rounding with the peak of each group at the largest code."""
+    """Plain rounding with the peak of each group at the largest code; of floats with searched scales."""
+    if quant_format.floats is not None:
+        divisor = 64.0 if quant_format.floats.scale == "e4m3" else None
+        task = Task(name, weight.float(), quant_format, weight.dtype, divisor=divisor)
+        return round_without_inputs([task], RoundingMethod("rtn"))[0]
     grouped = weight.float().view(len(weight), quant_format.num_groups(weight.shape[1]), -1)
     if not quant_format.symmetric:
         return round_to_range(name, weight, quant_format, grouped)
@@ -83,7 +90,7 @@ def write_packed(
         for name in sorted(chosen, reverse=True):
             weight = reader.tensor(f"{name}.weight")
             layer = round_nearest(name, weight, chosen[name])
-            errors[name] = relative_weight_error(weight, dequantize(layer.codes, layer.scales, layer.zeros))
+            errors[name] = relative_weight_error(weight, dequantize(*quantized(layer)))
             writer.write_layer(layer)
         writer.copy_rest()
     copy_small_files(source, folder)
@@ -106,17 +113,7 @@ def write_records(
     errors: Mapping[str, float],
 ) -> None:
     """``reproduce/plan.json`` and ``reproduce/checksums.json``."""
-    layers: list[dict[str, Any]] = [
-        {
-            "name": name,
-            "unit": specs[name].unit,
-            "bits": fmt.bits,
-            "group_size": fmt.group_size or "channel",
-            "symmetric": fmt.symmetric,
-            "bytes": specs[name].stored_bytes(fmt),
-        }
-        for name, fmt in formats.items()
-    ]
+    layers = [plan_entry(specs[name], fmt) for name, fmt in formats.items()]
     plan = {"layers": layers, "other_linears": list(others), "total_bytes": layout.total_bytes}
     (folder / "reproduce").mkdir()
     (folder / "reproduce/plan.json").write_text(json.dumps(plan))

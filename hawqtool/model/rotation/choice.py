@@ -82,6 +82,8 @@ def _reason_against(config: RunConfig, source: ResolvedModel, model: Any, index:
         return "--rounding rtn, with which it was not measured"
     if config.bits is not None and min(config.bits) > WIDEST_BITS:
         return f"above {WIDEST_BITS} bits, storing rotated weights costs what rounding gains"
+    if config.special_formats:
+        return f"with {config.special_formats[0].label} it was not measured"
     if source.runs_code:
         return "the model brings its own code, which is not followed"
     if index.source_format is not None:

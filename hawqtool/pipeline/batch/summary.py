@@ -55,6 +55,8 @@ def target_text(config: RunConfig) -> str:
         return f"divergence {config.target_kl:g}"
     if config.uniform_width is not None:
         return f"uniform {config.uniform_width} bits"
+    if config.uniform_format is not None:
+        return f"uniform {config.uniform_format.label}"
     return config.target_size or f"plan {Path(config.plan or '').name}"
 
 

@@ -10,17 +10,15 @@ from typing import Any
 from hawqtool.checkpoint.index import CheckpointIndex
 from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.errors import InputError
-from hawqtool.export.config_checks import matching_problems, module_problems, packed_modules, structure_problems
+from hawqtool.export.config_checks import matching_problems, module_problems, structure_problems
 from hawqtool.export.embedding_table import stored_tables
 from hawqtool.export.engines import TRANSFORMERS, engines
+from hawqtool.export.stored.weights import PARTS, SHAPE, packed_modules, weight_shape
 from hawqtool.export.verify import PLAN_FILE
-from hawqtool.formats import SHAPE_TENSOR_BYTES
 from hawqtool.pipeline.run.files import PLAN_SCHEMA, REPORT_SCHEMA, read_json
 from hawqtool.records import LayerFormats
 from hawqtool.report.schema import Engine
 from hawqtool.report.wording import role
-
-_PARTS = (".weight_packed", ".weight_scale", ".weight_zero_point")
 
 
 def describe_packed(index: CheckpointIndex, config: dict[str, Any]) -> dict[str, Any]:
@@ -39,14 +37,14 @@ def describe_packed(index: CheckpointIndex, config: dict[str, Any]) -> dict[str,
     formats: LayerFormats = {}
     reader = TensorReader(index)
     if not packed:
-        problems = [f"format {config.get('format')!r} of compressed-tensors without packed integers is not read"]
+        problems = [f"format {config.get('format')!r} of compressed-tensors without packed weights is not read"]
     elif not problems:
         formats, problems = module_problems({"ignore": [], **config}, index, reader)
     if problems:
         more = f" ({len(problems)} problems)" if len(problems) > 1 else ""
         return {"supported": False, "refusal": problems[0] + more, "format": config.get("format")}
-    shapes = {name: _shape(reader, name) for name in packed}
-    stored = {name: sum(_bytes(index, name + part) for part in _PARTS) for name in packed}
+    shapes = {name: weight_shape(reader, name, formats[name]) for name in packed}
+    stored = {name: sum(_bytes(index, name + part) for part in PARTS) for name in packed}
     weights = {name: math.prod(shapes[name]) for name in packed}
     sizes, table = _sizes(index, weights, stored), bool(stored_tables(index))
     report, note = _recorded(index.folder)
@@ -85,11 +83,6 @@ def _with_trial(found: list[Engine], folder: Path) -> list[Engine]:
     except (InputError, KeyError, TypeError, StopIteration):  # no report, or a damaged one, of which the note tells
         return found
     return [trial if entry["engine"] == TRANSFORMERS else entry for entry in found]
-
-
-def _shape(reader: TensorReader, module: str) -> tuple[int, int]:
-    rows, columns = reader.tensor(f"{module}.weight_shape").tolist()
-    return int(rows), int(columns)
 
 
 def _by_width(formats: LayerFormats, weights: dict[str, int], stored: dict[str, int]) -> list[dict[str, Any]]:
@@ -131,14 +124,14 @@ def _roles(
 
 
 def _sizes(index: CheckpointIndex, weights: dict[str, int], stored: dict[str, int]) -> dict[str, Any]:
-    parts = {f"{name}{part}" for name in weights for part in (*_PARTS, ".weight_shape")}
+    parts = {f"{name}{part}" for name in weights for part in (*PARTS, SHAPE)}
     kept = [info for info in index.tensors.values() if info.name not in parts]
     parameters = sum(weights.values()) + sum(math.prod(info.shape) for info in kept)
     return {
         "quantized_weights": sum(weights.values()),
         "parameters": parameters,
         "stored_bytes_linears": sum(stored.values()),
-        "shape_tensor_bytes": SHAPE_TENSOR_BYTES * len(weights),
+        "shape_tensor_bytes": sum(_bytes(index, name + SHAPE) for name in weights),
         "unquantized_bytes": sum(info.num_bytes for info in kept),
         "bpw_linears": 8 * sum(stored.values()) / sum(weights.values()),
         "bpw_file": 8 * index.total_bytes / parameters,

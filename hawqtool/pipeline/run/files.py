@@ -197,7 +197,7 @@ def metric_scores(table: SensitivityTable, metric: str, path: Path) -> UnitScore
 
 def plan_entry(linear: LinearSpec, quant_format: QuantFormat) -> PlanEntry:
     """What plans and reports say of the format of a linear."""
-    return {
+    entry: PlanEntry = {
         "name": linear.name,
         "unit": linear.unit,
         "bits": quant_format.bits,
@@ -205,6 +205,9 @@ def plan_entry(linear: LinearSpec, quant_format: QuantFormat) -> PlanEntry:
         "symmetric": quant_format.symmetric,
         "bytes": linear.stored_bytes(quant_format),
     }
+    if not quant_format.is_plain:
+        entry["format"] = quant_format.label
+    return entry
 
 
 def plan_document(plan: BitPlan, units: tuple[Unit, ...], other_linears: tuple[str, ...]) -> PlanDocument:
@@ -265,7 +268,7 @@ def read_plan(path: Path, units: tuple[Unit, ...]) -> BitPlan:
                 "--profile transformers"
             )
     for name, fmt in formats.items():
-        if not fmt.divides(members[name].in_features):
+        if not fmt.fits(members[name].out_features, members[name].in_features):
             raise UsageError(
                 f"{path}: group size {fmt.group_size} does not divide {name} ({members[name].in_features} inputs)"
             )
@@ -285,6 +288,8 @@ def plan_of_record(record: dict[str, Any]) -> BitPlan:
 
 
 def _entry_format(entry: dict[str, Any]) -> QuantFormat:
+    if "format" in entry:
+        return parse_label(str(entry["format"]))
     bits, size, symmetric = entry["bits"], entry["group_size"], entry.get("symmetric", True)
     if not isinstance(symmetric, bool):
         raise ValueError(f"symmetric {shown(symmetric)}, expected true or false")

@@ -12,7 +12,8 @@ from weakref import WeakValueDictionary
 import torch
 
 from hawqtool.allocation.problem import ignored_along, matching_layers, resolve_ignored, resolve_pins
-from hawqtool.allocation.uniform import uniform_formats, unit_group_size
+from hawqtool.allocation.special_formats import check_formats, has_format
+from hawqtool.allocation.uniform import uniform_formats
 from hawqtool.checkpoint.content import ContentRecord
 from hawqtool.checkpoint.dtypes import torch_dtype
 from hawqtool.checkpoint.fusion import is_expert
@@ -58,10 +59,8 @@ JOINT_TOKENS = 64
 """Tokens beside an image or a sound where nothing is asked for: captions, and what is said in 10 s, are as short."""
 
 FEEDBACK_ASPECT = 2
-"""Most outputs per input of layers that ``--output-feedback auto`` takes.
-
-The moments of wider ones, gate and up, are the largest, and they gain the least.
-"""
+"""Most outputs per input of layers that ``--output-feedback auto`` takes: wider ones' moments, of gate and up, are the
+largest, and they gain the least."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +180,9 @@ class Job:
         """The model with the weights of a written folder."""
         transposed = frozenset(n for n, linear in self.structure.linears.items() if linear.transposed)
         reader = PackedReader(folder, transposed, self.device)
-        return self.stream(Prefetcher(reader, pinned=True) if self.device.type == "cuda" else reader)
+        stream = self.stream(Prefetcher(reader, pinned=True) if self.device.type == "cuda" else reader)
+        stream.input_formats = reader.activation_formats(self.structure.linears)
+        return stream
 
     def layer_formats(self, formats: UnitFormats) -> LayerFormats:
         """Formats by layer from formats by unit."""
@@ -226,7 +227,7 @@ def prepare(
         )
     check_shapes(probe, structure, index)
     if config.plan is None:
-        structure = structure.without_undivided(lambda u: unit_group_size(u, config.base_group_size) is not None, index)
+        structure = structure.without_undivided(lambda unit: has_format(config, unit), index)
     if not structure.linears:
         raise InputError(f"{config.model}: no linear layer was found in its blocks")
     stored = _stored_dtype(index, structure)
@@ -332,11 +333,12 @@ def _with_active_shares(units: tuple[Unit, ...], config: Any) -> tuple[Unit, ...
 
 
 def _check_method(job: Job) -> None:
-    """Check that the rounding method can work on this model with these rows.
+    """Check that formats load in this model, and that the rounding method can work on it with these rows.
 
     Raises:
         UsageError: Otherwise.
     """
+    check_formats(job.units, job.stored_dtypes, job.config)
     method, rows = job.settings.method, job.settings.num_samples
     expert = next(filter(is_expert, job.structure.linears), None)
     if method.needs_drift and expert:
@@ -380,8 +382,7 @@ def _source(config: RunConfig, reporter: Reporter) -> ResolvedModel:
     """The checkpoint; says what takes long and what is dangerous."""
     if hub_id(config.model):
         reporter.say(f"fetching {config.model} from the hub, unless it is in the cache")
-    source = resolve_model(config.model, config.trust_remote_code)
-    for warning in source.warnings:
+    for warning in (source := resolve_model(config.model, config.trust_remote_code)).warnings:
         reporter.warn(warning)
     return source
 
@@ -395,6 +396,5 @@ def chosen_device(wanted: str) -> torch.device:
     available = torch.cuda.is_available()
     if wanted == "cuda" and not available:
         raise UsageError("--device cuda was asked for, but torch finds no CUDA device; use --device cpu")
-    if wanted == "cpu" or not available:
-        return torch.device("cpu")
-    return torch.device("cuda") if world_size() == 1 else torch.device("cuda", local_rank())
+    own = "cuda" if world_size() == 1 else f"cuda:{local_rank()}"
+    return torch.device("cpu" if wanted == "cpu" or not available else own)

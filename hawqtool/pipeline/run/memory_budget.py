@@ -198,10 +198,10 @@ def workspace_bytes(
 def _most_formats(config: RunConfig) -> int:
     """Formats that a layer is measured in, at most; the widest has whole rows alone where groups are not given."""
     bits, sizes = config.given_widths or _FOUR_WIDTHS, len(config.group_sizes)
+    if config.is_uniform:
+        return 1
     if config.formats is not None:
         return sum(1 if label[2:] else sizes for label in config.formats)
-    if config.uniform_width is not None:
-        return 1
     return sum(1 if config.chooses_groups and width == MAX_BITS else sizes for width in bits)
 
 

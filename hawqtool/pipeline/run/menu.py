@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from hawqtool.allocation.problem import AllocationProblem, stored_bytes
 from hawqtool.allocation.second_cost import active_bytes, second_cost
+from hawqtool.allocation.special_formats import fits
 from hawqtool.allocation.uniform import uniform_formats
 from hawqtool.checkpoint.fusion import is_expert
 from hawqtool.config import RunConfig
@@ -42,6 +43,9 @@ def budget_bytes(config: RunConfig, units: Sequence[Unit], unquantized_bytes: in
         unquantized_bytes: Bytes of the output files that no plan changes.
         pins: Fixed formats by unit, which count where one width is all that is asked for.
     """
+    if config.uniform_format is not None:
+        whole = format_menu(units, widths(config, units, None), config)
+        return stored_bytes(units, {**{unit: formats[0] for unit, formats in whole.items()}, **pins})
     if config.uniform_width is not None:
         uniform = uniform_formats(units, config.uniform_width, config.base_group_size, config.symmetric)
         return stored_bytes(units, {**uniform, **pins})
@@ -101,6 +105,9 @@ def format_menu(units: Sequence[Unit], bits: Sequence[int], config: RunConfig, b
     kinds = [kind for width in bits for kind in _kinds(config, width, bpw)]
     plans = [uniform_formats(units, width, size, config.symmetric) for width, size in kinds]
     menu = {unit.name: tuple(dict.fromkeys(formats[unit.name] for formats in plans)) for unit in units}
+    for unit in units if config.special_formats else ():
+        special = (fmt for fmt in config.special_formats if fits(unit, fmt))
+        menu[unit.name] = tuple(sorted((*menu[unit.name], *special), key=unit.stored_bytes))
     if not config.chooses_groups:
         return menu
     for unit in (unit for unit in units if any(is_expert(member.name) for member in unit.members)):
@@ -112,7 +119,8 @@ def format_menu(units: Sequence[Unit], bits: Sequence[int], config: RunConfig, b
 def _kinds(config: RunConfig, width: int, bpw: float | None) -> list[tuple[int, int]]:
     """Width and group size of the formats of one width."""
     if config.formats is not None:
-        named = [parse_label(label).group_size for label in config.formats if label[2:] and label[1] == str(width)]
+        plain = [parse_label(label) for label in config.formats if len(label) > len("w4")]
+        named = [fmt.group_size for fmt in plain if fmt.is_plain and fmt.bits == width]
         whole = f"w{width}" in config.formats
         return [(width, size) for size in dict.fromkeys((*named, *(_SERVED if whole else ())))]
     if not config.chooses_groups:

@@ -167,4 +167,4 @@ def _disk(job: Job) -> int:
     fixed = unquantized_bytes(job, job_menu(job, None))
     one = largest if job.config.target_kl or job.config.plan else min(largest, fixed + _budget(job))
     spilled = 0 if job.offload is None else max(0, _stored_roundings(job) - job.offload.memory_bytes)
-    return one * (1 if job.config.uniform_width is not None or not job.config.evaluates else 3) + spilled
+    return one * (1 if job.config.is_uniform or not job.config.evaluates else 3) + spilled

@@ -88,7 +88,7 @@ def try_plans(runner: TrialRunner, plans: dict[str, BitPlan], scores: UnitScores
     attempts = _swap(runner, mixed, scores)
     best = _best(mixed)
     plan = best.plan
-    if job.config.uniform_width is not None:  # there is no budget for others to compete in
+    if job.config.is_uniform:  # there is no budget for others to compete in
         (name,) = mixed
         return Selection(mixed, None if job.pins else best, name, attempts)
     largest, uniform = _largest_uniform(job, plan), None

@@ -17,7 +17,8 @@ from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.config import RunConfig
 from hawqtool.evaluation.divergence import OutputComparison
 from hawqtool.export.layout import Layout
-from hawqtool.export.packed_reader import PACKED, SCALE, packed_parts, relative_weight_error, unpack_parts
+from hawqtool.export.packed_reader import relative_weight_error
+from hawqtool.export.stored.weights import PACKED, SCALE, packed_parts, unpack_parts
 from hawqtool.export.writer import CheckpointWriter, unfinished_reader
 from hawqtool.model.block import BlockCall, LoadedBlock
 from hawqtool.pipeline.run.context import RunContext
@@ -187,7 +188,7 @@ def _layers(job: Job, formats: UnitFormats, reader: TensorReader) -> dict[str, Q
     for name, quant_format in job.layer_formats(formats).items():
         shape = linears[name].out_features, linears[name].in_features
         parts = {suffix: part.to(job.device) for suffix, part in packed_parts(reader, name).items()}
-        rounded[name] = Quantized(*unpack_parts(parts, quant_format, shape))
+        rounded[name] = unpack_parts(parts, quant_format, shape)
     return rounded
 
 

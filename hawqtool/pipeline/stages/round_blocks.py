@@ -10,7 +10,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from hawqtool.checkpoint.reader import TensorReader
-from hawqtool.export.packed_reader import packed_parts, unpack_parts
+from hawqtool.export.stored.weights import packed_parts, unpack_parts
+from hawqtool.formats.activations import ActivationFormat
 from hawqtool.model.block import LoadedBlock
 from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.stages.refine import BlockRefiner, fitting_rows
@@ -96,6 +97,7 @@ def round_blocks(
         finished: Blocks that are left out, or walked with their weights read back where no later states were kept.
     """
     stream, rounding = job.stream(), RoundingSpec.of_plan(job.settings.method, formats, job.stored_dtypes)
+    stream.input_formats = _input_formats(job, formats)
     rounding = replace(rounding, output_moments=rows.output_moments)
     schedule = schedule or Schedule(job.config.refine_steps, job.config.seed, learner=job.config.refine_learner)
     if job.config.distill_steps and not schedule.steps:
@@ -133,6 +135,12 @@ def round_blocks(
         rounder.visit([(stream.head.spec.input_groups[0], statistics)])
         findings.add(rounder.hand_on())
     return findings
+
+
+def _input_formats(job: Job, formats: UnitFormats) -> dict[str, ActivationFormat]:
+    """How engines round the inputs of linears, for those where they do."""
+    found = {name: fmt.activation_format for name, fmt in job.layer_formats(formats).items()}
+    return {name: activations for name, activations in found.items() if activations is not None}
 
 
 def round_weights(
@@ -202,7 +210,13 @@ class _BlockRounder:
     def __init__(
         self, job: Job, rounding: RoundingSpec, block: LoadedBlock, sink: Sink, refiner: BlockRefiner | None = None
     ) -> None:
-        self.job, self.rounding, self.block, self.sink, self.refiner = job, rounding, block, sink, refiner
+        self.job, self.rounding, self.block, self.sink, self.refiner = (
+            job,
+            rounding.on_block(block),
+            block,
+            sink,
+            refiner,
+        )
         self.findings = Findings()
         self.waiting: dict[str, RoundedLayer] = {}
         self.initial: list[InitialRounding] = []
@@ -300,10 +314,8 @@ class _BlockRounder:
         for linear in self.block.spec.linears:
             for quant_format in self.rounding.formats_of(linear):
                 shape = linear.out_features, linear.in_features
-                codes, scales, zeros = unpack_parts(packed_parts(reader, linear.name), quant_format, shape)
-                device = self.job.device
-                value = Quantized(codes.to(device), scales.to(device), None if zeros is None else zeros.to(device))
-                self._put(linear, value)
+                parts = {suffix: part.to(self.job.device) for suffix, part in packed_parts(reader, linear.name).items()}
+                self._put(linear, unpack_parts(parts, quant_format, shape))
 
 
 def _fallback(statistics: GroupStatistics, job: Job) -> str | None:

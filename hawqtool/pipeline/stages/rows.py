@@ -112,7 +112,7 @@ def _counts(job: Job) -> dict[str, int]:
     """Rows of each set that the calibration sources give; of a uniform plan there is nothing to score or to choose."""
     config, counts = job.config, _all_counts(job)
     unused = {"report"} if config.eval_data is not None or not config.evaluates else set()
-    if config.uniform_width is not None:
+    if config.is_uniform:
         unused |= {"scoring", "selection"}
     elif not config.evaluates:
         unused.add("selection")

@@ -165,7 +165,8 @@ def formats_table(report: Report) -> str:
     stored: dict[tuple[int, str, str], int] = defaultdict(int)
     for entry in report["plan"]:
         groups = "one scale per row" if entry["group_size"] == "channel" else f"groups of {entry['group_size']}"
-        key = (entry["bits"], groups, "symmetric" if entry["symmetric"] else "with zero points")
+        grid = entry.get("format") or ("symmetric" if entry["symmetric"] else "with zero points")
+        key = (entry["bits"], groups, grid)
         counts[key] += 1
         stored[key] += entry["bytes"]
     total = sum(stored.values())

@@ -38,7 +38,7 @@ def move_codes(rounded: Quantized, quant_format: QuantFormat, goal: Tensor, gram
     A move of weight j of a row by d = ± s changes the loss by 2 d P_j + d² H_jj, with P = E H, to which it then adds
     d H_j. Rows are independent. Arguments are those of `descend`; E is of the values before they are stored.
     """
-    codes, scales, zeros = rounded
+    codes, scales, zeros, _ = rounded
     step = expand_scales(scales, codes.shape[1])
     codes = codes.clone()
     levels = codes.float() if zeros is None else codes.float() - expand_scales(zeros, codes.shape[1])

@@ -225,7 +225,7 @@ def _start_latent(start: InitialRounding, most: float) -> Tensor:
     Where compensation or clipping chose another code than the nearest, nothing says how strongly: the middle of its
     cell. (At the border nearest to the weight, the first steps undo the compensation.)
     """
-    codes, scales, _ = start.rounded
+    codes, scales = start.rounded.codes, start.rounded.scales
     columns = codes.shape[1]
     place = start.weight.float() / expand_scales(scales, columns) + expand_scales(zero_points(start.rounded), columns)
     offset = place - codes.float()

@@ -198,12 +198,15 @@ class Benchmark:
             with CheckpointWriter(self.job.index, layout, folder) as writer:
                 for name, fmt in formats.items():
                     start = time.perf_counter()
+                    codes, scales, zeros, divisor = reader.codes(name)
+                    device, metrics = self.job.device, self._metrics(name)
                     codes, scales, zeros = (
-                        None if part is None else part.to(self.job.device) for part in reader.codes(name)
+                        codes.to(device),
+                        scales.to(device),
+                        None if zeros is None else zeros.to(device),
                     )
                     aside += time.perf_counter() - start
-                    assert codes is not None and scales is not None  # only zeros may be missing
-                    writer.write_layer(RoundedLayer(name, fmt, codes, scales, self._metrics(name), zeros))
+                    writer.write_layer(RoundedLayer(name, fmt, codes, scales, metrics, zeros, divisor))
                 writer.copy_rest()
 
         found, _ = self._timed("write", write)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from hawqtool.formats.activations import ACTIVATIONS, ActivationFormat
+from hawqtool.formats.grids import GRIDS, StoredPart, WeightGrid
+
 ASYMMETRIC_PROFILES = ("vllm", "transformers")
 """Profiles that take grids with zero points; transformers only in versions that docs/guides/load.md names."""
 
@@ -24,32 +27,62 @@ BLOCK_LABELS = (
 )
 """Block types of GGUF that hawqtool writes, blocks of 256 first; `hawqtool.checkpoint.gguf` has their layouts."""
 
+PACK_QUANTIZED, INT_QUANTIZED = "pack-quantized", "int-quantized"
+"""Layouts of integers: dense bit streams, and a byte per code."""
+
 SHAPE_TENSOR_BYTES = 16
 """Bytes of the ``weight_shape`` tensor (two int64) that accompanies every packed weight."""
 
 
 @dataclass(frozen=True, order=True)
 class QuantFormat:
-    """A uniform integer grid: ``bits`` per code, one scale per ``group_size`` inputs of a row.
+    """A weight grid, of integers or of floats, and how an engine rounds the inputs of the layer.
 
-    A weight is scale * code, or scale * (code - zero) on an asymmetric grid, whose zero is an integer in the range
-    of the codes.
+    On a grid of integers a weight is scale * code, or scale * (code - zero) where there are zero points, which are
+    integers in the range of the codes; on a grid of floats it is scale * code, the code a small float.
 
     Args:
         bits: Width of a code, 2 to 8.
         group_size: Inputs that share a scale; ``CHANNEL`` (0) means the whole row.
         symmetric: Whether the grid has no zero points.
+        grid: Name of a grid of floats (see `GRIDS`); empty for integers.
+        activations: What follows the ``-`` of the label where inputs are rounded too; else empty.
     """
 
     bits: int
     group_size: int
     symmetric: bool = True
+    grid: str = ""
+    activations: str = ""
 
     @property
     def label(self) -> str:
-        """Short name such as ``w3g64`` or ``w4ch``; ``w3g64a`` and ``w4cha`` have zero points."""
+        """Short name such as ``w3g64``, ``w4ch`` or ``nvfp4``; ``w3g64a`` has zero points, ``fp8-a8f`` FP8 inputs."""
         groups = f"g{self.group_size}" if self.group_size else "ch"
-        return f"w{self.bits}{groups}" + ("" if self.symmetric else "a")
+        weights = self.grid or f"w{self.bits}{groups}" + ("" if self.symmetric else "a")
+        return f"{weights}-{self.activations}" if self.activations else weights
+
+    @property
+    def floats(self) -> WeightGrid | None:
+        """The grid of floats; None for integers."""
+        return GRIDS[self.grid] if self.grid else None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is a grid of integers with inputs as they are, of which ``bits`` and ``group_size`` say all."""
+        return not self.grid and not self.activations
+
+    @property
+    def activation_format(self) -> ActivationFormat | None:
+        """How inputs are rounded; None where they stay as they are."""
+        return ACTIVATIONS[self.label] if self.activations else None
+
+    @property
+    def layout(self) -> str:
+        """``format`` of compressed-tensors: how codes are stored."""
+        if self.floats is not None:
+            return self.floats.layout
+        return INT_QUANTIZED if self.activations == "a8i" else PACK_QUANTIZED
 
     @property
     def min_code(self) -> int:
@@ -73,6 +106,30 @@ class QuantFormat:
         """Whether the groups cover a row exactly."""
         return self.group_size == CHANNEL or in_features % self.group_size == 0
 
+    def fits(self, out_features: int, in_features: int) -> bool:
+        """Whether the groups cover a ``[out, in]`` weight exactly."""
+        return self.floats.divides(out_features, in_features) if self.floats else self.divides(in_features)
+
+    def parts(self, out_features: int, in_features: int, scale_dtype: str) -> tuple[StoredPart, ...]:
+        """Stored tensors of a ``[out, in]`` weight.
+
+        Args:
+            out_features: Rows.
+            in_features: Columns.
+            scale_dtype: Safetensors dtype of the source's weight, in which scales of integers are stored.
+        """
+        if self.floats is not None:
+            return self.floats.parts(out_features, in_features, scale_dtype)
+        groups = self.num_groups(in_features)
+        scales = StoredPart(".weight_scale", scale_dtype, (out_features, groups))
+        if self.layout == INT_QUANTIZED:
+            return StoredPart(".weight", "I8", (out_features, in_features)), scales
+        codes = StoredPart(".weight_packed", "I32", (out_features, self.packed_columns(in_features)))
+        found = (codes, scales, StoredPart(".weight_shape", "I64", (2,)))
+        if self.symmetric:
+            return found
+        return *found, StoredPart(".weight_zero_point", "I32", (self.packed_zero_rows(out_features), groups))
+
     def packed_columns(self, in_features: int) -> int:
         """int32 words per packed row: the dense little-endian bit stream, ceil(in * bits / 32)."""
         return -(-in_features * self.bits // 32)
@@ -82,16 +139,15 @@ class QuantFormat:
         return 0 if self.symmetric else -(-out_features * self.bits // 32)
 
     def stored_bytes(self, out_features: int, in_features: int, scale_bytes: int) -> int:
-        """Bytes of packed codes, scales and packed zero points of a ``[out, in]`` weight, without ``weight_shape``.
+        """Bytes of all stored tensors of a ``[out, in]`` weight but ``weight_shape``.
 
         Args:
             out_features: Rows.
             in_features: Columns.
-            scale_bytes: Bytes of one scale, 2 for bf16 and fp16 sources, 4 for fp32.
+            scale_bytes: Bytes of one scale of integers, 2 for bf16 and fp16 sources, 4 for fp32.
         """
-        groups = self.num_groups(in_features)
-        words = out_features * self.packed_columns(in_features) + self.packed_zero_rows(out_features) * groups
-        return 4 * words + out_features * groups * scale_bytes
+        parts = self.parts(out_features, in_features, "F32" if scale_bytes == 4 else "BF16")
+        return sum(part.num_bytes for part in parts if part.suffix != ".weight_shape")
 
 
 def parse_label(label: str) -> QuantFormat:
@@ -100,10 +156,18 @@ def parse_label(label: str) -> QuantFormat:
     Raises:
         ValueError: If the label is malformed or the width is out of range.
     """
-    match = re.fullmatch(r"w(\d)(?:g([1-9]\d*)|ch)(a?)", label)
+    weights, _, activations = label.partition("-")
+    if activations and label not in ACTIVATIONS:
+        raise ValueError(
+            f"{label!r} is not a format that engines run; with activations there are {', '.join(ACTIVATIONS)}"
+        )
+    if weights in GRIDS:
+        return QuantFormat(GRIDS[weights].bits, GRIDS[weights].group_size, True, weights, activations)
+    match = re.fullmatch(r"w(\d)(?:g([1-9]\d*)|ch)(a?)", weights)
     if not match or not MIN_BITS <= int(match[1]) <= MAX_BITS:
-        raise ValueError(f"{label!r} is not a format label such as w3g64 or w4ch (widths 2 to 8)")
-    return QuantFormat(int(match[1]), int(match[2] or CHANNEL), symmetric=not match[3])
+        floats = ", ".join(GRIDS)
+        raise ValueError(f"{label!r} is not a format label such as w3g64 or w4ch (widths 2 to 8), nor one of {floats}")
+    return QuantFormat(int(match[1]), int(match[2] or CHANNEL), not match[3], "", activations)
 
 
 def is_served(group_size: int) -> bool:

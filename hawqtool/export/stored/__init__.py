@@ -1,0 +1,1 @@
+"""Stored tensors of what is quantized, by format."""

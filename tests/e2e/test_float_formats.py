@@ -1,0 +1,61 @@
+"""Formats of floats and with rounded inputs, from the command's configuration to transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from hawqtool.config import RunConfig
+from hawqtool.errors import UsageError
+from hawqtool.export.packed_reader import PackedReader
+from hawqtool.export.verify import verify_folder
+from hawqtool.pipeline.run.job import prepare
+from tests.support.runs import Run, read
+from tests.support.tiny import tiny_llama
+
+
+@pytest.fixture(scope="module")
+def exact(place: Path) -> Path:
+    """The model in float32, in which outputs can be compared to the bit."""
+    return tiny_llama(place / "float32", dtype=torch.float32)
+
+
+@pytest.mark.parametrize("label", ["fp8-a8f", "w8ch-a8i"])
+def test_rounded_inputs_give_the_outputs_of_transformers(exact: Path, run: Run, label: str) -> None:
+    folder, report = run(model=str(exact), formats=label, group_size=None)
+    assert verify_folder(folder, exact).problems == ()
+    assert report["shipped"] == "uniform" and {entry["format"] for entry in report["plan"]} == {label}
+    plan = read(folder / "reproduce/plan.json")
+    assert sum(layer["bytes"] for layer in plan["layers"]) == report["sizes"]["stored_bytes_linears"]
+    tokens = torch.arange(48)[None] + 3
+    stream = prepare(RunConfig(model=str(exact), device="cpu"), writes=False).packed_stream(folder)
+    with torch.no_grad():
+        loaded = AutoModelForCausalLM.from_pretrained(folder)(tokens).logits
+        own = stream.outputs(tokens, stream.final_hidden(tokens, 1, lambda _: None))
+        stream.input_formats = {}
+        unrounded = stream.outputs(tokens, stream.final_hidden(tokens, 1, lambda _: None))
+    assert torch.equal(own.view_as(loaded), loaded)
+    assert not torch.equal(own, unrounded)
+
+
+def test_nvfp4_is_compensated_and_shares_a_divisor(place: Path, run: Run) -> None:
+    folder, report = run(formats="nvfp4", group_size=None)
+    assert verify_folder(folder, place / "model").problems == ()
+    reader = PackedReader(folder)
+    q, k, down = (
+        reader.codes(f"model.layers.0.{name}") for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj")
+    )
+    assert q.divisor == k.divisor and q.divisor and down.divisor
+    layers = report["layers"].values()
+    assert sum(layer["output_error"] for layer in layers) < 0.9 * sum(layer["rtn_error"] for layer in layers)
+    assert report["sizes"]["bpw_linears"] == pytest.approx(4.5, abs=0.01)
+
+
+def test_what_would_not_load_is_refused_before_the_work(exact: Path, run: Run) -> None:
+    with pytest.raises(UsageError, match="nvfp4 needs a bfloat16 model"):
+        run(model=str(exact), formats="nvfp4", group_size=None)
+    with pytest.raises(ValueError, match="refine_steps works on integer grids"):
+        run(formats="fp8", group_size=None, refine_steps=5)
