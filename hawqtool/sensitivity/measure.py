@@ -117,7 +117,7 @@ def measure(
             sets[0].hidden, sets[1].hidden = left_here.calibration, left_here.scoring
             with stream.block(spec.index) as block:
                 groups = left_here.statistics() or wanted_statistics(block, sets[0], rounding.menu)
-                errors = _errors(rounding, block, groups, sets[0])
+                errors = found_errors(rounding, block, groups, sets[0])
                 del left_here, groups
                 layers, gradients = block_backward(block, sets[1], gradients, outputs, scores.input_power)
             check_states(
@@ -132,8 +132,8 @@ def measure(
     return _joined([part for part, _ in shares]).measurement(stream.structure.units, outputs, shortened)
 
 
-def _errors(rounding: RoundingSpec, block: LoadedBlock, groups: InputGroups, known: Activations) -> RoundingErrors:
-    """Rounding errors of a block; where ranks share the rows, each rounds some of its groups."""
+def found_errors(rounding: RoundingSpec, block: LoadedBlock, groups: InputGroups, known: Activations) -> RoundingErrors:
+    """D by linear and format label of a block; where ranks share the rows, each rounds some of its groups."""
     if known.ranks.size == 1:
         return rounding.block_errors(block, groups, known.hidden)
 
@@ -220,7 +220,7 @@ def rounding_errors(block: LoadedBlock, calibration: Activations, rounding: Roun
         rounding: Rounding that will be applied.
     """
     groups = group_statistics(block, calibration, block.spec.input_groups)
-    return rounding.block_errors(block, groups, calibration.hidden)
+    return found_errors(rounding, block, groups, calibration)
 
 
 def head_errors(stream: ModelStream, calibration: Tensor, known: Activations, rounding: RoundingSpec) -> RoundingErrors:
@@ -236,7 +236,7 @@ def head_errors(stream: ModelStream, calibration: Tensor, known: Activations, ro
     if head is None:
         return {}
     groups = [(head.spec.linears, stream.head_statistics(calibration, known))]
-    return _errors(replace(rounding, refiner=None), head, groups, known)
+    return found_errors(replace(rounding, refiner=None), head, groups, known)
 
 
 def _measure_head(

@@ -13,6 +13,7 @@ from hawqtool.evaluation.divergence import OutputComparison
 from hawqtool.model.block import BlockCall, LoadedBlock
 from hawqtool.records import LinearSpec, MeasurementRows, Menu, Score, Unit, UnitScores
 from hawqtool.rounding.spec import RoundingErrors, RoundingSpec
+from hawqtool.runtime.ranks import ALONE, Ranks
 from hawqtool.runtime.store import NOTHING_SAVED, Saved
 from hawqtool.sensitivity.measure import Progress, head_errors, rounding_errors
 from hawqtool.sensitivity.scores import mean_score
@@ -28,6 +29,7 @@ def single_unit_divergence(
     rounding: RoundingSpec,
     progress: Progress,
     saved: Saved = NOTHING_SAVED,
+    ranks: Ranks = ALONE,
 ) -> UnitScores:
     """Divergence ``[unit][format label]`` from the original, with its standard error over rows.
 
@@ -41,6 +43,7 @@ def single_unit_divergence(
         rounding: Rounding that will be applied, with the formats to measure; an output head is not refined.
         progress: Called with the phase, candidates done and candidates in all.
         saved: Keeps the scores after every block; what it has of the same arguments is not measured again.
+        ranks: Processes that share the rows; the first one's store counts.
 
     Returns:
         Mean KL(original || candidate) in nats per output, or the relative squared error of the embedding.
@@ -48,7 +51,10 @@ def single_unit_divergence(
     Raises:
         NumericalError: If a candidate's outputs are not finite.
     """
-    (done, scores), calibration = load_scores(saved), rows.calibration
+    done, scores = ranks.from_owner(load_scores(saved), 0)
+    calibration, scoring = rows.calibration, rows.scoring[ranks.share(len(rows.scoring))]
+    share = ranks.share(len(calibration.tokens))
+    tokens = calibration.tokens[share]
 
     def keep(unit: str, found: dict[str, Score]) -> None:
         scores[unit] = found
@@ -57,23 +63,30 @@ def single_unit_divergence(
     with stream.keeping_pages(), ExitStack() as resident, torch.no_grad():
         blocks = [resident.enter_context(stream.block(spec.index)) for spec in stream.structure.blocks]
         held_out = rounding.method.needs_held_out
-        known = stream.embed(calibration.tokens, rows.batch_size, held_out, importance=calibration.importance)
-        seen = stream.embed(rows.scoring, rows.batch_size)
+        known = stream.embed(tokens, rows.batch_size, held_out, importance=calibration.importance)
+        known.ranks, known.first_row = ranks, share.start
+        seen = stream.embed(scoring, rows.batch_size)
         final = torch.cat(run_blocks(blocks, seen.calls, seen.hidden))
-        comparison = OutputComparison(stream, stream, rows.scoring, final)
+        comparison = OutputComparison(stream, stream, scoring, final)
         candidates = CandidateStates(blocks, seen, stream.structure.units, rounding.menu)
         for block in blocks:
             if block.spec.index >= done:
                 for unit, finals in candidates.of_block(block, rounding_errors(block, known, rounding)):
-                    keep(unit, unit_scores(unit, comparison.divergences(finals)))
+                    keep(unit, unit_scores(unit, of_all_rows(ranks, comparison.divergences(finals))))
                 if not candidates.carried:
                     save_scores(saved, block.spec.index + 1, scores)
             advance(block, known)
             advance(block, seen)
-        errors = head_errors(stream, calibration.tokens, known, rounding)
+        errors = head_errors(stream, tokens, known, rounding)
         for linear in (stream.structure.linears[name] for name in errors):
-            keep(linear.unit, head_scores(comparison, linear, errors[linear.name]))
+            keep(linear.unit, head_scores(comparison, linear, errors[linear.name], ranks))
     return {unit.name: scores[unit.name] for unit in stream.structure.units if unit.name in scores}
+
+
+def of_all_rows(ranks: Ranks, divergences: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Divergence of every row by format label, from those of each rank's rows; on all ranks."""
+    shares = ranks.everywhere(dict(divergences))
+    return {label: torch.cat([share[label] for share in shares]) for label in divergences}
 
 
 def load_scores(saved: Saved) -> tuple[int, UnitScores]:
@@ -150,7 +163,9 @@ def run_blocks(
     return states
 
 
-def head_scores(comparison: OutputComparison, linear: LinearSpec, errors: Mapping[str, Tensor]) -> dict[str, Score]:
+def head_scores(
+    comparison: OutputComparison, linear: LinearSpec, errors: Mapping[str, Tensor], ranks: Ranks = ALONE
+) -> dict[str, Score]:
     """Scores of the output head's linear, from its rounding errors by format label."""
     head = comparison.candidate.head
     assert head is not None  # the caller saw to it
@@ -158,7 +173,7 @@ def head_scores(comparison: OutputComparison, linear: LinearSpec, errors: Mappin
         dict.fromkeys(errors, comparison.states),
         lambda label: head.with_weights(head.shifted({linear.name: errors[label]})),
     )
-    return unit_scores(linear.unit, divergences)
+    return unit_scores(linear.unit, of_all_rows(ranks, divergences))
 
 
 def unit_scores(unit: str, divergences: Mapping[str, Tensor]) -> dict[str, Score]:

@@ -313,7 +313,7 @@ class Fields(TargetFields):
         panel=RUN, affects=Affects.MACHINE, commands=("measure", "evaluate", "inspect"),
     )] = "auto"
     gpus: Annotated[int, Setting(
-        help="GPUs of this machine that share the work, a process each; sampling of rows and swaps stay on the first.",
+        help="GPUs of this machine that share the work, a process each.",
         detail="Several machines: start the command by torchrun on each.",
         panel=RUN, affects=Affects.MACHINE, commands=("measure", "evaluate"),
     )] = Field(default=1, ge=1)

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
 
 from hawqtool.allocation.frontier import solve
 from hawqtool.allocation.problem import build_problem
 from hawqtool.formats import QuantFormat
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.files import plan_of_record, plan_record
+from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.run.menu import job_menu
 from hawqtool.pipeline.search.trials import Trial, TrialRunner, formats_key
 from hawqtool.records import BitPlan, MeasurementRows, Menu, Rows, Score, UnitFormats, UnitScores
 from hawqtool.runtime.stage_timer import Stopwatch
+from hawqtool.runtime.store import NOTHING_SAVED, Saved
+from hawqtool.sensitivity.measure import Progress
 from hawqtool.sensitivity.measured_kl import pairs_of_scores, scores_of_pairs
 from hawqtool.sensitivity.shrinkage import updated
 from hawqtool.sensitivity.width_swap import swap_divergence
@@ -33,15 +39,14 @@ def swapped(runner: TrialRunner, trial: Trial, budget: int, expected: UnitScores
     if known is not None:
         return plan_of_record(known["plan"]), scores_of_pairs(known["scores"])
     with Stopwatch(runner.timings, "width swap"):
-        quantized = job.packed_stream(runner.folder(trial))
-        plan, scores = swap_widths(context, quantized, present, menu, runner.sets, budget, expected)
+        plan, scores = swap_widths(context, runner.folder(trial), present, menu, runner.sets, budget, expected)
     context.saved.save(_FOUND, {"plan": plan_record(plan), "scores": pairs_of_scores(scores)})
     return plan, scores
 
 
 def swap_widths(
     context: RunContext,
-    quantized: ModelStream,
+    quantized: Path | ModelStream,
     present: UnitFormats,
     menu: Menu,
     sets: Mapping[str, Rows],
@@ -56,7 +61,7 @@ def swap_widths(
 
     Args:
         context: The run of the original model; its store keeps the scores, block by block.
-        quantized: The model under the present plan.
+        quantized: The model under the present plan: its written folder, whose measuring ranks share, or its stream.
         present: Formats of that plan by unit.
         menu: Formats to choose from, the present one among them (see `neighbouring`).
         sets: The calibration rows, which are behind the rounding, and the scoring rows, which are measured on.
@@ -68,14 +73,10 @@ def swap_widths(
     """
     job = context.job
     others = {unit: tuple(fmt for fmt in formats if fmt != present[unit]) for unit, formats in menu.items()}
-    measured = swap_divergence(
-        job.stream(),
-        quantized,
-        MeasurementRows(sets["calibration"], sets["scoring"].tokens, job.settings.batch_size),
-        job.rounding({unit: formats for unit, formats in others.items() if formats}),
-        context.reporter.progress,
-        context.saved,
-    )
+    menu_of_others = {unit: formats for unit, formats in others.items() if formats}
+    asked = quantized, menu_of_others, sets["calibration"], sets["scoring"].tokens
+    sharing = context.shared(_measured, *asked) if isinstance(quantized, Path) else job
+    measured = _measured(sharing, *asked, context.reporter.progress, context.saved)
     labels = {unit: fmt.label for unit, fmt in present.items()}
     scores, trust = updated(expected, measured, labels)
     context.reporter.say(
@@ -88,6 +89,27 @@ def swap_widths(
         for unit, formats in menu.items()
     }
     return solve(build_problem(job.units, choice, changes, job.pins), budget, "width swap"), scores
+
+
+def _measured(
+    job: Job,
+    quantized: Path | ModelStream,
+    menu: Menu,
+    calibration: Rows,
+    scoring: Tensor,
+    progress: Progress = lambda *_: None,
+    saved: Saved = NOTHING_SAVED,
+) -> UnitScores:
+    """What each swap changes, on this rank's share of the rows."""
+    return swap_divergence(
+        job.stream(),
+        job.packed_stream(quantized) if isinstance(quantized, Path) else quantized,
+        MeasurementRows(calibration, scoring, job.settings.batch_size),
+        job.rounding(menu),
+        progress,
+        saved,
+        job.ranks,
+    )
 
 
 def relative_scores(scores: UnitScores, measured: UnitScores, present: Mapping[str, str]) -> UnitScores:

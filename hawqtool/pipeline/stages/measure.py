@@ -190,13 +190,27 @@ def _settings(job: Job, sets: dict[str, Rows], found: Measurement) -> dict[str, 
 
 def single_unit_scores(context: RunContext, menu: Menu, calibration: Rows, rows: Rows) -> UnitScores:
     """Metric ``kl``: the divergence on ``rows`` with one unit quantized, by unit and format label."""
-    job = context.job
+    asked = menu, calibration, rows
+    sharing = context.job if context.job.config.sensitivity_steps else context.shared(_single_units, *asked)
+    return _single_units(sharing, *asked, context.reporter.progress, context.saved)
+
+
+def _single_units(
+    job: Job,
+    menu: Menu,
+    calibration: Rows,
+    rows: Rows,
+    progress: Progress = lambda *_: None,
+    saved: Saved = NOTHING_SAVED,
+) -> UnitScores:
+    """The same, on this rank's share of the rows."""
     return single_unit_divergence(
         job.stream(),
         MeasurementRows(_rounded_on(job, calibration), rows.tokens, job.settings.batch_size),
         job.rounding(menu, _refiner(job, calibration.tokens)),
-        context.reporter.progress,
-        context.saved,
+        progress,
+        saved,
+        job.ranks,
     )
 
 

@@ -22,13 +22,15 @@ from hawqtool.pipeline.stages.refine import BATCH_ROWS
 from hawqtool.pipeline.stages.round_blocks import round_blocks
 from hawqtool.pipeline.stages.token_importance import _importance
 from hawqtool.pipeline.stages.write import Ahead, round_side_by_side, round_to_folder
-from hawqtool.records import SWEEP_METRICS, BitPlan, RoundedLayer, Rows
+from hawqtool.records import SWEEP_METRICS, BitPlan, MeasurementRows, RoundedLayer, Rows
 from hawqtool.rounding.layer import quantized
 from hawqtool.rounding.learned.block import Schedule
 from hawqtool.rounding.learned.end_to_end import DistillSchedule
 from hawqtool.rounding.method import RoundingMethod
 from hawqtool.runtime.ranks import ALONE, Ranks
 from hawqtool.sensitivity import label_gradients
+from hawqtool.sensitivity.measured_kl import single_unit_divergence
+from hawqtool.sensitivity.width_swap import swap_divergence
 from tests.support.crew import by_crew
 from tests.support.tiny_zoo import kind_named, save_kind
 
@@ -196,6 +198,25 @@ def test_plans_rounded_side_by_side_are_those_of_one_process_to_the_bit(job: Job
         round_to_folder(RunContext(job), plan, rows, alone, "alone")
         shared = tmp_path / f"{RANKS}-{number}"
         assert file_hash(shared / "model.safetensors") == file_hash(alone / "model.safetensors")
+
+
+@pytest.mark.parametrize("job", ["llama"], indirect=True)
+def test_swaps_and_single_units_are_measured_as_by_one_process(job: Job) -> None:
+    """Rounded to nearest, so that no error depends on the order of sums; the model stands for a quantized one."""
+    nearest = job.rounding({unit.name: (LOW,) for unit in job.units})
+    nearest = replace(nearest, method=RoundingMethod("rtn"))
+    rows = MeasurementRows(Rows(tokens(1), "test", "-"), tokens(2, 10), 4)
+
+    def measured(ranks: Ranks) -> list[Any]:
+        single = single_unit_divergence(job.stream(), rows, nearest, lambda *_: None, ranks=ranks)
+        swaps = swap_divergence(job.stream(), job.stream(), rows, nearest, lambda *_: None, ranks=ranks)
+        return [single, swaps]
+
+    expected, shares = measured(ALONE), by_crew(RANKS, measured)
+    for found in shares:
+        for ours, theirs in zip(found, expected, strict=True):
+            for unit, by_label in theirs.items():
+                assert ours[unit][LOW.label].value == pytest.approx(by_label[LOW.label].value, rel=1e-3, abs=1e-7), unit
 
 
 def test_an_evaluation_is_that_of_one_process(job: Job) -> None:
