@@ -84,7 +84,7 @@ class ResumePoints:
             for position, state in enumerate(batches):
                 self._saved.save(_key(blocks, name, position), state)
         self._saved.save(_LAST, blocks)  # when all of them are there
-        if earlier:
+        if earlier not in (None, 0, blocks):
             self._saved.drop(*(_key(earlier, name, i) for name, batches in states.items() for i in range(len(batches))))
         self._since = time.monotonic()
 

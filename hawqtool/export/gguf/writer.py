@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import struct
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -152,6 +153,15 @@ class GgufWriter:
         with disk_errors(self.path):
             self._stream.flush()
             os.fsync(self._stream.fileno())
+
+    def digest(self, names: Iterable[str]) -> str:
+        """Checksum of what the file holds of some tensors."""
+        found = hashlib.blake2b(digest_size=32)
+        with disk_errors(self.path), self._part.open("rb") as stream:
+            for place in (self._layout.tensors[name] for name in sorted(names)):
+                stream.seek(place.start)
+                found.update(stream.read(place.num_bytes))
+        return found.hexdigest()
 
     def write(self, name: str, stored: Tensor, first_row: int = 0) -> None:
         """Write rows of a tensor.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 
@@ -73,27 +74,45 @@ class GgufRounder:
         """
         if calibration is None:
             raise InputError("no calibration rows; expected some, as rounding to block types needs inputs; run again")
-        if not self._known("ends"):
+        known = self._finished("ends")
+        if known is None:
             self._round_ends()
             self._keep("ends")
+        else:
+            self._take(known)
         self._round_blocks(calibration)
         return self.findings
 
-    def _known(self, key: str) -> bool:
-        """Take what an earlier run found under a key, if its tensors are in the file."""
+    def _finished(self, key: str) -> Findings | None:
+        """What an earlier run found under a key, if its tensors are in the file as it wrote them."""
         known = self._context.saved.load(key) if self._writer.resumed else None
         if known is None:
-            return False
-        self._take(Findings(**known))
-        return True
+            return None
+        found = Findings(**known["findings"])
+        if self._writer.digest(self._tensors(found)) != known["digest"]:
+            self._context.reporter.warn(f"{self._writer.path.name}: what an earlier run wrote of {key} is damaged")
+            return None
+        return found
+
+    def _finished_blocks(self, count: int) -> Iterator[Findings]:
+        """Findings of the leading blocks that an earlier run finished."""
+        for number in range(count):
+            found = self._finished(_key(number))
+            if found is None:
+                return
+            yield found
+
+    def _tensors(self, findings: Findings) -> set[str]:
+        return {self._gguf.places[name].tensor for name in findings.weight_errors}
 
     def _take(self, findings: Findings) -> None:
-        self._writer.take_over({self._gguf.places[name].tensor for name in findings.weight_errors})
+        self._writer.take_over(self._tensors(findings))
         self.findings.add(findings)
 
     def _keep(self, key: str) -> None:
         self._writer.sync()  # what is kept says that it is there
-        self._context.saved.save(key, asdict(self._latest))
+        digest = self._writer.digest(self._tensors(self._latest))
+        self._context.saved.save(key, {"findings": asdict(self._latest), "digest": digest})
         self.findings.add(self._latest)
         self._latest = Findings()
 
@@ -112,13 +131,12 @@ class GgufRounder:
             calibration.importance,
         )
         stream.release_ends()
-        progress, points = (
-            self._context.progress("rounding"),
-            ResumePoints(self._context.part("walk").saved, job.device),
-        )
-        first = points.restore(activations.states, self._finished(len(blocks)))
-        for spec in blocks[:first]:
-            self._known(_key(spec.index))
+        progress = self._context.progress("rounding")
+        points = ResumePoints(self._context.part("walk").saved, job.device)
+        finished = [*self._finished_blocks(len(blocks))]
+        first = points.restore(activations.states, len(finished))
+        for found in finished[:first]:
+            self._take(found)
         for spec in blocks[first:]:
             with stream.block(spec.index) as block:
                 collect_statistics(block, activations, partial(self._visit, block))
@@ -129,12 +147,6 @@ class GgufRounder:
             statistics = stream.head_statistics(calibration.tokens, activations)
             self._visit(stream.head, [(stream.head.spec.input_groups[0], statistics)])
             self._keep("head")
-
-    def _finished(self, blocks: int) -> int:
-        """Leading blocks that are in the file."""
-        if not self._writer.resumed:
-            return 0
-        return next((n for n in range(blocks) if self._context.saved.load(_key(n)) is None), blocks)
 
     def _visit(self, block: LoadedBlock, groups: Groups) -> None:
         for group, statistics in groups:
