@@ -1,0 +1,35 @@
+"""Rows that the model writes: how long they are sampled at a time."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from hawqtool.config import RunConfig
+from hawqtool.pipeline.run.context import RunContext
+from hawqtool.pipeline.stages import rows as stage
+from hawqtool.settings.fields import SELF
+
+
+@pytest.mark.parametrize(
+    ("device", "calibration", "sampled"),
+    [("cuda", "text.txt", (8, 128)), ("cpu", "text.txt", (4, 256)), ("cuda", SELF, (4, 512))],
+)
+def test_rows_that_only_choose_are_two_texts_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, device: str, calibration: str, sampled: tuple[int, int]
+) -> None:
+    def generate(_model: Any, count: int, length: int, _seed: int, _progress: Any) -> torch.Tensor:
+        assert (count, length) == sampled
+        return torch.arange(count)[:, None].expand(count, length)
+
+    monkeypatch.setattr(stage, "generate_rows", generate)
+    monkeypatch.setattr(stage, "_sampled_model", lambda _: None)
+    monkeypatch.setattr(stage, "_of_long_rows", lambda _, quota: quota)
+    config = RunConfig(model="m", calibration=calibration)
+    job: Any = SimpleNamespace(config=config, settings=SimpleNamespace(seq_len=512), device=torch.device(device))
+    found = stage._sampled_source(RunContext(job), {"selection": 4})
+    assert found.tokens.shape == (4, 512 if calibration == SELF else 256)
+    assert found.tokens[1].unique().tolist() == ([2, 3] if device == "cuda" and calibration != SELF else [1])
