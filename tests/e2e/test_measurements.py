@@ -60,10 +60,10 @@ def test_runs_that_differ_in_budget_measure_once_and_give_what_they_would_alone(
     run: Run, tmp_path: Path, measured: list[str]
 ) -> None:
     # Without a folder the first takes widths 4 and 8, the second 2, 3, 4 and 8.
-    budgets = (6.0, 4.0)
-    alone = [run(target_bpw=budget) for budget in budgets]
+    budgets, few = (6.0, 4.0), {"num_samples": 8, "seq_len": 16}
+    alone = [run(target_bpw=budget, **few) for budget in budgets]
     assert len(measured) == 2
-    shared = [run(target_bpw=budget, measurements=tmp_path / "kept") for budget in budgets]
+    shared = [run(target_bpw=budget, measurements=tmp_path / "kept", **few) for budget in budgets]
     assert len(measured) == 3
     assert [r["measurement"]["source"] for _, r in shared] == ["run", "shared"]
     assert [r["measurement"] for _, r in alone][0]["fingerprint"] is None
@@ -79,7 +79,7 @@ def test_runs_that_differ_in_budget_measure_once_and_give_what_they_would_alone(
         assert f"shared measurement, fingerprint {key[:12]}" in (shared[1][0] / name).read_text()
         assert "shared measurement" not in (shared[0][0] / name).read_text()
     # The file is one that --sensitivity takes, and a run from it is the same again.
-    _, report = run(target_bpw=budgets[1], sensitivity=tmp_path / "kept" / f"{key}.json")
+    _, report = run(target_bpw=budgets[1], sensitivity=tmp_path / "kept" / f"{key}.json", **few)
     assert report["plan"] == shared[1][1]["plan"] and report["measurement"]["source"] == "file"
 
 
