@@ -90,7 +90,7 @@ def round_compensated(
     round_block = round_block if element is None else partial(_round_float_block, element)
     size = PAPER_BLOCK if paper_form else block_size or size
     feedback = torch.zeros_like(target)
-    codes = torch.empty_like(target, dtype=torch.int8 if element is None else CODE_DTYPE)
+    codes = torch.empty_like(target, dtype=torch.int8)
     errors = torch.empty_like(target[:size]) if column_errors is None else column_errors
     columns = target, feedback, scales, zeros, codes, errors
     for (w, fed, scale, zero, code, error), (upper, later) in _blocks(
@@ -103,7 +103,7 @@ def round_compensated(
             feedback[len(feedback) - later.shape[1] :].addmm_(later.t(), block.errors, alpha=-1.0)
     result = torch.empty_like(codes)
     result[factor.order] = codes
-    return _transposed(result)
+    return _transposed(result) if element is None else _transposed(result).view(CODE_DTYPE)
 
 
 def _blocks(
@@ -232,4 +232,4 @@ def _round_float_block(element: Element, block: ColumnBlock, beta: float) -> Non
             level = element.nearest_(torch.add(weight, moved, alpha=keep).div_(scale))
             torch.add(weight, moved, alpha=keep_squared, out=error).addcmul_(level, scale, value=-1.0).div_(pivot)
             feedback[j:].addr_(upper[j - 1, j:], error, alpha=-1.0)
-            code.copy_(level)
+            code.view(CODE_DTYPE).copy_(level)  # few operations on a GPU know floats of one byte

@@ -154,9 +154,8 @@ def round_row_blocks(problem: Problem, beta: float, feedback: RowFeedback, gram:
 
 def _joined(results: list[Quantized], places: Tensor) -> Quantized:
     """Blocks of rows in one, rows in natural order."""
-    codes, scales = (
-        torch.cat(parts).index_select(0, places) for parts in ([r[0] for r in results], [r[1] for r in results])
-    )
+    codes = torch.cat([r.codes.view(torch.int8) for r in results]).index_select(0, places).view(results[0].codes.dtype)
+    scales = torch.cat([r.scales for r in results]).index_select(0, places)
     zeros = [result.zeros for result in results if result.zeros is not None]
     joined = torch.cat(zeros).index_select(0, places) if zeros else None
     return Quantized(codes, scales, joined, results[0].divisor)

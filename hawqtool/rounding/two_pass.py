@@ -217,8 +217,9 @@ def _merged(rows: Tensor, new: Quantized, old: Quantized) -> Quantized:
     """The rows that are marked from one result, the others from another."""
     rows = rows[:, None]
     zeros = None if new.zeros is None or old.zeros is None else torch.where(rows, new.zeros, old.zeros)
-    codes, scales = torch.where(rows, new.codes, old.codes), torch.where(rows, new.scales, old.scales)
-    return Quantized(codes, scales, zeros, old.divisor)
+    # As bytes: few operations on a GPU know floats of one byte.
+    codes = torch.where(rows, new.codes.view(torch.int8), old.codes.view(torch.int8)).view(old.codes.dtype)
+    return Quantized(codes, torch.where(rows, new.scales, old.scales), zeros, old.divisor)
 
 
 def refit(problem: Problem, results: Sequence[Quantized], gram: Tensor) -> list[Quantized]:

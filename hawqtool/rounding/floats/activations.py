@@ -38,7 +38,7 @@ def _scales(peak: Tensor, activations: ActivationFormat) -> Tensor:
     """Scales of largest magnitudes, in their dtype; never zero."""
     if activations.powers:
         element = ELEMENTS[activations.element]
-        mantissa, exponent = torch.frexp(peak)
+        mantissa, exponent = torch.frexp(peak.float())
         # frexp's mantissas begin at 0.5: twice as large they begin at 1.
         power = exponent - 1 + (2 * mantissa >= _ROUND_UP).int()
         _, largest = torch.frexp(torch.tensor(element.largest))
