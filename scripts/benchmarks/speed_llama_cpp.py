@@ -1,10 +1,10 @@
-"""Speed and memory of GGUF files in llama.cpp on a CPU: bfloat16, Q8_0 and files of ours.
+"""Speed and memory of GGUF files in llama.cpp on a CPU: bfloat16, single types and files of ours.
 
     python scripts/benchmarks/speed_llama_cpp.py MODEL --template MODEL.gguf --files OURS.gguf --threads 2
 
-The first two are made here, of MODEL with the template's metadata; Q8_0 by ggml's own quantizer. Each file is run in a
-process of its own by the library inside the xllamacpp wheel: tokens per second of a prompt and of single tokens, and
-what is resident afterwards, its own pages and those of the mapped file. Medians of three repetitions.
+MODEL in bfloat16 and in each of ``--types`` is made here, with the template's metadata and ggml's own quantizer. Each
+file is run in a process of its own by the library inside the xllamacpp wheel: tokens per second of a prompt and of
+single tokens, and what is resident afterwards, its own pages and those of the mapped file. Medians of three.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ def main() -> int:
     parser.add_argument("model", type=Path)
     parser.add_argument("--files", type=Path, nargs="*", default=[])
     parser.add_argument("--template", type=Path)
+    parser.add_argument("--types", nargs="+", default=["Q8_0"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--one", action="store_true", help="measure MODEL, a file, in this process")
     parser.add_argument("--work", type=Path, default=None, help="folder for the files that are made")
@@ -42,7 +43,7 @@ def main() -> int:
         print(json.dumps(measured(arguments.model, arguments.threads)))
         return 0
     with tempfile.TemporaryDirectory(dir=arguments.work) as scratch:
-        made = made_files(arguments.model, arguments.template, Path(scratch)) if arguments.template else []
+        made = made_files(arguments, Path(scratch)) if arguments.template else []
         for path in (*made, *arguments.files):
             command = [sys.executable, __file__, str(path), "--one", "--threads", str(arguments.threads)]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
@@ -50,8 +51,8 @@ def main() -> int:
     return 0
 
 
-def made_files(model: Path, template: Path, folder: Path) -> list[Path]:
-    """The model in bfloat16 and in Q8_0 as GGUF files."""
+def made_files(arguments: argparse.Namespace, folder: Path) -> list[Path]:
+    """The model in bfloat16 and in some types as GGUF files."""
     import torch
 
     from compare_llama_cpp import Quantizer
@@ -62,11 +63,12 @@ def made_files(model: Path, template: Path, folder: Path) -> list[Path]:
     from hawqtool.pipeline.gguf.tensors import prepare_gguf
     from hawqtool.runtime.reporter import Silent
 
-    settings = {"model": str(model), "to": "gguf", "template": str(template), "target_bpw": 16.0, "device": "cpu"}
+    settings = {"model": str(arguments.model), "template": str(arguments.template), "device": "cpu"}
+    settings |= {"to": "gguf", "target_bpw": "16"}
     gguf = prepare_gguf(load_config(None, settings), Silent())
     reader, quantizer, plain = TensorReader(gguf.job.index), Quantizer(), STORED_TYPES[30]
     found = []
-    for kind in (plain, BLOCK_TYPES["Q8_0"]):
+    for kind in (plain, *(BLOCK_TYPES[name] for name in arguments.types)):
         kinds: dict[str, StoredType] = {place.tensor: kind for place in gguf.places.values()}
         path = folder / f"{kind.name}.gguf"
         with GgufWriter(gguf.template, gguf.layout(kinds), path) as writer:
@@ -75,7 +77,7 @@ def made_files(model: Path, template: Path, folder: Path) -> list[Path]:
                 if kind is plain:
                     stored = weight.to(torch.bfloat16).contiguous().view(torch.uint8)
                 else:
-                    stored = quantizer(weight.float(), BLOCK_TYPES["Q8_0"], None)
+                    stored = quantizer(weight.float(), BLOCK_TYPES[kind.name], None)
                 stored = stored if place.piece.rows is None else stored[place.piece.rows]
                 writer.write(place.tensor, stored, place.first_row)
         found.append(path)
