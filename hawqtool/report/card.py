@@ -195,11 +195,6 @@ def _choice(report: Report) -> str:
     if tried == ["uniform menu"]:
         return _ONE_FORMAT
     best = evaluation["mixed"]["chosen_by"]
-    if report["shipped"] == "uniform" and evaluation.get("not_rounded"):
-        return (
-            "the best uniform plan within the budget, because no mixed one was better for sure on the selection rows, "
-            "with layers rounded one by one"
-        )
     by = f" by the sensitivity metric {code(best)}" if best == tried[0] else ""
     how = f"chosen per layer{by} under a budget of stored bytes"
     if report["search"] is not None:

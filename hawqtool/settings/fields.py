@@ -168,7 +168,8 @@ class Fields(TargetFields):
     )] = Field(default=None, ge=1)
     proof: Annotated[Literal["full", "layerwise", "predicted"] | None, Setting(
         help="full: what the mixed plan must beat, uniform and the rule that people use, is carried out and measured; "
-        "layerwise: all are measured as models whose layers are rounded one by one, and the best is carried out; "
+        "layerwise: all are measured as models whose layers are rounded one by one, and a mixed plan that is better "
+        "for sure is carried out alone; "
         "predicted: what is predicted to lose more than twice as much is not measured. The report says which.",
         default="layerwise on a GPU where nothing is learned and a budget of bytes is kept to without swaps; else full",
         detail="Layerwise leaves out corrections of one layer by another, alike in all plans, and output feedback.",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from hawqtool.evaluation.divergence import as_evaluation
@@ -48,11 +48,11 @@ class LayerwiseProof:
         """The best mixed plan less the uniform one; None where there is none."""
         return None if self.uniform is None else compare_paired(self.quality[self.best], self.quality[self.uniform])
 
-    def rivals(self, shipped: str) -> dict[str, UnroundedRival]:
-        """What the report says of all other plans, as they compare with the shipped one."""
+    def rivals(self, shipped: str, carried_out: Collection[str]) -> dict[str, UnroundedRival]:
+        """What the report says of plans that were not carried out, as they compare with the shipped one."""
         found: dict[str, UnroundedRival] = {}
         for name, plan in self.plans.items():
-            if name == shipped:
+            if name in carried_out:
                 continue
             less = compare_paired(self.quality[name], self.quality[shipped])
             found[name] = {

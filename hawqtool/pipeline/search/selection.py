@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hawqtool.allocation.problem import stored_bytes
 from hawqtool.allocation.uniform import UniformPlan, best_uniform
@@ -39,7 +39,7 @@ class Selection:
         best: Name of the mixed plan with the lowest divergence on the selection rows.
         swaps: Plans that were tried on the way of swaps by gradient, without being rounded for it.
         not_rounded: Rivals by name, of which the predicted loss, or a layerwise comparison, was proof enough.
-        proof: That comparison, where it decided; then what is shipped is the only plan that was rounded.
+        proof: That comparison, where there was one; without a uniform plan it decided, else it chose the mixed one.
     """
 
     mixed: dict[str, Trial]
@@ -52,7 +52,7 @@ class Selection:
     @property
     def minus_uniform(self) -> PairedDifference | None:
         """The best mixed plan less the uniform one on the selection rows; None where one is missing or both are one."""
-        if self.proof is not None:
+        if self.proof is not None and self.uniform is None:
             return self.proof.minus_uniform
         mixed, uniform = self.mixed[self.best], self.uniform
         if uniform is None or uniform is mixed or "selection" not in uniform.quality:
@@ -103,15 +103,21 @@ def try_plans(runner: TrialRunner, plans: dict[str, BitPlan], scores: UnitScores
 
 
 def _compared(runner: TrialRunner, plans: dict[str, BitPlan]) -> Selection:
-    """Let a layerwise comparison choose; what it chooses is all that is rounded."""
+    """Let a layerwise comparison choose: a mixed plan that is better for sure is all that is carried out.
+
+    Where it is not, the best uniform plan is carried out too: without output feedback all plans of few bits are far
+    from the original, and nearer to each other than they will be.
+    """
     job, uniform = runner.context.job, _largest_uniform(runner.context.job, next(iter(plans.values())))
     proof = compare_layerwise(runner, plans, uniform)
-    shipped, difference = proof.best, proof.minus_uniform
-    if uniform and difference and obeys(job, uniform[1]) and not difference.is_less(proof.tried):
-        shipped = uniform[0]
-    trial = runner.run_trial(shipped, proof.plans[shipped], ("report",))
-    rounded = trial if shipped == proof.uniform else None
-    return Selection({shipped: trial}, rounded, shipped, not_rounded=proof.rivals(shipped), proof=proof)
+    best, difference = proof.best, proof.minus_uniform
+    if uniform is None or difference is None or difference.is_less(proof.tried) or not obeys(job, uniform[1]):
+        mixed = {best: runner.run_trial(best, proof.plans[best], ("report",))}
+        return Selection(mixed, None, best, not_rounded=proof.rivals(best, {best}), proof=proof)
+    mixed, rival = {best: runner.run_trial(best, proof.plans[best])}, runner.run_trial(*uniform)
+    found = Selection(mixed, rival, best, proof=proof)
+    shipped = uniform[0] if choose(job, found) == "uniform" else best
+    return replace(found, not_rounded=proof.rivals(shipped, {best, uniform[0]}))
 
 
 def _largest_uniform(job: Job, plan: BitPlan) -> tuple[str, BitPlan] | None:

@@ -161,9 +161,7 @@ def _comparison_warnings(outcome: Outcome) -> list[str]:
     if evaluation is None:
         return found
     uniform = evaluation["uniform"]
-    rivals = evaluation.get("not_rounded", {})
-    other = uniform is not None and evaluation["mixed"]["formats"] != uniform["formats"]
-    if shipped == "uniform" and (other or rivals):
+    if shipped == "uniform" and uniform is not None and evaluation["mixed"]["formats"] != uniform["formats"]:
         found.append("the mixed plan was not better than the uniform one on the selection rows, so uniform was shipped")
     selection = evaluation.get("selection")
     if shipped == "mixed" and selection and selection["mixed_minus_uniform"] > 0:

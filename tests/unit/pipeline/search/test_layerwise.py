@@ -15,7 +15,7 @@ from hawqtool.pipeline.search import selection
 from hawqtool.pipeline.search.layerwise import some_rows
 from hawqtool.pipeline.search.selection import choose, compare, try_plans
 from hawqtool.pipeline.search.shortlist import RULE
-from hawqtool.pipeline.search.trials import Trial
+from hawqtool.pipeline.search.trials import JUDGED, Trial
 from hawqtool.records import BitPlan, Evaluation, LinearSpec, Rows, Score, Unit
 from hawqtool.report.wording import not_rounded_lines
 from hawqtool.runtime.store import NOTHING_SAVED
@@ -31,9 +31,10 @@ def evaluation(rows: list[float]) -> Evaluation:
 
 
 class FakeRunner:
-    """Knows the divergence of every plan beforehand, and notes which are carried out."""
+    """Knows what every plan is, layerwise and carried out, and notes which are carried out."""
 
-    def __init__(self, divergence: dict[str, list[float]]) -> None:
+    def __init__(self, divergence: dict[str, list[float]], real: dict[str, list[float]]) -> None:
+        self.real = real
         config = RunConfig(model="m", target_bpw=4.0, group_size=32, proof="layerwise")
         job = SimpleNamespace(
             config=config, units=UNITS, pins={}, settings=SimpleNamespace(swaps=0, proof=config.proof)
@@ -45,40 +46,52 @@ class FakeRunner:
         rows = Rows(torch.zeros(4, 8, dtype=torch.int64), "test", "-")
         self.sets, self.timings, self.tried = {"calibration": rows}, dict[str, float](), list[tuple[str, Any]]()
 
-    def run_trial(self, name: str, plan: BitPlan, roles: Any) -> Trial:
+    def run_trial(self, name: str, plan: BitPlan, roles: Any = JUDGED) -> Trial:
         self.tried.append((name, roles))
         rounding: Any = {"total_bytes": 1, "seconds": 0.0}
-        return Trial(name, plan, Path(name), rounding, {"report": evaluation([1.0, 1.1])})
+        rows = {"report": [1.0, 1.1], "selection": self.real[name]}
+        return Trial(name, plan, Path(name), rounding, {role: evaluation(rows[role]) for role in roles})
 
 
 LOW, MIDDLE, HIGH = [1.0, 1.1, 0.9, 1.0], [1.5, 1.6, 1.4, 1.45], [2.0, 2.1, 1.9, 2.0]
 
 
+UNSURE = [0.9, 1.2, 0.8, 1.0]
+UNIFORM = "uniform w3g32"
+
+
 @pytest.mark.parametrize(
-    ("own", "rule", "uniform", "obeyed", "wanted"),
+    ("own", "rule", "uniform", "obeyed", "carried_out"),
     [
-        (LOW, MIDDLE, HIGH, True, "kron"),
-        (MIDDLE, LOW, HIGH, True, RULE),
-        (MIDDLE, HIGH, LOW, True, "uniform w3g32"),
-        ([0.9, 1.2, 0.8, 1.0], HIGH, LOW, True, "uniform w3g32"),  # better, but not for sure
-        (MIDDLE, HIGH, LOW, False, "kron"),  # uniform is not what was asked for
+        (LOW, MIDDLE, HIGH, True, ["kron"]),
+        (MIDDLE, LOW, HIGH, True, [RULE]),
+        (MIDDLE, HIGH, LOW, True, ["kron", UNIFORM]),
+        (UNSURE, HIGH, LOW, True, ["kron", UNIFORM]),  # better, but not for sure
+        (MIDDLE, HIGH, LOW, False, ["kron"]),  # uniform is not what was asked for
     ],
 )
-def test_the_best_is_carried_out_alone(
-    monkeypatch: pytest.MonkeyPatch, own: Any, rule: Any, uniform: Any, obeyed: bool, wanted: str
+@pytest.mark.parametrize("wins", [True, False])
+def test_what_is_better_for_sure_is_carried_out_alone(
+    monkeypatch: pytest.MonkeyPatch, own: Any, rule: Any, uniform: Any, obeyed: bool, carried_out: list[str], wins: bool
 ) -> None:
     monkeypatch.setattr(selection, "obeys", lambda *_: obeyed)
-    divergence = {"kron": own, RULE: rule, "uniform w3g32": uniform}
-    runner: Any = FakeRunner(divergence)
+    divergence, best = {"kron": own, RULE: rule, UNIFORM: uniform}, carried_out[0]
+    real = {best: LOW if wins else HIGH, UNIFORM: MIDDLE}  # which counts where uniform is carried out too
+    runner: Any = FakeRunner(divergence, real)
     found = try_plans(runner, {"kron": OWN, RULE: RIVAL}, {"u0": {"w2g32": Score(1.0, 0.1)}})
-    assert runner.tried == [(wanted, ("report",))]
-    assert choose(runner.context.job, found) == ("uniform" if wanted.startswith("uniform") else "mixed")
+    both = len(carried_out) == 2
+    assert runner.tried == [(name, JUDGED if both else ("report",)) for name in carried_out]
+    shipped = UNIFORM if both and not wins else best
+    assert choose(runner.context.job, found) == ("uniform" if shipped == UNIFORM else "mixed")
     record = compare(found, evaluation(LOW), lambda _: {})
+    mean = {name: sum(rows) / len(rows) for name, rows in divergence.items()}
+    told = record["selection"]["mixed_minus_uniform"]
+    assert told == pytest.approx((-0.4875 if wins else 0.5125) if both else mean[best] - mean[UNIFORM])
     assert record["selection"]["plans"] == 2
-    rivals, mean = record["not_rounded"], {name: sum(rows) / len(rows) for name, rows in divergence.items()}
-    assert set(rivals) == set(divergence) - {wanted}
+    rivals = record["not_rounded"]
+    assert set(rivals) == set(divergence) - set(carried_out)
     for name, rival in rivals.items():
-        assert rival["minus_shipped"]["difference"] == pytest.approx(mean[name] - mean[wanted])
+        assert rival["minus_shipped"]["difference"] == pytest.approx(mean[name] - mean[shipped])
     assert all("rounded one by one" in line for line in not_rounded_lines(record))
 
 
