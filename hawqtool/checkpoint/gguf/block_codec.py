@@ -103,7 +103,8 @@ def code_values(codes: Tensor, kind: BlockType) -> Tensor:
     """Values of codes in units of the step, float32."""
     if kind.values is None:
         return codes.float()
-    return torch.tensor(kind.values, dtype=torch.float32, device=codes.device)[codes.int()]
+    table = torch.tensor(kind.values, dtype=torch.float32, device=codes.device)
+    return table.index_select(0, codes.flatten().int()).view_as(codes)
 
 
 def grid_values(codes: Tensor, grid: BlockGrid, kind: BlockType) -> Tensor:

@@ -12,14 +12,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hawqtool.checkpoint.gguf.block_codec import BlockFields, BlockGrid, block_grid, grid_values
+from hawqtool.checkpoint.gguf.block_codec import BlockFields, BlockGrid, block_grid, code_values, grid_values
 from hawqtool.checkpoint.gguf.block_types import BlockType
 from hawqtool.formats import QuantFormat
 from hawqtool.rounding.blocks.block_loop import nearest_block_codes
 from hawqtool.rounding.grid import search_scales
 
-_CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25}
-"""Weights that are searched at a time: a search holds some ten tensors of so many."""
+_CHUNK_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 25}
+"""Weights that are searched at a time: a search holds some ten tensors of so many.
+
+On a CPU they fit into its caches: a search of scales and offsets took a quarter of the time of 2^20 at a time.
+"""
 
 _SPANS = {
     3: tuple(1.05 - 0.05 * step for step in range(14)),
@@ -144,10 +147,8 @@ def _search_table(problem: _Problem) -> Tensor:
 
 
 def _table_levels(values: Tensor, scale: Tensor, kind: BlockType) -> Tensor:
-    grid = BlockGrid(scale, None)
-    codes = nearest_block_codes(values.flatten(1), grid, kind)
-    table = torch.tensor(kind.values, dtype=values.dtype, device=values.device)
-    return table[codes.int()].view_as(values)
+    codes = nearest_block_codes(values.flatten(1), BlockGrid(scale, None), kind)
+    return code_values(codes, kind).view_as(values)
 
 
 class _Affine(NamedTuple):
