@@ -257,8 +257,7 @@ class Fields(TargetFields):
         help="Let rows of a layer make up for each other's rounding errors, by the gradients at its output: off, auto "
         "(layers with at most twice as many outputs as inputs), a layer's name or a pattern such as "
         "'re:.*[qk]_proj$'.",
-        default="auto on a GPU where nothing is learned, token importance is known and matrices take at most 8 GiB; "
-        "else off",
+        default="auto on a GPU where token importance is known and matrices take at most 8 GiB; else off",
         detail="Each layer goes without where held-out rows predict a gain of less than 3 %. Experts and an output "
         "head have none, nor have scores. The host's memory holds half a square matrix of its outputs per layer.",
         panel=METHOD, expert=True, affects=Affects.WEIGHTS, metavar="off|auto|NAME",

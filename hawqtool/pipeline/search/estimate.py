@@ -16,6 +16,7 @@ from hawqtool.pipeline.search.gradient_swap import REACH, SHARES
 from hawqtool.pipeline.search.layerwise import some_count
 from hawqtool.pipeline.search.rates import Rates, measured_rates
 from hawqtool.pipeline.search.width_swap import neighbouring
+from hawqtool.pipeline.stages.refine import BATCH_ROWS
 from hawqtool.pipeline.stages.rows import SELECTION_LENGTH, selection_sources, used_rows
 from hawqtool.report.documents import Estimate, Phase
 from hawqtool.settings.fields import SELF
@@ -70,7 +71,9 @@ def _work(job: Job, rates: Rates) -> list[tuple[str, float]]:
     rounding = sum(unit.num_weights for unit in job.units) / rates.rounded
     streams = _ORIGINAL_TOO + settings.method.needs_drift
     plan = streams * forward * calibrating + rounding + loading * (1 + settings.method.needs_drift)
-    plan += config.refine_steps * 4 * forward + config.distill_steps * 4 * forward
+    batch = min(BATCH_ROWS[job.device.type], calibrating)  # a step of distillation runs each block once more
+    plan += batch * config.refine_steps * _BACKWARD * forward
+    plan += batch * config.distill_steps * (1 + _BACKWARD) * (forward + outputs)
     plan += config.gram_steps * _gram_operations(job) / second
     found: list[tuple[str, float]] = []
     if rows and SELF in config.calibration_weights:

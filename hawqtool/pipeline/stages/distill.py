@@ -33,6 +33,13 @@ from hawqtool.runtime.ranks import Ranks
 from hawqtool.runtime.store import Saved
 from hawqtool.streaming.stream import ModelStream
 
+CODE_MARGIN = 0.1
+"""Least distance of an offset from the borders of its cell at the start, in codes.
+
+The first steps move all offsets alike, and those next to a border would change their code by the sign of one noisy
+gradient. On SmolLM2 at 3 bits, 256 steps, KL on three texts is 0 to 5 % less than without.
+"""
+
 CODE_RATE = 6e-3
 """First step of the rounding offsets, in codes; three times less gained less in as many steps."""
 
@@ -81,8 +88,9 @@ class Written:
 
 def schedule_of(config: RunConfig) -> DistillSchedule:
     """Steps and rates that a configuration asks for."""
-    rate = CODE_RATE if config.distill_codes else 0.0
-    return DistillSchedule(config.distill_steps, config.seed, latent_rate=rate)
+    if not config.distill_codes:
+        return DistillSchedule(config.distill_steps, config.seed)
+    return DistillSchedule(config.distill_steps, config.seed, latent_rate=CODE_RATE, margin=CODE_MARGIN)
 
 
 def learned_names(saved: Saved) -> set[str]:

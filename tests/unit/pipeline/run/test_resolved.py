@@ -61,7 +61,13 @@ def test_output_feedback_is_on_where_it_was_measured_to_pay() -> None:
     assert resolved("cpu").output_feedback == "off"
     without: tuple[dict[str, Any], ...] = (
         {"rounding": "rtn"}, {"rounding": "gptaq"}, {"token_importance": "none"}, {"num_samples": 4},
-        {"refine_steps": 5}, {"distill_steps": 5}, {"output_feedback": "off"},
+        {"output_feedback": "off"},
     )  # fmt: skip
     assert {resolved("cuda", **values).output_feedback for values in without} == {"off"}
     assert resolved("cpu", output_feedback="re:.*q_proj").output_feedback == "re:.*q_proj"
+
+
+def test_learning_goes_on_from_feedback() -> None:
+    learned = resolved("cuda", refine_steps=5, distill_steps=5)
+    assert (learned.output_feedback, learned.refine_error) == ("auto", "output")
+    assert resolved("cpu", refine_steps=5, refine_error="loss").refine_error == "loss"
