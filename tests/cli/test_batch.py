@@ -147,7 +147,7 @@ def test_jobs_that_were_begun_are_gone_on_with_unless_their_settings_changed(pla
     def commands(**changes: Any) -> list[tuple[str, ...]]:
         batch = read_batch(write(place, **changes), str(tmp_path / "runs"), None, False)
         batch.folder.mkdir(exist_ok=True)
-        return [tuple(program.command) for program in _BatchRun(batch, Silent()).prepare()]
+        return [tuple(program.command) for program in _BatchRun(batch, Silent(), None).prepare()]
 
     assert not any("--restart" in command for command in commands())
     assert not any("--restart" in command for command in commands())

@@ -72,13 +72,19 @@ def here(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     return hub
 
 
-def installed(hub: Hub, home: Path, *arguments: object, **extra: str) -> subprocess.CompletedProcess[str]:
+def installed(hub: Hub, home: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     """The installed command with this hub, a cache of its own, and no wish of the user's about being offline."""
     unset = {"HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE", "HF_TOKEN", MAY_FETCH}
     environment = {name: value for name, value in os.environ.items() if name not in unset}
-    environment |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1"} | extra
+    environment |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1"}
     command = [str(INSTALLED), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=900, check=False, env=environment)
+
+
+def forbid_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a user does."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv(MAY_FETCH, raising=False)
 
 
 def only_line(stderr: str) -> str:
@@ -87,7 +93,9 @@ def only_line(stderr: str) -> str:
     return lines[0]
 
 
-def test_a_hub_id_is_fetched_pinned_and_runs_again_offline(here: Hub, tmp_path: Path) -> None:
+def test_a_hub_id_is_fetched_pinned_and_runs_again_offline(
+    here: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hub = here
     text = tmp_path / "text.txt"
     text.write_text("".join(random.Random(0).choices("abcdefgh ", k=1200)))
@@ -104,21 +112,23 @@ def test_a_hub_id_is_fetched_pinned_and_runs_again_offline(here: Hub, tmp_path: 
     assert [path.name for path in first.rglob("*.safetensors")] == ["model.safetensors"]
     assert (first / "LICENSE").read_text() == "terms"
     hub.requests.clear()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    forbid_the_network(monkeypatch)
     recorded = ("-c", first / "reproduce/config.yaml", "-o", second, "--calibration", text)
-    done = installed(hub, home, "quantize", *recorded, HF_HUB_OFFLINE="1")
-    assert done.returncode == 0, done.stderr
-    assert hub.requests == []
+    again = CliRunner().invoke(app, ["quantize", *map(str, recorded)])
+    assert again.exit_code == 0, again.stderr
     weights = [(folder / "model.safetensors").read_bytes() for folder in (first, second)]
     assert weights[0] == weights[1]
     verified = CliRunner().invoke(app, ["verify", str(first), "--against", f"org/tiny@{SHA}"])
     assert verified.exit_code == 0, verified.stderr
+    assert hub.requests == []
 
 
 def test_offline_without_a_copy_is_one_line(here: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "out"
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.delenv(MAY_FETCH, raising=False)
+    forbid_the_network(monkeypatch)
     done = CliRunner().invoke(app, ["quantize", "org/tiny", "-o", str(output), *TARGET])
     assert done.exit_code == 4
     assert "HF_HUB_OFFLINE forbids" in only_line(done.stderr)
