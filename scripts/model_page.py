@@ -68,6 +68,7 @@ class Row:
         loads: Letters of the engines that load the folder.
         difference: Largest difference of the outputs; None where the sweep did not compare them.
         reason: Why not.
+        alone: The one format that transformers loads it in, where 4 bits do not load.
     """
 
     family: str
@@ -80,12 +81,13 @@ class Row:
     loads: str = ""
     difference: float | None = None
     reason: str = ""
+    alone: str = ""
 
     @property
     def shown_name(self) -> str:
         """The class, with its variant."""
         name, _, variant = self.name.partition("#")
-        return f"`{name}`, {variant}" if variant else f"`{name}`"
+        return ", ".join(part for part in (f"`{name}`", variant, self.alone) if part)
 
 
 def read_results(path: Path) -> list[Row]:
@@ -116,6 +118,7 @@ def row_of(record: Mapping[str, Any]) -> Row:
         kept[1] if kept else "0 %",
         ("T" if "diff" in record or _tried(record) else "") + loads,
         record.get("diff"),
+        alone=str(record.get("retried") or "").removeprefix("--formats "),
     )
 
 
@@ -205,9 +208,8 @@ def _judgement(rows: list[Row]) -> str:
         return "not in this version of transformers"
     told: dict[str, list[str]] = {}
     for row in rows:
-        told.setdefault(row.outcome if row.outcome == SUPPORTED else f"{row.outcome}: {row.reason}", []).append(
-            row.shown_name
-        )
+        good = f"supported in {row.alone} alone" if row.alone else SUPPORTED
+        told.setdefault(good if row.outcome == SUPPORTED else f"{row.outcome}: {row.reason}", []).append(row.shown_name)
     if len(told) == 1:
         return next(iter(told))
     return "; ".join(f"{', '.join(dict.fromkeys(names))} {text}" for text, names in told.items())
@@ -236,11 +238,13 @@ def _shown(row: Row) -> str:
 
 def generated(rows: list[Row], origin: str) -> str:
     """All that stands between the marks of the page."""
-    supported = sum(row.outcome == SUPPORTED for row in rows)
+    supported = [row for row in rows if row.outcome == SUPPORTED]
+    count = sum(bool(row.alone) for row in supported)
+    alone = f", {count} of them in 8-bit floats alone" if count else ""
     families = [f for f in FAMILIES if any(row.family == f for row in rows)]
     parts = [
         "## The sweep",
-        f"{supported} of {len(rows)} classes are supported. {origin}",
+        f"{len(supported)} of {len(rows)} classes are supported{alone}. {origin}",
         _LEGEND,
         counts_table(rows),
         "### Models that people ask for",
@@ -259,7 +263,9 @@ the same model with dequantized weights. Nothing is said here about quality.
 - kept: share of the tensor bytes that stay as they are beside embeddings and head;
 - loads: T transformers (done), V vLLM on CUDA, C vLLM on CPUs, S SGLang (by rules, see [engines](#engines));
 - difference: the largest between the two models' outputs; *trial*: the sweep has no inputs for the class, and the
-  run's own trial has loaded the folder and compared a forward pass. Variants of a class stand behind a comma.
+  run's own trial has loaded the folder and compared a forward pass. Variants of a class stand behind a comma;
+- *fp8* behind a class: transformers does not load it at 4 bits, so `--formats fp8` was swept (see
+  [what loading initializes](#what-loading-initializes)).
 
 This part of the page is made by `python scripts/model_page.py RESULTS.jsonl`."""
 

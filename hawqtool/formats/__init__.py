@@ -85,6 +85,11 @@ class QuantFormat:
         return INT_QUANTIZED if self.activations == "a8i" else PACK_QUANTIZED
 
     @property
+    def keeps_name(self) -> bool:
+        """Whether codes are stored under the weight's own name, a byte each; else as packed ones."""
+        return self.floats.element == "e4m3" if self.floats else self.layout == INT_QUANTIZED
+
+    @property
     def min_code(self) -> int:
         """Smallest signed code, -2^(bits-1)."""
         return -(1 << (self.bits - 1))

@@ -42,7 +42,7 @@ from hawqtool.model.kept import (
     kept_tensors,
     use_reason,
 )
-from hawqtool.model.loading.initialization import INITIALIZED, initialized_linears
+from hawqtool.model.loading.initialization import initialized_linears, packing_obstacle
 from hawqtool.model.replay import Call, ExtraOutputs
 from hawqtool.model.stored_names import Conversion, loading_names
 from hawqtool.model.trace import Walk, WeightUses, refuse_other_outputs, trace_walk, unused_parameters
@@ -51,12 +51,6 @@ from hawqtool.records import BlockSpec, LinearSpec, Unit
 _FLOAT_DTYPES = ("BF16", "F16", "F32")
 _LEAST_OUTPUTS = 16
 """Linears with fewer outputs are gates: engines keep them as they are, and they weigh nothing."""
-
-_OBSTACLES = {
-    "Conv1D": "it skips packed Conv1D layers and would run on random weights",
-    "FalconLinear": "its Falcon code stops at packed layers",
-}
-"""Classes of linears that transformers 5.17 with compressed-tensors 0.18 was seen to fail on."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +135,7 @@ def discover(
     quantize_head: bool = False,
     fuses: bool = True,
     for_transformers: bool = False,
+    keeps_names: bool = False,
 ) -> Structure:
     """Run one row of meta tensors through every block and keep what it proves.
 
@@ -155,6 +150,7 @@ def discover(
         quantize_head: Whether the output head is quantized too.
         fuses: As in `unit_name`.
         for_transformers: Whether linears that transformers cannot load packed are kept.
+        keeps_names: Whether quantized layers have a tensor of the weight's name, so that loading may read it.
 
     Raises:
         InputError: If the blocks cannot be run, or hand on more than a hidden state; if a tensor is missing.
@@ -180,9 +176,7 @@ def discover(
     reasons |= dict.fromkeys(read if keeps else (), READ_ON_LOADING)
     reasons = _kept_along(specs, {units[n] for n in reasons}) | reasons
     specs = [_without_units(spec, {units[n] for n in reasons}) for spec in specs]
-    parts = [module for block in blocks for module in block.modules()]
-    obstacle = next((text for m in parts for kind, text in _OBSTACLES.items() if kind in _classes(m)), None)
-    obstacle = obstacle or (INITIALIZED if read and not keeps else None)
+    obstacle = packing_obstacle(blocks, bool(read) and not (keeps or keeps_names))
     head = _head(model, len(blocks), stored, index, fuses) if quantize_head else None
     walked = (*specs, head) if head else specs
     inside = {spec.module_name for block in walked for spec in block.linears}
@@ -228,10 +222,6 @@ def _head(model: Any, position: int, stored: dict[str, str], index: CheckpointIn
         )
     context = _BlockContext(position, "", stored, index, set(), set())
     return BlockSpec(position, "", ((_linear_spec(name, head, context),),))
-
-
-def _classes(module: nn.Module) -> set[str]:
-    return {kind.__name__ for kind in type(module).__mro__}
 
 
 def _shared_weights(model: nn.Module) -> set[int]:

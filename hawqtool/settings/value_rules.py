@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_serializer, field_validator
 
-from hawqtool.formats import BLOCK_LABELS, CHANNEL, GROUP_STEP, MAX_BITS, MIN_BITS
+from hawqtool.formats import BLOCK_LABELS, CHANNEL, GROUP_STEP, MAX_BITS, MIN_BITS, parse_label
 from hawqtool.records import EXTRA_METRICS, SCORE_METRICS
 from hawqtool.settings.fields import SELF, Fields
 from hawqtool.values import format_label, parse_group_size, parse_share, parse_size, split_weight
@@ -22,6 +22,12 @@ class CheckedFields(Fields):
     """Every setting, its value parsed and checked by itself."""
 
     model_config = ConfigDict(defer_build=True)  # help pages need no validators
+
+    @property
+    def keeps_weight_names(self) -> bool:
+        """Whether all formats of a run are named and store codes under the weights' own names."""
+        labels = () if self.pin or self.plan else self.formats or ()
+        return bool(labels) and all(len(label) > len("w4") and parse_label(label).keeps_name for label in labels)
 
     @field_validator("bits", mode="before", json_schema_input_type=str | int | list[int] | None)
     @classmethod

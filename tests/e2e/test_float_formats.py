@@ -9,12 +9,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hawqtool.config import RunConfig
-from hawqtool.errors import UsageError
+from hawqtool.errors import InputError, UsageError
 from hawqtool.export.packed_reader import PackedReader
 from hawqtool.export.verify import verify_folder
 from hawqtool.pipeline.run.job import prepare
 from tests.support.runs import Run, read
 from tests.support.tiny import tiny_llama
+from tests.support.tiny_zoo import kind_named, save_kind
 
 
 @pytest.fixture(scope="module")
@@ -59,3 +60,19 @@ def test_what_would_not_load_is_refused_before_the_work(exact: Path, run: Run) -
         run(model=str(exact), formats="nvfp4", group_size=None)
     with pytest.raises(ValueError, match="refine_steps works on integer grids"):
         run(formats="fp8", group_size=None, refine_steps=5)
+
+
+def test_weights_that_loading_reads_keep_their_names(run: Run, tmp_path: Path) -> None:
+    kind = kind_named("modernbert")
+    model = save_kind(kind, tmp_path / "model", torch.float32)
+    with pytest.raises(InputError, match=r"stops at packed layers; --formats fp8 stores 8 bits under the weights' own"):
+        run(model=str(model), bits="4")
+    folder, _ = run(model=str(model), formats="fp8", group_size=None, num_samples=4)
+    inputs = {"input_ids": torch.arange(32)[None] + 3}
+    with torch.no_grad():
+        loaded = kind.auto_class.from_pretrained(folder)(**inputs)[0]
+        own = kind.auto_class.from_pretrained(model)
+        for name, parameter in own.named_parameters():
+            parameter.copy_(PackedReader(folder).tensor(name))
+        expected = own(**inputs)[0]
+    assert torch.equal(loaded, expected)

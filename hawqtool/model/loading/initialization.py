@@ -17,8 +17,28 @@ from transformers import PreTrainedModel
 from hawqtool.checkpoint.fusion import is_expert
 from hawqtool.model.stored_names import stored_names
 
-INITIALIZED = "its own initialization, which loading calls, stops at packed layers"
+INITIALIZED = (
+    "its own initialization, which loading calls, stops at packed layers; --formats fp8 stores 8 bits under the "
+    "weights' own names, which it loads"
+)
 """Why transformers cannot load a model whose linears are all read by its initialization."""
+
+_OBSTACLES = {
+    "Conv1D": "it skips packed Conv1D layers and would run on random weights",
+    "FalconLinear": "its Falcon code stops at packed layers",
+}
+"""Classes of linears that transformers 5.17 with compressed-tensors 0.18 was seen to fail on."""
+
+
+def packing_obstacle(blocks: Iterable[nn.Module], initialized: bool) -> str | None:
+    """Why transformers cannot load packed layers of some blocks; None where it can.
+
+    Args:
+        blocks: The blocks.
+        initialized: Whether initialization stops at packed layers (see `initialized_linears`).
+    """
+    parts = (kind.__name__ for block in blocks for module in block.modules() for kind in type(module).__mro__)
+    return next((_OBSTACLES[name] for name in parts if name in _OBSTACLES), INITIALIZED if initialized else None)
 
 
 def initialized_linears(model: Any, linears: Iterable[str]) -> frozenset[str]:

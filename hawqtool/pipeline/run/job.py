@@ -281,7 +281,7 @@ def _discovered(config: RunConfig, source: ResolvedModel, writes: bool) -> tuple
         untie_stored(probe, index.tensors)
         probe.all_tied_weights_keys = {}  # as the written config.json has it
     cache = cache_obstacle(probe)
-    structure = discover(probe, index, vllm, config.quantize_lm_head, not alone, for_transformers=not vllm)
+    structure = discover(probe, index, vllm, config.quantize_lm_head, not alone, not vllm, config.keeps_weight_names)
     if vllm and any(is_expert(name) for name in structure.linears) and not joins_experts(probe):
         structure = replace(structure, obstacle=structure.obstacle or UNJOINED)
     if any(ONE_EXPERT.search(name) for c in structure.conversions.values() for _, name in c.sources):
