@@ -50,6 +50,20 @@ class BlockLayer:
 class BlockRounding(RoundingSpec):
     """`RoundingSpec` whose menu holds block types."""
 
+    def tasks(self, block: LoadedBlock, group: Sequence[LinearSpec]) -> list[Task]:
+        """The linears of an input group to be rounded, once for each of their types."""
+        wanted = [linear for linear in group if self.formats_of(linear)]
+        weights = {linear.name: block.weight(linear) for linear in wanted}
+        return [
+            Task(linear.name, weights[linear.name], kind, self.stored_dtypes[linear.name])
+            for linear in wanted
+            for kind in self.formats_of(linear)
+        ]
+
+    def on_block(self, block: LoadedBlock) -> BlockRounding:
+        """Itself: scales of blocks depend on no other weight."""
+        return self
+
     def layers(
         self, block: LoadedBlock, group: Sequence[LinearSpec], statistics: GroupStatistics
     ) -> list[tuple[BlockLayer, Tensor]]:
