@@ -15,6 +15,7 @@ from hawqtool.pipeline.run.menu import budget_bytes, job_menu, second_budget, un
 from hawqtool.pipeline.search.estimate import estimate
 from hawqtool.pipeline.search.gates import check_gates
 from hawqtool.pipeline.search.planner import given_plan, single_choice_plan
+from hawqtool.pipeline.search.selection import largest_special
 from hawqtool.pipeline.stages.kept import kept_record
 from hawqtool.pipeline.stages.report import is_our_folder
 from hawqtool.pipeline.stages.rows import check_calibration, check_sources
@@ -115,7 +116,7 @@ def describe(job: Job) -> DryRun:
     lowest, highest = achievable(job.units, menu, job.pins)
     expected = plan.stored_bytes if plan else highest if budget is None else min(budget, highest)
     symmetric = plan.symmetric if plan else config.symmetric
-    uniform = best_uniform(job.units, expected if budget is None else budget, symmetric, config.group_sizes)
+    uniform = _best_uniform(job, expected if budget is None else budget, symmetric)
     length = rows_name(job.row_format.kind, job.settings.seq_len)
     return {
         "model": job.source.spec,
@@ -136,7 +137,7 @@ def describe(job: Job) -> DryRun:
         "original_bytes": job.index.total_bytes,
         "expected_bytes": job.layout(plan.formats).total_bytes if plan else fixed + expected,
         "expected_is_exact": plan is not None,
-        "best_uniform": uniform.label if uniform else None,
+        "best_uniform": uniform,
         "uniform_bits": config.uniform_width,
         "uniform_format": config.uniform_format.label if config.uniform_format else None,
         "device": str(job.device),
@@ -156,6 +157,15 @@ def _check_settings(job: Job) -> None:
         raise UsageError(
             "--sensitivity-steps scores roundings as --refine-steps leaves them, which is 0; give both, or drop it"
         )
+
+
+def _best_uniform(job: Job, limit: int, symmetric: bool) -> str | None:
+    """Label of the largest uniform plan within so many bytes."""
+    if job.config.special_formats:
+        found = largest_special(job, limit)
+        return None if found is None else found[0].removeprefix("uniform ")
+    uniform = best_uniform(job.units, limit, symmetric, job.config.group_sizes)
+    return uniform.label if uniform else None
 
 
 def _evaluation(job: Job, length: str) -> str:

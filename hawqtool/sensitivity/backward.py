@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hawqtool.formats.activations import ActivationFormat
 from hawqtool.model.block import BlockCall, LoadedBlock
 from hawqtool.model.experts import ExpertLinear
 from hawqtool.records import BlockSpec, LinearSpec
+from hawqtool.rounding.floats.activations import fake_quantize
 from hawqtool.sensitivity.scores import LayerRows
 from hawqtool.streaming.block import Activations
 
@@ -24,10 +26,12 @@ def block_backward(
     gradients: list[Tensor],
     outputs: int,
     input_power: dict[str, Tensor],
+    input_errors: InputErrors | None = None,
 ) -> tuple[dict[str, LayerRows], list[Tensor]]:
     """What every linear saw with the gradients at its output, and the gradient at the block's input.
 
-    ``input_power`` gains each unit's squared gradients at its inputs, summed over the tokens of a row, ``[rows]``.
+    ``input_power`` gains each unit's squared gradients at its inputs, summed over the tokens of a row, ``[rows]``;
+    ``input_errors`` what rounding these inputs costs.
     """
     seen: dict[str, tuple[list[Tensor], list[Tensor]]] = {linear.name: ([], []) for linear in block.spec.linears}
     powers: dict[str, list[Tensor]] = {linear.unit: [] for linear in block.spec.linears}
@@ -50,6 +54,8 @@ def block_backward(
             parts = _by_row(shared.module, gradient, rows, positions)
             norms = [torch.linalg.vector_norm(g, dim=-1, dtype=_at_least_float32(g)) for g in parts]
             totals[shared.unit] += torch.stack([n.double().square().sum() for n in norms]).cpu()
+            if input_errors is not None:
+                input_errors.add(shared, gradient, position, (rows, positions))
         for unit, total in totals.items():
             powers[unit].append(total)
     for unit, parts in powers.items():
@@ -57,6 +63,36 @@ def block_backward(
         input_power[unit] = input_power[unit] + power if unit in input_power else power
     positions = scoring.hidden[0].shape[1]
     return {n: LayerRows(zip(x, g, strict=True), positions, outputs) for n, (x, g) in seen.items()}, before
+
+
+@dataclass(frozen=True)
+class InputErrors:
+    """What rounding the inputs of units costs, Σ_t (J_t · dx_t)² of each row.
+
+    J is the gradient at a unit's input x, through its linears alone, dx what rounding adds to x. To second order the
+    loss grows by half of it, per output: errors of different tokens are uncorrelated, so that, other than for weights,
+    no product of a token's change with another's is left (HAWQ-V2, Dong et al. 2020, section 3.3, takes the trace of
+    the curvature and the mean square of dx apart).
+
+    Args:
+        formats: How the inputs of a unit may be rounded, by unit.
+        found: By unit and format, a tensor ``[rows]`` float64 a batch; written.
+    """
+
+    formats: Mapping[str, Sequence[ActivationFormat]]
+    found: dict[str, dict[ActivationFormat, list[Tensor]]]
+
+    def add(self, shared: _SharedInput, gradient: Tensor, batch: int, shape: tuple[int, int]) -> None:
+        """Add an input with its gradient in a batch; ``shape`` is rows and positions."""
+        for activations in self.formats.get(shared.unit, ()):
+            error = fake_quantize(shared.x.detach(), activations) - shared.x.detach()
+            moves = (gradient * error).sum(-1, keepdim=True, dtype=_at_least_float32(gradient))
+            rows = torch.stack([m.double().square().sum() for m in _by_row(shared.module, moves, *shape)]).cpu()
+            parts = self.found.setdefault(shared.unit, {}).setdefault(activations, [])
+            if len(parts) > batch:
+                parts[batch] = parts[batch] + rows
+            else:
+                parts.append(rows)
 
 
 GradientVisitor = Callable[[str, Tensor, Tensor, int], None]

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hawqtool.formats.activations import ActivationFormat
 from hawqtool.model.block import LoadedBlock
-from hawqtool.records import SWEEP_METRICS, BlockSpec, LinearSpec, MeasurementRows, Score, Unit, UnitScores
+from hawqtool.records import SWEEP_METRICS, BlockSpec, LinearSpec, MeasurementRows, Menu, Score, Unit, UnitScores
 from hawqtool.rounding.grid import Quantized, dequantize
 from hawqtool.rounding.spec import InputGroups, RoundingErrors, RoundingSpec
 from hawqtool.rounding.statistics import GroupStatistics
 from hawqtool.runtime.ranks import ALONE, Ranks
 from hawqtool.runtime.store import NOTHING_SAVED, Saved
-from hawqtool.sensitivity.backward import block_backward
+from hawqtool.sensitivity.backward import InputErrors, block_backward
 from hawqtool.sensitivity.forward import Progress, forward_sweep, wanted_statistics
 from hawqtool.sensitivity.gradient_limit import GRADIENT_LIMIT, GradientLimit
 from hawqtool.sensitivity.label_gradients import head_rows, loss_gradients
@@ -45,6 +46,7 @@ class Measurement:
             E‖∂loss/∂x‖²: noise of variance σ² on x costs σ²/2 times it. This is HAWQ-V2's sensitivity of activations
             (Dong et al. 2020, section 3.3) with the Gauss-Newton matrix in place of the Hessian.
         shortened_rows: Scoring rows whose gradients were shortened (see `GradientLimit`).
+        input_costs: By unit and format label, the part of every score that rounding inputs has.
     """
 
     scores: dict[str, UnitScores]
@@ -52,6 +54,7 @@ class Measurement:
     error_norms: dict[str, dict[str, float]]
     input_fisher: dict[str, Score]
     shortened_rows: int
+    input_costs: dict[str, dict[str, Score]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -119,11 +122,13 @@ def measure(
                 groups = left_here.statistics() or wanted_statistics(block, sets[0], rounding.menu)
                 errors = found_errors(rounding, block, groups, sets[0])
                 del left_here, groups
-                layers, gradients = block_backward(block, sets[1], gradients, outputs, scores.input_power)
+                inputs = InputErrors(_input_formats(spec, rounding.menu), {})
+                layers, gradients = block_backward(block, sets[1], gradients, outputs, scores.input_power, inputs)
             check_states(
                 gradients := limit.limited(gradients, ranks), f"the gradient at the input of block {spec.name}"
             )
             scores.add_block(spec, layers, errors, ranks)
+            scores.add_inputs(inputs, rounding.menu, outputs)
             if pace.is_due(total_bytes(gradients)):
                 saved.save(_SWEEP, _state(spec.index, gradients, outputs, limit, scores))
             progress("reverse sweep", left - spec.index, left)
@@ -153,14 +158,25 @@ def _state(left: int, gradients: list[Tensor], outputs: int, limit: GradientLimi
     return {"left": left, "gradients": gradients, "outputs": outputs, "limit": vars(limit), "scores": vars(scores)}
 
 
+def _input_formats(spec: BlockSpec, menu: Menu) -> dict[str, list[ActivationFormat]]:
+    """How inputs of the units of a block may be rounded."""
+    units = dict.fromkeys(linear.unit for linear in spec.linears)
+    found = {unit: [fmt.activation_format for fmt in menu.get(unit, ())] for unit in units}
+    return {unit: [kind for kind in dict.fromkeys(kinds) if kind is not None] for unit, kinds in found.items()}
+
+
 @dataclass
 class _Scores:
-    """Scores that the reverse sweep has so far: row values and ‖∂loss/∂x‖² of a row by unit, ‖D‖² by linear."""
+    """Scores that the reverse sweep has so far: row values and ‖∂loss/∂x‖² of a row by unit, ‖D‖² by linear.
+
+    ``input_costs`` are the parts of the row values that rounding inputs has, by unit and format label.
+    """
 
     metrics: list[str]
     unit_rows: dict[str, RowValues]
     input_power: dict[str, Tensor]
     error_norms: dict[str, dict[str, float]]
+    input_costs: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def add(
         self,
@@ -185,6 +201,19 @@ class _Scores:
             if members:
                 self.add(members, [layers.pop(m.name) for m in members], [errors.pop(m.name) for m in members], ranks)
 
+    def add_inputs(self, errors: InputErrors, menu: Menu, outputs: int) -> None:
+        """Add to the scores of formats that round inputs what that costs, ½ Σ_t (J_t · dx_t)² per output.
+
+        It is no matter of a metric, as nothing is estimated but the labels. What weights and inputs cost adds up: the
+        product of the two changes has mean zero.
+        """
+        for unit, by_format in errors.found.items():
+            costs = {activations: torch.cat(parts) / (2 * outputs) for activations, parts in by_format.items()}
+            labels = {fmt.label: costs[fmt.activation_format] for fmt in menu[unit] if fmt.activation_format}
+            if unit in self.unit_rows:
+                add_rows(self.unit_rows[unit], {metric: labels for metric in self.metrics})
+                self.input_costs[unit] = labels
+
     def measurement(self, units: Sequence[Unit], outputs: int, shortened_rows: int) -> Measurement:
         scores: dict[str, UnitScores] = {}
         projections: dict[str, dict[str, list[float]]] = {}
@@ -195,7 +224,8 @@ class _Scores:
             if SIGNED in values:
                 projections[unit.name] = {label: rows.tolist() for label, rows in values[SIGNED].items()}
         power = {u.name: mean_score(self.input_power[u.name] / outputs) for u in units if u.name in self.unit_rows}
-        return Measurement(scores, projections, self.error_norms, power, shortened_rows)
+        costs = {u.name: {n: mean_score(c) for n, c in self.input_costs.get(u.name, {}).items()} for u in units}
+        return Measurement(scores, projections, self.error_norms, power, shortened_rows, costs)
 
 
 def _joined(shares: Sequence[_Scores]) -> _Scores:
@@ -208,7 +238,11 @@ def _joined(shares: Sequence[_Scores]) -> _Scores:
             parts = {label: [share.unit_rows[unit][metric][label] for share in shares] for label in by_label}
             rows.setdefault(unit, {})[metric] = {label: torch.cat(values) for label, values in parts.items()}
     power = {unit: torch.cat([share.input_power[unit] for share in shares]) for unit in shares[0].input_power}
-    return _Scores(shares[0].metrics, rows, power, shares[0].error_norms)
+    costs = {
+        unit: {label: torch.cat([share.input_costs[unit][label] for share in shares]) for label in labels}
+        for unit, labels in shares[0].input_costs.items()
+    }
+    return _Scores(shares[0].metrics, rows, power, shares[0].error_norms, costs)
 
 
 def rounding_errors(block: LoadedBlock, calibration: Activations, rounding: RoundingSpec) -> RoundingErrors:

@@ -211,6 +211,13 @@ def check_special_formats(config: CheckedFields, labels: Sequence[str]) -> None:
         raise ValueError(f"profile portable is for integers of 4 and 8 bits, found {label} in formats; drop one")
     if config.embedding_bits == 8 and "w8ch-a8i" in labels:
         raise ValueError("embedding_bits 8 is stored as w8ch-a8i is, and loaders must tell them apart; drop one")
+    rounds = next((text for text in labels if "-" in text), None)
+    if rounds and config.proof == "layerwise":
+        raise ValueError(f"proof layerwise compares layers by inputs as they are, found {rounds}; drop one of the two")
+    if rounds and config.quantize_lm_head:
+        raise ValueError(f"an output head keeps its inputs as they are, found quantize_lm_head and {rounds}; drop one")
+    if rounds and ("kl" in config.extra_metrics or config.sensitivity == "kl"):
+        raise ValueError(f"metric kl knows nothing of rounded inputs, found {rounds}; drop one of the two")
     for name in _INTEGERS_ALONE:
         if getattr(config, name):
             raise ValueError(

@@ -76,3 +76,15 @@ def test_weights_that_loading_reads_keep_their_names(run: Run, tmp_path: Path) -
             parameter.copy_(PackedReader(folder).tensor(name))
         expected = own(**inputs)[0]
     assert torch.equal(loaded, expected)
+
+
+def test_a_mixed_plan_counts_what_rounding_inputs_costs(run: Run) -> None:
+    folder, report = run(
+        formats="nvfp4,fp8-a8f,w8ch-a8i", group_size=None, target_bpw=6.5, eval=False, eval_samples=None
+    )
+    assert len({entry["format"] for entry in report["plan"]}) > 1
+    document = read(folder / "reproduce/sensitivity.json")
+    for unit, costs in document["curvature"].items():
+        assert costs["inputs w8ch-a8i"] < costs["inputs fp8-a8f"] and "inputs nvfp4" not in costs
+        for metric, scores in document["scores"].items():
+            assert scores[unit]["fp8-a8f"][0] > costs["inputs fp8-a8f"] > 0, metric

@@ -101,6 +101,8 @@ def _proof(config: RunConfig, device_type: str) -> str:
     """How plans are compared: by default layerwise where that costs far less than carrying all of them out."""
     if config.proof is not None:
         return config.proof
+    if any(fmt.activations for fmt in config.special_formats):
+        return "full"  # layers compared by themselves see their inputs as they are
     budget = config.target_bpw is not None or config.target_size is not None
     cheap = device_type == "cuda" and budget and not config.learns and not _swaps(config, device_type)
     return "layerwise" if cheap else "full"

@@ -122,9 +122,22 @@ def _compared(runner: TrialRunner, plans: dict[str, BitPlan]) -> Selection:
 
 def _largest_uniform(job: Job, plan: BitPlan) -> tuple[str, BitPlan] | None:
     """The largest uniform plan that fits the budget of a plan, and its name; None where none does."""
+    limit, special = max(plan.budget_bytes or 0, plan.stored_bytes), job.config.special_formats
+    if special:
+        return largest_special(job, limit)
     # Uniform plans may have what the mixed one has, even where a plan file says more than the configuration.
     kind = plan.symmetric, {*job.config.group_sizes, *(fmt.group_size for fmt in plan.formats.values())}
-    largest = best_uniform(job.units, max(plan.budget_bytes or 0, plan.stored_bytes), *kind)
+    largest = best_uniform(job.units, limit, *kind)
+    return None if largest is None else (f"uniform {largest.label}", _as_plan(job, largest))
+
+
+def largest_special(job: Job, limit: int) -> tuple[str, BitPlan] | None:
+    """As `_largest_uniform`, of the formats of a menu that has floats or rounded inputs."""
+    menu = job_menu(job, None).values()
+    common = set.intersection(*(set(formats) for formats in menu)) if menu else set()
+    plans = [UniformPlan(fmt.label, dict.fromkeys((u.name for u in job.units), fmt), 0) for fmt in sorted(common)]
+    fitting = [plan for plan in plans if stored_bytes(job.units, plan.formats) <= limit]
+    largest = max(fitting, key=lambda plan: stored_bytes(job.units, plan.formats), default=None)
     return None if largest is None else (f"uniform {largest.label}", _as_plan(job, largest))
 
 
@@ -132,7 +145,7 @@ def _foreseen(job: Job, plans: dict[str, BitPlan], scores: UnitScores) -> dict[s
     """Plans that are rounded whatever comes of each, by name; the uniform one is that beside the first plan."""
     own = next(iter(plans.values()))
     found = {name: plan for name, plan in plans.items() if name != RULE or not _far_above(job, plan, own, scores)}
-    largest = None if job.config.uniform_width is not None else _largest_uniform(job, own)
+    largest = None if job.config.is_uniform else _largest_uniform(job, own)
     if largest is not None and not _far_above(job, largest[1], own, scores):
         found |= [largest]
     return found

@@ -226,11 +226,14 @@ def _refiner(job: Job, rows: Tensor) -> FormatRefiner | None:
 
 
 def input_fisher_fields(measurement: Measurement) -> Fields:
-    """Sensitivity of every unit's input, which the ordinary sweeps give."""
-    return {
+    """Sensitivity of every unit's input, which the ordinary sweeps give, and what rounding it costs by format label."""
+    found = {
         unit: {"input_fisher": score.value, "input_fisher_stderr": score.stderr}
         for unit, score in measurement.input_fisher.items()
     }
+    for unit, costs in measurement.input_costs.items():
+        found[unit] |= {f"inputs {label}": score.value for label, score in costs.items()}
+    return found
 
 
 def measure_curvature(
