@@ -167,13 +167,12 @@ class Fields(TargetFields):
         panel=METHOD, expert=True, affects=Affects.PLAN,
     )] = Field(default=None, ge=1)
     proof: Annotated[Literal["full", "layerwise", "predicted"] | None, Setting(
-        help="full: what the mixed plan must beat, uniform and the rule that people use, is carried out and measured; "
-        "layerwise: all are measured as models whose layers are rounded one by one, and a mixed plan that is better "
-        "for sure is carried out alone; "
-        "predicted: what is predicted to lose more than twice as much is not measured. The report says which.",
-        default="layerwise on a GPU where nothing is learned and a budget of bytes is kept to without swaps; else full",
-        detail="Layerwise leaves out corrections of one layer by another, alike in all plans, and output feedback.",
-        panel=METHOD, expert=True, affects=Affects.PLAN,
+        help="full: uniform and the rule that people use are carried out too; layerwise: all plans are measured with "
+        "layers rounded one by one, and a mixed one that is better for sure is carried out alone; predicted: "
+        "as full, without those far above.",
+        default="layerwise on a GPU, unless it learns, swaps or has no budget; else full",
+        detail="The report says what was compared how. Layerwise leaves out output feedback, and corrections of one "
+        "layer by another, alike in all plans.", panel=METHOD, expert=True, affects=Affects.PLAN,
     )] = None
     swaps: Annotated[int | None, Setting(
         help="Rounds that improve the best mixed plan: the divergence of moving every unit one width up or down is "
