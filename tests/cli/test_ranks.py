@@ -9,6 +9,9 @@ import sys
 import time
 from pathlib import Path
 
+from typer.testing import CliRunner
+
+from hawqtool.cli.app import app
 from hawqtool.export.manifest import file_hash
 from tests.support.runs import place as place
 
@@ -64,3 +67,10 @@ def test_what_the_leader_refuses_is_said_once(place: Path, tmp_path: Path) -> No
     done = subprocess.run(asked, capture_output=True, text=True, timeout=SECONDS, check=False)
     assert done.returncode == 2
     assert done.stderr.count("error: ") == 1 and "nothing" in done.stderr
+
+
+def test_a_gguf_file_is_evaluated_by_one_process(tmp_path: Path) -> None:
+    (file := tmp_path / "model.gguf").write_bytes(b"GGUF")
+    asked = ["evaluate", str(file), "--against", "m", "--eval-data", "t.txt", "--gpus", "2"]
+    done = CliRunner().invoke(app, asked)
+    assert done.exit_code == 2 and "a GGUF file is evaluated in one process, found --gpus 2" in done.stderr
