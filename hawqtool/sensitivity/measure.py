@@ -124,9 +124,8 @@ def measure(
                 del left_here, groups
                 inputs = InputErrors(_input_formats(spec, rounding.menu), {})
                 layers, gradients = block_backward(block, sets[1], gradients, outputs, scores.input_power, inputs)
-            check_states(
-                gradients := limit.limited(gradients, ranks), f"the gradient at the input of block {spec.name}"
-            )
+            gradients = limit.limited(gradients, ranks)
+            check_states(gradients, f"the gradient at the input of block {spec.name}")
             scores.add_block(spec, layers, errors, ranks)
             scores.add_inputs(inputs, rounding.menu, outputs)
             if pace.is_due(total_bytes(gradients)):
