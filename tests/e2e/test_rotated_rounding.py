@@ -36,7 +36,7 @@ class Taken:
     parts: dict[str, Tensor] = field(default_factory=dict)
 
     def write_layer(self, layer: RoundedLayer) -> None:
-        codes, scales, _ = quantized(layer)
+        codes, scales, *_ = quantized(layer)
         self.parts |= {f"{layer.name} codes": codes, f"{layer.name} scales": scales}
 
     def write_changed(self, name: str, tensor: Tensor) -> None:

@@ -151,7 +151,7 @@ def test_gradients_are_those_of_the_whole_model(latent_rate: float, monkeypatch:
     for block in range(2):
         weights = {}
         for name in FORMATS:
-            codes, scales, zeros = rounded(block, name, torch.float32)
+            codes, scales, zeros, _ = rounded(block, name, torch.float32)
             log = torch.zeros_like(scales, dtype=torch.float64).requires_grad_()
             levels = codes.double().view(WIDTH, scales.shape[1], -1)
             levels = levels if zeros is None else levels - zeros.double().unsqueeze(-1)
