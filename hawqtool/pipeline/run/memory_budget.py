@@ -17,6 +17,7 @@ from hawqtool.model.discovery import Structure
 from hawqtool.records import BlockSpec, LinearSpec
 from hawqtool.rounding.spec import TOGETHER_ELEMENTS
 from hawqtool.streaming.offload import Offload
+from hawqtool.streaming.stream import BLOCKS_AHEAD
 from hawqtool.values import parse_size
 
 AUTO = "auto"
@@ -90,6 +91,9 @@ class Work:
         if self.sees_original:
             single = tokens[0] if batch_size >= self.num_samples else 0
             needed += drift_bytes(self.structure, self.dtype, single)
+        if self.index.rotation is not None and self.device.type == "cuda":  # where blocks that are read ahead lie
+            weights = max(sum(n.num_weights for n in spec.linears) for spec in self.structure.blocks)
+            needed += BLOCKS_AHEAD * weights * torch.finfo(self.dtype).bits // 8
         if self.config.gram_steps:
             linears = (linear for spec in self.structure.blocks for linear in spec.linears)
             needed += _ANNEALING_BYTES * max((linear.num_weights for linear in linears), default=0)

@@ -18,12 +18,15 @@ from hawqtool.rounding.layer import round_layers, round_without_inputs
 from hawqtool.rounding.method import Task
 from hawqtool.rounding.statistics import GroupStatistics
 
-_SIDE, _BUDGET_SECONDS, _FEWEST_PRODUCTS = 1024, 0.2, 3
+_SIDE, _BUDGET_SECONDS, _FEWEST_PRODUCTS = {"cpu": 1 << 10, "cuda": 1 << 13}, 0.2, 3
+"""Rows of the matrix that is multiplied: a GPU multiplies 1,024 in less time than its host needs to call and wait."""
 _MOST_WEIGHTS, _MOST_COLUMNS = {"cpu": 1 << 18, "cuda": 1 << 24}, 4096
 """Weights and columns of the layer that is rounded for its rate: enough to keep the device busy, in a part of a
 second."""
 _FEWEST_READ = 1 << 24
 """Bytes below which the time of reading them says nothing of more."""
+_READ_TOGETHER = {"cpu": 1, "cuda": 4}
+"""Tensors that are read at a time, about: a GPU's run reads ahead in threads."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,9 @@ def product_rate(device: torch.device, dtype: torch.dtype) -> float:
 
     The first one, in which libraries load what they need, is not the quickest.
     """
-    matrix = torch.ones((_SIDE, _SIDE), device=device, dtype=dtype)
-    return 2 * _SIDE**3 / _quickest(lambda: float((matrix @ matrix)[0, 0]))
+    side = _SIDE[device.type]
+    matrix = torch.ones((side, side), device=device, dtype=dtype)
+    return 2 * side**3 / _quickest(lambda: float((matrix @ matrix)[0, 0]))
 
 
 def rounding_rate(job: Job) -> float:
@@ -102,7 +106,8 @@ def reading_rate(job: Job) -> float:
     tensor = reader.tensor(name).to(job.device)
     float(tensor.flatten()[-1])  # a copy to a GPU is waited for
     size = tensor.nbytes
-    return size / (time.perf_counter() - start) if size >= _FEWEST_READ else math.inf
+    seconds = time.perf_counter() - start
+    return _READ_TOGETHER[job.device.type] * size / seconds if size >= _FEWEST_READ else math.inf
 
 
 def _typical_linear(job: Job) -> LinearSpec:
