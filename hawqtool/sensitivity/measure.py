@@ -102,8 +102,7 @@ def measure(
         known = stream.embed(calibration[share], size, method.needs_held_out, importance=rows.calibration.importance)
         known.ranks, known.first_row = ranks, share.start
         sets = (known, stream.embed(scoring, size))
-        refined = rounding.refiner is not None
-        stored = forward_sweep(stream, *sets, left, rounding.menu, progress, keeps_states=refined)
+        stored = forward_sweep(stream, *sets, left, rounding.menu, progress, rounding.refiner is not None)
         if begun is None:
             generator = torch.Generator(stream.device).manual_seed(ranks.seed(settings.seed))
             gradients, outputs = loss_gradients(stream, scoring.split(size), sets[1].hidden, generator)
