@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from hawqtool.errors import InputError
-from hawqtool.formats import QuantFormat
-from hawqtool.pipeline.run.files import read_report
+from hawqtool.pipeline.run.files import entry_format, read_report
 from hawqtool.report.documents import ComparedLayer, ComparedResult, ComparisonDocument
 from hawqtool.report.schema import PlanEntry, Report, shipped_plan
-from hawqtool.values import parse_group_size
 
 REPORT = "report.json"
 
@@ -68,7 +66,7 @@ def _judged_on(report: Report) -> str | None:
 
 def _result(path: Path, report: Report) -> ComparedResult:
     plan, evaluation = shipped_plan(report), report["evaluation"]
-    entries = (QuantFormat(e["bits"], parse_group_size(e["group_size"]), e["symmetric"]) for e in report["plan"])
+    entries = map(entry_format, report["plan"])
     return {
         "path": str(path),
         "model": report["model"],
@@ -110,7 +108,7 @@ def _layers(first: Report, second: Report) -> list[ComparedLayer]:
 def _label(entry: PlanEntry | None) -> str | None:
     if entry is None:
         return None
-    return QuantFormat(entry["bits"], parse_group_size(entry["group_size"]), entry["symmetric"]).label
+    return entry_format(entry).label
 
 
 def _error(report: Report, name: str) -> float | None:

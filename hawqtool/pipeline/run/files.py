@@ -245,7 +245,7 @@ def read_plan(path: Path, units: tuple[Unit, ...]) -> BitPlan:
     """
     document = read_json(path, PLAN_SCHEMA)
     try:
-        entries = [(str(entry["name"]), _entry_format(entry)) for entry in document["layers"]]
+        entries = [(str(entry["name"]), entry_format(entry)) for entry in document["layers"]]
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{path} is damaged ({shown(error)}); each layer needs name, bits 2 to 8 and group_size; repair it"
@@ -287,7 +287,12 @@ def plan_of_record(record: dict[str, Any]) -> BitPlan:
     return BitPlan(**record | {"formats": {unit: parse_label(label) for unit, label in record["formats"].items()}})
 
 
-def _entry_format(entry: dict[str, Any]) -> QuantFormat:
+def entry_format(entry: Mapping[str, Any]) -> QuantFormat:
+    """Format of an entry of a plan.
+
+    Raises:
+        ValueError: If it is none.
+    """
     if "format" in entry:
         return parse_label(str(entry["format"]))
     bits, size, symmetric = entry["bits"], entry["group_size"], entry.get("symmetric", True)
