@@ -158,6 +158,7 @@ def reason_of(record: Mapping[str, Any]) -> str:
         text = _message(record.get("log", "")) or record.get("reason", "")
     text = re.sub(r"\s+\[\w+\.py:\d+\]$", "", " ".join(text.split()))
     text = re.sub(r"(?<!\w)/\S*/src\b", "MODEL", text.removeprefix("error: "))
+    text = re.sub(r"(?<!\w)/\S*/(?=[\w-]+\.(wav|png|txt)\b)", "", text)
     text = re.sub(r"[|`<>*_\[\]]", lambda found: "\\" + found[0], text)
     return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON].rstrip()} …"
 
@@ -284,6 +285,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("results", type=Path, help="results of a sweep, JSON lines")
     parser.add_argument("--commit", help="commit that was swept (default: the current one)")
+    parser.add_argument("--fp8-commit", help="commit at which classes marked fp8 were swept, if another")
     parser.add_argument("--date", default=datetime.date.today().isoformat(), help="day of the sweep")
     for package in ("transformers", "compressed-tensors"):
         parser.add_argument(f"--{package}", default=metadata.version(package), help="version (default: installed)")
@@ -292,6 +294,11 @@ def main() -> int:
     commit = options.commit or subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     versions = f"transformers {options.transformers}, compressed-tensors {options.compressed_tensors}"
     origin = f"Swept on {options.date} at commit `{commit.strip()}` with {versions}."
+    if options.fp8_commit:
+        origin += (
+            f"\nThose marked fp8 were swept at `{options.fp8_commit}`; the others that are refused for their "
+            "initialization were not swept with that flag."
+        )
     rows = read_results(options.results)
     PAGE.write_text(with_generated(PAGE.read_text(encoding="utf-8"), generated(rows, origin)), encoding="utf-8")
     print(f"{len(rows)} classes: {dict(Counter(row.outcome for row in rows))}")
