@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -146,11 +146,17 @@ def _can_sample(job: Job) -> bool:
     # Quantized originals are read by us alone; transformers may take them for something else.
     if not job.task.generates or job.index.source_format is not None:
         return False
-    limit = memory_limit(job.config, job.device) or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    weights = sum(math.prod(info.shape) for info in job.index.tensors.values())
     tokenizer = job.tokenizer()
     begins = tokenizer.bos_token_id is not None or tokenizer.eos_token_id is not None
-    return begins and weights * job.dtype.itemsize <= limit
+    return begins and _weight_bytes(job) <= (memory_limit(job.config, job.device) or _half_of_memory())
+
+
+def _weight_bytes(job: Job) -> int:
+    return sum(math.prod(info.shape) for info in job.index.tensors.values()) * job.dtype.itemsize
+
+
+def _half_of_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def _shares(job: Job, counts: dict[str, int]) -> dict[str, dict[str, int]]:
@@ -299,11 +305,20 @@ def _sampled_source(context: RunContext, quota: dict[str, int]) -> SourceRows:
     if known is not None:
         return SourceRows(SELF, known, quota)
     context.reporter.say(f"sampling {count} rows of {length} tokens from the model")
-    progress = context.progress("sampling tokens")
-    tokens = generate_rows(_sampled_model(job), parts * count, length // parts, job.config.seed, progress)
-    tokens = tokens.reshape(count, length)
+    asked = parts * count, length // parts
+    # Each loads the whole model, through the host's memory.
+    fits = context.ranks.size * _weight_bytes(job) <= _half_of_memory()
+    sharing = context.shared(_sampled, *asked) if fits else job
+    tokens = _sampled(sharing, *asked, context.progress("sampling tokens")).reshape(count, length)
     context.saved.save(SAMPLED, tokens)
     return SourceRows(SELF, tokens, quota)
+
+
+def _sampled(job: Job, count: int, length: int, progress: Callable[[int, int], None] = lambda *_: None) -> Tensor:
+    """Rows ``[count, length]`` that the model writes, for the leader; of other ranks their share."""
+    share, seed = job.ranks.share(count), job.ranks.seed(job.config.seed)
+    own = generate_rows(_sampled_model(job), share.stop - share.start, length, seed, progress)
+    return torch.cat(job.ranks.to_owner(own, 0) or [own])
 
 
 def _needed(name: str, quota: dict[str, int]) -> int:
