@@ -307,8 +307,8 @@ def _sampled_source(context: RunContext, quota: dict[str, int]) -> SourceRows:
     context.reporter.say(f"sampling {count} rows of {length} tokens from the model")
     asked = parts * count, length // parts
     # Each loads the whole model, through the host's memory.
-    fits = context.ranks.size * _weight_bytes(job) <= _half_of_memory()
-    sharing = context.shared(_sampled, *asked) if fits else job
+    shares = context.ranks.size > 1 and context.ranks.size * _weight_bytes(job) <= _half_of_memory()
+    sharing = context.shared(_sampled, *asked) if shares else job
     tokens = _sampled(sharing, *asked, context.progress("sampling tokens")).reshape(count, length)
     context.saved.save(SAMPLED, tokens)
     return SourceRows(SELF, tokens, quota)

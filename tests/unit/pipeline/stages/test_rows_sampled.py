@@ -11,6 +11,7 @@ import torch
 from hawqtool.config import RunConfig
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.stages import rows as stage
+from hawqtool.runtime.ranks import ALONE
 from hawqtool.settings.fields import SELF
 
 
@@ -29,7 +30,8 @@ def test_rows_that_only_choose_are_two_texts_on_a_gpu(
     monkeypatch.setattr(stage, "_sampled_model", lambda _: None)
     monkeypatch.setattr(stage, "_of_long_rows", lambda _, quota: quota)
     config = RunConfig(model="m", calibration=calibration)
-    job: Any = SimpleNamespace(config=config, settings=SimpleNamespace(seq_len=512), device=torch.device(device))
+    settings, place = SimpleNamespace(seq_len=512), torch.device(device)
+    job: Any = SimpleNamespace(config=config, settings=settings, device=place, ranks=ALONE)
     found = stage._sampled_source(RunContext(job), {"selection": 4})
     assert found.tokens.shape == (4, 512 if calibration == SELF else 256)
     assert found.tokens[1].unique().tolist() == ([2, 3] if device == "cuda" and calibration != SELF else [1])
