@@ -133,6 +133,12 @@ def _vllm(formats: LayerFormats, shapes: Mapping[str, tuple[int, int]]) -> Verdi
     problem = _mixed_experts(formats) or _split_set(formats) or _unusual_groups(_plain(formats))
     if problem:
         return False, f"{problem} ({_SOURCE_ONLY})"
+    bare = next((n for n, f in formats.items() if f.grid == "fp8" and not f.activations and _EXPERT.match(n)), None)
+    if bare is not None:
+        return (
+            False,
+            f"it takes experts in FP8 with rounded inputs only, those of {bare} are not ({_SOURCE_ONLY})",
+        )
     special, formats = _special(formats), _plain(formats)
     odd = {name: fmt for name, fmt in formats.items() if fmt.bits not in _MARLIN_BITS}
     wrong = [name for name in formats if shapes[name][1] % _ALIGNMENT or (name in odd and shapes[name][0] % _ALIGNMENT)]

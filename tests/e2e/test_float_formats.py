@@ -17,6 +17,8 @@ from tests.support.runs import Run, read
 from tests.support.tiny import tiny_llama
 from tests.support.tiny_zoo import kind_named, save_kind
 
+NO_DATA = {"num_samples": None, "seq_len": None, "eval_samples": None}
+
 
 @pytest.fixture(scope="module")
 def exact(place: Path) -> Path:
@@ -88,3 +90,18 @@ def test_a_mixed_plan_counts_what_rounding_inputs_costs(run: Run) -> None:
         assert costs["inputs w8ch-a8i"] < costs["inputs fp8-a8f"] and "inputs nvfp4" not in costs
         for metric, scores in document["scores"].items():
             assert scores[unit]["fp8-a8f"][0] > costs["inputs fp8-a8f"] > 0, metric
+
+
+def test_experts_load_in_transformers_to_the_bit(run: Run, tmp_path: Path) -> None:
+    kind = kind_named("qwen3-moe")
+    model = save_kind(kind, tmp_path / "model", torch.bfloat16)
+    with pytest.raises(UsageError, match="nvfp4 is not for experts"):
+        run(model=str(model), formats="nvfp4", group_size=None)
+    folder, _ = run(model=str(model), formats="mxfp4", group_size=None, rounding="rtn", calibration="self", **NO_DATA)
+    loaded, reader = kind.auto_class.from_pretrained(folder, dtype="auto"), PackedReader(folder)
+    loaded(torch.tensor([[3, 4, 5]]))
+    experts = loaded.model.layers[0].mlp.experts
+    for number, (both, down) in enumerate(zip(experts.gate_up_proj, experts.down_proj, strict=True)):
+        place = f"model.layers.0.mlp.experts.{number}"
+        gate, up, own = (reader.tensor(f"{place}.{role}_proj.weight") for role in ("gate", "up", "down"))
+        assert torch.equal(both, torch.cat([gate, up])) and torch.equal(down, own), place
