@@ -222,7 +222,7 @@ class _Scores:
             if SIGNED in values:
                 projections[unit.name] = {label: rows.tolist() for label, rows in values[SIGNED].items()}
         power = {u.name: mean_score(self.input_power[u.name] / outputs) for u in units if u.name in self.unit_rows}
-        costs = {u.name: {n: mean_score(c) for n, c in self.input_costs.get(u.name, {}).items()} for u in units}
+        costs = {unit: {n: mean_score(c) for n, c in found.items()} for unit, found in self.input_costs.items()}
         return Measurement(scores, projections, self.error_norms, power, shortened_rows, costs)
 
 

@@ -27,7 +27,7 @@ def job(bytes_of_convolutions: int, **config: Any) -> Job:
     return cast(
         Job,
         SimpleNamespace(
-            structure=SimpleNamespace(kept=kept), index=SimpleNamespace(tensors=tensors), task=task,
+            structure=SimpleNamespace(kept=kept), index=SimpleNamespace(tensors=tensors), task=task, tables=(),
             config=RunConfig(model="m", **config),
         ),
     )  # fmt: skip
