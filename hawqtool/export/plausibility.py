@@ -5,9 +5,10 @@ symmetric grid, so nearest rounding errs by at most s / 2 in each of the n weigh
 search only lowers that. Compensated rounding moves errors between columns and adds to them; in runs of every method on
 several models it reached 0.8 of this bound for whole modules and 1.6 for rows. Output feedback moves errors of loud
 rows into others as well: of a query projection whose rows differ by a factor of 10⁴, one row had 14 times its bound
-at 3 bits. The limits below leave a multiple of that; codes that were drawn at random, or belong to another weight, are
-far beyond those of the module. Single groups have no limit: in a real model's quiet ones, feedback and shifted targets
-gave four times the energy of the weights at 4 bits.
+at 3 bits, 10 times that of a row of mean energy. The limits below leave a part or a multiple of that; codes that were
+drawn at random, or belong to another weight, are far beyond those of the module, and a row of zeros is beyond its own
+from 4 bits on. Single groups have no limit: in a real model's quiet ones, feedback and shifted targets gave four times
+the energy of the weights at 4 bits.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from hawqtool.formats import QuantFormat
 from hawqtool.formats.grids import WeightGrid
 from hawqtool.rounding.floats.elements import ELEMENTS
 
-MODULE_LIMIT, ROW_LIMIT = 2.5, 20.0
+MODULE_LIMIT, ROW_LIMIT = 2.5, 12.0
 """Squared error over the bound of nearest rounding, at most, of a module and a row."""
 
 MODULE_ENERGY, ROW_ENERGY = 0.9, 4.0

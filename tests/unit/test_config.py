@@ -160,7 +160,7 @@ def test_a_bare_name_is_that_of_a_preset(tmp_path: Path, monkeypatch: pytest.Mon
     assert load_config(tmp_path / "fast", {"model": "m"}).rounding == "foem"
     # Both at once: the name of -c wins over --preset, and its target gives way like that of --preset.
     config = load_config(Path("balanced"), {"model": "m", "target_size": "1GB"}, "best")
-    assert (config.num_samples, config.refine_steps, config.target_bpw) == (32, 200, None)
+    assert (config.num_samples, config.distill_steps, config.target_bpw) == (32, 256, None)
 
 
 def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path: Path) -> None:
