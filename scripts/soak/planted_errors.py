@@ -214,8 +214,8 @@ _SENSITIVITY = (
     PlantedError(
         "gradients never limited",
         "hawqtool/sensitivity/measure.py",
-        "gradients := limit.limited(gradients, ranks)",
-        "gradients := list(gradients)",
+        "gradients = limit.limited(gradients, ranks)",
+        "gradients = list(gradients)",
         (_LIMIT,),
     ),
     PlantedError(
@@ -395,9 +395,9 @@ _PLANS_AND_FILES = (
     ),
     PlantedError(
         "scales of a row too few in the predicted size",
-        "hawqtool/formats.py",
-        "out_features * groups * scale_bytes",
-        "(out_features - 1) * groups * scale_bytes",
+        "hawqtool/formats/__init__.py",
+        'StoredPart(".weight_scale", scale_dtype, (out_features, groups))',
+        'StoredPart(".weight_scale", scale_dtype, (out_features - 1, groups))',
         ("tests/unit/test_formats.py",),
     ),
     PlantedError(
