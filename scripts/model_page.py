@@ -295,10 +295,7 @@ def main() -> int:
     versions = f"transformers {options.transformers}, compressed-tensors {options.compressed_tensors}"
     origin = f"Swept on {options.date} at commit `{commit.strip()}` with {versions}."
     if options.fp8_commit:
-        origin += (
-            f"\nThose marked fp8 were swept at `{options.fp8_commit}`; the others that are refused for their "
-            "initialization were not swept with that flag."
-        )
+        origin += f"\nThose marked fp8 were swept at `{options.fp8_commit}`."
     rows = read_results(options.results)
     PAGE.write_text(with_generated(PAGE.read_text(encoding="utf-8"), generated(rows, origin)), encoding="utf-8")
     print(f"{len(rows)} classes: {dict(Counter(row.outcome for row in rows))}")
