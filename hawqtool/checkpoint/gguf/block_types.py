@@ -66,6 +66,11 @@ class BlockType(StoredType):
         return self.name
 
     @property
+    def activation_format(self) -> None:
+        """How inputs are rounded: not in the file, llama.cpp decides it where it runs."""
+        return None
+
+    @property
     def symmetric(self) -> bool:
         """Whether there is no offset."""
         return not self.has_minimum
