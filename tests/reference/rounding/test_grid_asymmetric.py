@@ -170,7 +170,7 @@ def test_zero_rows_vanishing_and_one_sided_weights(dtype: torch.dtype, method: s
     weight[7] = 1e-42
     weight[8], weight[9] = 0.5, -0.5
     fmt = asymmetric(4, 32)
-    ((codes, scales, zeros),) = round_group([Task("layer", weight, fmt, dtype)], base.factor, RoundingMethod(method))
+    ((codes, scales, zeros, _),) = round_group([Task("layer", weight, fmt, dtype)], base.factor, RoundingMethod(method))
     assert zeros is not None
     assert bool(torch.isfinite(scales).all()) and (scales > 0).all()
     assert not dequantize(codes, scales, zeros)[[3, 7]].any()

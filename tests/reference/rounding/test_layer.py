@@ -479,7 +479,7 @@ def test_zero_rows_and_vanishing_weights_give_zero_codes(method: str, dtype: tor
     weight[5, 32:64] = 0.0
     # So small that every candidate scale underflows in the stored dtype, or in float32 arithmetic.
     weight[7] = 1e-42
-    ((codes, scales, _),) = round_group(
+    ((codes, scales, *_),) = round_group(
         [Task("layer", weight, QuantFormat(4, 32), dtype)], base.factor, RoundingMethod(method)
     )
     assert bool(torch.isfinite(scales).all()) and bool((scales != 0).all())
@@ -519,8 +519,8 @@ def test_stacked_formats_give_the_same_codes_as_single_ones(method: str) -> None
     tasks = [task(first, 2, 64), task(first, 8, CHANNEL), task(second, 3, 32, torch.float16), task(second, 4, 128)]
     rounding = RoundingMethod(method)
     stacked = round_group(tasks, first.factor, rounding)
-    for one, (codes, scales, _) in zip(tasks, stacked, strict=True):
-        ((alone, alone_scales, _),) = round_group([one], first.factor, rounding)
+    for one, (codes, scales, *_) in zip(tasks, stacked, strict=True):
+        ((alone, alone_scales, *_),) = round_group([one], first.factor, rounding)
         assert torch.equal(scales, alone_scales)
         assert codes.dtype == torch.int8 and codes.shape == one.weight.shape
         assert torch.equal(codes, alone)
