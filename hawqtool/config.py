@@ -269,17 +269,18 @@ class RunConfig(CheckedFields):
             return self.eval
         names = (*names_affecting(Affects.ROWS), *NEED_EVALUATION)
         asked = any(getattr(self, name) != RunConfig.model_fields[name].default for name in names)
-        return asked or not self.is_uniform or not self._needs_no_inputs
+        return asked or not self.is_uniform or not self.rounds_without_rows
 
     @property
     def reads_rows(self) -> bool:
         """Whether rows of text or images are needed."""
-        return self.evaluates or not self._needs_no_inputs
+        return self.evaluates or not self.rounds_without_rows
 
     @property
-    def _needs_no_inputs(self) -> bool:
+    def rounds_without_rows(self) -> bool:
         """Whether each weight may be rounded to nearest by itself."""
-        fixed = self.plan is not None or self.is_uniform
+        calibrates = any(fmt.has_input_divisor for fmt in self.special_formats)
+        fixed = (self.plan is not None or self.is_uniform) and not calibrates
         return fixed and self.rounding == "rtn" and self.calibration == (SELF,) and not self.learns
 
     def require_one_target(self) -> None:

@@ -277,6 +277,7 @@ class RoundedLayer:
         metrics: What the report says of the layer.
         zeros: ``[out, groups]`` int8, signed; None on a symmetric grid.
         divisor: That of E4M3 scales; None where scales are stored otherwise.
+        input_divisor: That of E4M3 scales of the inputs; None where nothing of the inputs is stored.
     """
 
     name: str
@@ -286,6 +287,7 @@ class RoundedLayer:
     metrics: LayerMetrics
     zeros: Tensor | None = None
     divisor: float | None = None
+    input_divisor: float | None = None
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,7 @@ _VLLM_KERNELS = {
     "fp8b128": "fp8b128 on Humming kernels, from compute capability 8.9 on these alone",
     "fp8b128-a8f": "fp8b128-a8f on DeepGEMM or Cutlass from 8.9 on, with inputs as they are on Marlin below",
     "nvfp4": "nvfp4 on Marlin",
+    "nvfp4-a4": "nvfp4-a4 with rounded inputs from 10.0 on, on Marlin with inputs as they are below",
     "mxfp4": "mxfp4 on Marlin, from 10.0 on with inputs rounded to MXFP4 whatever the file says",
     "mxfp4-a4": "mxfp4-a4 with rounded inputs from 10.0 on, on Marlin with inputs as they are below",
     "mxfp8": "mxfp8 on Marlin, from 10.0 on with inputs rounded to MXFP8 whatever the file says",

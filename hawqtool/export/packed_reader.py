@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from hawqtool.errors import InputError
 from hawqtool.export.compressed_tensors import module_format
 from hawqtool.export.embedding_table import restored_table, stored_tables
 from hawqtool.export.stored.weights import (
+    INPUT_DIVISOR,
     PACKED,
     SCALE,
     ZERO_POINT,
@@ -197,7 +198,16 @@ class PackedReader:
             return {}
         packed = (module for module in modules if self._packed_module(f"{module}.weight"))
         found = {module: module_format(self._config, module).activation_format for module in packed}
-        return {module: activations for module, activations in found.items() if activations is not None}
+        return {m: self._calibrated(m, activations) for m, activations in found.items() if activations is not None}
+
+    def _calibrated(self, module: str, activations: ActivationFormat) -> ActivationFormat:
+        """A format with what is stored of it for a module."""
+        if not activations.has_divisor:
+            return activations
+        name = module + INPUT_DIVISOR
+        if name not in self._reader:
+            raise InputError(f"{name} is missing; expected it for inputs in {activations.name}; write it again")
+        return replace(activations, divisor=float(self._reader.tensor(name)))
 
     def _parts(self, module: str, pinned: bool) -> dict[str, Tensor]:
         parts = packed_parts(self._reader, module, pinned)

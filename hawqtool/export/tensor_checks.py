@@ -21,6 +21,7 @@ from hawqtool.export.packed_reader import packed_errors
 from hawqtool.export.plausibility import error_bound_problems, gain_problems, half_step_bounds
 from hawqtool.export.stored.weights import (
     DIVISOR,
+    INPUT_DIVISOR,
     PARTS,
     SCALE,
     SHAPE,
@@ -72,24 +73,22 @@ def scale_problems(reader: TensorReader, modules: Sequence[str]) -> list[str]:
 
 
 def divisor_problems(reader: TensorReader, formats: LayerFormats, units: Mapping[str, str]) -> list[str]:
-    """Divisors of E4M3 scales that are no positive numbers, or that differ inside a fused set.
+    """Divisors of E4M3 scales, of weights and of inputs, that are no positive numbers, or differ inside a fused set.
 
     Args:
         reader: The packed folder.
         formats: Formats of the consistent packed modules.
         units: Fused set by module; a module that it does not name is alone.
     """
-    problems, seen = list[str](), dict[str, tuple[str, float]]()
-    for module in formats:
-        if module + DIVISOR not in reader:
-            continue
-        divisor = float(reader.tensor(module + DIVISOR))
+    problems, seen = list[str](), dict[tuple[str, str], tuple[str, float]]()
+    for module, suffix in ((m, s) for m in formats for s in (DIVISOR, INPUT_DIVISOR) if m + s in reader):
+        divisor = float(reader.tensor(module + suffix))
         if not (math.isfinite(divisor) and divisor > 0):
-            problems.append(f"{module}{DIVISOR} is {divisor}; expected a positive number; write it again")
-        first, other = seen.setdefault(units.get(module, module), (module, divisor))
+            problems.append(f"{module}{suffix} is {divisor}; expected a positive number; write it again")
+        first, other = seen.setdefault((units.get(module, module), suffix), (module, divisor))
         if divisor != other:
             problems.append(
-                f"{module}{DIVISOR} is {divisor}, that of {first} {other}; expected equal ones: engines take one for "
+                f"{module}{suffix} is {divisor}, that of {first} {other}; expected equal ones: engines take one for "
                 "all that they fuse, and the others would be wrong; write it again"
             )
     return problems

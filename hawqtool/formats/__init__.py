@@ -78,6 +78,11 @@ class QuantFormat:
         return ACTIVATIONS[self.label] if self.activations else None
 
     @property
+    def has_input_divisor(self) -> bool:
+        """Whether something of its inputs is stored, for which calibration rows are needed."""
+        return bool(self.activations) and ACTIVATIONS[self.label].has_divisor
+
+    @property
     def layout(self) -> str:
         """``format`` of compressed-tensors: how codes are stored."""
         if self.floats is not None:
@@ -124,16 +129,17 @@ class QuantFormat:
             scale_dtype: Safetensors dtype of the source's weight, in which scales of integers are stored.
         """
         if self.floats is not None:
-            return self.floats.parts(out_features, in_features, scale_dtype)
+            found = self.floats.parts(out_features, in_features, scale_dtype)
+            return (*found, StoredPart(".input_global_scale", "F32", (1,))) if self.has_input_divisor else found
         groups = self.num_groups(in_features)
         scales = StoredPart(".weight_scale", scale_dtype, (out_features, groups))
         if self.layout == INT_QUANTIZED:
             return StoredPart(".weight", "I8", (out_features, in_features)), scales
         codes = StoredPart(".weight_packed", "I32", (out_features, self.packed_columns(in_features)))
-        found = (codes, scales, StoredPart(".weight_shape", "I64", (2,)))
+        packed = (codes, scales, StoredPart(".weight_shape", "I64", (2,)))
         if self.symmetric:
-            return found
-        return *found, StoredPart(".weight_zero_point", "I32", (self.packed_zero_rows(out_features), groups))
+            return packed
+        return *packed, StoredPart(".weight_zero_point", "I32", (self.packed_zero_rows(out_features), groups))
 
     def packed_columns(self, in_features: int) -> int:
         """int32 words per packed row: the dense little-endian bit stream, ceil(in * bits / 32)."""

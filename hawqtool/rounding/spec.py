@@ -78,6 +78,7 @@ class RoundingSpec:
         output_moments: Of the linears that are rounded with output feedback when a plan is carried out; roundings that
             are scored or tried go without.
         divisors: Of E4M3 scales, by unit; of units that are not named, from the weights of the block.
+        input_divisors: Of E4M3 scales of inputs, by linear, to be stored with it.
     """
 
     method: RoundingMethod
@@ -86,6 +87,7 @@ class RoundingSpec:
     refiner: Refiner | None = None
     output_moments: Mapping[str, OutputMoments] = field(default_factory=dict)
     divisors: Mapping[str, float] = field(default_factory=dict)
+    input_divisors: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of_plan(

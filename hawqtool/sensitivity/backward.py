@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from hawqtool.model.block import BlockCall, LoadedBlock
 from hawqtool.model.experts import ExpertLinear
 from hawqtool.records import BlockSpec, LinearSpec
 from hawqtool.rounding.floats.activations import fake_quantize
+from hawqtool.rounding.floats.scale_search import divisor_of_peak
 from hawqtool.sensitivity.scores import LayerRows
 from hawqtool.streaming.block import Activations
 
@@ -72,7 +73,8 @@ class InputErrors:
     J is the gradient at a unit's input x, through its linears alone, dx what rounding adds to x. To second order the
     loss grows by half of it, per output: errors of different tokens are uncorrelated, so that, other than for weights,
     no product of a token's change with another's is left (HAWQ-V2, Dong et al. 2020, section 3.3, takes the trace of
-    the curvature and the mean square of dx apart).
+    the curvature and the mean square of dx apart). Divisors of scales are those of the batch itself: calibration finds
+    others later, at most a power of two apart, which matter to the smallest groups alone.
 
     Args:
         formats: How the inputs of a unit may be rounded, by unit.
@@ -85,7 +87,9 @@ class InputErrors:
     def add(self, shared: _SharedInput, gradient: Tensor, batch: int, shape: tuple[int, int]) -> None:
         """Add an input with its gradient in a batch; ``shape`` is rows and positions."""
         for activations in self.formats.get(shared.unit, ()):
-            error = fake_quantize(shared.x.detach(), activations) - shared.x.detach()
+            x = shared.x.detach()
+            divisor = divisor_of_peak(float(x.abs().max())) if activations.has_divisor and x.numel() else None
+            error = fake_quantize(x, replace(activations, divisor=divisor)) - x
             moves = (gradient * error).sum(-1, keepdim=True, dtype=_at_least_float32(gradient))
             rows = torch.stack([m.double().square().sum() for m in _by_row(shared.module, moves, *shape)]).cpu()
             parts = self.found.setdefault(shared.unit, {}).setdefault(activations, [])

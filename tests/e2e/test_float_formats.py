@@ -44,6 +44,23 @@ def test_rounded_inputs_give_the_outputs_of_transformers(exact: Path, run: Run) 
     assert not torch.equal(own, unrounded)
 
 
+def test_inputs_in_nvfp4_give_the_outputs_of_transformers(place: Path, run: Run) -> None:
+    folder, report = run(formats="nvfp4-a4", group_size=None, rounding="rtn", eval=False, eval_samples=None)
+    assert verify_folder(folder, place / "model").problems == ()
+    assert {entry["format"] for entry in report["plan"]} == {"nvfp4-a4"}
+    tokens = torch.arange(48)[None] + 3
+    stream = prepare(RunConfig(model=str(place / "model"), device="cpu"), writes=False).packed_stream(folder)
+    divisors = {name: kind.divisor for name, kind in stream.input_formats.items()}
+    attention = {divisors[f"model.layers.0.self_attn.{role}_proj"] for role in "qkv"}
+    assert len(attention) == 1 and len(set(divisors.values())) > 1
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    loaded(tokens)  # which decompresses the weights, to bfloat16
+    with torch.no_grad():
+        logits = torch.nn.Module.float(loaded)(tokens).logits
+        own = stream.outputs(tokens, stream.final_hidden(tokens, 1, lambda _: None))
+    assert torch.equal(own.view_as(logits), logits)
+
+
 def test_nvfp4_is_compensated_and_shares_a_divisor(place: Path, run: Run) -> None:
     folder, report = run(formats="nvfp4", group_size=None)
     assert verify_folder(folder, place / "model").problems == ()
@@ -82,12 +99,13 @@ def test_weights_that_loading_reads_keep_their_names(run: Run, tmp_path: Path) -
 
 def test_a_mixed_plan_counts_what_rounding_inputs_costs(run: Run) -> None:
     folder, report = run(
-        formats="nvfp4,fp8-a8f,w8ch-a8i", group_size=None, target_bpw=6.5, eval=False, eval_samples=None
+        formats="nvfp4,nvfp4-a4,fp8-a8f,w8ch-a8i", group_size=None, target_bpw=6.5, eval=False, eval_samples=None
     )
     assert len({entry["format"] for entry in report["plan"]}) > 1
     document = read(folder / "reproduce/sensitivity.json")
     for unit, costs in document["curvature"].items():
-        assert costs["inputs w8ch-a8i"] < costs["inputs fp8-a8f"] and "inputs nvfp4" not in costs
+        assert costs["inputs w8ch-a8i"] < costs["inputs fp8-a8f"] < costs["inputs nvfp4-a4"]
+        assert "inputs nvfp4" not in costs
         for metric, scores in document["scores"].items():
             assert scores[unit]["fp8-a8f"][0] > costs["inputs fp8-a8f"] > 0, metric
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ def round_nearest(name: str, weight: Tensor, quant_format: QuantFormat) -> Round
     if quant_format.floats is not None:
         divisor = 64.0 if quant_format.floats.scale == "e4m3" else None
         task = Task(name, weight.float(), quant_format, weight.dtype, divisor=divisor)
-        return round_without_inputs([task], RoundingMethod("rtn"))[0]
+        layer = round_without_inputs([task], RoundingMethod("rtn"))[0]
+        return replace(layer, input_divisor=256.0 if quant_format.has_input_divisor else None)
     grouped = weight.float().view(len(weight), quant_format.num_groups(weight.shape[1]), -1)
     if not quant_format.symmetric:
         return round_to_range(name, weight, quant_format, grouped)

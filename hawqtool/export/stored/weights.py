@@ -17,10 +17,10 @@ from hawqtool.records import RoundedLayer
 from hawqtool.rounding.grid import Quantized
 
 WEIGHT, PACKED, SCALE, ZERO_POINT = ".weight", ".weight_packed", ".weight_scale", ".weight_zero_point"
-DIVISOR, SHAPE = ".weight_global_scale", ".weight_shape"
+DIVISOR, INPUT_DIVISOR, SHAPE = ".weight_global_scale", ".input_global_scale", ".weight_shape"
 """Suffixes of the tensors that hold a quantized weight; which of them there are is a matter of the format."""
 
-PARTS = (PACKED, WEIGHT, SCALE, ZERO_POINT, DIVISOR)
+PARTS = (PACKED, WEIGHT, SCALE, ZERO_POINT, DIVISOR, INPUT_DIVISOR)
 """Those that count as stored bytes of a weight."""
 
 CODE_DTYPES = ("F8_E4M3", "I8")
@@ -72,7 +72,10 @@ def packed_tensors(layer: RoundedLayer) -> dict[str, Tensor]:
 def _packed(layer: RoundedLayer) -> dict[str, Tensor]:
     fmt = layer.quant_format
     if fmt.floats is not None:
-        return _packed_floats(layer, fmt.floats)
+        tensors = _packed_floats(layer, fmt.floats)
+        if layer.input_divisor is not None:
+            tensors[INPUT_DIVISOR] = torch.full((1,), layer.input_divisor, dtype=torch.float32)
+        return tensors
     if fmt.layout == INT_QUANTIZED:
         return {WEIGHT: layer.codes, SCALE: layer.scales}
     shape = torch.tensor(layer.codes.shape, dtype=torch.int64)

@@ -188,6 +188,12 @@ def given_plan(config: RunConfig, units: tuple[Unit, ...]) -> BitPlan:
     odd = next((fmt.group_size for fmt in plan.formats.values() if not is_served(fmt.group_size)), None)
     if odd is not None and config.profile != "transformers":
         raise UsageError(f"{config.plan}: {group_size_refusal(odd)}")
+    calibrated = next((name for name, fmt in plan.formats.items() if fmt.has_input_divisor), None)
+    if calibrated is not None and config.rounds_without_rows:
+        raise UsageError(
+            f"{config.plan}: {calibrated} is {plan.formats[calibrated].label}, whose scales of inputs are found on "
+            "rows, and none are read; give --calibration"
+        )
     return plan
 
 

@@ -16,6 +16,7 @@ from hawqtool.model.block import LoadedBlock
 from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.stages.refine import BlockRefiner, fitting_rows
 from hawqtool.records import BlockSpec, LinearSpec, RoundedLayer, Rows, UnitFormats
+from hawqtool.rounding.floats.scale_search import divisor_of_peak
 from hawqtool.rounding.grid import Quantized, dequantize
 from hawqtool.rounding.layer import quantized, round_layers, round_without_inputs, with_codes
 from hawqtool.rounding.learned.block import Schedule
@@ -25,6 +26,7 @@ from hawqtool.rounding.statistics import GroupStatistics
 from hawqtool.runtime.store import NOTHING_SAVED, Saved
 from hawqtool.streaming.block import Activations
 from hawqtool.streaming.dealt import Groups, dealt
+from hawqtool.streaming.input_peaks import input_peaks
 from hawqtool.streaming.input_statistics import collect_statistics, replay_rounded
 from hawqtool.streaming.resume_points import ResumePoints
 from hawqtool.streaming.stream import ModelStream
@@ -97,8 +99,9 @@ def round_blocks(
         finished: Blocks that are left out, or walked with their weights read back where no later states were kept.
     """
     stream, rounding = job.stream(), RoundingSpec.of_plan(job.settings.method, formats, job.stored_dtypes)
-    stream.input_formats = _input_formats(job, formats)
-    rounding = replace(rounding, output_moments=rows.output_moments)
+    stream.input_formats = _input_formats(job, formats, stream, rows)
+    divisors = {name: kind.divisor for name, kind in stream.input_formats.items() if kind.divisor is not None}
+    rounding = replace(rounding, output_moments=rows.output_moments, input_divisors=divisors)
     schedule = schedule or Schedule(job.config.refine_steps, job.config.seed, learner=job.config.refine_learner)
     if job.config.distill_steps and not schedule.steps:
         rows = fitting_rows(rows)  # on rows that rounding saw, distillation's steps would look like losses
@@ -137,10 +140,15 @@ def round_blocks(
     return findings
 
 
-def _input_formats(job: Job, formats: UnitFormats) -> dict[str, ActivationFormat]:
-    """How engines round the inputs of linears, for those where they do."""
-    found = {name: fmt.activation_format for name, fmt in job.layer_formats(formats).items()}
-    return {name: activations for name, activations in found.items() if activations is not None}
+def _input_formats(job: Job, formats: UnitFormats, stream: ModelStream, rows: Rows) -> dict[str, ActivationFormat]:
+    """How engines round the inputs of linears, for those where they do, with divisors that these rows give."""
+    found = {unit: fmt.activation_format for unit, fmt in formats.items()}
+    by_unit = {unit: activations for unit, activations in found.items() if activations is not None}
+    divided = {unit for unit, activations in by_unit.items() if activations.has_divisor}
+    if divided:
+        peaks = input_peaks(stream, rows.tokens, job.settings.batch_size, divided, job.ranks)
+        by_unit |= {unit: replace(by_unit[unit], divisor=divisor_of_peak(peak)) for unit, peak in peaks.items()}
+    return {m.name: by_unit[unit.name] for unit in job.units for m in unit.members if unit.name in by_unit}
 
 
 def round_weights(
@@ -290,6 +298,7 @@ class _BlockRounder:
         return self.findings
 
     def _give(self, layer: RoundedLayer) -> None:
+        layer = replace(layer, input_divisor=self.rounding.input_divisors.get(layer.name))
         with self.job.recorder.stage("write"):
             self.sink.write_layer(layer)
         values = asdict(layer.metrics) | {"format": layer.quant_format.label}

@@ -1,4 +1,7 @@
-"""Inputs of layers as engines round them: scales of each token are computed while the model runs."""
+"""Inputs of layers as engines round them: scales of each token are computed while the model runs.
+
+Those of NVFP4 are E4M3 numbers over one divisor of the layer, which lies in the file.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,13 @@ import torch
 from torch import Tensor
 
 from hawqtool.formats.activations import ActivationFormat
-from hawqtool.rounding.floats.elements import ELEMENTS
+from hawqtool.rounding.floats.elements import E4M3, ELEMENTS
 
 _INT8_RANGE = 127.5
 """compressed-tensors divides by it; codes go from -128 to 127."""
+
+_ZERO_GROUP = 0.125
+"""E4M3 scale, times the divisor, of a group whose own would be zero (compressed-tensors)."""
 
 _ROUND_UP = 1.75
 """Mantissa from which the power of two of an MX scale is the next one (compressed-tensors, torchao: rounding to even
@@ -31,12 +37,18 @@ def fake_quantize(inputs: Tensor, activations: ActivationFormat) -> Tensor:
         rounded = torch.round(scaled.clamp_(-128, 127))
     else:
         rounded = ELEMENTS[activations.element].nearest_(scaled)
-    return (rounded * scale).flatten(-2)
+    return (rounded * scale).flatten(-2).to(inputs.dtype)
 
 
 def _scales(peak: Tensor, activations: ActivationFormat) -> Tensor:
-    """Scales of largest magnitudes, in their dtype; never zero."""
-    if activations.powers:
+    """Scales of largest magnitudes, in their dtype, E4M3 ones in float32; never zero."""
+    if activations.has_divisor:
+        assert activations.divisor is not None  # calibration gave it
+        # In the order of compressed-tensors: the quotient is rounded to the dtype of the inputs first.
+        wanted = (peak / ELEMENTS[activations.element].largest).float() * activations.divisor
+        stored = E4M3.nearest_(wanted)
+        return torch.where(stored == 0, _ZERO_GROUP, stored) / activations.divisor
+    if activations.scale == "e8m0":
         element = ELEMENTS[activations.element]
         mantissa, exponent = torch.frexp(peak.float())
         # frexp's mantissas begin at 0.5: twice as large they begin at 1.

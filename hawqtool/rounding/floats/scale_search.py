@@ -26,7 +26,8 @@ _POWERS = (-1, 0, 1)
 """Exponents around that of the largest weight over the largest code, rounded down."""
 
 _HEADROOM = 2.0
-"""How much larger than the weights targets may become: compensation moves errors, scales are searched beyond 1."""
+"""How much larger than the weights targets may become: compensation moves errors, scales are searched beyond 1. Inputs
+of text that calibration did not see may exceed those that it saw as well."""
 
 _LEAST_PEAK, _MOST_POWER = 1e-30, 120
 
@@ -42,7 +43,15 @@ def common_divisor(weights: list[Tensor]) -> float:
     Args:
         weights: The weights of the fused set, ``[out, in]`` each.
     """
-    peak = max([_LEAST_PEAK, *(float(weight.abs().max()) for weight in weights if weight.numel())])
+    return divisor_of_peak(max([0.0, *(float(weight.abs().max()) for weight in weights if weight.numel())]))
+
+
+def divisor_of_peak(peak: float) -> float:
+    """Divisor of the E4M3 scales of groups of E2M1 codes whose largest magnitude is ``peak``, a power of two.
+
+    Scales of twice that and more are storable: targets grow while they are rounded, inputs of other rows are larger.
+    """
+    peak = max(_LEAST_PEAK, peak)
     power = math.floor(math.log2(E4M3.largest * ELEMENTS["e2m1"].largest / (_HEADROOM * peak)))
     return 2.0 ** max(-_MOST_POWER, min(_MOST_POWER, power))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,14 @@ from hawqtool.checkpoint.index import read_index
 from hawqtool.checkpoint.packing import pack_e2m1, unpack_e2m1
 from hawqtool.export.compressed_tensors import module_format
 from hawqtool.export.packed_reader import PackedReader, read_config
-from hawqtool.export.stored.weights import DIVISOR, SCALE, packed_modules
+from hawqtool.export.stored.weights import DIVISOR, INPUT_DIVISOR, SCALE, packed_modules
 from hawqtool.export.verify import verify_folder
 from hawqtool.formats.activations import ACTIVATIONS
 from hawqtool.formats.grids import GRIDS
 from tests.support.packed_folder import linear_specs, mixed_formats, write_packed
 from tests.support.tiny import tiny_llama
 
-LABELS = (*GRIDS, *ACTIVATIONS, "w4g32")
+LABELS = (*GRIDS, "w4g32", "w3g64", *ACTIVATIONS)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A model, and a folder with all formats in it."""
     place = tmp_path_factory.mktemp("stored")
     shape = {"hidden_size": 256, "intermediate_size": 384, "num_attention_heads": 2, "num_key_value_heads": 2}
-    source = tiny_llama(place / "source", layers=3, **shape)
+    source = tiny_llama(place / "source", layers=4, **shape)
     formats = mixed_formats(linear_specs(read_index(source)), LABELS)
     write_packed(source, place / "mixed", formats)
     return source, place / "mixed"
@@ -63,7 +64,9 @@ def test_every_format_loads_in_transformers_to_the_bit(folders: tuple[Path, Path
         loaded, own = model.get_parameter(f"{module}.weight"), reader.tensor(f"{module}.weight")
         assert torch.equal(loaded.float(), own.float()), module
     expected = {m: a for m in modules if (a := module_format(config(folder), m).activation_format)}
-    assert reader.activation_formats(modules) == expected and len(expected) > len(ACTIVATIONS)
+    found = reader.activation_formats(modules)
+    assert {m: replace(a, divisor=None) for m, a in found.items()} == expected and len(expected) > len(ACTIVATIONS)
+    assert {a.divisor for a in found.values() if a.has_divisor} == {256.0}
 
 
 @pytest.mark.parametrize(
@@ -71,6 +74,8 @@ def test_every_format_loads_in_transformers_to_the_bit(folders: tuple[Path, Path
     [
         (DIVISOR, lambda t: t.mul_(2), "expected equal ones"),
         (DIVISOR, lambda t: t.fill_(0), "expected a positive number"),
+        (INPUT_DIVISOR, lambda t: t.mul_(2), "expected equal ones"),
+        (INPUT_DIVISOR, lambda t: t.fill_(torch.nan), "expected a positive number"),
         (SCALE, lambda t: t.view(torch.uint8).fill_(0), "expected finite and non-zero"),
         (SCALE, lambda t: t.view(torch.uint8).fill_(255), "expected finite and non-zero"),
         (SCALE, lambda t: t[:, :-1].contiguous(), "for nvfp4"),
@@ -80,8 +85,9 @@ def test_damaged_parts_are_found(
     folders: tuple[Path, Path], tmp_path: Path, suffix: str, damage: Callable[[Tensor], Tensor], words: str
 ) -> None:
     folder = shutil.copytree(folders[1], tmp_path / "damaged")
-    (module, *_) = [m for m in packed_modules(read_index(folder)) if module_format(config(folder), m).grid == "nvfp4"]
+    formats = {m: module_format(config(folder), m) for m in packed_modules(read_index(folder))}
     tensors = load_file(folder / "model.safetensors")
+    module = next(m for m, fmt in formats.items() if fmt.grid == "nvfp4" and m + suffix in tensors)
     found = damage(tensors[module + suffix])
     tensors[module + suffix] = found.view(tensors[module + suffix].dtype)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
