@@ -7,6 +7,7 @@ the scales that won (casting afterwards costs 1 to 2 % at 8 bits).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple, cast
 
 import torch
@@ -138,7 +139,7 @@ def _search_chunk(
     low = LOWEST_RATIO * peak / (quant_format.max_code + 0.5)
     high = peak / max(quant_format.max_code, 0.5)
     # A negative scale gives the grid that a zero point of -1 gives: the range of the codes from the other end.
-    zeros = peak.new_tensor((0.0, -1.0) if both_signs else (0.0,)).view(-1, 1, 1).expand(-1, *peak.shape)
+    zeros = _constants((0.0, -1.0) if both_signs else (0.0,), peak.device).expand(-1, *peak.shape)
     search = _Search(weight, importance, quant_format, stored_dtype, low, high - low)
     best = search.attempt(search.start(zeros[0]), _coarse_places(peak), zeros)
     best = search.attempt(best, _fine_places(best.place), best.zero[None])
@@ -155,8 +156,7 @@ def _search_zeros_chunk(
     span = torch.where(span > 0, span, torch.ones_like(span))
     steps = quant_format.max_code - quant_format.min_code
     start = quant_format.min_code - torch.round(lowest / span * steps)
-    offsets = start.new_tensor(ZERO_OFFSETS).view(-1, 1, 1)
-    zeros = (start + offsets).clamp(quant_format.min_code, quant_format.max_code)
+    zeros = (start + _constants(ZERO_OFFSETS, start.device)).clamp(quant_format.min_code, quant_format.max_code)
     low, high = LOWEST_RATIO * span / steps, span / steps
     search = _Search(weight, importance, quant_format, stored_dtype, low, high - low)
     best = search.attempt(search.start(zeros[0]), _coarse_places(span), zeros)
@@ -166,15 +166,25 @@ def _search_zeros_chunk(
 
 def _coarse_places(like: Tensor) -> Tensor:
     """Where between its limits each candidate lies, the largest first: ``[COARSE_STEPS, groups, rows]``."""
-    places = like.new_tensor([1 - index / (COARSE_STEPS - 1) for index in range(COARSE_STEPS)])
-    return places.view(-1, 1, 1).expand(-1, *like.shape)
+    places = tuple(1 - index / (COARSE_STEPS - 1) for index in range(COARSE_STEPS))
+    return _constants(places, like.device).expand(-1, *like.shape)
 
 
 def _fine_places(centre: Tensor) -> Tensor:
     """Places around the best coarse one, closer than its neighbours: ``[2 FINE_STEPS, groups, rows]``."""
     spacing = 1 / (COARSE_STEPS - 1)
-    shifts = [spacing * index / (FINE_STEPS + 1) for index in range(-FINE_STEPS, FINE_STEPS + 1) if index]
-    return (centre + centre.new_tensor(shifts).view(-1, 1, 1)).clamp(0, 1)
+    shifts = tuple(spacing * index / (FINE_STEPS + 1) for index in range(-FINE_STEPS, FINE_STEPS + 1) if index)
+    return (centre + _constants(shifts, centre.device)).clamp(0, 1)
+
+
+@lru_cache(maxsize=16)
+def _constants(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Numbers as ``[values, 1, 1]`` float32 on a device, where they stay.
+
+    To copy them anew would wait for all work that a GPU has been given: output feedback searches 32 times per layer.
+    """
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
 
 
 class _Best(NamedTuple):
