@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-
-from torch import Tensor
 
 from hawqtool.allocation.exact import plan_warnings
 from hawqtool.config import RunConfig
 from hawqtool.errors import InputError, NumericalError, UsageError, disk_errors
 from hawqtool.export.engines import TRANSFORMERS
 from hawqtool.export.manifest import seal
-from hawqtool.export.verify import verify_folder
-from hawqtool.export.writer import copy_small_files
 from hawqtool.pipeline.dry_run import check_free, describe, output_folder
-from hawqtool.pipeline.load_trial.trial import LoadTrial, trial_rows, try_loading
+from hawqtool.pipeline.load_trial.checks import ShippedChecks
+from hawqtool.pipeline.load_trial.trial import LoadTrial, trial_rows
 from hawqtool.pipeline.report import write_page
 from hawqtool.pipeline.run.context import RunContext
-from hawqtool.pipeline.run.files import PART, read_report
+from hawqtool.pipeline.run.files import read_report
 from hawqtool.pipeline.run.fingerprint import config_fingerprint
 from hawqtool.pipeline.run.folder import RunFolder
-from hawqtool.pipeline.run.identity import check_copies, check_unchanged, record_content, run_identity, stamps
+from hawqtool.pipeline.run.identity import check_unchanged, record_content, run_identity, stamps
 from hawqtool.pipeline.run.job import Job, prepare
 from hawqtool.pipeline.run.measurement_cache import check_measurements
 from hawqtool.pipeline.run.menu import budget_bytes, job_menu, unquantized_bytes
@@ -50,7 +46,6 @@ from hawqtool.report.documents import DryRun, SensitivityDocument
 from hawqtool.report.plan_comparison import Shipped, shipped_of
 from hawqtool.report.schema import Engine, Report, Search, Verdict
 from hawqtool.report.verdict import verdict
-from hawqtool.runtime.background import beside
 from hawqtool.runtime.reporter import Reporter
 from hawqtool.runtime.stage_timer import Stopwatch
 
@@ -131,7 +126,8 @@ def _quantized(
             sets["calibration"] = with_token_importance(context, sets["calibration"], for_feedback=True)
     with Stopwatch(timings, "measure"):
         planner = None if job.config.plan else make_planner(context, sets)
-    runner = TrialRunner(context, sets, run.plans, timings)
+    checks = ShippedChecks(job, trial_rows(job, sets))
+    runner = TrialRunner(context, sets, run.plans, timings, checks)
     search, plans = _plans(runner, planner)
     winner, outcome = _outcome(runner, plans, planner)
     folder = runner.folder(winner)
@@ -150,7 +146,9 @@ def _quantized(
     if planner and planner.table:
         report["warnings"] += planner.table.warnings
     with Stopwatch(timings, "verify"), disk_errors(folder):
-        _complete(context, folder, planner.document if planner else None, report, trial_rows(job, sets))
+        context.progress(_CHECKING)(0, _CHECKS)
+        checks.begin(folder, winner.plan)
+        _complete(context, folder, planner.document if planner else None, report, checks)
     report = seal(folder, report)
     with disk_errors(folder):
         write_page(folder)
@@ -199,36 +197,21 @@ def _plans(runner: TrialRunner, planner: Planner | None) -> tuple[Search | None,
 
 
 def _complete(
-    context: RunContext, folder: Path, sensitivity: SensitivityDocument | None, report: Report, rows: Tensor
+    context: RunContext, folder: Path, sensitivity: SensitivityDocument | None, report: Report, checks: ShippedChecks
 ) -> None:
-    """Add small files, card and records, try what the report claims, and verify the folder before it is sealed."""
+    """Add card and records, and wait for what tries and verifies the folder before it is sealed."""
     job, tell = context.job, context.progress(_CHECKING)
-    tell(0, _CHECKS)
-    for left in folder.rglob(f".*{PART}"):  # by a run that was killed while it wrote them
-        left.unlink()
-    began_with = job.index.content.files if job.index.content else {}
-    copied = copy_small_files(job.index.folder, folder)
-    check_copies(folder, {name: began_with.get(name, "") for name in copied})
     tell(1, _CHECKS)
     write_reproduce(job, folder, sensitivity)
-    # Loading takes the host, verifying the device: on a GPU side by side.
-    trial = _begin_trial(job, folder, report, rows)
-    problems = verify_folder(folder, job.index.folder, job.device, sealed=False).problems
+    problems = checks.problems()
     if problems:
         raise NumericalError(f"the written folder failed verification: {problems[0]} ({len(problems)} problems)")
     tell(2, _CHECKS)
+    trial = checks.trial()
     if trial is not None:
-        _take_claims(trial(), report)
+        _take_claims(trial, report)
     write_card(job.index.folder, folder, report)
     tell(3, _CHECKS)
-
-
-def _begin_trial(job: Job, folder: Path, report: Report, rows: Tensor) -> Callable[[], LoadTrial] | None:
-    """A trial in transformers, where the formats promise that it loads the folder; what waits for its result."""
-    if not _transformers(report)["loads"]:
-        return None
-    trial = partial(try_loading, job, folder, rows)
-    return beside(trial) if job.device.type == "cuda" else trial
 
 
 def _transformers(report: Report) -> Engine:

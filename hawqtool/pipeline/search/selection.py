@@ -15,7 +15,7 @@ from hawqtool.pipeline.run.menu import job_menu, meets_second_budget
 from hawqtool.pipeline.search.gradient_swap import moved_by_gradient
 from hawqtool.pipeline.search.layerwise import LayerwiseProof, compare_layerwise
 from hawqtool.pipeline.search.shortlist import FAR_ABOVE, RULE, predicted_ratio
-from hawqtool.pipeline.search.trials import Trial, TrialRunner
+from hawqtool.pipeline.search.trials import Trial, TrialRunner, formats_key
 from hawqtool.pipeline.search.width_swap import swapped
 from hawqtool.records import BitPlan, Evaluation
 from hawqtool.report.plan_comparison import (
@@ -78,6 +78,8 @@ def try_plans(runner: TrialRunner, plans: dict[str, BitPlan], scores: UnitScores
         return _compared(runner, plans)
     if runner.context.ranks.size > 1:
         runner.round_ahead(_foreseen(job, plans, scores))
+    if len(plans) == 1 and (job.config.plan is not None or (job.config.is_uniform and not job.pins)):
+        runner.certain = formats_key(own.formats)
     mixed, not_rounded = dict[str, Trial](), dict[str, UnroundedRival]()
     for name, plan in plans.items():
         if name == RULE and (far := _far_above(job, plan, own, scores)):
@@ -112,6 +114,7 @@ def _compared(runner: TrialRunner, plans: dict[str, BitPlan]) -> Selection:
     proof = compare_layerwise(runner, plans, uniform)
     best, difference = proof.best, proof.minus_uniform
     if uniform is None or difference is None or difference.is_less(proof.tried) or not obeys(job, uniform[1]):
+        runner.certain = formats_key(proof.plans[best].formats)
         mixed = {best: runner.run_trial(best, proof.plans[best], ("report",))}
         return Selection(mixed, None, best, not_rounded=proof.rivals(best, {best}), proof=proof)
     mixed, rival = {best: runner.run_trial(best, proof.plans[best])}, runner.run_trial(*uniform)

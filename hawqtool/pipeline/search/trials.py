@@ -10,6 +10,7 @@ from pathlib import Path
 
 from hawqtool.evaluation.divergence import as_evaluation, as_record
 from hawqtool.evaluation.paired import balanced_divergence
+from hawqtool.pipeline.load_trial.checks import ShippedChecks
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.folder import REMOVED
 from hawqtool.pipeline.stages.evaluate import Evaluator
@@ -77,10 +78,23 @@ class TrialRunner:
         sets: Rows by role.
         work: Folder for the written trials; the caller removes it.
         timings: Seconds by stage, added to.
+        checks: Begins with the folder of a plan that is shipped in any case (see ``certain``) as soon as it is
+            written; None for nothing.
+
+    Attributes:
+        certain: `formats_key` of the plan that is shipped whatever its evaluation says; empty where that decides.
     """
 
-    def __init__(self, context: RunContext, sets: dict[str, Rows], work: Path, timings: dict[str, float]) -> None:
+    def __init__(
+        self,
+        context: RunContext,
+        sets: dict[str, Rows],
+        work: Path,
+        timings: dict[str, float],
+        checks: ShippedChecks | None = None,
+    ) -> None:
         self.context, self.sets, self.work, self.timings = context, sets, work, timings
+        self.checks, self.certain = checks, ""
         self._tried: dict[str, Trial] = {}
         self._ahead: set[str] = set()
         self.evaluator: Evaluator | None = None
@@ -102,6 +116,8 @@ class TrialRunner:
             rounding = saved.load(ROUNDING)
             if rounding is None or not (folder.exists() or saved.load(_QUALITY)):
                 rounding = self._rounded(plan, folder, name)
+            if self.checks is not None and key == self.certain and folder.exists():
+                self.checks.begin(folder, plan)
             quality = self._evaluated(folder, name, saved, roles)
             self._tried[key] = Trial(name, plan, folder, rounding, quality)
         return self._tried[key]

@@ -20,9 +20,9 @@ from hawqtool.allocation.exact import plan_warnings
 from hawqtool.checkpoint.fusion import expert_of
 from hawqtool.data.sources import public_name
 from hawqtool.data.tokens import overlap
-from hawqtool.export.engines import engines
 from hawqtool.formats import SHAPE_TENSOR_BYTES, parse_label
 from hawqtool.parsing import ParseError, load_json
+from hawqtool.pipeline.load_trial.checks import result_engines
 from hawqtool.pipeline.run.files import REPORT_SCHEMA, plan_entry, write_json
 from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.stages.kept import kept_record, kept_warnings
@@ -83,12 +83,7 @@ def build_report(job: Job, sets: dict[str, Rows], outcome: Outcome, timings: dic
         "gap": plan.gap,
         "cost": plan.cost,
         "max_cost": plan.max_cost,
-        "engines": engines(
-            job.layer_formats(plan.formats),
-            {m.name: (m.out_features, m.in_features) for unit in job.units for m in unit.members},
-            job.structure.obstacle,
-            bool(job.tables),
-        ),
+        "engines": result_engines(job, plan),
         "layers": rounding["layers"],
         "refinement": rounding["refinement"],
         "distillation": rounding["distillation"],

@@ -15,6 +15,7 @@ from hawqtool.cli import terminal as module
 from hawqtool.cli.session import session
 from hawqtool.cli.terminal import Course, Terminal
 from hawqtool.pipeline import quantize as quantizing
+from hawqtool.pipeline.load_trial import checks
 from hawqtool.report.documents import Phase
 from tests.support.runs import place, settings  # noqa: F401
 
@@ -101,7 +102,8 @@ def test_no_part_of_a_run_is_silent(
         return until_something_is_said
 
     for name in SLOW[0 if live else 2 :]:  # before the first screen a file is told nothing
-        monkeypatch.setattr(quantizing, name, slow(name, getattr(quantizing, name)))
+        holder = checks if name in ("try_loading", "verify_folder") else quantizing
+        monkeypatch.setattr(holder, name, slow(name, getattr(holder, name)))
     config = settings(place, bits="2,4", target_bpw=3.5, num_samples=8, seq_len=16, output=tmp_path / "out")
     with session() as terminal:
         announce = lambda found: (terminal.expect(found["estimate"]["phases"]), terminal.say("model"))  # noqa: E731

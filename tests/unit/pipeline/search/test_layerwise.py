@@ -15,7 +15,7 @@ from hawqtool.pipeline.search import selection
 from hawqtool.pipeline.search.layerwise import some_rows
 from hawqtool.pipeline.search.selection import choose, compare, try_plans
 from hawqtool.pipeline.search.shortlist import RULE
-from hawqtool.pipeline.search.trials import JUDGED, Trial
+from hawqtool.pipeline.search.trials import JUDGED, Trial, formats_key
 from hawqtool.records import BitPlan, Evaluation, LinearSpec, Rows, Score, Unit
 from hawqtool.report.wording import not_rounded_lines
 from hawqtool.runtime.store import NOTHING_SAVED
@@ -44,6 +44,7 @@ class FakeRunner:
             compare_layerwise=lambda _, plans: {name: evaluation(divergence[name]) for name in plans}
         )
         rows = Rows(torch.zeros(4, 8, dtype=torch.int64), "test", "-")
+        self.certain = ""
         self.sets, self.timings, self.tried = {"calibration": rows}, dict[str, float](), list[tuple[str, Any]]()
 
     def run_trial(self, name: str, plan: BitPlan, roles: Any = JUDGED) -> Trial:
@@ -81,6 +82,8 @@ def test_what_is_better_for_sure_is_carried_out_alone(
     found = try_plans(runner, {"kron": OWN, RULE: RIVAL}, {"u0": {"w2g32": Score(1.0, 0.1)}})
     both = len(carried_out) == 2
     assert runner.tried == [(name, JUDGED if both else ("report",)) for name in carried_out]
+    # Only what is shipped whatever comes of it is checked beside its evaluation.
+    assert runner.certain == ("" if both else formats_key({"kron": OWN, RULE: RIVAL}[best].formats))
     shipped = UNIFORM if both and not wins else best
     assert choose(runner.context.job, found) == ("uniform" if shipped == UNIFORM else "mixed")
     record = compare(found, evaluation(LOW), lambda _: {})

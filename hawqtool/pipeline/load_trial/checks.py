@@ -1,0 +1,81 @@
+"""Checks of the folder that a run ships: verification, and the load trial; on a GPU beside the folder's evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from torch import Tensor
+
+from hawqtool.export.engines import TRANSFORMERS, engines
+from hawqtool.export.verify import verify_folder
+from hawqtool.export.writer import copy_small_files
+from hawqtool.pipeline.load_trial.trial import LoadTrial, try_loading
+from hawqtool.pipeline.run.files import PART
+from hawqtool.pipeline.run.identity import check_copies
+from hawqtool.pipeline.run.job import Job
+from hawqtool.records import BitPlan
+from hawqtool.report.schema import Engine
+from hawqtool.runtime.background import beside
+
+T = TypeVar("T")
+
+
+class ShippedChecks:
+    """Verifies the folder that is shipped and has transformers load it.
+
+    Both take the host and the disk for the most part: on a GPU each begins in a thread of its own as soon as it is
+    certain which folder that is, while the folder is evaluated. A CPU does one after the other when they are asked for.
+
+    Args:
+        job: The original model.
+        rows: Rows for the trial.
+    """
+
+    def __init__(self, job: Job, rows: Tensor) -> None:
+        self.job, self.rows = job, rows
+        self._folder: Path | None = None
+        self._verify: Callable[[], tuple[str, ...]] = tuple
+        self._trial: Callable[[], LoadTrial] | None = None
+
+    def begin(self, folder: Path, plan: BitPlan) -> None:
+        """Copy the model's small files into a written folder, and begin where that costs nothing; once for a folder.
+
+        Raises:
+            InputLostError: If a small file is not what the run began with.
+        """
+        if folder == self._folder:
+            return
+        job = self.job
+        for left in folder.rglob(f".*{PART}"):  # by a run that was killed while it wrote them
+            left.unlink()
+        began_with = job.index.content.files if job.index.content else {}
+        copied = copy_small_files(job.index.folder, folder)
+        check_copies(folder, {name: began_with.get(name, "") for name in copied})
+        self._folder = folder
+        tried = next(entry for entry in result_engines(job, plan) if entry["engine"] == TRANSFORMERS)["loads"]
+        self._verify = self._aside(partial(_problems, job, folder))
+        self._trial = self._aside(partial(try_loading, job, folder, self.rows)) if tried else None
+
+    def _aside(self, work: Callable[[], T]) -> Callable[[], T]:
+        return beside(work) if self.job.device.type == "cuda" else work
+
+    def problems(self) -> tuple[str, ...]:
+        """What verification found, a line each; waits for it."""
+        return self._verify()
+
+    def trial(self) -> LoadTrial | None:
+        """What the trial gave; None where the formats promise nothing that could be tried. Waits for it."""
+        return None if self._trial is None else self._trial()
+
+
+def result_engines(job: Job, plan: BitPlan) -> list[Engine]:
+    """What each engine does with the result of a plan, by its formats and shapes."""
+    shapes = {m.name: (m.out_features, m.in_features) for unit in job.units for m in unit.members}
+    return engines(job.layer_formats(plan.formats), shapes, job.structure.obstacle, bool(job.tables))
+
+
+def _problems(job: Job, folder: Path) -> tuple[str, ...]:
+    return verify_folder(folder, job.index.folder, job.device, sealed=False).problems

@@ -1,0 +1,53 @@
+"""What is tried and checked of the folder that is shipped: once, and on a GPU beside other work."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from hawqtool.config import RunConfig
+from hawqtool.formats import QuantFormat
+from hawqtool.pipeline.load_trial import checks as module
+from hawqtool.pipeline.load_trial.checks import ShippedChecks
+from hawqtool.pipeline.load_trial.trial import LoadTrial
+from hawqtool.pipeline.run.identity import record_content, stamps
+from hawqtool.pipeline.run.job import Job, prepare
+from hawqtool.records import BitPlan
+from hawqtool.runtime.reporter import Silent
+from tests.support.tiny import tiny_model
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    job = prepare(RunConfig(model=str(tiny_model("llama", tmp_path_factory.mktemp("checks") / "m")), device="cpu"))
+    record_content(job.index, stamps(job.index), Silent())
+    return job
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_both_are_made_once(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    threads, asked = list[str](), threading.Event()
+
+    def noted(result: Any) -> Any:
+        asked.wait()
+        threads.append(threading.current_thread().name)
+        return result
+
+    monkeypatch.setattr(module, "try_loading", lambda *_: noted(LoadTrial(True, "tried")))
+    monkeypatch.setattr(module, "verify_folder", lambda *_, **__: noted(SimpleNamespace(problems=("a problem",))))
+    (tmp_path / ".model.safetensors.part").write_text("left by a run that was killed")
+    checks = ShippedChecks(replace(job, device=torch.device(device)), torch.zeros(1, 8, dtype=torch.int64))
+    plan = BitPlan({unit.name: QuantFormat(4, 32) for unit in job.units}, 1, 1)
+    for _ in range(2):
+        checks.begin(tmp_path, plan)
+    copied = ("generation_config.json", "tokenizer.json", "tokenizer_config.json")
+    assert not threads and sorted(path.name for path in tmp_path.iterdir()) == sorted(copied)
+    asked.set()
+    assert checks.trial() == LoadTrial(True, "tried") and checks.problems() == ("a problem",)
+    assert threads == ["beside" if device == "cuda" else "MainThread"] * 2
