@@ -68,10 +68,9 @@ class ContentRecord:
                 for done, task in enumerate(as_completed(tasks), 1):
                     task.result()
                     progress(done, len(tasks))
-            except BaseException:
+            finally:
                 stop.set()
                 threads.shutdown(wait=False, cancel_futures=True)
-                raise
 
     def _read(self, place: Place, stop: threading.Event) -> None:
         file, start, left = place

@@ -11,10 +11,10 @@ from hawqtool.pipeline.run.files import check_writable, write_json
 from hawqtool.pipeline.run.folder import RunFolder
 from hawqtool.pipeline.run.identity import check_unchanged, record_content, run_identity, stamps
 from hawqtool.pipeline.run.job import prepare
-from hawqtool.pipeline.run.measurement_cache import check_measurements
 from hawqtool.pipeline.run.menu import WIDE_MENU, format_menu
 from hawqtool.pipeline.stages.evaluate import check_rotation
 from hawqtool.pipeline.stages.measure import measured
+from hawqtool.pipeline.stages.measurement_cache import check_measurements
 from hawqtool.pipeline.stages.rows import check_calibration, gather_rows
 from hawqtool.pipeline.worker import begin_ranks, leading
 from hawqtool.records import SCORE_METRICS, SWEEP_METRICS

@@ -20,7 +20,6 @@ from hawqtool.pipeline.run.fingerprint import config_fingerprint
 from hawqtool.pipeline.run.folder import RunFolder
 from hawqtool.pipeline.run.identity import check_unchanged, record_content, run_identity, stamps
 from hawqtool.pipeline.run.job import Job, prepare
-from hawqtool.pipeline.run.measurement_cache import check_measurements
 from hawqtool.pipeline.run.menu import budget_bytes, job_menu, unquantized_bytes
 from hawqtool.pipeline.run.out_of_memory import (
     MOST_HALVINGS,
@@ -36,6 +35,7 @@ from hawqtool.pipeline.search.quality_target import find_smallest
 from hawqtool.pipeline.search.selection import choose, compare, try_plans
 from hawqtool.pipeline.search.trials import TIMINGS, Trial, TrialRunner
 from hawqtool.pipeline.stages.evaluate import check_rotation
+from hawqtool.pipeline.stages.measurement_cache import check_measurements
 from hawqtool.pipeline.stages.report import Outcome, build_report, write_card, write_reproduce
 from hawqtool.pipeline.stages.rows import gather_rows
 from hawqtool.pipeline.stages.token_importance import with_token_importance

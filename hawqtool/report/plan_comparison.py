@@ -45,12 +45,17 @@ class TaskResult(TypedDict):
     same: Annotated[float, "Share of questions to which both give the same answer, right or wrong."]
 
 
-class PlanQuality(Quality):
-    """A plan that was rounded, written and evaluated; the figures are those of the report rows."""
+class PlanSize(TypedDict):
+    """What a plan stores."""
 
     formats: Annotated[list[str], "Labels of the formats that the plan uses, such as `w4g32`."]
     stored_bytes: Annotated[int, "Bytes of codes, scales and zero points of the linears."]
     bpw_linears: Annotated[float, "Stored bits per weight of the linears."]
+
+
+class PlanQuality(Quality, PlanSize):
+    """A plan that was rounded, written and evaluated; the figures are those of the report rows."""
+
     total_bytes: Annotated[int, "Bytes of all weight files."]
     rounding_seconds: Annotated[float, "Seconds that rounding and writing took."]
     selection: NotRequired[
@@ -102,12 +107,9 @@ class Measured(TypedDict):
     original: Annotated[Quality, "The original model."]
 
 
-class UnroundedRival(TypedDict):
+class UnroundedRival(PlanSize):
     """A plan that was not carried out, for its predicted loss or a layerwise comparison was proof enough."""
 
-    formats: Annotated[list[str], "Labels of the formats that the plan uses, such as `w3g64`."]
-    stored_bytes: Annotated[int, "Bytes of codes, scales and zero points of the linears."]
-    bpw_linears: Annotated[float, "Stored bits per weight of the linears."]
     ratio: NotRequired[Annotated[float, "Its predicted loss relative to the mixed plan's; nothing was measured."]]
     minus_shipped: NotRequired[
         Annotated[SourceDifference, "Less the shipped plan on the selection rows, layers of both rounded one by one."]

@@ -20,10 +20,10 @@ from hawqtool.pipeline.measure import run_measure
 from hawqtool.pipeline.report import write_page
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.job import prepare
-from hawqtool.pipeline.run.measurement_cache import MeasurementFolder, measurement_fingerprint
 from hawqtool.pipeline.run.menu import job_menu
 from hawqtool.pipeline.stages import measure as measuring
 from hawqtool.pipeline.stages.measure import wanted_formats
+from hawqtool.pipeline.stages.measurement_cache import MeasurementFolder, measurement_fingerprint
 from hawqtool.pipeline.stages.rows import gather_rows
 from hawqtool.runtime.reporter import Silent
 from tests.support.runs import Run, read, settings

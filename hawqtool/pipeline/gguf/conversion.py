@@ -136,7 +136,6 @@ def _put_in_place(made: Path, output: Path, document: GgufDocument) -> None:
         with disk_errors(output):
             write_json(record, cast(dict[str, Any], document))
             made.rename(output)
-    except BaseException:
+    finally:
         if not output.exists():
             record.unlink(missing_ok=True)
-        raise

@@ -201,10 +201,9 @@ class RunFolder:
             self._shipping = folder
             try:
                 folder.rename(self.output)
-            except BaseException:  # as above
+            finally:
                 if self._replaced.exists() and not self.output.exists():
                     self._replaced.rename(self.output)
-                raise
 
     @property
     def in_place(self) -> bool:

@@ -12,33 +12,31 @@ from weakref import WeakValueDictionary
 import torch
 
 from hawqtool.allocation.problem import ignored_along, matching_layers, resolve_ignored, resolve_pins
-from hawqtool.allocation.special_formats import check_formats, has_format
+from hawqtool.allocation.special_formats import check_formats
 from hawqtool.allocation.uniform import uniform_formats
-from hawqtool.checkpoint.content import ContentRecord
 from hawqtool.checkpoint.dtypes import torch_dtype
 from hawqtool.checkpoint.fusion import is_expert
 from hawqtool.checkpoint.index import CheckpointIndex
-from hawqtool.checkpoint.originals.recognition import left_unquantized, read_original
+from hawqtool.checkpoint.originals.recognition import left_unquantized
 from hawqtool.checkpoint.prefetch import Prefetcher
 from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.checkpoint.rotated.codec import original_index
-from hawqtool.checkpoint.source import ResolvedModel, hub_id, resolve_model
+from hawqtool.checkpoint.source import ResolvedModel
 from hawqtool.config import RunConfig
 from hawqtool.data.tokenizer import load_tokenizer
 from hawqtool.errors import InputError, UsageError
 from hawqtool.export.embedding_table import EmbeddingTable, embedding_table
 from hawqtool.export.layout import Layout, plan_layout
 from hawqtool.export.packed_reader import PackedReader
-from hawqtool.model.discovery import Structure, check_shapes, discover
+from hawqtool.model.discovery import Structure
 from hawqtool.model.experts import active_share, experts_per_token
 from hawqtool.model.inputs.arguments import row_format, row_positions
 from hawqtool.model.inputs.row_format import RowFormat
-from hawqtool.model.loading.original import cache_obstacle, precision_obstacle, scale_obstacle
-from hawqtool.model.rotation.choice import choose_rotation
-from hawqtool.model.skeleton import build_skeleton, max_positions, untie_stored
-from hawqtool.model.stored_names import ONE_EXPERT, UNJOINED, UNPACKED, joins_experts, with_stored_experts_split
+from hawqtool.model.skeleton import build_skeleton, max_positions
+from hawqtool.model.stored_names import UNPACKED
 from hawqtool.model.tasks import ModelTask, model_task
 from hawqtool.model.vision import read_images
+from hawqtool.pipeline.run.discovered import discover_checkpoint, find_source, stored_dtype
 from hawqtool.pipeline.run.memory_budget import Work, choose_batch_size, make_offload
 from hawqtool.pipeline.run.resolved import ResolvedSettings, resolve_settings
 from hawqtool.records import LayerFormats, Menu, Unit, UnitFormats
@@ -218,38 +216,18 @@ def prepare(
         HawqError: For anything that would fail later and can be known now.
     """
     device = chosen_device(config.device)
-    source = _source(config, reporter or Silent())
-    probe, rotation, index, structure = _discovered(config, source, writes)
-    if writes and structure.obstacle and config.profile != "vllm":
-        raise InputError(
-            f"{config.model}: transformers cannot load this model when it is packed: {structure.obstacle}; "
-            "--profile vllm writes it for vLLM alone"
-        )
-    check_shapes(probe, structure, index)
-    if config.plan is None:
-        structure = structure.without_undivided(lambda unit: has_format(config, unit), index)
+    narration = reporter or Silent()
+    source = find_source(config, narration)
+    found = discover_checkpoint(config, source, writes)
+    probe, index, structure = found.probe, found.index, found.structure
     if not structure.linears:
         raise InputError(f"{config.model}: no linear layer was found in its blocks")
-    stored = _stored_dtype(index, structure)
+    stored = stored_dtype(index, structure)
     dtype = torch.float32 if device.type == "cpu" else stored
-    ignored = resolve_ignored(config.ignore, structure.units, structure.other_linears)
-    for line in ignored_along(config.ignore, structure.units):
-        (reporter or Silent()).warn(line)
-    units = tuple(unit for unit in structure.units if unit.name not in ignored)
-    pins = _pins(config, units) if config.pin else {}
-    free = {u.name: [m.name for m in u.members] for u in units if u.name not in pins}
-    left_names = left_unquantized(original_index(index), free)
-    left = tuple(unit for unit in units if unit.name in left_names)
-    units = tuple(unit for unit in units if unit.name not in left_names)
+    units, left, pins = _chosen_units(config, index, structure, narration)
     if config.max_active is not None:
         units = _with_active_shares(units, probe.config)
-    longest = max_positions(probe)
-    if config.seq_len and longest and config.seq_len > longest:
-        raise UsageError(f"--seq-len {config.seq_len} exceeds the model's {longest} positions; lower it")
-    form = row_format(probe)
-    if form.is_joint:
-        joint = JOINT_TOKENS + len(form.image)
-        longest = min(longest or joint, joint)
+    longest = _longest_row(config, probe)
     skeleton = build_skeleton(index.folder, dtype, source.runs_code, index.tensors, config.profile == "vllm")
     if config.quantize_vision:
         read_images(skeleton)
@@ -261,51 +239,39 @@ def prepare(
     rows = (settings.num_samples, max(settings.seq_len, row_positions(probe, settings.seq_len)))
     work = Work(config, index, structure, device, dtype, *rows, settings.method.needs_drift)
     job = job.with_batch_size(settings.batch_size or choose_batch_size(work))
-    job = replace(job, rotation=rotation, matrices={} if device.type == "cuda" else job.matrices)
-    return replace(job, offload=make_offload(work, job.settings.batch_size, (reporter or Silent()).warn, states))
+    job = replace(job, rotation=found.rotation, matrices={} if device.type == "cuda" else job.matrices)
+    return replace(job, offload=make_offload(work, job.settings.batch_size, narration.warn, states))
 
 
-def _discovered(config: RunConfig, source: ResolvedModel, writes: bool) -> tuple[Any, str, CheckpointIndex, Structure]:
-    """The model without weights, whether it is rotated and why, the checkpoint, experts one by one, its structure."""
-    stored_index = replace(read_original(source.folder), content=ContentRecord())
-    vllm, alone = config.profile == "vllm", config.profile == "transformers"
-    probe: Any = build_skeleton(stored_index.folder, torch.float32, source.runs_code, stored_index.tensors, vllm)
-    index = with_stored_experts_split(probe, stored_index)
-    if config.quantize_vision:
-        read_images(probe)
-    if not writes and config.rotate == "auto":
-        config = config.model_copy(update={"rotate": "off"})  # the original is looked at, not rounded
-    rotation = choose_rotation(config, source, probe, index)
-    index = rotation.index
-    if index.rotation is not None:
-        untie_stored(probe, index.tensors)
-        probe.all_tied_weights_keys = {}  # as the written config.json has it
-    cache = cache_obstacle(probe)
-    structure = discover(probe, index, vllm, config.quantize_lm_head, not alone, not vllm, config.keeps_weight_names)
-    if vllm and any(is_expert(name) for name in structure.linears) and not joins_experts(probe):
-        structure = replace(structure, obstacle=structure.obstacle or UNJOINED)
-    if any(ONE_EXPERT.search(name) for c in structure.conversions.values() for _, name in c.sources):
-        structure = replace(structure, obstacle=structure.obstacle or UNPACKED)
-    structure = replace(
-        structure, obstacle=structure.obstacle or cache or _dtype_obstacle(probe, source, index, structure)
-    )
-    return probe, rotation.text, index, structure
+def _chosen_units(
+    config: RunConfig, index: CheckpointIndex, structure: Structure, reporter: Reporter
+) -> tuple[tuple[Unit, ...], tuple[Unit, ...], UnitFormats]:
+    """Units that are quantized, those that a quantized original left in 16 bits, and pinned formats by unit."""
+    ignored = resolve_ignored(config.ignore, structure.units, structure.other_linears)
+    for line in ignored_along(config.ignore, structure.units):
+        reporter.warn(line)
+    units = tuple(unit for unit in structure.units if unit.name not in ignored)
+    pins = _pins(config, units) if config.pin else {}
+    free = {u.name: [m.name for m in u.members] for u in units if u.name not in pins}
+    left_names = left_unquantized(original_index(index), free)
+    left = tuple(unit for unit in units if unit.name in left_names)
+    return tuple(unit for unit in units if unit.name not in left_names), left, pins
 
 
-def _dtype_obstacle(probe: Any, source: ResolvedModel, index: CheckpointIndex, structure: Structure) -> str | None:
-    """Why transformers cannot run the model in the dtype of its weights, packed or not."""
-    linears = [linear.module_name for linear in structure.linears.values()]
-    if not linears:
-        return None
-    dtype = _stored_dtype(index, structure)
-    return scale_obstacle(probe, linears, dtype) or precision_obstacle(
-        probe, dtype, lambda: build_skeleton(index.folder, dtype, source.runs_code, index.tensors)
-    )
+def _longest_row(config: RunConfig, probe: Any) -> int | None:
+    """Most positions of a row by default; None where nothing bounds them.
 
-
-def _stored_dtype(index: CheckpointIndex, structure: Structure) -> torch.dtype:
-    """The dtype of the first linear."""
-    return torch_dtype(index.tensors[f"{next(iter(structure.linears))}.weight"].dtype)
+    Raises:
+        UsageError: If the configuration asks for more than the model has.
+    """
+    longest = max_positions(probe)
+    if config.seq_len and longest and config.seq_len > longest:
+        raise UsageError(f"--seq-len {config.seq_len} exceeds the model's {longest} positions; lower it")
+    form = row_format(probe)
+    if not form.is_joint:
+        return longest
+    joint = JOINT_TOKENS + len(form.image)
+    return min(longest or joint, joint)
 
 
 def _pins(config: RunConfig, units: tuple[Unit, ...]) -> UnitFormats:
@@ -376,15 +342,6 @@ def _check_experts(job: Job) -> None:
             f"all experts are ignored, and transformers cannot load them: {UNPACKED}; quantize them, to 8 bits by "
             "--pin, or use --profile vllm"
         )
-
-
-def _source(config: RunConfig, reporter: Reporter) -> ResolvedModel:
-    """The checkpoint; says what takes long and what is dangerous."""
-    if hub_id(config.model):
-        reporter.say(f"fetching {config.model} from the hub, unless it is in the cache")
-    for warning in (source := resolve_model(config.model, config.trust_remote_code)).warnings:
-        reporter.warn(warning)
-    return source
 
 
 def chosen_device(wanted: str) -> torch.device:

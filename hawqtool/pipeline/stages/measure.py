@@ -16,8 +16,8 @@ from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.files import sensitivity_document
 from hawqtool.pipeline.run.identity import model_fingerprint
 from hawqtool.pipeline.run.job import Job
-from hawqtool.pipeline.run.measurement_cache import MeasurementFolder, measurement_fingerprint
 from hawqtool.pipeline.run.menu import unquantized_bytes
+from hawqtool.pipeline.stages.measurement_cache import MeasurementFolder, measurement_fingerprint
 from hawqtool.pipeline.stages.refine import FormatRefiner, fitting_rows
 from hawqtool.pipeline.stages.token_importance import with_token_importance
 from hawqtool.records import SWEEP_METRICS, MeasurementRows, Menu, Rows, SensitivityTable, UnitScores
