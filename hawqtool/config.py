@@ -18,6 +18,7 @@ from hawqtool.formats import (
     asymmetric_refusal,
     group_size_refusal,
     is_served,
+    names_width,
     parse_label,
 )
 from hawqtool.parsing import read_yaml, shown
@@ -147,8 +148,7 @@ class RunConfig(CheckedFields):
         check_special_formats(self, [fmt.label for fmt in self.special_formats])
         for other in (n for n in ("bits", "group_size", "extra_group_sizes") if getattr(self, n) not in (None, ())):
             raise ValueError(f"formats is the whole menu, found {other} too; drop one of the two")
-        full = (label for label in self.formats if len(label) > len("w4"))
-        wrong = next((label for label in full if parse_label(label).symmetric != self.symmetric), None)
+        wrong = next((fmt.label for fmt in self._full_formats if fmt.symmetric != self.symmetric), None)
         if wrong is not None:
             kind, flag = ("has", "--asymmetric") if self.symmetric else ("has no", "--symmetric")
             raise ValueError(f"{wrong} in formats {kind} zero points; give {flag}, or another label")
@@ -173,7 +173,7 @@ class RunConfig(CheckedFields):
     def group_sizes(self) -> tuple[int, ...]:
         """Group sizes that a plan may have; layers that one does not divide fall to a smaller one."""
         if self.formats is not None:
-            whole = any(len(label) == len("w4") for label in self.formats)
+            whole = any(map(names_width, self.formats))
             named = [fmt.group_size for fmt in self._full_formats if fmt.is_plain] or [CHANNEL]
             return tuple(dict.fromkeys((*named, *GROUP_SIZES, CHANNEL) if whole else named))
         return (*GROUP_SIZES, CHANNEL) if self.chooses_groups else (self.base_group_size, *self.extra_group_sizes)
@@ -199,7 +199,7 @@ class RunConfig(CheckedFields):
     @property
     def _full_formats(self) -> tuple[QuantFormat, ...]:
         """Formats that are named with their groups."""
-        return tuple(parse_label(label) for label in self.formats or () if len(label) > len("w4"))
+        return tuple(parse_label(label) for label in self.formats or () if not names_width(label))
 
     @property
     def special_formats(self) -> tuple[QuantFormat, ...]:

@@ -9,6 +9,7 @@ from typing import Any
 from hawqtool.formats import CHANNEL, GROUP_STEP, MAX_BITS, MIN_BITS, parse_label
 from hawqtool.formats.activations import ACTIVATIONS
 from hawqtool.formats.grids import GRIDS
+from hawqtool.formats.menus import MENUS
 from hawqtool.parsing import shown
 
 MAX_BYTES = 1 << 62
@@ -45,7 +46,7 @@ def format_label(text: str) -> str:
         known = [
             f"w{bits}{size}" for bits in range(MIN_BITS, MAX_BITS + 1) for size in ("g32", "g64", "g128", "ch", "")
         ]
-        near = difflib.get_close_matches(text, [*known, *GRIDS, *ACTIVATIONS], n=1)
+        near = difflib.get_close_matches(text, [*known, *GRIDS, *ACTIVATIONS, *MENUS], n=1)
         raise ValueError(str(error) + (f", did you mean {near[0]!r}?" if near else "")) from None
     return text
 

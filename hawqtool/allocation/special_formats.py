@@ -19,13 +19,18 @@ fails on blocks and on mxfp8."""
 
 
 def fits(unit: Unit, quant_format: QuantFormat) -> bool:
-    """Whether the groups of a format cover every member of a unit exactly."""
+    """Whether the groups of a format cover every member of a unit exactly.
+
+    Experts fit no format in which they stay as they are: transformers loads all of them packed, or none.
+    """
+    if quant_format.is_unquantized and any(is_expert(member.name) for member in unit.members):
+        return False
     return all(quant_format.fits(member.out_features, member.in_features) for member in unit.members)
 
 
 def has_format(config: RunConfig, unit: Unit) -> bool:
     """Whether a unit has a format to take; one that has none stays as it is."""
-    if any(fits(unit, fmt) for fmt in config.special_formats):
+    if any(fits(unit, fmt) for fmt in config.special_formats if not fmt.is_unquantized):
         return True
     if config.special_formats and not config.given_widths:
         return False
@@ -46,7 +51,7 @@ def check_formats(units: Sequence[Unit], stored_dtypes: Mapping[str, object], co
     members = [member for unit in units for member in unit.members]
     odd = next((m.name for m in members if str(stored_dtypes[m.name]) != _BFLOAT16), None)
     expert = next((m.name for m in members if is_expert(m.name)), None)
-    for fmt in config.special_formats:
+    for fmt in (fmt for fmt in config.special_formats if not fmt.is_unquantized):
         if fmt.floats is not None and fmt.floats.scale != "model" and odd is not None:
             raise UsageError(
                 f"--formats {fmt.label} needs a bfloat16 model, {odd} is {str(stored_dtypes[odd])[6:]}: loaders decode "

@@ -106,7 +106,7 @@ def _weights(block: LoadedBlock, found: _Roundings, formats: UnitFormats) -> dic
     return {
         linear.name: dequantize(*found[linear.name][formats[linear.unit].label]).to(block.parameter(linear).dtype)
         for linear in block.spec.linears
-        if linear.name in found
+        if linear.name in found and not formats[linear.unit].is_unquantized
     }
 
 

@@ -30,7 +30,7 @@ from hawqtool.export.stored.weights import (
     packed_parts,
     weight_shape,
 )
-from hawqtool.formats import CHANNEL, QuantFormat, parse_label
+from hawqtool.formats import CHANNEL, UNQUANTIZED, QuantFormat, parse_label
 from hawqtool.records import LayerFormats
 
 _THREADS = 4
@@ -138,7 +138,12 @@ def plan_problems(formats: LayerFormats, index: CheckpointIndex, plan: Mapping[s
     """
     problems = []
     packed = set(packed_modules(index))
-    planned = {layer["name"]: layer for layer in plan["layers"]}
+    kept = {layer["name"]: layer for layer in plan["layers"] if layer.get("format") == UNQUANTIZED}
+    planned = {layer["name"]: layer for layer in plan["layers"] if layer["name"] not in kept}
+    for name, layer in kept.items():
+        info = index.tensors.get(f"{name}.weight")
+        if info is None or name in packed or info.num_bytes != layer["bytes"]:
+            problems.append(f"{name} stays as it is by the plan; expected its weight of {layer['bytes']} bytes")
     for name, layer in planned.items():
         if name not in packed:
             problems.append(f"{name} is in reproduce/plan.json but not packed; expected it packed; write it again")

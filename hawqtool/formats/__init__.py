@@ -21,6 +21,9 @@ GROUP_STEP = 16
 CHANNEL = 0
 """``group_size`` of a format with one scale per output channel."""
 
+UNQUANTIZED = "16"
+"""Label of a unit that stays as it is, in the bytes of the original."""
+
 BLOCK_LABELS = (
     *("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K"),
     *("Q4_0", "IQ4_NL", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
@@ -42,10 +45,10 @@ class QuantFormat:
     integers in the range of the codes; on a grid of floats it is scale * code, the code a small float.
 
     Args:
-        bits: Width of a code, 2 to 8.
+        bits: Width of a code, 2 to 8; 16 for weights that stay, whatever the dtype of the model.
         group_size: Inputs that share a scale; ``CHANNEL`` (0) means the whole row.
         symmetric: Whether the grid has no zero points.
-        grid: Name of a grid of floats (see `GRIDS`); empty for integers.
+        grid: Name of a grid of floats (see `GRIDS`); empty for integers; `UNQUANTIZED` for weights that stay.
         activations: What follows the ``-`` of the label where inputs are rounded too; else empty.
     """
 
@@ -64,8 +67,13 @@ class QuantFormat:
 
     @property
     def floats(self) -> WeightGrid | None:
-        """The grid of floats; None for integers."""
-        return GRIDS[self.grid] if self.grid else None
+        """The grid of floats; None for integers, and for what stays as it is."""
+        return GRIDS.get(self.grid)
+
+    @property
+    def is_unquantized(self) -> bool:
+        """Whether a layer keeps its weights: nothing is rounded, and an engine reads them as they are."""
+        return self.grid == UNQUANTIZED
 
     @property
     def is_plain(self) -> bool:
@@ -91,7 +99,9 @@ class QuantFormat:
 
     @property
     def keeps_name(self) -> bool:
-        """Whether codes are stored under the weight's own name, a byte each; else as packed ones."""
+        """Whether codes, or weights, are stored under the weight's own name; else as packed ones."""
+        if self.is_unquantized:
+            return True
         return self.floats.element == "e4m3" if self.floats else self.layout == INT_QUANTIZED
 
     @property
@@ -131,6 +141,8 @@ class QuantFormat:
         if self.floats is not None:
             found = self.floats.parts(out_features, in_features, scale_dtype)
             return (*found, StoredPart(".input_global_scale", "F32", (1,))) if self.has_input_divisor else found
+        if self.is_unquantized:
+            return (StoredPart(".weight", scale_dtype, (out_features, in_features)),)
         groups = self.num_groups(in_features)
         scales = StoredPart(".weight_scale", scale_dtype, (out_features, groups))
         if self.layout == INT_QUANTIZED:
@@ -167,6 +179,8 @@ def parse_label(label: str) -> QuantFormat:
     Raises:
         ValueError: If the label is malformed or the width is out of range.
     """
+    if label == UNQUANTIZED:
+        return QuantFormat(16, CHANNEL, True, UNQUANTIZED)
     weights, _, activations = label.partition("-")
     if activations and label not in ACTIVATIONS:
         raise ValueError(
@@ -179,6 +193,11 @@ def parse_label(label: str) -> QuantFormat:
         floats = ", ".join(GRIDS)
         raise ValueError(f"{label!r} is not a format label such as w3g64 or w4ch (widths 2 to 8), nor one of {floats}")
     return QuantFormat(int(match[1]), int(match[2] or CHANNEL), not match[3], "", activations)
+
+
+def names_width(label: str) -> bool:
+    """Whether a label of a menu names a width alone, such as ``w4``, in every group size that engines load."""
+    return re.fullmatch(r"w\d", label) is not None
 
 
 def is_served(group_size: int) -> bool:

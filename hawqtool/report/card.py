@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 
+from hawqtool.formats import UNQUANTIZED
 from hawqtool.report.escape import code, escape, fenced, table
 from hawqtool.report.front_matter import SourceFacts, Value, merged, read_source
 from hawqtool.report.plan_comparison import shipped_of
@@ -157,7 +158,7 @@ def _method(report: Report) -> str:
 
 
 def _grid(report: Report) -> str:
-    special = sorted({entry["format"] for entry in report["plan"] if "format" in entry})
+    special = sorted({entry["format"] for entry in report["plan"] if "format" in entry} - {UNQUANTIZED})
     plain = "symmetric integers, compressed-tensors format `pack-quantized`"
     return plain if not special else f"{', '.join(map(code, special))} of compressed-tensors; all else {plain}"
 

@@ -94,7 +94,19 @@ class RoundingSpec:
         cls, method: RoundingMethod, formats: UnitFormats, stored_dtypes: Mapping[str, torch.dtype]
     ) -> RoundingSpec:
         """One format for every unit, as a plan has it."""
-        return cls(method, {unit: (fmt,) for unit, fmt in formats.items()}, stored_dtypes)
+        return cls.of_menu(method, {unit: (fmt,) for unit, fmt in formats.items()}, stored_dtypes)
+
+    @classmethod
+    def of_menu(
+        cls,
+        method: RoundingMethod,
+        menu: Menu,
+        stored_dtypes: Mapping[str, torch.dtype],
+        refiner: Refiner | None = None,
+    ) -> RoundingSpec:
+        """Every format of a menu in which something is rounded."""
+        rounded = {unit: tuple(f for f in formats if not f.is_unquantized) for unit, formats in menu.items()}
+        return cls(method, rounded, stored_dtypes, refiner)
 
     def formats_of(self, linear: LinearSpec) -> Sequence[QuantFormat]:
         """Formats of a linear; none where it is left as it is."""

@@ -40,7 +40,8 @@ class Fields(TargetFields):
     )] = ()
     formats: Annotated[tuple[str, ...] | None, Setting(
         help="The menu, label by label, in place of --bits and --group-size: w2g32,w3g64,w4ch; w4 alone is 4 bits in "
-        "every group size that engines load; fp8-a8f, w8ch-a8i, nvfp4 and others are floats or round inputs too.",
+        "every group size that engines load; fp8-a8f, w8ch-a8i, nvfp4 and others are floats or round inputs too; 16 "
+        "leaves a unit as it is; hopper, blackwell, ampere, cpu and transformers are menus.",
         default="by bits and group_size",
         detail="Labels are those that reports print; w4g64a has zero points and needs --asymmetric. One label without "
         "a target is a uniform plan.",

@@ -10,7 +10,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_serializer, field_validator
 
-from hawqtool.formats import BLOCK_LABELS, CHANNEL, GROUP_STEP, MAX_BITS, MIN_BITS, parse_label
+from hawqtool.formats import (
+    BLOCK_LABELS,
+    CHANNEL,
+    GROUP_STEP,
+    MAX_BITS,
+    MIN_BITS,
+    UNQUANTIZED,
+    names_width,
+    parse_label,
+)
+from hawqtool.formats.menus import menu_labels
 from hawqtool.records import EXTRA_METRICS, SCORE_METRICS
 from hawqtool.settings.fields import SELF, Fields
 from hawqtool.values import format_label, parse_group_size, parse_share, parse_size, split_weight
@@ -27,7 +37,7 @@ class CheckedFields(Fields):
     def keeps_weight_names(self) -> bool:
         """Whether all formats of a run are named and store codes under the weights' own names."""
         labels = () if self.pin or self.plan else self.formats or ()
-        return bool(labels) and all(len(label) > len("w4") and parse_label(label).keeps_name for label in labels)
+        return bool(labels) and all(not names_width(label) and parse_label(label).keeps_name for label in labels)
 
     @field_validator("bits", mode="before", json_schema_input_type=str | int | list[int] | None)
     @classmethod
@@ -72,7 +82,7 @@ class CheckedFields(Fields):
         parts = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
         if not isinstance(parts, (list, tuple)) or not parts:
             raise ValueError("expected labels such as w3g64,w4ch")
-        return tuple(dict.fromkeys(format_label(str(part)) for part in parts))
+        return tuple(dict.fromkeys(format_label(label) for part in parts for label in menu_labels(str(part))))
 
     @field_validator("extra_group_sizes", mode="before", json_schema_input_type=str | int | list[int | str])
     @classmethod
@@ -207,6 +217,8 @@ def check_special_formats(config: CheckedFields, labels: Sequence[str]) -> None:
     if not labels:
         return
     label = labels[0]
+    if config.formats == (UNQUANTIZED,):
+        raise ValueError("formats has 16 alone, in which nothing is quantized; add another, such as fp8-a8f")
     if config.profile == "portable":
         raise ValueError(f"profile portable is for integers of 4 and 8 bits, found {label} in formats; drop one")
     if config.embedding_bits == 8 and "w8ch-a8i" in labels:

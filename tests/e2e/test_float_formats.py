@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +14,20 @@ from hawqtool.config import RunConfig
 from hawqtool.errors import InputError, UsageError
 from hawqtool.export.packed_reader import PackedReader
 from hawqtool.export.verify import verify_folder
+from hawqtool.formats import parse_label
+from hawqtool.formats.menus import MENUS
+from hawqtool.pipeline.allocate import run_allocate
+from hawqtool.pipeline.run.files import read_sensitivity
 from hawqtool.pipeline.run.job import prepare
 from tests.support.runs import Run, read
 from tests.support.tiny import tiny_llama
 from tests.support.tiny_zoo import kind_named, save_kind
+
+
+def plan_of(sensitivity: Path, **settings: Any) -> Any:
+    """The plan that ``hawqtool allocate`` makes of a measurement."""
+    return run_allocate(RunConfig(model="-", **settings), sensitivity, sensitivity.with_name("new-plan.json"))
+
 
 NO_DATA = {"num_samples": None, "seq_len": None, "eval_samples": None}
 
@@ -108,6 +120,31 @@ def test_a_mixed_plan_counts_what_rounding_inputs_costs(run: Run) -> None:
         assert "inputs nvfp4" not in costs
         for metric, scores in document["scores"].items():
             assert scores[unit]["fp8-a8f"][0] > costs["inputs fp8-a8f"] > 0, metric
+
+
+def test_units_that_stay_are_part_of_the_exact_plan(place: Path, run: Run) -> None:
+    folder, report = run(formats="hopper", group_size=None, target_bpw=9.5, eval=False, eval_samples=None)
+    assert verify_folder(folder, place / "model").problems == ()
+    assert {entry["format"] for entry in report["plan"]} == {"nvfp4", "fp8-a8f", "16"}
+    assert sum(file.stat().st_size for file in folder.glob("*.safetensors")) == report["sizes"]["quantized_bytes"]
+    table, units, _ = read_sensitivity(folder / "reproduce/sensitivity.json")
+    kinds, scores = [parse_label(label) for label in MENUS["hopper"]], table.scores[report["metric"]]
+    costs = [[(unit.stored_bytes(kind), scores[unit.name][kind.label].value) for kind in kinds] for unit in units]
+    sums = [[sum(column) for column in zip(*plan, strict=True)] for plan in itertools.product(*costs)]
+    budget = 9.5 * sum(unit.num_weights for unit in units) / 8
+    assert report["predicted_loss"] == pytest.approx(min(loss for size, loss in sums if size <= budget), rel=1e-9)
+    loaded, reader = AutoModelForCausalLM.from_pretrained(folder, dtype="auto"), PackedReader(folder)
+    loaded(torch.tensor([[3, 4, 5]]))
+    original = AutoModelForCausalLM.from_pretrained(place / "model", dtype="auto")
+    for entry in report["plan"]:
+        name = f"{entry['name']}.weight"
+        weight = loaded.get_parameter(name)
+        assert torch.equal(weight, reader.tensor(name)), name
+        assert torch.equal(weight, original.get_parameter(name)) == (entry["format"] == "16"), name
+    layers = plan_of(folder / "reproduce/sensitivity.json", target_bpw=12.0, formats="16,fp8-a8f")["layers"]
+    assert {entry["format"] for entry in layers} == {"fp8-a8f", "16"}
+    with pytest.raises(ValueError, match="16 alone"):
+        run(formats="16", group_size=None)
 
 
 def test_experts_load_in_transformers_to_the_bit(run: Run, tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ class Job:
 
     def rounding(self, menu: Menu, refiner: Refiner | None = None) -> RoundingSpec:
         """How units are rounded to the formats of a menu."""
-        return RoundingSpec(self.settings.method, menu, self.stored_dtypes, refiner)
+        return RoundingSpec.of_menu(self.settings.method, menu, self.stored_dtypes, refiner)
 
     @property
     def unquantized_linears(self) -> tuple[str, ...]:
@@ -183,8 +183,8 @@ class Job:
         return stream
 
     def layer_formats(self, formats: UnitFormats) -> LayerFormats:
-        """Formats by layer from formats by unit."""
-        return {m.name: formats[unit.name] for unit in self.units for m in unit.members}
+        """Formats by layer from formats by unit, without layers that stay as they are."""
+        return {m.name: fmt for u in self.units if not (fmt := formats[u.name]).is_unquantized for m in u.members}
 
     def layout(self, formats: UnitFormats) -> Layout:
         """Exact bytes of the output files for formats by unit."""

@@ -13,7 +13,7 @@ from hawqtool.allocation.uniform import uniform_formats
 from hawqtool.checkpoint.fusion import is_expert
 from hawqtool.config import RunConfig
 from hawqtool.errors import UsageError
-from hawqtool.formats import CHANNEL, GROUP_SIZES, parse_label
+from hawqtool.formats import CHANNEL, GROUP_SIZES, names_width, parse_label
 from hawqtool.pipeline.run.job import Job
 from hawqtool.records import Menu, Unit, UnitFormats, UnitScores
 from hawqtool.values import parse_size
@@ -119,7 +119,7 @@ def format_menu(units: Sequence[Unit], bits: Sequence[int], config: RunConfig, b
 def _kinds(config: RunConfig, width: int, bpw: float | None) -> list[tuple[int, int]]:
     """Width and group size of the formats of one width."""
     if config.formats is not None:
-        plain = [parse_label(label) for label in config.formats if len(label) > len("w4")]
+        plain = [parse_label(label) for label in config.formats if not names_width(label)]
         named = [fmt.group_size for fmt in plain if fmt.is_plain and fmt.bits == width]
         whole = f"w{width}" in config.formats
         return [(width, size) for size in dict.fromkeys((*named, *(_SERVED if whole else ())))]
@@ -151,7 +151,8 @@ def measured_menu(units: Sequence[Unit], bits: Sequence[int], scores: UnitScores
 
 def unquantized_bytes(job: Job, menu: Menu) -> int:
     """Bytes of the output files beside packed codes and scales; the longest header is assumed."""
-    widest = {unit.name: max((*menu[unit.name], *job.pins.values())) for unit in job.units}
+    kinds = {unit: [fmt for fmt in formats if not fmt.is_unquantized] or formats for unit, formats in menu.items()}
+    widest = {unit.name: max((*kinds[unit.name], *job.pins.values())) for unit in job.units}
     return job.layout(widest).total_bytes - stored_bytes(job.units, widest)
 
 

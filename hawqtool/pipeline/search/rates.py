@@ -14,6 +14,7 @@ from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.run.menu import job_menu
 from hawqtool.records import LinearSpec
 from hawqtool.rounding.factor import factorize
+from hawqtool.rounding.floats.scale_search import common_divisor
 from hawqtool.rounding.layer import round_layers, round_without_inputs
 from hawqtool.rounding.method import Task
 from hawqtool.rounding.statistics import GroupStatistics
@@ -67,11 +68,16 @@ def rounding_rate(job: Job) -> float:
     linear = _typical_linear(job)
     columns = min(linear.in_features, _MOST_COLUMNS)
     rows = max(1, min(linear.out_features, _MOST_WEIGHTS[job.device.type] // columns))
-    formats = job_menu(job, None)[linear.unit]
+    formats = [fmt for fmt in job_menu(job, None)[linear.unit] if not fmt.is_unquantized]
+    if not formats:
+        return math.inf
     fmt = next((f for f in formats if f.group_size and columns % f.group_size == 0), formats[0])
+    if fmt.floats is not None:
+        rows -= rows % fmt.floats.group_rows  # which divide the outputs
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn((rows, columns), generator=generator).to(job.device)
-    task = Task(linear.name, weight, fmt, job.stored_dtypes[linear.name])
+    divisor = common_divisor([weight]) if fmt.floats is not None and fmt.floats.scale == "e4m3" else None
+    task = Task(linear.name, weight, fmt, job.stored_dtypes[linear.name], divisor=divisor)
     method = job.settings.method
     if not job.config.reads_rows:
         return rows * columns / _quickest(lambda: round_without_inputs([task], method), fewest=2)

@@ -10,6 +10,7 @@ from hawqtool.allocation.problem import stored_bytes
 from hawqtool.allocation.uniform import UniformPlan, best_uniform
 from hawqtool.evaluation.divergence import as_record, paired_difference
 from hawqtool.evaluation.paired import PairedDifference, compare_paired
+from hawqtool.formats import UNQUANTIZED
 from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.run.menu import job_menu, meets_second_budget
 from hawqtool.pipeline.search.gradient_swap import moved_by_gradient
@@ -139,6 +140,7 @@ def largest_special(job: Job, limit: int) -> tuple[str, BitPlan] | None:
     menu = job_menu(job, None).values()
     common = set.intersection(*(set(formats) for formats in menu)) if menu else set()
     plans = [UniformPlan(fmt.label, dict.fromkeys((u.name for u in job.units), fmt), 0) for fmt in sorted(common)]
+    plans = [plan for plan in plans if plan.label != UNQUANTIZED]  # which is the original
     fitting = [plan for plan in plans if stored_bytes(job.units, plan.formats) <= limit]
     largest = max(fitting, key=lambda plan: stored_bytes(job.units, plan.formats), default=None)
     return None if largest is None else (f"uniform {largest.label}", _as_plan(job, largest))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hawqtool.errors import NumericalError
+from hawqtool.formats import UNQUANTIZED
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.files import sensitivity_document
 from hawqtool.pipeline.run.identity import model_fingerprint
@@ -20,7 +21,7 @@ from hawqtool.pipeline.run.menu import unquantized_bytes
 from hawqtool.pipeline.stages.measurement_cache import MeasurementFolder, measurement_fingerprint
 from hawqtool.pipeline.stages.refine import FormatRefiner, fitting_rows
 from hawqtool.pipeline.stages.token_importance import with_token_importance
-from hawqtool.records import SWEEP_METRICS, MeasurementRows, Menu, Rows, SensitivityTable, UnitScores
+from hawqtool.records import SWEEP_METRICS, MeasurementRows, Menu, Rows, Score, SensitivityTable, UnitScores
 from hawqtool.report.documents import SensitivityDocument
 from hawqtool.report.schema import MeasurementOrigin
 from hawqtool.rounding.learned.block import Schedule
@@ -136,6 +137,7 @@ def measure_job(
         curvature = {unit: values | fields[unit] for unit, values in curvature.items()}
     if "kl" in job.config.measured_extras:
         found.scores["kl"] = single_unit_scores(stages.part("kl"), wanted, calibration, sets["scoring"])
+    _add_unquantized(found, wanted)
     check_scores(found.scores, found.projections)
     table = SensitivityTable(
         scores=found.scores,
@@ -150,6 +152,17 @@ def measure_job(
         warnings=score_warnings(found.scores),
     )
     return sensitivity_document(table, job.units, unquantized_bytes(job, menu))
+
+
+def _add_unquantized(found: Measurement, wanted: Menu) -> None:
+    """Add what units cost that stay as they are: nothing, in every metric and on every row."""
+    free = [unit for unit, formats in wanted.items() if any(fmt.is_unquantized for fmt in formats)]
+    rows = next((len(values) for labels in found.projections.values() for values in labels.values()), 0)
+    for unit in free:
+        for by_unit in found.scores.values():
+            by_unit.setdefault(unit, {})[UNQUANTIZED] = Score(0.0, 0.0)
+        if rows:
+            found.projections.setdefault(unit, {})[UNQUANTIZED] = [0.0] * rows
 
 
 def _swept(

@@ -20,7 +20,7 @@ from hawqtool.allocation.exact import plan_warnings
 from hawqtool.checkpoint.fusion import expert_of
 from hawqtool.data.sources import public_name
 from hawqtool.data.tokens import overlap
-from hawqtool.formats import SHAPE_TENSOR_BYTES, parse_label
+from hawqtool.formats import PACK_QUANTIZED, SHAPE_TENSOR_BYTES, parse_label
 from hawqtool.parsing import ParseError, load_json
 from hawqtool.pipeline.load_trial.checks import result_engines
 from hawqtool.pipeline.run.files import REPORT_SCHEMA, plan_entry, write_json
@@ -58,6 +58,7 @@ def build_report(job: Job, sets: dict[str, Rows], outcome: Outcome, timings: dic
     """The report of the shipped plan; the caller adds what is null, empty or 1 here."""
     plan, rounding, total = outcome.plan, outcome.rounding, outcome.rounding["total_bytes"]
     layers = [plan_entry(m, plan.formats[unit.name]) for unit in job.units for m in unit.members]
+    packed = job.layer_formats(plan.formats).values()
     return {
         "schema": REPORT_SCHEMA,
         "model": job.source.name,
@@ -71,7 +72,7 @@ def build_report(job: Job, sets: dict[str, Rows], outcome: Outcome, timings: dic
             "original_bytes": job.index.total_bytes,
             "quantized_bytes": total,
             "stored_bytes_linears": plan.stored_bytes,
-            "shape_tensor_bytes": SHAPE_TENSOR_BYTES * len(layers),
+            "shape_tensor_bytes": SHAPE_TENSOR_BYTES * sum(fmt.layout == PACK_QUANTIZED for fmt in packed),
             "bpw_linears": plan.bpw,
             "bpw_file": 8 * total / _num_parameters(job),
         },

@@ -167,9 +167,16 @@ def target_config(job: Job, formats: UnitFormats) -> dict[str, Any]:
     """
     units = {m.name: unit.name for unit in job.units for m in unit.members}
     aliases = {m.name: m.module for unit in job.units for m in unit.members if m.module and not is_expert(m.name)}
-    others = dense_matrices(job.index)
-    config = quantization_config(job.layer_formats(formats), units, job.unquantized_linears, aliases, others)
+    others, found = dense_matrices(job.index), job.layer_formats(formats)
+    aliases = {name: module for name, module in aliases.items() if name in found}
+    config = quantization_config(found, units, other_linears(job, formats), aliases, others)
     return with_tables(config, job.tables)
+
+
+def other_linears(job: Job, formats: UnitFormats) -> tuple[str, ...]:
+    """Linears that stay as they are under formats by unit: those of every plan, and those that this one keeps."""
+    kept = (m.name for unit in job.units if formats[unit.name].is_unquantized for m in unit.members)
+    return *job.unquantized_linears, *kept
 
 
 def _known(job: Job, layout: Layout, part: Path, learning: Saved) -> Written | None:
@@ -287,7 +294,7 @@ def _write_records(
     more |= {"rotation": rotation.record()} if rotation is not None else {}
     reproduce = folder / "reproduce"
     reproduce.mkdir(exist_ok=True)
-    write_json(reproduce / "plan.json", plan_document(plan, job.units, job.unquantized_linears) | more)
+    write_json(reproduce / "plan.json", plan_document(plan, job.units, other_linears(job, plan.formats)) | more)
     errors = {name: values["weight_error"] for name, values in written.layers.items()}
     record = {"tensors": written.checksums, "weight_error": errors, "changed": written.changed}
     write_json(reproduce / "checksums.json", record)

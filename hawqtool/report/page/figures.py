@@ -28,7 +28,16 @@ from hawqtool.report.page.drawing import (
 
 WIDTH = 7.2
 """Inches of a figure that does not grow with the model."""
-BIT_COLOURS = {2: "#fde4a5", 3: "#f9b872", 4: "#ee7f63", 5: "#cf5270", 6: "#9c3a80", 7: "#6a2b82", 8: "#3d1f6b"}
+BIT_COLOURS = {
+    2: "#fde4a5",
+    3: "#f9b872",
+    4: "#ee7f63",
+    5: "#cf5270",
+    6: "#9c3a80",
+    7: "#6a2b82",
+    8: "#3d1f6b",
+    16: "#140a26",
+}
 """Darker means more bits; lightness alone tells them apart."""
 _PANEL_COLUMNS, _MAX_PANELS = 2, 16
 _CELL_WIDTH, _CELL_HEIGHT = 0.27, 0.32
@@ -150,7 +159,8 @@ def bits_map(data: Data) -> Figure:
     figure = Figure(figsize=(width, 1.15 + _CELL_HEIGHT * len(roles)))
     axes = figure.subplots()
     for (role, block), widths in cells.items():
-        colour = BIT_COLOURS[round(sum(widths) / len(widths))]
+        mean = round(sum(widths) / len(widths))
+        colour = BIT_COLOURS[min(BIT_COLOURS, key=lambda bits: abs(bits - mean))]
         x, y = blocks.index(block), roles.index(role)
         axes.add_patch(Rectangle((x - 0.46, y - 0.46), 0.92, 0.92, facecolor=colour, linewidth=0))
         text = str(widths[0]) if len(widths) == 1 else f"{widths[0]}–{widths[-1]}"

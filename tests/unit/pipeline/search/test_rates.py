@@ -21,8 +21,9 @@ from tests.support.runs import place, settings  # noqa: F401
          "eval_samples": None},
         {"bits": "4", "rounding": "foem", "foem_beta": "auto", "target_shift": "auto", "scale_refit": True},
         {"bits": "4", "rounding": "gptaq", "token_importance": "none"},
+        {"formats": "hopper", "group_size": None, "target_bpw": 9.0},
     ],
-    ids=lambda options: options.get("rounding", "gptq"),
+    ids=lambda options: options.get("rounding", options.get("formats", "gptq")),
 )  # fmt: skip
 def test_rounding_is_tried_as_the_run_does_it(
     place: Path,  # noqa: F811
