@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from hawqtool.checkpoint.fusion import is_expert
 from hawqtool.errors import InputError
 from hawqtool.formats import CHANNEL, MAX_BITS, MIN_BITS, QuantFormat, parse_label
 from hawqtool.formats.activations import ACTIVATIONS
@@ -68,7 +69,7 @@ def quantization_config(
             "output_activations": None,
             "format": quant_format.layout,
         }
-        for quant_format, modules in sorted(by_format.items())
+        for quant_format, modules in sorted(by_format.items(), key=_experts_first)
     }
     config = {
         "quant_method": METHOD,
@@ -84,6 +85,15 @@ def quantization_config(
     config["ignore"] = sorted(strays | set(other_linears))
     _check_hits(config, (*formats, *aliases.values()))
     return config
+
+
+def _experts_first(group: tuple[QuantFormat, Sequence[str]]) -> tuple[bool, QuantFormat]:
+    """Order of the groups: that of routed experts first.
+
+    transformers unpacks routed experts by the first group whose targets say "experts", be it in ``shared_experts``.
+    """
+    quant_format, modules = group
+    return not any(map(is_expert, modules)), quant_format
 
 
 def top_format(layouts: Iterable[str]) -> str:

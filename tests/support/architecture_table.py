@@ -100,7 +100,8 @@ def loaded_difference(kind: Kind, examined: Examined) -> float:
     original, restored = (load(kind, folder, "auto") for folder in (examined.source, examined.folder))
     put_in_place(kind, original, read_packed(examined.folder))
     inputs = calibration_inputs(kind)
-    run(kind, restored, inputs)  # a packed model unpacks itself in its first call
+    with torch.autocast("cpu"):  # DeepSeek V4 computes in no single dtype but float32
+        run(kind, restored, inputs)  # a packed model unpacks itself in its first call
     # The method of nn.Module, because that of transformers refuses packed models.
     outputs = [run(kind, nn.Module.float(model), inputs) for model in (original, restored)]
     return float((outputs[0] - outputs[1]).abs().max())

@@ -40,6 +40,21 @@ _DISK_NAMES: dict[str, tuple[tuple[str, str], ...]] = {
         (r"\.up_proj$", ".w3"),
         (r"\.down_proj$", ".w2"),
     ),
+    "nemotron-h": ((r"^model\.", "backbone."),),
+    "deepseek-v4": (
+        (r"\.self_attn\.", ".attn."),
+        (r"\.mlp\.", ".ffn."),
+        (r"\.compressor\.indexer\.(kv|gate)_proj$", r".indexer.compressor.\1_proj"),
+        (r"\.compressor\.indexer\.(scorer\.)?", ".indexer."),
+        (r"\.compressor\.gate_proj$", ".compressor.wgate"),
+        (r"\.q_([ab])_proj$", r".wq_\1"),
+        (r"\.o_([ab])_proj$", r".wo_\1"),
+        (r"\.kv_proj$", ".wkv"),
+        (r"\.gate_proj$", ".w1"),
+        (r"\.up_proj$", ".w3"),
+        (r"\.down_proj$", ".w2"),
+    ),
+    "ernie-vl": ((r"^model\.language_model\.", "model."),),
     "gemma3-images": ((r"^model\.language_model\.", "language_model.model."),),
     "swin": (
         (r"\.attention\.q_proj$", ".attention.self.query"),
@@ -106,6 +121,9 @@ def live_weights(kind: Kind, model: nn.Module) -> dict[str, Tensor]:
             views[name] = module.weight.data.t()
         elif isinstance(getattr(module, "gate_up_proj", None), nn.Parameter):
             views |= _experts(name, module)
+        elif isinstance(getattr(module, "up_proj", None), nn.Parameter):
+            for role in ("up_proj", "down_proj"):
+                views |= {f"{name}.{number}.{role}": view for number, view in enumerate(getattr(module, role).data)}
     return {_disk_name(kind, name): view for name, view in views.items()}
 
 
@@ -144,7 +162,12 @@ class _Products(TorchFunctionMode):
 
 
 def _holds(weight: Tensor, view: Tensor) -> bool:
-    """Whether the operand of a product contains a layer's values (an expert's operand holds two layers)."""
+    """Whether the operand of a product contains a layer's values (an expert's operand holds two layers).
+
+    An expanded operand has more numbers than its memory, hence the look at the storage.
+    """
+    if weight.untyped_storage().data_ptr() != view.untyped_storage().data_ptr():
+        return False
     first, last = weight.data_ptr(), weight.data_ptr() + weight.numel() * weight.element_size()
     return first <= view.data_ptr() < last
 
