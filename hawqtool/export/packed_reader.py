@@ -16,6 +16,7 @@ from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.errors import InputError
 from hawqtool.export.compressed_tensors import module_format
 from hawqtool.export.embedding_table import restored_table, stored_tables
+from hawqtool.export.plausibility import scale_multiples
 from hawqtool.export.stored.weights import (
     INPUT_DIVISOR,
     PACKED,
@@ -56,11 +57,13 @@ class PackedErrors:
         relative: As `relative_weight_error`.
         error: Squared error per scale, ``[out, groups]`` float32.
         energy: Squared weights per scale, ``[out, groups]`` float32.
+        multiple: From `scale_multiples`, ``[out, groups]`` float32.
     """
 
     relative: float
     error: Tensor
     energy: Tensor
+    multiple: Tensor
 
 
 def packed_errors(
@@ -88,14 +91,16 @@ def packed_errors(
         else:
             codes = whole.codes[some].to(device)
         shifts = None if zeros is None else zeros[some].to(device)
-        restored = dequantize(codes, scales[some].to(device), shifts)
+        restored = dequantize(codes, scales[some].to(device), shifts).float()
         original = weight[some].to(device).float()
         # Products round to the scale's dtype in every loader: at 8 bits that rounding is part of the error.
-        squares = torch.stack([(restored.float() - original).square_(), original.square()])
+        squares = torch.stack([(restored - original).square_(), original.square()])
         found.append(squares.sum(-1).double())
-        by_scale.append(squares.view(2, len(original), groups, -1).sum(-1).cpu())
-    error, energy = torch.cat(by_scale, 1)
-    return PackedErrors(_ratio(found), error, energy)
+        error, energy = squares.view(2, len(original), groups, -1).sum(-1)
+        multiple = scale_multiples(original, restored, error, energy, quant_format.bits)
+        by_scale.append(torch.stack([error, energy, multiple]).cpu())
+    error, energy, multiple = torch.cat(by_scale, 1)
+    return PackedErrors(_ratio(found), error, energy, multiple)
 
 
 def _ratio(rows: list[Tensor]) -> float:

@@ -7,8 +7,9 @@ several models it reached 0.8 of this bound for whole modules and 1.6 for rows. 
 rows into others as well: of a query projection whose rows differ by a factor of 10⁴, one row had 14 times its bound
 at 3 bits, 10 times that of a row of mean energy. The limits below leave a part or a multiple of that; codes that were
 drawn at random, or belong to another weight, are far beyond those of the module, and a row of zeros is beyond its own
-from 4 bits on. Single groups have no limit: in a real model's quiet ones, feedback and shifted targets gave four times
-the energy of the weights at 4 bits.
+from 4 bits on. The error of a single group has no limit: in a real model's quiet ones, feedback and shifted targets
+gave four times the energy of the weights at 4 bits. But such errors come from other weights and have no reason to lie
+along those of the group. A scale that is not that of its codes does just that: its group is a multiple of the source's.
 """
 
 from __future__ import annotations
@@ -34,6 +35,18 @@ MODULE_CORRECTION, ROW_CORRECTION = 0.15, 0.5
 """Squared change over squared weights, at most, that is no rounding: targets that make up for errors of earlier layers
 (GPTAQ, target shift), learned codes and scales, products that round to bfloat16. At 8 bits it is all that counts: there
 targets that make up wholly for layers of 2 bits reached 0.03 of a module."""
+
+MULTIPLE_LIMIT = 1.7
+"""Multiple of its source's weights that a group may be; 1.35 was seen, at 2 bits. Clipping makes it smaller: where one
+large weight met a column that hardly counts, 0.6 was left of a group."""
+
+MULTIPLE_REST = 0.08
+"""Share of a group's squared values that may be no multiple of its source's weights where it counts as one: about what
+nearest rounding gives at 3 bits. At 2 bits it gives more: there only errors along the weights by chance would count."""
+
+LEAST_WIDTH, LEAST_BITS = 32, 3
+"""Weights of a group and bits of a code, at least, where multiples are looked for: the error of n weights that knows
+nothing of them lies along them but for a third with a chance of 0.32^((n - 1) / 2), 2 in 10⁸ of 32."""
 
 GAIN_LIMIT = 0.8
 """Change of a learned norm gain, at most, over the larger of its magnitude and the tensor's root mean square."""
@@ -106,6 +119,55 @@ def _loud(values: Tensor) -> Tensor:
     if not values.ndim:
         return values
     return torch.maximum(values, QUIET * values.mean(-1, keepdim=True))
+
+
+def scale_multiples(weight: Tensor, restored: Tensor, error: Tensor, energy: Tensor, bits: int) -> Tensor:
+    """What multiple of the source's weights each group is; 1 where it errs little or is no multiple of them.
+
+    With w the weights of a group but the largest, and q their rounded values, it is the m of the ``m w`` nearest to q,
+    where ``|q - m w|²`` is at most `MULTIPLE_REST` of ``|q|²``. The largest alone may be most of a group: the error of
+    such a group lies along its weights whatever its cause.
+
+    Args:
+        weight: ``[out, in]`` float32.
+        restored: ``[out, in]`` float32, the rounded weights.
+        error: Squared error per scale, ``[out, groups]`` float32.
+        energy: Squared weights per scale, ``[out, groups]`` float32.
+        bits: Width of the codes.
+
+    Returns:
+        ``[out, groups]`` float32.
+    """
+    width = weight.shape[1] // max(error.shape[1], 1)
+    suspects = error > (MULTIPLE_LIMIT - 1) ** 2 / 2 * energy  # half of it, as the largest may be the other half
+    multiple = torch.ones_like(error)
+    if width < LEAST_WIDTH or bits < LEAST_BITS or not bool(suspects.any()):
+        return multiple
+    original, rounded = (values.view(*error.shape, width)[suspects] for values in (weight, restored))
+    largest = original.abs().argmax(-1, keepdim=True)
+    original, rounded = original.scatter(-1, largest, 0.0), rounded.scatter(-1, largest, 0.0)
+    product = (original * rounded).sum(-1)
+    squares, stored = original.square().sum(-1), rounded.square().sum(-1)
+    sure = (product > 0) & (product.square() >= (1 - MULTIPLE_REST) * stored * squares)
+    multiple[suspects] = torch.where(sure, product / squares, 1.0)
+    return multiple
+
+
+def multiple_problems(module: str, multiple: Tensor) -> list[str]:
+    """The first group whose codes are the source's and whose scale is not.
+
+    Args:
+        module: Its name.
+        multiple: From `scale_multiples`, ``[out, groups]``.
+    """
+    wrong = (multiple > MULTIPLE_LIMIT).nonzero()
+    if not len(wrong):
+        return []
+    row, group = wrong[0].tolist()
+    return [
+        f"{module}: row {row}, group {group} is {float(multiple[row, group]):.3g} times the source's weights; rounding "
+        f"gives at most {MULTIPLE_LIMIT} times; this scale is not that of these codes"
+    ]
 
 
 def gain_problems(name: str, gain: Tensor, source: Tensor) -> list[str]:

@@ -18,7 +18,12 @@ from hawqtool.checkpoint.packing import pack_zeros, unpack_zeros
 from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.export.embedding_table import EmbeddingTable, stored_tables, table_tensors
 from hawqtool.export.packed_reader import packed_errors
-from hawqtool.export.plausibility import error_bound_problems, gain_problems, half_step_bounds
+from hawqtool.export.plausibility import (
+    error_bound_problems,
+    gain_problems,
+    half_step_bounds,
+    multiple_problems,
+)
 from hawqtool.export.stored.weights import (
     DIVISOR,
     INPUT_DIVISOR,
@@ -265,7 +270,8 @@ def _error_problems(
         return [f"{module} has no weight_error in reproduce/checksums.json; expected one; write it again"]
     if math.isclose(measured, float(expected), rel_tol=ERROR_TOLERANCE, abs_tol=1e-12):
         bound = half_step_bounds(weight, quant_format)
-        return error_bound_problems(module, found_errors.error, found_errors.energy, bound)
+        problems = error_bound_problems(module, found_errors.error, found_errors.energy, bound)
+        return problems or multiple_problems(module, found_errors.multiple)
     return [
         f"{module}: relative squared weight error is {measured:.6g}; reproduce/checksums.json says {expected:.6g}; "
         "codes or scales of this module changed"

@@ -66,7 +66,6 @@ def _learned(change: Callable[[Tensor], Any]) -> Edit:
 
 
 ONE_CODE = "a code or two of a weight may differ: rounding could have chosen them; `evaluate` measures the effect"
-FED_ROW = "output feedback may give one row an error as large as its weights; `evaluate` measures the effect"
 
 TENSORS = (
     ("a low bit of one code flipped", tensor_edit(f"{Q}.weight_packed", _flip(0)), ONE_CODE),
@@ -85,16 +84,12 @@ TENSORS = (
         tensor_edit(f"{Q}.weight_scale", lambda t: t[:2].copy_(t[:2].flip(0).clone())),
         ("scales of similar rows are alike: the weights stay near the original's; `evaluate` measures the effect"),
     ),
-    (
-        "scales of two layers exchanged",
-        swap_edit(f"{K}.weight_scale", f"{V}.weight_scale"),
-        ("scales of like layers are alike: the weights stay near the original's; `evaluate` measures the effect"),
-    ),
+    ("scales of two layers exchanged", swap_edit(f"{K}.weight_scale", f"{V}.weight_scale"), ""),
     ("one scale negated", tensor_edit(f"{Q}.weight_scale", lambda t: t[5, 0].mul_(-1)), ""),
     ("one scale zero", tensor_edit(f"{Q}.weight_scale", lambda t: t[5, 0].zero_()), ""),
     ("one scale NaN", tensor_edit(f"{Q}.weight_scale", lambda t: t[5, 0].fill_(float("nan"))), ""),
     ("one scale infinite", tensor_edit(f"{Q}.weight_scale", lambda t: t[5, 0].fill_(float("inf"))), ""),
-    ("one scale doubled", tensor_edit(f"{Q}.weight_scale", lambda t: t[5, 0].mul_(2)), FED_ROW),
+    ("one scale doubled", tensor_edit(f"{Q}.weight_scale", lambda t: t[5, 0].mul_(2)), ""),
     ("one scale 1 % larger", tensor_edit(f"{Q}.weight_scale", lambda t: t[5, 0].mul_(1.01)), ONE_CODE),
     ("scales of a layer negated", tensor_edit(f"{Q}.weight_scale", lambda t: t.mul_(-1)), ""),
     ("scales of a layer doubled", tensor_edit(f"{Q}.weight_scale", lambda t: t.mul_(2)), ""),

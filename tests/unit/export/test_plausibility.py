@@ -5,8 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hawqtool.export.plausibility import GAIN_LIMIT, error_bound_problems, gain_problems, half_step_bounds
+from hawqtool.export.plausibility import (
+    GAIN_LIMIT,
+    error_bound_problems,
+    gain_problems,
+    half_step_bounds,
+    multiple_problems,
+    scale_multiples,
+)
 from hawqtool.formats import QuantFormat
+from hawqtool.rounding.grid import dequantize
 from tests.support.packed_folder import round_nearest
 
 ROWS, COLUMNS = 8, 128
@@ -81,3 +89,44 @@ def test_gains() -> None:
     assert "differs by 1 of" in gain_problems("n", torch.zeros(4), gain)[0]
     assert gain_problems("n", torch.full((4,), float("nan")), gain)
     assert gain_problems("n", torch.zeros(0), torch.zeros(0)) == []
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_scale_that_is_not_that_of_its_codes_is_a_problem(bits: int, symmetric: bool) -> None:
+    # In rows of many groups, where one group's error is nothing beside the row's weights.
+    weight = torch.randn(ROWS, 1024, generator=torch.Generator().manual_seed(bits))
+    layer = round_nearest("m", weight, QuantFormat(bits, 32, symmetric))
+    for factor, bad in ((1.0, False), (1.1, False), (2.0, True), (-2.0, False)):
+        scales = layer.scales.float().clone()
+        scales[5, 3] *= factor
+        restored = dequantize(layer.codes, scales, layer.zeros)
+        error, energy = (v.square().view(ROWS, -1, 32).sum(-1) for v in (restored - weight, weight))
+        multiple = scale_multiples(weight, restored, error, energy, bits)
+        found = multiple_problems("m", multiple)
+        assert bool(found) == bad
+        assert not bad or found[0].startswith("m: row 5, group 3 is ")
+        pairs = sorted(
+            zip(weight[5, 96:128].tolist(), restored[5, 96:128].tolist(), strict=True), key=lambda p: abs(p[0])
+        )
+        expected = sum(w * q for w, q in pairs[:-1]) / sum(w * w for w, _ in pairs[:-1])
+        assert not bad or float(multiple[5, 3]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_one_weight_that_is_most_of_its_group_may_grow() -> None:
+    weight = 0.01 * torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    weight[2, 40] = 1.0
+    restored = weight.clone()
+    restored[2, 40] = 1.9
+    error, energy = (v.square().view(4, -1, 32).sum(-1) for v in (restored - weight, weight))
+    assert multiple_problems("m", scale_multiples(weight, restored, error, energy, 4)) == []
+
+
+def test_errors_as_large_as_the_weights_are_no_multiple() -> None:
+    # Feedback of other columns and rows has no reason to lie along a group's weights, at any size.
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(2000, 64, generator=generator)
+    for size in (0.3, 1.0, 3.0):
+        restored = weight + size * torch.randn(2000, 64, generator=generator)
+        error, energy = (v.square().view(2000, -1, 32).sum(-1) for v in (restored - weight, weight))
+        assert multiple_problems("m", scale_multiples(weight, restored, error, energy, 4)) == []
