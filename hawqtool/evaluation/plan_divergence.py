@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,25 +20,36 @@ from hawqtool.errors import NumericalError
 from hawqtool.evaluation.divergence import OutputComparison
 from hawqtool.model.block import LoadedBlock
 from hawqtool.records import LinearSpec, Rows, UnitFormats
-from hawqtool.rounding.grid import Quantized, dequantize
+from hawqtool.rounding.grid import dequantize
 from hawqtool.rounding.spec import RoundingSpec
 from hawqtool.rounding.statistics import GroupStatistics
 from hawqtool.runtime.ranks import ALONE, Ranks
 from hawqtool.streaming.block import Activations, advance
 from hawqtool.streaming.dealt import Groups, dealt
 from hawqtool.streaming.input_statistics import group_statistics
+from hawqtool.streaming.kept_roundings import KeptRoundings, Roundings
 from hawqtool.streaming.stream import ModelStream
 
-_Roundings = dict[str, dict[str, Quantized]]
-"""Codes, scales and zero points by linear and format label."""
+
+class Calibration(NamedTuple):
+    """What is behind the roundings.
+
+    Args:
+        rows: Calibration rows.
+        batch_size: Rows per pass, of those that are judged too.
+        kept: Roundings that were made on the same rows before; the others are made.
+    """
+
+    rows: Rows
+    batch_size: int
+    kept: KeptRoundings | None = None
 
 
 def plan_divergences(
     comparison: OutputComparison,
-    calibration: Rows,
+    calibration: Calibration,
     rounding: RoundingSpec,
     plans: Mapping[str, UnitFormats],
-    batch_size: int,
     progress: Callable[[int, int], None],
     ranks: Ranks = ALONE,
 ) -> dict[str, Tensor]:
@@ -47,10 +59,9 @@ def plan_divergences(
 
     Args:
         comparison: The original, rows to judge on (this rank's), and a stream of the weights that are rounded.
-        calibration: Rows behind the rounding.
+        calibration: What is behind the roundings.
         rounding: Method, and formats of every unit: those of all plans.
         plans: Formats by unit, by name of the plan.
-        batch_size: Rows per pass.
         progress: Called with blocks done and blocks in all.
         ranks: Processes that share both sets of rows; each has the result of all.
 
@@ -58,18 +69,26 @@ def plan_divergences(
         NumericalError: If a plan's outputs are not finite.
     """
     rounding = replace(rounding, method=replace(rounding.method, passes=1))  # more make all errors smaller alike
-    stream, share = comparison.candidate, ranks.share(len(calibration.tokens))
-    blocks, own = stream.structure.blocks, calibration.tokens[share]
+    rows, batch_size, kept = calibration
+    stream, share = comparison.candidate, ranks.share(len(rows.tokens))
+    blocks, own = stream.structure.blocks, rows.tokens[share]
     held_out = rounding.method.needs_held_out
+    missing = [spec.index for spec in blocks if kept is None or not kept.covers(spec, plans)]
+    last = len(blocks) if stream.head else max(missing, default=-1)
     with stream.keeping_pages(), torch.no_grad():
-        known = stream.embed(own, batch_size, held_out, importance=calibration.importance)
+        known = stream.embed(own, batch_size, held_out, importance=rows.importance)
         known.ranks, known.first_row = ranks, share.start
         first = stream.embed(comparison.rows, batch_size)
         states = {name: Activations(copy(first.hidden), first.calls) for name in plans}
         for spec in blocks:
-            onward = spec.index < len(blocks) - 1 or stream.head is not None
+            onward = spec.index < last  # no state is wanted behind the last block that is rounded here
             with stream.block(spec.index) as block:
-                found = _rounded(block, _statistics(block, known, rounding, onward), rounding, ranks)
+                if kept is None or spec.index in missing:
+                    found = _rounded(block, _statistics(block, known, rounding, onward), rounding, ranks)
+                else:
+                    found = kept.take(spec.index)
+                    if onward:
+                        advance(block, known)
                 for name, formats in plans.items():
                     with block.with_weights(_weights(block, found, formats)):
                         advance(block, states[name])
@@ -93,15 +112,15 @@ def _statistics(block: LoadedBlock, known: Activations, rounding: RoundingSpec, 
     return ()
 
 
-def _rounded(block: LoadedBlock, groups: Groups, rounding: RoundingSpec, ranks: Ranks) -> _Roundings:
-    def compute(group: Sequence[LinearSpec], statistics: GroupStatistics) -> _Roundings:
+def _rounded(block: LoadedBlock, groups: Groups, rounding: RoundingSpec, ranks: Ranks) -> Roundings:
+    def compute(group: Sequence[LinearSpec], statistics: GroupStatistics) -> Roundings:
         found = rounding.roundings(block, group, statistics)
         return {name: {label: one.rounded for label, one in by_label.items()} for name, by_label in found.items()}
 
     return {name: values for _, found in dealt(ranks, groups, compute) for name, values in found.items()}
 
 
-def _weights(block: LoadedBlock, found: _Roundings, formats: UnitFormats) -> dict[str, Tensor]:
+def _weights(block: LoadedBlock, found: Roundings, formats: UnitFormats) -> dict[str, Tensor]:
     """Rounded weights of a block under a plan, in the dtype that it computes in."""
     return {
         linear.name: dequantize(*found[linear.name][formats[linear.unit].label]).to(block.parameter(linear).dtype)

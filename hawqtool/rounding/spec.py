@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -161,17 +161,25 @@ class RoundingSpec:
         """Rounding errors of one input group in all its formats, not refined."""
         return _as_errors(self.roundings(block, group, statistics))
 
-    def block_errors(self, block: LoadedBlock, groups: InputGroups, hidden: Sequence[Tensor]) -> RoundingErrors:
+    def block_errors(
+        self,
+        block: LoadedBlock,
+        groups: InputGroups,
+        hidden: Sequence[Tensor],
+        keep: Callable[[InitialRoundings], None] = lambda _: None,
+    ) -> RoundingErrors:
         """Rounding errors of a block, refined where that is asked for.
 
         Args:
             block: The loaded block of the original model.
             groups: Its input groups, those of which no linear is rounded may be missing.
             hidden: Hidden states before it, for the refiner.
+            keep: Sees the roundings before they are refined.
         """
         found: InitialRoundings = {}
         for group, statistics in groups:
             found |= self.roundings(block, group, statistics)
+        keep(found)
         return _as_errors(found if self.refiner is None else self.refiner(block, hidden, found))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from hawqtool.formats.activations import ActivationFormat
 from hawqtool.model.block import LoadedBlock
 from hawqtool.records import SWEEP_METRICS, BlockSpec, LinearSpec, MeasurementRows, Menu, Score, Unit, UnitScores
 from hawqtool.rounding.grid import Quantized, dequantize
-from hawqtool.rounding.spec import InputGroups, RoundingErrors, RoundingSpec
+from hawqtool.rounding.spec import InitialRoundings, InputGroups, RoundingErrors, RoundingSpec
 from hawqtool.rounding.statistics import GroupStatistics
 from hawqtool.runtime.ranks import ALONE, Ranks
 from hawqtool.runtime.store import NOTHING_SAVED, Saved
@@ -25,11 +25,18 @@ from hawqtool.sensitivity.scores import SIGNED, LayerRows, RowValues, add_rows, 
 from hawqtool.streaming.block import Activations, check_states
 from hawqtool.streaming.dealt import dealt
 from hawqtool.streaming.input_statistics import group_statistics
+from hawqtool.streaming.kept_roundings import KeptRoundings
 from hawqtool.streaming.offload import total_bytes
 from hawqtool.streaming.resume_points import Pace
 from hawqtool.streaming.stream import ModelStream
 
 _SWEEP = "reverse-sweep"
+
+Keeper = Callable[[InitialRoundings], None]
+
+
+def _keep_nothing(_: InitialRoundings) -> None:
+    """Whose roundings nobody wants."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +73,14 @@ class SweepSettings:
         gradient_limit: See `GradientLimit`; infinite for gradients as they are.
         metrics: Of those that one pair of sweeps gives, the ones wanted.
         ranks: Processes that share the rows; the leader has the measurement, the others what their rows gave.
+        kept: Takes the roundings of every block, where one process has made all of them; None for nobody.
     """
 
     seed: int
     gradient_limit: float = GRADIENT_LIMIT
     metrics: Sequence[str] = SWEEP_METRICS
     ranks: Ranks = ALONE
+    kept: KeptRoundings | None = None
 
 
 def measure(
@@ -119,7 +128,7 @@ def measure(
             sets[0].hidden, sets[1].hidden = left_here.calibration, left_here.scoring
             with stream.block(spec.index) as block:
                 groups = left_here.statistics() or wanted_statistics(block, sets[0], rounding.menu)
-                errors = found_errors(rounding, block, groups, sets[0])
+                errors = found_errors(rounding, block, groups, sets[0], _keeper(settings, spec, stream))
                 del left_here, groups
                 inputs = InputErrors(_input_formats(spec, rounding.menu), {})
                 layers, gradients = block_backward(block, sets[1], gradients, outputs, scores.input_power, inputs)
@@ -135,10 +144,24 @@ def measure(
     return _joined([part for part, _ in shares]).measurement(stream.structure.units, outputs, shortened)
 
 
-def found_errors(rounding: RoundingSpec, block: LoadedBlock, groups: InputGroups, known: Activations) -> RoundingErrors:
-    """D by linear and format label of a block; where ranks share the rows, each rounds some of its groups."""
+def _keeper(settings: SweepSettings, spec: BlockSpec, stream: ModelStream) -> Keeper:
+    kept = settings.kept
+    return _keep_nothing if kept is None else lambda found: kept.keep(spec.index, found, stream.offload)
+
+
+def found_errors(
+    rounding: RoundingSpec,
+    block: LoadedBlock,
+    groups: InputGroups,
+    known: Activations,
+    keep: Keeper = _keep_nothing,
+) -> RoundingErrors:
+    """D by linear and format label of a block; where ranks share the rows, each rounds some of its groups.
+
+    ``keep`` sees the roundings of a process that makes all of them.
+    """
     if known.ranks.size == 1:
-        return rounding.block_errors(block, groups, known.hidden)
+        return rounding.block_errors(block, groups, known.hidden, keep)
 
     def rounded(group: Sequence[LinearSpec], statistics: GroupStatistics) -> dict[str, dict[str, Quantized]]:
         found = rounding.roundings(block, group, statistics)

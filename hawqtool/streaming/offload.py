@@ -102,6 +102,20 @@ class Offload:
         weakref.finalize(kept, self._let_go, place, size, held.path if isinstance(held, _File) else None).atexit = False
         return kept
 
+    def reserve(self, count: int) -> object | None:
+        """Room on the device for bytes that the caller holds, until the last reference to what is returned is gone.
+
+        Returns:
+            None where there is none.
+        """
+        if self._used[DEVICE] + count > self._limits[DEVICE]:
+            return None
+        self._used[DEVICE] += count
+        self.peak_bytes[DEVICE] = max(self.peak_bytes[DEVICE], self._used[DEVICE])
+        room = _Room()
+        weakref.finalize(room, self._let_go, DEVICE, count, None).atexit = False
+        return room
+
     def _let_go(self, place: str, size: int, path: Path | None) -> None:
         self._used[place] -= size
         if path is not None:
@@ -128,6 +142,10 @@ class Offload:
                 "free some space there, raise --max-memory, or lower --num-samples"
             ) from error
         return _File(path, digest.digest())
+
+
+class _Room:
+    """Stands for bytes that somebody else holds."""
 
 
 class Offloaded:

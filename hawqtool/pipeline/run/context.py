@@ -12,6 +12,7 @@ from hawqtool.runtime.background import Background
 from hawqtool.runtime.ranks import ALONE, Ranks
 from hawqtool.runtime.reporter import Reporter, Silent
 from hawqtool.runtime.store import NOTHING_SAVED, Saved
+from hawqtool.streaming.kept_roundings import KeptRoundings
 
 _BESIDE_BYTES = 64 << 20
 """Content of more bytes is saved in the background: an 8B model's moments for output feedback have 3.3 GB."""
@@ -27,6 +28,7 @@ class RunContext:
         saved: Keeps finished work for a run that resumes (default: nothing is kept).
         ranks: Processes that share the work, of which this one leads.
         background: Writes beside the work what a run that is resumed would need.
+        roundings: Those that measuring leaves for the comparison of plans.
     """
 
     job: Job
@@ -34,6 +36,7 @@ class RunContext:
     saved: Saved = NOTHING_SAVED
     ranks: Ranks = ALONE
     background: Background = field(default_factory=Background)
+    roundings: KeptRoundings = field(default_factory=KeptRoundings)
 
     def part(self, name: str) -> RunContext:
         """The same with keys of its own for one part of the work."""

@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from hawqtool.data.subset import some_count
 from hawqtool.formats import QuantFormat
 from hawqtool.model.inputs.arguments import row_positions
 from hawqtool.model.skeleton import token_embedding
@@ -13,7 +14,6 @@ from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.run.memory_budget import Work
 from hawqtool.pipeline.run.menu import budget_bytes, job_menu, unquantized_bytes
 from hawqtool.pipeline.search.gradient_swap import REACH, SHARES
-from hawqtool.pipeline.search.layerwise import some_count
 from hawqtool.pipeline.search.rates import Rates, measured_rates
 from hawqtool.pipeline.search.width_swap import neighbouring
 from hawqtool.pipeline.stages.refine import BATCH_ROWS

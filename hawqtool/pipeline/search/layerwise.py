@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+from hawqtool.data.subset import some_rows
 from hawqtool.evaluation.divergence import as_evaluation
 from hawqtool.evaluation.paired import PairedDifference, balanced_divergence, compare_paired
 from hawqtool.pipeline.search.trials import TIMINGS, TrialRunner, formats_key
-from hawqtool.records import BitPlan, Evaluation, Rows
+from hawqtool.records import BitPlan, Evaluation
 from hawqtool.report.plan_comparison import UnroundedRival
 from hawqtool.runtime.stage_timer import Stopwatch
-
-EVERY, FEWEST = 4, 32
-"""Every fourth calibration row is behind the roundings of a comparison, 32 at least: noise is alike for all plans."""
 
 _COMPARISON = "layerwise"
 
@@ -88,19 +86,3 @@ def compare_layerwise(
         runner.context.saved.save(TIMINGS, runner.timings)
     quality = {name: as_evaluation(values) for name, values in known.items()}
     return LayerwiseProof(plans, quality, None if uniform is None else uniform[0])
-
-
-def some_rows(rows: Rows) -> Rows:
-    """Every fourth row, or more often where these are few, so that all sources have their share."""
-    step = _step(len(rows.tokens))
-    importance = rows.importance and {name: values[::step] for name, values in rows.importance.items()}
-    return replace(rows, tokens=rows.tokens[::step], importance=importance, output_moments={})
-
-
-def some_count(rows: int) -> int:
-    """How many that are of so many rows."""
-    return len(range(0, rows, _step(rows)))
-
-
-def _step(rows: int) -> int:
-    return max(1, min(EVERY, rows // FEWEST))

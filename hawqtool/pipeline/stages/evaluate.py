@@ -15,7 +15,7 @@ from torch import Tensor
 from hawqtool.checkpoint.prefetch import Prefetcher
 from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.evaluation.divergence import OutputComparison, as_evaluation, standard_error
-from hawqtool.evaluation.plan_divergence import plan_divergences
+from hawqtool.evaluation.plan_divergence import Calibration, plan_divergences
 from hawqtool.evaluation.rotation_proof import rotation_difference, rotation_kl
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.job import Job
@@ -204,15 +204,16 @@ class Evaluator:
         job, tokens = self.job, self.sets["selection"].tokens
         menu = {unit.name: tuple(dict.fromkeys(plan[unit.name] for plan in plans.values())) for unit in job.units}
         comparison = OutputComparison(self.stream, job.stream(), tokens, self.reference["selection"])
+        kept = self.context.roundings if job.ranks.size == 1 else None
         found = plan_divergences(
             comparison,
-            calibration,
+            Calibration(calibration, job.settings.batch_size, kept),
             job.rounding(menu),
             plans,
-            job.settings.batch_size,
             partial(progress, _COMPARING),
             job.ranks,
         )
+        self.context.roundings.drop()
         self.stream.release_ends()
         return found
 

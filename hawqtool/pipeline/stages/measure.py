@@ -7,10 +7,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from hawqtool.data.subset import some_rows
 from hawqtool.errors import NumericalError
 from hawqtool.formats import UNQUANTIZED
 from hawqtool.pipeline.run.context import RunContext
@@ -32,6 +34,7 @@ from hawqtool.sensitivity.curvature.trace import curvature_fields, hawq_scores
 from hawqtool.sensitivity.forward import Progress
 from hawqtool.sensitivity.measure import Measurement, SweepSettings, measure
 from hawqtool.sensitivity.measured_kl import single_unit_divergence
+from hawqtool.streaming.kept_roundings import KeptRoundings
 
 Fields = dict[str, dict[str, float]]
 
@@ -68,8 +71,11 @@ def measured(
 ) -> tuple[SensitivityDocument, Origin]:
     """The sensitivity document of a menu, taken from the folder of measurements or from the store where it is there.
 
-    It has the extra metrics of the configuration, and those of ``metrics``, which come from one pair of sweeps.
+    It has the extra metrics of the configuration, and those of ``metrics``, which come from one pair of sweeps. Where
+    plans are going to be compared layerwise it is of the rows behind that comparison, which takes its roundings.
     """
+    if _compares_layerwise(context.job):
+        sets = sets | {"calibration": some_rows(sets["calibration"])}
     known = context.saved.load("table")
     if known is None:
         document, origin = _shared(context, menu, sets, metrics)
@@ -79,6 +85,10 @@ def measured(
     for text in known["document"]["warnings"]:
         context.reporter.warn(text)
     return known["document"], Origin(**known["origin"])
+
+
+def _compares_layerwise(job: Job) -> bool:
+    return job.settings.proof == "layerwise" and not job.config.sensitivity_steps
 
 
 def _shared(
@@ -127,8 +137,12 @@ def measure_job(
     asked = wanted, calibration, sets["scoring"].tokens, tuple(metrics)
     # Learning looks at all rows, and what is kept of a sweep is of all rows too.
     sharing = job if job.config.sensitivity_steps else context.shared(_swept, *asked)
-    saved = stages.saved if sharing.ranks.size == 1 else NOTHING_SAVED
-    found = _swept(sharing, *asked, stages.reporter.progress, saved)
+    alone = sharing.ranks.size == 1
+    keeps = alone and job.device.type == "cuda" and _compares_layerwise(job)
+    leading = _Leading(
+        stages.reporter.progress, stages.saved if alone else NOTHING_SAVED, context.roundings if keeps else None
+    )
+    found = _swept(sharing, *asked, leading)
     curvature = input_fisher_fields(found)
     settings: dict[str, float | int | str] = {}
     if "hawq" in job.config.measured_extras or job.config.eigenvalues:
@@ -165,30 +179,38 @@ def _add_unquantized(found: Measurement, wanted: Menu) -> None:
             found.projections.setdefault(unit, {})[UNQUANTIZED] = [0.0] * rows
 
 
+class _Leading(NamedTuple):
+    """What the leader does beside its share: it tells progress, saves, and keeps roundings."""
+
+    progress: Progress = lambda *_: None
+    saved: Saved = NOTHING_SAVED
+    kept: KeptRoundings | None = None
+
+
 def _swept(
     job: Job,
     wanted: Menu,
     calibration: Rows,
     scoring: Tensor,
     metrics: Sequence[str],
-    progress: Progress = lambda *_: None,
-    saved: Saved = NOTHING_SAVED,
+    leading: _Leading | None = None,
 ) -> Measurement:
     """What both sweeps give, on this rank's share of the rows; the leader has that of all."""
+    leading = leading or _Leading()
     return measure(
         job.stream(),
         MeasurementRows(_rounded_on(job, calibration), scoring, job.settings.batch_size),
         job.rounding(wanted, _refiner(job, calibration.tokens)),
-        SweepSettings(job.config.seed, metrics=metrics, ranks=job.ranks),
-        progress,
-        saved,
+        SweepSettings(job.config.seed, metrics=metrics, ranks=job.ranks, kept=leading.kept),
+        leading.progress,
+        leading.saved,
     )
 
 
 def _settings(job: Job, sets: dict[str, Rows], found: Measurement) -> dict[str, float | int | str]:
     """What the scores depend on beside rows, formats and rounding, for the record."""
     return {
-        "num_samples": job.settings.num_samples,
+        "num_samples": len(sets["calibration"].tokens),
         "seq_len": job.settings.seq_len,
         "scoring_samples": len(sets["scoring"].tokens),
         "shortened_rows": found.shortened_rows,

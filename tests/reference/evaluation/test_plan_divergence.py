@@ -12,15 +12,17 @@ from transformers import AutoModelForCausalLM
 
 from hawqtool.config import RunConfig
 from hawqtool.evaluation.divergence import OutputComparison
-from hawqtool.evaluation.plan_divergence import plan_divergences
+from hawqtool.evaluation.plan_divergence import Calibration, plan_divergences
 from hawqtool.formats import QuantFormat
 from hawqtool.pipeline.run.job import Job, prepare
-from hawqtool.records import Rows
+from hawqtool.records import MeasurementRows, Rows
 from hawqtool.rounding.factor import factorize
 from hawqtool.rounding.grid import dequantize
 from hawqtool.rounding.layer import round_group
 from hawqtool.rounding.method import RoundingMethod, Task
 from hawqtool.runtime.ranks import ALONE, Ranks
+from hawqtool.sensitivity.measure import SweepSettings, measure
+from hawqtool.streaming.kept_roundings import KeptRoundings
 from tests.support.crew import by_crew
 from tests.support.tiny_zoo import kind_named, save_kind
 
@@ -47,13 +49,13 @@ def plans_of(job: Job) -> dict[str, Any]:
     return {"mixed": mixed, "uniform": dict.fromkeys(units, LOW)}
 
 
-def divergences(job: Job, ranks: Ranks = ALONE) -> dict[str, Tensor]:
+def divergences(job: Job, ranks: Ranks = ALONE, kept: KeptRoundings | None = None) -> dict[str, Tensor]:
     own, stream = ranks.share(len(JUDGED)), job.stream()
     states = stream.final_hidden(JUDGED, 3, lambda _: None)[own]
     menu = {unit.name: (LOW, HIGH) for unit in job.units}
     comparison = OutputComparison(stream, job.stream(), JUDGED[own], states)
-    known = Rows(CALIBRATION, "test", "-")
-    return plan_divergences(comparison, known, job.rounding(menu), plans_of(job), 3, lambda *_: None, ranks)
+    known = Calibration(Rows(CALIBRATION, "test", "-"), 3, kept)
+    return plan_divergences(comparison, known, job.rounding(menu), plans_of(job), lambda *_: None, ranks)
 
 
 def whole(job: Job, weights: dict[str, Tensor]) -> Tensor:
@@ -101,3 +103,19 @@ def test_ranks_compare_plans_as_one_process_does(job: Job) -> None:
         assert found.keys() == expected.keys()
         for plan, rows in expected.items():
             torch.testing.assert_close(found[plan], rows, rtol=share, atol=1e-7)
+
+
+@pytest.mark.parametrize("kept_blocks", [(0, 1), (1,), (0,)])
+def test_roundings_that_measuring_made_serve_as_well(job: Job, kept_blocks: tuple[int, ...]) -> None:
+    """What a device had no room for is made again."""
+    menu, kept = {unit.name: (LOW, HIGH) for unit in job.units}, KeptRoundings()
+    rows = MeasurementRows(Rows(CALIBRATION, "test", "-"), JUDGED, 3)
+    settings = SweepSettings(0, metrics=("projection",), kept=kept)
+    measure(job.stream(), rows, job.rounding(menu), settings, lambda *_: None)
+    for index in {0, 1}.difference(kept_blocks):
+        kept.take(index)
+    assert [kept.covers(spec, plans_of(job)) for spec in job.structure.blocks] == [i in kept_blocks for i in (0, 1)]
+    found = divergences(job, kept=kept)
+    for plan, expected in divergences(job).items():
+        torch.testing.assert_close(found[plan], expected, rtol=1e-3, atol=1e-7)
+    assert not any(kept.covers(spec, plans_of(job)) for spec in job.structure.blocks)

@@ -94,3 +94,12 @@ def test_a_file_that_was_damaged(tmp_path: Path, damage: str) -> None:
     said = "ended early" if damage == "short" else "differ from their checksum"
     with pytest.raises(ResourceError, match=rf"cannot be read back \(.*{said}\); check the disk"):
         kept[0]
+
+
+def test_room_that_others_fill_is_counted(tmp_path: Path) -> None:
+    offload = Offload(torch.device("cpu"), 100, 0, tmp_path)
+    room = offload.reserve(60)
+    assert room is not None and offload.reserve(60) is None
+    assert offload.store(torch.zeros(60, dtype=torch.uint8)).load().sum() == 0 and offload.peak_bytes["disk"] == 60
+    del room
+    assert offload.reserve(100) is not None and offload.peak_bytes["device"] == 100

@@ -12,7 +12,6 @@ import torch
 from hawqtool.config import RunConfig
 from hawqtool.formats import QuantFormat
 from hawqtool.pipeline.search import selection
-from hawqtool.pipeline.search.layerwise import some_rows
 from hawqtool.pipeline.search.selection import choose, compare, try_plans
 from hawqtool.pipeline.search.shortlist import RULE
 from hawqtool.pipeline.search.trials import JUDGED, Trial, formats_key
@@ -96,12 +95,3 @@ def test_what_is_better_for_sure_is_carried_out_alone(
     for name, rival in rivals.items():
         assert rival["minus_shipped"]["difference"] == pytest.approx(mean[name] - mean[shipped])
     assert all("rounded one by one" in line for line in not_rounded_lines(record))
-
-
-def test_rows_of_a_comparison_keep_their_importance() -> None:
-    tokens = torch.arange(128)[:, None].expand(128, 4)
-    rows = Rows(tokens, "test", "-", {"a": tokens.float()})
-    found = some_rows(rows)
-    assert len(found.tokens) == 32 and found.importance is not None
-    assert torch.equal(found.importance["a"], found.tokens.float())
-    assert len(some_rows(Rows(tokens[:40], "test", "-")).tokens) == 40
