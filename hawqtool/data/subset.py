@@ -17,9 +17,8 @@ def some_rows(rows: Rows) -> Rows:
     if step == 1:
         return replace(rows, output_moments={})
     importance = rows.importance and {name: values[::step] for name, values in rows.importance.items()}
-    tokens, sources = rows.tokens[::step], rows.sources[::step]
-    own = {"importance": importance, "output_moments": {}, "sources": sources}
-    return replace(rows, tokens=tokens, fingerprint=fingerprint(tokens), **own)
+    tokens = rows.tokens[::step]
+    return Rows(tokens, rows.source, fingerprint(tokens), importance, sources=rows.sources[::step])
 
 
 def some_count(rows: int) -> int:
