@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -21,7 +21,7 @@ from hawqtool.rounding.gptq import loop_errors, row_losses
 from hawqtool.rounding.gram import quadratic_form
 from hawqtool.rounding.input_drift import full_shift
 from hawqtool.rounding.method import RoundingMethod, Task
-from hawqtool.rounding.spec import InputGroups, RoundingErrors, RoundingSpec
+from hawqtool.rounding.spec import InitialRoundings, InputGroups, RoundingErrors, RoundingSpec
 from hawqtool.rounding.statistics import GroupStatistics
 
 
@@ -87,13 +87,20 @@ class BlockRounding(RoundingSpec):
             found.setdefault(layer.name, {})[layer.kind.label] = layer.values - weight
         return found
 
-    def block_errors(self, block: LoadedBlock, groups: InputGroups, hidden: Sequence[Tensor]) -> RoundingErrors:
+    def block_errors(
+        self,
+        block: LoadedBlock,
+        groups: InputGroups,
+        hidden: Sequence[Tensor],
+        keep: Callable[[InitialRoundings], None] = lambda _: None,
+    ) -> RoundingErrors:
         """Rounding errors of a block; nothing refines them.
 
         Args:
             block: The loaded block of the original model.
             groups: Its input groups.
             hidden: Hidden states before it.
+            keep: Sees roundings to formats; block types have none.
         """
         found: RoundingErrors = {}
         for group, statistics in groups:
