@@ -37,8 +37,8 @@ MODULE_CORRECTION, ROW_CORRECTION = 0.15, 0.5
 targets that make up wholly for layers of 2 bits reached 0.03 of a module."""
 
 MULTIPLE_LIMIT = 1.7
-"""Multiple of its source's weights that a group may be; 1.35 was seen, at 2 bits. Clipping makes it smaller: where one
-large weight met a column that hardly counts, 0.6 was left of a group."""
+"""Multiple of its source's weights that a group may be; 1.3 was seen. Clipping makes it smaller: where one large weight
+met a column that hardly counts, 0.6 was left of a group."""
 
 MULTIPLE_REST = 0.08
 """Share of a group's squared values that may be no multiple of its source's weights where it counts as one: about what
@@ -124,9 +124,9 @@ def _loud(values: Tensor) -> Tensor:
 def scale_multiples(weight: Tensor, restored: Tensor, error: Tensor, energy: Tensor, bits: int) -> Tensor:
     """What multiple of the source's weights each group is; 1 where it errs little or is no multiple of them.
 
-    With w the weights of a group but the largest, and q their rounded values, it is the m of the ``m w`` nearest to q,
-    where ``|q - m w|²`` is at most `MULTIPLE_REST` of ``|q|²``. The largest alone may be most of a group: the error of
-    such a group lies along its weights whatever its cause.
+    It is the m of the ``m w`` nearest to the rounded weights q, where ``|q - m w|²`` is at most `MULTIPLE_REST` of
+    ``|q|²``. The largest weight alone may be most of a group: the error of such a group lies along its weights whatever
+    its cause. So the group must be a multiple without that weight as well, and the smaller of the two counts.
 
     Args:
         weight: ``[out, in]`` float32.
@@ -139,18 +139,22 @@ def scale_multiples(weight: Tensor, restored: Tensor, error: Tensor, energy: Ten
         ``[out, groups]`` float32.
     """
     width = weight.shape[1] // max(error.shape[1], 1)
-    suspects = error > (MULTIPLE_LIMIT - 1) ** 2 / 2 * energy  # half of it, as the largest may be the other half
+    suspects = error > (MULTIPLE_LIMIT - 1) ** 2 * energy
     multiple = torch.ones_like(error)
     if width < LEAST_WIDTH or bits < LEAST_BITS or not bool(suspects.any()):
         return multiple
     original, rounded = (values.view(*error.shape, width)[suspects] for values in (weight, restored))
     largest = original.abs().argmax(-1, keepdim=True)
-    original, rounded = original.scatter(-1, largest, 0.0), rounded.scatter(-1, largest, 0.0)
-    product = (original * rounded).sum(-1)
-    squares, stored = original.square().sum(-1), rounded.square().sum(-1)
-    sure = (product > 0) & (product.square() >= (1 - MULTIPLE_REST) * stored * squares)
-    multiple[suspects] = torch.where(sure, product / squares, 1.0)
+    others = _multiple(original.scatter(-1, largest, 0.0), rounded.scatter(-1, largest, 0.0))
+    multiple[suspects] = torch.minimum(_multiple(original, rounded), others)
     return multiple
+
+
+def _multiple(original: Tensor, rounded: Tensor) -> Tensor:
+    """What multiple each group of ``[groups, width]`` is; 1 where it is none."""
+    product, squares = (original * rounded).sum(-1), original.square().sum(-1)
+    near = product.square() >= (1 - MULTIPLE_REST) * rounded.square().sum(-1) * squares
+    return torch.where((product > 0) & near, product / squares, 1.0)
 
 
 def multiple_problems(module: str, multiple: Tensor) -> list[str]:

@@ -106,20 +106,21 @@ def test_a_scale_that_is_not_that_of_its_codes_is_a_problem(bits: int, symmetric
         found = multiple_problems("m", multiple)
         assert bool(found) == bad
         assert not bad or found[0].startswith("m: row 5, group 3 is ")
-        pairs = sorted(
-            zip(weight[5, 96:128].tolist(), restored[5, 96:128].tolist(), strict=True), key=lambda p: abs(p[0])
-        )
-        expected = sum(w * q for w, q in pairs[:-1]) / sum(w * w for w, _ in pairs[:-1])
+        w, q = weight[5, 96:128].double(), restored[5, 96:128].double()
+        others = w.abs() < w.abs().max()
+        expected = min(float((w[kept] @ q[kept]) / w[kept].square().sum()) for kept in (w.abs() >= 0, others))
         assert not bad or float(multiple[5, 3]) == pytest.approx(expected, rel=1e-5)
 
 
-def test_one_weight_that_is_most_of_its_group_may_grow() -> None:
-    weight = 0.01 * torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
-    weight[2, 40] = 1.0
-    restored = weight.clone()
-    restored[2, 40] = 1.9
-    error, energy = (v.square().view(4, -1, 32).sum(-1) for v in (restored - weight, weight))
-    assert multiple_problems("m", scale_multiples(weight, restored, error, energy, 4)) == []
+def test_one_weight_that_is_most_of_its_group_is_no_multiple() -> None:
+    # Feedback makes more of the largest; clipping less, while the next is rounded up.
+    for first, second in ((1.9, 0.1), (0.2, 0.18)):
+        weight = 0.001 * torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+        weight[2, 40], weight[2, 50] = 1.0, 0.1
+        restored = weight.clone()
+        restored[2, 40], restored[2, 50] = first, second
+        error, energy = (v.square().view(4, -1, 32).sum(-1) for v in (restored - weight, weight))
+        assert multiple_problems("m", scale_multiples(weight, restored, error, energy, 4)) == []
 
 
 def test_errors_as_large_as_the_weights_are_no_multiple() -> None:
