@@ -279,7 +279,7 @@ class RunConfig(CheckedFields):
     @property
     def rounds_without_rows(self) -> bool:
         """Whether each weight may be rounded to nearest by itself."""
-        calibrates = any(fmt.has_input_divisor for fmt in self.special_formats)
+        calibrates = any(fmt.has_input_divisor for fmt in self.special_formats) or self.kv_cache != "none"
         fixed = (self.plan is not None or self.is_uniform) and not calibrates
         return fixed and self.rounding == "rtn" and self.calibration == (SELF,) and not self.learns
 

@@ -148,6 +148,7 @@ class Rows:
         output_moments: Of the linears that are rounded with output feedback, and of the blocks that are refined by what
             their errors cost the loss, by name; none where that is off.
         sources: Source of each row; empty where nothing depends on it.
+        cache_scales: Scales of the KV cache that were calibrated on them, by the names of their tensors.
     """
 
     tokens: Tensor
@@ -156,6 +157,7 @@ class Rows:
     importance: TokenImportance | None = None
     output_moments: Mapping[str, OutputMoments] = field(default_factory=dict)
     sources: tuple[str, ...] = ()
+    cache_scales: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,7 @@ def announcement(description: DryRun) -> list[str]:
         f"work        {description['rounding']} on {description['calibration']}, {description['device']}, "
         f"seed {description['seed']}",
         f"rotation    {description['rotation']}",
+        *([f"KV cache    {description['kv_cache']}"] if description["kv_cache"] else []),
         f"judged on   {description['evaluation']}",
     ]
     lines += [*estimate_lines(description), *kept_lines(description["kept"])]

@@ -122,11 +122,8 @@ def field_problems(config: Mapping[str, Any]) -> list[str]:
         )
     problems += _format_problems(config)
     problems += _unknown_keys("quantization_config", config, _TOP_KEYS)
-    for key in ("kv_cache_scheme", "global_compression_ratio"):
-        if config.get(key) is not None:
-            problems.append(
-                f"{key} of quantization_config is set; expected null: only weights are quantized; remove it"
-            )
+    if config.get("global_compression_ratio") is not None:
+        problems.append("global_compression_ratio of quantization_config is set; expected null; remove it")
     for name, group in config["config_groups"].items():
         problems += _unknown_keys(f"config group {name}", group, _GROUP_KEYS)
         floats = group["weights"].get("type") == "float"

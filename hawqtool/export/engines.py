@@ -49,7 +49,11 @@ Verdict = tuple[bool | None, str]
 
 
 def engines(
-    formats: LayerFormats, shapes: Mapping[str, tuple[int, int]], obstacle: str | None = None, table: bool = False
+    formats: LayerFormats,
+    shapes: Mapping[str, tuple[int, int]],
+    obstacle: str | None = None,
+    table: bool = False,
+    cache: str | None = None,
 ) -> list[Engine]:
     """What each engine does with a checkpoint, from formats and shapes alone.
 
@@ -58,6 +62,7 @@ def engines(
         shapes: Rows and columns of these modules' weights.
         obstacle: Why transformers cannot load packed weights of this model, where it cannot.
         table: Whether its embedding is stored in 8 bits.
+        cache: Format of the KV cache; None where it stays in 16 bits.
 
     Returns:
         One ``{engine, minimum_version, loads, reason, tried}`` per engine; ``tried`` is false, as nothing is run here.
@@ -72,11 +77,21 @@ def engines(
         loads, reason = (False, obstacle) if engine == TRANSFORMERS and obstacle else judge(formats, shapes)
         if table and engine != TRANSFORMERS:
             loads, reason = False, f"its embedding is stored in 8 bits as transformers reads it ({_SOURCE_ONLY})"
+        if cache is not None and loads is not False:
+            reason = f"{reason}; {_CACHES[engine]}"
         version = MINIMUM_VERSIONS[engine]
         entry: Engine = {"engine": engine, "minimum_version": version, "loads": loads, "reason": reason, "tried": False}
         found.append({**entry, "gain": GAINS[engine]})
     return found
 
+
+_CACHES = {
+    TRANSFORMERS: "it leaves its KV cache in 16 bits, whatever the file says",
+    VLLM: "its KV cache is FP8 with the scales of the file, one a head on FlashAttention alone, by its source",
+    VLLM_CPU: "its KV cache becomes FP8 by the file; whether the scales are used there is not known",
+    SGLANG: "it takes scales of the KV cache with --kv-cache-dtype fp8_e4m3, one a layer alone, by its source",
+}
+"""What each engine does with a KV cache that the file says is FP8."""
 
 _VLLM_KERNELS = {
     "fp8": "fp8 on Humming kernels, from compute capability 8.9 on these alone",

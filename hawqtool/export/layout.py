@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,8 @@ from hawqtool.checkpoint.dtypes import DTYPE_BYTES
 from hawqtool.checkpoint.index import SINGLE_FILE, CheckpointIndex, TensorInfo
 from hawqtool.errors import InputError
 from hawqtool.formats import QuantFormat
+from hawqtool.formats.cache import KEY_LAYER
+from hawqtool.formats.grids import StoredPart
 from hawqtool.records import LayerFormats, LinearSpec
 
 if TYPE_CHECKING:
@@ -81,6 +83,7 @@ def plan_layout(
     specs: dict[str, LinearSpec],
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     tables: Collection[EmbeddingTable] = (),
+    caches: Mapping[str, Sequence[StoredPart]] | None = None,
 ) -> Layout:
     """Lay out the quantized checkpoint.
 
@@ -94,6 +97,7 @@ def plan_layout(
         specs: Shapes of at least these modules.
         max_shard_bytes: Limit of the tensor bytes of one file.
         tables: Embeddings that are stored in 8 bits.
+        caches: Scales of the KV cache by name of the attention; they lie beside the weight of its keys.
 
     Raises:
         InputError: If a quantized weight is not in the source, has another shape, or is not divided by its groups.
@@ -109,6 +113,8 @@ def plan_layout(
             pieces = _table_entries(info, by_tensor[info.name])
         else:
             pieces = [Entry(info.name, info.dtype, info.shape, 0, info.num_bytes, info.name)]
+        beside = (caches or {}).get(module.removesuffix(KEY_LAYER), ()) if module.endswith(KEY_LAYER) else ()
+        pieces += [_entry(module.removesuffix(KEY_LAYER), part) for part in beside]
         size = sum(piece.num_bytes for piece in pieces)
         if shards[-1] and filled + size > max_shard_bytes:
             shards.append([])
@@ -149,7 +155,11 @@ def _check_scales(module: str, quant_format: QuantFormat, info: TensorInfo) -> N
 
 def _packed_entries(info: TensorInfo, spec: LinearSpec, quant_format: QuantFormat) -> list[Entry]:
     parts = quant_format.parts(spec.out_features, spec.in_features, info.dtype)
-    return [Entry(spec.name + part.suffix, part.dtype, part.shape, 0, part.num_bytes, None) for part in parts]
+    return [_entry(spec.name, part) for part in parts]
+
+
+def _entry(name: str, part: StoredPart) -> Entry:
+    return Entry(name + part.suffix, part.dtype, part.shape, 0, part.num_bytes, None)
 
 
 def _table_entries(info: TensorInfo, table: EmbeddingTable) -> list[Entry]:

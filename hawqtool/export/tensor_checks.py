@@ -24,6 +24,7 @@ from hawqtool.export.plausibility import (
     half_step_bounds,
     multiple_problems,
 )
+from hawqtool.export.stored.cache import cache_names
 from hawqtool.export.stored.weights import (
     DIVISOR,
     INPUT_DIVISOR,
@@ -200,7 +201,7 @@ def copy_problems(reader: TensorReader, source: TensorReader, changed: Collectio
     problems = _all_problems(check, copied)
     parts = {f"{module}{suffix}" for module in packed for suffix in (*PARTS, SHAPE)}
     parts |= {scale for table in tables.values() for scale in table.scales}
-    known = parts | set(source.index.tensors)
+    known = parts | set(source.index.tensors) | set(cache_names(index))  # which have checks of their own
     unknown = [name for name in index.tensors if name not in known]
     return problems + [
         f"tensor {name} is not in the source; expected no new tensor; write it again" for name in unknown

@@ -31,6 +31,7 @@ from hawqtool.export.config_checks import (
 from hawqtool.export.embedding_table import table_modules
 from hawqtool.export.manifest import MANIFEST_FILE, REPORT_FILE, is_manifest, manifest_problems, source_file_problems
 from hawqtool.export.packed_reader import read_config
+from hawqtool.export.stored.cache import cache_problems, is_cache_record
 from hawqtool.export.stored.weights import packed_modules
 from hawqtool.export.tensor_checks import (
     checksum_problems,
@@ -111,8 +112,8 @@ def verify_folder(
         aliases = [layer["module"] for layer in layers if "module" in layer]
         problems += target_problems(config, (*matched, *aliases))
         formats, found = module_problems(config, index, reader)
-        problems += found
-        problems += ignore_problems(config, index, plan["other_linears"] if plan else ())
+        problems += found + ignore_problems(config, index, plan["other_linears"] if plan else ())
+        problems += cache_problems(config, reader, plan.get("kv_cache") if plan else None)
     units = {layer["name"]: layer["unit"] for layer in layers if "unit" in layer}
     problems += fused_problems(formats, index, units)
     problems += _part_problems(reader, formats, units)
@@ -256,7 +257,7 @@ def _is_plan(content: Any) -> bool:
     if not isinstance(content, dict) or not isinstance(content.get("total_bytes"), int):
         return False
     layers, others = content.get("layers"), content.get("other_linears")
-    if not _are_stacks(content.get("stacked_experts", {})):
+    if not _are_stacks(content.get("stacked_experts", {})) or not is_cache_record(content.get("kv_cache")):
         return False
     if not isinstance(layers, list) or not isinstance(others, list) or not all(isinstance(o, str) for o in others):
         return False

@@ -145,8 +145,17 @@ def describe(job: Job) -> DryRun:
         "evaluation": _evaluation(job, length),
         "rounding": ", ".join([config.rounding, *["output feedback"] * bool(job.feedback_layers), *_learning(job)]),
         "rotation": job.rotation,
+        "kv_cache": _kv_cache(job),
         "seed": config.seed,
     }
+
+
+def _kv_cache(job: Job) -> str | None:
+    """Format of the KV cache, and what a token takes."""
+    if not job.caches:
+        return None
+    count = sum(attention.cached_values for attention in job.caches)
+    return f"{job.config.kv_cache}, {count:,} bytes a token ({2 * count:,} in 16 bits)"
 
 
 def _check_settings(job: Job) -> None:

@@ -35,6 +35,7 @@ from hawqtool.pipeline.search.quality_target import find_smallest
 from hawqtool.pipeline.search.selection import choose, compare, try_plans
 from hawqtool.pipeline.search.trials import TIMINGS, Trial, TrialRunner
 from hawqtool.pipeline.stages.evaluate import check_rotation
+from hawqtool.pipeline.stages.kv_cache import calibrate_cache
 from hawqtool.pipeline.stages.measurement_cache import check_measurements
 from hawqtool.pipeline.stages.report import Outcome, build_report, write_card, write_reproduce
 from hawqtool.pipeline.stages.rows import gather_rows
@@ -121,6 +122,8 @@ def _quantized(
     run.check_rows({name: rows.fingerprint for name, rows in sets.items()})
     with Stopwatch(timings, "rotation"):
         rotation = check_rotation(context, sets)
+    with Stopwatch(timings, "KV cache"):
+        cache = calibrate_cache(context, sets)
     if job.settings.uses_token_importance:
         with Stopwatch(timings, "token importance"):
             sets["calibration"] = with_token_importance(context, sets["calibration"], for_feedback=True)
@@ -142,6 +145,8 @@ def _quantized(
     report["rotation_choice"] = job.rotation
     if rotation is not None:
         report["rotation"] = rotation
+    if cache is not None:
+        report["kv_cache"] = cache
     report["warnings"] += warnings
     if planner and planner.table:
         report["warnings"] += planner.table.warnings

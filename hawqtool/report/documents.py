@@ -200,6 +200,7 @@ class DryRun(TypedDict):
     evaluation: Annotated[str, "Rows that the result is judged on, in words."]
     rounding: Annotated[str, "Rounding in words."]
     rotation: Annotated[str, "Whether the residual stream is rotated, and why."]
+    kv_cache: Annotated[str | None, "Format and bytes of the KV cache; null where it stays in 16 bits."]
     seed: Annotated[int, "Seed."]
     estimate: NotRequired[Annotated[Estimate, "What it may take; on the command line."]]
 

@@ -187,6 +187,17 @@ class MeasurementOrigin(TypedDict):
     seconds: Annotated[float | None, "Seconds that measuring took, whenever that was."]
 
 
+class KvCache(TypedDict):
+    """How an engine caches keys and values by the scales in the file."""
+
+    format: Annotated[str, "`fp8`, one scale a layer for keys and one for values, or `fp8-head`, one a head."]
+    attentions: Annotated[int, "Attentions that have scales."]
+    bytes_per_token: Annotated[int, "Bytes that a token adds to the cache."]
+    bytes_per_token_16_bit: Annotated[int, "Bytes that it adds to one of 16 bits."]
+    kl: Annotated[float, "KL in nats per token of the original with such a cache, queries rounded too, in float32."]
+    rows: Annotated[int, "Rows that this was measured on."]
+
+
 class RotationKind(TypedDict):
     """What a rotation of the residual stream is made from; the source and this give every tensor again."""
 
@@ -254,6 +265,7 @@ class Report(TypedDict):
     measurement: Annotated[MeasurementOrigin | None, "Where the scores come from."]
     rotation_choice: NotRequired[Annotated[str, "Whether the residual stream was rotated, `on` or `off`, and why."]]
     rotation: NotRequired[Annotated[RotationCheck, "How the residual stream was rotated; absent where it was not."]]
+    kv_cache: NotRequired[Annotated[KvCache, "The KV cache; absent where it stays in 16 bits."]]
     manifest: NotRequired[Annotated[ManifestLink, "Hashes of all files of the folder."]]
 
 

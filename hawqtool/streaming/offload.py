@@ -7,13 +7,13 @@ import io
 import itertools
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator, MutableSequence, Sequence
+from collections.abc import Iterable, Iterator, MutableMapping, MutableSequence, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hawqtool.errors import ResourceError
 
@@ -254,3 +254,19 @@ class OffloadedBatches(MutableSequence[Tensor]):
 def total_bytes(states: Sequence[Tensor]) -> int:
     """Bytes of hidden states, which are not read where they are offloaded."""
     return states.nbytes if isinstance(states, OffloadedBatches) else sum(state.nbytes for state in states)
+
+
+@dataclass(frozen=True)
+class StreamMemory:
+    """Where a stream keeps what is no block's.
+
+    Args:
+        offload: Keeps the hidden states between blocks; None keeps all of them on the device.
+        matrices: Loaded matrices outside the blocks by stored name, which streams of one dtype share while one of them
+            lives: an embedding may be larger than a block. Nothing may change them. None where nothing is shared.
+        owns: Whether those are of this stream's source; else each is compared before it is taken.
+    """
+
+    offload: Offload | None = None
+    matrices: MutableMapping[str, nn.Parameter] | None = None
+    owns: bool = True

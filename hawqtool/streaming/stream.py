@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
-from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
 
@@ -32,8 +31,9 @@ from hawqtool.runtime.stage_timer import UNRECORDED, Recorder
 from hawqtool.runtime.store import NOTHING_SAVED, Saved
 from hawqtool.streaming.block import Activations, advance, each_row
 from hawqtool.streaming.converted import ConvertedSource, WeightSource
-from hawqtool.streaming.offload import Offload, OffloadedBatches
+from hawqtool.streaming.offload import OffloadedBatches, StreamMemory
 from hawqtool.streaming.resume_points import ResumePoints
+from hawqtool.streaming.rounded_cache import CacheRounding
 from hawqtool.streaming.rounded_inputs import rounded_inputs
 
 _POSITIONS = 64
@@ -53,22 +53,6 @@ _LARGE_BLOCK = 500_000_000
 
 _ROWS_COMPARED = 4096
 """Rows of a matrix that are compared at a time."""
-
-
-@dataclass(frozen=True)
-class StreamMemory:
-    """Where a stream keeps what is no block's.
-
-    Args:
-        offload: Keeps the hidden states between blocks; None keeps all of them on the device.
-        matrices: Loaded matrices outside the blocks by stored name, which streams of one dtype share while one of them
-            lives: an embedding may be larger than a block. Nothing may change them. None where nothing is shared.
-        owns: Whether those are of this stream's source; else each is compared before it is taken.
-    """
-
-    offload: Offload | None = None
-    matrices: MutableMapping[str, nn.Parameter] | None = None
-    owns: bool = True
 
 
 class ModelStream:
@@ -103,6 +87,7 @@ class ModelStream:
         self.offload, self._matrices, self._owns = memory.offload, memory.matrices, memory.owns
         self._last_index: int | None = None
         self.input_formats: Mapping[str, ActivationFormat] = {}  # of linears whose engine rounds their inputs
+        self.cache = CacheRounding()
         self.blocks = [model.get_submodule(spec.name) for spec in structure.blocks]
         to_meta(model)
         self._load_ends()
@@ -242,7 +227,7 @@ class ModelStream:
         self._expect_after(index) if following is None else self._expect(following)
         loaded = LoadedBlock(module, self.structure.blocks[index])
         try:
-            with rounded_inputs(loaded, self.input_formats):
+            with rounded_inputs(loaded, self.input_formats), self.cache.applied(loaded):
                 yield loaded
         finally:
             to_meta(module)

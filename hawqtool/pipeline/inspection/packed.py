@@ -15,6 +15,7 @@ from hawqtool.export.embedding_table import stored_tables
 from hawqtool.export.engines import TRANSFORMERS, engines
 from hawqtool.export.stored.weights import PARTS, SHAPE, packed_modules, weight_shape
 from hawqtool.export.verify import PLAN_FILE
+from hawqtool.formats.cache import scheme_format
 from hawqtool.pipeline.run.files import PLAN_SCHEMA, REPORT_SCHEMA, read_json
 from hawqtool.records import LayerFormats
 from hawqtool.report.schema import Engine
@@ -46,7 +47,7 @@ def describe_packed(index: CheckpointIndex, config: dict[str, Any]) -> dict[str,
     shapes = {name: weight_shape(reader, name, formats[name]) for name in packed}
     stored = {name: sum(_bytes(index, name + part) for part in PARTS) for name in packed}
     weights = {name: math.prod(shapes[name]) for name in packed}
-    sizes, table = _sizes(index, weights, stored), bool(stored_tables(index))
+    sizes, table, cache = _sizes(index, weights, stored), bool(stored_tables(index)), _cache(config)
     report, note = _recorded(index.folder)
     return {
         "supported": True,
@@ -56,10 +57,20 @@ def describe_packed(index: CheckpointIndex, config: dict[str, Any]) -> dict[str,
         "bits": _by_width(formats, weights, stored),
         "roles": _roles(formats, shapes, weights, stored),
         "sizes": sizes,
-        "engines": _with_trial(engines(formats, shapes, _obstacle(index.folder), table), index.folder),
+        "kv_cache": cache,
+        "engines": _with_trial(engines(formats, shapes, _obstacle(index.folder), table, cache), index.folder),
         "recorded": report,
         "recorded_note": note,
     }
+
+
+def _cache(config: dict[str, Any]) -> str | None:
+    """Format of the KV cache; None where it stays in 16 bits, `unknown` where it is none that is written here."""
+    scheme = config.get("kv_cache_scheme")
+    try:
+        return None if scheme is None else scheme_format(scheme)
+    except ValueError:
+        return "unknown"
 
 
 def _bytes(index: CheckpointIndex, tensor: str) -> int:

@@ -74,7 +74,8 @@ class ShippedChecks:
 def result_engines(job: Job, plan: BitPlan) -> list[Engine]:
     """What each engine does with the result of a plan, by its formats and shapes."""
     shapes = {m.name: (m.out_features, m.in_features) for unit in job.units for m in unit.members}
-    return engines(job.layer_formats(plan.formats), shapes, job.structure.obstacle, bool(job.tables))
+    cache = job.config.kv_cache if job.caches else None
+    return engines(job.layer_formats(plan.formats), shapes, job.structure.obstacle, bool(job.tables), cache)
 
 
 def _problems(job: Job, folder: Path) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.run.memory_budget import memory_limit
 from hawqtool.records import Rows
 from hawqtool.runtime.lifeline import Lifeline
+from hawqtool.streaming.rounded_cache import CacheRounding
 
 SWITCH = "HAWQTOOL_LOAD_TRIAL"
 """Environment variable that switches the trial off when it is 0; the report then says that nothing was tried."""
@@ -162,6 +163,7 @@ def _last_line(stderr: bytes, code: int) -> str:
 def _own_outputs(job: Job, folder: Path, row: Tensor) -> Tensor:
     """Outputs of our own walk over the folder's weights."""
     stream = job.packed_stream(folder)
+    stream.cache = CacheRounding()  # transformers keeps it in 16 bits, whatever the file says
     with torch.no_grad():
         states = stream.final_hidden(row, 1, lambda _: None)
         return stream.outputs(row, states).float().cpu()

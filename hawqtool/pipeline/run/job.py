@@ -28,6 +28,8 @@ from hawqtool.errors import InputError, UsageError
 from hawqtool.export.embedding_table import EmbeddingTable, embedding_table
 from hawqtool.export.layout import Layout, plan_layout
 from hawqtool.export.packed_reader import PackedReader
+from hawqtool.export.stored.cache import cache_scales
+from hawqtool.formats.cache import CachedAttention
 from hawqtool.model.discovery import Structure
 from hawqtool.model.experts import active_share, experts_per_token
 from hawqtool.model.inputs.arguments import row_format, row_positions
@@ -47,8 +49,9 @@ from hawqtool.runtime.ranks import ALONE, Ranks
 from hawqtool.runtime.reporter import Reporter, Silent
 from hawqtool.runtime.stage_timer import UNRECORDED, Recorder
 from hawqtool.streaming.converted import WeightSource
-from hawqtool.streaming.offload import Offload
-from hawqtool.streaming.stream import ModelStream, StreamMemory
+from hawqtool.streaming.offload import Offload, StreamMemory
+from hawqtool.streaming.rounded_cache import CacheRounding, cached_attentions
+from hawqtool.streaming.stream import ModelStream
 
 FEEDBACK_BYTES = 8 << 30
 """Most bytes of moments in the host's memory for output feedback that nobody asked for: an 8B model has 3.3 GB."""
@@ -180,6 +183,8 @@ class Job:
         reader = PackedReader(folder, transposed, self.device)
         stream = self.stream(Prefetcher(reader, pinned=True) if self.device.type == "cuda" else reader)
         stream.input_formats = reader.activation_formats(self.structure.linears)
+        if scales := cache_scales(reader.index):
+            stream.cache = CacheRounding(cached_attentions(self.structure, self.skeleton), scales)
         return stream
 
     def layer_formats(self, formats: UnitFormats) -> LayerFormats:
@@ -188,7 +193,14 @@ class Job:
 
     def layout(self, formats: UnitFormats) -> Layout:
         """Exact bytes of the output files for formats by unit."""
-        return plan_layout(self.index, self.layer_formats(formats), self.structure.linears, tables=self.tables)
+        caches = {attention.name: attention.parts(self.config.kv_cache) for attention in self.caches}
+        known = self.structure.linears
+        return plan_layout(self.index, self.layer_formats(formats), known, tables=self.tables, caches=caches)
+
+    @property
+    def caches(self) -> tuple[CachedAttention, ...]:
+        """Attentions that get scales of the KV cache."""
+        return () if self.config.kv_cache == "none" else cached_attentions(self.structure, self.skeleton)
 
     @property
     def tables(self) -> tuple[EmbeddingTable, ...]:
@@ -313,14 +325,10 @@ def _check_method(job: Job) -> None:
             "--target-shift have nothing to compare; use --rounding gptq or foem without a shift"
         )
     least = SETTINGS_HELD_OUT_EVERY + job.config.learns
-    if job.feedback_layers and rows < least:
+    judged = {"--output-feedback is": job.feedback_layers, "--gram-steps are": job.config.gram_steps}
+    for flag in (flag for flag, given in judged.items() if given and rows < least):
         raise UsageError(
-            f"--output-feedback is judged on every {SETTINGS_HELD_OUT_EVERY}th calibration row that rounding sees, "
-            f"found --num-samples {rows}; raise it to {least} or more"
-        )
-    if job.config.gram_steps and rows < least:
-        raise UsageError(
-            f"--gram-steps are judged on every {SETTINGS_HELD_OUT_EVERY}th calibration row that rounding sees, "
+            f"{flag} judged on every {SETTINGS_HELD_OUT_EVERY}th calibration row that rounding sees, "
             f"found --num-samples {rows}; raise it to {least} or more"
         )
     if method.needs_held_out and rows < SETTINGS_HELD_OUT_EVERY:

@@ -21,7 +21,9 @@ from hawqtool.export.config_checks import dense_matrices
 from hawqtool.export.embedding_table import table_tensors, with_tables
 from hawqtool.export.layout import Layout
 from hawqtool.export.manifest import file_hash
+from hawqtool.export.stored.cache import cache_record
 from hawqtool.export.writer import CheckpointWriter, intact, unfinished_reader, write_config
+from hawqtool.formats.cache import cache_scheme
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.files import PART, plan_document, write_json
 from hawqtool.pipeline.run.job import Job
@@ -170,6 +172,8 @@ def target_config(job: Job, formats: UnitFormats) -> dict[str, Any]:
     others, found = dense_matrices(job.index), job.layer_formats(formats)
     aliases = {name: module for name, module in aliases.items() if name in found}
     config = quantization_config(found, units, other_linears(job, formats), aliases, others)
+    if job.caches:
+        config["kv_cache_scheme"] = cache_scheme(job.config.kv_cache)
     return with_tables(config, job.tables)
 
 
@@ -238,6 +242,8 @@ def _write_blocks(
             weight = TensorReader(job.index, device=job.device).tensor(table.tensor)
             for name, tensor in table_tensors(table, weight.to(job.device)).items():
                 sink.write_tensor(name, tensor)
+        for name, tensor in (rows.cache_scales if rows is not None else {}).items():
+            sink.write_tensor(name, tensor)
     return Written(writer.checksums, sorted(writer.changed), found.layers, found.refinement, earlier)
 
 
@@ -292,6 +298,7 @@ def _write_records(
     more: dict[str, Any] = {"total_bytes": total_bytes, "transformers_obstacle": job.structure.obstacle}
     more |= {"stacked_experts": stacks} if stacks else {}
     more |= {"rotation": rotation.record()} if rotation is not None else {}
+    more |= {"kv_cache": cache_record(job.caches, job.config.kv_cache)} if job.caches else {}
     reproduce = folder / "reproduce"
     reproduce.mkdir(exist_ok=True)
     write_json(reproduce / "plan.json", plan_document(plan, job.units, other_linears(job, plan.formats)) | more)

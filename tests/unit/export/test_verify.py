@@ -245,7 +245,6 @@ def test_group_fields(folder: Path, source: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("kv_cache_scheme", {"num_bits": 8, "type": "float"}),
         ("global_compression_ratio", 2.0),
         ("transform_config", {"config_groups": {"R1": {"type": "hadamard"}}}),
         ("sparsity_config", {"format": "sparse-24-bitmask"}),

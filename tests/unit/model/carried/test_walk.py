@@ -13,8 +13,8 @@ from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.config import RunConfig
 from hawqtool.pipeline.run.job import prepare
 from hawqtool.streaming import resume_points
-from hawqtool.streaming.offload import DISK, Offload
-from hawqtool.streaming.stream import ModelStream, StreamMemory
+from hawqtool.streaming.offload import DISK, Offload, StreamMemory
+from hawqtool.streaming.stream import ModelStream
 from tests.support.replay64 import load, run
 from tests.support.tiny_zoo import calibration_inputs, kind_named, save_kind
 

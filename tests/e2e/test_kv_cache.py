@@ -1,0 +1,50 @@
+"""Scales of the KV cache, from the command's configuration to the folder and its evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hawqtool.checkpoint.index import read_index
+from hawqtool.config import RunConfig
+from hawqtool.errors import UsageError
+from hawqtool.export.verify import verify_folder
+from hawqtool.pipeline.evaluate import run_evaluate
+from hawqtool.pipeline.inspection.packed import describe_packed
+from hawqtool.runtime.reporter import Silent
+from tests.support.runs import Run, read, settings
+from tests.support.tiny_zoo import kind_named, save_kind
+
+
+def test_scales_are_stored_and_evaluated(place: Path, run: Run) -> None:
+    folder, report = run(bits="8", kv_cache="fp8-head")
+    assert verify_folder(folder, place / "model").problems == ()
+    config = read(folder / "config.json")["quantization_config"]
+    assert config["kv_cache_scheme"]["strategy"] == "attn_head"
+    stored = load_file(folder / "model.safetensors")
+    scales = {name: tensor for name, tensor in stored.items() if name.endswith((".k_scale", ".v_scale"))}
+    assert len(scales) == 4 and {tensor.shape for tensor in scales.values()} == {torch.Size([2, 1, 1])}
+    cache = report["kv_cache"]
+    assert (cache["bytes_per_token"], cache["bytes_per_token_16_bit"]) == (128, 256)
+    assert 0 < cache["kl"] < 0.01
+    assert describe_packed(read_index(folder), config)["kv_cache"] == "fp8-head"
+    # The evaluation computes with it: with scales that cut everything it is another one.
+    data = settings(place, eval_data=place / "other.txt")
+    evaluated = run_evaluate(data, folder, Silent())["quantized"]
+    for name in scales:
+        stored[name] *= 1e-6
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    cut = run_evaluate(data, folder, Silent())["quantized"]
+    assert cut["kl"] > 10 * evaluated["kl"]
+    assert any("differs from its SHA-256" in problem for problem in verify_folder(folder).problems)
+
+
+def test_models_without_keys_and_values_are_refused_before_the_work(run: Run, tmp_path: Path) -> None:
+    model = save_kind(kind_named("gpt2"), tmp_path / "model")
+    with pytest.raises(UsageError, match="no attention of GPT2LMHeadModel has layers k_proj and v_proj"):
+        run(model=str(model), bits="8", kv_cache="fp8", profile="vllm")
+    with pytest.raises(ValueError, match="kv-cache has no effect on GGUF files"):
+        RunConfig(model=str(model), to="gguf", template="x.gguf", target_bpw=4, kv_cache="fp8")
