@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -17,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from hawqtool.model.inputs.arguments import model_inputs
 from hawqtool.model.tasks import IMAGES_READ, row_outputs
+from hawqtool.parsing import load_json
 from hawqtool.runtime.lifeline import watch_parent
 
 
@@ -27,11 +30,25 @@ def main(folder: str, class_name: str, trust: str, rows_file: str, outputs_file:
     rows = load_file(rows_file)["rows"]
     if images != "null":
         setattr(model, IMAGES_READ, tuple(map(tuple, json.loads(images))))
+    if _rounds_inputs(folder):
+        _pass(model, rows)  # which unpacks the weights in their own dtype
+        # In 16 bits inputs differ by as much as that, and so does what they are rounded to: by whole steps.
+        model = torch.nn.Module.float(model)
+    save_file({"outputs": _pass(model, rows).float().contiguous()}, outputs_file)
+
+
+def _pass(model: Any, rows: torch.Tensor) -> torch.Tensor:
+    """Outputs of one forward pass in the dtype of the model."""
     dtype = next(model.parameters()).dtype
     inputs = {n: v.to(dtype) if v.is_floating_point() else v for n, v in model_inputs(model, rows).items()}
     with torch.no_grad():
-        outputs = row_outputs(model, model(**inputs))
-    save_file({"outputs": outputs.float().contiguous()}, outputs_file)
+        return row_outputs(model, model(**inputs))
+
+
+def _rounds_inputs(folder: str) -> bool:
+    """Whether inputs of some layers of a folder are rounded."""
+    groups = load_json(Path(folder) / "config.json")["quantization_config"]["config_groups"]
+    return any(group["input_activations"] for group in groups.values())
 
 
 if __name__ == "__main__":

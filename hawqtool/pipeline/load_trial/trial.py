@@ -127,7 +127,8 @@ def _not_possible(job: Job) -> str | None:
         return f"switched off by {SWITCH}=0"
     if util.find_spec("compressed_tensors") is None:
         return "compressed-tensors is not installed"
-    needed = 2 * job.index.total_bytes  # unpacked weights beside packed ones, and what a forward pass takes
+    # Unpacked weights beside packed ones, and what a forward pass takes; twice as much in float32.
+    needed = (4 if any(fmt.activations for fmt in job.config.special_formats) else 2) * job.index.total_bytes
     free = _free_memory()
     limit = memory_limit(job.config, job.device) if job.device.type == "cpu" else None
     if needed > min(free, free if limit is None else limit):
@@ -161,8 +162,10 @@ def _last_line(stderr: bytes, code: int) -> str:
 
 
 def _own_outputs(job: Job, folder: Path, row: Tensor) -> Tensor:
-    """Outputs of our own walk over the folder's weights."""
+    """Outputs of our own walk over the folder's weights, in float32 where inputs are rounded, as the child's are."""
     stream = job.packed_stream(folder)
+    if stream.input_formats and job.dtype != torch.float32:
+        stream = job.packed_stream(folder, torch.float32)
     stream.cache = CacheRounding()  # transformers keeps it in 16 bits, whatever the file says
     with torch.no_grad():
         states = stream.final_hidden(row, 1, lambda _: None)

@@ -177,11 +177,11 @@ class Job:
         reader = TensorReader(self.index, device=self.device)
         return Prefetcher(reader, pinned=True) if self.device.type == "cuda" else reader
 
-    def packed_stream(self, folder: Path) -> ModelStream:
-        """The model with the weights of a written folder."""
+    def packed_stream(self, folder: Path, dtype: torch.dtype | None = None) -> ModelStream:
+        """The model with the weights of a written folder; computing in ``dtype`` where given."""
         transposed = frozenset(n for n, linear in self.structure.linears.items() if linear.transposed)
         reader = PackedReader(folder, transposed, self.device)
-        stream = self.stream(Prefetcher(reader, pinned=True) if self.device.type == "cuda" else reader)
+        stream = self.stream(Prefetcher(reader, pinned=True) if self.device.type == "cuda" else reader, dtype)
         stream.input_formats = reader.activation_formats(self.structure.linears)
         if scales := cache_scales(reader.index):
             stream.cache = CacheRounding(cached_attentions(self.structure, self.skeleton), scales)

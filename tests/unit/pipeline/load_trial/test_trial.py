@@ -15,7 +15,7 @@ from hawqtool.pipeline.load_trial import child as load_child
 from hawqtool.pipeline.load_trial import trial as load_trial
 from hawqtool.pipeline.load_trial.trial import SWITCH, _difference, try_loading
 from hawqtool.pipeline.run.job import Job, prepare
-from tests.support.packed_folder import write_packed
+from tests.support.packed_folder import linear_specs, mixed_formats, write_packed
 from tests.support.tiny import tiny_model
 
 ROWS = torch.arange(3, 35).view(1, -1)
@@ -49,6 +49,14 @@ def in_this_process(command: list[str], **_: object) -> subprocess.CompletedProc
     """What the child does, without the start of a process."""
     load_child.main(*command[3:])
     return subprocess.CompletedProcess(command, 0, b"", b"")
+
+
+def test_rounded_inputs_are_compared_in_float32(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16 they would differ by a tenth and more."""
+    monkeypatch.setattr(load_trial.subprocess, "run", in_this_process)
+    write_packed(job.index.folder, tmp_path / "packed", mixed_formats(linear_specs(job.index), ("nvfp4-a4", "fp8-a8f")))
+    trial = try_loading(job, tmp_path / "packed", ROWS)
+    assert trial.loads is True and ("agrees to 0 (" in trial.reason or "e-" in trial.reason), trial.reason
 
 
 def test_a_folder_whose_config_makes_transformers_compute_otherwise(
