@@ -28,8 +28,10 @@ MODULE_ENERGY, ROW_ENERGY = 0.9, 4.0
 """Squared error over squared weights, at most: zeros in place of the weights would give 1. It counts at 2 and 3 bits,
 where the bound of nearest rounding is no smaller."""
 
-QUIET = 1.0
-"""Rows below this share of the mean are judged as if they had it: shifted targets and feedback may fill a quiet one."""
+QUIET = 0.25
+"""Rows below this share of the mean are judged as if they had it where corrections count: shifted targets may fill a
+quiet one. Feedback carries errors from row to row, which are as large as the grids' steps: what a mean row's grid may
+err, and a mean row's energy at most, is allowed in each."""
 
 MODULE_CORRECTION, ROW_CORRECTION = 0.15, 0.5
 """Squared change over squared weights, at most, that is no rounding: targets that make up for errors of earlier layers
@@ -98,8 +100,9 @@ def error_bound_problems(module: str, error: Tensor, energy: Tensor, bound: Tens
         ("row", (1,), ROW_LIMIT, ROW_CORRECTION, ROW_ENERGY),
     ):
         found, of_weights, of_grid = (values.sum(axes) for values in (error, energy, bound))
-        energies = _loud(of_weights)
-        allowed = torch.minimum(limit * _loud(of_grid) + correction * energies, most * energies)
+        energies = _loud(of_weights, 1.0)
+        rounding, corrections = limit * _loud(of_grid, 1.0), correction * _loud(of_weights, QUIET)
+        allowed = torch.minimum(rounding + corrections, most * energies)
         # Not "found > allowed": a NaN must count as a problem.
         wrong = (~(found <= allowed)).reshape(found.shape).nonzero()
         if len(wrong):
@@ -114,11 +117,9 @@ def error_bound_problems(module: str, error: Tensor, energy: Tensor, bound: Tens
     return []
 
 
-def _loud(values: Tensor) -> Tensor:
-    """Values, raised to a share of the mean of their row, and of all where they are one a row."""
-    if not values.ndim:
-        return values
-    return torch.maximum(values, QUIET * values.mean(-1, keepdim=True))
+def _loud(values: Tensor, share: float) -> Tensor:
+    """Values of rows, raised to a share of their mean; that of a module as it is."""
+    return torch.maximum(values, share * values.mean())
 
 
 def scale_multiples(weight: Tensor, restored: Tensor, error: Tensor, energy: Tensor, bits: int) -> Tensor:

@@ -82,6 +82,18 @@ def test_output_feedback_into_other_rows_is_no_problem() -> None:
     assert error_bound_problems("m", error, energy, bound)
 
 
+@pytest.mark.parametrize("bits", [4, 5, 8])
+def test_a_row_of_zeros_is_a_problem_if_it_is_not_far_below_the_mean(bits: int) -> None:
+    # What feedback may do to a row follows the step of the grids: at more bits quieter rows are told from it.
+    weight = torch.randn(64, COLUMNS, generator=torch.Generator().manual_seed(bits))
+    weight[7] *= {4: 1.0, 5: 0.6, 8: 0.5}[bits]
+    energy = weight.square().view(64, -1, 32).sum(-1)
+    error = torch.zeros_like(energy)
+    error[7] = energy[7]
+    found = error_bound_problems("m", error, energy, half_step_bounds(weight, QuantFormat(bits, 32)))
+    assert found and found[0].startswith("m: row 7 ")
+
+
 def test_gains() -> None:
     gain = torch.tensor([1.0, 0.5, -1.0, 0.0])
     assert gain_problems("n", gain * 1.2, gain) == []
