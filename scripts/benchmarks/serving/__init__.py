@@ -1,0 +1,1 @@
+"""Parts of serve.py: what runs inside the engine's process, and models without weights."""
