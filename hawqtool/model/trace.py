@@ -47,6 +47,21 @@ class WeightUses(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class _ZeroUses(WeightUses):
+    """The same where all watched parameters are zeros: a product with a large vocabulary of them needs no seconds."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.linear and len(args) > 1 and id(args[1]) in self.watched:
+            func = _zero_product
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def _zero_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b for a W of zeros."""
+    product = x.new_zeros(*x.shape[:-1], len(weight))
+    return product if bias is None else product + bias
+
+
 def on_meta(call: Call) -> Call:
     """The call with its tensors on the meta device."""
     moved: Call = tree_map_only(Tensor, lambda t: t.to("meta"), call)
@@ -223,7 +238,7 @@ def unused_parameters(model: Any, names: Sequence[str], replaced: AbstractContex
     places = [
         (m._parameters, leaf, p) for m in model.modules() for leaf, p in m._parameters.items() if id(p) in numbers
     ]
-    uses = WeightUses({id(zero): name for name, zero in zeros.items()})
+    uses = _ZeroUses({id(zero): name for name, zero in zeros.items()})
     try:
         for owner, leaf, parameter in places:
             owner[leaf] = zeros[numbers[id(parameter)]]
