@@ -50,18 +50,21 @@ class ContentRecord:
                 "the model and run again"
             )
 
-    def read(self, places: Iterable[Place], progress: Callable[[int, int], None]) -> None:
+    def read(
+        self, places: Iterable[Place], progress: Callable[[int, int], None], stop: threading.Event | None = None
+    ) -> None:
         """Read and record places that are not recorded yet, several at a time.
 
         Args:
             places: Where to read.
             progress: Called with the number of places that are done and of all.
+            stop: Set from elsewhere it ends the reading; what was read until then is recorded.
 
         Raises:
             InputLostError: If a file cannot be read.
         """
         wanted = [place for place in dict.fromkeys(places) if place not in self._digests]
-        stop = threading.Event()
+        stop = stop or threading.Event()
         with ThreadPoolExecutor(_THREADS, "content") as threads:
             try:
                 tasks = [threads.submit(self._read, place, stop) for place in wanted]

@@ -57,7 +57,7 @@ class _ZeroUses(WeightUses):
 
 
 def _zero_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ + b for a W of zeros."""
+    """X Wᵀ + b for a W of zeros."""
     product = x.new_zeros(*x.shape[:-1], len(weight))
     return product if bias is None else product + bias
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 from hawqtool.allocation.exact import plan_warnings
@@ -18,7 +20,7 @@ from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.files import read_report
 from hawqtool.pipeline.run.fingerprint import config_fingerprint
 from hawqtool.pipeline.run.folder import RunFolder
-from hawqtool.pipeline.run.identity import check_unchanged, record_content, run_identity, stamps
+from hawqtool.pipeline.run.identity import check_unchanged, content_beside, record_content, run_identity, stamps
 from hawqtool.pipeline.run.job import Job, prepare
 from hawqtool.pipeline.run.menu import budget_bytes, job_menu, unquantized_bytes
 from hawqtool.pipeline.run.out_of_memory import (
@@ -47,10 +49,12 @@ from hawqtool.report.documents import DryRun, SensitivityDocument
 from hawqtool.report.plan_comparison import Shipped, shipped_of
 from hawqtool.report.schema import Engine, Report, Search, Verdict
 from hawqtool.report.verdict import verdict
+from hawqtool.runtime.background import beside
 from hawqtool.runtime.reporter import Reporter
 from hawqtool.runtime.stage_timer import Stopwatch
 
 _CHECKING, _CHECKS = "checking the result", 4
+_PAGE_FIGURES = "hawqtool.report.page.figures"
 
 
 def run_quantize(
@@ -84,10 +88,11 @@ def run_quantize(
         if resuming:
             job, warnings = resumed_batch_size(job, run)
         before = stamps(job.index)
-        check_tasks(job)
-        description = describe(job)
-        announce({**description, "estimate": estimate(job)} if estimates else description)
-        record_content(job.index, before, reporter)
+        with content_beside(job, before) as begun:
+            check_tasks(job)
+            description = describe(job)
+            announce({**description, "estimate": estimate(job)} if estimates else description)
+            record_content(job.index, before, reporter, begun)
         fingerprint = config_fingerprint(config, job.index.content)
         run.begin(run_identity(job), config.restart)
         remember_batch_size(job, warnings, run)
@@ -129,6 +134,8 @@ def _quantized(
             sets["calibration"] = with_token_importance(context, sets["calibration"], for_feedback=True)
     with Stopwatch(timings, "measure"):
         planner = None if job.config.plan else make_planner(context, sets)
+    if job.device.type == "cuda":
+        beside(partial(import_module, _PAGE_FIGURES))  # two seconds of the host, which waits for the device now
     checks = ShippedChecks(job, trial_rows(job, sets))
     runner = TrialRunner(context, sets, run.plans, timings, checks)
     search, plans = _plans(runner, planner)

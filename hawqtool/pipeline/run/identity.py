@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -10,7 +14,7 @@ from typing import Any
 import torch
 
 from hawqtool import __version__
-from hawqtool.checkpoint.content import ContentRecord
+from hawqtool.checkpoint.content import ContentRecord, Place
 from hawqtool.checkpoint.index import CheckpointIndex, fingerprint, stored_places, weights_hash
 from hawqtool.checkpoint.originals.codec import stored_parts
 from hawqtool.checkpoint.rotated.codec import original_index
@@ -21,6 +25,7 @@ from hawqtool.pipeline.run.files import file_hash
 from hawqtool.pipeline.run.fingerprint import small_file_hashes
 from hawqtool.pipeline.run.job import Job
 from hawqtool.rounding.kernels.dispatch import kernel_version
+from hawqtool.runtime.background import beside
 from hawqtool.runtime.launched import world_size
 from hawqtool.runtime.reporter import Reporter
 from hawqtool.settings.metadata import Affects
@@ -28,6 +33,8 @@ from hawqtool.settings.metadata import Affects
 _PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scipy")
 _WITHOUT_EFFECT = (Affects.PLACE, Affects.GATES)
 _IN_ANOTHER_FORM = (Affects.MODEL, Affects.MACHINE)
+_PHASE, _TELLS_EVERY = "fingerprint of the weights", 0.1
+"""Name of the reading of all weights in the progress, and seconds between two reports of what is read beside."""
 
 Stamps = dict[str, tuple[int, int]]
 """File name to size in bytes and time of the last change in nanoseconds."""
@@ -67,13 +74,66 @@ def run_identity(job: Job) -> dict[str, Any]:
     }
 
 
-def record_content(index: CheckpointIndex, before: Stamps, reporter: Reporter) -> None:
+@contextmanager
+def content_beside(job: Job, before: Stamps) -> Iterator[Callable[[Reporter], None]]:
+    """While the context lasts, a GPU's host hashes the bytes of the model beside other work.
+
+    Args:
+        job: The model.
+        before: The stamps of its files when their headers were read.
+
+    Yields:
+        What waits until all of it is hashed, and tells how far that is; on a CPU it does nothing.
+
+    Raises:
+        InputLostError: If a file is another since then.
+    """
+    content, stop, over = job.index.content, threading.Event(), threading.Event()
+    if job.device.type != "cuda" or content is None:
+        yield lambda _: None
+        return
+    check_unchanged(job.index, before)
+    places = _places(job.index)
+    done = [0, len(places)]
+
+    def read() -> None:
+        try:
+            content.read(places, lambda *now: done.__setitem__(slice(None), now), stop)
+        finally:
+            over.set()
+
+    def wait(reporter: Reporter) -> None:
+        while not over.wait(_TELLS_EVERY):
+            reporter.progress(_PHASE, *done)
+        finished()
+        reporter.progress(_PHASE, len(places), len(places))
+
+    finished = beside(read)
+    try:
+        yield wait
+    finally:
+        stop.set()
+
+
+def _places(index: CheckpointIndex) -> list[Place]:
+    """All places of the weights, by file and offset.
+
+    So a part follows the tensor that it belongs to, whose bytes are in memory then.
+    """
+    parts = {part.place for info in original_index(index).tensors.values() for part in stored_parts(info)}
+    return sorted(parts.union(stored_places(index.files)))
+
+
+def record_content(
+    index: CheckpointIndex, before: Stamps, reporter: Reporter, begun: Callable[[Reporter], None] = lambda _: None
+) -> None:
     """Hash every byte of the model as the run begins; whatever it reads later is compared with that.
 
     Args:
         index: Its record is filled.
         before: The stamps of its files when their headers were read.
         reporter: Progress, since reading all weights takes a while.
+        begun: Waits for what was begun beside (see `content_beside`).
 
     Raises:
         InputLostError: If a file cannot be read, or is another since its header was read.
@@ -81,10 +141,8 @@ def record_content(index: CheckpointIndex, before: Stamps, reporter: Reporter) -
     content = index.content
     assert content is not None  # `prepare` makes one
     check_unchanged(index, before)
-    parts = {part.place for info in original_index(index).tensors.values() for part in stored_parts(info)}
-    # By file and offset, so that a part follows the tensor that it belongs to, whose bytes are in memory then.
-    places = sorted(parts.union(stored_places(index.files)))
-    content.read(places, lambda done, total: reporter.progress("fingerprint of the weights", done, total))
+    begun(reporter)
+    content.read(_places(index), partial(reporter.progress, _PHASE))
     check_unchanged(index, before)
     content.weights = weights_hash(index.files, content)
     try:
