@@ -82,7 +82,10 @@ def score_rows(
     projects = any(metric != "kron" for metric in metrics)
     # Formats lie between outputs and inputs, so that the products of one output with all formats are one matrix.
     stacked = [torch.stack([error.float() for error in by_label.values()], 1) for by_label in errors]
-    found = [_gradient_terms(layer, error, projects) for layer, error in zip(layers, stacked, strict=True)]
+    found = [
+        _gradient_terms(layer, error, "fisher" in metrics, projects)
+        for layer, error in zip(layers, stacked, strict=True)
+    ]
     inputs = found[0].inputs
     powers = [ranks.mean(terms.power.mean(0), len(inputs)) for terms in found]
     if "kron" in metrics:
@@ -141,11 +144,14 @@ class _GradientTerms:
     trace: Tensor
 
 
-def _gradient_terms(layer: LayerRows, errors: Tensor, projects: bool) -> _GradientTerms:
-    """Terms of the rows' gradients with errors ``[out, formats, in]``; all but the power are 0 without ``projects``."""
+def _gradient_terms(layer: LayerRows, errors: Tensor, diagonal: bool, projects: bool) -> _GradientTerms:
+    """Terms of the rows' gradients with errors ``[out, formats, in]``; all but the power are 0 without ``projects``.
+
+    Without ``diagonal`` the one of ``fisher`` is 0.
+    """
     height, formats, width = errors.shape
     limit = _chunk_elements(errors)
-    squares = errors.square() if projects else errors
+    squares = errors.square() if diagonal else None
     inputs: list[Tensor] = []
     powers, sums = [], []
     for rows in _batches(layer.rows, max(1, limit // (height * width))):
@@ -159,7 +165,9 @@ def _gradient_terms(layer: LayerRows, errors: Tensor, projects: bool) -> _Gradie
                 token_product(g[:, outputs], x, out=gradient)
             projected = torch.bmm(errors[outputs], gradients.permute(1, 2, 0)).double()
             gradients.square_()
-            fisher = torch.bmm(squares[outputs], gradients.permute(1, 2, 0)).sum(0)
+            fisher = errors.new_zeros(formats, len(rows))
+            if squares is not None:
+                fisher = torch.bmm(squares[outputs], gradients.permute(1, 2, 0)).sum(0)
             trace = gradients.sum(2).sum(1, keepdim=True).t()
             total += torch.cat([fisher, projected.square().sum(0), projected.sum(0), trace])
         sums.append(total)

@@ -20,3 +20,4 @@ def test_plans_are_compared_and_one_is_carried_out(run: Run) -> None:
     assert len(lines) == len(rivals) and all("rounded one by one" in line for line in lines)
     assert "rounded one by one" in model_card(report, None)
     assert evaluation["selection"]["plans"] >= 1
+    assert set(evaluation["mixed"]["predicted"]) == {"projection"}  # no other metric was measured

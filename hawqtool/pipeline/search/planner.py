@@ -34,7 +34,7 @@ from hawqtool.pipeline.run.menu import (
 )
 from hawqtool.pipeline.search.shortlist import RULE, alternatives, rule_plan
 from hawqtool.pipeline.stages.measure import Origin, measured
-from hawqtool.records import BitPlan, Menu, Rows, SensitivityTable, Unit, UnitFormats, UnitScores
+from hawqtool.records import SWEEP_METRICS, BitPlan, Menu, Rows, SensitivityTable, Unit, UnitFormats, UnitScores
 from hawqtool.report.documents import SensitivityDocument
 
 EXACT_UNITS = 500
@@ -147,7 +147,7 @@ def make_planner(context: RunContext, sets: dict[str, Rows]) -> Planner:
         if job.config.measurements is not None:
             # The widths of any budget, so that runs that differ in it alone share one measurement.
             menu = job_menu(job, None)
-        document, origin = measured(context, menu, sets)
+        document, origin = measured(context, menu, sets, _metrics(job))
         return Planner(context, parse_sensitivity(document, "the measurement")[0], document, origin)
     path = Path(job.config.sensitivity)
     given = cast(SensitivityDocument, read_json(path, SENSITIVITY_SCHEMA))
@@ -156,6 +156,15 @@ def make_planner(context: RunContext, sets: dict[str, Rows]) -> Planner:
     seconds = table.settings.get("seconds")
     origin = Origin("file", None, seconds if isinstance(seconds, float) else None)
     return Planner(context, table, given, origin)
+
+
+def _metrics(job: Job) -> tuple[str, ...]:
+    """Metrics that are measured: all, or the one that chooses where rivals are measured too and nobody else asks.
+
+    Beside it each takes a product of every layer's errors with the moments of its inputs, or with its gradients.
+    """
+    alone = job.settings.proof == "layerwise" and job.settings.shortlist == 1 and job.config.measurements is None
+    return (job.settings.metric,) if alone and job.settings.metric in SWEEP_METRICS else SWEEP_METRICS
 
 
 def _check_saved(job: Job, table: SensitivityTable, measured_model: str) -> None:
