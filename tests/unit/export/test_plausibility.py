@@ -94,6 +94,20 @@ def test_a_row_of_zeros_is_a_problem_if_it_is_not_far_below_the_mean(bits: int) 
     assert found and found[0].startswith("m: row 7 ")
 
 
+def test_a_step_wider_than_a_row_is_no_problem_and_more_than_its_bound_is() -> None:
+    # As seen in whole rows at 3 bits: one weight that is half of a row's energy, and errors of 16 times that energy.
+    weight = torch.full((4, 3072), 0.05)
+    weight[1, 0] = 7.0
+    energy, bound = weight.square().sum(1, keepdim=True), half_step_bounds(weight, QuantFormat(3, 0))
+    error = 0.05 * energy
+    error[1] = 16 * energy[1]
+    assert error_bound_problems("m", error, energy, bound) == []
+    error[1] *= 50
+    assert error_bound_problems("m", error, energy, bound)
+    error[1] = 5 * energy[1]
+    assert error_bound_problems("m", error, energy, 0.5 * energy.mean().expand(4, 1))
+
+
 def test_gains() -> None:
     gain = torch.tensor([1.0, 0.5, -1.0, 0.0])
     assert gain_problems("n", gain * 1.2, gain) == []
