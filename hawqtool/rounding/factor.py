@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +45,8 @@ class Factor:
     dead_inputs: int
     num_tokens: int
     _steps: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    recorded: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """Recorded loops over it, or how often one would have served, by their form."""
 
     def steps(self, size: int) -> list[tuple[Tensor, Tensor]]:
         """U by blocks of columns: its block on the diagonal, contiguous, and what lies right of that.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import repeat
@@ -15,6 +15,7 @@ from hawqtool.rounding.factor import Factor
 from hawqtool.rounding.floats.elements import CODE_DTYPE, Element
 from hawqtool.rounding.kernels.column_block import ColumnBlock
 from hawqtool.rounding.kernels.dispatch import column_loop
+from hawqtool.rounding.kernels.recorded_loop import MOST_ROWS, UNRECORDED_USES, RecordedLoop
 
 BLOCK_SIZE = 32
 """Columns per lazy update: 32 was up to twice as fast as the customary 128 on a CPU; the codes do not depend on it."""
@@ -89,6 +90,11 @@ def round_compensated(
     size, round_block = (BLOCK_SIZE, _round_block) if fused is None else (fused.BLOCK_COLUMNS, fused.round_block)
     round_block = round_block if element is None else partial(_round_float_block, element)
     size = PAPER_BLOCK if paper_form else block_size or size
+    if weight.is_cuda and fused is not None and size == fused.BLOCK_COLUMNS and not paper_form:
+        recorded = _recorded(factor, target, zeros is not None, beta, size, round_block)
+        if recorded is not None:
+            limits = grids.lowest, grids.highest
+            return _natural(recorded.run(target, scales, zeros, limits, column_errors), factor)
     feedback = torch.zeros_like(target)
     codes = torch.empty_like(target, dtype=torch.int8)
     errors = torch.empty_like(target[:size]) if column_errors is None else column_errors
@@ -101,9 +107,35 @@ def round_compensated(
         round_block(block, beta)
         if later.shape[1]:
             feedback[len(feedback) - later.shape[1] :].addmm_(later.t(), block.errors, alpha=-1.0)
+    return _natural(codes, factor) if element is None else _natural(codes, factor).view(CODE_DTYPE)
+
+
+def _natural(codes: Tensor, factor: Factor) -> Tensor:
+    """Codes ``[rows, in]`` in natural order from ``[in, rows]`` in visiting order."""
     result = torch.empty_like(codes)
     result[factor.order] = codes
-    return _transposed(result) if element is None else _transposed(result).view(CODE_DTYPE)
+    return _transposed(result)
+
+
+def _recorded(
+    factor: Factor,
+    target: Tensor,
+    has_zeros: bool,
+    beta: float,
+    size: int,
+    round_block: Callable[[ColumnBlock, float], None],
+) -> RecordedLoop | None:
+    """The loop as a graph, where few rows go through it over and over again; None for others and the first times."""
+    rows = target.shape[1]
+    form = rows, has_zeros, beta
+    known = factor.recorded.get(form, 0)
+    if rows > MOST_ROWS or isinstance(known, RecordedLoop):
+        return known or None
+    if known < UNRECORDED_USES:
+        factor.recorded[form] = known + 1
+        return None
+    loop = factor.recorded[form] = RecordedLoop(factor.steps(size), target, has_zeros, round_block, beta)
+    return loop
 
 
 def _blocks(
