@@ -82,10 +82,7 @@ def score_rows(
     projects = any(metric != "kron" for metric in metrics)
     # Formats lie between outputs and inputs, so that the products of one output with all formats are one matrix.
     stacked = [torch.stack([error.float() for error in by_label.values()], 1) for by_label in errors]
-    found = [
-        _gradient_terms(layer, error, "fisher" in metrics, projects)
-        for layer, error in zip(layers, stacked, strict=True)
-    ]
+    found = [_gradient_terms(layer, error, metrics) for layer, error in zip(layers, stacked, strict=True)]
     inputs = found[0].inputs
     powers = [ranks.mean(terms.power.mean(0), len(inputs)) for terms in found]
     if "kron" in metrics:
@@ -144,14 +141,12 @@ class _GradientTerms:
     trace: Tensor
 
 
-def _gradient_terms(layer: LayerRows, errors: Tensor, diagonal: bool, projects: bool) -> _GradientTerms:
-    """Terms of the rows' gradients with errors ``[out, formats, in]``; all but the power are 0 without ``projects``.
-
-    Without ``diagonal`` the one of ``fisher`` is 0.
-    """
+def _gradient_terms(layer: LayerRows, errors: Tensor, metrics: Sequence[str]) -> _GradientTerms:
+    """Terms of the rows' gradients with errors ``[out, formats, in]``; those that no metric wants are 0."""
+    projects = any(metric != "kron" for metric in metrics)
     height, formats, width = errors.shape
     limit = _chunk_elements(errors)
-    squares = errors.square() if diagonal else None
+    squares = errors.square() if "fisher" in metrics else None
     inputs: list[Tensor] = []
     powers, sums = [], []
     for rows in _batches(layer.rows, max(1, limit // (height * width))):
