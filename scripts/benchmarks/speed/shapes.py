@@ -211,7 +211,8 @@ def _write_family(shape: FamilyShape, folder: Path, device: torch.device, seed: 
     if shape.head_width is not None:
         config.update({"head_dim": shape.head_width})
     if types:
-        config.layer_types = types[: shape.blocks]
+        # The last ones, so that a single block of a hybrid has attention: transformers refuses a cache without any.
+        config.layer_types = types[len(types) - shape.blocks :]
     torch.manual_seed(seed)
     with device:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
