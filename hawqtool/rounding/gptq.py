@@ -86,9 +86,10 @@ def round_compensated(
     target = _transposed(weight).index_select(0, factor.order)
     scales, zeros = _visited(grids.scales, factor), None if grids.zeros is None else _visited(grids.zeros, factor)
     element = grids.element
-    fused = column_loop(weight.device) if weight.dtype == torch.float32 and element is None else None
+    fused = column_loop(weight.device, element is not None) if weight.dtype == torch.float32 else None
     size, round_block = (BLOCK_SIZE, _round_block) if fused is None else (fused.BLOCK_COLUMNS, fused.round_block)
-    round_block = round_block if element is None else partial(_round_float_block, element)
+    if element is not None:
+        round_block = partial(_round_float_block if fused is None else fused.round_block, element=element)
     size = PAPER_BLOCK if paper_form else block_size or size
     if weight.is_cuda and fused is not None and size == fused.BLOCK_COLUMNS and not paper_form:
         recorded = _recorded(factor, target, zeros is not None, beta, size, round_block)
@@ -254,7 +255,7 @@ def _round_block(block: ColumnBlock, beta: float) -> None:
     codes.copy_(levels if zeros is None else levels.add_(zeros))
 
 
-def _round_float_block(element: Element, block: ColumnBlock, beta: float) -> None:
+def _round_float_block(block: ColumnBlock, beta: float, element: Element) -> None:
     """One block of columns whose codes are floats: the nearest value of the codebook, whatever its distance."""
     target, feedback, scales, _, upper, _, _, codes, errors = block
     keep, keep_squared = 1.0 - beta, (1.0 - beta) ** 2

@@ -52,9 +52,15 @@ def kernel_version(device: torch.device) -> str:
     return f"{kernel}, {compiler} {importlib.import_module(compiler).__version__}"
 
 
-def column_loop(device: torch.device) -> ModuleType | None:
-    """The module whose ``round_block`` rounds ``BLOCK_COLUMNS`` columns; None for the eager loop."""
-    return _imported(_COLUMN_LOOPS.get(kernel_for(device)))
+def column_loop(device: torch.device, floats: bool = False) -> ModuleType | None:
+    """The module whose ``round_block`` rounds ``BLOCK_COLUMNS`` columns; None for the eager loop.
+
+    Args:
+        device: Where the columns are.
+        floats: Whether codes are floats, which Numba's does not know.
+    """
+    kernel = kernel_for(device)
+    return None if floats and kernel == "numba" else _imported(_COLUMN_LOOPS.get(kernel))
 
 
 def scale_search(device: torch.device) -> ModuleType | None:

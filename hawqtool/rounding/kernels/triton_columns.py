@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
+from hawqtool.rounding.floats.elements import Element
 from hawqtool.rounding.kernels.column_block import ColumnBlock
 
 BLOCK_COLUMNS = 128
@@ -15,6 +18,33 @@ _TILES = ((1024, 8), (512, 4), (0, 2))
 without a barrier. A GPU has about 132 processors: few rows, as those of output feedback, are shared by more of them,
 each of which then has less to do in a column. The bits are the same: a sum has one term that is not zero.
 """
+
+
+@triton.jit
+def _rounded(level):  # type: ignore[no-untyped-def]
+    """The nearest integer: adding 1.5 · 2^23 leaves no bits below one, so the sum rounds half to even.
+
+    Bounds are integers, so that clipping before it changes nothing.
+    """
+    return (level + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def _nearest_float(  # type: ignore[no-untyped-def]
+    level, MANTISSA: tl.constexpr, LEAST: tl.constexpr, LARGEST: tl.constexpr
+):
+    """The nearest small float, half to even, and its bits as an E4M3 number, which all codes are in memory."""
+    magnitude = tl.minimum(tl.abs(level), LARGEST)
+    exponent = tl.maximum((magnitude.to(tl.int32, bitcast=True) >> 23) - 127, LEAST)
+    # Powers of two by their bits: the spacing of values around the magnitude, and its inverse.
+    spacing = ((exponent - MANTISSA + 127) << 23).to(tl.float32, bitcast=True)
+    inverse = ((MANTISSA - exponent + 127) << 23).to(tl.float32, bitcast=True)
+    magnitude = _rounded(magnitude * inverse) * spacing
+    bits = magnitude.to(tl.int32, bitcast=True)
+    # E4M3 has a bias of 7 and three bits of mantissa; below 2^-6 its codes count steps of 2^-9.
+    code = tl.where(magnitude < 0.015625, (magnitude * 512.0).to(tl.int32), (bits >> 20) - (120 << 3))
+    negative = level.to(tl.int32, bitcast=True) < 0
+    return tl.where(negative, -magnitude, magnitude), tl.where(negative, code | 128, code).to(tl.int8)
 
 
 @triton.jit
@@ -35,8 +65,14 @@ def _round_block_kernel(  # type: ignore[no-untyped-def]
     HAS_ZEROS: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
+    MANTISSA: tl.constexpr = -1,
+    LEAST: tl.constexpr = 0,
+    LARGEST: tl.constexpr = 0.0,
 ):
-    """A tile of rows through all columns of a block; the feedback of the block stays in registers."""
+    """A tile of rows through all columns of a block; the feedback of the block stays in registers.
+
+    Codes are integers, or floats of so many bits of mantissa, from an exponent on, up to a largest one.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_row = row < rows
     column = tl.arange(0, COLUMNS)
@@ -53,24 +89,22 @@ def _round_block_kernel(  # type: ignore[no-untyped-def]
         pivot = tl.load(upper + j * WIDTH + j)
         current = tl.sum(tl.where(column[:, None] == j, carried, 0.0), axis=0)
         level = tl.div_rn(tl.fma(current, keep, value), step)
-        if HAS_ZEROS:
+        if MANTISSA >= 0:
+            level, code = _nearest_float(level, MANTISSA, LEAST, LARGEST)
+        elif HAS_ZEROS:
             zero = tl.load(zeros + place, mask=is_row, other=0.0)
-            level = tl.minimum(tl.maximum(level, low - zero), high - zero)
+            level = _rounded(tl.minimum(tl.maximum(level, low - zero), high - zero))
+            code = (level + zero).to(tl.int8)
         else:
-            level = tl.minimum(tl.maximum(level, low), high)
-        # Adding 1.5 · 2^23 leaves no bits below one: the sum rounds half to even. The bounds are integers, so
-        # clipping first changes nothing.
-        level = (level + 12582912.0) - 12582912.0
+            level = _rounded(tl.minimum(tl.maximum(level, low), high))
+            code = level.to(tl.int8)
         error = tl.div_rn(tl.fma(-level, step, tl.fma(current, keep_squared, value)), pivot)
         tl.store(errors + place, error, mask=is_row)
-        if HAS_ZEROS:
-            tl.store(codes + place, (level + zero).to(tl.int8), mask=is_row)
-        else:
-            tl.store(codes + place, level.to(tl.int8), mask=is_row)
+        tl.store(codes + place, code, mask=is_row)
         carried = tl.fma(-factors[:, None], error[None, :], carried)
 
 
-def round_block(block: ColumnBlock, beta: float) -> None:
+def round_block(block: ColumnBlock, beta: float, element: Element | None = None) -> None:
     """Round the columns of one block; the arithmetic is that of `hawqtool.rounding.gptq.round_compensated`.
 
     Products are fused into sums, as CUDA's own ``add``, ``addcmul`` and ``addr`` do; division is IEEE, rounding
@@ -79,6 +113,7 @@ def round_block(block: ColumnBlock, beta: float) -> None:
     Args:
         block: Its tensors, float32; at most `BLOCK_COLUMNS` columns.
         beta: FOEM's β.
+        element: Values of codes that are floats, written as the bytes of E4M3 numbers; None for integers.
     """
     target, zeros = block.target, block.zeros
     width, rows = target.shape
@@ -102,4 +137,9 @@ def round_block(block: ColumnBlock, beta: float) -> None:
             COLUMNS=BLOCK_COLUMNS,
             ROWS=tile,
             num_warps=1,
+            **({} if element is None else _constants(element)),
         )
+
+
+def _constants(element: Element) -> dict[str, Any]:
+    return {"MANTISSA": element.mantissa_bits, "LEAST": element.least_exponent, "LARGEST": element.largest}

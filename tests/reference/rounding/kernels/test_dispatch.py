@@ -11,6 +11,7 @@ from torch import Tensor
 from hawqtool.errors import UsageError
 from hawqtool.formats import QuantFormat
 from hawqtool.rounding.factor import Factor, factorize
+from hawqtool.rounding.floats.elements import ELEMENTS, Element
 from hawqtool.rounding.gptq import RowGrids, round_compensated
 from hawqtool.rounding.grid import dequantize, nearest_codes, search_grid
 from hawqtool.rounding.kernels.dispatch import EAGER, VARIABLE, column_loop, kernel_for, scale_search
@@ -60,6 +61,19 @@ def test_same_codes(both_kernels, rows: int, columns: int, bits: int, beta: floa
     # Sums that lie on a tie up to float32 may round either way, and change the rest of their row.
     assert (eager != fused).float().mean() < 0.01
     assert fused.dtype == torch.int8 and fused.shape == weight.shape
+
+
+@pytest.mark.parametrize("element", ELEMENTS.values(), ids=ELEMENTS)
+def test_same_codes_of_floats(both_kernels, element: Element) -> None:
+    factor, weight, grids = case(40, 150, 4, False)
+    weight[:, 3], weight[0] = 0.0, torch.linspace(-1.3, 1.3, 150)
+    scales = weight.abs().amax(1, keepdim=True).expand_as(weight) / element.largest
+    scales = torch.exp2(torch.log2(scales).round())  # some weights lie beyond the largest code, others on ties
+    weight[1] = scales[1] * (element.values()[torch.arange(150) % len(element.values())] + 2.0**-10)
+    floats = RowGrids(scales, grids.lowest, grids.highest, None, element)
+    eager, fused = both_kernels(lambda: round_compensated(weight, floats, factor, 0.1, block_size=128))
+    assert fused.dtype == eager.dtype == torch.float8_e4m3fn
+    assert (eager.view(torch.int8) != fused.view(torch.int8)).float().mean() < 0.01
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
