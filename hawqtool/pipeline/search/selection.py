@@ -54,7 +54,7 @@ class Selection:
     def minus_uniform(self) -> PairedDifference | None:
         """The best mixed plan less the uniform one on the selection rows; None where one is missing or both are one."""
         if self.proof is not None and self.uniform is None:
-            return self.proof.minus_uniform
+            return self.proof.minus_uniform(self.best)
         mixed, uniform = self.mixed[self.best], self.uniform
         if uniform is None or uniform is mixed or "selection" not in uniform.quality:
             return None
@@ -109,19 +109,24 @@ def _compared(runner: TrialRunner, plans: dict[str, BitPlan]) -> Selection:
     """Let a layerwise comparison choose: a mixed plan that is better for sure is all that is carried out.
 
     Where it is not, the best uniform plan is carried out too: without output feedback all plans of few bits are far
-    from the original, and nearer to each other than they will be.
+    from the original, and nearer to each other than they will be. So is the metric's own plan, where another one is
+    the best of plans that are that far.
     """
     job, uniform = runner.context.job, _largest_uniform(runner.context.job, next(iter(plans.values())))
     proof = compare_layerwise(runner, plans, uniform)
-    best, difference = proof.best, proof.minus_uniform
-    if uniform is None or difference is None or difference.is_less(proof.tried) or not obeys(job, uniform[1]):
+    best, difference = proof.best, proof.minus_uniform(proof.best)
+    sure = uniform is None or difference is None or difference.is_less(proof.tried) or not obeys(job, uniform[1])
+    rival = None if sure else uniform
+    if rival is None and not proof.doubts:
         runner.certain = formats_key(proof.plans[best].formats)
         mixed = {best: runner.run_trial(best, proof.plans[best], ("report",))}
         return Selection(mixed, None, best, not_rounded=proof.rivals(best, {best}), proof=proof)
-    mixed, rival = {best: runner.run_trial(best, proof.plans[best])}, runner.run_trial(*uniform)
-    found = Selection(mixed, rival, best, proof=proof)
-    shipped = uniform[0] if choose(job, found) == "uniform" else best
-    return replace(found, not_rounded=proof.rivals(shipped, {best, uniform[0]}))
+    names = [best, next(iter(plans))] if proof.doubts else [best]
+    mixed = {name: runner.run_trial(name, proof.plans[name]) for name in names}
+    best = min(mixed, key=lambda name: mixed[name].selection)
+    found = Selection(mixed, runner.run_trial(*rival) if rival else None, best, proof=proof)
+    shipped = rival[0] if rival and choose(job, found) == "uniform" else best
+    return replace(found, not_rounded=proof.rivals(shipped, {*mixed, *(rival or ())[:1]}))
 
 
 def _largest_uniform(job: Job, plan: BitPlan) -> tuple[str, BitPlan] | None:

@@ -95,3 +95,24 @@ def test_what_is_better_for_sure_is_carried_out_alone(
     for name, rival in rivals.items():
         assert rival["minus_shipped"]["difference"] == pytest.approx(mean[name] - mean[shipped])
     assert all("rounded one by one" in line for line in not_rounded_lines(record))
+
+
+FAR = [1.3, 1.4, 1.2, 1.3]
+
+
+@pytest.mark.parametrize(("own", "best"), [([0.8] * 4, "kron"), ([2.0] * 4, RULE)])
+@pytest.mark.parametrize("uniform", [HIGH, FAR])
+def test_far_plans_do_not_displace_the_metrics_own(
+    monkeypatch: pytest.MonkeyPatch, own: list[float], best: str, uniform: list[float]
+) -> None:
+    monkeypatch.setattr(selection, "obeys", lambda *_: True)
+    sure = uniform is HIGH
+    runner: Any = FakeRunner({"kron": MIDDLE, RULE: FAR, UNIFORM: uniform}, {"kron": own, RULE: LOW, UNIFORM: HIGH})
+    found = try_plans(runner, {"kron": OWN, RULE: RIVAL}, {"u0": {"w2g32": Score(1.0, 0.1)}})
+    assert runner.tried == [(name, JUDGED) for name in (RULE, "kron", *([] if sure else [UNIFORM]))]
+    assert found.best == best and choose(runner.context.job, found) == "mixed" and runner.certain == ""
+    record = compare(found, evaluation(LOW), lambda _: {})
+    assert set(record.get("not_rounded", {})) == ({UNIFORM} if sure else set())
+    if sure:  # of the plan that is shipped, though the comparison liked the other one better
+        layerwise = {"kron": 1.4875, RULE: 1.3}[best]
+        assert record["selection"]["mixed_minus_uniform"] == pytest.approx(layerwise - 2.0)
