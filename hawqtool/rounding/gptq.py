@@ -92,10 +92,11 @@ def round_compensated(
         round_block = partial(_round_float_block if fused is None else fused.round_block, element=element)
     size = PAPER_BLOCK if paper_form else block_size or size
     if weight.is_cuda and fused is not None and size == fused.BLOCK_COLUMNS and not paper_form:
-        recorded = _recorded(factor, target, zeros is not None, beta, size, round_block)
+        kind = element.name if element else zeros is not None
+        recorded = _recorded(factor, target, kind, beta, size, round_block)
         if recorded is not None:
             limits = grids.lowest, grids.highest
-            return _natural(recorded.run(target, scales, zeros, limits, column_errors), factor)
+            return _natural(recorded.run(target, scales, zeros, limits, column_errors), factor, element)
     feedback = torch.zeros_like(target)
     codes = torch.empty_like(target, dtype=torch.int8)
     errors = torch.empty_like(target[:size]) if column_errors is None else column_errors
@@ -108,34 +109,37 @@ def round_compensated(
         round_block(block, beta)
         if later.shape[1]:
             feedback[len(feedback) - later.shape[1] :].addmm_(later.t(), block.errors, alpha=-1.0)
-    return _natural(codes, factor) if element is None else _natural(codes, factor).view(CODE_DTYPE)
+    return _natural(codes, factor, element)
 
 
-def _natural(codes: Tensor, factor: Factor) -> Tensor:
-    """Codes ``[rows, in]`` in natural order from ``[in, rows]`` in visiting order."""
+def _natural(codes: Tensor, factor: Factor, element: Element | None) -> Tensor:
+    """Codes ``[rows, in]`` in natural order from ``[in, rows]`` int8 in visiting order."""
     result = torch.empty_like(codes)
     result[factor.order] = codes
-    return _transposed(result)
+    return _transposed(result) if element is None else _transposed(result).view(CODE_DTYPE)
 
 
 def _recorded(
     factor: Factor,
     target: Tensor,
-    has_zeros: bool,
+    kind: str | bool,
     beta: float,
     size: int,
     round_block: Callable[[ColumnBlock, float], None],
 ) -> RecordedLoop | None:
-    """The loop as a graph, where few rows go through it over and over again; None for others and the first times."""
+    """The loop as a graph, where few rows go through it over and over again; None for others and the first times.
+
+    Its kind is the element of floats, or whether integers have zero points.
+    """
     rows = target.shape[1]
-    form = rows, has_zeros, beta
+    form = rows, kind, beta
     known = factor.recorded.get(form, 0)
     if rows > MOST_ROWS or isinstance(known, RecordedLoop):
         return known or None
     if known < UNRECORDED_USES:
         factor.recorded[form] = known + 1
         return None
-    loop = factor.recorded[form] = RecordedLoop(factor.steps(size), target, has_zeros, round_block, beta)
+    loop = factor.recorded[form] = RecordedLoop(factor.steps(size), target, kind is True, round_block, beta)
     return loop
 
 

@@ -9,6 +9,7 @@ import torch
 
 from hawqtool.rounding import gptq
 from hawqtool.rounding.factor import factorize
+from hawqtool.rounding.floats.elements import CODE_DTYPE, ELEMENTS
 from hawqtool.rounding.gptq import RowGrids, round_compensated
 from hawqtool.rounding.kernels import recorded_loop
 
@@ -32,8 +33,20 @@ def test_the_third_loop_of_a_form_is_recorded(monkeypatch: pytest.MonkeyPatch) -
     found = [gptq._recorded(factor, few, False, 0.0, 128, lambda *_: None) for _ in range(4)]
     assert found[:2] == [None, None] and found[2] is found[3] is not None
     assert [gptq._recorded(factor, many, False, 0.0, 128, lambda *_: None) for _ in range(4)] == [None] * 4
-    assert gptq._recorded(factor, few, True, 0.0, 128, lambda *_: None) is None  # another form
+    for kind in (True, "e2m1"):  # other forms: zero points, floats
+        assert gptq._recorded(factor, few, kind, 0.0, 128, lambda *_: None) is None
     assert made == [(4, False)]
+
+
+@NEEDS_GPU
+def test_codes_of_floats_are_floats() -> None:
+    factor = factor_on("cuda")
+    found = []
+    for columns in (factor, factor, factor, factor, factor_on("cuda")):  # the third one is recorded
+        weight = torch.randn(32, 256, generator=torch.Generator().manual_seed(1)).cuda()
+        grids = RowGrids(torch.full((32, 8), 0.3).cuda(), *(torch.zeros(32).cuda(),) * 2, element=ELEMENTS["e2m1"])
+        found.append(round_compensated(weight, grids, columns))
+    assert all(codes.dtype == CODE_DTYPE and torch.equal(codes.float(), found[-1].float()) for codes in found)
 
 
 @NEEDS_GPU
