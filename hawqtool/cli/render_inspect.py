@@ -193,6 +193,8 @@ def _print_quantized(console: Console, description: dict[str, Any]) -> None:
         f"{sizes['bpw_linears']:.4f} bits per weight over {sizes['quantized_weights']:,} quantized weights, "
         f"{sizes['bpw_file']:.4f} over the whole file; {sizes['unquantized_bytes']:,} bytes are not quantized",
     )
+    if description["kv_cache"]:
+        _line(console, "KV cache", f"{description['kv_cache']}, by scales in the file")
     for entry in description["bits"]:
         bar = "█" * max(1, round(_BAR_WIDTH * entry["share"]))
         text = (

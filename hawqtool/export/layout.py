@@ -105,7 +105,8 @@ def plan_layout(
     _check_sources(index, formats, specs)
     shards: list[list[Entry]] = [[]]
     filled, by_tensor = 0, {table.tensor: table for table in tables}
-    for info in index.tensors.values():
+    anew = {name + part.suffix for name, parts in (caches or {}).items() for part in parts}
+    for info in (info for info in index.tensors.values() if info.name not in anew):
         module = info.name.removesuffix(".weight")
         if module != info.name and module in formats:
             pieces = _packed_entries(info, specs[module], formats[module])

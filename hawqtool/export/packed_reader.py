@@ -17,6 +17,7 @@ from hawqtool.errors import InputError
 from hawqtool.export.compressed_tensors import module_format
 from hawqtool.export.embedding_table import restored_table, stored_tables
 from hawqtool.export.plausibility import scale_multiples
+from hawqtool.export.stored.cache import cache_scales
 from hawqtool.export.stored.weights import (
     INPUT_DIVISOR,
     PACKED,
@@ -213,6 +214,10 @@ class PackedReader:
         if name not in self._reader:
             raise InputError(f"{name} is missing; expected it for inputs in {activations.name}; write it again")
         return replace(activations, divisor=float(self._reader.tensor(name)))
+
+    def cache_scales(self) -> dict[str, Tensor]:
+        """Scales of the KV cache by the names of their tensors; none where it stays in 16 bits."""
+        return cache_scales(self.index) if self._config.get("kv_cache_scheme") else {}
 
     def _parts(self, module: str, pinned: bool) -> dict[str, Tensor]:
         parts = packed_parts(self._reader, module, pinned)

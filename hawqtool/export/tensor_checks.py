@@ -197,11 +197,13 @@ def copy_problems(reader: TensorReader, source: TensorReader, changed: Collectio
             return [f"tensor {name} differs from the source's; expected equal bytes; write it again"]
         return []
 
-    copied = (n for n in source.index.tensors if not (n.endswith(".weight") and n.removesuffix(".weight") in packed))
+    scaled = set(cache_names(index))  # scales of a KV cache have checks of their own
+    quantized = {f"{module}.weight" for module in packed}
+    copied = (n for n in source.index.tensors if n not in scaled | quantized)
     problems = _all_problems(check, copied)
     parts = {f"{module}{suffix}" for module in packed for suffix in (*PARTS, SHAPE)}
     parts |= {scale for table in tables.values() for scale in table.scales}
-    known = parts | set(source.index.tensors) | set(cache_names(index))  # which have checks of their own
+    known = parts | set(source.index.tensors) | scaled
     unknown = [name for name in index.tensors if name not in known]
     return problems + [
         f"tensor {name} is not in the source; expected no new tensor; write it again" for name in unknown

@@ -28,7 +28,6 @@ from hawqtool.errors import InputError, UsageError
 from hawqtool.export.embedding_table import EmbeddingTable, embedding_table
 from hawqtool.export.layout import Layout, plan_layout
 from hawqtool.export.packed_reader import PackedReader
-from hawqtool.export.stored.cache import cache_scales
 from hawqtool.formats.cache import CachedAttention
 from hawqtool.model.discovery import Structure
 from hawqtool.model.experts import active_share, experts_per_token
@@ -183,7 +182,7 @@ class Job:
         reader = PackedReader(folder, transposed, self.device)
         stream = self.stream(Prefetcher(reader, pinned=True) if self.device.type == "cuda" else reader, dtype)
         stream.input_formats = reader.activation_formats(self.structure.linears)
-        if scales := cache_scales(reader.index):
+        if scales := reader.cache_scales():
             stream.cache = CacheRounding(cached_attentions(self.structure, self.skeleton), scales)
         return stream
 

@@ -15,8 +15,11 @@ def round_cached(states: Tensor, scales: Tensor | None = None) -> Tensor:
         scales: ``[1]`` or ``[heads, 1, 1]`` float32, powers of two; None for 1, as queries have it.
 
     Returns:
-        The rounded states, in their dtype.
+        The rounded states, in their dtype; gradients pass as if nothing was rounded.
     """
-    scaled = states.float() if scales is None else states.float() / scales
-    rounded = E4M3.nearest_(scaled.clone() if scaled is states else scaled)
-    return (rounded if scales is None else rounded * scales).to(states.dtype)
+    plain = states.detach().float()
+    scaled = plain.clone() if scales is None else plain / scales
+    rounded = E4M3.nearest_(scaled)
+    found = (rounded if scales is None else rounded * scales).to(states.dtype)
+    # A difference of equal numbers is zero: the value is the rounded one to the bit.
+    return found.detach() + (states - states.detach()) if states.requires_grad else found

@@ -53,3 +53,7 @@ def test_what_engines_would_take_wrongly_is_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [{}, {"format": "fp8"}, {"format": "int8", "heads": {}}, {"heads": {"a": 0}}, 3])
 def test_records_of_another_form(content: Any) -> None:
     assert not is_cache_record(content)
+
+
+def test_scales_of_an_original_without_such_a_cache_are_left_alone(tmp_path: Path) -> None:
+    assert problems(tmp_path, "", None, {KEY: torch.ones(1)}) == []
