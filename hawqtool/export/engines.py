@@ -6,9 +6,13 @@ reason says what it rests on.
 
 from __future__ import annotations
 
+import json
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 from hawqtool.checkpoint.fusion import unit_name
 from hawqtool.formats import CHANNEL, is_served
@@ -39,6 +43,12 @@ GAINS = {
 }
 """What the result gains in an engine that loads it, by its documentation and source; speed was not measured here."""
 
+RUNS_FILE = Path(__file__).with_name("engine_runs.json")
+"""Runs in engines that were seen; serve.py adds to it."""
+
+CLOSE = 0.005
+"""Largest relative difference of perplexities at which an engine counts as computing what was judged."""
+
 _MARLIN_BITS = (4, 8)
 _ALIGNMENT = 32
 _SOURCE_ONLY = "by its source, not run here"
@@ -53,7 +63,7 @@ def engines(
     shapes: Mapping[str, tuple[int, int]],
     obstacle: str | None = None,
     table: bool = False,
-    cache: str | None = None,
+    cache_format: str | None = None,
 ) -> list[Engine]:
     """What each engine does with a checkpoint, from formats and shapes alone.
 
@@ -62,7 +72,7 @@ def engines(
         shapes: Rows and columns of these modules' weights.
         obstacle: Why transformers cannot load packed weights of this model, where it cannot.
         table: Whether its embedding is stored in 8 bits.
-        cache: Format of the KV cache; None where it stays in 16 bits.
+        cache_format: That of the KV cache; None where it stays in 16 bits.
 
     Returns:
         One ``{engine, minimum_version, loads, reason, tried}`` per engine; ``tried`` is false, as nothing is run here.
@@ -77,12 +87,66 @@ def engines(
         loads, reason = (False, obstacle) if engine == TRANSFORMERS and obstacle else judge(formats, shapes)
         if table and engine != TRANSFORMERS:
             loads, reason = False, f"its embedding is stored in 8 bits as transformers reads it ({_SOURCE_ONLY})"
-        if cache is not None and loads is not False:
+        if cache_format is not None and loads is not False:
             reason = f"{reason}; {_CACHES[engine]}"
+        if loads and (seen := run_note(engine_runs(), engine, formats, cache_format)) is not None:
+            reason = f"{reason.replace(f' ({_SOURCE_ONLY})', '')}; {seen}"
         version = MINIMUM_VERSIONS[engine]
         entry: Engine = {"engine": engine, "minimum_version": version, "loads": loads, "reason": reason, "tried": False}
         found.append({**entry, "gain": GAINS[engine]})
     return found
+
+
+@dataclass(frozen=True)
+class EngineRun:
+    """A folder that an engine was seen to serve (`scripts/benchmarks/serve.py --record`).
+
+    Args:
+        engine: Its name, as above.
+        version: Its version.
+        card: Name of the card.
+        date: Day, ``YYYY-MM-DD``.
+        labels: Formats of the folder's layers.
+        cache: Format of its KV cache; None for 16 bits.
+        difference: Of its perplexity from that of `hawqtool evaluate` on the same rows, relative.
+    """
+
+    engine: str
+    version: str
+    card: str
+    date: str
+    labels: tuple[str, ...]
+    cache: str | None
+    difference: float
+
+
+@cache
+def engine_runs() -> tuple[EngineRun, ...]:
+    """The runs that are recorded beside this module."""
+    runs = json.loads(RUNS_FILE.read_text(encoding="utf-8"))
+    return tuple(EngineRun(**run | {"labels": tuple(run["labels"])}) for run in runs)
+
+
+def run_note(runs: Sequence[EngineRun], engine: str, formats: LayerFormats, cache_format: str | None) -> str | None:
+    """Where and when an engine was seen to compute all formats of a checkpoint rightly; None where it was not.
+
+    Layers are served one by one, so that formats may have been seen in several folders, of one version on one card.
+    """
+    wanted, places = {fmt.label for fmt in formats.values()}, defaultdict[tuple[str, str], list[EngineRun]](list)
+    for run in runs:
+        if run.engine == engine and abs(run.difference) <= CLOSE:
+            places[run.version, run.card].append(run)
+    for (version, card), seen in reversed(places.items()):
+        cached = [run for run in seen if cache_format is not None and run.cache == cache_format]
+        fine = cached + [run for run in seen if wanted & set(run.labels)]
+        known = {label for run in fine for label in run.labels}
+        if fine and wanted <= known and (cache_format is None or cached):
+            most = max(abs(run.difference) for run in fine)
+            return (
+                f"its formats were run in version {version} on {card} on {max(run.date for run in fine)}, with "
+                f"perplexities within {100 * most:.2g} % of ours"
+            )
+    return None
 
 
 _CACHES = {

@@ -28,8 +28,6 @@ sys.path.insert(0, str(ROOT))
 
 _MARK = "RESULT "
 _TAIL = 25
-CLOSE = 0.005
-"""Largest relative difference of perplexities at which an engine counts as computing what we do."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             evaluated(options, name, folder)
     for line in compared(options.results):
         record(options, **line)
+    if options.record:
+        keep_runs(options)
     return 0
 
 
@@ -69,6 +69,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--python", default=sys.executable, help="interpreter that has vLLM [default: this one]")
     parser.add_argument("--engine-path", help="PYTHONPATH of its process [default: this one's]")
     parser.add_argument("--no-own", dest="own", action="store_false", help="without our own evaluation")
+    parser.add_argument("--record", action="store_true", help="add what agrees to the runs that reports name")
     parser.add_argument("--limit", type=float, default=900.0, help="most seconds of a folder [default: 900]")
     parser.add_argument("--work", type=Path, help="folder for what is in between")
     parser.add_argument("--results", type=Path, required=True, help="lines of JSON are added to it")
@@ -178,8 +179,37 @@ def evaluated(options: argparse.Namespace, name: str, folder: Path) -> None:
     record(options, name=name, step="own", **found["quantized"])
 
 
+def keep_runs(options: argparse.Namespace) -> None:
+    """Add folders on which the engine agrees to the runs that the engines' verdicts name, in place of older ones."""
+    from hawqtool.export.engines import CLOSE, RUNS_FILE, VLLM
+    from hawqtool.export.packed_reader import read_config
+    from hawqtool.formats.cache import scheme_format
+
+    lines = [json.loads(text) for text in options.results.read_text(encoding="utf-8").splitlines()]
+    loaded = {line["name"]: line for line in lines if line["step"] == "load"}
+    agreeing = {line["name"]: line for line in lines if line["step"] == "compared" and abs(line["difference"]) <= CLOSE}
+    runs = json.loads(RUNS_FILE.read_text(encoding="utf-8"))
+    for folder in (folder for folder in options.folders if folder.name in agreeing):
+        config, facts = read_config(folder)["quantization_config"], loaded[folder.name]
+        scheme = config.get("kv_cache_scheme")
+        run = {
+            "engine": VLLM,
+            "version": facts["vllm"],
+            "card": facts["card"],
+            "date": facts["at"][:10],
+            "labels": sorted(config["config_groups"]),
+            "cache": None if scheme is None else scheme_format(scheme),
+            "difference": round(agreeing[folder.name]["difference"], 6),
+        }
+        same = ("engine", "version", "card", "labels", "cache")
+        runs = [known for known in runs if any(known[name] != run[name] for name in same)] + [run]
+    RUNS_FILE.write_text(json.dumps(runs, indent=2) + "\n", encoding="utf-8")
+
+
 def compared(path: Path) -> Iterator[dict[str, Any]]:
     """What the lines of a file say together: engine and own perplexity of each folder, the last of each."""
+    from hawqtool.export.engines import CLOSE
+
     engine, own = dict[str, float](), dict[str, float]()
     for text in path.read_text(encoding="utf-8").splitlines():
         line = json.loads(text)

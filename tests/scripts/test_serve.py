@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from hawqtool.export import engines
 from hawqtool.export.config_checks import field_problems
 from tests.support.runs import Run, mixed, place, run  # noqa: F401
 
@@ -82,14 +84,24 @@ def test_engine_and_own_figures_of_a_folder(
             *(("start", True), ("start", False), ("load", False), ("weights", False), ("perplexity", False)),
             *(("prefill", False), ("decode", False), ("decode", True), ("end", False)),
         ]
-        engines = next(line for line in lines if line["name"] == name and line["step"] == "perplexity")
-        assert engines["perplexity"] == pytest.approx(math.exp(2.5)) and (engines["rows"], engines["seq_len"]) == (
+        served = next(line for line in lines if line["name"] == name and line["step"] == "perplexity")
+        assert served["perplexity"] == pytest.approx(math.exp(2.5)) and (served["rows"], served["seq_len"]) == (
             4,
             32,
         )
         compared = next(line for line in lines if line["name"] == name and line["step"] == "compared")
-        assert compared["engine"] == engines["perplexity"] and not compared["close"]
+        assert compared["engine"] == served["perplexity"] and not compared["close"]
     assert next(line for line in lines if line["step"] == "load")["card"] == "H200"
+    # What agrees is kept, in the place of an older run of the same.
+    runs = tmp_path / "runs.json"
+    runs.write_text("[]")
+    monkeypatch.setattr(engines, "RUNS_FILE", runs)
+    with results.open("a") as stream:
+        stream.write(json.dumps({"name": folder.name, "step": "compared", "difference": 0.001}) + "\n")
+    for _ in range(2):
+        serve.keep_runs(argparse.Namespace(results=results, folders=[folder, tmp_path / "another"]))
+    (kept,) = (engines.EngineRun(**run) for run in json.loads(runs.read_text()))
+    assert (kept.version, kept.card, kept.labels, kept.cache) == ("0.26.0", "H200", ["w4g32"], None)
     assert any("three streams are too many" in line.get("error", "") for line in lines)
 
 

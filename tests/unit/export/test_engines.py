@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from hawqtool.export.engines import SGLANG, TRANSFORMERS, VLLM, VLLM_CPU, engines
+from hawqtool.export.engines import (
+    CLOSE,
+    SGLANG,
+    TRANSFORMERS,
+    VLLM,
+    VLLM_CPU,
+    EngineRun,
+    engine_runs,
+    engines,
+    run_note,
+)
 from hawqtool.formats import QuantFormat, parse_label
 
 ALIGNED = (64, 128)
+RUN = EngineRun(VLLM, "0.26.0", "an H200", "2026-11-28", ("fp8-a8f", "nvfp4"), None, 0.002)
 
 
 def judged(labels: dict[str, str], shape: tuple[int, int] = ALIGNED) -> dict[str, Any]:
@@ -94,3 +106,17 @@ def test_odd_widths_of_experts_need_groups() -> None:
 def test_sglang_knows_experts_by_three_names() -> None:
     assert loads({expert(0, 0, "up_proj"): "w4g64"})[SGLANG]
     assert not loads({expert(0, 0, "w1"): "w4g64"})[SGLANG]
+
+
+def test_what_an_engine_was_seen_to_serve_is_named() -> None:
+    def note(*labels: str, runs: tuple[EngineRun, ...] = (RUN,), cache: str | None = None) -> str | None:
+        return run_note(runs, VLLM, {label: parse_label(label) for label in labels}, cache)
+
+    expected = "version 0.26.0 on an H200 on 2026-11-28, with perplexities within 0.2 % of ours"
+    assert expected in str(note("fp8-a8f")) and note("fp8-a8f", "w4g128") is None and note() is None
+    other = replace(RUN, labels=("w4g128",), cache="fp8", date="2026-12-01", difference=-0.004)
+    assert "2026-12-01, with perplexities within 0.4 %" in str(note("fp8-a8f", "w4g128", runs=(RUN, other)))
+    assert note("fp8-a8f", cache="fp8") is None and note("fp8-a8f", cache="fp8", runs=(RUN, other)) is not None
+    assert note("fp8-a8f", "w4g128", runs=(RUN, replace(other, card="another"))) is None
+    assert note("fp8-a8f", runs=(replace(RUN, difference=0.006),)) is None
+    assert all(abs(run.difference) <= CLOSE and all(map(parse_label, run.labels)) for run in engine_runs())
