@@ -132,8 +132,8 @@ def scale_multiples(weight: Tensor, restored: Tensor, error: Tensor, energy: Ten
     """What multiple of the source's weights each group is; 1 where it errs little or is no multiple of them.
 
     It is the m of the ``m w`` nearest to the rounded weights q, where ``|q - m w|²`` is at most `MULTIPLE_REST` of
-    ``|q|²``. The largest weight alone may be most of a group: the error of such a group lies along its weights whatever
-    its cause. So the group must be a multiple without that weight as well, and the smaller of the two counts.
+    ``|q|²``. One weight may be most of a group: the error of such a group lies along its weights whatever its cause. So
+    it counts no further than the group without the largest eighth of its weights is a multiple.
 
     Args:
         weight: ``[out, in]`` float32.
@@ -151,17 +151,13 @@ def scale_multiples(weight: Tensor, restored: Tensor, error: Tensor, energy: Ten
     if width < LEAST_WIDTH or bits < LEAST_BITS or not bool(suspects.any()):
         return multiple
     original, rounded = (values.view(*error.shape, width)[suspects] for values in (weight, restored))
-    largest = original.abs().argmax(-1, keepdim=True)
-    others = _multiple(original.scatter(-1, largest, 0.0), rounded.scatter(-1, largest, 0.0))
-    multiple[suspects] = torch.minimum(_multiple(original, rounded), others)
-    return multiple
-
-
-def _multiple(original: Tensor, rounded: Tensor) -> Tensor:
-    """What multiple each group of ``[groups, width]`` is; 1 where it is none."""
     product, squares = (original * rounded).sum(-1), original.square().sum(-1)
     near = product.square() >= (1 - MULTIPLE_REST) * rounded.square().sum(-1) * squares
-    return torch.where((product > 0) & near, product / squares, 1.0)
+    whole = torch.where((product > 0) & near, product / squares, 1.0)
+    others = original.scatter(-1, original.abs().topk(width // 8).indices, 0.0)
+    of_others = (others * rounded).sum(-1) / others.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    multiple[suspects] = torch.minimum(whole, of_others)
+    return multiple
 
 
 def multiple_problems(module: str, multiple: Tensor) -> list[str]:

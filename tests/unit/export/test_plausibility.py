@@ -133,12 +133,12 @@ def test_a_scale_that_is_not_that_of_its_codes_is_a_problem(bits: int, symmetric
         assert bool(found) == bad
         assert not bad or found[0].startswith("m: row 5, group 3 is ")
         w, q = weight[5, 96:128].double(), restored[5, 96:128].double()
-        others = w.abs() < w.abs().max()
+        others = w.abs() < w.abs().sort().values[-4]
         expected = min(float((w[kept] @ q[kept]) / w[kept].square().sum()) for kept in (w.abs() >= 0, others))
         assert not bad or float(multiple[5, 3]) == pytest.approx(expected, rel=1e-5)
 
 
-def test_one_weight_that_is_most_of_its_group_is_no_multiple() -> None:
+def test_few_weights_that_are_most_of_their_group_are_no_multiple() -> None:
     # Feedback makes more of the largest; clipping less, while the next is rounded up.
     for first, second in ((1.9, 0.1), (0.2, 0.18)):
         weight = 0.001 * torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
