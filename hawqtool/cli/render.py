@@ -19,6 +19,7 @@ from hawqtool.report.verdict import FEW_ROWS_TEXT, advice_text, verdict_text
 from hawqtool.report.wording import (
     MEASURES,
     NOT_EVALUATED,
+    cache_text,
     duration,
     effort_text,
     gate_text,
@@ -203,6 +204,7 @@ def result_lines(report: Report) -> list[str]:
         f"stored bits per weight over the linears, {sizes['bpw_file']:.3f} over the whole file",
     ]
     lines += [f"sensitivity {text}" for text in (measurement_text(report),) if text]
+    lines += [f"KV cache    {text}" for text in (cache_text(report),) if text]
     routing = routing_text(report["experts"])
     if routing:
         lines.append(f"routing     {routing}")

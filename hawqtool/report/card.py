@@ -15,6 +15,7 @@ from hawqtool.report.wording import (
     GATES,
     MEASURES,
     NOT_EVALUATED,
+    cache_text,
     gate_values,
     loads_text,
     measurement_text,
@@ -146,11 +147,7 @@ def _method(report: Report) -> str:
     if config.get("embedding_bits") == 8:
         lines.append("embedding: 8 bits, with a scale for every row; a head that is tied to it shares the codes")
     lines += [f"rotation: {escape(text)}" for text in (report.get("rotation_choice"),) if text]
-    if (cache := report.get("kv_cache")) is not None:
-        lines.append(
-            f"KV cache: {cache['format']}, {cache['bytes_per_token']:,} bytes a token instead of "
-            f"{cache['bytes_per_token_16_bit']:,}; by itself it costs the original KL {cache['kl']:.1e}"
-        )
+    lines += [f"KV cache: {text}" for text in (cache_text(report),) if text]
     lines += [f"sensitivity: {text}" for text in (measurement_text(report),) if text]
     routing = routing_text(report["experts"])
     if routing:

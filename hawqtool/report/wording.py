@@ -257,6 +257,18 @@ def loads_text(entry: Mapping[str, Any]) -> str:
     return "not tried" if entry["loads"] is None else "yes" if entry["loads"] else "no"
 
 
+def cache_text(report: Report) -> str | None:
+    """What the FP8 KV cache takes and costs; None where the cache stays in 16 bits."""
+    cache = report.get("kv_cache")
+    if cache is None:
+        return None
+    return (
+        f"{cache['format']}, {cache['bytes_per_token']:,} bytes a token instead of "
+        f"{cache['bytes_per_token_16_bit']:,}; by itself it costs the original KL {cache['kl']:.1e}, and all figures "
+        "of the quantized model are with it"
+    )
+
+
 def effort_text(timings: Mapping[str, float]) -> str | None:
     """What the run took beside rounding the model once, where it was rounded by this run.
 

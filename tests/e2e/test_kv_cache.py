@@ -9,11 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hawqtool.checkpoint.index import read_index
+from hawqtool.cli.render import result_lines
 from hawqtool.config import RunConfig
 from hawqtool.errors import UsageError
 from hawqtool.export.verify import verify_folder
 from hawqtool.pipeline.evaluate import run_evaluate
 from hawqtool.pipeline.inspection.packed import describe_packed
+from hawqtool.report.page.html import page
 from hawqtool.runtime.reporter import Silent
 from tests.support.runs import Run, read, settings
 from tests.support.tiny_zoo import kind_named, save_kind
@@ -30,6 +32,10 @@ def test_scales_are_stored_and_evaluated(place: Path, run: Run) -> None:
     cache = report["kv_cache"]
     assert (cache["bytes_per_token"], cache["bytes_per_token_16_bit"]) == (128, 256)
     assert 0 < cache["kl"] < 0.01
+    said = "fp8-head, 128 bytes a token instead of 256; by itself it costs the original KL"
+    assert any(line.startswith(f"KV cache    {said}") for line in result_lines(report))
+    assert f"KV cache: {said}" in (folder / "README.md").read_text()
+    assert f"KV cache: {said}" in page(report, {}, {}, {})
     assert describe_packed(read_index(folder), config)["kv_cache"] == "fp8-head"
     # The evaluation computes with it: with scales that cut everything it is another one.
     data = settings(place, eval_data=place / "other.txt")

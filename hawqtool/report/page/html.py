@@ -27,6 +27,7 @@ from hawqtool.report.wording import (
     EXPLANATIONS,
     MEASURES,
     NOT_EVALUATED,
+    cache_text,
     effort_text,
     measurement_text,
     not_rounded_lines,
@@ -230,12 +231,17 @@ def _quality(report: Report) -> str:
     return (
         f"<h2>Quality</h2>\n<p>{_text(judged)}</p>\n{quality_table(report, evaluation)}\n"
         f'<p class="note">{_text(EXPLANATIONS[evaluation["measure"]])} Rows: {_text(rows["source"])}, which '
-        f"neither calibrated nor chose anything.{domain}</p>\n{_gates(report['gates'])}"
+        f"neither calibrated nor chose anything.{domain}</p>\n{_cache(report)}{_gates(report['gates'])}"
         f"<h3>Plans that were tried</h3>\n{tried_table(report, evaluation['measure'])}\n"
         '<p class="note">Numbers are those in the figures. The selection rows choose: among the mixed plans the lowest '
         "value, and against the best uniform plan that fits a paired t-test that knows how many were tried. The "
         f"report rows choose nothing.</p>{_swaps(evaluation)}"
     )
+
+
+def _cache(report: Report) -> str:
+    found = cache_text(report)
+    return "" if found is None else f'<p class="note">KV cache: {_text(found)}.</p>\n'
 
 
 def _swaps(evaluation: PlanComparison) -> str:
