@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hawqtool.rounding.factor import Factor
 from hawqtool.rounding.floats.elements import CODE_DTYPE, Element
-from hawqtool.rounding.kernels.column_block import ColumnBlock
+from hawqtool.rounding.kernels.column_block import ColumnBlock, FloatCodes
 from hawqtool.rounding.kernels.dispatch import column_loop
 from hawqtool.rounding.kernels.recorded_loop import MOST_ROWS, UNRECORDED_USES, RecordedLoop
 
@@ -86,12 +86,9 @@ def round_compensated(
     target = _transposed(weight).index_select(0, factor.order)
     scales, zeros = _visited(grids.scales, factor), None if grids.zeros is None else _visited(grids.zeros, factor)
     element = grids.element
-    fused = column_loop(weight.device, element is not None) if weight.dtype == torch.float32 else None
-    size, round_block = (BLOCK_SIZE, _round_block) if fused is None else (fused.BLOCK_COLUMNS, fused.round_block)
-    if element is not None:
-        round_block = partial(_round_float_block if fused is None else fused.round_block, element=element)
-    size = PAPER_BLOCK if paper_form else block_size or size
-    if weight.is_cuda and fused is not None and size == fused.BLOCK_COLUMNS and not paper_form:
+    own_size, round_block, compiled = _block_rounding(weight, element)
+    size = PAPER_BLOCK if paper_form else block_size or own_size
+    if weight.is_cuda and compiled and size == own_size and not paper_form:
         kind = element.name if element else zeros is not None
         recorded = _recorded(factor, target, kind, beta, size, round_block)
         if recorded is not None:
@@ -141,6 +138,18 @@ def _recorded(
         return None
     loop = factor.recorded[form] = RecordedLoop(factor.steps(size), target, kind is True, round_block, beta)
     return loop
+
+
+def _block_rounding(weight: Tensor, element: Element | None) -> tuple[int, Callable[[ColumnBlock, float], None], bool]:
+    """Columns of a block, what rounds them, and whether that is compiled, as it is where the kernel knows the codes."""
+    fused = column_loop(weight.device, element is not None) if weight.dtype == torch.float32 else None
+    if fused is None:
+        eager = _round_block if element is None else partial(_round_float_block, element=element)
+        return BLOCK_SIZE, eager, False
+    if element is None:
+        return fused.BLOCK_COLUMNS, fused.round_block, True
+    codes = FloatCodes(element.mantissa_bits, element.least_exponent, element.largest)
+    return fused.BLOCK_COLUMNS, partial(fused.round_block, floats=codes), True
 
 
 def _blocks(

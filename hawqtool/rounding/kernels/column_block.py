@@ -7,6 +7,20 @@ from typing import NamedTuple
 from torch import Tensor
 
 
+class FloatCodes(NamedTuple):
+    """Codes that are small floats, evenly spaced between powers of two, symmetric around zero.
+
+    Args:
+        mantissa_bits: Bits of the mantissa.
+        least_exponent: Exponent of the smallest normal value.
+        largest: Largest value.
+    """
+
+    mantissa_bits: int
+    least_exponent: int
+    largest: float
+
+
 class ColumnBlock(NamedTuple):
     """Tensors of one block of columns, in visiting order; each column of the layer is a contiguous row here.
 

@@ -8,8 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hawqtool.rounding.floats.elements import Element
-from hawqtool.rounding.kernels.column_block import ColumnBlock
+from hawqtool.rounding.kernels.column_block import ColumnBlock, FloatCodes
 
 BLOCK_COLUMNS = 128
 """Columns of a block, the height of the kernel's tile (a power of two)."""
@@ -104,7 +103,7 @@ def _round_block_kernel(  # type: ignore[no-untyped-def]
         carried = tl.fma(-factors[:, None], error[None, :], carried)
 
 
-def round_block(block: ColumnBlock, beta: float, element: Element | None = None) -> None:
+def round_block(block: ColumnBlock, beta: float, floats: FloatCodes | None = None) -> None:
     """Round the columns of one block; the arithmetic is that of `hawqtool.rounding.gptq.round_compensated`.
 
     Products are fused into sums, as CUDA's own ``add``, ``addcmul`` and ``addr`` do; division is IEEE, rounding
@@ -113,7 +112,7 @@ def round_block(block: ColumnBlock, beta: float, element: Element | None = None)
     Args:
         block: Its tensors, float32; at most `BLOCK_COLUMNS` columns.
         beta: FOEM's β.
-        element: Values of codes that are floats, written as the bytes of E4M3 numbers; None for integers.
+        floats: Codes that are floats, written as the bytes of E4M3 numbers; None for integers.
     """
     target, zeros = block.target, block.zeros
     width, rows = target.shape
@@ -137,9 +136,9 @@ def round_block(block: ColumnBlock, beta: float, element: Element | None = None)
             COLUMNS=BLOCK_COLUMNS,
             ROWS=tile,
             num_warps=1,
-            **({} if element is None else _constants(element)),
+            **({} if floats is None else _constants(floats)),
         )
 
 
-def _constants(element: Element) -> dict[str, Any]:
-    return {"MANTISSA": element.mantissa_bits, "LEAST": element.least_exponent, "LARGEST": element.largest}
+def _constants(floats: FloatCodes) -> dict[str, Any]:
+    return {"MANTISSA": floats.mantissa_bits, "LEAST": floats.least_exponent, "LARGEST": floats.largest}
