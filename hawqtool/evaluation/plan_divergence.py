@@ -37,7 +37,7 @@ class Calibration(NamedTuple):
     Args:
         rows: Calibration rows.
         batch_size: Rows per pass, of those that are judged too.
-        kept: Roundings that were made on the same rows before; the others are made.
+        kept: Roundings that were made before, which serve as well; the others are made on the rows.
     """
 
     rows: Rows

@@ -1,4 +1,4 @@
-"""Roundings that measuring makes, kept on a GPU for the comparison of plans, which rounds on the same rows."""
+"""Roundings that measuring makes, kept on a GPU for the comparison of plans, which needs some of them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Roundings = dict[str, dict[str, Quantized]]
 
 
 class KeptRoundings:
-    """Codes and scales by block, as far as the device has room; what is not here is rounded once more.
+    """Codes and scales by block, as far as the device has room.
 
-    Roundings in several formats go through the column loop together. On a GPU sums of other numbers of rows may differ
-    in their last bit, and so may a code that lies on a tie: so what is kept is close to what would be made, not equal.
+    They are of all calibration rows; what is not here is rounded once more, on some of the rows. All plans have a block
+    from the same rows, so that they compare.
     """
 
     def __init__(self) -> None:

@@ -8,9 +8,9 @@
 A checkpoint with random bf16 weights in the shape of a known model is written to the working folder (shard by shard;
 a finished one is used again), and the stages run on it through the functions that `hawqtool quantize` calls. Beside
 the seconds of a block stands the floor: operations and bytes over rates that short probes measure on this machine.
-Reading starts from the disk, all else from the page cache. On a GPU a round of one block goes before and is not
-counted: it compiles kernels. With --rows-file the rows are also written as JSON lines, for `hawqtool quantize
---calibration` on the same checkpoint.
+Reading starts from the disk, all else from the page cache. On a GPU a round of one block, of a hybrid of one of each
+kind, goes before and is not counted: it compiles kernels. With --rows-file the rows are also written as JSON lines, for
+`hawqtool quantize --calibration` on the same checkpoint.
 """
 
 from __future__ import annotations
@@ -125,7 +125,8 @@ def _run(options: argparse.Namespace, stages: Sequence[str], work: Path) -> dict
         document["scaling"] = _scaling(options, rates, work)
         return document
     if job.device.type == "cuda":
-        _bench(options, _with_blocks(options, 1), rates, work, options.batch_size or 32).run("round")
+        few = shape.period if isinstance(shape, FamilyShape) else 1
+        _bench(options, _with_blocks(options, few), rates, work, options.batch_size or 32).run("round")
     bench = _bench(options, shape, rates, work, options.rows)
     print(f"{'stage':14} {'seconds':>9} {'per block':>10} {'floor':>9} {'x floor':>8} {'device':>9} {'host':>9}")
     results = []

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hawqtool.data.subset import some_rows
 from hawqtool.errors import NumericalError
 from hawqtool.formats import UNQUANTIZED
 from hawqtool.pipeline.run.context import RunContext
@@ -71,11 +70,8 @@ def measured(
 ) -> tuple[SensitivityDocument, Origin]:
     """The sensitivity document of a menu, taken from the folder of measurements or from the store where it is there.
 
-    It has the extra metrics of the configuration, and those of ``metrics``, which come from one pair of sweeps. Where
-    plans are going to be compared layerwise it is of the rows behind that comparison, which takes its roundings.
+    It has the extra metrics of the configuration, and those of ``metrics``, which come from one pair of sweeps.
     """
-    if _compares_layerwise(context.job):
-        sets = sets | {"calibration": some_rows(sets["calibration"])}
     known = context.saved.load("table")
     if known is None:
         document, origin = _shared(context, menu, sets, metrics)
@@ -210,7 +206,7 @@ def _swept(
 def _settings(job: Job, sets: dict[str, Rows], found: Measurement) -> dict[str, float | int | str]:
     """What the scores depend on beside rows, formats and rounding, for the record."""
     return {
-        "num_samples": len(sets["calibration"].tokens),
+        "num_samples": job.settings.num_samples,
         "seq_len": job.settings.seq_len,
         "scoring_samples": len(sets["scoring"].tokens),
         "shortened_rows": found.shortened_rows,

@@ -118,6 +118,7 @@ class FamilyShape:
         blocks: Transformer blocks.
         vocabulary: Tokens.
         head_width: Width of a head; None where the default is the model's.
+        period: Blocks after which the kinds of layers repeat: with fewer of a hybrid, one kind would be missing.
     """
 
     name: str
@@ -126,12 +127,13 @@ class FamilyShape:
     blocks: int
     vocabulary: int
     head_width: int | None = None
+    period: int = 1
 
 
 FAMILIES = {
     shape.name: shape
     for shape in (
-        FamilyShape("qwen3.5-35b-a3b", "qwen3_5_moe_text", 2048, 40, 248320),
+        FamilyShape("qwen3.5-35b-a3b", "qwen3_5_moe_text", 2048, 40, 248320, period=4),
         FamilyShape("qwen3-30b-a3b", "qwen3_moe", 2048, 48, 151936, 128),
     )
 }
