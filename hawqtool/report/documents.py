@@ -55,6 +55,13 @@ class StackedTensor(TypedDict):
     leaf: Annotated[str, "`weight` or `bias`."]
 
 
+class CachePlan(TypedDict):
+    """Which scales of an FP8 KV cache a folder has."""
+
+    format: Annotated[str, "`fp8` or `fp8-head`."]
+    heads: Annotated[dict[str, int], "Heads of keys and values by name of the attention."]
+
+
 class PlanDocument(TypedDict):
     """Formats of all linears (plan.json); may be edited by hand and given as `--plan`."""
 
@@ -81,6 +88,7 @@ class PlanDocument(TypedDict):
         ]
     ]
     rotation: NotRequired[Annotated[RotationKind, "How the residual stream is rotated; of a written folder."]]
+    kv_cache: NotRequired[Annotated[CachePlan, "Scales of the KV cache; absent where it stays in 16 bits."]]
 
 
 class FrontierPoint(TypedDict):
