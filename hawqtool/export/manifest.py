@@ -24,6 +24,9 @@ MANIFEST_FILE = "reproduce/manifest.json"
 MANIFEST_SCHEMA = "hawqtool.manifest/1"
 CONFIG_FILE, REPORT_FILE = "config.json", "report.json"
 
+Entry = dict[str, Any]
+"""What the manifest says of a file."""
+
 FREE_FILES = ("README.md", "report.html", ".gitattributes")
 """Files that may be edited, removed or added: the card is for its author, the page is drawn from the report again, and
 the hub adds the last one."""
@@ -37,12 +40,13 @@ _LENGTH_BYTES = 8
 _THREADS = 4
 
 
-def seal(folder: Path, report: Report) -> Report:
+def seal(folder: Path, report: Report, hashed: Mapping[str, Entry] | None = None) -> Report:
     """Write the manifest of a complete folder, then ``report.json`` with the hash of the manifest.
 
     Args:
         folder: All files of the output but these two and `FREE_FILES` are in it.
         report: The report's content.
+        hashed: What `weight_entries` gave since the weights are complete; None hashes them now.
 
     Returns:
         The report as it was written, with ``manifest``.
@@ -52,9 +56,10 @@ def seal(folder: Path, report: Report) -> Report:
     """
     with disk_errors(folder):
         names = [name for name in files_below(folder) if name not in (MANIFEST_FILE, REPORT_FILE, *FREE_FILES)]
+        entries = _entries(folder, [name for name in names if name not in (hashed or {})]) | dict(hashed or {})
         manifest = {
             "schema": MANIFEST_SCHEMA,
-            "files": _entries(folder, names),
+            "files": {name: entries[name] for name in names},
             "config": _key_hashes(load_json(folder / CONFIG_FILE)),
             "report": content_hash({key: value for key, value in report.items() if key != "manifest"}),
         }
@@ -62,6 +67,11 @@ def seal(folder: Path, report: Report) -> Report:
         sealed: Report = {**report, "manifest": {"file": MANIFEST_FILE, "sha256": file_hash(folder / MANIFEST_FILE)}}
         _write(folder / REPORT_FILE, sealed)
     return sealed
+
+
+def weight_entries(folder: Path) -> dict[str, Entry]:
+    """The manifest's entries of the files of weights in a folder, by name; hashing them takes a second a gigabyte."""
+    return _entries(folder, [path.name for path in sorted(folder.glob("*.safetensors"))])
 
 
 def files_below(folder: Path) -> tuple[str, ...]:
@@ -179,14 +189,14 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _entries(folder: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+def _entries(folder: Path, names: Sequence[str]) -> dict[str, Entry]:
     """Entries of files by name; several are hashed at a time."""
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1), "manifest") as pool:
         return dict(zip(names, pool.map(_entry, (folder / name for name in names)), strict=True))
 
 
-def _entry(path: Path) -> dict[str, Any]:
-    entry: dict[str, Any] = {"bytes": path.stat().st_size, "sha256": file_hash(path)}
+def _entry(path: Path) -> Entry:
+    entry: Entry = {"bytes": path.stat().st_size, "sha256": file_hash(path)}
     if path.suffix == ".safetensors":
         tensors = {info.name: [info.dtype, list(info.shape)] for info in read_header(path)}
         entry |= {"header_sha256": _header_hash(path), "tensors": tensors}

@@ -161,7 +161,7 @@ def _quantized(
         context.progress(_CHECKING)(0, _CHECKS)
         checks.begin(folder, winner.plan)
         _complete(context, folder, planner.document if planner else None, report, checks)
-    report = seal(folder, report)
+    report = seal(folder, report, checks.hashes())
     with disk_errors(folder):
         write_page(folder)
     context.progress(_CHECKING)(_CHECKS, _CHECKS)

@@ -1,4 +1,4 @@
-"""Checks of the folder that a run ships: verification, and the load trial; on a GPU beside the folder's evaluation."""
+"""Checks of the folder that a run ships: verification, load trial, hashes; on a GPU beside the folder's evaluation."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from hawqtool.export.engines import TRANSFORMERS, engines
+from hawqtool.export.manifest import Entry, weight_entries
 from hawqtool.export.verify import verify_folder
 from hawqtool.export.writer import copy_small_files
 from hawqtool.pipeline.load_trial.trial import LoadTrial, try_loading
@@ -24,9 +25,9 @@ T = TypeVar("T")
 
 
 class ShippedChecks:
-    """Verifies the folder that is shipped and has transformers load it.
+    """Verifies the folder that is shipped, has transformers load it, and hashes its weights.
 
-    Both take the host and the disk for the most part: on a GPU each begins in a thread of its own as soon as it is
+    All take the host and the disk for the most part: on a GPU each begins in a thread of its own as soon as it is
     certain which folder that is, while the folder is evaluated. A CPU does one after the other when they are asked for.
 
     Args:
@@ -39,6 +40,7 @@ class ShippedChecks:
         self._folder: Path | None = None
         self._verify: Callable[[], tuple[str, ...]] = tuple
         self._trial: Callable[[], LoadTrial] | None = None
+        self._hashes: Callable[[], dict[str, Entry]] = dict
 
     def begin(self, folder: Path, plan: BitPlan) -> None:
         """Copy the model's small files into a written folder, and begin where that costs nothing; once for a folder.
@@ -57,6 +59,7 @@ class ShippedChecks:
         self._folder = folder
         tried = next(entry for entry in result_engines(job, plan) if entry["engine"] == TRANSFORMERS)["loads"]
         self._verify = self._aside(partial(_problems, job, folder))
+        self._hashes = self._aside(partial(weight_entries, folder))
         self._trial = self._aside(partial(try_loading, job, folder, self.rows)) if tried else None
 
     def _aside(self, work: Callable[[], T]) -> Callable[[], T]:
@@ -65,6 +68,10 @@ class ShippedChecks:
     def problems(self) -> tuple[str, ...]:
         """What verification found, a line each; waits for it."""
         return self._verify()
+
+    def hashes(self) -> dict[str, Entry]:
+        """The manifest's entries of the weights; waits for them."""
+        return self._hashes()
 
     def trial(self) -> LoadTrial | None:
         """What the trial gave; None where the formats promise nothing that could be tried. Waits for it."""

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from hawqtool.config import RunConfig
+from hawqtool.export.manifest import seal
 from hawqtool.formats import QuantFormat
 from hawqtool.pipeline.load_trial import checks as module
 from hawqtool.pipeline.load_trial.checks import ShippedChecks
@@ -41,13 +43,20 @@ def test_both_are_made_once(job: Job, tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(module, "try_loading", lambda *_: noted(LoadTrial(True, "tried")))
     monkeypatch.setattr(module, "verify_folder", lambda *_, **__: noted(SimpleNamespace(problems=("a problem",))))
+    save_file({"a": torch.zeros(16)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "reproduce").mkdir()
     (tmp_path / ".model.safetensors.part").write_text("left by a run that was killed")
     checks = ShippedChecks(replace(job, device=torch.device(device)), torch.zeros(1, 8, dtype=torch.int64))
     plan = BitPlan({unit.name: QuantFormat(4, 32) for unit in job.units}, 1, 1)
     for _ in range(2):
         checks.begin(tmp_path, plan)
     copied = ("generation_config.json", "tokenizer.json", "tokenizer_config.json")
-    assert not threads and sorted(path.name for path in tmp_path.iterdir()) == sorted(copied)
+    own = ("config.json", "model.safetensors", "reproduce")
+    assert not threads and sorted(path.name for path in tmp_path.iterdir()) == sorted((*copied, *own))
     asked.set()
     assert checks.trial() == LoadTrial(True, "tried") and checks.problems() == ("a problem",)
     assert threads == ["beside" if device == "cuda" else "MainThread"] * 2
+    report: Any = {}
+    sealed = seal(tmp_path, report, checks.hashes())["manifest"]
+    assert checks.hashes()["model.safetensors"]["bytes"] == 128 and seal(tmp_path, report)["manifest"] == sealed
