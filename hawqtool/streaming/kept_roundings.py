@@ -18,8 +18,7 @@ Roundings = dict[str, dict[str, Quantized]]
 class KeptRoundings:
     """Codes and scales by block, as far as the device has room.
 
-    They are of all calibration rows; what is not here is rounded once more, on some of the rows. All plans have a block
-    from the same rows, so that they compare.
+    What is not here is rounded once more on the same rows, so that neither room nor a resumed run changes the result.
     """
 
     def __init__(self) -> None:

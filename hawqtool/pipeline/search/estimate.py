@@ -6,7 +6,6 @@ import math
 
 import torch
 
-from hawqtool.data.subset import some_count
 from hawqtool.formats import QuantFormat
 from hawqtool.model.inputs.arguments import row_positions
 from hawqtool.model.skeleton import token_embedding
@@ -99,7 +98,7 @@ def _work(job: Job, rates: Rates) -> list[tuple[str, float]]:
         found.append(("swaps, gradient", settings.swaps * (2 * loading + sweep + judging)))
     if measured and job.settings.proof == "layerwise":
         formats = min(_COMPARED + settings.shortlist, choices / max(1, len(job.units)))
-        walks = (some_count(calibrating) + (_COMPARED + settings.shortlist) * choosing) * forward
+        walks = (calibrating + (_COMPARED + settings.shortlist) * choosing) * forward
         found.append(("comparing plans", loading + walks + formats * rounding))
     for _ in range(_plans(job, measured)):
         found.append(("round", plan))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from hawqtool.data.subset import some_rows
 from hawqtool.evaluation.divergence import as_evaluation
 from hawqtool.evaluation.paired import PairedDifference, balanced_divergence, compare_paired
 from hawqtool.pipeline.search.trials import TIMINGS, TrialRunner, formats_key
@@ -91,7 +90,8 @@ def compare_layerwise(
         assert runner.evaluator is not None  # what compares nothing is not asked for this
         with Stopwatch(runner.timings, "compare plans"):
             formats = {name: plan.formats for name, plan in plans.items()}
-            found = runner.evaluator.compare_layerwise(some_rows(runner.sets["calibration"]), formats)
+            rows = replace(runner.sets["calibration"], output_moments={})  # output feedback has no part in this
+            found = runner.evaluator.compare_layerwise(rows, formats)
         known = {name: vars(quality) for name, quality in found.items()}
         saved.save(key, known)
         runner.context.saved.save(TIMINGS, runner.timings)
