@@ -79,6 +79,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--num-samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--eval-samples", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, help="rows of a pass")
+    parser.add_argument("--max-memory", default="auto", help="of the device, such as 16GiB")
     parser.add_argument("--same-types", action="store_true", help="round their types with our rounding too")
     parser.add_argument("--json", type=Path, default=None, help="file that gets a line per mix and text")
     parser.add_argument("--keep", type=Path, default=None, help="folder to which our files go, named by their mix")
@@ -94,6 +96,8 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "calibration": (str(arguments.calibration),),
         "num_samples": arguments.num_samples,
         "seq_len": arguments.seq_len,
+        "batch_size": arguments.batch_size,
+        "max_memory": arguments.max_memory,
         "eval": False,
     }
 
@@ -160,7 +164,7 @@ class _Comparison:
         seconds: Mapping[str, float],
     ) -> None:
         took = ", ".join(f"{name} {sizes[name]:,} bytes in {seconds[name]:.0f} s" for name in sizes)
-        print(f"{mix}: {took}")
+        print(f"{mix}: {took}{_peak()}")
         for text, other in found["theirs"].items():
             line: dict[str, Any] = {"model": self.arguments.model.name, "mix": mix, "text": text}
             shown = [f"theirs {other.divergence:.5f} ± {other.stderr:.5f}"]
@@ -178,6 +182,10 @@ class _Comparison:
             if self.arguments.json is not None:
                 with self.arguments.json.open("a") as stream:
                     stream.write(json.dumps(line) + "\n")
+
+
+def _peak() -> str:
+    return f"; at most {torch.cuda.max_memory_reserved() / 1e9:.1f} GB of the GPU" if torch.cuda.is_available() else ""
 
 
 def _values(scores: Mapping[str, Score]) -> dict[str, float]:
