@@ -107,6 +107,32 @@ class OutputComparison:
                         found[name].append(self._divergence(expected, part, hidden[part]))
         return {name: torch.cat(values).cpu() for name, values in found.items()}
 
+    def divergences_by_parts(
+        self, candidates: Mapping[str, Tensor], head: HeadSwap = lambda _: nullcontext()
+    ) -> dict[str, Tensor]:
+        """`divergences` with logits, on a CPU, of some positions of one row at a time; equal to those of `evaluation`.
+
+        Args:
+            candidates: Last block's outputs by name.
+            head: As for `divergences`; entered behind the original's outputs, for which a stream that is both has
+                loaded its head.
+        """
+        task, found = self.original.task, {name: [0.0] * len(self.rows) for name in candidates}
+        compare = kl_divergence if task.logits else embedding_error
+        with torch.no_grad():
+            for number, (row, state) in enumerate(zip(self.rows, self.states, strict=True)):
+                for positions in self.original.output_parts(len(state)):
+                    rows = row[None, positions] if task.generates else row[None]
+                    share = (positions.stop - positions.start) / len(state)
+                    outputs = self.original.outputs(rows, state[None, positions])[0].float()
+                    expected = _normalized(self.original, outputs)
+                    for name, hidden in candidates.items():
+                        with head(name):
+                            outputs = self.candidate.outputs(rows, hidden[number][None, positions])[0].float()
+                        value = compare(expected, _normalized(self.candidate, outputs))
+                        found[name][number] += share * float(value)
+        return {name: torch.tensor(values, dtype=torch.float64) for name, values in found.items()}
+
     def gradient(self, hidden: Tensor) -> Tensor:
         """Gradient of the mean divergence over the rows at ``hidden``, of its shape and dtype."""
         found = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from weakref import WeakValueDictionary
 
@@ -12,13 +13,16 @@ from torch import Tensor
 from hawqtool.checkpoint.gguf.block_codec import BlockFields, block_grid, grid_values
 from hawqtool.checkpoint.gguf.block_types import BlockType
 from hawqtool.checkpoint.reader import TensorReader
+from hawqtool.evaluation.divergence import OutputComparison
 from hawqtool.pipeline.gguf.tensors import OUTPUT, GgufJob
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.stages.evaluate import Evaluator
 from hawqtool.records import Rows, Score, UnitScores
 from hawqtool.rounding.blocks.spec import round_alone, round_blocks
 from hawqtool.rounding.factor import Factor, factorize
-from hawqtool.sensitivity.measured_kl import pairs_of_scores, scores_of_pairs
+from hawqtool.runtime.malloc import release_freed_pages
+from hawqtool.sensitivity.measured_kl import finite, pairs_of_scores, scores_of_pairs
+from hawqtool.sensitivity.scores import mean_score
 from hawqtool.streaming.block import Activations
 
 FIT_ROWS = 16
@@ -89,41 +93,106 @@ def measure_ends(context: RunContext, gguf: GgufJob, calibration: Rows, scoring:
 def _measured(
     context: RunContext, gguf: GgufJob, choices: Mapping[str, Sequence[BlockType]], rows: tuple[Rows, Rows]
 ) -> EndRounding:
-    (calibration, scoring), job, reader = rows, gguf.job, TensorReader(gguf.job.index)
-    if job.dtype != torch.float32:  # in bfloat16 roundings on the way lose as much as the better types do
-        job = replace(job, dtype=torch.float32, matrices=WeakValueDictionary())
-    fitting = replace(calibration, tokens=calibration.tokens[:FIT_ROWS])
-    evaluator = Evaluator(RunContext(job), {"fitting": fitting, "scoring": scoring})
-    gram, tokens = _head_gram(evaluator, fitting.tokens)
-    factor = None if gram is None else factorize(gram, tokens, name="the output's inputs")
-    names = {place.tensor: name for name, place in gguf.places.items()}
+    trials = _EndTrials(gguf, *rows)
     scores: UnitScores = {}
     compensated: dict[str, list[str]] = {}
     done, total = 0, sum(map(len, choices.values()))
     for tensor, kinds in choices.items():
-        weight = gguf.matrix(names[tensor], reader).float().to(job.device)
-        makes_outputs = tensor == OUTPUT or OUTPUT not in gguf.template.tensors
         scores[tensor] = {}
-        for kind in kinds:
-            tries = _tries(tensor, weight, kind, factor if makes_outputs else None)
-            losses = []
-            for fields in tries:
-                values = grid_values(fields.codes, block_grid(fields, kind), kind)
-                stream = job.stream(_Replaced(reader, names[tensor], values, gguf.places[names[tensor]].transposed))
-                losses.append(evaluator.compare(stream, f"{tensor} as {kind.name}", "scoring"))
-            best = min(range(len(losses)), key=lambda index: losses[index].divergence)
-            scores[tensor][kind.name] = Score(max(0.0, losses[best].divergence), losses[best].stderr)
+        for label, tries in trials.losses(tensor, kinds):
+            best = min(range(len(tries)), key=lambda index: tries[index].value)
+            scores[tensor][label] = replace(tries[best], value=max(0.0, tries[best].value))
             if best:
-                compensated.setdefault(tensor, []).append(kind.name)
+                compensated.setdefault(tensor, []).append(label)
             done += 1
             context.progress("embedding and output")(done, total)
-    return EndRounding(scores, compensated, None if gram is None else gram.cpu(), tokens)
+    gram = trials.gram
+    return EndRounding(scores, compensated, None if gram is None else gram.cpu(), trials.num_tokens)
 
 
-def _tries(tensor: str, weight: Tensor, kind: BlockType, factor: Factor | None) -> Iterator[BlockFields]:
-    yield round_alone(tensor, weight, kind)
-    if factor is not None:
-        yield _compensated(weight, factor, kind)
+class _EndTrials:
+    """Runs a model with its embedding or its output rounded, and with no more of it than that changes.
+
+    Args:
+        gguf: The job.
+        calibration: Rows behind the Gram matrix.
+        scoring: Rows to measure on.
+    """
+
+    def __init__(self, gguf: GgufJob, calibration: Rows, scoring: Rows) -> None:
+        self._gguf, job = gguf, gguf.job
+        if job.dtype != torch.float32:  # in bfloat16 roundings on the way lose as much as the better types do
+            job = replace(job, dtype=torch.float32, matrices=WeakValueDictionary())
+        self._job, self._reader = job, TensorReader(job.index)
+        self._names = {place.tensor: name for name, place in gguf.places.items()}
+        fitting = replace(calibration, tokens=calibration.tokens[:FIT_ROWS])
+        self._evaluator = Evaluator(RunContext(job), {"fitting": fitting, "scoring": scoring})
+        self._tokens, self._states = scoring.tokens, self._evaluator.reference["scoring"]
+        self.gram, self.num_tokens = _head_gram(self._evaluator, fitting.tokens)
+        self._factor = None
+        if self.gram is not None:
+            self._factor = factorize(self.gram, self.num_tokens, name="the output's inputs")
+
+    def losses(self, tensor: str, kinds: Sequence[BlockType]) -> Iterator[tuple[str, list[Score]]]:
+        """Each type with what its roundings lose, nats per token: to nearest, and compensated where that is tried.
+
+        Raises:
+            NumericalError: If a rounding or an output is not finite.
+        """
+        weight = self._gguf.matrix(self._names[tensor], self._reader).float().to(self._job.device)
+        if tensor != OUTPUT and OUTPUT in self._gguf.template.tensors:
+            yield from self._looked_up(tensor, weight, kinds)
+            return
+        for kind in kinds:
+            yield kind.label, self._making_outputs(tensor, weight, kind)
+
+    def _looked_up(self, tensor: str, weight: Tensor, kinds: Sequence[BlockType]) -> Iterator[tuple[str, list[Score]]]:
+        """`losses` of a matrix of which the model reads the rows of its tokens alone."""
+        seen = self._tokens.unique().to(weight.device)
+        found = {}
+        for kind in kinds:
+            fields, values = round_alone(tensor, weight[seen], kind), weight.clone()
+            values[seen] = grid_values(fields.codes, block_grid(fields, kind), kind)
+            found[kind.label] = self._last_states(tensor, values, kind)
+        divergences = self._comparison.divergences_by_parts(found)
+        yield from ((label, [mean_score(rows)]) for label, rows in finite(tensor, divergences).items())
+
+    def _making_outputs(self, tensor: str, weight: Tensor, kind: BlockType) -> list[Score]:
+        """`losses` in one type of a matrix that makes the outputs, an embedding that is tied to them among these."""
+        tries = [round_alone(tensor, weight, kind)]
+        if self._factor is not None:
+            tries.append(_compensated(weight, self._factor, kind))
+        values = {str(n): grid_values(one.codes, block_grid(one, kind), kind) for n, one in enumerate(tries)}
+        states = dict.fromkeys(values, self._states)
+        if tensor != OUTPUT:
+            states = {n: self._last_states(tensor, rounded, kind) for n, rounded in values.items()}
+        divergences = self._comparison.divergences_by_parts(states, lambda n: self._with_output(values[n]))
+        return [mean_score(rows) for rows in finite(f"{tensor} as {kind.name}", divergences).values()]
+
+    @property
+    def _comparison(self) -> OutputComparison:
+        release_freed_pages()  # logits need other sizes than blocks do
+        stream = self._evaluator.stream
+        return OutputComparison(stream, stream, self._tokens, self._states)
+
+    def _last_states(self, tensor: str, values: Tensor, kind: BlockType) -> Tensor:
+        """Output of the last block where a matrix has other values."""
+        name = self._names[tensor]
+        source = _Replaced(self._reader, name, values, self._gguf.places[name].transposed)
+        return self._evaluator.last_states(self._job.stream(source), f"{tensor} as {kind.name}", "scoring")
+
+    @contextmanager
+    def _with_output(self, values: Tensor) -> Iterator[None]:
+        """Other weights ``[out, in]`` of the output head, if there is one, while the context lasts."""
+        head = self._evaluator.stream.model.get_output_embeddings()
+        if head is None:
+            yield
+            return
+        loaded, head._parameters["weight"] = head._parameters["weight"], values
+        try:
+            yield
+        finally:
+            head._parameters["weight"] = loaded
 
 
 def _compensated(weight: Tensor, factor: Factor, kind: BlockType) -> BlockFields:

@@ -98,7 +98,7 @@ class Evaluator:
         known = saved.load("original-states")
         if known is None:
             walks = saved.part("original-walk")
-            self.reference = {role: self._hidden(self.stream, "original", role, walks.part(role)) for role in sets}
+            self.reference = {role: self.last_states(self.stream, "original", role, walks.part(role)) for role in sets}
             context.save(saved, "original-states", self.reference, total_bytes(list(self.reference.values())))
             walks.drop()
         else:
@@ -108,7 +108,8 @@ class Evaluator:
         """Where states of single rows are kept; nowhere where each rank has others."""
         return saved if self.job.ranks.size == 1 else NOTHING_SAVED
 
-    def _hidden(self, stream: ModelStream, label: str, role: str, saved: Saved) -> Tensor:
+    def last_states(self, stream: ModelStream, label: str, role: str, saved: Saved = NOTHING_SAVED) -> Tensor:
+        """Output of a model's last block on one set of rows, ``[rows, positions, width]``."""
         start = time.perf_counter()
         count, rows = len(self.job.structure.blocks), self.sets[role].tokens
         first, total = list(self.sets).index(role) * count, len(self.sets) * count
@@ -161,7 +162,7 @@ class Evaluator:
         """Quality of a model on one set of rows, by all ranks together."""
         states = self.reference[role]
         if stream is not self.stream:
-            states = self._hidden(stream, label, role, self._own(saved))
+            states = self.last_states(stream, label, role, self._own(saved))
         release_freed_pages()  # logits need other sizes than blocks do
         start, tokens = time.perf_counter(), self.sets[role].tokens
         found = OutputComparison(self.stream, stream, tokens, self.reference[role]).evaluation(states, self.job.ranks)
