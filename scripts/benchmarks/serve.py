@@ -18,6 +18,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -139,16 +140,18 @@ def served(options: argparse.Namespace, name: str, folder: Path, rows: list[list
         environment["PYTHONPATH"] = options.engine_path
     script = Path(__file__).with_name("serving") / "engine.py"
     command = [options.python, "-u", str(script), str(given)]
-    start = time.perf_counter()
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     ) as process:
-        tail = _followed(options, name, process, start)
+        limit = threading.Timer(options.limit, process.kill)  # an engine may hang without a line
+        limit.start()
+        tail = _followed(options, name, process)
+        limit.cancel()
     if process.returncode:
         record(options, name=name, step="end", code=process.returncode, output=tail)
 
 
-def _followed(options: argparse.Namespace, name: str, process: Any, start: float) -> list[str]:
+def _followed(options: argparse.Namespace, name: str, process: Any) -> list[str]:
     """Record the lines of a process as they come; the last of the others are returned, all go to a log."""
     tail: list[str] = []
     with options.results.with_suffix(".log").open("a", encoding="utf-8") as log:
@@ -159,8 +162,6 @@ def _followed(options: argparse.Namespace, name: str, process: Any, start: float
             else:
                 log.write(line)
                 tail = [*tail, line.rstrip()[:300]][-_TAIL:]
-            if time.perf_counter() - start > options.limit:
-                process.kill()
     return tail
 
 
