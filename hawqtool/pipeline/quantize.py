@@ -14,7 +14,7 @@ from hawqtool.export.engines import TRANSFORMERS
 from hawqtool.export.manifest import seal
 from hawqtool.pipeline.dry_run import check_free, describe, output_folder
 from hawqtool.pipeline.load_trial.checks import ShippedChecks
-from hawqtool.pipeline.load_trial.trial import LoadTrial, trial_rows
+from hawqtool.pipeline.load_trial.trial import LoadTrial, TrialProcess, started_ahead, trial_rows
 from hawqtool.pipeline.report import write_page
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.files import read_report
@@ -103,7 +103,8 @@ def run_quantize(
 
         def work(job: Job, warnings: list[str]) -> Report:
             context = RunContext(job, reporter, run.saved, ranks)
-            folder, report = _quantized(context, run, command, warnings, fingerprint)
+            with started_ahead(job) as process:
+                folder, report = _quantized(context, run, command, warnings, fingerprint, process)
             context.background.finish()
             check_unchanged(job.index, before)
             run.ship(folder)
@@ -117,7 +118,12 @@ def run_quantize(
 
 
 def _quantized(
-    context: RunContext, run: RunFolder, command: str, warnings: list[str], fingerprint: str
+    context: RunContext,
+    run: RunFolder,
+    command: str,
+    warnings: list[str],
+    fingerprint: str,
+    process: TrialProcess | None,
 ) -> tuple[Path, Report]:
     """The complete and verified folder inside the run's, and its report."""
     job, timings = context.job, dict[str, float](context.saved.load(TIMINGS) or {})
@@ -136,7 +142,7 @@ def _quantized(
         planner = None if job.config.plan else make_planner(context, sets)
     if job.device.type == "cuda":
         beside(partial(import_module, _PAGE_FIGURES))  # two seconds of the host, which waits for the device now
-    checks = ShippedChecks(job, trial_rows(job, sets))
+    checks = ShippedChecks(job, trial_rows(job, sets), process)
     runner = TrialRunner(context, sets, run.plans, timings, checks)
     search, plans = _plans(runner, planner)
     winner, outcome = _outcome(runner, plans, planner)

@@ -13,7 +13,7 @@ from hawqtool.export.engines import TRANSFORMERS, engines
 from hawqtool.export.manifest import Entry, weight_entries
 from hawqtool.export.verify import verify_folder
 from hawqtool.export.writer import copy_small_files
-from hawqtool.pipeline.load_trial.trial import LoadTrial, try_loading
+from hawqtool.pipeline.load_trial.trial import LoadTrial, TrialProcess, try_loading
 from hawqtool.pipeline.run.files import PART
 from hawqtool.pipeline.run.identity import check_copies
 from hawqtool.pipeline.run.job import Job
@@ -33,10 +33,11 @@ class ShippedChecks:
     Args:
         job: The original model.
         rows: Rows for the trial.
+        process: That of the trial, where it was started ahead.
     """
 
-    def __init__(self, job: Job, rows: Tensor) -> None:
-        self.job, self.rows = job, rows
+    def __init__(self, job: Job, rows: Tensor, process: TrialProcess | None = None) -> None:
+        self.job, self.rows, self.process = job, rows, process
         self._folder: Path | None = None
         self._verify: Callable[[], tuple[str, ...]] = tuple
         self._trial: Callable[[], LoadTrial] | None = None
@@ -60,7 +61,7 @@ class ShippedChecks:
         tried = next(entry for entry in result_engines(job, plan) if entry["engine"] == TRANSFORMERS)["loads"]
         self._verify = self._aside(partial(_problems, job, folder))
         self._hashes = self._aside(partial(weight_entries, folder))
-        self._trial = self._aside(partial(try_loading, job, folder, self.rows)) if tried else None
+        self._trial = self._aside(partial(try_loading, job, folder, self.rows, self.process)) if tried else None
 
     def _aside(self, work: Callable[[], T]) -> Callable[[], T]:
         return beside(work) if self.job.device.type == "cuda" else work

@@ -1,8 +1,7 @@
 """Child process of a load trial: transformers loads a folder and makes one forward pass.
 
-``python -m hawqtool.pipeline.load_trial.child FOLDER CLASS TRUST ROWS OUTPUTS IMAGES``: what the model of the
-class gives on the rows of one safetensors file is written to the other; IMAGES is what `model_images` gives of the
-original, as JSON. A failure ends in a traceback, whose last line says why.
+``python -m hawqtool.pipeline.load_trial.child`` reads the arguments of `main` as a JSON list from stdin, when all is
+imported; nothing there, nothing done. A failure ends in a traceback, whose last line says why.
 """
 
 from __future__ import annotations
@@ -24,7 +23,16 @@ from hawqtool.runtime.lifeline import watch_parent
 
 
 def main(folder: str, class_name: str, trust: str, rows_file: str, outputs_file: str, images: str) -> None:
-    """Load, run, write."""
+    """Write what a model gives on the rows of a file to another one.
+
+    Args:
+        folder: Holds the model.
+        class_name: Its class.
+        trust: 1 where its own code may run.
+        rows_file: Safetensors file with the rows.
+        outputs_file: The one that is written.
+        images: What `model_images` gives of the original, as JSON.
+    """
     kind = getattr(transformers, class_name, transformers.AutoModelForCausalLM)
     model = kind.from_pretrained(folder, dtype="auto", trust_remote_code=trust == "1").eval()
     rows = load_file(rows_file)["rows"]
@@ -53,4 +61,5 @@ def _rounds_inputs(folder: str) -> bool:
 
 if __name__ == "__main__":
     watch_parent(lambda: os._exit(1))
-    main(*sys.argv[1:])
+    if order := sys.stdin.read():
+        main(*json.loads(order))

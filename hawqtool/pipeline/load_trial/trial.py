@@ -2,7 +2,7 @@
 
 A child process loads the folder as a user would and makes one forward pass; its outputs must agree with those of our
 own walk over the unpacked weights. The start of the process takes about five seconds, so a run tries the shipped folder
-only.
+only, and on a GPU, where the host waits for the device, the process starts with the run.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -56,13 +59,62 @@ class LoadTrial:
     reason: str
 
 
-def try_loading(job: Job, folder: Path, rows: Tensor) -> LoadTrial:
+class TrialProcess:
+    """A child process that imports what a trial needs and then waits to be told what to load; a context manager.
+
+    Left without an order, or by a parent that died, it ends by itself.
+    """
+
+    def __enter__(self) -> Self:
+        self._line = Lifeline().__enter__()
+        self._child = subprocess.Popen(
+            [sys.executable, "-m", f"{__package__}.child"],
+            env={**_environment(), **self._line.environment},
+            pass_fds=(self._line.descriptor,),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._child.kill()  # after `run` it has ended
+        self._child.__exit__(kind, error, trace)
+        self._line.__exit__(kind, error, trace)
+
+    def run(self, order: Sequence[str]) -> subprocess.CompletedProcess[bytes]:
+        """Have it load a folder and wait until it ends.
+
+        Args:
+            order: Arguments of the child's `main`.
+
+        Raises:
+            subprocess.TimeoutExpired: If it takes longer than a trial may.
+        """
+        _, told = self._child.communicate(json.dumps(list(order)).encode(), timeout=_SECONDS)
+        return subprocess.CompletedProcess(order, self._child.returncode, b"", told)
+
+
+@contextmanager
+def started_ahead(job: Job) -> Iterator[TrialProcess | None]:
+    """The process of a run's trial, which starts while the device computes; None on a CPU or where nothing is tried."""
+    if job.device.type != "cuda" or _not_possible(job) is not None:
+        yield None
+        return
+    with TrialProcess() as process:
+        yield process
+
+
+def try_loading(job: Job, folder: Path, rows: Tensor, process: TrialProcess | None = None) -> LoadTrial:
     """Load a folder in transformers in a process of its own and compare one forward pass.
 
     Args:
         job: The original model.
         folder: A written folder with its small files.
         rows: Tokens ``[rows, seq_len]``, images or sounds; the first row's beginning is used.
+        process: The process, where it was started ahead.
     """
     obstacle = _not_possible(job)
     if obstacle is not None:
@@ -73,11 +125,10 @@ def try_loading(job: Job, folder: Path, rows: Tensor) -> LoadTrial:
     with tempfile.TemporaryDirectory(prefix="hawqtool-load-") as place:
         given, written = Path(place) / "rows.safetensors", Path(place) / "outputs.safetensors"
         save_file({"rows": row}, given)
-        command = [sys.executable, "-m", f"{__package__}.child", str(folder), type(job.skeleton).__name__]
-        command += [str(int(job.source.runs_code)), str(given), str(written)]
-        command += [json.dumps(model_images(job.skeleton))]
+        order = [str(folder), type(job.skeleton).__name__, str(int(job.source.runs_code)), str(given), str(written)]
+        order += [json.dumps(model_images(job.skeleton))]
         try:
-            done = _run(command)
+            done = _run(order, process)
         except subprocess.TimeoutExpired:
             return LoadTrial(None, f"not tried to the end: it took more than {_SECONDS} s")
         if done.returncode:
@@ -92,17 +143,12 @@ def try_loading(job: Job, folder: Path, rows: Tensor) -> LoadTrial:
     )
 
 
-def _run(command: list[str]) -> subprocess.CompletedProcess[bytes]:
-    """The process's output; it ends with this one."""
-    with Lifeline() as line:
-        return subprocess.run(
-            command,
-            env={**_environment(), **line.environment},
-            pass_fds=(line.descriptor,),
-            capture_output=True,
-            timeout=_SECONDS,
-            check=False,
-        )
+def _run(order: Sequence[str], process: TrialProcess | None) -> subprocess.CompletedProcess[bytes]:
+    """What the process says and its exit code."""
+    if process is not None:
+        return process.run(order)
+    with TrialProcess() as begun:
+        return begun.run(order)
 
 
 def trial_rows(job: Job, sets: Mapping[str, Rows]) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from hawqtool.config import RunConfig
 from hawqtool.pipeline.load_trial import child as load_child
 from hawqtool.pipeline.load_trial import trial as load_trial
-from hawqtool.pipeline.load_trial.trial import SWITCH, _difference, try_loading
+from hawqtool.pipeline.load_trial.trial import SWITCH, TrialProcess, _difference, started_ahead, try_loading
 from hawqtool.pipeline.run.job import Job, prepare
 from tests.support.packed_folder import linear_specs, mixed_formats, write_packed
 from tests.support.tiny import tiny_model
@@ -39,21 +40,29 @@ def switched_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(SWITCH, raising=False)
 
 
-def test_a_folder_that_loads(job: Job, packed: Path) -> None:
-    trial = try_loading(job, packed, ROWS)
+def test_a_folder_that_loads_in_a_process_that_was_started_ahead(
+    job: Job, packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with started_ahead(job) as process:
+        assert process is None  # a CPU has nothing to wait for
+    with started_ahead(replace(job, device=torch.device("cuda"))) as process:
+        assert process is not None
+        trial = try_loading(job, packed, ROWS, process)
+        child = process._child
+    assert child.returncode == 0
     assert trial.loads is True and "tried on this folder with transformers" in trial.reason
     assert "one forward pass agrees to 0.0" in trial.reason
 
 
-def in_this_process(command: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
+def in_this_process(order: list[str], _: object) -> subprocess.CompletedProcess[bytes]:
     """What the child does, without the start of a process."""
-    load_child.main(*command[3:])
-    return subprocess.CompletedProcess(command, 0, b"", b"")
+    load_child.main(*order)
+    return subprocess.CompletedProcess(order, 0, b"", b"")
 
 
 def test_rounded_inputs_are_compared_in_float32(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In bfloat16 they would differ by a tenth and more."""
-    monkeypatch.setattr(load_trial.subprocess, "run", in_this_process)
+    monkeypatch.setattr(load_trial, "_run", in_this_process)
     write_packed(job.index.folder, tmp_path / "packed", mixed_formats(linear_specs(job.index), ("nvfp4-a4", "fp8-a8f")))
     trial = try_loading(job, tmp_path / "packed", ROWS)
     assert trial.loads is True and ("agrees to 0 (" in trial.reason or "e-" in trial.reason), trial.reason
@@ -63,7 +72,7 @@ def test_a_folder_whose_config_makes_transformers_compute_otherwise(
     job: Job, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It reads other weights than hawqtool does: those of the embedding are exchanged in the child's copy alone."""
-    monkeypatch.setattr(load_trial.subprocess, "run", in_this_process)
+    monkeypatch.setattr(load_trial, "_run", in_this_process)
     folder = Path(shutil.copytree(packed, tmp_path / "other"))
     tensors = load_file(folder / "model.safetensors")
     tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].flip(0).contiguous()
@@ -75,6 +84,13 @@ def test_a_folder_whose_config_makes_transformers_compute_otherwise(
 
 
 _own = load_trial._own_outputs
+
+
+def test_a_process_that_is_not_needed_is_ended() -> None:
+    with TrialProcess() as process:
+        child = process._child
+        assert child.poll() is None
+    assert child.poll() is not None and child.stdin is not None and child.stdin.closed
 
 
 def test_a_folder_that_does_not_load(job: Job, packed: Path, tmp_path: Path) -> None:
