@@ -67,7 +67,7 @@ class OutputMomentSums:
             found[name] = torch.zeros(2, width, width, dtype=torch.float32, device=gradient.device)
         kinds = self.kinds[first : first + len(gradient)]
         for kind in (FITTING, HELD_OUT):
-            rows = torch.nonzero(kinds == kind)[:, 0].to(gradient.device)
+            rows = torch.nonzero(kinds == kind)[:, 0].to(gradient.device, non_blocking=True)  # a GPU goes on meanwhile
             if len(rows):
                 tokens = gradient.index_select(0, rows).flatten(0, 1)
                 lengths = norms.index_select(0, rows).flatten().float()

@@ -373,13 +373,25 @@ class ModelStream:
         self, rows: Tensor, batch_size: int, progress: Callable[[int], None], saved: Saved = NOTHING_SAVED
     ) -> Tensor:
         """Output of the last block for all rows, ``[rows, positions, width]``; an interrupted walk is gone on with."""
-        activations = self.embed(rows, batch_size)
+        return self.final_states({"hidden": rows}, batch_size, progress, saved)["hidden"]
+
+    def final_states(
+        self,
+        sets: Mapping[str, Tensor],
+        batch_size: int,
+        progress: Callable[[int], None],
+        saved: Saved = NOTHING_SAVED,
+    ) -> dict[str, Tensor]:
+        """`final_hidden` of several sets of rows by name, in one walk: reading a block may take longer than a set."""
+        walked = {name: self.embed(rows, batch_size) for name, rows in sets.items()}
         self.release_ends()
+        states = {name: activations.hidden for name, activations in walked.items()}
         resume_points = ResumePoints(saved, self.device)
-        first = resume_points.restore(activations.states, len(self.blocks))
+        first = resume_points.restore(states, len(self.blocks))
         for spec in self.structure.blocks[first:]:
             with self.block(spec.index) as block:
-                advance(block, activations)
-            resume_points.keep(spec.index + 1, activations.states)
+                for activations in walked.values():
+                    advance(block, activations)
+            resume_points.keep(spec.index + 1, states)
             progress(spec.index)
-        return torch.cat(list(activations.hidden))
+        return {name: torch.cat(list(hidden)) for name, hidden in states.items()}

@@ -179,7 +179,8 @@ class _EndTrials:
         """Output of the last block where a matrix has other values."""
         name = self._names[tensor]
         source = _Replaced(self._reader, name, values, self._gguf.places[name].transposed)
-        return self._evaluator.last_states(self._job.stream(source), f"{tensor} as {kind.name}", "scoring")
+        what = self._job.stream(source), f"{tensor} as {kind.name}", ("scoring",)
+        return self._evaluator.last_states(*what)["scoring"]
 
     @contextmanager
     def _with_output(self, values: Tensor) -> Iterator[None]:

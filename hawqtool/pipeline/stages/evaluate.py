@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -97,10 +97,10 @@ class Evaluator:
         saved = self._own(context.saved)
         known = saved.load("original-states")
         if known is None:
-            walks = saved.part("original-walk")
-            self.reference = {role: self.last_states(self.stream, "original", role, walks.part(role)) for role in sets}
+            walk = saved.part("original-walk")
+            self.reference = self.last_states(self.stream, "original", list(sets), walk)
             context.save(saved, "original-states", self.reference, total_bytes(list(self.reference.values())))
-            walks.drop()
+            walk.drop()
         else:
             self.reference = {role: states.to(job.device) for role, states in known.items()}
 
@@ -108,19 +108,19 @@ class Evaluator:
         """Where states of single rows are kept; nowhere where each rank has others."""
         return saved if self.job.ranks.size == 1 else NOTHING_SAVED
 
-    def last_states(self, stream: ModelStream, label: str, role: str, saved: Saved = NOTHING_SAVED) -> Tensor:
-        """Output of a model's last block on one set of rows, ``[rows, positions, width]``."""
-        start = time.perf_counter()
-        count, rows = len(self.job.structure.blocks), self.sets[role].tokens
-        first, total = list(self.sets).index(role) * count, len(self.sets) * count
+    def last_states(
+        self, stream: ModelStream, label: str, roles: Sequence[str], saved: Saved = NOTHING_SAVED
+    ) -> dict[str, Tensor]:
+        """Output of a model's last block on sets of rows by role, ``[rows, positions, width]``, from one walk."""
+        start, count = time.perf_counter(), len(self.job.structure.blocks)
 
         def tell(index: int) -> None:
-            self.reporter.progress(f"evaluating {shown_plan(label)}", first + index + 1, total)
+            self.reporter.progress(f"evaluating {shown_plan(label)}", index + 1, count)
 
         together = self.job.settings.batch_size
         if self.job.device.type == "cpu":
             together = min(together, _CPU_ROWS)
-        states = stream.final_hidden(rows, together, tell, saved)
+        states = stream.final_states({role: self.sets[role].tokens for role in roles}, together, tell, saved)
         self.seconds += time.perf_counter() - start
         return states
 
@@ -144,30 +144,33 @@ class Evaluator:
             roles: Sets of rows to evaluate on (default: all; of the original, which nobody asks for others, `report`).
         """
         stream = self.stream if folder is None else self.candidate(folder)
-        results, roles = {}, roles or (self.sets if folder is not None else ("report",))
-        for role in (role for role in self.sets if role in roles):
-            known = saved.load(role)
-            if known is None:
-                self.context.ranks.hand_out(_evaluate_along, folder, label, role)
-                results[role] = self.compare(stream, label, role, saved.part(role))
-                saved.save(role, vars(results[role]))
-                saved.part(role).drop()
-            else:
-                results[role] = as_evaluation(known)
-            results[role] = replace(results[role], sources=self.sets[role].sources)
+        wanted = roles or (self.sets if folder is not None else ("report",))
+        roles = [role for role in self.sets if role in wanted]
+        found = {role: as_evaluation(known) for role in roles if (known := saved.load(role)) is not None}
+        left, walk = [role for role in roles if role not in found], saved.part(_WALK)
+        if left:
+            self.context.ranks.hand_out(_evaluate_along, folder, label, left)
+            for role, evaluation in self.compare(stream, label, left, walk):
+                found[role] = evaluation
+                saved.save(role, vars(evaluation))
+            walk.drop()
         self.stream.release_ends()
-        return results
+        return {role: replace(found[role], sources=self.sets[role].sources) for role in roles}
 
-    def compare(self, stream: ModelStream, label: str, role: str, saved: Saved = NOTHING_SAVED) -> Evaluation:
-        """Quality of a model on one set of rows, by all ranks together."""
-        states = self.reference[role]
+    def compare(
+        self, stream: ModelStream, label: str, roles: Sequence[str], saved: Saved = NOTHING_SAVED
+    ) -> Iterator[tuple[str, Evaluation]]:
+        """Quality of a model on sets of rows, one after the other, by all ranks together."""
+        states = self.reference
         if stream is not self.stream:
-            states = self.last_states(stream, label, role, self._own(saved))
-        release_freed_pages()  # logits need other sizes than blocks do
-        start, tokens = time.perf_counter(), self.sets[role].tokens
-        found = OutputComparison(self.stream, stream, tokens, self.reference[role]).evaluation(states, self.job.ranks)
-        self.seconds += time.perf_counter() - start
-        return found
+            states = self.last_states(stream, label, roles, self._own(saved))
+        for role in roles:
+            release_freed_pages()  # logits need other sizes than blocks do
+            start, tokens = time.perf_counter(), self.sets[role].tokens
+            comparison = OutputComparison(self.stream, stream, tokens, self.reference[role])
+            found = comparison.evaluation(states[role], self.job.ranks)
+            self.seconds += time.perf_counter() - start
+            yield role, found
 
     def compare_layerwise(self, calibration: Rows, plans: Mapping[str, UnitFormats]) -> dict[str, Evaluation]:
         """Divergence on the selection rows of plans whose layers are rounded one by one, by all ranks together.
@@ -219,7 +222,7 @@ class Evaluator:
         return found
 
 
-_COMPARING = "comparing plans"
+_COMPARING, _WALK = "comparing plans", "walk"
 _EVALUATOR = "evaluator"
 
 
@@ -228,10 +231,12 @@ def _begin_along(job: Job, sets: dict[str, Rows]) -> None:
     job.ranks.kept[_EVALUATOR] = Evaluator(RunContext(job), sets, job)
 
 
-def _evaluate_along(job: Job, folder: Path | None, label: str, role: str) -> None:
+def _evaluate_along(job: Job, folder: Path | None, label: str, roles: Sequence[str]) -> None:
     """A rank's share of an evaluation."""
     evaluator: Evaluator = job.ranks.kept[_EVALUATOR]
-    evaluator.compare(evaluator.stream if folder is None else job.packed_stream(folder), label, role)
+    stream = evaluator.stream if folder is None else job.packed_stream(folder)
+    for _ in evaluator.compare(stream, label, roles):
+        pass
     evaluator.stream.release_ends()
 
 

@@ -44,7 +44,7 @@ def with_token_importance(context: RunContext, rows: Rows, for_feedback: bool = 
     asked = rows.tokens, sorted(layers)
     sharing = context.shared(_importance, *asked)
     importance, found = _importance(sharing, *asked, context.progress("token importance"))
-    context.saved.save(_KEY, dict(importance))
+    context.save(context.saved, _KEY, dict(importance), sum(values.nbytes for values in importance.values()))
     if layers:
         size = sum(m.lower.nbytes for m in found.values() if m.lower is not None)
         context.save(context.saved, _MOMENTS, {name: dict(vars(m)) for name, m in found.items()}, size)

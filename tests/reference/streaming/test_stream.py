@@ -232,3 +232,11 @@ def test_stored_buffers_are_loaded(tmp_path: Path) -> None:
     with torch.no_grad():
         hidden = loaded.norm(states[-1])
         assert torch.allclose(hidden, loaded(rows, use_cache=False).last_hidden_state, atol=1e-5)
+
+
+def test_sets_of_rows_in_one_walk_end_as_each_by_itself(tmp_path: Path) -> None:
+    stream, sets = make_job(tiny_model("llama", tmp_path / "m"), 2).stream(), {"long": TOKENS, "short": TOKENS[:3, :7]}
+    alone, walked = {name: stream.final_hidden(rows, 2, lambda _: None) for name, rows in sets.items()}, list[int]()
+    found = stream.final_states(sets, 2, walked.append)
+    assert all(torch.equal(found[name], states) for name, states in alone.items())
+    assert walked == list(range(len(stream.blocks)))
