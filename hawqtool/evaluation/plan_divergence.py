@@ -25,7 +25,7 @@ from hawqtool.rounding.spec import RoundingSpec
 from hawqtool.rounding.statistics import GroupStatistics
 from hawqtool.runtime.ranks import ALONE, Ranks
 from hawqtool.streaming.block import Activations, advance
-from hawqtool.streaming.dealt import Groups, dealt
+from hawqtool.streaming.dealt import Groups, InputGroup, dealt
 from hawqtool.streaming.input_statistics import group_statistics
 from hawqtool.streaming.kept_roundings import KeptRoundings, Roundings
 from hawqtool.streaming.stream import ModelStream
@@ -113,11 +113,14 @@ def _statistics(block: LoadedBlock, known: Activations, rounding: RoundingSpec, 
 
 
 def _rounded(block: LoadedBlock, groups: Groups, rounding: RoundingSpec, ranks: Ranks) -> Roundings:
-    def compute(group: Sequence[LinearSpec], statistics: GroupStatistics) -> Roundings:
-        found = rounding.roundings(block, group, statistics)
-        return {name: {label: one.rounded for label, one in by_label.items()} for name, by_label in found.items()}
+    def compute(part: Sequence[InputGroup]) -> list[Roundings]:
+        return [
+            {name: {label: one.rounded for label, one in by_label.items()} for name, by_label in found.items()}
+            for found in rounding.roundings_of(block, part)
+        ]
 
-    return {name: values for _, found in dealt(ranks, groups, compute) for name, values in found.items()}
+    dealt_out = dealt(ranks, groups, compute, rounding.parts)
+    return {name: values for _, found in dealt_out for name, values in found.items()}
 
 
 def _weights(block: LoadedBlock, found: Roundings, formats: UnitFormats) -> dict[str, Tensor]:

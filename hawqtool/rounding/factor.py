@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,9 @@ _CONDITION = 1 << 16
 
 _DIRECT = {"cpu": 288, "cuda": 1024}
 """Columns that are factored at once."""
+
+_DIRECT_OF_MANY = 128
+"""Columns that are factored at once where many matrices are: a GPU's solver of many takes them column by column."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,61 @@ def factorize(
     )
 
 
+def factorize_alike(
+    grams: Sequence[Tensor], num_tokens: Sequence[int], damping: float | None, names: Sequence[str]
+) -> list[Factor]:
+    """Factor matrices of one size; a GPU, for which one is a chain of small steps, takes all of them together.
+
+    Args:
+        grams: ``[in, in]`` float32 or float64 each.
+        num_tokens: Tokens behind each.
+        damping: As for `factorize`.
+        names: Layer of each to name in errors.
+
+    Raises:
+        NumericalError: As `factorize`.
+    """
+    if len(grams) > 1 and grams[0].is_cuda:
+        return factorize_stacked(grams, num_tokens, damping, names)
+    named = zip(grams, num_tokens, names, strict=True)
+    return [factorize(gram, count, damping, name=name) for gram, count, name in named]
+
+
+def factorize_stacked(
+    grams: Sequence[Tensor], num_tokens: Sequence[int], damping: float | None, names: Sequence[str]
+) -> list[Factor]:
+    """Factor matrices of one size by products of stacks of them, in float64; arguments are those of `factorize_alike`.
+
+    What cannot be factored at the damping given is left to `factorize`, which raises it.
+    """
+    gram, width = torch.stack(list(grams)), len(grams[0])
+    diagonal = gram.diagonal(dim1=1, dim2=2).double()
+    found = torch.stack([gram.sum((1, 2), dtype=torch.float64), (diagonal == 0).sum(1), diagonal.mean(1)], 1).tolist()
+    fractions = [default_damping(count, width) if damping is None else damping for count in num_tokens]
+    added = [fraction * (mean or 1.0) for fraction, (_, _, mean) in zip(fractions, found, strict=True)]
+    damped = diagonal + torch.tensor(added, dtype=torch.float64, device=gram.device)[:, None]
+    order = torch.argsort(diagonal, dim=1, descending=True, stable=True)
+    backwards = order.flip(1)
+    rows, columns = (backwards.unsqueeze(axis).expand_as(gram) for axis in (2, 1))
+    work = gram.gather(1, rows).gather(2, columns).double()
+    del gram  # of wide layers each of these takes gigabytes
+    work.diagonal(dim1=1, dim2=2).copy_(damped.gather(1, backwards))
+    inverse = torch.zeros_like(work)
+    failures: list[Tensor] = []
+    _factor_stack_into(work, inverse, failures)
+    failed = torch.stack(failures).any(0).tolist()
+    upper = inverse.float().flip(1, 2)
+    pivots, damped = upper.diagonal(dim1=1, dim2=2).reciprocal(), damped.float()
+    factors = []
+    for i, (total, dead, _) in enumerate(found):
+        if failed[i] or not math.isfinite(total):
+            factors.append(factorize(grams[i], num_tokens[i], damping, name=names[i]))
+        else:
+            counts = fractions[i], 0, int(dead), num_tokens[i]
+            factors.append(Factor(upper[i], pivots[i], order[i], damped[i], *counts))
+    return factors
+
+
 def _working_dtype(gram: Tensor, fraction: float) -> torch.dtype:
     """float32 on a CPU where no eigenvalue can be so small that its roundings matter, else float64."""
     if gram.device.type == "cpu" and len(gram) <= _CONDITION * fraction:
@@ -151,6 +210,24 @@ def inverse_cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
     failures: list[Tensor] = []
     _factor_into(matrix, inverse, failures)
     return inverse, torch.stack(failures).any()
+
+
+def _factor_stack_into(matrices: Tensor, inverses: Tensor, failures: list[Tensor]) -> None:
+    """`_factor_into` for ``[count, n, n]``; failures are ``[count]`` each."""
+    size = matrices.shape[1]
+    if size <= _DIRECT_OF_MANY:
+        lower, info = torch.linalg.cholesky_ex(matrices)
+        identity = torch.eye(size, dtype=matrices.dtype, device=matrices.device).expand_as(matrices)
+        inverses.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
+        failures.append(info != 0)
+        return
+    half = size // 2
+    first, last = inverses[:, :half, :half], inverses[:, half:, half:]
+    _factor_stack_into(matrices[:, :half, :half], first, failures)
+    corner = matrices[:, half:, :half] @ first.mT
+    rest = torch.baddbmm(matrices[:, half:, half:], corner, corner.mT, alpha=-1)
+    _factor_stack_into(rest, last, failures)
+    inverses[:, half:, :half] = (last @ corner.neg_()) @ first
 
 
 def _factor_into(matrix: Tensor, inverse: Tensor, failures: list[Tensor]) -> None:

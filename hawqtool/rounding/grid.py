@@ -29,6 +29,9 @@ _CHUNK_ELEMENTS = 1 << 21
 (measured on two cores: 0.27 s at 2^17, 0.075 s at 2^21 for 3072 x 576), larger ones only take memory."""
 _GPU_CHUNK_ELEMENTS = 1 << 26
 
+_MOST_GROUPS = 65535
+"""Groups of a chunk of several layers, as many as a GPU's grid has on its second axis."""
+
 
 class Quantized(NamedTuple):
     """A rounded weight: ``dequantize(*quantized)`` is its value.
@@ -67,6 +70,52 @@ def search_grid(
     if quant_format.symmetric:
         return search_scales(weight, column_weights, quant_format, stored_dtype, both_signs), None
     return search_zeros(weight, column_weights, quant_format, stored_dtype)
+
+
+def search_grids(
+    weights: Sequence[Tensor],
+    column_weights: Sequence[Tensor],
+    quant_format: QuantFormat,
+    stored_dtype: torch.dtype,
+    both_signs: bool,
+    divisors: Sequence[float | None],
+) -> list[tuple[Tensor, Tensor | None]]:
+    """`search_grid` for layers of one shape, to the bit; small ones, such as experts, go through it together.
+
+    Groups do not depend on each other, so that those of many layers are laid out like those of one.
+
+    Args:
+        weights: ``[out, in]`` float32 each.
+        column_weights: ``[in]`` float32 for each.
+        quant_format: As for `search_scales`.
+        stored_dtype: As for `search_scales`.
+        both_signs: As for `search_scales`.
+        divisors: Of E4M3 scales, for each.
+    """
+    together = _layers_together(weights[0], quant_format)
+    if len(weights) == 1 or together == 1 or quant_format.floats is not None:
+        asked = zip(weights, column_weights, divisors, strict=True)
+        return [search_grid(w, costs, quant_format, stored_dtype, both_signs, d) for w, costs, d in asked]
+    both_signs, found = both_signs and not quant_format.activations, list[tuple[Tensor, Tensor | None]]()
+    for first in range(0, len(weights), together):
+        stacked = torch.stack(list(weights[first : first + together]))
+        width = quant_format.group_width(stacked.shape[2])
+        laid = stacked.unflatten(2, (-1, width)).transpose(1, 2).flatten(0, 1).contiguous()
+        costs = torch.stack(list(column_weights[first : first + together])).view(-1, width)
+        groups = stacked.shape[2] // width
+        if quant_format.symmetric:
+            scales = _search_chunk(laid, costs, quant_format, stored_dtype, both_signs)
+            found += [(part.contiguous(), None) for part in scales.split(groups, 1)]
+        else:
+            both = [v.split(groups, 1) for v in _search_zeros_chunk(laid, costs, quant_format, stored_dtype)]
+            found += [(scales.contiguous(), zeros.contiguous()) for scales, zeros in zip(*both, strict=True)]
+    return found
+
+
+def _layers_together(weight: Tensor, quant_format: QuantFormat) -> int:
+    """How many layers of this shape are one chunk; at least one, whose rows may make more than one."""
+    groups = weight.shape[1] // quant_format.group_width(weight.shape[1])
+    return max(1, min(_chunk_elements(weight) // max(weight.numel(), 1), _MOST_GROUPS // max(groups, 1)))
 
 
 def search_scales(
@@ -123,9 +172,13 @@ def _chunks(weight: Tensor, quant_format: QuantFormat) -> Iterator[Tensor]:
     """Some rows at a time, by group: ``[groups, rows, width]``."""
     columns = weight.shape[1]
     width = quant_format.group_width(columns)
-    step = max(1, (_CHUNK_ELEMENTS if weight.device.type == "cpu" else _GPU_CHUNK_ELEMENTS) // columns)
+    step = max(1, _chunk_elements(weight) // columns)
     for chunk in weight.split(step):
         yield chunk.reshape(-1, columns // width, width).transpose(0, 1).contiguous()
+
+
+def _chunk_elements(like: Tensor) -> int:
+    return _CHUNK_ELEMENTS if like.device.type == "cpu" else _GPU_CHUNK_ELEMENTS
 
 
 def _search_chunk(
@@ -316,37 +369,13 @@ def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor | None = None, divis
     return (grouped * scales.unsqueeze(-1)).view(rows, columns)
 
 
-def refit_scales(rounded: Quantized, target: Tensor, gram: Tensor) -> Quantized:
-    """The same codes with scales that lower tr(D H Dᵀ), D = Q - target, one group after the other.
-
-    The error is a parabola in each scale: with L the codes less their zeros, the best change of s of a row and group g
-    is ``-[L_g (H Dᵀ)_g] / [L_g H_gg L_gᵀ]``. It is cast to the stored dtype, and taken where the error falls even so;
-    D then has it before the next group's turn. Rows are independent.
-
-    Args:
-        rounded: Codes, scales and zero points.
-        target: ``[out, in]`` float32, what the rounded weights approximate.
-        gram: ``[in, in]`` float32, H, damped.
-    """
-    codes, scales, zeros, divisor = rounded
-    groups = scales.shape[1]
-    width = codes.shape[1] // groups
-    error = dequantize(*rounded).float() - target
-    found = scales.clone()
-    for group in range(groups):
-        part = slice(group * width, (group + 1) * width)
-        zero = None if zeros is None else zeros[:, group : group + 1]
-        levels = codes[:, part].float() if zero is None else codes[:, part].float() - zero.float()
-        pull, block = error @ gram[:, part], gram[part, part]
-        slope, curvature = (pull * levels).sum(1), ((levels @ block) * levels).sum(1)
-        old = scales[:, group]
-        step = torch.where(curvature > 0, slope / curvature, 0.0)
-        scale = (old.float() - step).to(old.dtype)
-        # The products are rounded as well, so the gain is measured on the weights that loaders compute.
-        change = dequantize(codes[:, part], scale.unsqueeze(1), zero).float() - target[:, part] - error[:, part]
-        gain = 2 * (pull * change).sum(1) + ((change @ block) * change).sum(1)
-        # A scale keeps its sign, and is never zero.
-        better = (gain < 0) & torch.isfinite(scale) & (scale.sign() == old.sign())
-        found[:, group] = torch.where(better, scale, old)
-        error[:, part] += torch.where(better.unsqueeze(1), change, 0.0)
-    return Quantized(codes, found, zeros, divisor)
+def clip_rate(in_steps: Tensor, result: Quantized, fmt: QuantFormat) -> Tensor:
+    """Share of the weights, given in steps of their grid, that lie more than half a step outside: ``[]`` float32."""
+    levels = result.codes.float()  # comparing int8 takes four times as long on a CPU
+    if fmt.floats is not None:
+        return torch.count_nonzero(ELEMENTS[fmt.floats.element].beyond(levels, in_steps)) / in_steps.numel()
+    at_bound = (levels == fmt.min_code) | (levels == fmt.max_code)
+    if result.zeros is not None:
+        levels -= expand_scales(result.zeros, in_steps.shape[1])
+    beyond = levels.sub_(in_steps).abs_() > 0.5
+    return torch.count_nonzero(at_bound.logical_and_(beyond)) / in_steps.numel()

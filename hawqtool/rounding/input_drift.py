@@ -6,13 +6,16 @@ the difference is the drift Δ = mean of (x0 - x) xᵀ, beside the Gram matrix H
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from hawqtool.rounding.factor import Factor
-from hawqtool.rounding.gram import fine_product
+from hawqtool.rounding.gram import fine_product, quadratic_form
+from hawqtool.rounding.grid import Quantized, dequantize
+from hawqtool.rounding.method import Task
 from hawqtool.rounding.statistics import GroupStatistics
 
 
@@ -53,6 +56,28 @@ def best_shift(weight: Tensor, shift: Tensor, statistics: GroupStatistics, acros
     gain = (weighted * (weight @ statistics.drift)).sum()
     cost = ((shift @ statistics.gram) * weighted).sum()
     return float(torch.where(cost > 0, gain / cost, 0.0).clamp(0.0, 1.0))
+
+
+def held_out_errors(
+    tasks: Sequence[Task], results: Sequence[Quantized], statistics: GroupStatistics, across: Tensor | None = None
+) -> Tensor:
+    """Mean of (Q x - W x0)² of every task, less what does not depend on Q: ``[tasks]`` float32.
+
+    With S ``[out, out]`` across the rows it is the mean of (Q x - W x0)ᵀ S (Q x - W x0).
+    """
+    errors = []
+    for task, result in zip(tasks, results, strict=True):
+        error = dequantize(*result).float() - task.weight
+        if across is None:
+            loss = quadratic_form(error, statistics.gram)
+        else:
+            weighted = across @ error
+            loss = ((error @ statistics.gram) * weighted).sum()
+            error = weighted
+        if statistics.drift is not None:
+            loss = loss - 2 * (error * (task.weight @ statistics.drift)).sum()
+        errors.append(loss)
+    return torch.stack(errors)
 
 
 def gptaq_problem(weight: Tensor, drift: Tensor, factor: Factor, alpha: float) -> tuple[Tensor, Factor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -23,15 +25,31 @@ def on_grid(weight: Tensor, quant_format: QuantFormat, stored_dtype: torch.dtype
         quant_format: Width and group size; grids of floats, or with zero points, are not looked for.
         stored_dtype: dtype of the scales and of the weight as it is stored.
     """
-    if not quant_format.symmetric or quant_format.grid or not len(weight):
+    if not begin_on_grid([weight], quant_format, stored_dtype)[0]:
         return None
-    # Of nearly all weights one row shows that they do not lie on a grid.
-    if _search(weight[:1], quant_format, stored_dtype) is None:
+    scales, found = _search(weight, quant_format, stored_dtype)
+    if not bool(found.all()):
         return None
-    return _search(weight, quant_format, stored_dtype)
+    groups = weight.unflatten(1, (scales.shape[1], -1))
+    return Quantized(_codes(groups, scales, quant_format).to(torch.int8).flatten(1), scales, None)
 
 
-def _search(weight: Tensor, quant_format: QuantFormat, stored_dtype: torch.dtype) -> Quantized | None:
+def begin_on_grid(weights: Sequence[Tensor], quant_format: QuantFormat, stored_dtype: torch.dtype) -> list[bool]:
+    """Whether the first row of each of some weights lies on a grid: of nearly all it shows that the weight does not.
+
+    Args:
+        weights: ``[out, in]`` float32 each, all of one width; many are looked at for the price of one.
+        quant_format: As for `on_grid`.
+        stored_dtype: As for `on_grid`.
+    """
+    if not quant_format.symmetric or quant_format.grid or not all(map(len, weights)):
+        return [False] * len(weights)
+    _, found = _search(torch.stack([weight[0] for weight in weights]), quant_format, stored_dtype)
+    return [bool(whole) for whole in found.all(1).tolist()]
+
+
+def _search(weight: Tensor, quant_format: QuantFormat, stored_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scales ``[out, groups]``, and whether they give the weights of their groups to the bit."""
     groups = weight.unflatten(1, (-1, quant_format.group_width(weight.shape[1])))
     sizes = groups.abs()
     least = torch.where(sizes > 0, sizes, torch.inf).amin(-1)
@@ -45,9 +63,7 @@ def _search(weight: Tensor, quant_format: QuantFormat, stored_dtype: torch.dtype
             scale = (nearest * (1 + step * epsilon)).to(stored_dtype)
             exact = (_values(groups, scale, quant_format) == groups).all(-1) & ~found
             scales, found = torch.where(exact, scale, scales), found | exact
-    if not bool(found.all()):
-        return None
-    return Quantized(_codes(groups, scales, quant_format).to(torch.int8).flatten(1), scales, None)
+    return scales, found
 
 
 def _codes(groups: Tensor, scales: Tensor, quant_format: QuantFormat) -> Tensor:

@@ -16,13 +16,21 @@ from hawqtool.records import LayerMetrics, OutputMoments, RoundedLayer
 from hawqtool.rounding.factor import Factor, factorize
 from hawqtool.rounding.floats.elements import ELEMENTS
 from hawqtool.rounding.gram import quadratic_form
-from hawqtool.rounding.grid import Quantized, codes_of_steps, dequantize, expand_scales, nearest_codes, search_grid
-from hawqtool.rounding.input_drift import best_shift, full_shift
+from hawqtool.rounding.grid import (
+    Quantized,
+    clip_rate,
+    codes_of_steps,
+    dequantize,
+    expand_scales,
+    nearest_codes,
+    search_grid,
+)
+from hawqtool.rounding.input_drift import best_shift, full_shift, held_out_errors
 from hawqtool.rounding.kernels.dispatch import kernel_for
-from hawqtool.rounding.method import BETAS, LayerSettings, RoundingMethod, Task
+from hawqtool.rounding.method import BETAS, LayerSettings, RoundingMethod, Task, TaskGroup
 from hawqtool.rounding.output_feedback import RowFeedback, round_row_blocks, row_feedback, unpack_lower
 from hawqtool.rounding.statistics import GroupStatistics
-from hawqtool.rounding.two_pass import Problem, prepare, refit, round_targets
+from hawqtool.rounding.two_pass import Problem, prepare, refit, round_targets, with_grids
 from hawqtool.runtime.stage_timer import UNRECORDED, Recorder
 
 
@@ -47,8 +55,15 @@ def round_group(
             drift the inputs are the original's, and there is nothing to correct.
         recorder: Takes note of the scale search and the column loop.
     """
-    settings = choose_settings(tasks, factor, method, statistics, recorder)
-    return _round_with(tasks, factor, method, statistics, settings, recorder)
+    return round_groups([TaskGroup(tasks, factor, statistics)], method, recorder)[0]
+
+
+def round_groups(
+    groups: Sequence[TaskGroup], method: RoundingMethod, recorder: Recorder = UNRECORDED
+) -> list[list[Quantized]]:
+    """`round_group` for several groups, to the bit; those of one form, such as experts, are searched together."""
+    settings = [choose_settings(g.tasks, g.factor, method, g.statistics, recorder) for g in groups]
+    return _round_with(groups, method, settings, recorder)
 
 
 def choose_settings(
@@ -74,9 +89,12 @@ def choose_settings(
     fitting, held_out = statistics.fitting, statistics.held_out
     if fitting is None or held_out is None:
         return settings
+    shifts = shift == "auto" and fitting.drift is not None
+    if not shifts and beta != "auto" and not method.refit:
+        return settings
     part = factorize(fitting.gram, fitting.num_tokens, factor.damping, name=tasks[0].name)
     rows, across = _held_out_feedback(moments, fitting.gram.device)
-    if shift == "auto" and fitting.drift is not None:
+    if shifts and fitting.drift is not None:
         full = [full_shift(t.weight, fitting.drift, part) for t in tasks]
         settings = [
             replace(s, shift=best_shift(t.weight, whole, held_out, across))
@@ -84,17 +102,19 @@ def choose_settings(
         ]
     if beta != "auto" and not method.refit:
         return settings
-    problem = prepare(tasks, part, method, fitting, settings, recorder, searched=rows is None)
+    problem = prepare(tasks, part, method, fitting, settings, recorder)
+    if rows is None:
+        (problem,) = with_grids([problem])
     betas = BETAS if beta == "auto" else (fixed.beta,)
     trials = [_looped(problem, [value] * len(tasks), rows) for value in betas]
-    errors = torch.stack([_held_out_errors(tasks, trial, held_out, across) for trial in trials])
+    errors = torch.stack([held_out_errors(tasks, trial, held_out, across) for trial in trials])
     chosen = errors.argmin(0).tolist()
     settings = [replace(s, beta=betas[choice]) for s, choice in zip(settings, chosen, strict=True)]
     if not method.refit:
         return settings
     best = [trials[choice][index] for index, choice in enumerate(chosen)]
     again = _refitted(problem, best, [s.beta for s in settings], fitting.gram, rows)
-    refitted = _held_out_errors(tasks, again, held_out, across)
+    refitted = held_out_errors(tasks, again, held_out, across)
     better = (refitted < errors.amin(0)).tolist()
     return [replace(s, refit=refit) for s, refit in zip(settings, better, strict=True)]
 
@@ -130,41 +150,35 @@ def _refitted(
     ]
 
 
-def _held_out_errors(
-    tasks: Sequence[Task], results: Sequence[Quantized], statistics: GroupStatistics, across: Tensor | None = None
-) -> Tensor:
-    """Mean of (Q x - W x0)² of every task, less what does not depend on Q: ``[tasks]`` float32.
-
-    With S ``[out, out]`` across the rows it is the mean of (Q x - W x0)ᵀ S (Q x - W x0).
-    """
-    errors = []
-    for task, result in zip(tasks, results, strict=True):
-        error = dequantize(*result).float() - task.weight
-        if across is None:
-            loss = quadratic_form(error, statistics.gram)
-        else:
-            weighted = across @ error
-            loss = ((error @ statistics.gram) * weighted).sum()
-            error = weighted
-        if statistics.drift is not None:
-            loss = loss - 2 * (error * (task.weight @ statistics.drift)).sum()
-        errors.append(loss)
-    return torch.stack(errors)
-
-
 def _round_with(
-    tasks: Sequence[Task],
-    factor: Factor,
+    groups: Sequence[TaskGroup],
     method: RoundingMethod,
-    statistics: GroupStatistics | None,
-    settings: Sequence[LayerSettings],
+    settings: Sequence[Sequence[LayerSettings]],
     recorder: Recorder,
     rows: RowFeedback | None = None,
+) -> list[list[Quantized]]:
+    """Every task of each group by its settings; what is given stays as it is."""
+    pairs = list(zip(groups, settings, strict=True))
+    open_ = [(group, own) for group, own in pairs if any(task.given is None for task in group.tasks)]
+    problems = [prepare(*group[:2], method, group.statistics, own, recorder) for group, own in open_]
+    if rows is None:
+        problems = with_grids(problems)
+    found = (_carried_out(p, g.statistics, method, own, rows) for p, (g, own) in zip(problems, open_, strict=True))
+    return [
+        next(found) if any(task.given is None for task in group.tasks) else [t.given for t in group.tasks if t.given]
+        for group in groups
+    ]
+
+
+def _carried_out(
+    problem: Problem,
+    statistics: GroupStatistics | None,
+    method: RoundingMethod,
+    settings: Sequence[LayerSettings],
+    rows: RowFeedback | None,
 ) -> list[Quantized]:
-    """Every task by its settings; what is given stays as it is."""
-    if all(task.given is not None for task in tasks):
-        return [task.given for task in tasks if task.given is not None]
-    problem = prepare(tasks, factor, method, statistics, settings, recorder, searched=rows is None)
+    """Results of a group whose targets and grids are known."""
+    tasks = problem.tasks
     if method.name == "rtn":
         return [
             t.given or Quantized(nearest_codes(t.weight, scales, t.quant_format, zeros), scales, zeros, t.divisor)
@@ -200,44 +214,78 @@ def round_layers(
     Raises:
         NumericalError: If a result is not finite; names the layer.
     """
-    start, gram = time.perf_counter(), statistics.gram
+    return round_layer_groups([TaskGroup(tasks, factor, statistics)], method, recorder, moments)[0]
+
+
+def round_layer_groups(
+    groups: Sequence[TaskGroup],
+    method: RoundingMethod,
+    recorder: Recorder = UNRECORDED,
+    moments: OutputMoments | None = None,
+) -> list[list[RoundedLayer]]:
+    """`round_layers` for several groups, to the bit; those of one form, such as experts, are searched together.
+
+    With output feedback there is one group.
+    """
+    start, device = time.perf_counter(), groups[0].factor.upper.device
+    tasks = [task for group in groups for task in group.tasks]
     moments = None if any(_shares_rows(task.quant_format) for task in tasks) else moments
     with recorder.stage("factor"):
-        rows = None if moments is None else row_feedback(moments, gram.device)
-    settings = choose_settings(tasks, factor, method, statistics, recorder, moments)
-    results = _round_with(tasks, factor, method, statistics, settings, recorder, rows)
-    if gram.is_cuda:
-        torch.cuda.synchronize(gram.device)
+        rows = None if moments is None else row_feedback(moments, device)
+    settings = [choose_settings(g.tasks, g.factor, method, g.statistics, recorder, moments) for g in groups]
+    results = _round_with(groups, method, settings, recorder, rows)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     seconds = (time.perf_counter() - start) / len(tasks)
     # Brought to the host together: on a GPU each number fetched alone would wait for all work before it.
     with recorder.stage("losses"):
-        losses = torch.stack([_losses(t, r, gram, factor) for t, r in zip(tasks, results, strict=True)]).tolist()
-    kernel = None if method.name == "rtn" else kernel_for(gram.device)
+        losses = [
+            _losses(task, result, group.statistics.gram, group.factor)
+            for group, found in zip(groups, results, strict=True)
+            for task, result in zip(group.tasks, found, strict=True)
+            if group.statistics is not None
+        ]
+        values = iter(torch.stack(losses).tolist())
+    kernel = None if method.name == "rtn" else kernel_for(device)
     layers = []
-    for task, result, values, chosen in zip(tasks, results, losses, settings, strict=True):
-        output_error, rtn_error, predicted_error, weight_error, clip_rate = values
-        if not (math.isfinite(output_error) and math.isfinite(weight_error)):
-            raise _not_finite(task.name)
-        metrics = LayerMetrics(
-            output_error=output_error,
-            rtn_error=rtn_error,
-            predicted_error=predicted_error,
-            weight_error=weight_error,
-            clip_rate=clip_rate,
-            damping=factor.damping,
-            damping_retries=factor.retries,
-            dead_inputs=factor.dead_inputs,
-            num_tokens=factor.num_tokens,
-            seconds=seconds,
-            kernel=kernel,
-            beta=chosen.beta,
-            target_shift=chosen.shift,
-            scales_refitted=chosen.refit,
-            copied=task.given is not None,
+    for (own, factor, _), found, chosen in zip(groups, results, settings, strict=True):
+        measured = [_metrics(task, next(values), factor, chosen[i]) for i, task in enumerate(own)]
+        measured = [replace(m, seconds=seconds, kernel=kernel) for m in measured]
+        with_feedback = [_with_feedback(m, moments, rows) for m in measured]
+        layers.append(
+            [
+                RoundedLayer(task.name, task.quant_format, metrics=metrics, **result._asdict())
+                for task, metrics, result in zip(own, with_feedback, found, strict=True)
+            ]
         )
-        metrics = _with_feedback(metrics, moments, rows)
-        layers.append(RoundedLayer(task.name, task.quant_format, metrics=metrics, **result._asdict()))
     return layers
+
+
+def _metrics(task: Task, values: Sequence[float], factor: Factor, chosen: LayerSettings) -> LayerMetrics:
+    """Metrics from the `_losses` of a layer.
+
+    Raises:
+        NumericalError: If they are not finite; names the layer.
+    """
+    output_error, rtn_error, predicted_error, weight_error, clip_rate = values
+    if not (math.isfinite(output_error) and math.isfinite(weight_error)):
+        raise _not_finite(task.name)
+    return LayerMetrics(
+        output_error=output_error,
+        rtn_error=rtn_error,
+        predicted_error=predicted_error,
+        weight_error=weight_error,
+        clip_rate=clip_rate,
+        damping=factor.damping,
+        damping_retries=factor.retries,
+        dead_inputs=factor.dead_inputs,
+        num_tokens=factor.num_tokens,
+        seconds=0.0,
+        beta=chosen.beta,
+        target_shift=chosen.shift,
+        scales_refitted=chosen.refit,
+        copied=task.given is not None,
+    )
 
 
 def _shares_rows(fmt: QuantFormat) -> bool:
@@ -314,22 +362,10 @@ def with_codes(layer: RoundedLayer, result: Quantized, weight: Tensor) -> Rounde
     original = weight.float()
     error = (dequantize(*result).float() - original).square().sum() / original.square().sum().clamp_min(1e-30)
     in_steps = original / expand_scales(result.scales, original.shape[1])
-    clipped = _beyond(in_steps, result, layer.quant_format)
+    clipped = clip_rate(in_steps, result, layer.quant_format)
     values = torch.stack([error, clipped]).tolist()
     metrics = replace(layer.metrics, weight_error=values[0], clip_rate=values[1])
     return replace(layer, metrics=metrics, **result._asdict())
-
-
-def _beyond(in_steps: Tensor, result: Quantized, fmt: QuantFormat) -> Tensor:
-    """Share of the weights, given in steps of their grid, that lie more than half a step outside: ``[]`` float32."""
-    levels = result.codes.float()  # comparing int8 takes four times as long on a CPU
-    if fmt.floats is not None:
-        return torch.count_nonzero(ELEMENTS[fmt.floats.element].beyond(levels, in_steps)) / in_steps.numel()
-    at_bound = (levels == fmt.min_code) | (levels == fmt.max_code)
-    if result.zeros is not None:
-        levels -= expand_scales(result.zeros, in_steps.shape[1])
-    beyond = levels.sub_(in_steps).abs_() > 0.5
-    return torch.count_nonzero(at_bound.logical_and_(beyond)) / in_steps.numel()
 
 
 def _losses(task: Task, result: Quantized, gram: Tensor, factor: Factor) -> Tensor:
@@ -338,7 +374,7 @@ def _losses(task: Task, result: Quantized, gram: Tensor, factor: Factor) -> Tens
     scales, zeros = result.scales, result.zeros
     error = dequantize(*result).float().sub_(weight)
     in_steps = weight / expand_scales(scales, weight.shape[1])
-    clipped = _beyond(in_steps, result, fmt)
+    clipped = clip_rate(in_steps, result, fmt)
     plain = dequantize(codes_of_steps(in_steps, fmt, zeros), scales, zeros).float().sub_(weight)
     power = quadratic_form(weight, gram, coarse=True).clamp_min(1e-30)
     if fmt.floats is None:

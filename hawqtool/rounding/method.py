@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hawqtool.formats import QuantFormat
+from hawqtool.rounding.factor import Factor
 from hawqtool.rounding.grid import Quantized
+from hawqtool.rounding.statistics import GroupStatistics
 
 Grid = tuple[Tensor, Tensor | None]
 """Scales and zero points of a layer; no zero points on a symmetric grid."""
@@ -95,6 +98,20 @@ class Task:
     stored_dtype: torch.dtype
     given: Quantized | None = None
     divisor: float | None = None
+
+
+class TaskGroup(NamedTuple):
+    """Layers that share their input.
+
+    Args:
+        tasks: The layers, each in its format.
+        factor: Factor of the Gram matrix of their inputs.
+        statistics: What the factor came from; None where nothing else of it is wanted.
+    """
+
+    tasks: Sequence[Task]
+    factor: Factor
+    statistics: GroupStatistics | None
 
 
 @dataclass(frozen=True)

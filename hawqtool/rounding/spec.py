@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -13,12 +13,12 @@ from hawqtool.checkpoint.fusion import is_expert
 from hawqtool.formats import QuantFormat
 from hawqtool.model.block import LoadedBlock
 from hawqtool.records import LinearSpec, Menu, OutputMoments, UnitFormats
-from hawqtool.rounding.factor import Factor, factorize
+from hawqtool.rounding.factor import Factor, factorize, factorize_alike
 from hawqtool.rounding.floats.scale_search import common_divisor
 from hawqtool.rounding.grid import Quantized, dequantize
-from hawqtool.rounding.lattice import on_grid
-from hawqtool.rounding.layer import round_group
-from hawqtool.rounding.method import RoundingMethod, Task
+from hawqtool.rounding.lattice import begin_on_grid, on_grid
+from hawqtool.rounding.layer import round_groups
+from hawqtool.rounding.method import RoundingMethod, Task, TaskGroup
 from hawqtool.rounding.statistics import GroupStatistics
 
 
@@ -48,8 +48,13 @@ RoundingErrors = dict[str, dict[str, Tensor]]
 TOGETHER_ELEMENTS = 1 << 29
 """Most weights, one in several formats counting as several, that go through the column loop together."""
 
-InputGroups = Iterable[tuple[Sequence[LinearSpec], GroupStatistics]]
+_ALIKE_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}
+"""Most memory of the groups of experts that are rounded together."""
+
+InputGroup = tuple[Sequence[LinearSpec], GroupStatistics]
 """Linears that share an input, with the statistics of that input."""
+
+InputGroups = Iterable[InputGroup]
 
 
 class Refiner(Protocol):
@@ -112,13 +117,63 @@ class RoundingSpec:
         """Formats of a linear; none where it is left as it is."""
         return self.menu.get(linear.unit, ())
 
+    def parts(self, groups: InputGroups) -> Iterator[list[InputGroup]]:
+        """Input groups to be rounded together: experts of one form, as many as memory is meant to take; others alone.
+
+        The order is that of the groups, but for experts, which come when there are enough of a form.
+        """
+        waiting: dict[object, list[InputGroup]] = {}
+        for group, statistics in groups:
+            if not is_expert(group[0].name):
+                yield [(group, statistics)]
+                continue
+            form = tuple((linear.unit, linear.out_features, linear.in_features) for linear in group)
+            alike = waiting.setdefault(form, [])
+            alike.append((group, statistics))
+            if (len(alike) + 1) * self._bytes(group) > _ALIKE_BYTES[statistics.gram.device.type]:
+                yield waiting.pop(form)
+        yield from waiting.values()
+
+    def _bytes(self, group: Sequence[LinearSpec]) -> int:
+        """Memory that rounding a group takes, about: matrices of its inputs in float64, weights and codes."""
+        formats = len(self.formats_of(group[0]))
+        return 28 * group[0].in_features ** 2 + (4 + formats) * sum(linear.num_weights for linear in group)
+
     def tasks(self, block: LoadedBlock, group: Sequence[LinearSpec]) -> list[Task]:
         """The linears of an input group to be rounded, once for each of their formats."""
+        return self.tasks_of(block, [group])[0]
+
+    def tasks_of(self, block: LoadedBlock, groups: Sequence[Sequence[LinearSpec]]) -> list[list[Task]]:
+        """The same of several groups; experts of quantized originals that lie on the grid of a format stay as they are.
+
+        Whether they do is asked for all of one width together, which is a hundred small operations.
+        """
+        tasks = [self._tasks(block, group) for group in groups]
+        alike: dict[object, list[tuple[int, int]]] = {}
+        for number, of_group in enumerate(tasks):
+            for index, task in ((i, task) for i, task in enumerate(of_group) if is_expert(task.name)):
+                form = task.quant_format, task.stored_dtype, task.weight.shape[1]
+                alike.setdefault(form, []).append((number, index))
+        for places in alike.values():
+            first = tasks[places[0][0]][places[0][1]]
+            grid = first.quant_format, first.stored_dtype
+            begins = begin_on_grid([tasks[n][i].weight for n, i in places], *grid)
+            for number, index in (place for place, likely in zip(places, begins, strict=True) if likely):
+                task = tasks[number][index]
+                tasks[number][index] = replace(task, given=on_grid(task.weight, *grid))
+        return tasks
+
+    def _tasks(self, block: LoadedBlock, group: Sequence[LinearSpec]) -> list[Task]:
+        """The linears of a group in their formats, whatever grid they lie on."""
         wanted = [linear for linear in group if self.formats_of(linear)]
         weights = {linear.name: block.weight(linear) for linear in wanted}
         divided = {linear.unit for linear in wanted if any(map(_has_divisor, self.formats_of(linear)))}
         divisors = {unit: self.divisors.get(unit) or unit_divisor(block, unit) for unit in divided}
-        tasks = [self._task(linear, weights[linear.name], fmt) for linear in wanted for fmt in self.formats_of(linear)]
+        tasks = [
+            Task(linear.name, weights[linear.name], fmt, self.stored_dtypes[linear.name])
+            for linear in wanted
+            for fmt in self.formats_of(linear)
+        ]
         units = [linear.unit for linear in wanted for _ in self.formats_of(linear)]
         pairs = zip(tasks, units, strict=True)
         return [replace(t, divisor=divisors[unit]) if _has_divisor(t.quant_format) else t for t, unit in pairs]
@@ -128,12 +183,6 @@ class RoundingSpec:
         wanted = (linear.unit for linear in block.spec.linears if any(map(_has_divisor, self.formats_of(linear))))
         return replace(self, divisors={unit: unit_divisor(block, unit) for unit in dict.fromkeys(wanted)})
 
-    def _task(self, linear: LinearSpec, weight: Tensor, fmt: QuantFormat) -> Task:
-        """One of them; experts of quantized originals that lie on the grid of the format stay what they are."""
-        dtype = self.stored_dtypes[linear.name]
-        given = on_grid(weight, fmt, dtype) if is_expert(linear.name) else None
-        return Task(linear.name, weight, fmt, dtype, given)
-
     def factor(self, tasks: Sequence[Task], statistics: GroupStatistics) -> Factor:
         """Factor of the Gram matrix behind some tasks.
 
@@ -142,19 +191,45 @@ class RoundingSpec:
         """
         return factorize(statistics.gram, statistics.num_tokens, self.method.damping, name=tasks[0].name)
 
+    def task_groups(self, block: LoadedBlock, part: Sequence[InputGroup]) -> list[TaskGroup | None]:
+        """What is to be rounded of each of some groups (see `parts`), with its factor; None where that is nothing.
+
+        Raises:
+            NumericalError: If there is no factor; names the first of the layers.
+        """
+        pairs = list(zip(self.tasks_of(block, [group for group, _ in part]), (s for _, s in part), strict=True))
+        wanted = [(tasks, statistics) for tasks, statistics in pairs if tasks]
+        factors = iter(
+            factorize_alike(
+                [statistics.gram for _, statistics in wanted],
+                [statistics.num_tokens for _, statistics in wanted],
+                self.method.damping,
+                [tasks[0].name for tasks, _ in wanted],
+            )
+        )
+        return [TaskGroup(tasks, next(factors), statistics) if tasks else None for tasks, statistics in pairs]
+
     def roundings(
         self, block: LoadedBlock, group: Sequence[LinearSpec], statistics: GroupStatistics
     ) -> InitialRoundings:
         """Roundings of one input group in all its formats, not refined."""
-        found: InitialRoundings = {}
-        tasks = self.tasks(block, group)
-        if not tasks:
-            return found
-        factor = self.factor(tasks, statistics)
-        for part in _parts(tasks):
-            for task, rounded in zip(part, round_group(part, factor, self.method, statistics), strict=True):
-                rounding = InitialRounding(task.name, task.weight, rounded, task.quant_format)
-                found.setdefault(task.name, {})[task.quant_format.label] = rounding
+        return self.roundings_of(block, [(group, statistics)])[0]
+
+    def roundings_of(self, block: LoadedBlock, part: Sequence[InputGroup]) -> list[InitialRoundings]:
+        """The same of each of some groups (see `parts`)."""
+        found: list[InitialRoundings] = []
+        groups = self.task_groups(block, part)
+        # What is large is rounded in several steps, experts together in one.
+        steps = [group._replace(tasks=tasks) for group in groups if group for tasks in _parts(group.tasks)]
+        together = [steps] if len(groups) > 1 else [[step] for step in steps]
+        rounded = (of_step for chosen in together for of_step in round_groups(chosen, self.method))
+        for group in groups:
+            by_name: InitialRoundings = {}
+            for tasks in _parts(group.tasks) if group else ():
+                for task, one in zip(tasks, next(rounded), strict=True):
+                    rounding = InitialRounding(task.name, task.weight, one, task.quant_format)
+                    by_name.setdefault(task.name, {})[task.quant_format.label] = rounding
+            found.append(by_name)
         return found
 
     def errors(self, block: LoadedBlock, group: Sequence[LinearSpec], statistics: GroupStatistics) -> RoundingErrors:
@@ -177,8 +252,9 @@ class RoundingSpec:
             keep: Sees the roundings before they are refined.
         """
         found: InitialRoundings = {}
-        for group, statistics in groups:
-            found |= self.roundings(block, group, statistics)
+        for part in self.parts(groups):
+            for of_group in self.roundings_of(block, part):
+                found |= of_group
         keep(found)
         return _as_errors(found if self.refiner is None else self.refiner(block, hidden, found))
 

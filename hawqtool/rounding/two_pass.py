@@ -5,8 +5,8 @@ Layers are stacked by rows, and each row keeps its best. More than two passes ga
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from hawqtool.rounding.factor import Factor
 from hawqtool.rounding.floats.elements import ELEMENTS
 from hawqtool.rounding.gptq import RowGrids, round_compensated, row_losses, targets_at_turn
-from hawqtool.rounding.grid import Quantized, dequantize, expand_scales, refit_scales, search_grid
+from hawqtool.rounding.grid import Quantized, dequantize, expand_scales, search_grid, search_grids
 from hawqtool.rounding.input_drift import full_shift, gptaq_problem
 from hawqtool.rounding.method import Grid, LayerSettings, RoundingMethod, Task
 from hawqtool.rounding.statistics import GroupStatistics
@@ -31,7 +31,8 @@ class Problem:
         goals: What the rounded weights shall be close to on the inputs, ``[out, in]`` each: the same but for GPTAQ,
             whose loop is given the rest of the correction as it goes.
         grids: Scales and zero points; none where blocks of rows get their own.
-        search: Finds the grid of a layer for other values.
+        costs: ``[in]``, what a squared error costs in each column to the search of grids.
+        both_signs: Whether scales may be negative.
         passes: How often grids are searched and the loop is run: two in the two-pass scale search.
         factor: Factor with the feedback of the loop; its diagonal is that of the damped Gram matrix.
         recorder: Takes note of the searches and the loop.
@@ -42,11 +43,18 @@ class Problem:
     targets: list[Tensor]
     goals: list[Tensor]
     grids: list[Grid]
-    search: Callable[[Task, Tensor], Grid]
+    costs: Tensor
+    both_signs: bool
     passes: int
     factor: Factor
     recorder: Recorder
     paper_form: bool = False
+
+    def search(self, task: Task, target: Tensor) -> Grid:
+        """Grid of a layer for other values than the targets."""
+        with self.recorder.stage("scale search"):
+            grid = task.quant_format, task.stored_dtype, self.both_signs, task.divisor
+            return search_grid(target, self.costs, *grid)
 
 
 def prepare(
@@ -56,9 +64,8 @@ def prepare(
     statistics: GroupStatistics | None,
     settings: Sequence[LayerSettings],
     recorder: Recorder,
-    searched: bool = True,
 ) -> Problem:
-    """Targets, grids if they are to be searched, and feedback; without a correction the tensors are as they were."""
+    """Targets and feedback, without grids; where there is no correction the tensors are as they were."""
     drift = None if statistics is None else statistics.drift
     targets, goals, feedback = [t.weight for t in tasks], [t.weight for t in tasks], factor
     if drift is not None and method.name == "gptaq" and method.alpha:
@@ -76,15 +83,36 @@ def prepare(
     # model got worse (SmolLM2, 48 x 512 tokens: KL from 0.490 to 0.562).
     fits = statistics is not None and statistics.weighted and method.compensates
     costs = factor.conditional if fits else factor.diagonal
+    passes, signs = method.passes if fits else 1, method.both_signs
+    return Problem(tasks, targets, goals, [], costs, signs, passes, feedback, recorder, method.paper_form)
 
-    def search(task: Task, target: Tensor) -> Grid:
-        with recorder.stage("scale search"):
-            grid = task.quant_format, task.stored_dtype, method.both_signs, task.divisor
-            return search_grid(target, costs, *grid)
 
-    grids = [search(task, target) for task, target in zip(tasks, targets, strict=True)] if searched else []
-    passes, paper_form = method.passes if fits else 1, method.paper_form
-    return Problem(tasks, targets, goals, grids, search, passes, feedback, recorder, paper_form)
+def with_grids(problems: Sequence[Problem]) -> list[Problem]:
+    """The problems with grids for their targets; layers of one shape and format are searched together."""
+    alike: dict[object, list[tuple[int, int]]] = {}
+    for number, problem in enumerate(problems):
+        for index, task in enumerate(problem.tasks):
+            form = task.weight.shape, task.quant_format, task.stored_dtype, problem.both_signs
+            alike.setdefault(form, []).append((number, index))
+    grids: list[dict[int, Grid]] = [{} for _ in problems]
+    for places in alike.values():
+        first = problems[places[0][0]]
+        task = first.tasks[places[0][1]]
+        with first.recorder.stage("scale search"):
+            found = search_grids(
+                [problems[n].targets[i] for n, i in places],
+                [problems[n].costs for n, _ in places],
+                task.quant_format,
+                task.stored_dtype,
+                first.both_signs,
+                [problems[n].tasks[i].divisor for n, i in places],
+            )
+        for (number, index), grid in zip(places, found, strict=True):
+            grids[number][index] = grid
+    return [
+        replace(problem, grids=[of_task[index] for index in range(len(problem.tasks))])
+        for problem, of_task in zip(problems, grids, strict=True)
+    ]
 
 
 def round_targets(problem: Problem, betas: Sequence[float]) -> list[Quantized]:
@@ -227,6 +255,42 @@ def refit(problem: Problem, results: Sequence[Quantized], gram: Tensor) -> list[
     damped = gram.clone()
     damped.diagonal().copy_(problem.factor.diagonal)
     return [refit_scales(result, goal, damped) for result, goal in zip(results, problem.goals, strict=True)]
+
+
+def refit_scales(rounded: Quantized, target: Tensor, gram: Tensor) -> Quantized:
+    """The same codes with scales that lower tr(D H Dᵀ), D = Q - target, one group after the other.
+
+    The error is a parabola in each scale: with L the codes less their zeros, the best change of s of a row and group g
+    is ``-[L_g (H Dᵀ)_g] / [L_g H_gg L_gᵀ]``. It is cast to the stored dtype, and taken where the error falls even so;
+    D then has it before the next group's turn. Rows are independent.
+
+    Args:
+        rounded: Codes, scales and zero points.
+        target: ``[out, in]`` float32, what the rounded weights approximate.
+        gram: ``[in, in]`` float32, H, damped.
+    """
+    codes, scales, zeros, divisor = rounded
+    groups = scales.shape[1]
+    width = codes.shape[1] // groups
+    error = dequantize(*rounded).float() - target
+    found = scales.clone()
+    for group in range(groups):
+        part = slice(group * width, (group + 1) * width)
+        zero = None if zeros is None else zeros[:, group : group + 1]
+        levels = codes[:, part].float() if zero is None else codes[:, part].float() - zero.float()
+        pull, block = error @ gram[:, part], gram[part, part]
+        slope, curvature = (pull * levels).sum(1), ((levels @ block) * levels).sum(1)
+        old = scales[:, group]
+        step = torch.where(curvature > 0, slope / curvature, 0.0)
+        scale = (old.float() - step).to(old.dtype)
+        # The products are rounded as well, so the gain is measured on the weights that loaders compute.
+        change = dequantize(codes[:, part], scale.unsqueeze(1), zero).float() - target[:, part] - error[:, part]
+        gain = 2 * (pull * change).sum(1) + ((change @ block) * change).sum(1)
+        # A scale keeps its sign, and is never zero.
+        better = (gain < 0) & torch.isfinite(scale) & (scale.sign() == old.sign())
+        found[:, group] = torch.where(better, scale, old)
+        error[:, part] += torch.where(better.unsqueeze(1), change, 0.0)
+    return Quantized(codes, found, zeros, divisor)
 
 
 def _stacked_zeros(grids: Sequence[Grid], groups: int) -> Tensor | None:

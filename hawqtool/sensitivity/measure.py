@@ -13,8 +13,7 @@ from hawqtool.formats.activations import ActivationFormat
 from hawqtool.model.block import LoadedBlock
 from hawqtool.records import SWEEP_METRICS, BlockSpec, LinearSpec, MeasurementRows, Menu, Score, Unit, UnitScores
 from hawqtool.rounding.grid import Quantized, dequantize
-from hawqtool.rounding.spec import InitialRoundings, InputGroups, RoundingErrors, RoundingSpec
-from hawqtool.rounding.statistics import GroupStatistics
+from hawqtool.rounding.spec import InitialRoundings, InputGroup, InputGroups, RoundingErrors, RoundingSpec
 from hawqtool.runtime.ranks import ALONE, Ranks
 from hawqtool.runtime.store import NOTHING_SAVED, Saved
 from hawqtool.sensitivity.backward import InputErrors, block_backward
@@ -163,12 +162,14 @@ def found_errors(
     if known.ranks.size == 1:
         return rounding.block_errors(block, groups, known.hidden, keep)
 
-    def rounded(group: Sequence[LinearSpec], statistics: GroupStatistics) -> dict[str, dict[str, Quantized]]:
-        found = rounding.roundings(block, group, statistics)
-        return {name: {label: one.rounded for label, one in by_label.items()} for name, by_label in found.items()}
+    def rounded(part: Sequence[InputGroup]) -> list[dict[str, dict[str, Quantized]]]:
+        return [
+            {name: {label: one.rounded for label, one in by_label.items()} for name, by_label in found.items()}
+            for found in rounding.roundings_of(block, part)
+        ]
 
     errors: RoundingErrors = {}
-    for group, found in dealt(known.ranks, groups, rounded):
+    for group, found in dealt(known.ranks, groups, rounded, rounding.parts):
         for linear in (linear for linear in group if linear.name in found):
             weight, by_label = block.weight(linear), found[linear.name].items()
             errors[linear.name] = {label: dequantize(*value).float() - weight for label, value in by_label}

@@ -11,25 +11,33 @@ from hawqtool.rounding.statistics import GroupStatistics
 from hawqtool.runtime.ranks import Ranks, owners_by_cost
 
 Result = TypeVar("Result")
-Groups = Iterable[tuple[Sequence[LinearSpec], GroupStatistics]]
+InputGroup = tuple[Sequence[LinearSpec], GroupStatistics]
 """Linears that share an input, with its statistics on the rows of this rank."""
+
+Groups = Iterable[InputGroup]
 
 
 def dealt(
-    ranks: Ranks, groups: Groups, compute: Callable[[Sequence[LinearSpec], GroupStatistics], Result]
+    ranks: Ranks,
+    groups: Groups,
+    compute: Callable[[Sequence[InputGroup]], Sequence[Result]],
+    parts: Callable[[Groups], Iterable[Sequence[InputGroup]]],
 ) -> Iterator[tuple[Sequence[LinearSpec], Result]]:
     """Each group with what ``compute`` makes of its statistics on all rows; one rank does it, all have the result.
 
-    Statistics are summed in the order of the ranks. One process alone has one group's in memory at a time.
+    Statistics are summed in the order of the ranks. One process alone has those of one part in memory at a time.
 
     Args:
         ranks: The processes, each with the same groups.
         groups: Input groups that do not depend on each other's results.
-        compute: May fall to any rank, so it must not depend on anything that only one has.
+        compute: From a part to the result of each of its groups. It may fall to any rank, so it must not depend on
+            anything that only one has.
+        parts: Groups that are computed together, some at a time; their order may change.
     """
     if ranks.size == 1:
-        for group, statistics in groups:
-            yield group, compute(group, statistics)
+        for part in parts(groups):
+            for (group, _), result in zip(part, compute(part), strict=True):
+                yield group, result
         return
     listed = list(groups)
     owners = owners_by_cost([rounding_cost(group) for group, _ in listed], ranks.size)
@@ -41,7 +49,11 @@ def dealt(
         totals = totals if summed is None else summed
     own, of_group = by_owner[ranks.rank], [group for group, _ in listed]
     del listed  # the sums are what counts now
-    found = [compute(of_group[position], totals.pop(0)) for position in own]
+    place = {group[0].name: position for position, group in enumerate(of_group)}
+    computed: dict[int, Result] = {}
+    for part in parts((of_group[position], totals.pop(0)) for position in own):
+        computed |= zip((place[group[0].name] for group, _ in part), compute(part), strict=True)
+    found = [computed.pop(position) for position in own]
     results: dict[int, Result] = {}
     for owner, positions in enumerate(by_owner):
         results |= zip(positions, ranks.from_owner(found, owner), strict=True)

@@ -18,10 +18,11 @@ from hawqtool.pipeline.stages.refine import BlockRefiner, fitting_rows
 from hawqtool.records import BlockSpec, LinearSpec, RoundedLayer, Rows, UnitFormats
 from hawqtool.rounding.floats.scale_search import divisor_of_peak
 from hawqtool.rounding.grid import Quantized, dequantize
-from hawqtool.rounding.layer import quantized, round_layers, round_without_inputs, with_codes
+from hawqtool.rounding.layer import quantized, round_layer_groups, round_without_inputs, with_codes
 from hawqtool.rounding.learned.block import Schedule
 from hawqtool.rounding.learned.gram_matrix import GramSchedule, learn_group
-from hawqtool.rounding.spec import InitialRounding, RoundingSpec
+from hawqtool.rounding.method import TaskGroup
+from hawqtool.rounding.spec import InitialRounding, InputGroup, RoundingSpec
 from hawqtool.rounding.statistics import GroupStatistics
 from hawqtool.runtime.store import NOTHING_SAVED, Saved
 from hawqtool.streaming.block import Activations
@@ -258,7 +259,7 @@ class _BlockRounder:
 
         What nothing refines is final and goes to the sink at once, which may write it while the next group is rounded.
         """
-        for group, rounded in dealt(self.job.ranks, groups, self._rounded):
+        for group, rounded in dealt(self.job.ranks, groups, self._rounded, self.rounding.parts):
             linears = {linear.name: linear for linear in group}
             for layer, tokens in rounded:
                 self.tokens[layer.name] = tokens
@@ -272,20 +273,26 @@ class _BlockRounder:
                     self._give(layer)
                 self._put(linears[layer.name], quantized(layer))
 
-    def _rounded(self, group: Sequence[LinearSpec], statistics: GroupStatistics) -> list[_Rounded]:
-        """The planned layers of a group, each with what the report says of its tokens."""
-        tasks = self.rounding.tasks(self.block, group)
-        if not tasks:
-            return []
+    def _rounded(self, part: Sequence[InputGroup]) -> list[list[_Rounded]]:
+        """The planned layers of each of some groups, each with what the report says of its tokens."""
         method, recorder = self.rounding.method, self.job.recorder
         with recorder.stage("factor"):
-            factor = self.rounding.factor(tasks, statistics)
-        moments = self.rounding.output_moments.get(group[0].name)  # who has any is alone with its Gram matrix
-        layers = round_layers(tasks, statistics, factor, method, recorder, moments)
+            groups = self.rounding.task_groups(self.block, part)
+        wanted = [group for group in groups if group]
+        # Who has moments is alone with its Gram matrix, and no expert.
+        moments = self.rounding.output_moments.get(part[0][0][0].name)
+        found = iter(round_layer_groups(wanted, method, recorder, moments) if wanted else ())
+        return [
+            self._learned(group, statistics, next(found)) if group else []
+            for group, (_, statistics) in zip(groups, part, strict=True)
+        ]
+
+    def _learned(self, group: TaskGroup, statistics: GroupStatistics, layers: list[RoundedLayer]) -> list[_Rounded]:
+        """Layers after learning on their Gram matrix, where that is asked for."""
         if self.job.config.gram_steps:
             schedule = GramSchedule(self.job.config.gram_steps, self.job.config.seed)
-            with recorder.stage("gram learning"):
-                layers = learn_group(tasks, layers, statistics, factor, method, schedule)
+            with self.job.recorder.stage("gram learning"):
+                layers = learn_group(group.tasks, layers, statistics, group.factor, self.rounding.method, schedule)
         tokens = {"num_tokens": statistics.num_routed, "fallback": _fallback(statistics, self.job)}
         return [(layer, tokens) for layer in layers]
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from hawqtool.formats import QuantFormat
-from hawqtool.rounding.grid import Quantized, expand_scales, refit_scales
+from hawqtool.rounding.grid import Quantized, expand_scales
+from hawqtool.rounding.two_pass import refit_scales
 
 SWEEPS = 2
 """How often codes and scales take turns."""

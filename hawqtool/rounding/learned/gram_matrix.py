@@ -25,7 +25,7 @@ from hawqtool.rounding.learned.training import CHECKS
 from hawqtool.rounding.method import LayerSettings, RoundingMethod, Task
 from hawqtool.rounding.spec import InitialRounding
 from hawqtool.rounding.statistics import GroupStatistics
-from hawqtool.rounding.two_pass import prepare, refit, round_targets
+from hawqtool.rounding.two_pass import prepare, refit, round_targets, with_grids
 from hawqtool.runtime.stage_timer import UNRECORDED
 
 REACH = 1
@@ -88,7 +88,7 @@ def learn_group(
         return list(layers)
     chosen, settings = [task for task, _ in alone], [_settings(layer) for _, layer in alone]
     stops = choose_stops(*_trial(chosen, settings, fitting, factor.damping, method), held_out.gram, schedule)
-    goals = prepare(chosen, factor, method, statistics, settings, UNRECORDED, searched=False).goals
+    goals = prepare(chosen, factor, method, statistics, settings, UNRECORDED).goals
     initial = [
         InitialRounding(layer.name, goal, quantized(layer), layer.quant_format)
         for (_, layer), goal in zip(alone, goals, strict=True)
@@ -125,7 +125,7 @@ def _trial(
     """Some rows of each weight rounded for a part of the tokens, with their goals, and the damped Gram matrix."""
     factor = factorize(fitting.gram, fitting.num_tokens, damping, name=tasks[0].name)
     some = [replace(t, weight=t.weight[:: max(1, len(t.weight) // TRIAL_ROWS)].contiguous()) for t in tasks]
-    problem = prepare(some, factor, method, fitting, settings, UNRECORDED)
+    (problem,) = with_grids([prepare(some, factor, method, fitting, settings, UNRECORDED)])
     results = round_targets(problem, [s.beta for s in settings])
     if any(s.refit for s in settings):
         again = refit(problem, results, fitting.gram)

@@ -13,11 +13,12 @@ from hawqtool.formats import CHANNEL, QuantFormat
 from hawqtool.rounding.factor import Factor, factorize
 from hawqtool.rounding.gptq import RowGrids, round_compensated
 from hawqtool.rounding.gram import quadratic_form
-from hawqtool.rounding.grid import Quantized, dequantize, expand_scales, refit_scales, search_grid, search_scales
+from hawqtool.rounding.grid import Quantized, dequantize, expand_scales, search_grid, search_scales
 from hawqtool.rounding.input_drift import best_shift, full_shift, gptaq_problem
 from hawqtool.rounding.layer import choose_settings, round_group
 from hawqtool.rounding.method import BETAS, RoundingMethod, Task
 from hawqtool.rounding.statistics import GroupStatistics, is_held_out, second_moments
+from hawqtool.rounding.two_pass import refit_scales
 from tests.reference.rounding.test_layer import DAMPING, Case, assert_matches, make_case, reference_of, run, scales_of
 from tests.support import oracles
 

@@ -60,7 +60,7 @@ def loss(result: Quantized, target: Tensor, across: Tensor, hessian: Tensor) -> 
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_row_by_row_it_is_sequential_rounding_of_the_whole(seed: int) -> None:
+def test_row_by_row_it_is_sequential_rounding_of_the_whole(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """By rows or by columns first: float64 GPTQ of the flattened weight with kron(S, H) and with kron(H, S)."""
     rows, columns = 9, 32
     task, statistics, factor = layer(rows, columns, seed)
@@ -69,9 +69,8 @@ def test_row_by_row_it_is_sequential_rounding_of_the_whole(seed: int) -> None:
     order, places = feedback.factor.order.numpy(), factor.order.numpy()
     scales = search_scales(task.weight, factor.diagonal, FMT, torch.float32, both_signs=True)
     left = iter(order)  # the scales are given, so that the codes are all that is to be found
-    problem = Problem(
-        [task], [task.weight], [task.weight], [], lambda *_: (scales[[next(left)]], None), 1, factor, UNRECORDED
-    )
+    monkeypatch.setattr(Problem, "search", lambda *_: (scales[[next(left)]], None))
+    problem = prepare([task], factor, RoundingMethod(), None, [LayerSettings()], UNRECORDED)
     found = round_row_blocks(problem, 0.0, RowFeedback(feedback.factor, rows)).codes.numpy()[np.ix_(order, places)]
     across = unpack_lower(moments_of(rows, seed + 3).lower).double().numpy()  # type: ignore[arg-type]
     s = oracles.damped(across, LAMBDA)[np.ix_(order, order)]
@@ -97,7 +96,7 @@ def test_blocks_of_rows_round_what_is_best_given_those_before(beta: float, refit
     feedback = row_feedback(moments_of(rows), torch.device("cpu"))
     assert feedback is not None
     feedback = RowFeedback(feedback.factor, 12)
-    problem = prepare([task], factor, RoundingMethod(), statistics, [LayerSettings()], UNRECORDED, searched=False)
+    problem = prepare([task], factor, RoundingMethod(), statistics, [LayerSettings()], UNRECORDED)
     found = round_row_blocks(problem, beta, feedback, statistics.gram if refits else None)
     order = feedback.factor.order
     across = unpack_lower(moments_of(rows).lower).double()  # type: ignore[arg-type]
@@ -156,7 +155,7 @@ def test_settings_are_chosen_by_the_loss() -> None:
     rows, fitting = row_feedback(moments, torch.device("cpu"), fitting=True), statistics.fitting
     part = factorize(statistics.fitting.gram, 2000, DAMPING)  # type: ignore[union-attr]
     assert rows is not None and fitting is not None
-    problem = prepare([task], part, method, fitting, [settings], UNRECORDED, searched=False)
+    problem = prepare([task], part, method, fitting, [settings], UNRECORDED)
     errors = {}
     for beta in BETAS:
         for refits in (False, True):
