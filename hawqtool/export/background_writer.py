@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -51,13 +52,13 @@ class BackgroundWriter:
             `write_changed` may name any of them until then.
 
     Attributes:
-        checksums: SHA-256 by name of what was handed over and is written, in that order; still after `drain`.
+        checksums: SHA-256 by name of what was handed over and is written, in that order.
     """
 
     def __init__(self, writer: CheckpointWriter, pending_bytes: int = PENDING_BYTES, copies_ahead: bool = True) -> None:
         self.checksums: dict[str, str] = {}
         self._writer, self._most, self._ahead = writer, pending_bytes, copies_ahead
-        self._waiting: deque[_Waiting] = deque()
+        self._waiting: deque[_Waiting | Callable[[dict[str, str]], None]] = deque()
         self._bytes = 0
         self._ended = self._dropped = False
         self._error: BaseException | None = None
@@ -104,16 +105,19 @@ class BackgroundWriter:
         """
         self._hand_over(_on_host(name, tensor, changed=True))
 
-    def drain(self) -> None:
-        """Wait until everything that was handed over is written.
+    def when_written(self, record: Callable[[dict[str, str]], None]) -> None:
+        """Have the thread call ``record(checksums)`` once everything that was handed over so far is written.
+
+        It is not called where the context is left with an exception before that.
 
         Raises:
-            HawqError: If a tensor could not be written.
+            HawqError: If a tensor could not be written, or an earlier record be made.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._bytes == 0 or self._error is not None)
             if self._error is not None:
                 raise self._error
+            self._waiting.append(record)
+            self._changed.notify_all()
 
     def _hand_over(self, item: _Waiting) -> None:
         size = item.tensor.nbytes
@@ -133,8 +137,10 @@ class BackgroundWriter:
             while (item := self._next(wait=not copies)) is not None or (copies and not self._dropped):
                 if item is None:
                     self._writer.copy(copies.popleft())
-                else:
+                elif isinstance(item, _Waiting):
                     self._write(item)
+                else:
+                    item(dict(self.checksums))
             if not self._dropped:
                 self._writer.copy_rest()
         except BaseException as error:  # raised again in the thread that waits for it
@@ -151,8 +157,8 @@ class BackgroundWriter:
             self._bytes -= item.tensor.nbytes
             self._changed.notify_all()
 
-    def _next(self, wait: bool) -> _Waiting | None:
-        """The next tensor; None where there is none, which ends the work when all copies are made."""
+    def _next(self, wait: bool) -> _Waiting | Callable[[dict[str, str]], None] | None:
+        """The next tensor or record; None where there is none, which ends the work when all copies are made."""
         with self._changed:
             if wait:
                 self._changed.wait_for(lambda: bool(self._waiting) or self._ended)

@@ -220,11 +220,14 @@ def _write_blocks(
     ):
 
         def keep(spec: BlockSpec, found: Findings) -> None:
-            sink.drain()  # what is recorded must be in the files
-            checksums = {name: digest for name, digest in sink.checksums.items() if name not in known}
-            known.update(checksums)
             seconds = earlier + time.perf_counter() - start
-            blocks.save(str(spec.index), vars(found) | {"checksums": checksums, "seconds": seconds})
+
+            def record(written: dict[str, str]) -> None:
+                checksums = {name: digest for name, digest in written.items() if name not in known}
+                known.update(checksums)
+                blocks.save(str(spec.index), vars(found) | {"checksums": checksums, "seconds": seconds})
+
+            sink.when_written(record)  # what is recorded must be in the files
 
         known_findings = [Findings(block["layers"], block["refinement"]) for block in done]
         states = blocks.part("states") if context.ranks.size == 1 else NOTHING_SAVED  # each rank has others

@@ -64,14 +64,20 @@ def test_files_and_records_are_those_of_a_plain_writer(source: Path, pending_byt
         assert (tmp_path / "background" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
 
 
-def test_what_is_recorded_after_draining_is_what_was_handed_over_and_lies_in_the_files(
-    source: Path, tmp_path: Path
-) -> None:
+def recorded_once_written(background: BackgroundWriter) -> dict[str, str]:
+    """What is recorded of all that was handed over."""
+    known: list[dict[str, str]] = []
+    called = threading.Event()
+    background.when_written(lambda checksums: known.append(checksums) or called.set())  # type: ignore[func-returns-value]
+    assert called.wait(900)
+    return known[0]
+
+
+def test_what_is_recorded_is_what_was_handed_over_and_lies_in_the_files(source: Path, tmp_path: Path) -> None:
     writer, layers = prepared(source, tmp_path / "out")
     with writer, BackgroundWriter(writer) as background:
         background.write_layer(layers[0])
-        background.drain()
-        recorded = dict(background.checksums)
+        recorded = recorded_once_written(background)
         reader = unfinished_reader(writer._layout, tmp_path / "out")
         assert reader is not None and intact(reader, recorded)
         for layer in layers[1:]:
@@ -87,7 +93,7 @@ def test_a_tensor_that_changes_late_is_not_copied_before(source: Path, tmp_path:
     with writer, BackgroundWriter(writer, copies_ahead=False) as background:
         for layer in layers:
             background.write_layer(layer)
-        background.drain()
+        recorded_once_written(background)
         time.sleep(0.05)  # in which copies ahead would begin
         background.write_changed(name, gain)
     assert writer.changed == {name} and background.checksums[name] == writer.checksums[name]
@@ -95,7 +101,7 @@ def test_a_tensor_that_changes_late_is_not_copied_before(source: Path, tmp_path:
     assert reader is not None and reader.tensor(name).equal(gain)
 
 
-def test_handing_over_waits_for_room_and_draining_for_all(source: Path, tmp_path: Path) -> None:
+def test_handing_over_waits_for_room_and_a_record_for_all(source: Path, tmp_path: Path) -> None:
     writer, layers = prepared(source, tmp_path / "out")
     gate, handed = threading.Event(), []
     writer.before = lambda name: gate.wait(900) or None  # type: ignore[method-assign, func-returns-value]
@@ -112,11 +118,11 @@ def test_handing_over_waits_for_room_and_draining_for_all(source: Path, tmp_path
         assert not handed  # the first layer's second tensor waits for its first one
         gate.set()
         thread.join(900)
-        background.drain()
+        recorded_once_written(background)
         assert {f"{layer.name}.weight_packed" for layer in layers} <= writer.checksums.keys()
 
 
-@pytest.mark.parametrize("call", ["write_layer", "drain", "exit"])
+@pytest.mark.parametrize("call", ["write_layer", "when_written", "exit"])
 def test_a_failure_in_the_thread_is_raised_by_the_next_call(source: Path, call: str, tmp_path: Path) -> None:
     writer, layers = prepared(source, tmp_path / "out")
 
@@ -127,10 +133,10 @@ def test_a_failure_in_the_thread_is_raised_by_the_next_call(source: Path, call: 
     with pytest.raises(NumericalError, match=f"no room for {layers[0].name}"), writer:
         with BackgroundWriter(writer) as background:
             background.write_layer(layers[0])
-            if call == "drain":
-                background.drain()
-            while call == "write_layer" and writing_threads():
+            while call != "exit" and writing_threads():
                 time.sleep(0.01)
+            if call == "when_written":
+                background.when_written(lambda _: pytest.fail("nothing was written"))
             for layer in layers[1:] if call == "write_layer" else ():
                 background.write_layer(layer)
                 pytest.fail("the failure was not noticed")
