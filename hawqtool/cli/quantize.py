@@ -129,7 +129,7 @@ def _quantize_to_gguf(settings: RunConfig, terminal: Terminal, dry_run: bool, js
     if json:
         print_json(document)
     else:
-        print_gguf(document)
+        print_gguf(document, str(settings.output), settings.model)
     search = document["search"]
     if search is not None and not search["met"]:
         best = min(trial["divergence"]["selection"] for trial in search["trials"])

@@ -114,13 +114,15 @@ def _source_lines(description: DryRun) -> list[str]:
 
 def kept_lines(kept: Kept) -> list[str]:
     """What stays as it is: a total, and a line for each reason and pattern of names."""
-    total = f"{size(kept['bytes'])} ({100 * kept['share']:.1f} % of the weights) beside embeddings and head stay"
+    total = "embeddings and head stay as they are"
+    if kept["bytes"]:
+        total += f", and {size(kept['bytes'])} ({100 * kept['share']:.1f} % of the weights) beside them"
     rows = [
         f"            {row['reason']}: {row['count']} x {row['pattern']}, {size(row['bytes'])}"
         for row in kept["rows"][:_KEPT_ROWS]
     ]
     more = len(kept["rows"]) - _KEPT_ROWS
-    return [f"kept        {total} as they are", *rows, *([f"            and {more} more"] if more > 0 else [])]
+    return [f"kept        {total}", *rows, *([f"            and {more} more"] if more > 0 else [])]
 
 
 def print_report(report: Report, output: str, seconds: float) -> None:

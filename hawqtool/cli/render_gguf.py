@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 
-from hawqtool.cli.render import size
+from hawqtool.cli.render import search_lines
 from hawqtool.parsing import printable
 from hawqtool.report.documents import GgufDocument
+from hawqtool.report.wording import duration, size
 
 
-def print_gguf(document: GgufDocument) -> None:
-    """Print a record of schema ``hawqtool.gguf/1``."""
+def print_gguf(document: GgufDocument, output: str, model: str) -> None:
+    """Print a record of schema ``hawqtool.gguf/1``, and what to do next.
+
+    Args:
+        document: The record.
+        output: The file as the command line named it.
+        model: The original as the command line named it.
+    """
     counts = Counter(document["types"].values())
     lines = [
         f"file        {document['output']}: {document['bytes']:,} bytes ({size(document['bytes'])})",
@@ -28,4 +36,11 @@ def print_gguf(document: GgufDocument) -> None:
             lines.append(f"perplexity  {original['perplexity']:.3f} -> {found['perplexity']:.3f}")
         if "same_top" in found:
             lines.append(f"same top    {100 * found['same_top']:.1f} %")
+    lines += search_lines(document["search"])
+    path = shlex.quote(output)
+    lines += [
+        f"done        in {duration(document['seconds'])}; the record is {output}.json",
+        f"next        llama-cli -m {path}",
+        f"            hawqtool verify {path} --against {shlex.quote(model)}",
+    ]
     print("\n".join(map(printable, lines)))

@@ -102,8 +102,8 @@ def _print_header(console: Console, description: dict[str, Any]) -> None:
     _line(
         console,
         "files",
-        f"{description['bytes']:,} bytes ({size(description['bytes'])}) in {description['files']} safetensors files, "
-        f"{description['tensors']:,} tensors, {count}",
+        f"{description['bytes']:,} bytes ({size(description['bytes'])}) in {description['files']} safetensors "
+        f"file{'s' * (description['files'] > 1)}, {description['tensors']:,} tensors, {count}",
     )
     dtypes = [
         f"{name} {entry['elements']:,} numbers in {entry['tensors']:,} tensors"

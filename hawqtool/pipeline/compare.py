@@ -39,6 +39,8 @@ def run_compare(first: Path, second: Path) -> ComparisonDocument:
 
 def _read(path: Path) -> Report:
     file = path / REPORT if path.is_dir() else path
+    if file.suffix == ".gguf":
+        raise InputError(f"{path} is a GGUF file, which has no report.json; look at one with hawqtool inspect")
     if not file.is_file():
         raise InputError(
             f"{path} has no report.json; expected an output folder of hawqtool quantize, or its report.json"

@@ -140,6 +140,9 @@ def _quantized(
             sets["calibration"] = with_token_importance(context, sets["calibration"], for_feedback=True)
     with Stopwatch(timings, "measure"):
         planner = None if job.config.plan else make_planner(context, sets)
+    done = {"rotation": rotation, "KV cache": cache, "measure": planner and planner.table}
+    for stage in (stage for stage, result in done.items() if result is None):
+        del timings[stage]  # there was nothing to do
     if job.device.type == "cuda":
         beside(partial(import_module, _PAGE_FIGURES))  # two seconds of the host, which waits for the device now
     checks = ShippedChecks(job, trial_rows(job, sets), process)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from hawqtool.report.plan_comparison import Quality
 from hawqtool.report.schema import Grade, Verdict
+from hawqtool.report.wording import size
 
 NEAR_LOSSLESS, USABLE, DAMAGED = GRADES = ("near lossless", "usable", "damaged")
 FEW_ROWS, FEW_TOKENS = 8, 4096
@@ -122,9 +123,9 @@ def advice_text(found: Verdict) -> str | None:
         return None
     good = found["good"]
     if good is None:
-        return f"for {aim[0]} use more bits (a wider --bits or a higher target), or --target-kl {aim[1]:.2g}"
+        return f"for the grade {aim[0]} use more bits (a wider --bits or a higher target), or --target-kl {aim[1]:.2g}"
     return (
-        f"{good['grade']} is expected at {good['bpw_linears']:.2f} bits per weight, {good['bytes'] / 1e6:,.1f} MB "
+        f"{good['grade']} is expected at {good['bpw_linears']:.2f} bits per weight, {size(good['bytes'])} "
         f"(--target-bpw {good['bpw_linears']:.2f}), as the scores predict"
     )
 

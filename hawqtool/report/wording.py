@@ -278,4 +278,5 @@ def effort_text(timings: Mapping[str, float]) -> str | None:
     if not rounds or rounds[0] <= 0:
         return None
     total = sum(timings.values())
-    return f"rounding the model once {rounds[0]:.0f} s, all {total:.0f} s: {total / rounds[0]:.1f} times that"
+    once, whole = (f"{seconds:.{int(seconds < 10)}f} s" for seconds in (rounds[0], total))
+    return f"rounding the model once took {once}, all stages {whole}: {total / rounds[0]:.1f} times as long"

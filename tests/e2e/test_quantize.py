@@ -50,6 +50,7 @@ def test_report_has_the_documented_keys(mixed: tuple[Path, Report]) -> None:
     assert stored["evaluation"]["mixed"]["num_tokens"] == 8 * 32
     assert {"kl", "kl_stderr"} <= set(stored["evaluation"]["mixed_minus_uniform"])
     assert all(seconds >= 0 for seconds in stored["timings"].values())
+    assert "measure" in stored["timings"] and not {"rotation", "KV cache"} & set(stored["timings"])
     assert stored["peak_memory_bytes"]["host"] > 0
     assert report["plan"] == stored["plan"]
 

@@ -55,7 +55,7 @@ def evaluate_gguf(config: RunConfig, path: Path, reporter: Reporter) -> Evaluati
     require_origin(path, record, job.index)
     rows = evaluation_rows(job, config.eval_data, config.eval_samples or MOST_REPORT_ROWS)
     evaluator = GgufEvaluator(RunContext(job, reporter), {"report": rows}, recorded_places(path, record))
-    original, quantized = (evaluator.evaluate(*what)["report"] for what in ((None, "original"), (path, path.name)))
+    original, quantized = (evaluator.evaluate(*what)["report"] for what in ((None, "original"), (path, "quantized")))
     return {
         "schema": "hawqtool.evaluation/1",
         "measure": "kl" if original.measure == "kl" else "embedding_error",

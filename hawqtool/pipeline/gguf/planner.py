@@ -63,13 +63,17 @@ def announce(gguf: GgufJob, budget: int | None, reporter: Reporter) -> None:
         gguf.layout({name: choose(kinds, key=lambda kind: kind.bits) for name, kinds in gguf.menu.items()}).total_bytes
         for choose in (min, max)
     )
-    reporter.say(f"{len(gguf.units)} tensors with {weights:,} weights to quantize; {len(gguf.kept)} matrices stay")
-    for name, reason in gguf.kept.items():
-        reporter.say(f"stays       {name}: {reason}")
+    job, settings = gguf.job, gguf.job.settings
+    reporter.say(f"model       {job.source.name}: {len(gguf.units)} tensors with {weights:,} weights to quantize")
+    reporter.say(f"types       {', '.join(dict.fromkeys(kind.name for kinds in gguf.menu.values() for kind in kinds))}")
     for name in (name for name in gguf.ends if len(gguf.menu[name]) == 1):
-        reporter.say(f"{name} becomes {gguf.menu[name][0].name}, rounded by itself")
+        reporter.say(f"            {name} becomes {gguf.menu[name][0].name}, rounded by itself")
     target = "" if budget is None else f"; the target leaves {8 * budget / weights:.3f} bits per weight"
-    reporter.say(f"files of {low:,} to {high:,} bytes are in reach{target}")
+    reporter.say(f"size        files of {low:,} to {high:,} bytes are in reach{target}")
+    rows = f"{settings.num_samples} rows of {settings.seq_len} tokens"
+    reporter.say(f"work        {settings.method.name} on {rows}, {job.device}, seed {job.config.seed}")
+    for name, reason in gguf.kept.items():
+        reporter.say(f"kept        {name}: {reason}")
 
 
 def check_feasible(gguf: GgufJob, budget: int) -> None:

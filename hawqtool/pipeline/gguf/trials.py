@@ -124,7 +124,8 @@ class GgufTrials:
         known = saved.load(_JUDGED)
         if known is not None:
             return {role: as_evaluation(one) for role, one in known.items()}
-        found = self._evaluator.evaluate(trial.path, trial.path.name, saved.part("judging"))
+        label = f"plan of {trial.plan.bpw:.3f} bits per weight"
+        found = self._evaluator.evaluate(trial.path, label, saved.part("judging"))
         saved.save(_JUDGED, {role: vars(one) for role, one in found.items()})
         return found
 
