@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 
 import torch
@@ -35,6 +35,21 @@ def check_finite(name: str, tensor: Tensor) -> None:
             f"tensor {name} has NaN or Inf in {count} of its {tensor.numel()} values; expected finite weights; "
             "download the checkpoint again"
         )
+
+
+def check_all_finite(tensors: Mapping[str, Tensor]) -> None:
+    """`check_finite` for tensors by name, all on one device; a GPU is waited for once, not for each.
+
+    Raises:
+        NumericalError: If a value is NaN or Inf; names the first tensor that has one.
+    """
+    filled = {name: tensor for name, tensor in tensors.items() if tensor.numel()}
+    if not filled:
+        return
+    extremes = torch.stack([torch.stack(torch.aminmax(tensor)).double() for tensor in filled.values()])
+    for name, finite in zip(filled, extremes.isfinite().all(1).tolist(), strict=True):
+        if not finite:
+            check_finite(name, filled[name])
 
 
 class TensorReader:

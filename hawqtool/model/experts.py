@@ -7,6 +7,7 @@ that can be found, hooked and rounded like any other, and that carry the names u
 from __future__ import annotations
 
 import copy
+import itertools
 import operator
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -78,15 +79,18 @@ class SplitExperts(nn.Module):
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """``[tokens, width]`` from ``[tokens, width]``, expert numbers and weights ``[tokens, k]``."""
         total = torch.zeros_like(hidden)
-        for number, expert in enumerate(self.children()):
-            if hidden.is_meta:  # routing needs data; shapes and structure do not
+        if hidden.is_meta:  # routing needs data; shapes and structure do not
+            for expert in self.children():
                 total = total + expert(hidden.view_as(hidden), top_k_index, top_k_index)
-                continue
-            slots, positions = torch.where(top_k_index.t() == number)
-            shown = torch.cat([positions, self._supplement(positions, len(hidden))])
+            return total
+        chosen = zip(self.children(), *_by_expert(top_k_index, top_k_weights, self.layout.count), strict=True)
+        for expert, positions, weights in chosen:
+            shown = positions
+            if len(positions) < self.least_tokens:
+                shown = torch.cat([positions, self._supplement(positions, len(hidden))])
             if not len(shown):
                 continue
-            output = expert(hidden[shown], positions, shown)[: len(positions)] * top_k_weights[positions, slots, None]
+            output = expert(hidden[shown], positions, shown)[: len(positions)] * weights
             total.index_add_(0, positions, output.to(total.dtype))
         return total
 
@@ -97,6 +101,25 @@ class SplitExperts(nn.Module):
         others = mask.nonzero()[:, 0]
         lacking = min(max(self.least_tokens - len(positions), 0), len(others))
         return others[torch.arange(lacking, device=others.device) * len(others) // max(lacking, 1)]
+
+
+def _by_expert(top_k_index: Tensor, top_k_weights: Tensor, count: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Positions ``[routed]`` and weights ``[routed, 1]`` of each expert's tokens, first choices before second ones.
+
+    All experts' come of one sort: to look for each one's would have a GPU wait for the answer that many times.
+
+    Args:
+        top_k_index: ``[tokens, k]``; other numbers than those of experts are nobody's.
+        top_k_weights: ``[tokens, k]``.
+        count: Experts.
+    """
+    numbers, places = top_k_index.t().flatten().sort(stable=True)
+    borders = torch.arange(count + 1, dtype=numbers.dtype, device=numbers.device)
+    bounds = torch.searchsorted(numbers, borders).tolist()
+    sizes = [last - first for first, last in itertools.pairwise(bounds)]
+    places = places[bounds[0] : bounds[-1]]
+    weights = top_k_weights.t().flatten().index_select(0, places)[:, None]
+    return (places % len(top_k_index)).split(sizes), weights.split(sizes)
 
 
 class ScaledExperts(SplitExperts):

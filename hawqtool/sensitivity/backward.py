@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -43,20 +44,27 @@ def block_backward(
             hidden, scoring.calls[position][block.spec.index], gradients[position], _all_watched
         )
         before.append(found.pop(0))
+        by_row = _ByRow((call.module for call in captured.calls.values()), rows, positions)
         for name, call in captured.calls.items():
             for into, values in zip(seen[name], (call.x.detach(), found.pop(0)), strict=True):
-                into += _by_row(call.module, values, rows, positions)
+                into += by_row.split(call.module, values)
         for name in seen.keys() - captured.calls.keys():  # an expert that no token of the batch was routed to
             weight = block.parameter(_linear(block.spec, name))
             for into, width in zip(seen[name], reversed(weight.shape), strict=True):
                 into += [weight.new_zeros(0, width)] * rows
         totals = {unit: torch.zeros(rows, dtype=torch.float64) for unit in powers}
+        of_experts: dict[str, list[tuple[Tensor, Tensor]]] = {}
         for shared, gradient in zip(captured.inputs, found, strict=True):
-            parts = _by_row(shared.module, gradient, rows, positions)
-            norms = [torch.linalg.vector_norm(g, dim=-1, dtype=_at_least_float32(g)) for g in parts]
-            totals[shared.unit] += torch.stack([n.double().square().sum() for n in norms]).cpu()
+            if isinstance(shared.module, ExpertLinear):
+                squares = _squared_norms(gradient)
+                of_experts.setdefault(shared.unit, []).append((squares, by_row.rows_of(shared.module)))
+            else:
+                parts = by_row.split(shared.module, gradient)
+                totals[shared.unit] += torch.stack([_squared_norms(g).sum() for g in parts]).cpu()
             if input_errors is not None:
-                input_errors.add(shared, gradient, position, (rows, positions))
+                input_errors.add(shared, gradient, position, by_row)
+        for unit, experts in of_experts.items():
+            totals[unit] += _sums_by_row(experts, rows).cpu()
         for unit, total in totals.items():
             powers[unit].append(total)
     for unit, parts in powers.items():
@@ -84,14 +92,14 @@ class InputErrors:
     formats: Mapping[str, Sequence[ActivationFormat]]
     found: dict[str, dict[ActivationFormat, list[Tensor]]]
 
-    def add(self, shared: _SharedInput, gradient: Tensor, batch: int, shape: tuple[int, int]) -> None:
-        """Add an input with its gradient in a batch; ``shape`` is rows and positions."""
+    def add(self, shared: _SharedInput, gradient: Tensor, batch: int, by_row: _ByRow) -> None:
+        """Add an input with its gradient in a batch."""
         for activations in self.formats.get(shared.unit, ()):
             x = shared.x.detach()
             divisor = divisor_of_peak(float(x.abs().max())) if activations.has_divisor and x.numel() else None
             error = fake_quantize(x, replace(activations, divisor=divisor)) - x
             moves = (gradient * error).sum(-1, keepdim=True, dtype=_at_least_float32(gradient))
-            rows = torch.stack([m.double().square().sum() for m in _by_row(shared.module, moves, *shape)]).cpu()
+            rows = torch.stack([m.double().square().sum() for m in by_row.split(shared.module, moves)]).cpu()
             parts = self.found.setdefault(shared.unit, {}).setdefault(activations, [])
             if len(parts) > batch:
                 parts[batch] = parts[batch] + rows
@@ -252,15 +260,62 @@ def _linear(spec: BlockSpec, name: str) -> LinearSpec:
     return next(linear for linear in spec.linears if linear.name == name)
 
 
-def _by_row(module: nn.Module, values: Tensor, rows: int, positions: int) -> list[Tensor]:
-    """Split ``[rows, ..., n]``, its flattened form, or the tokens routed to an expert, by row."""
-    flat = values.flatten(0, -2)
-    if not isinstance(module, ExpertLinear):
-        return list(flat.reshape(rows, -1, flat.shape[-1]))
-    row = module.positions // positions
-    # Tokens come by rank of the choice; sorted by row, those of one row lie together.
-    ordered = flat[row.argsort(stable=True)]
-    return list(ordered.split(torch.bincount(row, minlength=rows).tolist()))
+def _squared_norms(gradient: Tensor) -> Tensor:
+    """‖g‖² of every token of ``[..., n]``, flattened, float64."""
+    return (
+        torch.linalg.vector_norm(gradient.flatten(0, -2), dim=-1, dtype=_at_least_float32(gradient)).double().square()
+    )
+
+
+def _sums_by_row(values: Sequence[tuple[Tensor, Tensor]], rows: int) -> Tensor:
+    """Sums ``[rows]`` float64 of values ``[tokens]``, each with the rows that its tokens are of."""
+    joined, row = torch.cat([value for value, _ in values]), torch.cat([of_tokens for _, of_tokens in values])
+    return torch.stack([torch.where(row == number, joined, 0.0).sum() for number in range(rows)])
+
+
+class _ByRow:
+    """Splits what the linears of a block see in a batch by row.
+
+    The tokens of all experts are sorted together: to ask for each one's order and counts would have a GPU wait for
+    the answer hundreds of times.
+
+    Args:
+        modules: The linears.
+        rows: Rows of the batch.
+        positions: Positions of a row.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], rows: int, positions: int) -> None:
+        self._rows = rows
+        self._experts: dict[int, tuple[Tensor, Tensor, list[int]]] = {}
+        routed = {id(module.positions): module.positions for module in modules if isinstance(module, ExpertLinear)}
+        if not routed:
+            return
+        sizes = [len(tokens) for tokens in routed.values()]
+        row, device = torch.cat(list(routed.values())) // positions, next(iter(routed.values())).device
+        starts = torch.tensor(list(itertools.accumulate([0, *sizes[:-1]])), device=device)
+        counts = torch.tensor(sizes, device=device)
+        expert = torch.arange(len(sizes), device=device).repeat_interleave(counts, output_size=len(row))
+        # Tokens come by rank of the choice; sorted by row, those of one row lie together.
+        keys, order = (expert * rows + row).sort(stable=True)
+        local = order - starts.repeat_interleave(counts, output_size=len(row))
+        borders = torch.searchsorted(keys, torch.arange(len(sizes) * rows + 1, device=device)).tolist()
+        parts = [last - first for first, last in itertools.pairwise(borders)]
+        per_expert = zip(routed, row.split(sizes), local.split(sizes), strict=True)
+        for number, (key, rows_of, places) in enumerate(per_expert):
+            self._experts[key] = rows_of, places, parts[number * rows : (number + 1) * rows]
+
+    def split(self, module: nn.Module, values: Tensor) -> list[Tensor]:
+        """Parts ``[tokens, n]`` of ``[rows, ..., n]``, its flattened form, or the tokens routed to an expert."""
+        flat = values.flatten(0, -2)
+        if not isinstance(module, ExpertLinear):
+            return list(flat.reshape(self._rows, -1, flat.shape[-1]))
+        _, places, sizes = self._experts[id(module.positions)]
+        return list(flat[places].split(sizes))
+
+    def rows_of(self, module: ExpertLinear) -> Tensor:
+        """Row of each token routed to an expert."""
+        return self._experts[id(module.positions)][0]
 
 
 class _NoProduct(torch.autograd.Function):

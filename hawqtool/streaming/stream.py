@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hawqtool.checkpoint.prefetch import Prefetcher
-from hawqtool.checkpoint.reader import check_finite
+from hawqtool.checkpoint.reader import check_all_finite
 from hawqtool.errors import InputError
 from hawqtool.formats.activations import ActivationFormat
 from hawqtool.model.block import BlockCall, LoadedBlock
@@ -189,17 +189,19 @@ class ModelStream:
         skip: tuple[str, ...] = (),
         shared: MutableMapping[str, nn.Parameter] | None = None,
     ) -> None:
+        loaded: dict[str, Tensor] = {}
         for stored, places in list(self._places(module, prefix, skip)):
             parameter = None if shared is None else self._known(stored, shared)
             if parameter is None:
                 # First to the device, then to the dtype: fewer bytes travel.
                 value = self.source.tensor(stored).to(self.device, non_blocking=True).to(self.dtype)
-                check_finite(stored, value)
+                loaded[stored] = value
                 parameter = nn.Parameter(value, requires_grad=False)
                 if shared is not None and self._owns and value.ndim > 1:
                     shared[stored] = parameter
             for _, owner, leaf in places:
                 owner._parameters[leaf] = parameter
+        check_all_finite(loaded)
 
     def _known(self, stored: str, shared: MutableMapping[str, nn.Parameter]) -> nn.Parameter | None:
         """The shared matrix of that name, if the source of this stream has the same."""

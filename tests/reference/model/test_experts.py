@@ -20,7 +20,7 @@ from hawqtool.records import MeasurementRows, Rows
 from hawqtool.rounding.method import RoundingMethod
 from hawqtool.rounding.spec import RoundingSpec
 from hawqtool.rounding.statistics import GroupStatistics
-from hawqtool.sensitivity.backward import _by_row
+from hawqtool.sensitivity.backward import _ByRow, _sums_by_row
 from hawqtool.sensitivity.measure import SweepSettings, measure
 from hawqtool.sensitivity.scores import LayerRows, score_rows
 from hawqtool.streaming.input_statistics import group_statistics, stages
@@ -74,6 +74,17 @@ def test_outputs_are_those_of_transformers(name: str, unused: tuple[int, ...], l
         hidden, chosen, scales = arguments
         inputs = (hidden.double(), chosen, scales.double())
         torch.testing.assert_close(split.double()(*inputs), stacked.double()(*inputs), rtol=1e-10, atol=1e-10)
+
+
+def test_a_choice_that_is_no_expert_is_nobodys() -> None:
+    _, split = experts_of("qwen3-moe")
+    hidden, chosen, weights = routed(split)
+    masked = weights.clone()
+    masked[::3, 1] = 0.0
+    with torch.no_grad():
+        expected = split(hidden, chosen, masked)
+        chosen[::6, 1], chosen[3::6, 1] = split.layout.count, -1
+        torch.testing.assert_close(split(hidden, chosen, weights), expected)
 
 
 @pytest.mark.parametrize("least", [0, 16, 1000])
@@ -265,18 +276,23 @@ def test_tokens_of_an_expert_go_to_their_rows() -> None:
     with torch.no_grad():
         split(hidden, chosen, weights)
     assert 2 not in seen
+    by_row = _ByRow((module for module, _ in seen.values()), rows_, positions)
+    values = []
     for number, (module, states) in seen.items():
         assert isinstance(module, ExpertLinear)
-        found = _by_row(module, states, rows_, positions)
+        values.append((states.double().sum(1), by_row.rows_of(module)))
+        found = by_row.split(module, states)
         assert len(found) == rows_
         for row in range(rows_):
             inside = range(row * positions, (row + 1) * positions)
             own = [t for rank in range(TOP_K) for t in inside if chosen[t, rank] == number]
             assert torch.equal(found[row], hidden[own])
+    used = (hidden.double().sum(1)[:, None] * (chosen != 2)).sum(1).view(rows_, positions).sum(1)
+    torch.testing.assert_close(_sums_by_row(values, rows_), used)
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 6), (12, 6), (3, 4, 2, 6), (3, 2, 4, 6)])
 def test_tokens_of_a_dense_layer_go_to_their_rows(shape: tuple[int, ...]) -> None:
     values = torch.arange(math.prod(shape)).view(shape)
-    found = _by_row(nn.Linear(6, 2), values, 3, 4)
+    found = _ByRow((), 3, 4).split(nn.Linear(6, 2), values)
     assert all(torch.equal(part, whole) for part, whole in zip(found, values.reshape(3, -1, 6), strict=True))
