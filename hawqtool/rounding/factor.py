@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -65,6 +66,11 @@ class Factor:
                 for first, last in parts
             ]
         return self._steps[size]
+
+    @cached_property
+    def places(self) -> Tensor:
+        """When each column is visited, ``[in]`` int64 in natural order."""
+        return self.order.argsort()
 
     @property
     def conditional(self) -> Tensor:

@@ -88,7 +88,8 @@ def round_compensated(
     element = grids.element
     own_size, round_block, compiled = _block_rounding(weight, element)
     size = PAPER_BLOCK if paper_form else block_size or own_size
-    if weight.is_cuda and compiled and size == own_size and not paper_form:
+    alone = weight.is_cuda and not torch.cuda.is_current_stream_capturing()  # a recording takes the loops as they are
+    if alone and compiled and size == own_size and not paper_form:
         kind = element.name if element else zeros is not None
         recorded = _recorded(factor, target, kind, beta, size, round_block)
         if recorded is not None:
@@ -227,7 +228,7 @@ def targets_at_turn(
         factor: Its factor.
         beta: Its β, less than 1.
     """
-    own = (column_errors * factor.upper.diagonal()[:, None]).index_select(0, factor.order.argsort()).t()
+    own = (column_errors * factor.upper.diagonal()[:, None]).index_select(0, factor.places).t()
     return rounded + own if beta == 0 else weight + (rounded - weight + own) / (1 - beta)
 
 

@@ -11,6 +11,7 @@ column loop as it is.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,7 +19,9 @@ from torch import Tensor
 from hawqtool.records import OutputMoments
 from hawqtool.rounding.factor import Factor, factorize
 from hawqtool.rounding.grid import Quantized, dequantize
+from hawqtool.rounding.kernels.cuda_graph import Function, Repeated
 from hawqtool.rounding.two_pass import Problem, refit, round_targets
+from hawqtool.runtime.stage_timer import UNRECORDED
 
 ROW_BLOCKS = 16
 """Blocks of rows that are rounded one after the other; fewer where there are fewer rows.
@@ -134,22 +137,37 @@ def round_row_blocks(problem: Problem, beta: float, feedback: RowFeedback, gram:
         feedback: Feedback of the rows.
         gram: Gram matrix to which the scales of each block are refitted; None for none.
     """
-    (task,), (target,), upper = problem.tasks, problem.targets, feedback.factor.upper
+    (target,), upper = problem.targets, feedback.factor.upper
     ordered, told = target.index_select(0, feedback.factor.order), torch.zeros_like(target)
+    round_block: Function = partial(_round_block, problem, beta, gram)
+    if target.is_cuda and _can_be_recorded(problem, beta, gram):
+        round_block = Repeated(round_block)
     results = []
     for part in feedback.blocks:
         wanted = ordered[part]
         if part.start:
             wanted = wanted + upper[: part.start, part].t() @ told[: part.start]
-        rows = replace(task, weight=wanted)
-        block = replace(problem, tasks=[rows], targets=[wanted], goals=[wanted], grids=[problem.search(rows, wanted)])
-        (result,) = round_targets(block, [beta])
-        if gram is not None:
-            (result,) = refit(block, [result], gram)
-        error = dequantize(*result).float() - wanted
+        codes, scales, error, *zeros = round_block(wanted)
         told[part] = torch.linalg.solve_triangular(upper[part, part].t(), error, upper=False)
-        results.append(result)
+        results.append(Quantized(codes, scales, zeros[0] if zeros else None, problem.tasks[0].divisor))
     return _joined(results, feedback.factor.order.argsort())
+
+
+def _round_block(problem: Problem, beta: float, gram: Tensor | None, wanted: Tensor) -> tuple[Tensor, ...]:
+    """Codes, scales and errors of one block of rows, and zero points where it has any, each ``[rows, ...]``."""
+    rows = replace(problem.tasks[0], weight=wanted)
+    block = replace(problem, tasks=[rows], targets=[wanted], goals=[wanted], grids=[problem.search(rows, wanted)])
+    (result,) = round_targets(block, [beta])
+    if gram is not None:
+        (result,) = refit(block, [result], gram)
+    zeros = () if result.zeros is None else (result.zeros,)
+    return result.codes, result.scales, dequantize(*result).float() - wanted, *zeros
+
+
+def _can_be_recorded(problem: Problem, beta: float, gram: Tensor | None) -> bool:
+    """Whether a block of rows is rounded without waiting for the device: what output feedback has by default."""
+    is_plain = gram is None and beta == 0 and problem.tasks[0].quant_format.floats is None
+    return is_plain and problem.recorder is UNRECORDED
 
 
 def _joined(results: list[Quantized], places: Tensor) -> Quantized:

@@ -204,3 +204,17 @@ def test_damping_is_chosen_and_hopeless_layers_go_without() -> None:
     assert row_feedback(none, torch.device("cpu")) is None
     assert choose_moments(near, torch.zeros_like(near), keep_held_out=False) == OutputMoments(1.0)
     assert math.isfinite(none.ratio)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_recorded_blocks_of_rows_have_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    task, statistics, _ = layer(100, 192)
+    task = replace(task, weight=task.weight.cuda())
+    factor = factorize(statistics.gram.cuda(), 2000, DAMPING)
+    problem = prepare([task], factor, RoundingMethod(), statistics, [LayerSettings(0.0, 0.0)], UNRECORDED, False)
+    feedback = row_feedback(moments_of(100), torch.device("cuda"))
+    assert feedback is not None
+    recorded = round_row_blocks(problem, 0.0, feedback)
+    monkeypatch.setattr("hawqtool.rounding.output_feedback._can_be_recorded", lambda *_: False)
+    plain = round_row_blocks(problem, 0.0, feedback)
+    assert torch.equal(recorded.codes, plain.codes) and torch.equal(recorded.scales, plain.scales)

@@ -1,0 +1,17 @@
+import torch
+from torch import Tensor
+
+from hawqtool.rounding.kernels.cuda_graph import Function, Repeated
+
+
+def test_a_function_is_recorded_at_the_second_call_on_a_shape() -> None:
+    recorded: list[tuple[int, ...]] = []
+
+    def record(function: Function, example: Tensor) -> Function:
+        recorded.append(tuple(example.shape))
+        return lambda value: (function(value)[0] + 10,)
+
+    doubled = Repeated(lambda value: (2 * value,), record)
+    found = [doubled(torch.ones(rows)) for rows in (2, 2, 2, 1, 1)]
+    assert recorded == [(2,), (1,)]
+    assert [float(parts[0][0]) for parts in found] == [2, 12, 12, 2, 12]
