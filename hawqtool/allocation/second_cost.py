@@ -1,4 +1,4 @@
-"""The second cost of a run: what a format costs besides bytes, from a file of the user's."""
+"""The second cost of a run: what a format costs besides bytes, from a file of the user's or by a roofline."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hawqtool.allocation.problem import REGEX_PREFIX
+from hawqtool.allocation.roofline import RooflineCosts, names_hardware
 from hawqtool.errors import InputError, UsageError
 from hawqtool.formats import MAX_BITS, MIN_BITS, QuantFormat, parse_label
 from hawqtool.parsing import MAX_JSON_BYTES, parse_json, read_bounded, short
@@ -102,11 +103,11 @@ class CostTable:
         return costs
 
 
-def second_cost(costs: Path, max_cost: float, units: Sequence[Unit], menu: Menu, pins: UnitFormats) -> SecondCost:
+def second_cost(costs: str, max_cost: float, units: Sequence[Unit], menu: Menu, pins: UnitFormats) -> SecondCost:
     """The second budget of an allocation.
 
     Args:
-        costs: File of costs (see `CostTable`).
+        costs: File of costs (see `CostTable`), or hardware with the tokens of a step (see `RooflineCosts`).
         max_cost: Most that the formats of all units may cost together.
         units: Units to allocate for.
         menu: Formats that each may take.
@@ -114,9 +115,10 @@ def second_cost(costs: Path, max_cost: float, units: Sequence[Unit], menu: Menu,
 
     Raises:
         InputError: If the file of costs is damaged.
-        UsageError: If it lacks costs, or even the cheapest formats exceed the budget.
+        UsageError: If it lacks costs, the hardware lacks a format, or even the cheapest formats exceed the budget.
     """
-    return _feasible(CostTable(costs).of_menu(units, _allowed(units, menu, pins)), max_cost, "--max-cost")
+    table = RooflineCosts(costs) if names_hardware(costs) else CostTable(Path(costs))
+    return _feasible(table.of_menu(units, _allowed(units, menu, pins)), max_cost, "--max-cost")
 
 
 def active_bytes(max_bytes: int, units: Sequence[Unit], menu: Menu, pins: UnitFormats) -> SecondCost:
@@ -155,7 +157,7 @@ def _feasible(by_unit: dict[str, dict[Any, float]], max_cost: float, flag: str) 
 
 def _entries(path: Path) -> list[dict[str, Any]]:
     if not os.path.isfile(path):
-        raise InputError(f"{short(str(path))} was not found; check the path")
+        raise InputError(f"{short(str(path))} was not found; check the path, or name hardware such as hopper:64")
     try:
         text = read_bounded(path, MAX_JSON_BYTES).decode("utf-8-sig")
         if path.suffix.lower() == ".csv":

@@ -33,6 +33,9 @@ BLOCK_LABELS = (
 PACK_QUANTIZED, INT_QUANTIZED = "pack-quantized", "int-quantized"
 """Layouts of integers: dense bit streams, and a byte per code."""
 
+_NVFP4_SCALES = 0.5
+"""Bits of a weight's part of an E4M3 scale that 16 weights share."""
+
 SHAPE_TENSOR_BYTES = 16
 """Bytes of the ``weight_shape`` tensor (two int64) that accompanies every packed weight."""
 
@@ -64,6 +67,11 @@ class QuantFormat:
         groups = f"g{self.group_size}" if self.group_size else "ch"
         weights = self.grid or f"w{self.bits}{groups}" + ("" if self.symmetric else "a")
         return f"{weights}-{self.activations}" if self.activations else weights
+
+    @property
+    def effective_bits(self) -> float:
+        """Bits as NVIDIA's ModelOpt counts them for its budget: scales count in NVFP4 alone, at half a bit."""
+        return self.bits + _NVFP4_SCALES if self.grid == "nvfp4" else float(self.bits)
 
     @property
     def floats(self) -> WeightGrid | None:

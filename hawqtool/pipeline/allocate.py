@@ -10,7 +10,9 @@ from pathlib import Path
 from hawqtool.allocation.exact import plan_warnings
 from hawqtool.allocation.frontier import CurvePoint, curve_points, uniform_points
 from hawqtool.allocation.problem import build_problem, resolve_ignored, resolve_pins
+from hawqtool.allocation.roofline import names_hardware
 from hawqtool.allocation.uniform import uniform_formats
+from hawqtool.checkpoint.fusion import is_expert
 from hawqtool.config import RunConfig
 from hawqtool.errors import UsageError
 from hawqtool.formats import CHANNEL, parse_label
@@ -128,6 +130,11 @@ def _load(config: RunConfig, sensitivity: Path) -> _Saved:
     # Ignored layers stay in the file at full size, so a size target must count them.
     unquantized += sum(member.num_weights * member.scale_bytes for member in left)
     units = tuple(unit for unit in measured if unit.name not in ignored)
+    if names_hardware(config.costs) and any(is_expert(member.name) for unit in units for member in unit.members):
+        raise UsageError(
+            f"--costs {config.costs} counts routed experts by the share that a token is routed to, which a saved "
+            "measurement does not say; use hawqtool quantize --sensitivity, or a file of costs"
+        )
     metric = config.metric
     scores = metric_scores(table, metric, sensitivity)
     base = _group_size(scores) if config.chooses_groups else config.base_group_size

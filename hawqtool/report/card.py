@@ -259,6 +259,8 @@ def _sizes(report: Report) -> str:
         ["stored bits per weight, quantized linears", f"{sizes['bpw_linears']:.4f}"],
         ["stored bits per weight, whole files", f"{sizes['bpw_file']:.4f}"],
     ]
+    if "effective_bits" in sizes and any("format" in entry for entry in report["plan"]):
+        rows.append(["effective bits of the linears, as ModelOpt counts them", f"{sizes['effective_bits']:.4f}"])
     return f"## Size\n\n{table(['', 'value'], rows)}"
 
 

@@ -18,6 +18,7 @@ class Sizes(TypedDict):
     shape_tensor_bytes: Annotated[int, "Bytes of the small tensors that state shapes."]
     bpw_linears: Annotated[float, "Stored bits per weight of the linears."]
     bpw_file: Annotated[float, "Bits of the files per parameter of the model."]
+    effective_bits: NotRequired[Annotated[float, "Bits per weight of the linears as ModelOpt counts its budget."]]
 
 
 class PlanEntry(TypedDict):

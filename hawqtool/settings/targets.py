@@ -80,8 +80,10 @@ class TargetFields(BaseModel):
         panel=TARGET, affects=Affects.TARGET, metavar="FILE", names="file",
     )] = None
     costs: Annotated[str | None, Setting(
-        help="CSV or JSON of a second cost, such as microseconds.", detail="It has one for every unit and format.",
-        panel=TARGET, expert=True, affects=Affects.PLAN, metavar="FILE", names="file", commands=("allocate",),
+        help="A second cost, such as microseconds: a CSV or JSON file that has one for every unit and format, or "
+        "hardware with the tokens of a step, such as hopper:64.", detail="Hardware: ampere, ada, hopper, blackwell.",
+        panel=TARGET, expert=True, affects=Affects.PLAN, metavar="FILE|HARDWARE:TOKENS", names="file",
+        commands=("allocate",),
     )] = None
     max_cost: Annotated[float | None, Setting(
         help="Most that the second costs may add up to.", detail="It is needed with costs.",

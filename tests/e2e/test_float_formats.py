@@ -122,6 +122,21 @@ def test_a_mixed_plan_counts_what_rounding_inputs_costs(run: Run) -> None:
             assert scores[unit]["fp8-a8f"][0] > costs["inputs fp8-a8f"] > 0, metric
 
 
+def test_hardware_prices_a_plan_and_bounds_it(run: Run) -> None:
+    common = {"group_size": None, "rounding": "rtn", "eval": False, "eval_samples": None, "target_bpw": 9}
+    folder, free = run(**common, formats="nvfp4,fp8-a8f", costs="hopper:1", max_cost=1e6)
+    assert free["config"]["costs"] == "hopper:1" and not list((folder / "reproduce").glob("costs*"))
+    assert {entry["format"] for entry in free["plan"]} == {"fp8-a8f"}
+    read_in = sum(entry["bytes"] for entry in free["plan"]) / 3.35e12  # one token waits for memory
+    assert free["cost"] == pytest.approx(1e6 * read_in)
+    _, report = run(**common, formats="nvfp4,fp8-a8f", costs="hopper:1", max_cost=0.75 * free["cost"])
+    assert report["cost"] <= report["max_cost"] == 0.75 * free["cost"]
+    assert {entry["format"] for entry in report["plan"]} == {"nvfp4", "fp8-a8f"}
+    assert 4.5 < report["sizes"]["effective_bits"] < 8 == free["sizes"]["effective_bits"]
+    with pytest.raises(UsageError, match="w8ch-a8i does not run there"):
+        run(**common, formats="w8ch-a8i,nvfp4", costs="blackwell:1", max_cost=1)
+
+
 def test_units_that_stay_are_part_of_the_exact_plan(place: Path, run: Run) -> None:
     folder, report = run(formats="hopper", group_size=None, target_bpw=9.5, eval=False, eval_samples=None)
     assert verify_folder(folder, place / "model").problems == ()

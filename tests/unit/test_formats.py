@@ -35,6 +35,20 @@ def test_stored_bytes(
     assert QuantFormat(bits, group_size).stored_bytes(out_features, in_features, scale_bytes) == expected
 
 
+def test_effective_bits_count_the_scales_of_nvfp4_alone() -> None:
+    expected = {
+        "nvfp4": 4.5,
+        "nvfp4-a4": 4.5,
+        "mxfp4": 4,
+        "fp8-a8f": 8,
+        "w8ch-a8i": 8,
+        "w4g128-a8f": 4,
+        "w3g32": 3,
+        "16": 16,
+    }
+    assert {label: parse_label(label).effective_bits for label in expected} == expected
+
+
 def test_records_sum_bytes_and_weights() -> None:
     members = tuple(LinearSpec(name, rows, 128, 0, "u", 2) for name, rows in (("q", 10), ("k", 4)))
     unit = Unit("u", members)

@@ -12,6 +12,7 @@ from weakref import WeakValueDictionary
 import torch
 
 from hawqtool.allocation.problem import ignored_along, matching_layers, resolve_ignored, resolve_pins
+from hawqtool.allocation.roofline import names_hardware
 from hawqtool.allocation.special_formats import check_formats
 from hawqtool.allocation.uniform import uniform_formats
 from hawqtool.checkpoint.dtypes import torch_dtype
@@ -237,7 +238,9 @@ def prepare(
     dtype = torch.float32 if device.type == "cpu" else stored
     units, left, pins = _chosen_units(config, index, structure, narration)
     if config.max_active is not None:
-        units = _with_active_shares(units, probe.config)
+        units = _with_active_shares(units, probe.config, "--max-active")
+    elif names_hardware(config.costs) and any(map(is_expert, structure.linears)):
+        units = _with_active_shares(units, probe.config, f"--costs {config.costs}")
     longest = _longest_row(config, probe)
     skeleton = build_skeleton(index.folder, dtype, source.runs_code, index.tensors, config.profile == "vllm")
     if config.quantize_vision:
@@ -291,19 +294,19 @@ def _pins(config: RunConfig, units: tuple[Unit, ...]) -> UnitFormats:
     return resolve_pins(config.pin, units, sizes, config.symmetric)
 
 
-def _with_active_shares(units: tuple[Unit, ...], config: Any) -> tuple[Unit, ...]:
+def _with_active_shares(units: tuple[Unit, ...], config: Any, flag: str) -> tuple[Unit, ...]:
     """Units that know which share of their weights a token reads.
 
     Raises:
         UsageError: If no layer is an expert, or the configuration does not say how many experts a token goes through.
     """
     if not any(is_expert(member.name) for unit in units for member in unit.members):
-        raise UsageError("--max-active is for routed experts, and none are quantized here; use --target-size instead")
+        raise UsageError(f"{flag} is for routed experts, and none are quantized here; use --target-size instead")
     per_token = experts_per_token(config)
     if per_token is None:
         raise UsageError(
-            "--max-active: config.json does not say how many experts a token goes through (such as "
-            "num_experts_per_tok); use --costs with bytes of your own"
+            f"{flag}: config.json does not say how many experts a token goes through (such as "
+            "num_experts_per_tok); use --costs with a file of your own"
         )
     shares = (active_share([m.name for m in u.members], [m.num_weights for m in u.members], per_token) for u in units)
     return tuple(replace(unit, active_share=share) for unit, share in zip(units, shares, strict=True))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hawqtool.allocation.problem import AllocationProblem, stored_bytes
@@ -66,7 +65,7 @@ def second_budget(config: RunConfig, units: Sequence[Unit], menu: Menu, pins: Un
         return active_bytes(parse_size(config.max_active), units, menu, pins)
     if config.costs is None or config.max_cost is None:
         return None
-    return second_cost(Path(config.costs), config.max_cost, units, menu, pins)
+    return second_cost(config.costs, config.max_cost, units, menu, pins)
 
 
 def meets_second_budget(config: RunConfig, units: Sequence[Unit], formats: UnitFormats) -> bool:

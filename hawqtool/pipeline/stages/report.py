@@ -17,6 +17,7 @@ import yaml
 
 from hawqtool import __version__
 from hawqtool.allocation.exact import plan_warnings
+from hawqtool.allocation.roofline import names_hardware
 from hawqtool.checkpoint.fusion import expert_of
 from hawqtool.data.sources import public_name
 from hawqtool.data.tokens import overlap
@@ -75,6 +76,7 @@ def build_report(job: Job, sets: dict[str, Rows], outcome: Outcome, timings: dic
             "shape_tensor_bytes": SHAPE_TENSOR_BYTES * sum(fmt.layout == PACK_QUANTIZED for fmt in packed),
             "bpw_linears": plan.bpw,
             "bpw_file": 8 * total / _num_parameters(job),
+            "effective_bits": _effective_bits(job, plan),
         },
         "plan": layers,
         "kept": kept_record(job),
@@ -178,6 +180,12 @@ def _source_warnings(job: Job) -> list[str]:
     ]
 
 
+def _effective_bits(job: Job, plan: BitPlan) -> float:
+    """Bits per weight of the linears as ModelOpt counts its budget, for comparison with its recipes."""
+    weights = {unit: unit.num_weights for unit in job.units}
+    return sum(n * plan.formats[unit.name].effective_bits for unit, n in weights.items()) / sum(weights.values())
+
+
 def public_config(job: Job) -> dict[str, Any]:
     """The resolved configuration; paths are shortened to their last part."""
     values = job.config.model_dump(mode="json", exclude={"restart"})
@@ -185,7 +193,7 @@ def public_config(job: Job) -> dict[str, Any]:
         if values[key]:
             values[key] = Path(values[key]).name
     values["measurements"] = None  # the report's "measurement" says where it comes from; a rerun needs no such folder
-    if values["costs"]:
+    if values["costs"] and not names_hardware(values["costs"]):
         values["costs"] = _costs_name(values["costs"])
     # What follows a source's name is its weight.
     weighted = zip(job.config.calibration, job.config.calibration_weights, strict=True)
@@ -216,7 +224,7 @@ def write_reproduce(job: Job, folder: Path, sensitivity: SensitivityDocument | N
     left_out = {"baseline", "max_regression"}
     config = {k: v for k, v in public_config(job).items() if v is not None and k not in left_out}
     (target / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    if job.config.costs is not None:
+    if job.config.costs is not None and not names_hardware(job.config.costs):
         shutil.copyfile(job.config.costs, target / _costs_name(job.config.costs))
     if sensitivity is not None:
         write_json(target / "sensitivity.json", sensitivity)

@@ -173,6 +173,16 @@ def test_a_second_budget_is_met_and_recorded(saved: Path, tmp_path: Path) -> Non
     )
 
 
+def test_hardware_is_a_second_budget_but_of_experts(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = allocated(saved, tmp_path, costs="hopper:1", max_cost=1e3)
+    assert document["cost"] == pytest.approx(1e6 * document["stored_bytes"] / 3.35e12)
+    monkeypatch.setattr("hawqtool.pipeline.allocate.is_expert", lambda _: True)
+    with pytest.raises(UsageError, match="a saved measurement does not say"):
+        allocated(saved, tmp_path, costs="hopper:1", max_cost=1e3)
+
+
 def test_a_second_budget_out_of_reach_names_the_range(saved: Path, tmp_path: Path) -> None:
     costs = str(cost_file(tmp_path))
     least, most = 8 * 2 + 4 * 2, 8 * 6 + 4 * 6
