@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hawqtool.checkpoint.fusion import is_expert
 from hawqtool.formats.activations import ActivationFormat
 from hawqtool.model.block import LoadedBlock
 from hawqtool.records import SWEEP_METRICS, BlockSpec, LinearSpec, MeasurementRows, Menu, Score, Unit, UnitScores
@@ -20,7 +21,17 @@ from hawqtool.sensitivity.backward import InputErrors, block_backward
 from hawqtool.sensitivity.forward import Progress, forward_sweep, wanted_statistics
 from hawqtool.sensitivity.gradient_limit import GRADIENT_LIMIT, GradientLimit
 from hawqtool.sensitivity.label_gradients import head_rows, loss_gradients
-from hawqtool.sensitivity.scores import SIGNED, LayerRows, RowValues, add_rows, mean_score, score_rows, to_scores
+from hawqtool.sensitivity.scores import (
+    SIGNED,
+    LayerRows,
+    RowValues,
+    add_rows,
+    experts_together,
+    mean_score,
+    score_experts,
+    score_rows,
+    to_scores,
+)
 from hawqtool.streaming.block import Activations, check_states
 from hawqtool.streaming.dealt import dealt
 from hawqtool.streaming.input_statistics import group_statistics
@@ -218,10 +229,36 @@ class _Scores:
         self, spec: BlockSpec, layers: dict[str, LayerRows], errors: dict[str, dict[str, Tensor]], ranks: Ranks
     ) -> None:
         """Add the linears of a block that have errors, and forget what they saw."""
+        experts: dict[object, list[list[LinearSpec]]] = {}
         for group in spec.input_groups:
             members = [linear for linear in group if linear.name in errors]
-            if members:
+            if members and is_expert(members[0].name):
+                form = tuple((m.unit, m.out_features, m.in_features) for m in members)
+                experts.setdefault(form, []).append(members)
+            elif members:
                 self.add(members, [layers.pop(m.name) for m in members], [errors.pop(m.name) for m in members], ranks)
+        for alike in experts.values():
+            together = experts_together([errors[m.name] for m in alike[0]])
+            for first in range(0, len(alike), together):
+                self._add_experts(alike[first : first + together], layers, errors, ranks)
+
+    def _add_experts(
+        self,
+        experts: Sequence[Sequence[LinearSpec]],
+        layers: dict[str, LayerRows],
+        errors: dict[str, dict[str, Tensor]],
+        ranks: Ranks,
+    ) -> None:
+        """Add experts of one form, the linears of each that share its input."""
+        seen = [[layers.pop(member.name) for member in members] for members in experts]
+        own = [[errors.pop(member.name) for member in members] for members in experts]
+        found = score_experts(seen, own, self.metrics, ranks)
+        for index, values in enumerate(found):
+            add_rows(self.unit_rows.setdefault(experts[0][index].unit, {}), values)
+            stacked = [torch.stack(list(of_expert[index].values())) for of_expert in own]
+            norms = torch.stack([e.square().sum((1, 2), dtype=torch.float64) for e in stacked]).tolist()
+            for members, of_labels in zip(experts, norms, strict=True):
+                self.error_norms[members[index].name] = dict(zip(own[0][index], of_labels, strict=True))
 
     def add_inputs(self, errors: InputErrors, menu: Menu, outputs: int) -> None:
         """Add to the scores of formats that round inputs what that costs, ½ Σ_t (J_t · dx_t)² per output.

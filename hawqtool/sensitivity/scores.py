@@ -170,6 +170,119 @@ def _gradient_terms(layer: LayerRows, errors: Tensor, metrics: Sequence[str]) ->
     return _GradientTerms(inputs, torch.cat(powers), fisher, projection, signed, trace[:, 0])
 
 
+def experts_together(errors: Sequence[Mapping[str, Tensor]]) -> int:
+    """How many experts `score_experts` takes, by the errors of one: the same on all ranks."""
+    elements = sum(len(by_label) * next(iter(by_label.values())).numel() for by_label in errors)
+    return max(1, _chunk_elements(next(iter(errors[0].values()))) // max(elements, 1))
+
+
+def score_experts(
+    layers: Sequence[Sequence[LayerRows]],
+    errors: Sequence[Sequence[Mapping[str, Tensor]]],
+    metrics: Sequence[str] = SWEEP_METRICS,
+    ranks: Ranks = ALONE,
+) -> list[RowValues]:
+    """Sums over experts of what `score_rows` gives for each of the layers that share their input.
+
+    Each expert sees few tokens, so that D x of each token is less work than the second moments of the inputs, and a
+    GPU would wait for launches if experts came one by one.
+
+    Args:
+        layers: Per expert, the layers that share its input; those of all experts are of one form, on the same rows.
+        errors: Per expert and layer, format label to D.
+        metrics: As for `score_rows`.
+        ranks: As for `score_rows`.
+    """
+    seen = [[list(layer.rows) for layer in of_expert] for of_expert in layers]
+    inputs = [[x for x, _ in of_expert[0]] for of_expert in seen]
+    like, rows = next(iter(errors[0][0].values())), len(inputs[0])
+    counts = torch.tensor([[len(x) for x in of_expert] for of_expert in inputs], dtype=torch.float64)
+    tokens = ranks.mean(counts.mean(1), rows).to(like.device)
+    mean_tokens = torch.where(tokens > 0, tokens, 1 / rows)[:, None, None]
+    values: list[RowValues] = []
+    for index, layer in enumerate(layers[0]):
+        stacked = [torch.stack([e.float() for e in of_expert[index].values()], 1) for of_expert in errors]
+        error, own_rows = torch.stack(stacked), [of_expert[index] for of_expert in seen]
+        power = torch.stack([_row_powers(of_expert) for of_expert in own_rows]) / layer.positions
+        mean_power = ranks.mean(power.mean(1), rows)
+        terms = _expert_gradient_terms(own_rows, error, metrics) / (2 * layer.outputs)
+        projection, signed, fisher, trace = terms.split([error.shape[2]] * 3 + [1], 1)
+        norms = torch.linalg.vector_norm(error, dim=(1, 3)).double().square()[:, :, None]
+        found = {
+            "fisher": fisher.sum(0),
+            "projection": projection.sum(0),
+            SIGNED: signed.sum(0) * 2 * layer.outputs**0.5,
+            "hawq-ggn": (trace * norms).sum(0) / error[0, :, 0].numel(),
+        }
+        if "kron" in metrics:
+            squares = torch.stack([_squared_products(x, e) for x, e in zip(inputs, error, strict=True)])
+            own = ranks.mean(squares.mean(1), rows)
+            product = power @ own + (squares * mean_power[:, None, :, None]).sum(2) - mean_power[:, None] @ own
+            found["kron"] = (product * layer.positions / (2 * layer.outputs * mean_tokens)).sum(0).t()
+        projects = any(metric != "kron" for metric in metrics)
+        wanted = {name: v.cpu() for name, v in found.items() if name in metrics or (name == SIGNED and projects)}
+        values.append({name: dict(zip(errors[0][index], v, strict=True)) for name, v in wanted.items()})
+    return values
+
+
+def _row_powers(rows: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Σ_t g_t² of the tokens of each row, ``[rows, out]`` float64."""
+    squares = torch.cat([g for _, g in rows]).float().square()
+    return torch.stack([part.sum(0) for part in squares.split([len(g) for _, g in rows])]).double()
+
+
+def _squared_products(inputs: Sequence[Tensor], error: Tensor) -> Tensor:
+    """Σ_t (D_r · x_t)² of the tokens of each row, ``[rows, out, formats]`` float64, of ``[out, formats, in]``.
+
+    Tensor cores may multiply in TF32, whose roundings average out; inputs of half precision are exact there.
+    """
+    x, flat = torch.cat(list(inputs)).float(), error.flatten(0, 1)
+    step, sums = max(1, _chunk_elements(error) // max(len(x), 1)), []
+    for part in flat.split(step):
+        with coarse_products() if error.is_cuda else nullcontext():
+            squares = (x @ part.t()).square_()
+        sums.append(torch.stack([of_row.sum(0) for of_row in squares.split([len(row) for row in inputs])]))
+    return torch.cat(sums, 1).double().unflatten(1, error.shape[:2])
+
+
+def _expert_gradient_terms(
+    seen: Sequence[Sequence[tuple[Tensor, Tensor]]], errors: Tensor, metrics: Sequence[str]
+) -> Tensor:
+    """Terms of the rows' gradients as of `_GradientTerms`, ``[experts, 3 formats + 1, rows]`` float64.
+
+    They are projection, signed change and Fisher term of every format, and the trace; those not wanted are 0.
+
+    Args:
+        seen: Per expert and row, inputs and gradients.
+        errors: ``[experts, out, formats, in]`` float32.
+        metrics: Those wanted.
+    """
+    experts, height, formats, width = errors.shape
+    rows = len(seen[0])
+    total = errors.new_zeros(experts, 3 * formats + 1, rows, dtype=torch.float64)
+    if all(metric == "kron" for metric in metrics):
+        return total
+    flat = errors.flatten(0, 1)
+    squares = flat.square() if "fisher" in metrics else None
+    step = max(1, _chunk_elements(errors) // (experts * height * width))
+    for first in range(0, rows, step):
+        part = slice(first, min(first + step, rows))
+        gradients = errors.new_empty(experts, part.stop - first, height, width)
+        for of_expert, own in zip(gradients, seen, strict=True):
+            for gradient, (x, g) in zip(of_expert, own[part], strict=True):
+                token_product(g, x, out=gradient)
+        by_output = gradients.permute(0, 2, 3, 1).flatten(0, 1).contiguous()
+        projected = torch.bmm(flat, by_output).double().unflatten(0, (experts, height))
+        by_output.square_()
+        total[:, :formats, part] = projected.square().sum(1)
+        total[:, formats : 2 * formats, part] = projected.sum(1)
+        if squares is not None:
+            fisher = torch.bmm(squares, by_output).unflatten(0, (experts, height))
+            total[:, 2 * formats : 3 * formats, part] = fisher.sum(1).double()
+        total[:, 3 * formats, part] = by_output.sum(1).unflatten(0, (experts, height)).sum(1).double()
+    return total
+
+
 def _input_terms(
     inputs: Sequence[Tensor], errors: Sequence[Tensor], weights: Sequence[Tensor]
 ) -> list[tuple[Tensor, Tensor]]:
