@@ -69,7 +69,7 @@ class RunConfig(CheckedFields):
             # Alternatives and swaps keep to a budget of bytes and know of nothing else.
             if self.swaps or (self.shortlist or 1) > 1:
                 raise ValueError(f"shortlist and swaps work under target_bpw or target_size alone, found {other} too")
-        if self.embedding_bits not in (8, 16):
+        if self.embedding_bits not in (None, 8, 16):
             raise ValueError(f"embedding_bits is 8 or 16, found {self.embedding_bits}; give one of them")
         if self.embedding_bits == 8 and self.profile != "transformers":
             raise ValueError("embedding_bits 8 loads in transformers alone; give profile transformers too, or drop it")

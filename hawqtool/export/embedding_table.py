@@ -16,10 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from hawqtool.checkpoint.index import CheckpointIndex
+from hawqtool.config import RunConfig
 from hawqtool.errors import UsageError
 from hawqtool.formats import CHANNEL, QuantFormat
+from hawqtool.model.skeleton import token_embedding
 from hawqtool.parsing import ParseError, load_json
 from hawqtool.rounding.grid import Quantized, dequantize
+from hawqtool.runtime.reporter import Reporter
 
 TABLE_FORMAT = "int-quantized"
 """Format of a config group whose codes are one byte each."""
@@ -29,6 +32,9 @@ TABLE_GROUP = "embedding"
 
 TABLE = QuantFormat(8, CHANNEL)
 """Format of a table: the error of a row is a hundredth of it, below that of 4-bit layers by far."""
+
+_AS_IT_IS = 16
+"""What ``--embedding-bits`` is where the embedding keeps its dtype."""
 
 MOST = 127
 """Largest code."""
@@ -67,17 +73,55 @@ def embedding_table(model: Any, stored_names: Mapping[str, str], index: Checkpoi
     Raises:
         UsageError: If there is none that can be stored in 8 bits.
     """
-    embedding = model.get_input_embeddings()
+    found = find_table(model, stored_names, index)
+    if isinstance(found, str):
+        raise UsageError(f"--embedding-bits 8: {found}; drop the flag")
+    return found
+
+
+def find_table(model: Any, stored_names: Mapping[str, str], index: CheckpointIndex) -> EmbeddingTable | str:
+    """The token embedding, or why it cannot be stored in 8 bits; arguments are those of `embedding_table`."""
+    embedding = model.get_input_embeddings() if token_embedding(model) else None
     if not isinstance(embedding, nn.Embedding):
-        raise UsageError(f"--embedding-bits 8: {type(model).__name__} has no token embedding; drop the flag")
+        return f"{type(model).__name__} has no token embedding"
     readers = {name: module for name, module in model.named_modules() if _weight(module) is embedding.weight}
     others = [name for name, module in readers.items() if module not in (embedding, model.get_output_embeddings())]
     names = [stored_names.get(f"{name}.weight", f"{name}.weight") for name in readers]
     tensor = next((name for name in names if name in index.tensors), None)
     if others or tensor is None or index.tensors[tensor].dtype not in ("BF16", "F16", "F32"):
         found = f"{others[0]} reads its weight too" if others else f"{names[0]} is not stored in 16 or 32 bits"
-        raise UsageError(f"--embedding-bits 8: {found}; expected an embedding that a head alone may share; drop it")
+        return f"{found}, expected an embedding that a head alone may share"
     return EmbeddingTable(tensor, tuple(name.removesuffix(CODES) for name in names))
+
+
+def with_embedding_bits(
+    config: RunConfig, model: Any, stored_names: Mapping[str, str], index: CheckpointIndex, reporter: Reporter
+) -> RunConfig:
+    """The configuration with the width of the embedding: what is asked for, else 8 bits where that lowers the loss.
+
+    A byte a number costs next to nothing, and under a target size the linears get what it saves, as much as two bits a
+    weight in small models. Transformers alone loads it.
+
+    Args:
+        config: The run's configuration.
+        model: Skeleton.
+        stored_names: Name of a parameter to that of its tensor, where they differ.
+        index: The checkpoint.
+        reporter: Is told where a target size decides.
+    """
+    if config.embedding_bits is not None:
+        return config
+    bits = _AS_IT_IS
+    if config.target_size is not None and config.profile == "transformers" and config.to != "gguf":
+        table = find_table(model, stored_names, index)
+        if any(fmt.label == "w8ch-a8i" for fmt in config.special_formats):
+            table = "w8ch-a8i on the menu is stored as its codes are"
+        if isinstance(table, str):
+            reporter.say(f"the embedding stays as it is: {table}")
+        else:
+            bits = TABLE.bits
+            reporter.say("the embedding takes 8 bits, for the target size; --embedding-bits 16 leaves it as it is")
+    return config.model_copy(update={"embedding_bits": bits})
 
 
 def _weight(module: nn.Module) -> Tensor | None:

@@ -85,12 +85,13 @@ class Fields(TargetFields):
         "Keep leaves them as the template has them.",
         panel=FORMATS, affects=Affects.FORMATS, metavar="TYPE", expert=True,
     )] = "auto"
-    embedding_bits: Annotated[int, Setting(
+    embedding_bits: Annotated[int | None, Setting(
         help="Bits of the token embedding, and of a head that is tied to it: 16 leaves it as it is; 8 stores a byte a "
         "number and a scale a row, which transformers alone loads (--profile transformers).",
+        default="8 with --target-size and --profile transformers, else 16",
         detail="Under a target size the bytes go to the linears: of small models the table is half of the file.",
         panel=FORMATS, affects=Affects.FORMATS,
-    )] = 16
+    )] = None
     kv_cache: Annotated[Literal["none", "fp8", "fp8-head"], Setting(
         help="Scales for the engine's KV cache: fp8 stores keys and values in 8-bit floats, one scale a layer for "
         "each; fp8-head has one a head; none leaves it in 16 bits.",

@@ -26,7 +26,7 @@ from hawqtool.checkpoint.source import ResolvedModel
 from hawqtool.config import RunConfig
 from hawqtool.data.tokenizer import load_tokenizer
 from hawqtool.errors import InputError, UsageError
-from hawqtool.export.embedding_table import EmbeddingTable, embedding_table
+from hawqtool.export.embedding_table import EmbeddingTable, embedding_table, with_embedding_bits
 from hawqtool.export.layout import Layout, plan_layout
 from hawqtool.export.packed_reader import PackedReader
 from hawqtool.formats.cache import CachedAttention
@@ -206,7 +206,7 @@ class Job:
     def tables(self) -> tuple[EmbeddingTable, ...]:
         """Embeddings that are stored in 8 bits."""
         known = self.skeleton, self.structure.stored_names, self.index
-        return () if self.config.embedding_bits == 16 else (embedding_table(*known),)
+        return (embedding_table(*known),) if self.config.embedding_bits == 8 else ()
 
     def tokenizer(self) -> Any:
         """The checkpoint's tokenizer; an InputError says why it cannot be loaded."""
@@ -245,6 +245,7 @@ def prepare(
     skeleton = build_skeleton(index.folder, dtype, source.runs_code, index.tensors, config.profile == "vllm")
     if config.quantize_vision:
         read_images(skeleton)
+    config = with_embedding_bits(config, skeleton, structure.stored_names, index, narration)
     settings = resolve_settings(config, device.type, longest, any(map(is_expert, structure.linears)))
     job = Job(config, settings, source, index, skeleton, structure, units, pins, device, dtype, left_units=left)
     _check_method(job)
