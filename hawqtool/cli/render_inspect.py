@@ -35,7 +35,7 @@ def print_spectrum(found: dict[str, Any]) -> None:
     """Print what `hawqtool.pipeline.spectrum.run_spectrum` returns."""
     console = Console(highlight=False)
     mean, error = found["mean"]
-    _line(console, "Hessian", f"{found['num_weights']} weights, loss per output on {found['rows']} rows")
+    _line(console, "Hessian", f"{found['num_weights']:,} weights, loss per output on {found['rows']} rows")
     _line(console, "eigenvalues", f"mean {mean:.3e} ± {error:.1e}, mean square {found['mean_square'][0]:.3e}")
     _line(console, "largest", ", ".join(f"{value:.4g}" for value, _ in found["eigenvalues"][:8]) or "none converged")
     _print_loss(console, found["loss"])

@@ -8,7 +8,7 @@ from hawqtool.formats import UNQUANTIZED
 from hawqtool.report.escape import code, escape, fenced, table
 from hawqtool.report.front_matter import SourceFacts, Value, merged, read_source
 from hawqtool.report.plan_comparison import shipped_of
-from hawqtool.report.schema import PlanEntry, Report, Search
+from hawqtool.report.schema import Engine, PlanEntry, Report, Search
 from hawqtool.report.verdict import verdict_text
 from hawqtool.report.wording import (
     EXPLANATIONS,
@@ -316,6 +316,12 @@ def _origin(source: str) -> str:
     return "sampled from the model itself" if source == "self" else code(source)
 
 
+def _how_known(entry: Engine) -> str:
+    """Why an engine loads the folder or not; that nobody tried it is said once."""
+    said = entry["tried"] or "not run" in entry["reason"]
+    return entry["reason"] if said else f"by format, not tested here: {entry['reason']}"
+
+
 def _loading(report: Report) -> str:
     rows = [["hawqtool", escape(report["hawqtool_version"]), "yes", "verified: every tensor was read back in this run"]]
     for entry in report["engines"]:
@@ -324,7 +330,7 @@ def _loading(report: Report) -> str:
                 escape(entry["engine"]),
                 escape(entry["minimum_version"]),
                 loads_text(entry),
-                escape(entry["reason"] if entry["tried"] else f"by format, not tested here: {entry['reason']}"),
+                escape(_how_known(entry)),
             ]
         )
     heading = ["loads in", "version, at least", "loads", "how that is known"]

@@ -9,7 +9,7 @@ from typing import Any
 
 from hawqtool.report.escape import one_line
 from hawqtool.report.plan_comparison import Divergence, Measure, PlanComparison, PlanQuality, Quality, SwapAttempt
-from hawqtool.report.schema import Gate, Kept, Report, Search, layer_error, named_rows
+from hawqtool.report.schema import Engine, Gate, Kept, Report, Search, layer_error, named_rows
 from hawqtool.report.wording import (
     GATES,
     MEASURES,
@@ -196,10 +196,14 @@ def worst_table(report: Report) -> str:
     return _table(["layer", "format", "relative error", "plain rounding", "fallback"], rows, numbers=(2, 3))
 
 
+def _gain(entry: Engine) -> str:
+    return "" if entry["loads"] is False else entry.get("gain", "")
+
+
 def engines_table(report: Report) -> str:
     """Which engines load the folder."""
     rows = [
-        [entry["engine"], loads_text(entry), entry["minimum_version"], entry["reason"], entry.get("gain", "")]
+        [entry["engine"], loads_text(entry), entry["minimum_version"], entry["reason"], _gain(entry)]
         for entry in report["engines"]
     ]
     return _table(["engine", "loads", "version, at least", "why", "what is gained"], rows, wide=(3, 4))

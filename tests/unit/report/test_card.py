@@ -259,7 +259,7 @@ def test_only_what_the_run_did_is_called_verified() -> None:
     _, body = split(model_card(a_report(), None))
     verified = [line for line in body.splitlines() if "verified" in line]
     assert len(verified) == 1 and verified[0].startswith("| hawqtool | 0.1.0 | yes |")
-    assert "| vLLM (CUDA) | 0.33 | no | by format, not tested here: by its source, not run |" in body
+    assert "| vLLM (CUDA) | 0.33 | no | by its source, not run |" in body
 
 
 def test_a_card_for_uniform_that_won() -> None:
