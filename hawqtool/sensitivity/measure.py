@@ -138,13 +138,16 @@ def measure(
             sets[0].hidden, sets[1].hidden = left_here.calibration, left_here.scoring
             with stream.block(spec.index) as block:
                 groups = left_here.statistics() or wanted_statistics(block, sets[0], rounding.menu)
-                errors = found_errors(rounding, block, groups, sets[0], _keeper(settings, spec, stream))
+                with stream.recorder.stage("roundings"):
+                    errors = found_errors(rounding, block, groups, sets[0], _keeper(settings, spec, stream))
                 del left_here, groups
                 inputs = InputErrors(_input_formats(spec, rounding.menu), {})
-                layers, gradients = block_backward(block, sets[1], gradients, outputs, scores.input_power, inputs)
+                with stream.recorder.stage("backward"):
+                    layers, gradients = block_backward(block, sets[1], gradients, outputs, scores.input_power, inputs)
             gradients = limit.limited(gradients, ranks)
             check_states(gradients, f"the gradient at the input of block {spec.name}")
-            scores.add_block(spec, layers, errors, ranks)
+            with stream.recorder.stage("scores"):
+                scores.add_block(spec, layers, errors, ranks)
             scores.add_inputs(inputs, rounding.menu, outputs)
             if pace.is_due(total_bytes(gradients)):
                 saved.save(_SWEEP, _state(spec.index, gradients, outputs, limit, scores))

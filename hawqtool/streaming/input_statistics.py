@@ -39,7 +39,7 @@ def collect_statistics(block: LoadedBlock, activations: Activations, visit: Grou
 
     ``visit`` may replace the weights of the groups; later ones, and the block's output that replaces the
     hidden states, see the new weights (truly sequential rounding). One batch needs one forward pass; several
-    batches, and experts whose tokens lie on several ranks, need one partial pass per stage and a full one. Where the
+    batches, and experts on a GPU or on several ranks, need one partial pass per stage and a full one. Where the
     original's inputs are wanted too, one batch needs a pass of its own for all of them beforehand; with several
     batches they come from a copy of the block that keeps its weights, run beside it.
     """
@@ -77,8 +77,15 @@ def replay_rounded(block: LoadedBlock, activations: Activations, replace: Callab
 
 
 def _one_pass(block: LoadedBlock, activations: Activations) -> bool:
-    """Whether statistics are taken in one pass; not those of experts whose tokens lie on several ranks."""
-    return len(activations.hidden) == 1 and not (activations.ranks.size > 1 and has_experts(block.module))
+    """Whether statistics are taken in one pass.
+
+    Not those of experts whose tokens lie on several ranks, nor on a GPU, which rounds many of them together: in one
+    pass each would have to be rounded before the next one is run.
+    """
+    if len(activations.hidden) > 1:
+        return False
+    apart = activations.ranks.size > 1 or next(block.module.parameters()).is_cuda
+    return not (apart and has_experts(block.module))
 
 
 def _original_inputs(block: LoadedBlock, activations: Activations) -> dict[str, Tensor]:

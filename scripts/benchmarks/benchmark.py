@@ -82,7 +82,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--group-size", type=int, default=128, help="0: whatever plans choose from [default: 128]")
     parser.add_argument("--rotate", default="off", help="as `hawqtool quantize` has it [default: off]")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--stages", default=",".join(STAGES), help=f"[default: {','.join(STAGES)}]; or build")
+    parser.add_argument("--stages", default=",".join(STAGES), help=f"in order [default: {','.join(STAGES)}]; or build")
     parser.add_argument("--sparse", action="store_true", help="with --stages build: headers in files that take no room")
     parser.add_argument("--scaling", action="store_true", help="round at other numbers of rows and blocks, and widths")
     parser.add_argument("--work", type=Path, help="folder for the checkpoint and the results; kept [default: removed]")
@@ -102,7 +102,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     work = options.work or Path(tempfile.mkdtemp(prefix="hawqtool-benchmark-"))
     try:
         work.mkdir(parents=True, exist_ok=True)
-        return _run(options, [stage for stage in STAGES if stage in stages], work)
+        return _run(options, [stage for stage in stages if stage != "build"], work)
     finally:
         if options.work is None:
             shutil.rmtree(work, ignore_errors=True)
@@ -139,6 +139,9 @@ def _run(options: argparse.Namespace, stages: Sequence[str], work: Path) -> dict
         print("hidden states:", ", ".join(f"{_size(n)} {where}" for where, n in bench.job.offload.peak_bytes.items()))
     document |= {"stages": results, "total_seconds": sum(result["seconds"] for result in results)}
     print(f"{'all':14} {document['total_seconds']:9.3f}")
+    if bench.experts:
+        document["experts"] = bench.experts
+        print("linears of experts: " + ", ".join(f"{count} {what}" for what, count in bench.experts.items()))
     return document
 
 
@@ -228,7 +231,8 @@ def _head(options: argparse.Namespace, shape: Shape | FamilyShape, job: Job, rat
 
 def _print(found: Measured) -> None:
     device, host = (_size(value) for value in (found.device_bytes, found.host_bytes))
-    print(f"{found.stage:14} {found.seconds:9.3f} {_ratio(found.per_block, found.floor)} {device:>9} {host:>9}")
+    ratio = _ratio(found.per_block, found.floor)
+    print(f"{found.stage:14} {found.seconds:9.3f} {ratio} {device:>9} {host:>9}", flush=True)
     for name, (seconds, floor) in found.parts.items():
         print(f"  {name:12} {'':9} {_ratio(seconds, floor)}", flush=True)
 

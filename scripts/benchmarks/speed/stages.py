@@ -14,6 +14,7 @@ import torch
 
 from hawqtool.allocation.problem import stored_bytes
 from hawqtool.allocation.uniform import uniform_formats
+from hawqtool.checkpoint.fusion import is_expert
 from hawqtool.data.tokens import fingerprint
 from hawqtool.errors import NumericalError, UsageError
 from hawqtool.export.packed_reader import PackedReader
@@ -102,6 +103,15 @@ class Benchmark:
         return found
 
     @property
+    def experts(self) -> dict[str, int]:
+        """Linears of experts that were rounded: all, those without a token, those that were lent some."""
+        own = [values for name, values in (self._layers or {}).items() if is_expert(name)]
+        if not own:
+            return {}
+        without = sum(values["num_tokens"] == 0 for values in own)
+        return {"in all": len(own), "without tokens": without, "with lent ones": sum(bool(v["fallback"]) for v in own)}
+
+    @property
     def _written(self) -> Path:
         return self.folder / "rounded"
 
@@ -137,13 +147,15 @@ class Benchmark:
     def _importance(self) -> Measured:
         """Weights of the tokens; those of the rows behind the scores are made beside the clock."""
         clock = BlockClock()
-        context = RunContext(self.job, clock)
+        recorder = StageRecorder(self.job.device)
+        context = RunContext(replace(self.job, recorder=recorder), clock)
         found, self.rows["calibration"] = self._timed(
             "importance", lambda: with_token_importance(context, self.rows["calibration"], for_feedback=True)
         )
         self.rows["measuring"] = with_token_importance(RunContext(self.job), self.rows["measuring"])
         found.per_block = found.seconds / self.blocks
         found.floor = importance_floor(self.job, self.rates, len(self.rows["calibration"].tokens), self._seq_len)
+        found.parts = {name: (spent / self.blocks, None) for name, spent in recorder.seconds().items()}
         return found
 
     def _measure(self) -> Measured:
