@@ -18,6 +18,7 @@ from hawqtool.model.experts import ExpertLinear
 from hawqtool.records import BlockSpec, LinearSpec
 from hawqtool.rounding.floats.activations import fake_quantize
 from hawqtool.rounding.floats.scale_search import divisor_of_peak
+from hawqtool.runtime.stage_timer import Recorder
 from hawqtool.sensitivity.scores import LayerRows
 from hawqtool.streaming.block import Activations
 
@@ -37,7 +38,7 @@ def block_backward(
     """
     seen: dict[str, tuple[list[Tensor], list[Tensor]]] = {linear.name: ([], []) for linear in block.spec.linears}
     powers: dict[str, list[Tensor]] = {linear.unit: [] for linear in block.spec.linears}
-    before, reverse = [], _Reverse(block)
+    before, reverse = [], _Reverse(block, scoring.recorder)
     for position, hidden in enumerate(scoring.hidden):
         rows, positions = hidden.shape[:2]
         captured, found = reverse.run(
@@ -126,7 +127,7 @@ def token_powers(
         ``[rows, positions]`` float32 by the name of the linear. Experts are left out.
     """
     powers: dict[str, list[Tensor]] = {}
-    before, reverse, first = [], _Reverse(block), 0
+    before, reverse, first = [], _Reverse(block, seen.recorder), 0
     for position, hidden in enumerate(seen.hidden):
         rows, states = len(hidden), hidden.to(gradients[position].dtype)
         captured, found = reverse.run(
@@ -184,8 +185,8 @@ class _Reverse:
     The last-linear shortcut leaves out the product of its last linear where the block only adds that to something.
     """
 
-    def __init__(self, block: LoadedBlock) -> None:
-        self.block, self.last = block, last_linear(block)
+    def __init__(self, block: LoadedBlock, recorder: Recorder) -> None:
+        self.block, self.recorder, self.last = block, recorder, last_linear(block)
 
     def run(
         self, hidden: Tensor, call: BlockCall, gradient: Tensor, watch: Callable[[_Captured], list[Tensor]]
@@ -212,7 +213,7 @@ class _Reverse:
         self, hidden: Tensor, call: BlockCall, gradient: Tensor, watch: Callable[[_Captured], list[Tensor]]
     ) -> tuple[_Captured, list[Tensor]]:
         leaf = hidden.detach().requires_grad_()
-        with torch.enable_grad(), _captured(self.block) as captured:
+        with self.recorder.stage("backward"), torch.enable_grad(), _captured(self.block) as captured:
             output = self.block.run(leaf, call)
             return captured, _gradients(output, [leaf, *watch(captured)], gradient)
 

@@ -138,16 +138,13 @@ def measure(
             sets[0].hidden, sets[1].hidden = left_here.calibration, left_here.scoring
             with stream.block(spec.index) as block:
                 groups = left_here.statistics() or wanted_statistics(block, sets[0], rounding.menu)
-                with stream.recorder.stage("roundings"):
-                    errors = found_errors(rounding, block, groups, sets[0], _keeper(settings, spec, stream))
+                errors = found_errors(rounding, block, groups, sets[0], _keeper(settings, spec, stream))
                 del left_here, groups
                 inputs = InputErrors(_input_formats(spec, rounding.menu), {})
-                with stream.recorder.stage("backward"):
-                    layers, gradients = block_backward(block, sets[1], gradients, outputs, scores.input_power, inputs)
+                layers, gradients = block_backward(block, sets[1], gradients, outputs, scores.input_power, inputs)
             gradients = limit.limited(gradients, ranks)
             check_states(gradients, f"the gradient at the input of block {spec.name}")
-            with stream.recorder.stage("scores"):
-                scores.add_block(spec, layers, errors, ranks)
+            scores.add_block(spec, layers, errors, known)
             scores.add_inputs(inputs, rounding.menu, outputs)
             if pace.is_due(total_bytes(gradients)):
                 saved.save(_SWEEP, _state(spec.index, gradients, outputs, limit, scores))
@@ -174,7 +171,8 @@ def found_errors(
     ``keep`` sees the roundings of a process that makes all of them.
     """
     if known.ranks.size == 1:
-        return rounding.block_errors(block, groups, known.hidden, keep)
+        with known.recorder.stage("roundings"):
+            return rounding.block_errors(block, groups, known.hidden, keep)
 
     def rounded(part: Sequence[InputGroup]) -> list[dict[str, dict[str, Quantized]]]:
         return [
@@ -229,9 +227,15 @@ class _Scores:
             self.error_norms[linear.name] = norms
 
     def add_block(
+        self, spec: BlockSpec, layers: dict[str, LayerRows], errors: dict[str, dict[str, Tensor]], known: Activations
+    ) -> None:
+        """Add the linears of a block that have errors, and forget what they saw; ``known`` has ranks and recorder."""
+        with known.recorder.stage("scores"):
+            self._add_block(spec, layers, errors, known.ranks)
+
+    def _add_block(
         self, spec: BlockSpec, layers: dict[str, LayerRows], errors: dict[str, dict[str, Tensor]], ranks: Ranks
     ) -> None:
-        """Add the linears of a block that have errors, and forget what they saw."""
         experts: dict[object, list[list[LinearSpec]]] = {}
         for group in spec.input_groups:
             members = [linear for linear in group if linear.name in errors]

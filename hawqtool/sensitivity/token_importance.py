@@ -152,8 +152,7 @@ def token_importance(
             outputs = seen.hidden
             _walk_again(stream, seen, stored, stretches.again(spec.index))
             seen.hidden = stored.pop(spec.index)
-            following = stretches.following(spec.index)
-            with stream.block(spec.index, following) as block, stream.recorder.stage("backward"):
+            with stream.block(spec.index, stretches.following(spec.index)) as block:
                 found, gradients, sums = order.run(partial(_reversed, block, seen, outputs, gradients, moments, first))
             check_states(gradients, f"the gradient at the input of block {spec.name}")
             if moments:
