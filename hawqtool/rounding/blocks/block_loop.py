@@ -13,6 +13,7 @@ from hawqtool.checkpoint.gguf.block_types import BlockType
 from hawqtool.rounding.factor import Factor
 from hawqtool.rounding.gptq import BLOCK_SIZE, RowGrids, round_compensated
 from hawqtool.rounding.grid import expand_scales
+from hawqtool.rounding.kernels.dispatch import table_loop
 
 _NO_STEP = 1e30
 """Stands for a step of zero: every weight is less than half of it, so that its code is zero."""
@@ -56,22 +57,32 @@ def round_block_codes(target: Tensor, grid: BlockGrid, factor: Factor, kind: Blo
 
 
 def _round_on_table(target: Tensor, steps: Tensor, factor: Factor, values: Sequence[int]) -> Tensor:
-    """`round_block_codes` where codes stand for values of a table, by torch's own operations."""
-    table, places = target.new_tensor(values), _half_steps(tuple(values), target.device)
+    """`round_block_codes` where codes stand for values of a table."""
+    table, compiled = target.new_tensor(values), table_loop(target.device)
     columns = target.t().index_select(0, factor.order)
     visited = expand_scales(_usable(steps), target.shape[1]).t().index_select(0, factor.order)
-    codes, pivots = torch.empty_like(columns, dtype=torch.int8), factor.upper.diagonal().tolist()
-    for first in range(0, len(columns), BLOCK_SIZE):
-        end = min(first + BLOCK_SIZE, len(columns))
-        errors = torch.empty_like(columns[first:end])
-        for j in range(first, end):
-            codes[j] = code = _table_codes(columns[j] / visited[j], 2 * values[0], places)
-            errors[j - first] = (columns[j] - table.index_select(0, code.int()) * visited[j]) / pivots[j]
-            columns[j + 1 : end].addr_(factor.upper[j, j + 1 : end], errors[j - first], alpha=-1.0)
-        columns[end:].addmm_(factor.upper[first:end, end:].t(), errors, alpha=-1.0)
+    codes, size = torch.empty_like(columns, dtype=torch.int8), compiled.BLOCK_COLUMNS if compiled else BLOCK_SIZE
+    round_block = compiled.round_block if compiled else _round_table_block
+    for first in range(0, len(columns), size):
+        part = slice(first, min(first + size, len(columns)))
+        errors = torch.empty_like(columns[part])
+        round_block(columns[part], visited[part], factor.upper[part, part], table, codes[part], errors)
+        columns[part.stop :].addmm_(factor.upper[part, part.stop :].t(), errors, alpha=-1.0)
     result = torch.empty_like(codes)
     result[factor.order] = codes
     return result.t().contiguous()
+
+
+def _round_table_block(
+    columns: Tensor, steps: Tensor, upper: Tensor, table: Tensor, codes: Tensor, errors: Tensor
+) -> None:
+    """One block of columns by torch's own operations (the arguments are those of the compiled one)."""
+    values = tuple(map(int, table.tolist()))
+    places, pivots = _half_steps(values, columns.device), upper.diagonal().tolist()
+    for j in range(len(columns)):
+        codes[j] = code = _table_codes(columns[j] / steps[j], 2 * values[0], places)
+        errors[j] = (columns[j] - table.index_select(0, code.int()) * steps[j]) / pivots[j]
+        columns[j + 1 :].addr_(upper[j, j + 1 :], errors[j], alpha=-1.0)
 
 
 @lru_cache(maxsize=16)

@@ -63,6 +63,11 @@ def column_loop(device: torch.device, floats: bool = False) -> ModuleType | None
     return None if floats and kernel == "numba" else _imported(_COLUMN_LOOPS.get(kernel))
 
 
+def table_loop(device: torch.device) -> ModuleType | None:
+    """The module whose ``round_block`` rounds columns to a table of values; None for the eager loop."""
+    return _imported("triton_tables") if kernel_for(device) == "triton" else None
+
+
 def scale_search(device: torch.device) -> ModuleType | None:
     """The module whose ``least_errors`` tries scales; None for the eager search."""
     return _imported(_SEARCHES.get(kernel_for(device)))

@@ -103,6 +103,11 @@ def _round_block_kernel(  # type: ignore[no-untyped-def]
         carried = tl.fma(-factors[:, None], error[None, :], carried)
 
 
+def tile_rows(rows: int) -> int:
+    """Rows of a program, where so many go through the loop."""
+    return next(size for least, size in _TILES if rows >= least)
+
+
 def round_block(block: ColumnBlock, beta: float, floats: FloatCodes | None = None) -> None:
     """Round the columns of one block; the arithmetic is that of `hawqtool.rounding.gptq.round_compensated`.
 
@@ -116,7 +121,7 @@ def round_block(block: ColumnBlock, beta: float, floats: FloatCodes | None = Non
     """
     target, zeros = block.target, block.zeros
     width, rows = target.shape
-    tile = next(size for least, size in _TILES if rows >= least)
+    tile = tile_rows(rows)
     with torch.cuda.device_of(target):
         _round_block_kernel[(triton.cdiv(rows, tile),)](
             target,

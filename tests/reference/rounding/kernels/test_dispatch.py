@@ -8,8 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from hawqtool.checkpoint.gguf.block_codec import BlockGrid
+from hawqtool.checkpoint.gguf.block_types import BLOCK_TYPES
 from hawqtool.errors import UsageError
 from hawqtool.formats import QuantFormat
+from hawqtool.rounding.blocks.block_loop import round_block_codes
 from hawqtool.rounding.factor import Factor, factorize
 from hawqtool.rounding.floats.elements import ELEMENTS, Element
 from hawqtool.rounding.gptq import RowGrids, round_compensated
@@ -74,6 +77,18 @@ def test_same_codes_of_floats(both_kernels, element: Element) -> None:
     eager, fused = both_kernels(lambda: round_compensated(weight, floats, factor, 0.1, block_size=128))
     assert fused.dtype == eager.dtype == torch.float8_e4m3fn
     assert (eager.view(torch.int8) != fused.view(torch.int8)).float().mean() < 0.01
+
+
+def test_same_codes_of_tables(both_kernels) -> None:
+    kind = BLOCK_TYPES["IQ4_NL"]
+    factor, weight, _ = case(40, 160, 4, False)
+    steps = weight.view(40, -1, kind.group_size).abs().amax(-1) / 120 * torch.tensor([1.0, -1.0]).repeat(20)[:, None]
+    steps[3, 1], weight[5] = 0.0, (steps[5, 0] * 0.5) * torch.arange(-80, 80)  # some on ties, some beyond both ends
+    grid = BlockGrid(steps, None)
+    eager, fused = both_kernels(lambda: round_block_codes(weight, grid, factor, kind))
+    # Sums in another order: what lies on a tie up to float32 may round either way, and change the rest of its row.
+    assert (eager != fused).float().mean() < 0.01
+    assert fused.dtype == torch.int8 and bool((fused[3, kind.group_size : 2 * kind.group_size] == 8).all())
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
