@@ -22,7 +22,7 @@ from hawqtool.parsing import load_json
 from hawqtool.runtime.lifeline import watch_parent
 
 
-def main(folder: str, class_name: str, trust: str, rows_file: str, outputs_file: str, images: str) -> None:
+def main(folder: str, class_name: str, trust: str, rows_file: str, outputs_file: str, images: str, device: str) -> None:
     """Write what a model gives on the rows of a file to another one.
 
     Args:
@@ -32,23 +32,24 @@ def main(folder: str, class_name: str, trust: str, rows_file: str, outputs_file:
         rows_file: Safetensors file with the rows.
         outputs_file: The one that is written.
         images: What `model_images` gives of the original, as JSON.
+        device: Where it computes.
     """
     kind = getattr(transformers, class_name, transformers.AutoModelForCausalLM)
     model = kind.from_pretrained(folder, dtype="auto", trust_remote_code=trust == "1").eval()
-    rows = load_file(rows_file)["rows"]
+    model, rows = torch.nn.Module.to(model, device), load_file(rows_file)["rows"].to(device)
     if images != "null":
         setattr(model, IMAGES_READ, tuple(map(tuple, json.loads(images))))
     if _rounds_inputs(folder):
         _pass(model, rows)  # which unpacks the weights in their own dtype
         # In 16 bits inputs differ by as much as that, and so does what they are rounded to: by whole steps.
         model = torch.nn.Module.float(model)
-    save_file({"outputs": _pass(model, rows).float().contiguous()}, outputs_file)
+    save_file({"outputs": _pass(model, rows).float().cpu().contiguous()}, outputs_file)
 
 
 def _pass(model: Any, rows: torch.Tensor) -> torch.Tensor:
     """Outputs of one forward pass in the dtype of the model."""
-    dtype = next(model.parameters()).dtype
-    inputs = {n: v.to(dtype) if v.is_floating_point() else v for n, v in model_inputs(model, rows).items()}
+    dtype, device = next(model.parameters()).dtype, rows.device
+    inputs = {n: v.to(device, dtype if v.is_floating_point() else None) for n, v in model_inputs(model, rows).items()}
     with torch.no_grad():
         return row_outputs(model, model(**inputs))
 

@@ -12,9 +12,10 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata, util
 from pathlib import Path
 from types import TracebackType
@@ -28,8 +29,9 @@ from hawqtool.model.block_list import example_row
 from hawqtool.model.skeleton import token_embedding
 from hawqtool.model.tasks import model_images
 from hawqtool.pipeline.run.job import Job
-from hawqtool.pipeline.run.memory_budget import memory_limit
+from hawqtool.pipeline.run.memory_budget import AUTO, memory_limit
 from hawqtool.records import Rows
+from hawqtool.runtime.background import beside
 from hawqtool.runtime.lifeline import Lifeline
 from hawqtool.streaming.rounded_cache import CacheRounding
 
@@ -41,6 +43,12 @@ MAX_DIFFERENCE = 0.1
 and experts that a rounding error exchanges are few; a wrongly loaded weight gives one about as large as the outputs."""
 
 _TOKENS, _FEW_TOKENS = 32, 128
+_CPU = "cpu"
+
+_GPU_SHARE = 0.25
+"""Share of a GPU's free memory that the original's weights may take where the trial computes there: packed and unpacked
+ones lie side by side for a moment, and the evaluation needs room as well."""
+
 _SECONDS = 900
 _LONGEST_REASON = 200
 _KIB = 1024
@@ -63,13 +71,19 @@ class TrialProcess:
     """A child process that imports what a trial needs and then waits to be told what to load; a context manager.
 
     Left without an order, or by a parent that died, it ends by itself.
+
+    Args:
+        sees_gpus: Whether it may be told to compute on one.
     """
+
+    def __init__(self, sees_gpus: bool = False) -> None:
+        self._environment = _environment() if sees_gpus else {**_environment(), "CUDA_VISIBLE_DEVICES": ""}
 
     def __enter__(self) -> Self:
         self._line = Lifeline().__enter__()
         self._child = subprocess.Popen(
             [sys.executable, "-m", f"{__package__}.child"],
-            env={**_environment(), **self._line.environment},
+            env={**self._environment, **self._line.environment},
             pass_fds=(self._line.descriptor,),
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
@@ -103,7 +117,7 @@ def started_ahead(job: Job) -> Iterator[TrialProcess | None]:
     if job.device.type != "cuda" or _not_possible(job) is not None:
         yield None
         return
-    with TrialProcess() as process:
+    with TrialProcess(sees_gpus=True) as process:
         yield process
 
 
@@ -127,14 +141,17 @@ def try_loading(job: Job, folder: Path, rows: Tensor, process: TrialProcess | No
         save_file({"rows": row}, given)
         order = [str(folder), type(job.skeleton).__name__, str(int(job.source.runs_code)), str(given), str(written)]
         order += [json.dumps(model_images(job.skeleton))]
+        own: Callable[[], Tensor] = partial(_own_outputs, job, folder, row)
+        if job.device.type == "cuda":
+            own = beside(own)
         try:
-            done = _run(order, process)
+            done = _run_somewhere(order, _device(job), process)
         except subprocess.TimeoutExpired:
             return LoadTrial(None, f"not tried to the end: it took more than {_SECONDS} s")
         if done.returncode:
             return LoadTrial(False, f"tried with {versions}: {_last_line(done.stderr, done.returncode)}")
         outputs = load_file(written)["outputs"]
-    difference = _difference(_own_outputs(job, folder, row), outputs)
+    difference = _difference(own(), outputs)
     if not difference <= MAX_DIFFERENCE:
         found = f"its outputs differ by {difference:.2g} from those of the written weights"
         return LoadTrial(False, f"tried with {versions}: it loads, but {found}")
@@ -143,11 +160,32 @@ def try_loading(job: Job, folder: Path, rows: Tensor, process: TrialProcess | No
     )
 
 
+def _device(job: Job) -> str:
+    """Where the child computes: on the run's GPU where all weights take little of what is free, else on the CPU.
+
+    There unpacking the codes of an 8B model takes most of a minute of 16 cores. Formats that round inputs are compared
+    in float32, for which the CPU has its own kernels.
+    """
+    rounds_inputs = any(fmt.activations for fmt in job.config.special_formats)
+    if job.device.type != "cuda" or job.config.max_memory != AUTO or rounds_inputs:
+        return _CPU
+    torch.cuda.empty_cache()  # what this process keeps for later is no room for another
+    free, _ = torch.cuda.mem_get_info(job.device)
+    return str(job.device) if job.index.total_bytes <= _GPU_SHARE * free else _CPU
+
+
+def _run_somewhere(
+    order: Sequence[str], device: str, process: TrialProcess | None
+) -> subprocess.CompletedProcess[bytes]:
+    """What the process says and its exit code; what fails on a GPU, which others may fill, is tried on the CPU."""
+    done = _run([*order, device], process)
+    return done if device == _CPU or not done.returncode else _run([*order, _CPU], None)
+
+
 def _run(order: Sequence[str], process: TrialProcess | None) -> subprocess.CompletedProcess[bytes]:
-    """What the process says and its exit code."""
     if process is not None:
         return process.run(order)
-    with TrialProcess() as begun:
+    with TrialProcess(sees_gpus=order[-1] != _CPU) as begun:
         return begun.run(order)
 
 
@@ -197,7 +235,7 @@ def _compressed_tensors() -> str:
 
 
 def _environment() -> dict[str, str]:
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "TRANSFORMERS_VERBOSITY": "error"}
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 
 def _last_line(stderr: bytes, code: int) -> str:

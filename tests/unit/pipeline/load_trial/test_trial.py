@@ -112,6 +112,27 @@ def test_what_keeps_from_trying(why: str, job: Job, packed: Path, monkeypatch: p
     assert trial.loads is None and trial.reason.startswith("not tried: ") and why in trial.reason
 
 
+def test_a_gpu_with_room_is_taken_and_what_fails_there_is_tried_on_the_cpu(
+    job: Job, packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def run(order: list[str], process: object) -> subprocess.CompletedProcess[bytes]:
+        asked.append(order[-1])
+        return in_this_process(order, process) if order[-1] == "cpu" else subprocess.CompletedProcess(order, 1)
+
+    monkeypatch.setattr(load_trial, "_run", run)
+    monkeypatch.setattr(load_trial, "_device", lambda _: "cuda")
+    assert try_loading(job, packed, ROWS).loads is True and asked == ["cuda", "cpu"]
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    size, devices = job.index.total_bytes, dict[float, str]()
+    for share in (0.1, 0.5):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, share=share: (size / share, 0))
+        devices[share] = load_trial._device(replace(job, device=torch.device("cuda")))
+    assert devices == {0.1: "cuda", 0.5: "cpu"} and load_trial._device(job) == "cpu"
+
+
 def test_differences() -> None:
     logits = torch.randn(1, 8, 16, generator=torch.Generator().manual_seed(0))
     assert _difference(logits, logits + 3) < 1e-6  # the same distribution
