@@ -57,6 +57,12 @@ def check_formats(units: Sequence[Unit], stored_dtypes: Mapping[str, object], co
                 f"--formats {fmt.label} needs a bfloat16 model, {odd} is {str(stored_dtypes[odd])[6:]}: loaders decode "
                 "it to bfloat16 and then fail; convert the model, or use fp8, w8ch-a8i or integers"
             )
+        if fmt.floats is not None and expert is not None and odd is not None:
+            raise UsageError(
+                f"--formats {fmt.label} of experts ({expert}) needs a bfloat16 model, {odd} is "
+                f"{str(stored_dtypes[odd])[6:]}: transformers decodes them to bfloat16 without a word; convert the "
+                "model, use integers, or --ignore them"
+            )
         if expert is not None and fmt.label not in _FOR_EXPERTS:
             raise UsageError(
                 f"--formats {fmt.label} is not for experts ({expert}): transformers loads it wrongly there or not at "

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hawqtool.checkpoint.dtypes import DTYPE_BYTES
+from hawqtool.checkpoint.fusion import is_expert
 from hawqtool.checkpoint.index import SINGLE_FILE, CheckpointIndex, TensorInfo
 from hawqtool.errors import InputError
 from hawqtool.formats import QuantFormat
@@ -146,11 +147,18 @@ def _check_sources(index: CheckpointIndex, formats: LayerFormats, specs: dict[st
 
 
 def _check_scales(module: str, quant_format: QuantFormat, info: TensorInfo) -> None:
-    """Check that loaders decode a format in the dtype of the model: those with E4M3 or E8M0 scales give bfloat16."""
-    if quant_format.floats is not None and quant_format.floats.scale != "model" and info.dtype != "BF16":
+    """Check that loaders decode a format in the dtype of the model: experts and odd scales become bfloat16."""
+    if quant_format.floats is None or info.dtype == "BF16":
+        return
+    if quant_format.floats.scale != "model":
         raise InputError(
             f"{quant_format.label} needs a bfloat16 model, {module} is {info.dtype}: compressed-tensors decodes this "
             "format to bfloat16, and the first forward pass fails; convert the model, or use fp8 or integers"
+        )
+    if is_expert(module):
+        raise InputError(
+            f"{quant_format.label} of experts needs a bfloat16 model, {module} is {info.dtype}: transformers decodes "
+            "them to bfloat16 without a word; convert the model, or use integers"
         )
 
 

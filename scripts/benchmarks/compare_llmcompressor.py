@@ -1,7 +1,7 @@
 """Compare hawqtool with llm-compressor's GPTQ: same rows, same run, seconds of rounding, memory and KL side by side.
 
     python scripts/benchmarks/compare_llmcompressor.py MODEL --peer-python ENV/bin/python \
-        --calibration A.txt --eval-data B.txt
+        --calibration A.txt --eval-data B.txt [--format nvfp4]
 
 llm-compressor needs an environment of its own (``pip install llmcompressor``); this script runs itself there with
 ``--worker``. Rows are the first ones of the text, in file order, for both. Run it on an otherwise idle machine.
@@ -19,6 +19,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+SCHEMES = {"nvfp4": "NVFP4A16"}
+"""Presets of llm-compressor by labels of ours, of weights alone."""
+
 
 def main() -> int:
     """Run both tools and print one table."""
@@ -35,10 +38,8 @@ def main() -> int:
     ours = report["evaluation"]["uniform"]
     importance = report["timings"].get("token importance", 0.0)
     seconds = ours["rounding_seconds"] + importance
-    print(
-        f"{arguments.model.name}, {arguments.bits} bit, group {arguments.group_size}, "
-        f"{arguments.num_samples} x {arguments.seq_len} tokens"
-    )
+    kind = arguments.format or f"{arguments.bits} bit, group {arguments.group_size}"
+    print(f"{arguments.model.name}, {kind}, {arguments.num_samples} x {arguments.seq_len} tokens")
     print(f"llm-compressor  rounding {peer_seconds:6.1f} s   peak {peer_memory:.2f} GB   KL {peer_kl:.4f}")
     kl = f"{ours['kl']:.4f} ± {ours['kl_stderr']:.4f}"
     print(f"hawqtool        rounding {seconds:6.1f} s   peak {memory:.2f} GB   KL {kl}")
@@ -55,6 +56,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--eval-data", type=Path, required=True)
     parser.add_argument("--bits", type=int, default=3)
     parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--format", choices=SCHEMES, help="in place of bits and group size")
     parser.add_argument("--num-samples", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--eval-samples", type=int, default=40)
@@ -79,9 +81,10 @@ def _run(command: list[str]) -> tuple[str, float]:
 
 def _hawqtool_command(arguments: argparse.Namespace, output: Path) -> list[str]:
     stored = arguments.bits + 16 / arguments.group_size
+    integers = ["--bits", str(arguments.bits), "--target-bpw", str(stored), "--group-size", str(arguments.group_size)]
     return [
         sys.executable, "-m", "hawqtool", "quantize", str(arguments.model), "-o", str(output), "--json", "--quiet",
-        "--bits", str(arguments.bits), "--target-bpw", str(stored), "--group-size", str(arguments.group_size),
+        *(["--formats", arguments.format] if arguments.format else integers),
         "--calibration", str(arguments.calibration), "--num-samples", str(arguments.num_samples),
         "--seq-len", str(arguments.seq_len), "--eval-data", str(arguments.eval_data),
         "--eval-samples", str(arguments.eval_samples),
@@ -108,10 +111,12 @@ def divergence(arguments: argparse.Namespace, folder: Path) -> float:
     from transformers import AutoModelForCausalLM
 
     original = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
-    quantized = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     total = 0.0
     rows = token_rows(arguments.model, arguments.eval_data, arguments.eval_samples, arguments.seq_len)
     with torch.no_grad():
+        packed = AutoModelForCausalLM.from_pretrained(folder, dtype="auto" if arguments.format else torch.float32)
+        packed(rows[:1, :1])  # which unpacks it, floats of few bits to bfloat16
+        quantized = torch.nn.Module.float(packed).eval()
         for row in rows:
             log_p = original(row[None]).logits[0].log_softmax(-1)
             log_q = quantized(row[None]).logits[0].log_softmax(-1)
@@ -132,7 +137,9 @@ def _worker(arguments: argparse.Namespace) -> int:
         "num_bits": arguments.bits, "type": "int", "symmetric": True, "strategy": "group",
         "group_size": arguments.group_size, "actorder": "static",
     }  # fmt: skip
-    recipe = GPTQModifier(config_groups={"group_0": {"targets": ["Linear"], "weights": weights}}, ignore=["lm_head"])
+    groups = {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}}
+    scheme = {"targets": "Linear", "scheme": SCHEMES[arguments.format]} if arguments.format else groups
+    recipe = GPTQModifier(**scheme, ignore=["lm_head"])
     start = time.perf_counter()
     oneshot(model=model, dataset=data, recipe=recipe, max_seq_length=rows.shape[1], num_calibration_samples=len(rows))
     seconds = time.perf_counter() - start

@@ -167,6 +167,9 @@ def test_experts_load_in_transformers_to_the_bit(run: Run, tmp_path: Path) -> No
     model = save_kind(kind, tmp_path / "model", torch.bfloat16)
     with pytest.raises(UsageError, match="nvfp4 is not for experts"):
         run(model=str(model), formats="nvfp4", group_size=None)
+    other = save_kind(kind, tmp_path / "float32", torch.float32)
+    with pytest.raises(UsageError, match="fp8 of experts .* needs a bfloat16 model"):
+        run(model=str(other), formats="fp8", group_size=None)
     folder, _ = run(model=str(model), formats="mxfp4", group_size=None, rounding="rtn", calibration="self", **NO_DATA)
     loaded, reader = kind.auto_class.from_pretrained(folder, dtype="auto"), PackedReader(folder)
     loaded(torch.tensor([[3, 4, 5]]))
