@@ -36,6 +36,7 @@ def main(folder: str, class_name: str, trust: str, rows_file: str, outputs_file:
     """
     kind = getattr(transformers, class_name, transformers.AutoModelForCausalLM)
     model = kind.from_pretrained(folder, dtype="auto", trust_remote_code=trust == "1").eval()
+    # Codes are unpacked by the first pass, where they lie.
     model, rows = torch.nn.Module.to(model, device), load_file(rows_file)["rows"].to(device)
     if images != "null":
         setattr(model, IMAGES_READ, tuple(map(tuple, json.loads(images))))

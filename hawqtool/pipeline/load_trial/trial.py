@@ -117,7 +117,7 @@ def started_ahead(job: Job) -> Iterator[TrialProcess | None]:
     if job.device.type != "cuda" or _not_possible(job) is not None:
         yield None
         return
-    with TrialProcess(sees_gpus=True) as process:
+    with TrialProcess(sees_gpus=not job.config.special_formats) as process:
         yield process
 
 
@@ -163,11 +163,10 @@ def try_loading(job: Job, folder: Path, rows: Tensor, process: TrialProcess | No
 def _device(job: Job) -> str:
     """Where the child computes: on the run's GPU where all weights take little of what is free, else on the CPU.
 
-    There unpacking the codes of an 8B model takes most of a minute of 16 cores. Formats that round inputs are compared
-    in float32, for which the CPU has its own kernels.
+    There unpacking the codes of an 8B model takes most of a minute of 16 cores. Floats are compared on the CPU alone,
+    as a GPU may have kernels of its own for them, of other sums.
     """
-    rounds_inputs = any(fmt.activations for fmt in job.config.special_formats)
-    if job.device.type != "cuda" or job.config.max_memory != AUTO or rounds_inputs:
+    if job.device.type != "cuda" or job.config.max_memory != AUTO or job.config.special_formats:
         return _CPU
     torch.cuda.empty_cache()  # what this process keeps for later is no room for another
     free, _ = torch.cuda.mem_get_info(job.device)
