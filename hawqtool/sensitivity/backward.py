@@ -38,12 +38,10 @@ def block_backward(
     """
     seen: dict[str, tuple[list[Tensor], list[Tensor]]] = {linear.name: ([], []) for linear in block.spec.linears}
     powers: dict[str, list[Tensor]] = {linear.unit: [] for linear in block.spec.linears}
-    before, reverse = [], _Reverse(block, scoring.recorder)
+    before, reverse = [], _Reverse(block, scoring.recorder, with_experts=True)
     for position, hidden in enumerate(scoring.hidden):
         rows, positions = hidden.shape[:2]
-        captured, found = reverse.run(
-            hidden, scoring.calls[position][block.spec.index], gradients[position], _all_watched
-        )
+        captured, found = reverse.run(hidden, scoring.calls[position][block.spec.index], gradients[position])
         before.append(found.pop(0))
         by_row = _ByRow((call.module for call in captured.calls.values()), rows, positions)
         for name, call in captured.calls.items():
@@ -127,14 +125,12 @@ def token_powers(
         ``[rows, positions]`` float32 by the name of the linear. Experts are left out.
     """
     powers: dict[str, list[Tensor]] = {}
-    before, reverse, first = [], _Reverse(block, seen.recorder), 0
+    before, reverse, first = [], _Reverse(block, seen.recorder, with_experts=False), 0
     for position, hidden in enumerate(seen.hidden):
         rows, states = len(hidden), hidden.to(gradients[position].dtype)
-        captured, found = reverse.run(
-            states, seen.calls[position][block.spec.index], gradients[position], _dense_outputs
-        )
+        captured, found = reverse.run(states, seen.calls[position][block.spec.index], gradients[position])
         before.append(found.pop(0))
-        for name, gradient in zip(_dense(captured), found, strict=True):
+        for name, gradient in zip(captured.calls, found, strict=True):
             norms = torch.linalg.vector_norm(gradient, dim=-1, dtype=_at_least_float32(gradient))
             powers.setdefault(name, []).append(norms.square().reshape(rows, -1))
             visit(name, gradient.reshape(rows, -1, gradient.shape[-1]), norms.reshape(rows, -1), first)
@@ -167,55 +163,53 @@ class _Captured:
     inputs: list[_SharedInput]
 
 
-def _dense(captured: _Captured) -> dict[str, _Call]:
-    return {name: call for name, call in captured.calls.items() if not isinstance(call.module, ExpertLinear)}
-
-
-def _dense_outputs(captured: _Captured) -> list[Tensor]:
-    return [call.output for call in _dense(captured).values()]
-
-
-def _all_watched(captured: _Captured) -> list[Tensor]:
-    return [*(call.output for call in captured.calls.values()), *(shared.alias for shared in captured.inputs)]
-
-
 class _Reverse:
     """Differentiates a block, batch by batch.
 
     The last-linear shortcut leaves out the product of its last linear where the block only adds that to something.
+
+    Args:
+        block: The loaded block.
+        recorder: Takes note of the passes.
+        with_experts: Whether experts are watched too, and inputs beside outputs; else the outputs of the other linears.
     """
 
-    def __init__(self, block: LoadedBlock, recorder: Recorder) -> None:
-        self.block, self.recorder, self.last = block, recorder, last_linear(block)
+    def __init__(self, block: LoadedBlock, recorder: Recorder, with_experts: bool) -> None:
+        self.block, self.recorder, self.with_experts = block, recorder, with_experts
+        self.last = last_linear(block)
 
-    def run(
-        self, hidden: Tensor, call: BlockCall, gradient: Tensor, watch: Callable[[_Captured], list[Tensor]]
-    ) -> tuple[_Captured, list[Tensor]]:
-        """The calls of a batch, and the gradients at its hidden states and at what is watched.
+    def run(self, hidden: Tensor, call: BlockCall, gradient: Tensor) -> tuple[_Captured, list[Tensor]]:
+        """The calls of a batch, and the gradients at its hidden states, at the outputs of the calls and at inputs.
 
         Args:
             hidden: Hidden states before the block.
             call: Its other arguments.
             gradient: Gradient at its output.
-            watch: Tensors of the calls whose gradients are wanted; the output of the last linear among them.
         """
         if self.last is not None:
             with without_product(self.last):
-                captured, found = self._run(hidden, call, gradient, watch)
+                captured, found = self._run(hidden, call, gradient)
             ours = {id(call.output) for call in captured.calls.values() if call.module is self.last}
-            watched = zip(watch(captured), found[1:], strict=True)
+            watched = zip(self._watched(captured), found[1:], strict=True)
             if all(adds_up(gradient, at_linear) for tensor, at_linear in watched if id(tensor) in ours):
                 return captured, found
             self.last = None
-        return self._run(hidden, call, gradient, watch)
+        return self._run(hidden, call, gradient)
 
-    def _run(
-        self, hidden: Tensor, call: BlockCall, gradient: Tensor, watch: Callable[[_Captured], list[Tensor]]
-    ) -> tuple[_Captured, list[Tensor]]:
+    def _watched(self, captured: _Captured) -> list[Tensor]:
+        inputs = captured.inputs if self.with_experts else ()
+        return [*(call.output for call in captured.calls.values()), *(shared.alias for shared in inputs)]
+
+    def _run(self, hidden: Tensor, call: BlockCall, gradient: Tensor) -> tuple[_Captured, list[Tensor]]:
+        linears = [
+            linear
+            for linear in self.block.spec.linears
+            if self.with_experts or not isinstance(self.block.linear(linear), ExpertLinear)
+        ]
         leaf = hidden.detach().requires_grad_()
-        with self.recorder.stage("backward"), torch.enable_grad(), _captured(self.block) as captured:
+        with self.recorder.stage("backward"), torch.enable_grad(), _captured(self.block, linears) as captured:
             output = self.block.run(leaf, call)
-            return captured, _gradients(output, [leaf, *watch(captured)], gradient)
+            return captured, _gradients(output, [leaf, *self._watched(captured)], gradient)
 
 
 def _gradients(output: Tensor, tensors: list[Tensor], gradient: Tensor) -> list[Tensor]:
@@ -226,8 +220,8 @@ def _gradients(output: Tensor, tensors: list[Tensor], gradient: Tensor) -> list[
 
 
 @contextmanager
-def _captured(block: LoadedBlock) -> Iterator[_Captured]:
-    """Note what the block's linears are called with while the context lasts."""
+def _captured(block: LoadedBlock, linears: Sequence[LinearSpec]) -> Iterator[_Captured]:
+    """Note what linears of a block are called with while the context lasts."""
     captured = _Captured({}, [])
 
     def share(module: nn.Module, inputs: tuple[Tensor, ...], unit: str) -> tuple[Tensor, ...]:
@@ -242,7 +236,7 @@ def _captured(block: LoadedBlock) -> Iterator[_Captured]:
         captured.calls[name] = _Call(module, inputs[0], output)
 
     hooks = []
-    for linear in block.spec.linears:
+    for linear in linears:
         module = block.linear(linear)
         hooks.append(module.register_forward_pre_hook(partial(share, unit=linear.unit)))
         hooks.append(module.register_forward_hook(partial(capture, name=linear.name)))
