@@ -99,6 +99,9 @@ def require_model(spec: str) -> None:
     Raises:
         InputError: If it is neither.
     """
+    if spec.endswith(".gguf"):
+        found = "is a GGUF file" if os.path.isfile(spec) else "does not exist"
+        raise InputError(f"{short(spec)} {found}; expected a checkpoint: a folder or a hub id org/name[@revision]")
     if hub_id(spec) is None and not os.path.isdir(spec):
         raise InputError(
             f"{short(spec)} is not a folder; expected one with config.json and safetensors files, or a hub id "

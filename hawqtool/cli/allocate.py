@@ -78,5 +78,5 @@ def _plan_text(document: PlanDocument, output: str) -> str:
         found += f"; second cost {document['cost']:g} of {document['max_cost']:g}"
     return (
         f"{document['bpw_linears']:.4f} stored bits per weight ({shares}), predicted KL "
-        f"{document['predicted_loss']:.4f}: {output}\nsolver {found}"
+        f"{document['predicted_loss']:.3g}: {output}\nsolver {found}"
     )

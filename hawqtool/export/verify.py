@@ -82,13 +82,13 @@ def verify_folder(
         sealed: Whether the folder has its manifest and its report, which are written last.
 
     Raises:
-        InputError: If one of the folders or a file's header cannot be read at all.
+        InputError: If one of the folders or a file's header cannot be read at all, or hawqtool did not write it.
     """
     folder = Path(folder)
     index = read_index(folder)
     reader = TensorReader(index)
     model_config = read_config(folder)
-    packed = packed_modules(index)
+    packed = _packed_layers(folder, index)
     plan, problems = _record(folder, PLAN_FILE, _is_plan)
     layers = plan["layers"] if plan else []
     checksums, found = _record(folder, CHECKSUM_FILE, _is_checksums)
@@ -129,6 +129,16 @@ def verify_folder(
         problems += source_file_problems(folder, Path(against), index)
         problems += _weight_problems(reader, source, formats, layers, checksums or {}, device)
     return VerifyReport(tuple(problems), len(index.tensors), len(packed), index.total_bytes)
+
+
+def _packed_layers(folder: Path, index: CheckpointIndex) -> tuple[str, ...]:
+    """Packed modules of a folder that hawqtool wrote; of another one single problems would say little."""
+    packed = tuple(packed_modules(index))
+    if not packed and not any((folder / record).exists() for record in (PLAN_FILE, CHECKSUM_FILE)):
+        raise InputError(
+            f"{folder} has neither a packed layer nor {PLAN_FILE}; expected a folder that hawqtool quantize wrote"
+        )
+    return packed
 
 
 def _part_problems(reader: TensorReader, formats: LayerFormats, units: dict[str, str]) -> list[str]:

@@ -50,6 +50,8 @@ def output_folder(config: RunConfig) -> Path:
     """
     if config.output is None:
         raise UsageError("--output is needed: the folder to create")
+    if config.output.endswith(".gguf"):
+        raise UsageError(f"--output {config.output} is the name of a GGUF file; add --to gguf, or name a folder")
     try:
         output = Path(config.output).resolve()
     except (OSError, RuntimeError) as error:  # links that lead to themselves, names that are too long

@@ -185,6 +185,7 @@ CASES: dict[str, Case] = {
     ),
     "empty name": Case(2, "model: ", model=""),
     "missing folder": Case(4, "is not a folder", model="./nowhere"),
+    "missing GGUF file": Case(4, "none.gguf does not exist; expected a checkpoint", model="./none.gguf"),
     "no config.json": Case(4, "has no config.json", spoil=lambda p: (p.model / "config.json").unlink()),
     "config.json is not JSON": Case(4, "config.json is not", spoil=write("model/config.json", b"{model_type")),
     "config.json is a list": Case(4, "config.json is not", spoil=write("model/config.json", b"[1]")),
@@ -318,6 +319,7 @@ CASES: dict[str, Case] = {
     # output
     "output not empty, dry": Case(2, "not empty", (*TARGET, "--dry-run"), spoil=in_use),
     "output is the root": Case(2, "is a mount point", (*TARGET, "-o", "/")),
+    "output is named as GGUF files are": Case(2, "add --to gguf, or name a folder", (*TARGET, "-o", "out.gguf")),
     "output with a null": Case(2, "null character", (*TARGET, "-o", "a\0b")),
     "output not empty": Case(2, "not empty", spoil=in_use),
     "overwrite of another's folder": Case(2, "not made by hawqtool", (*TARGET, "--overwrite"), spoil=in_use),
