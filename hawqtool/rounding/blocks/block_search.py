@@ -7,6 +7,7 @@ are stored.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -94,6 +95,16 @@ class _Problem:
         self.values = weight.view(len(weight), -1, kind.group_size)
         self.costs = costs.view(1, -1, kind.group_size)
         self.per_block = kind.block_size // kind.group_size
+
+    @cached_property
+    def cost_sums(self) -> Tensor:
+        """Sum of the costs of each sub-block, ``[1, groups]``."""
+        return self.costs.sum(-1)
+
+    @cached_property
+    def value_sums(self) -> Tensor:
+        """Weighted sum of the weights of each sub-block, ``[rows, groups]``."""
+        return self.sums(self.values)
 
     def sums(self, first: Tensor, second: Tensor | None = None) -> Tensor:
         """Weighted sums over each sub-block, ``[rows, groups]``."""
@@ -190,8 +201,8 @@ def _least_squares(problem: _Problem, scale: Tensor, offset: Tensor) -> _Affine:
     """Best scale and offset for the codes that a scale and an offset give."""
     values, kind = problem.values, problem.kind
     codes = ((values - offset.unsqueeze(-1)) / scale.unsqueeze(-1)).round_().clamp_(0, kind.max_code)
-    ones, x, xx = problem.costs.sum(-1), problem.sums(codes), problem.sums(codes, codes)
-    y, xy = problem.sums(values), problem.sums(codes, values)
+    ones, x, xx = problem.cost_sums, problem.sums(codes), problem.sums(codes, codes)
+    y, xy = problem.value_sums, problem.sums(codes, values)
     determinant = ones * xx - x * x
     solvable = determinant > 1e-7 * ones * xx
     safe = torch.where(solvable, determinant, 1.0)
