@@ -8,6 +8,7 @@ same kernels on other values give the same bits.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -36,8 +37,11 @@ class Recording:
             self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 self._found = function(self._given)
-            finally:
-                self._graph.capture_end()
+            except BaseException:
+                with suppress(RuntimeError):  # of the spoiled recording: what spoiled it, such as full memory, is told
+                    self._graph.capture_end()
+                raise
+            self._graph.capture_end()
         torch.cuda.current_stream(example.device).wait_stream(stream)
 
     def __call__(self, value: Tensor) -> tuple[Tensor, ...]:
@@ -67,7 +71,11 @@ class Repeated:
             return self._function(value)
         recording = self._recordings[shape]
         if recording is None:
-            recording = self._recordings[shape] = self._record(self._function, value)
+            try:
+                recording = self._record(self._function, value)
+            except torch.OutOfMemoryError:  # a recording gets nothing of the memory that others keep unused
+                recording = self._function
+            self._recordings[shape] = recording
         return recording(value)
 
 
