@@ -200,7 +200,7 @@ class CheckedFields(Fields):
         return value
 
 
-_INTEGERS_ALONE = ("refine_steps", "distill_steps", "gram_steps", "sensitivity_steps", "scale_refit", "swaps")
+_INTEGERS_ALONE = ("distill_steps", "gram_steps", "sensitivity_steps", "scale_refit", "swaps")
 """Settings that know of integer codes, one step apart, and of inputs as they are."""
 
 
@@ -230,6 +230,10 @@ def check_special_formats(config: CheckedFields, labels: Sequence[str]) -> None:
         raise ValueError(f"an output head keeps its inputs as they are, found quantize_lm_head and {rounds}; drop one")
     if rounds and ("kl" in config.extra_metrics or config.sensitivity == "kl"):
         raise ValueError(f"metric kl knows nothing of rounded inputs, found {rounds}; drop one of the two")
+    if rounds and config.refine_steps:
+        raise ValueError(f"refine_steps run blocks on inputs as they are, found {rounds}; drop one of the two")
+    if config.refine_learner == "gumbel" and any(parse_label(text).floats for text in labels):
+        raise ValueError(f"refine_learner gumbel chooses among integer codes, found {label}; use adam")
     for name in _INTEGERS_ALONE:
         if getattr(config, name):
             raise ValueError(

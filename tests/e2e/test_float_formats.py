@@ -89,8 +89,20 @@ def test_nvfp4_is_compensated_and_shares_a_divisor(place: Path, run: Run) -> Non
 def test_what_would_not_load_is_refused_before_the_work(exact: Path, run: Run) -> None:
     with pytest.raises(UsageError, match="nvfp4 needs a bfloat16 model"):
         run(model=str(exact), formats="nvfp4", group_size=None)
-    with pytest.raises(ValueError, match="refine_steps works on integer grids"):
-        run(formats="fp8", group_size=None, refine_steps=5)
+    with pytest.raises(ValueError, match="distill_steps works on integer grids"):
+        run(formats="fp8", group_size=None, distill_steps=5)
+    with pytest.raises(ValueError, match="refine_steps run blocks on inputs as they are, found fp8-a8f"):
+        run(formats="fp8-a8f", group_size=None, refine_steps=5)
+    with pytest.raises(ValueError, match="gumbel chooses among integer codes"):
+        run(formats="fp8", group_size=None, refine_steps=5, refine_learner="gumbel")
+
+
+def test_refinement_walks_the_codebook(place: Path, run: Run) -> None:
+    folder, report = run(formats="nvfp4", group_size=None, refine_steps=40, eval=False, eval_samples=None)
+    assert verify_folder(folder, place / "model").problems == ()
+    found = report["refinement"].values()
+    assert any(block["error_after"] < block["error_before"] for block in found)
+    assert report["sizes"]["bpw_linears"] == pytest.approx(4.5, abs=0.01)
 
 
 def test_weights_that_loading_reads_keep_their_names(run: Run, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hawqtool.rounding.grid import Quantized
+from hawqtool.rounding.learned.codebook import FlatFloats
 from hawqtool.rounding.learned.fake_quant import FlatLayers, by_kind
 from hawqtool.rounding.learned.gumbel import GumbelLayers, SignMomentum, logit_rate, scale_rate
 from hawqtool.rounding.learned.training import (
@@ -161,7 +162,8 @@ def output_error(
 def _learnable(initial: Sequence[InitialRounding], schedule: Schedule) -> FlatLayers | GumbelLayers:
     if schedule.learner == "gumbel":
         return GumbelLayers(initial, schedule.steps, schedule.seed)
-    return FlatLayers(initial, schedule.reach, schedule.margin)
+    kind = FlatLayers if initial[0].quant_format.floats is None else FlatFloats
+    return kind(initial, schedule.reach, schedule.margin)
 
 
 class _State:

@@ -81,9 +81,8 @@ class FlatLayers:
         self.width = group_width(initial[0].rounded)
         self.scale_start = torch.cat([s.rounded.scales.float().view(-1, 1) for s in initial])
         self.zero = torch.cat([zero_points(s.rounded).view(-1, 1) for s in initial])
-        self.low = self._per_group([s.quant_format.min_code for s in initial])
-        self.high = self._per_group([s.quant_format.max_code for s in initial])
-        self.latent = torch.cat([_start_latent(s, EDGE - margin).view(-1, self.width) for s in initial])
+        self.low, self.high = self._limits()
+        self.latent = torch.cat([self._start(s, EDGE - margin).view(-1, self.width) for s in initial])
         self.lowest = torch.maximum(self.latent - reach, self.low - EDGE)
         self.highest = torch.minimum(self.latent + reach, self.high + EDGE)
         self.log_change = torch.zeros_like(self.scale_start)
@@ -93,6 +92,27 @@ class FlatLayers:
     def latents(self) -> list[Tensor]:
         """Rounding offsets that are learned."""
         return [self.latent]
+
+    def _limits(self) -> tuple[Tensor, Tensor]:
+        """``[groups, 1]`` float32 each, the least and the largest place on the grid of codes."""
+        kinds = [s.quant_format for s in self.initial]
+        return self._per_group([kind.min_code for kind in kinds]), self._per_group([kind.max_code for kind in kinds])
+
+    def _start(self, start: InitialRounding, most: float) -> Tensor:
+        """``[out, in]`` float32, where the weights of a layer lie at the start, ``most`` from the middle of a cell."""
+        return _start_latent(start, most)
+
+    def _quantized(self) -> tuple[Tensor, Tensor]:
+        """Weights and levels as they are now, see `fake_quantize`."""
+        return fake_quantize(self.latent, self.scale, self.zero, self.low, self.high, self.stored_dtype)
+
+    def _gradients(self, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Gradients of latent and log_change from that of the weights; None of what is not learned."""
+        return parameter_gradients(grad, self.levels, self.scale)
+
+    def _codes(self) -> Tensor:
+        """``[groups, width]``, codes as they are now."""
+        return self.latent.round().clamp_(self.low, self.high).to(torch.int8)
 
     def _per_group(self, values: Sequence[int]) -> Tensor:
         parts = [torch.full((s.rounded.scales.numel(), 1), float(v)) for s, v in zip(self.initial, values, strict=True)]
@@ -105,7 +125,7 @@ class FlatLayers:
 
     def weights(self, dtype: torch.dtype, differentiable: bool) -> dict[str, Tensor]:
         """Weights ``[out, in]`` of every layer in a dtype; differentiable ones are views of `leaf`."""
-        value, levels = fake_quantize(self.latent, self.scale, self.zero, self.low, self.high, self.stored_dtype)
+        value, levels = self._quantized()
         value = value.to(dtype).requires_grad_(differentiable)
         if differentiable:  # otherwise those of a whole model would stay in memory
             self.leaf, self.levels = value, levels
@@ -114,7 +134,7 @@ class FlatLayers:
     def collect(self) -> None:
         """Set the gradients of latents and log_change from that of `leaf`, where it has one, and let both go."""
         if self.leaf.grad is not None:
-            self.latent.grad, self.log_change.grad = parameter_gradients(self.leaf.grad, self.levels, self.scale)
+            self.latent.grad, self.log_change.grad = self._gradients(self.leaf.grad)
         self.leaf = self.levels = self.latent
 
     def confine(self) -> None:
@@ -125,10 +145,10 @@ class FlatLayers:
     def rounded(self) -> dict[str, Quantized]:
         """Codes, scales and zero points of every layer as they are now."""
         counts = [s.rounded.scales.numel() for s in self.initial]
-        codes = self.latent.round().clamp_(self.low, self.high).to(torch.int8).split(counts)
+        codes = self._codes().split(counts)
         scales = self.scale.to(self.stored_dtype).split(counts)
         return {
-            s.name: Quantized(c.reshape(s.rounded.codes.shape), f.reshape(s.rounded.scales.shape), s.rounded.zeros)
+            s.name: s.rounded._replace(codes=c.reshape(s.rounded.codes.shape), scales=f.reshape(s.rounded.scales.shape))
             for s, c, f in zip(self.initial, codes, scales, strict=True)
         }
 
@@ -190,10 +210,11 @@ class FlatScales:
 
 
 def by_kind(initial: Iterable[InitialRounding]) -> list[list[InitialRounding]]:
-    """Layers by width of their groups and dtype of their scales."""
-    kinds: dict[tuple[int, torch.dtype], list[InitialRounding]] = {}
+    """Layers by width of their groups, dtype of their scales and grid of floats, empty for integers."""
+    kinds: dict[tuple[int, torch.dtype, str], list[InitialRounding]] = {}
     for layer in initial:
-        kinds.setdefault((group_width(layer.rounded), layer.rounded.scales.dtype), []).append(layer)
+        kind = group_width(layer.rounded), layer.rounded.scales.dtype, layer.quant_format.grid
+        kinds.setdefault(kind, []).append(layer)
     return list(kinds.values())
 
 
