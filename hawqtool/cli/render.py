@@ -20,6 +20,7 @@ from hawqtool.report.wording import (
     MEASURES,
     NOT_EVALUATED,
     cache_text,
+    cost_text,
     duration,
     effort_text,
     gate_text,
@@ -207,6 +208,7 @@ def result_lines(report: Report) -> list[str]:
     ]
     lines += [f"sensitivity {text}" for text in (measurement_text(report),) if text]
     lines += [f"KV cache    {text}" for text in (cache_text(report),) if text]
+    lines += [f"cost        {text}" for text in (cost_text(report),) if text]
     routing = routing_text(report["experts"])
     if routing:
         lines.append(f"routing     {routing}")

@@ -16,6 +16,7 @@ from hawqtool.report.wording import (
     MEASURES,
     NOT_EVALUATED,
     cache_text,
+    cost_text,
     gate_values,
     loads_text,
     measurement_text,
@@ -148,6 +149,7 @@ def _method(report: Report) -> str:
         lines.append("embedding: 8 bits, with a scale for every row; a head that is tied to it shares the codes")
     lines += [f"rotation: {escape(text)}" for text in (report.get("rotation_choice"),) if text]
     lines += [f"KV cache: {text}" for text in (cache_text(report),) if text]
+    lines += [f"Second budget: {text}" for text in (cost_text(report),) if text]
     lines += [f"sensitivity: {text}" for text in (measurement_text(report),) if text]
     routing = routing_text(report["experts"])
     if routing:

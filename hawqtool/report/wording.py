@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from hawqtool.allocation.roofline import names_hardware
 from hawqtool.report.plan_comparison import Measured, PlanComparison, PlanQuality, Quality, TaskResult, UnroundedRival
 from hawqtool.report.schema import Gate, Report, RowSet
 
@@ -267,6 +268,18 @@ def cache_text(report: Report) -> str | None:
         f"{cache['bytes_per_token_16_bit']:,}; by itself it costs the original KL {cache['kl']:.1e}, and all figures "
         "of the quantized model are with it"
     )
+
+
+def cost_text(report: Report) -> str | None:
+    """What the plan costs beside its bytes, of what was allowed; None where there is no second budget."""
+    cost, most, config = report.get("cost"), report.get("max_cost"), report["config"]
+    if cost is None or most is None:
+        return None
+    if config.get("max_active"):
+        return f"{cost:,.0f} of {most:,.0f} bytes of quantized weights that a token reads"
+    if names_hardware(config.get("costs")):
+        return f"{cost:.4g} of {most:.4g} microseconds of a step by the roofline of {config['costs']}"
+    return f"{cost:.6g} of {most:.6g}, by {config['costs']}"
 
 
 def effort_text(timings: Mapping[str, float]) -> str | None:

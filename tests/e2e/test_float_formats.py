@@ -19,6 +19,7 @@ from hawqtool.formats.menus import MENUS
 from hawqtool.pipeline.allocate import run_allocate
 from hawqtool.pipeline.run.files import read_sensitivity
 from hawqtool.pipeline.run.job import prepare
+from hawqtool.report.wording import cost_text
 from tests.support.runs import Run, read
 from tests.support.tiny import tiny_llama
 from tests.support.tiny_zoo import kind_named, save_kind
@@ -143,6 +144,8 @@ def test_hardware_prices_a_plan_and_bounds_it(run: Run) -> None:
     assert free["cost"] == pytest.approx(1e6 * read_in)
     _, report = run(**common, formats="nvfp4,fp8-a8f", costs="hopper:1", max_cost=0.75 * free["cost"])
     assert report["cost"] <= report["max_cost"] == 0.75 * free["cost"]
+    assert "microseconds of a step by the roofline of hopper:1" in str(cost_text(report))
+    assert f"Second budget: {cost_text(free)}" in (folder / "README.md").read_text()
     assert {entry["format"] for entry in report["plan"]} == {"nvfp4", "fp8-a8f"}
     assert 4.5 < report["sizes"]["effective_bits"] < 8 == free["sizes"]["effective_bits"]
     with pytest.raises(UsageError, match="w8ch-a8i does not run there"):

@@ -28,6 +28,7 @@ from hawqtool.report.wording import (
     MEASURES,
     NOT_EVALUATED,
     cache_text,
+    cost_text,
     effort_text,
     measurement_text,
     not_rounded_lines,
@@ -240,8 +241,8 @@ def _quality(report: Report) -> str:
 
 
 def _cache(report: Report) -> str:
-    found = cache_text(report)
-    return "" if found is None else f'<p class="note">KV cache: {_text(found)}.</p>\n'
+    notes = {"KV cache": cache_text(report), "Second budget": cost_text(report)}
+    return "".join(f'<p class="note">{name}: {_text(found)}.</p>\n' for name, found in notes.items() if found)
 
 
 def _swaps(evaluation: PlanComparison) -> str:
