@@ -7,7 +7,9 @@ serves all plans. A line of JSON each:
 
 - every format everywhere: as an engine runs it, with its weights alone, and with its inputs alone;
 - per menu the rule by names (attention in 8 bits, all else in 4), and the mixed plans at its bytes and at further
-  budgets, with paired differences to the best uniform plan that fits and to the rule.
+  budgets, with paired differences to the best uniform plan that fits and to the rule;
+- with --single one unit in a format and all others as they are, and how prediction ranks them (Spearman): ``nvfp4``,
+  or ``nvfp4-a4:inputs`` for these alone. In bfloat16 one unit in 8 bits moves the output less than its rounding does.
 
 KL(original ‖ plan) in nats per token on each text, with its standard error over rows.
 """
@@ -105,6 +107,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--eval-data", required=True, help="texts to judge on, NAME=SOURCE, comma-separated")
     parser.add_argument("--labels", default=LABELS, help="formats, comma-separated")
     parser.add_argument("--budgets", default="6,9", help="stored bits per weight beside those of the rule")
+    parser.add_argument("--single", default="", help="formats of one unit at a time, LABEL or LABEL:PART")
     parser.add_argument("--num-samples", type=int, default=64, help="calibration rows (default: 64)")
     parser.add_argument("--eval-samples", type=int, default=24, help="rows of each text (default: 24)")
     parser.add_argument("--seq-len", type=int, default=2048)
@@ -125,6 +128,7 @@ class _Study:
     texts: dict[str, Tensor]
     labels: tuple[str, ...]
     budgets: tuple[float, ...]
+    single: tuple[str, ...]
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> _Study:
@@ -144,7 +148,9 @@ class _Study:
         texts = {name: evaluation_rows(job, source, options.eval_samples).tokens for name, source in named}
         table, _, _ = parse_sensitivity(measured(context, job_menu(job, None), sets)[0], "the measurement")
         budgets = tuple(map(float, options.budgets.split(",")))
-        return cls(job, sets["calibration"], table, texts, labels, budgets)
+        return cls(
+            job, sets["calibration"], table, texts, labels, budgets, tuple(filter(None, options.single.split(",")))
+        )
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """What is said of each plan."""
@@ -153,6 +159,21 @@ class _Study:
         for name, plan in plans.items():
             line = {"plan": name, "part": plan.part, **plan.about, "kl": self._by_text(rows[name])}
             yield line | {f"minus_{kind}": self._by_text(rows[name] - rows[r]) for kind, r in plan.rivals.items()}
+        for wanted in self.single:
+            yield self._ranks(wanted, {n: float(rows[n].mean()) for n in plans if n.startswith(f"single {wanted} ")})
+
+    def _ranks(self, wanted: str, measured: dict[str, float]) -> dict[str, Any]:
+        """How scores rank units by what one of them costs alone; ``trace`` is HAWQ-V2's form for inputs."""
+        units = [name.split()[-1] for name in measured]
+        label, _, part = wanted.partition(":")
+        plans = [{unit: self._format(unit, label)} for unit in units]
+        about = [self._about(plan, part or "both")["predicted"] for plan in plans]
+        predictions = {metric: [each[metric] for each in about] for metric in self.table.scores}
+        if part == "inputs":
+            predictions = {"inputs": predictions[self.job.settings.metric]}
+            predictions["trace"] = [self.table.curvature[unit]["input_fisher"] for unit in units]
+        ranks = {metric: spearman(found, list(measured.values())) for metric, found in predictions.items()}
+        return {"ranks": wanted, "units": len(units), "measured": sum(measured.values()), "spearman": ranks}
 
     def plans(self) -> Iterator[tuple[str, Plan]]:
         """Every plan by its name."""
@@ -167,6 +188,13 @@ class _Study:
             yield from self._mixed(low, high, size, {"rule": f"rule {low} {high}"})
             for bpw in self.budgets:
                 yield from self._mixed(low, high, int(bpw * self._weights / 8), {})
+
+        for wanted in self.single:
+            label, _, part = wanted.partition(":")
+            for unit in (u.name for u in self.job.units if any(f.label == label for f in self._menu[u.name])):
+                plan = self._everywhere(UNQUANTIZED) | {unit: self._format(unit, label)}
+                about = {"predicted": self._about({unit: plan[unit]}, part or "both")["predicted"]}
+                yield f"single {wanted} {unit}", Plan(plan, part or "both", about, {})
 
     def _mixed(self, low: str, high: str, budget: int, rivals: dict[str, str]) -> Iterator[tuple[str, Plan]]:
         """The plan of least predicted loss, and the largest uniform plan that fits as its rival."""
@@ -201,7 +229,8 @@ class _Study:
         inputs = sum(self.table.curvature[unit].get(f"inputs {fmt.label}", 0.0) for unit, fmt in plan.items())
         totals = {m: predicted_loss(plan, scores, {}) or 0.0 for m, scores in self.table.scores.items()}
         predicted = {"both": totals, "weights": {m: t - inputs for m, t in totals.items()}}
-        bpw = 8 * stored_bytes(self.job.units, plan) / self._weights
+        stored = stored_bytes([unit for unit in self.job.units if unit.name in plan], plan)
+        bpw = 8 * stored / self._weights
         return {"bpw": bpw, "predicted": predicted.get(part, dict.fromkeys(totals, inputs))}
 
     def _by_text(self, rows: Tensor) -> dict[str, list[float]]:
@@ -241,6 +270,12 @@ class _Study:
         comparison = OutputComparison(original, stream, judged, reference)
         finals = {name: torch.cat(list(seen.hidden)) for name, seen in states.items()}
         return {name: rows.double().cpu() for name, rows in comparison.divergences(finals, _as_it_is).items()}
+
+
+def spearman(one: Sequence[float], other: Sequence[float]) -> float:
+    """Correlation of the ranks of two lists without ties."""
+    ranks = [torch.tensor(values, dtype=torch.float64).argsort().argsort().double() for values in (one, other)]
+    return float(torch.corrcoef(torch.stack(ranks))[0, 1])
 
 
 def _as_it_is(_: str) -> nullcontext[None]:
