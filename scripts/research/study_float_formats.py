@@ -192,7 +192,7 @@ class _Study:
         for wanted in self.single:
             label, _, part = wanted.partition(":")
             for unit in (u.name for u in self.job.units if any(f.label == label for f in self._menu[u.name])):
-                plan: UnitFormats = {**self._everywhere(UNQUANTIZED), unit: self._format(unit, label)}
+                plan = {**self._everywhere(UNQUANTIZED), unit: self._format(unit, label)}
                 about = {"predicted": self._about({unit: plan[unit]}, part or "both")["predicted"]}
                 yield f"single {wanted} {unit}", Plan(plan, part or "both", about, {})
 
