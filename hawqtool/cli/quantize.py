@@ -101,7 +101,7 @@ def quantize(
 
 @contextmanager
 def _without_collections(stays: bool) -> Iterator[None]:
-    """Let imports go on without collections of garbage, which made them a fifth longer and found none.
+    """Let imports go on without collections of garbage, which made them a fifth longer.
 
     Args:
         stays: Whether nothing is collected afterwards either, as in a dry run, most of whose time goes to imports.

@@ -163,7 +163,7 @@ def try_loading(job: Job, folder: Path, rows: Tensor, process: TrialProcess | No
 def _device(job: Job) -> str:
     """Where the child computes: on the run's GPU where all weights take little of what is free, else on the CPU.
 
-    There unpacking the codes of an 8B model takes most of a minute of 16 cores. Floats are compared on the CPU alone,
+    There unpacking the codes of an 8B model takes a hundred seconds of a core. Floats are compared on the CPU alone,
     as a GPU may have kernels of its own for them, of other sums.
     """
     if job.device.type != "cuda" or job.config.max_memory != AUTO or job.config.special_formats:
