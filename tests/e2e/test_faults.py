@@ -146,15 +146,15 @@ def test_activations_that_overflow_name_their_block(config: RunConfig) -> None:
 def scarce(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
     """Evaluators fail with more than so many rows per batch; returns the numbers that were tried."""
     tried: list[int] = []
-    hidden = Evaluator._hidden
+    walked = Evaluator.last_states
 
     def failing(self: Evaluator, *arguments: Any) -> Any:
         tried.append(self.job.settings.batch_size)
         if tried[-1] > most:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
-        return hidden(self, *arguments)
+        return walked(self, *arguments)
 
-    monkeypatch.setattr(Evaluator, "_hidden", failing)
+    monkeypatch.setattr(Evaluator, "last_states", failing)
     return tried
 
 
