@@ -161,7 +161,7 @@ def linked(folder: Path, outside: Path, name: str) -> Path:
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
 def test_links_that_leave_the_folder_are_refused(name: str, tmp_path: Path) -> None:
     folder = linked(tmp_path / "model", tmp_path / "elsewhere", name)
-    for read in (read_index, resolve_model):
+    for read in (read_index, lambda model: resolve_model(str(model))):
         with pytest.raises(InputError, match=f"{name} is a link that leaves the folder") as caught:
             read(folder)
         assert "\n" not in str(caught.value)
