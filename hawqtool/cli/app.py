@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
 from typing import Annotated, Optional
 
 import typer
@@ -68,6 +70,16 @@ def _root(
     """Options of the program itself."""
 
 
+def _leave(end: SystemExit) -> None:
+    """End the process at once where Python would take long, or never come to an end."""
+    if end.code in (INTERRUPTED, TERMINATED):
+        os._exit(end.code)  # threads of libraries, which Python would wait for, may never end
+    watched = sys.gettrace() or sys.getprofile()  # by a tool that writes when Python ends
+    if isinstance(end.code, int) and "torch" in sys.modules and not watched:
+        atexit._run_exitfuncs()
+        os._exit(end.code)  # taking down thousands of modules takes a second
+
+
 def main() -> None:
     """Entry point of the console script."""
     accept_any_character()
@@ -76,8 +88,6 @@ def main() -> None:
     except SystemExit as end:
         # typer and rich turn a closed pipe into exit code 1, which stands for bugs.
         if flush_streams() and not isinstance(end.__context__, BrokenPipeError):
-            if end.code in (INTERRUPTED, TERMINATED):
-                # Threads of libraries, which Python would wait for, may never end.
-                os._exit(end.code)
+            _leave(end)
             raise
     raise SystemExit(CLOSED_PIPE)

@@ -114,6 +114,11 @@ def check_found(text: str) -> None:
         )
 
 
+def is_plain_text(text: str) -> bool:
+    """Whether a source is a file that is read as one text: no code, such as a chat template, has a part in that."""
+    return os.path.isfile(text) and Path(text).suffix.lower() not in (*_JSON_SUFFIXES, *_PARQUET_SUFFIXES, *_SEPARATORS)
+
+
 def open_source(text: str, decode: bool = True) -> Source:
     """Open a text, JSON, CSV or parquet file, a folder that ``datasets`` can load, or a dataset of the hub.
 

@@ -40,7 +40,7 @@ from hawqtool.pipeline.stages.evaluate import check_rotation
 from hawqtool.pipeline.stages.kv_cache import calibrate_cache
 from hawqtool.pipeline.stages.measurement_cache import check_measurements
 from hawqtool.pipeline.stages.report import Outcome, build_report, write_card, write_reproduce
-from hawqtool.pipeline.stages.rows import gather_rows
+from hawqtool.pipeline.stages.rows import gather_rows, read_ahead
 from hawqtool.pipeline.stages.token_importance import with_token_importance
 from hawqtool.pipeline.tasks import check_tasks, judge_tasks
 from hawqtool.pipeline.worker import begin_ranks, leading
@@ -88,6 +88,7 @@ def run_quantize(
         if resuming:
             job, warnings = resumed_batch_size(job, run)
         before = stamps(job.index)
+        read_ahead(job)
         with content_beside(job, before) as begun:
             check_tasks(job)
             description = describe(job)

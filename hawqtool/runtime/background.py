@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -32,6 +32,26 @@ def beside(work: Callable[[], T]) -> Callable[[], T]:
 
     threading.Thread(target=do, name="beside", daemon=True).start()
     return future.result
+
+
+class Ahead:
+    """Work that was begun before its result is asked for, by key; each result is given once."""
+
+    def __init__(self) -> None:
+        self._begun: dict[Hashable, Callable[[], Any]] = {}
+
+    def begin(self, key: Hashable, work: Callable[[], object]) -> None:
+        """Begin a piece of work in a thread of its own."""
+        self._begun[key] = beside(work)
+
+    def result(self, key: Hashable, work: Callable[[], T]) -> T:
+        """The result of what was begun, once; else that of the work, which is done now.
+
+        Raises:
+            Exception: What the work raised.
+        """
+        found: T = self._begun.pop(key, work)()
+        return found
 
 
 class Background:

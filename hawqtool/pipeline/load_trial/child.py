@@ -1,7 +1,8 @@
 """Child process of a load trial: transformers loads a folder and makes one forward pass.
 
-``python -m hawqtool.pipeline.load_trial.child`` reads the arguments of `main` as a JSON list from stdin, when all is
-imported; nothing there, nothing done. A failure ends in a traceback, whose last line says why.
+``python -m hawqtool.pipeline.load_trial.child CLASS DEVICE`` imports what that class needs and wakes the device, then
+reads the arguments of `main` as a JSON list from stdin; nothing there, nothing done. A failure ends in a traceback,
+whose last line says why.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,28 @@ from hawqtool.model.inputs.arguments import model_inputs
 from hawqtool.model.tasks import IMAGES_READ, row_outputs
 from hawqtool.parsing import load_json
 from hawqtool.runtime.lifeline import watch_parent
+
+_LOADER = "transformers.quantizers.quantizer_compressed_tensors"
+_PACKAGE = "compressed_tensors.compressors"
+
+
+def get_ready(class_name: str, device: str) -> None:
+    """Import what loading a model will need, and make a GPU's context: all that takes no folder.
+
+    Args:
+        class_name: Class of the model.
+        device: Where it will compute, most likely.
+    """
+    for name in (_LOADER, _PACKAGE):
+        import_module(name)
+    _class(class_name)
+    if device != "cpu":
+        few = torch.ones((8, 8), dtype=torch.bfloat16, device=device)
+        float((few @ few).sum())  # loads the libraries of products too
+
+
+def _class(name: str) -> Any:
+    return getattr(transformers, name, transformers.AutoModelForCausalLM)
 
 
 def main(folder: str, class_name: str, trust: str, rows_file: str, outputs_file: str, images: str, device: str) -> None:
@@ -34,8 +58,7 @@ def main(folder: str, class_name: str, trust: str, rows_file: str, outputs_file:
         images: What `model_images` gives of the original, as JSON.
         device: Where it computes.
     """
-    kind = getattr(transformers, class_name, transformers.AutoModelForCausalLM)
-    model = kind.from_pretrained(folder, dtype="auto", trust_remote_code=trust == "1").eval()
+    model = _class(class_name).from_pretrained(folder, dtype="auto", trust_remote_code=trust == "1").eval()
     # Codes are unpacked by the first pass, where they lie.
     model, rows = torch.nn.Module.to(model, device), load_file(rows_file)["rows"].to(device)
     if images != "null":
@@ -63,5 +86,7 @@ def _rounds_inputs(folder: str) -> bool:
 
 if __name__ == "__main__":
     watch_parent(lambda: os._exit(1))
+    get_ready(*sys.argv[1:])
     if order := sys.stdin.read():
         main(*json.loads(order))
+    os._exit(0)  # taking down all modules takes most of a second

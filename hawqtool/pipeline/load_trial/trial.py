@@ -2,7 +2,7 @@
 
 A child process loads the folder as a user would and makes one forward pass; its outputs must agree with those of our
 own walk over the unpacked weights. The start of the process takes about five seconds, so a run tries the shipped folder
-only, and on a GPU, where the host waits for the device, the process starts with the run.
+only, and on a GPU, where the host waits for the device, the process starts with the run and gets ready beside it.
 """
 
 from __future__ import annotations
@@ -73,16 +73,19 @@ class TrialProcess:
     Left without an order, or by a parent that died, it ends by itself.
 
     Args:
+        class_name: Class of the model that it will load.
+        device: Where it will compute, most likely.
         sees_gpus: Whether it may be told to compute on one.
     """
 
-    def __init__(self, sees_gpus: bool = False) -> None:
+    def __init__(self, class_name: str, device: str = _CPU, sees_gpus: bool = False) -> None:
+        self._ready_for = (class_name, device)
         self._environment = _environment() if sees_gpus else {**_environment(), "CUDA_VISIBLE_DEVICES": ""}
 
     def __enter__(self) -> Self:
         self._line = Lifeline().__enter__()
         self._child = subprocess.Popen(
-            [sys.executable, "-m", f"{__package__}.child"],
+            [sys.executable, "-m", f"{__package__}.child", *self._ready_for],
             env={**self._environment, **self._line.environment},
             pass_fds=(self._line.descriptor,),
             stdin=subprocess.PIPE,
@@ -117,7 +120,7 @@ def started_ahead(job: Job) -> Iterator[TrialProcess | None]:
     if job.device.type != "cuda" or _not_possible(job) is not None:
         yield None
         return
-    with TrialProcess(sees_gpus=not job.config.special_formats) as process:
+    with TrialProcess(_class(job), _device(job), sees_gpus=not job.config.special_formats) as process:
         yield process
 
 
@@ -139,7 +142,7 @@ def try_loading(job: Job, folder: Path, rows: Tensor, process: TrialProcess | No
     with tempfile.TemporaryDirectory(prefix="hawqtool-load-") as place:
         given, written = Path(place) / "rows.safetensors", Path(place) / "outputs.safetensors"
         save_file({"rows": row}, given)
-        order = [str(folder), type(job.skeleton).__name__, str(int(job.source.runs_code)), str(given), str(written)]
+        order = [str(folder), _class(job), str(int(job.source.runs_code)), str(given), str(written)]
         order += [json.dumps(model_images(job.skeleton))]
         own: Callable[[], Tensor] = partial(_own_outputs, job, folder, row)
         if job.device.type == "cuda":
@@ -158,6 +161,10 @@ def try_loading(job: Job, folder: Path, rows: Tensor, process: TrialProcess | No
     return LoadTrial(
         True, f"tried on this folder with {versions}: one forward pass agrees to {difference:.1g} (relative, median)"
     )
+
+
+def _class(job: Job) -> str:
+    return type(job.skeleton).__name__
 
 
 def _device(job: Job) -> str:
@@ -184,7 +191,8 @@ def _run_somewhere(
 def _run(order: Sequence[str], process: TrialProcess | None) -> subprocess.CompletedProcess[bytes]:
     if process is not None:
         return process.run(order)
-    with TrialProcess(sees_gpus=order[-1] != _CPU) as begun:
+    _, class_name, *_, device = order
+    with TrialProcess(class_name, device, sees_gpus=device != _CPU) as begun:
         return begun.run(order)
 
 

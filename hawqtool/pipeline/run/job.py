@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -44,6 +45,7 @@ from hawqtool.pipeline.run.resolved import ResolvedSettings, resolve_settings
 from hawqtool.records import LayerFormats, Menu, Unit, UnitFormats
 from hawqtool.rounding.spec import Refiner, RoundingSpec
 from hawqtool.rounding.statistics import SETTINGS_HELD_OUT_EVERY
+from hawqtool.runtime.background import Ahead
 from hawqtool.runtime.launched import local_rank, world_size
 from hawqtool.runtime.ranks import ALONE, Ranks
 from hawqtool.runtime.reporter import Reporter, Silent
@@ -62,6 +64,20 @@ JOINT_TOKENS = 64
 FEEDBACK_ASPECT = 2
 """Most outputs per input of layers that ``--output-feedback auto`` takes: wider ones' moments, of gate and up, are the
 largest, and they gain the least."""
+
+
+class _Tokenizer:
+    """A checkpoint's tokenizer, which takes a third of a second to load, for all threads of a run."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loaded: Any = None
+
+    def loaded(self, folder: Path, runs_code: bool) -> Any:
+        with self._lock:
+            if self._loaded is None:
+                self._loaded = load_tokenizer(folder, runs_code)
+            return self._loaded
 
 
 @dataclass(frozen=True)
@@ -85,6 +101,7 @@ class Job:
         rotation: Whether the residual stream is rotated, and why.
         matrices: Embeddings and heads that streams of the original have loaded, while they live; on a GPU for good.
         ranks: Processes that share the work; this one alone by default.
+        ahead: What was begun before the run asks for it.
     """
 
     config: RunConfig
@@ -103,6 +120,8 @@ class Job:
     rotation: str = "off"
     matrices: MutableMapping[str, Any] = field(default_factory=WeakValueDictionary, compare=False)
     ranks: Ranks = field(default=ALONE, compare=False)
+    ahead: Ahead = field(default_factory=Ahead, compare=False)
+    _tokenizer: _Tokenizer = field(default_factory=lambda: _Tokenizer(), compare=False, repr=False)
 
     @property
     def task(self) -> ModelTask:
@@ -209,8 +228,8 @@ class Job:
         return (embedding_table(*known),) if self.config.embedding_bits == 8 else ()
 
     def tokenizer(self) -> Any:
-        """The checkpoint's tokenizer; an InputError says why it cannot be loaded."""
-        return load_tokenizer(self.index.folder, self.source.runs_code)
+        """The checkpoint's tokenizer, loaded once; an InputError says why it cannot be loaded."""
+        return self._tokenizer.loaded(self.index.folder, self.source.runs_code)
 
 
 def prepare(

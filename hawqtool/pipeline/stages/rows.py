@@ -14,7 +14,7 @@ from torch import Tensor
 from hawqtool.data.generate import SampledModel, generate_rows
 from hawqtool.data.media_rows import MediaReader, RowTexts, Transcribe
 from hawqtool.data.mixing import SourceRows, equal_quotas, mix_rows, pieces, quotas, require_rows
-from hawqtool.data.sources import check_found, is_hub, open_source
+from hawqtool.data.sources import check_found, is_hub, is_plain_text, open_source
 from hawqtool.data.tokenizer import frame
 from hawqtool.data.tokens import overlap, source_rows
 from hawqtool.data.transcribe import transcribe
@@ -86,6 +86,23 @@ def gather_rows(context: RunContext, scores_alone: bool = False) -> dict[str, Ro
             "give text without repetitions, or another --eval-data"
         )
     return sets
+
+
+def read_ahead(job: Job) -> None:
+    """Begin to cut the rows of plain texts beside other work, where the host has time for it: on a GPU.
+
+    What fails there fails again when the rows are asked for.
+    """
+    config = job.config
+    if job.device.type != "cuda" or not config.reads_rows or job.row_format.values is not None:
+        return
+    wanted = [(config.eval_data, job.settings.eval_samples, 0)] if config.eval_data is not None else []
+    for name, quota in _shares(job, _counts(job)).items():
+        if name != SELF:
+            wanted.append((name, _needed(name, _of_long_rows(job, quota)), config.seed))
+    for text, count, seed in wanted:
+        if is_plain_text(text):
+            job.ahead.begin((text, count, seed), partial(_text_rows, job, text, count, seed))
 
 
 def check_sources(job: Job) -> None:
@@ -287,6 +304,10 @@ def _rows(job: Job, text: str, count: int, seed: int, samples: bool = True) -> t
     """Label and rows of a source, at least ``count`` where it holds them; transcripts that it lacks are sampled."""
     if job.row_format.values is not None:
         return _media_rows(job, text, count, seed, samples)
+    return job.ahead.result((text, count, seed), partial(_text_rows, job, text, count, seed))
+
+
+def _text_rows(job: Job, text: str, count: int, seed: int) -> tuple[str, Tensor]:
     source = open_source(text)
     # Encoders were trained on sequences between special tokens, language models on running text.
     rows = source_rows(job.tokenizer(), source, count, job.settings.seq_len, seed, sentences=not job.task.generates)

@@ -45,6 +45,7 @@ def test_a_folder_that_loads_in_a_process_that_was_started_ahead(
 ) -> None:
     with started_ahead(job) as process:
         assert process is None  # a CPU has nothing to wait for
+    monkeypatch.setattr(load_trial, "_device", lambda _: "cpu")  # a real GPU would be asked for its memory
     with started_ahead(replace(job, device=torch.device("cuda"))) as process:
         assert process is not None
         trial = try_loading(job, packed, ROWS, process)
@@ -87,7 +88,7 @@ _own = load_trial._own_outputs
 
 
 def test_a_process_that_is_not_needed_is_ended() -> None:
-    with TrialProcess() as process:
+    with TrialProcess("LlamaForCausalLM") as process:
         child = process._child
         assert child.poll() is None
     assert child.poll() is not None and child.stdin is not None and child.stdin.closed
