@@ -48,6 +48,9 @@ _WITH_GGUF = {
 }
 """Settings that GGUF files take; all others must be left alone."""
 
+_WIDTHS = ("bits", "group_size", "formats")
+"""Settings whose part block types have there."""
+
 
 class RunConfig(CheckedFields):
     """Every setting of a run, checked."""
@@ -131,7 +134,8 @@ class RunConfig(CheckedFields):
             )
         for name, field in RunConfig.model_fields.items():
             if name not in _WITH_GGUF and getattr(self, name) != field.default:
-                raise ValueError(f"{flag_of(name)} has no effect on GGUF files yet; drop it, or --to gguf")
+                instead = "give --block-types instead, or drop --to gguf" if name in _WIDTHS else "drop it, or --to gguf"
+                raise ValueError(f"{flag_of(name)} has no effect on GGUF files yet; {instead}")
         if self.rounding not in ("rtn", "gptq") or self.target_shift == "auto":
             raise ValueError("to gguf rounds by rtn or gptq, with target_shift off or a number; drop other choices")
         if not self.measures or self.metric in EXTRA_METRICS:

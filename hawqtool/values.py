@@ -6,7 +6,7 @@ import difflib
 import re
 from typing import Any
 
-from hawqtool.formats import CHANNEL, GROUP_STEP, MAX_BITS, MIN_BITS, parse_label
+from hawqtool.formats import BLOCK_LABELS, CHANNEL, GROUP_STEP, MAX_BITS, MIN_BITS, parse_label
 from hawqtool.formats.activations import ACTIVATIONS
 from hawqtool.formats.grids import GRIDS
 from hawqtool.formats.menus import MENUS
@@ -33,8 +33,10 @@ def format_label(text: str) -> str:
     """A label of a format, or a width such as ``w4``, from what a user writes.
 
     Raises:
-        ValueError: If it is neither; names the nearest label.
+        ValueError: If it is neither; names the nearest label, or the option for what it is.
     """
+    if text.upper() in BLOCK_LABELS:
+        raise ValueError(f"{text} is a block type of GGUF files; give it in --block-types, with --to gguf")
     try:
         if re.fullmatch(r"w\d", text):
             parse_label(f"{text}ch")

@@ -99,7 +99,7 @@ def require_model(spec: str) -> None:
     Raises:
         InputError: If it is neither.
     """
-    if spec.endswith(".gguf"):
+    if spec.endswith(".gguf") and not os.path.isdir(spec):
         found = "is a GGUF file" if os.path.isfile(spec) else "does not exist"
         raise InputError(f"{short(spec)} {found}; expected a checkpoint: a folder or a hub id org/name[@revision]")
     if hub_id(spec) is None and not os.path.isdir(spec):

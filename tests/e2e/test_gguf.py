@@ -234,7 +234,8 @@ def test_a_size_is_kept(place: Path) -> None:
     ("overrides", "message"),
     [
         ({"template": None}, "convert_hf_to_gguf.py"),
-        ({"bits": "4"}, "--bits has no effect on GGUF files yet"),
+        ({"bits": "4"}, "--bits has no effect on GGUF files yet; give --block-types instead"),
+        ({"formats": "w4g64,iq4_nl"}, "iq4_nl is a block type of GGUF files; give it in --block-types"),
         ({"rounding": "foem"}, "rtn or gptq"),
         ({"block_types": "Q4_K"}, r"Q4_K does not fit blk.0.* rows of 64 .* add one of Q4_0"),
         ({}, "give --target-bpw, --target-size or --target-kl, or one of --block-types"),
