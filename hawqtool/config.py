@@ -134,8 +134,8 @@ class RunConfig(CheckedFields):
             )
         for name, field in RunConfig.model_fields.items():
             if name not in _WITH_GGUF and getattr(self, name) != field.default:
-                instead = "give --block-types instead, or drop --to gguf" if name in _WIDTHS else "drop it, or --to gguf"
-                raise ValueError(f"{flag_of(name)} has no effect on GGUF files yet; {instead}")
+                instead = "give --block-types instead, or drop" if name in _WIDTHS else "drop it, or"
+                raise ValueError(f"{flag_of(name)} has no effect on GGUF files yet; {instead} --to gguf")
         if self.rounding not in ("rtn", "gptq") or self.target_shift == "auto":
             raise ValueError("to gguf rounds by rtn or gptq, with target_shift off or a number; drop other choices")
         if not self.measures or self.metric in EXTRA_METRICS:

@@ -36,6 +36,13 @@ from hawqtool.report.wording import (
 )
 
 _LABEL = 12
+_ENDS = {
+    ("embedding", "head"): "embeddings and head stay as they are",
+    ("embedding",): "embeddings stay as they are",
+    ("head",): "the head stays as it is",
+}
+"""What is said of embeddings and head by those of them that a run keeps."""
+
 _KEPT_ROWS = 12
 """Most rows of what is kept on the first screen; the report has all."""
 _ROOMY = 96
@@ -115,9 +122,11 @@ def _source_lines(description: DryRun) -> list[str]:
 
 def kept_lines(kept: Kept) -> list[str]:
     """What stays as it is: a total, and a line for each reason and pattern of names."""
-    total = "embeddings and head stay as they are"
-    if kept["bytes"]:
-        total += f", and {size(kept['bytes'])} ({100 * kept['share']:.1f} % of the weights) beside them"
+    ends = tuple(reason for reason in ("embedding", "head") if any(row["reason"] == reason for row in kept["rows"]))
+    others = f"{size(kept['bytes'])} ({100 * kept['share']:.1f} % of the weights)" if kept["bytes"] else ""
+    total = _ENDS.get(ends, "") or ("" if others else "nothing but small tensors, such as norms")
+    if others:
+        total += f", and {others} beside them" if total else f"{others} stay as they are"
     rows = [
         f"            {row['reason']}: {row['count']} x {row['pattern']}, {size(row['bytes'])}"
         for row in kept["rows"][:_KEPT_ROWS]

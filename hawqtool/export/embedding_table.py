@@ -117,10 +117,10 @@ def with_embedding_bits(
         if any(fmt.label == "w8ch-a8i" for fmt in config.special_formats):
             table = "w8ch-a8i on the menu is stored as its codes are"
         if isinstance(table, str):
-            reporter.say(f"the embedding stays as it is: {table}")
+            reporter.say(f"embedding   stays as it is: {table}")
         else:
             bits = TABLE.bits
-            reporter.say("the embedding takes 8 bits, for the target size; --embedding-bits 16 leaves it as it is")
+            reporter.say("embedding   takes 8 bits, for the target size (--embedding-bits 16 leaves it as it is)")
     return config.model_copy(update={"embedding_bits": bits})
 
 

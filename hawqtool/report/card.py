@@ -84,12 +84,20 @@ def _title(report: Report) -> str:
         f"# {name}, {bits:.2f} bits per weight\n\n"
         f"{name} with the weights of its linear layers in {kind}, made by hawqtool "
         f"{escape(report['hawqtool_version'])}: {bits:.4f} stored bits per weight over these layers, scales included. "
-        f"Everything else (embeddings, output head, norms, what the tables below do not list) {_rest(report)}."
+        f"{_rest(report)}."
     )
 
 
 def _rest(report: Report) -> str:
-    """What became of the tensors that are not quantized."""
+    """What became of all but the linear layers."""
+    if report["config"].get("embedding_bits") == 8:
+        rest = "The embedding takes 8 bits. Everything else (norms, what the tables below do not list) "
+    else:
+        rest = "Everything else (embeddings, output head, norms, what the tables below do not list) "
+    return rest + _as_it_was(report)
+
+
+def _as_it_was(report: Report) -> str:
     found = report.get("rotation")
     if found is None:
         return "is as in the original"
@@ -244,6 +252,8 @@ def _plan(report: Report) -> str:
 
 def _kept(report: Report) -> str:
     kept = report["kept"]
+    if not kept["rows"]:
+        return "## Kept\n\nNo matrix stays as it is."
     rows = [[row["reason"], str(row["count"]), f"{row['bytes']:,}", code(row["pattern"])] for row in kept["rows"]]
     heading = ["reason", "matrices", "bytes", "names"]
     return (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hawqtool.allocation.problem import AllocationProblem, stored_bytes
@@ -14,7 +15,7 @@ from hawqtool.config import RunConfig
 from hawqtool.errors import UsageError
 from hawqtool.formats import CHANNEL, GROUP_SIZES, names_width, parse_label
 from hawqtool.pipeline.run.job import Job
-from hawqtool.records import Menu, Unit, UnitFormats, UnitScores
+from hawqtool.records import BitPlan, Menu, Unit, UnitFormats, UnitScores
 from hawqtool.values import parse_size
 
 if TYPE_CHECKING:
@@ -68,13 +69,21 @@ def second_budget(config: RunConfig, units: Sequence[Unit], menu: Menu, pins: Un
     return second_cost(config.costs, config.max_cost, units, menu, pins)
 
 
-def meets_second_budget(config: RunConfig, units: Sequence[Unit], formats: UnitFormats) -> bool:
-    """Whether a plan from elsewhere, such as a uniform one, is known to stay within the second budget of a run."""
+def within_second_budget(config: RunConfig, units: Sequence[Unit], plan: BitPlan) -> BitPlan | None:
+    """A plan from elsewhere, such as a uniform one, with its second cost.
+
+    Returns:
+        The plan; None if it is not known to stay within the second budget of the run.
+    """
     try:
-        second = second_budget(config, units, {unit: (fmt,) for unit, fmt in formats.items()}, {})
+        second = second_budget(config, units, {unit: (fmt,) for unit, fmt in plan.formats.items()}, {})
     except UsageError:  # too dear, or a format that the file does not know
-        return False
-    return second is None or second.allows(formats)
+        return None
+    if second is None:
+        return plan
+    if not second.allows(plan.formats):
+        return None
+    return replace(plan, cost=second.total(plan.formats), max_cost=second.limit)
 
 
 def widths(config: RunConfig, units: Sequence[Unit], budget: int | None) -> tuple[int, ...]:

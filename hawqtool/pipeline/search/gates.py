@@ -136,7 +136,7 @@ def judge_gates(config: RunConfig, shipped: Trial, report: Report, baseline: Bas
         "max_flips": lambda: result.get("flips", math.nan),
         "max_ppl_increase": lambda: result.get("perplexity", math.inf) / original.get("perplexity", math.inf) - 1,
         "min_same_top": lambda: result["same_top"],
-        "max_task_drop": lambda: max(-result["difference"] for result in report["tasks"]),
+        "max_task_drop": lambda: max(0.0 - result["difference"] for result in report["tasks"]),
         "max_size": lambda: size,
         "max_fallbacks": lambda: report["fallbacks"],
         "max_kept": lambda: report["kept"]["share"],

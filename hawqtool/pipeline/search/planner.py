@@ -27,10 +27,10 @@ from hawqtool.pipeline.run.menu import (
     budget_bytes,
     job_menu,
     measured_menu,
-    meets_second_budget,
     second_budget,
     unquantized_bytes,
     widths,
+    within_second_budget,
 )
 from hawqtool.pipeline.search.shortlist import RULE, alternatives, rule_plan
 from hawqtool.pipeline.stages.measure import Origin, measured
@@ -125,8 +125,9 @@ class Planner:
             plans = dict([*plans.items(), *alternatives(*known).items()][: job.settings.shortlist])
         rule = rule_plan(*known)
         new = all(rule.formats != plan.formats for plan in plans.values())
-        if new and len(set(rule.formats.values())) > 1 and meets_second_budget(job.config, job.units, rule.formats):
-            plans[RULE] = rule
+        allowed = within_second_budget(job.config, job.units, rule)
+        if new and len(set(rule.formats.values())) > 1 and allowed is not None:
+            plans[RULE] = allowed
         return plans
 
 

@@ -12,7 +12,7 @@ from hawqtool.evaluation.divergence import as_record, paired_difference
 from hawqtool.evaluation.paired import PairedDifference, compare_paired
 from hawqtool.formats import UNQUANTIZED
 from hawqtool.pipeline.run.job import Job
-from hawqtool.pipeline.run.menu import job_menu, meets_second_budget
+from hawqtool.pipeline.run.menu import job_menu, within_second_budget
 from hawqtool.pipeline.search.gradient_swap import moved_by_gradient
 from hawqtool.pipeline.search.layerwise import LayerwiseProof, compare_layerwise
 from hawqtool.pipeline.search.shortlist import FAR_ABOVE, RULE, predicted_ratio
@@ -204,7 +204,8 @@ def _best(mixed: dict[str, Trial]) -> Trial:
 
 def _as_plan(job: Job, trial: UniformPlan) -> BitPlan:
     weights = sum(unit.num_weights for unit in job.units)
-    return BitPlan(trial.formats, stored_bytes(job.units, trial.formats), weights)
+    plan = BitPlan(trial.formats, stored_bytes(job.units, trial.formats), weights)
+    return within_second_budget(job.config, job.units, plan) or plan
 
 
 def choose(job: Job, selection: Selection) -> Shipped:
@@ -234,7 +235,7 @@ def choose(job: Job, selection: Selection) -> Shipped:
 def obeys(job: Job, plan: BitPlan) -> bool:
     """Whether a plan respects pins and second budget, and the widths, group size and profile that were asked for."""
     config = job.config
-    if not meets_second_budget(config, job.units, plan.formats):
+    if within_second_budget(config, job.units, plan) is None:
         return False
     if any(plan.formats[unit].bits != fmt.bits for unit, fmt in job.pins.items()):
         return False

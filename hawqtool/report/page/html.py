@@ -291,9 +291,7 @@ def _tables(report: Report, versions: Mapping[str, Any]) -> str:
         (
             "<h2>Tables</h2>",
             f"<h3>Formats of the shipped plan</h3>\n{formats_table(report)}",
-            f"<h3>Kept as it is</h3>\n{kept_table(report['kept'])}\n"
-            f'<p class="note">{_text(size(report["kept"]["bytes"]))} beside embeddings and head, '
-            f"{100 * report['kept']['share']:.1f} % of the weights.</p>",
+            f"<h3>Kept as it is</h3>\n{kept_table(report['kept'])}",
             f"<h3>Layers with the largest error</h3>\n{worst_table(report)}",
             f"<h3>Loads in</h3>\n{engines_table(report)}",
             f'<h3>Rows</h3>\n{rows_table(report)}\n<p class="note">Rows in more than one set: {_text(overlap)}.</p>',

@@ -180,11 +180,13 @@ def formats_table(report: Report) -> str:
 def kept_table(kept: Kept) -> str:
     """Matrices that stay as they are, by reason and pattern of their names."""
     if not kept["rows"]:
-        return '<p class="note">All matrices are quantized.</p>'
+        return '<p class="note">No matrix stays as it is.</p>'
     rows = [
         [row["reason"], str(row["count"]), f"{row['bytes']:,}", row["pattern"], row["example"]] for row in kept["rows"]
     ]
-    return _table(["why", "matrices", "bytes", "names", "first of them"], rows, numbers=(1, 2), names=(0,))
+    share = f"{size(kept['bytes'])} beside embeddings and head, {100 * kept['share']:.1f} % of the weights."
+    table = _table(["why", "matrices", "bytes", "names", "first of them"], rows, numbers=(1, 2), names=(0,))
+    return f'{table}\n<p class="note">{share}</p>'
 
 
 def worst_table(report: Report) -> str:

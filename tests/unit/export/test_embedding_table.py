@@ -66,4 +66,4 @@ def test_without_an_embedding_nothing_is_taken(model: tuple[Any, CheckpointIndex
     told = Told()
     config = RunConfig(model="m", target_size="1MB", profile="transformers")
     found = with_embedding_bits(config, Images(), {}, model[1], told)
-    assert found.embedding_bits == 16 and told.lines == ["the embedding stays as it is: Images has no token embedding"]
+    assert found.embedding_bits == 16 and told.lines == ["embedding   stays as it is: Images has no token embedding"]

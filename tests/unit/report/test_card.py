@@ -322,3 +322,11 @@ def test_foreign_rows_are_not_called_in_domain() -> None:
 def test_other_tasks_load_with_their_class() -> None:
     _, body = split(model_card(a_report(architecture="ViTForImageClassification"), None))
     assert "ViTForImageClassification.from_pretrained" in body and "AutoProcessor" in body
+
+
+def test_an_embedding_in_8_bits_is_not_said_to_be_as_in_the_original() -> None:
+    config = {"rounding": "gptq", "seed": 7, "plan": None, "embedding_bits": 8}
+    body = model_card(a_report(config=config), None)
+    assert "The embedding takes 8 bits. Everything else (norms, " in body and "(embeddings, output head" not in body
+    assert "## Kept\n\nNo matrix stays as it is.\n" in body
+    assert "Everything else (embeddings, output head, norms, " in model_card(a_report(), None)

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from hawqtool.config import RunConfig
-from hawqtool.pipeline.run.menu import format_menu, measured_menu, widths
-from hawqtool.records import LinearSpec, Score, Unit
+from hawqtool.formats import parse_label
+from hawqtool.pipeline.run.menu import format_menu, measured_menu, widths, within_second_budget
+from hawqtool.records import BitPlan, LinearSpec, Score, Unit
 
 
 def unit(name: str, inputs: int) -> Unit:
@@ -87,3 +88,17 @@ def test_a_file_of_scores_gives_the_formats_that_it_has() -> None:
     scores = {WIDE.name: {label: Score(1.0, 0.0) for label in ("w4g32", "w3g64", "w3ch", "w8g64")}}
     found = measured_menu([WIDE], (3, 4), scores)
     assert [fmt.label for fmt in found[WIDE.name]] == ["w3ch", "w3g64", "w4g32"]
+
+
+def test_a_plan_from_elsewhere_says_what_it_costs_beside_its_bytes() -> None:
+    fmt = parse_label("w4g128")
+    plan, price = (
+        BitPlan({WIDE.name: fmt}, WIDE.stored_bytes(fmt), WIDE.num_weights),
+        1e6 * WIDE.stored_bytes(fmt) / 3.35e12,
+    )
+    for limit, allowed in ((2 * price, True), (price / 2, False)):
+        config = RunConfig(model="m", target_bpw=5.0, costs="hopper:1", max_cost=limit)
+        found = within_second_budget(config, [WIDE], plan)
+        assert (found is not None) is allowed
+        assert found is None or (found.cost, found.max_cost) == (pytest.approx(price), limit)
+    assert within_second_budget(RunConfig(model="m", target_bpw=5.0), [WIDE], plan) is plan

@@ -42,8 +42,20 @@ def test_tensors_of_a_pattern_are_one_row_and_what_all_models_have_does_not_coun
         (CONVOLUTION, 2, 60, "model.layers.*.conv.weight"),
     ]
     assert kept["rows"][2]["example"] == "model.layers.0.conv.weight"
-    assert "60 B (6.0 % of the weights)" in kept_lines(kept)[0]
+    line = "kept        embeddings and head stay as they are, and 60 B (6.0 % of the weights) beside them"
+    assert kept_lines(kept)[0] == line
     assert "<td>model.layers.*.conv.weight</td>" in kept_table(kept)
+
+
+def test_an_embedding_that_takes_8_bits_is_not_said_to_stay() -> None:
+    embedding, head, convolution = kept_record(job(30))["rows"]
+    for rows, others, said in (
+        ([embedding], 0, "embeddings stay as they are"),
+        ([head, convolution], 60, "the head stays as it is, and 60 B (6.0 % of the weights) beside them"),
+        ([convolution], 60, "60 B (6.0 % of the weights) stay as they are"),
+        ([], 0, "nothing but small tensors, such as norms"),
+    ):
+        assert kept_lines({"bytes": others, "share": others / 1000, "rows": rows})[0] == f"kept        {said}"
 
 
 def test_loud_above_the_share() -> None:
