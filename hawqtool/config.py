@@ -48,9 +48,6 @@ _WITH_GGUF = {
 }
 """Settings that GGUF files take; all others must be left alone."""
 
-_WIDTHS = ("bits", "group_size", "formats")
-"""Settings whose part block types have there."""
-
 
 class RunConfig(CheckedFields):
     """Every setting of a run, checked."""
@@ -122,8 +119,7 @@ class RunConfig(CheckedFields):
     @model_validator(mode="after")
     def _check_gguf(self) -> RunConfig:
         if self.to != "gguf":
-            given = (n for n in _GGUF_ALONE if getattr(self, n) != RunConfig.model_fields[n].default)
-            for name in given:
+            for name in (n for n in _GGUF_ALONE if getattr(self, n) != RunConfig.model_fields[n].default):
                 raise ValueError(f"{name} is for GGUF files; drop it, or give --to gguf")
             return self
         if self.template is None:
@@ -134,8 +130,8 @@ class RunConfig(CheckedFields):
             )
         for name, field in RunConfig.model_fields.items():
             if name not in _WITH_GGUF and getattr(self, name) != field.default:
-                instead = "give --block-types instead, or drop" if name in _WIDTHS else "drop it, or"
-                raise ValueError(f"{flag_of(name)} has no effect on GGUF files yet; {instead} --to gguf")
+                instead = "drop it" if name not in ("bits", "group_size", "formats") else "give --block-types instead"
+                raise ValueError(f"{flag_of(name)} has no effect on GGUF files yet; {instead}, or drop --to gguf")
         if self.rounding not in ("rtn", "gptq") or self.target_shift == "auto":
             raise ValueError("to gguf rounds by rtn or gptq, with target_shift off or a number; drop other choices")
         if not self.measures or self.metric in EXTRA_METRICS:
