@@ -73,7 +73,8 @@ def plan_divergences(
     stream, share = comparison.candidate, ranks.share(len(rows.tokens))
     blocks, own = stream.structure.blocks, rows.tokens[share]
     held_out = rounding.method.needs_held_out
-    missing = [spec.index for spec in blocks if kept is None or not kept.covers(spec, plans)]
+    own_missing = [spec.index for spec in blocks if kept is None or not kept.covers(spec, plans)]
+    missing = set[int]().union(*ranks.everywhere(own_missing))  # a block is rounded by all together or by none
     last = len(blocks) if stream.head else max(missing, default=-1)
     with stream.keeping_pages(), torch.no_grad():
         known = stream.embed(own, batch_size, held_out, importance=rows.importance)

@@ -13,7 +13,7 @@ from hawqtool.checkpoint.fusion import is_expert
 from hawqtool.formats.activations import ActivationFormat
 from hawqtool.model.block import LoadedBlock
 from hawqtool.records import SWEEP_METRICS, BlockSpec, LinearSpec, MeasurementRows, Menu, Score, Unit, UnitScores
-from hawqtool.rounding.grid import Quantized, dequantize
+from hawqtool.rounding.grid import dequantize
 from hawqtool.rounding.spec import InitialRoundings, InputGroup, InputGroups, RoundingErrors, RoundingSpec
 from hawqtool.runtime.ranks import ALONE, Ranks
 from hawqtool.runtime.store import NOTHING_SAVED, Saved
@@ -35,17 +35,17 @@ from hawqtool.sensitivity.scores import (
 from hawqtool.streaming.block import Activations, check_states
 from hawqtool.streaming.dealt import dealt
 from hawqtool.streaming.input_statistics import group_statistics
-from hawqtool.streaming.kept_roundings import KeptRoundings
+from hawqtool.streaming.kept_roundings import KeptRoundings, Roundings
 from hawqtool.streaming.offload import total_bytes
 from hawqtool.streaming.resume_points import Pace
 from hawqtool.streaming.stream import ModelStream
 
 _SWEEP = "reverse-sweep"
 
-Keeper = Callable[[InitialRoundings], None]
+Keeper = Callable[[Roundings], None]
 
 
-def _keep_nothing(_: InitialRoundings) -> None:
+def _keep_nothing(_: Roundings) -> None:
     """Whose roundings nobody wants."""
 
 
@@ -83,7 +83,7 @@ class SweepSettings:
         gradient_limit: See `GradientLimit`; infinite for gradients as they are.
         metrics: Of those that one pair of sweeps gives, the ones wanted.
         ranks: Processes that share the rows; the leader has the measurement, the others what their rows gave.
-        kept: Takes the roundings of every block, where one process has made all of them; None for nobody.
+        kept: Takes the roundings of every block, on every rank; None for nobody.
     """
 
     seed: int
@@ -168,24 +168,27 @@ def found_errors(
 ) -> RoundingErrors:
     """D by linear and format label of a block; where ranks share the rows, each rounds some of its groups.
 
-    ``keep`` sees the roundings of a process that makes all of them.
+    ``keep`` sees the roundings of all, on every rank.
     """
     if known.ranks.size == 1:
         with known.recorder.stage("roundings"):
-            return rounding.block_errors(block, groups, known.hidden, keep)
+            return rounding.block_errors(block, groups, known.hidden, lambda found: keep(_as_rounded(found)))
 
-    def rounded(part: Sequence[InputGroup]) -> list[dict[str, dict[str, Quantized]]]:
-        return [
-            {name: {label: one.rounded for label, one in by_label.items()} for name, by_label in found.items()}
-            for found in rounding.roundings_of(block, part)
-        ]
+    def rounded(part: Sequence[InputGroup]) -> list[Roundings]:
+        return [_as_rounded(found) for found in rounding.roundings_of(block, part)]
 
-    errors: RoundingErrors = {}
+    errors, roundings = RoundingErrors(), Roundings()
     for group, found in dealt(known.ranks, groups, rounded, rounding.parts):
+        roundings |= found
         for linear in (linear for linear in group if linear.name in found):
             weight, by_label = block.weight(linear), found[linear.name].items()
             errors[linear.name] = {label: dequantize(*value).float() - weight for label, value in by_label}
+    keep(roundings)
     return errors
+
+
+def _as_rounded(found: InitialRoundings) -> Roundings:
+    return {name: {label: one.rounded for label, one in by_label.items()} for name, by_label in found.items()}
 
 
 def _state(left: int, gradients: list[Tensor], outputs: int, limit: GradientLimit, scores: _Scores) -> dict[str, Any]:

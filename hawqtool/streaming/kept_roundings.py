@@ -8,11 +8,13 @@ from torch import Tensor
 
 from hawqtool.records import BlockSpec, UnitFormats
 from hawqtool.rounding.grid import Quantized
-from hawqtool.rounding.spec import InitialRoundings
 from hawqtool.streaming.offload import Offload
 
 Roundings = dict[str, dict[str, Quantized]]
 """Codes, scales and zero points by linear and format label."""
+
+ROUNDINGS = "roundings"
+"""Name under which ranks that do not lead have them."""
 
 
 class KeptRoundings:
@@ -24,15 +26,14 @@ class KeptRoundings:
     def __init__(self) -> None:
         self._blocks: dict[int, tuple[Roundings, object]] = {}
 
-    def keep(self, index: int, found: InitialRoundings, offload: Offload | None) -> None:
+    def keep(self, index: int, codes: Roundings, offload: Offload | None) -> None:
         """Keep the roundings of a block where the device has room beside its work.
 
         Args:
             index: The block's number.
-            found: Its roundings.
+            codes: Its roundings.
             offload: What says how much room there is; None for a device that has any.
         """
-        codes = {name: {label: one.rounded for label, one in by_label.items()} for name, by_label in found.items()}
         size = sum(_bytes(one) for by_label in codes.values() for one in by_label.values())
         room = object() if offload is None else offload.reserve(size)
         if room is not None:

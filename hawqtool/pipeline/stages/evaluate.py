@@ -25,6 +25,7 @@ from hawqtool.report.wording import shown_plan
 from hawqtool.runtime.malloc import release_freed_pages
 from hawqtool.runtime.store import NOTHING_SAVED, Saved
 from hawqtool.streaming.converted import WeightSource
+from hawqtool.streaming.kept_roundings import ROUNDINGS, KeptRoundings
 from hawqtool.streaming.offload import total_bytes
 from hawqtool.streaming.stream import ModelStream
 
@@ -208,10 +209,9 @@ class Evaluator:
         job, tokens = self.job, self.sets["selection"].tokens
         menu = {unit.name: tuple(dict.fromkeys(plan[unit.name] for plan in plans.values())) for unit in job.units}
         comparison = OutputComparison(self.stream, job.stream(), tokens, self.reference["selection"])
-        kept = self.context.roundings if job.ranks.size == 1 else None
         found = plan_divergences(
             comparison,
-            Calibration(calibration, job.settings.batch_size, kept),
+            Calibration(calibration, job.settings.batch_size, self.context.roundings),
             job.rounding(menu),
             plans,
             partial(progress, _COMPARING),
@@ -228,7 +228,8 @@ _EVALUATOR = "evaluator"
 
 def _begin_along(job: Job, sets: dict[str, Rows]) -> None:
     """A rank's share of the original's states."""
-    job.ranks.kept[_EVALUATOR] = Evaluator(RunContext(job), sets, job)
+    roundings = job.ranks.kept.get(ROUNDINGS, KeptRoundings())
+    job.ranks.kept[_EVALUATOR] = Evaluator(RunContext(job, roundings=roundings), sets, job)
 
 
 def _evaluate_along(job: Job, folder: Path | None, label: str, roles: Sequence[str]) -> None:

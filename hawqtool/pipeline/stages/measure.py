@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +33,7 @@ from hawqtool.sensitivity.curvature.trace import curvature_fields, hawq_scores
 from hawqtool.sensitivity.forward import Progress
 from hawqtool.sensitivity.measure import Measurement, SweepSettings, measure
 from hawqtool.sensitivity.measured_kl import single_unit_divergence
-from hawqtool.streaming.kept_roundings import KeptRoundings
+from hawqtool.streaming.kept_roundings import ROUNDINGS, KeptRoundings
 
 Fields = dict[str, dict[str, float]]
 
@@ -130,14 +130,13 @@ def measure_job(
     start = time.perf_counter()
     job, stages = context.job, context.part(_STAGES)
     wanted, calibration = wanted_formats(job, menu), with_token_importance(context, sets["calibration"])
-    asked = wanted, calibration, sets["scoring"].tokens, tuple(metrics)
+    calibration = replace(calibration, output_moments={})  # gigabytes that ranks would be sent for nothing
+    keeps = job.device.type == "cuda" and _compares_layerwise(job)
+    asked = wanted, calibration, sets["scoring"].tokens, tuple(metrics), keeps
     # Learning looks at all rows, and what is kept of a sweep is of all rows too.
     sharing = job if job.config.sensitivity_steps else context.shared(_swept, *asked)
     alone = sharing.ranks.size == 1
-    keeps = alone and job.device.type == "cuda" and _compares_layerwise(job)
-    leading = _Leading(
-        stages.reporter.progress, stages.saved if alone else NOTHING_SAVED, context.roundings if keeps else None
-    )
+    leading = _Leading(stages.reporter.progress, stages.saved if alone else NOTHING_SAVED, context.roundings)
     found = _swept(sharing, *asked, leading)
     curvature = input_fisher_fields(found)
     settings: dict[str, float | int | str] = {}
@@ -180,7 +179,7 @@ class _Leading(NamedTuple):
 
     progress: Progress = lambda *_: None
     saved: Saved = NOTHING_SAVED
-    kept: KeptRoundings | None = None
+    roundings: KeptRoundings | None = None
 
 
 def _swept(
@@ -189,15 +188,16 @@ def _swept(
     calibration: Rows,
     scoring: Tensor,
     metrics: Sequence[str],
+    keeps: bool,
     leading: _Leading | None = None,
 ) -> Measurement:
     """What both sweeps give, on this rank's share of the rows; the leader has that of all."""
-    leading = leading or _Leading()
+    leading = leading or _Leading(roundings=job.ranks.kept.setdefault(ROUNDINGS, KeptRoundings()))
     return measure(
         job.stream(),
         MeasurementRows(_rounded_on(job, calibration), scoring, job.settings.batch_size),
         job.rounding(wanted, _refiner(job, calibration.tokens)),
-        SweepSettings(job.config.seed, metrics=metrics, ranks=job.ranks, kept=leading.kept),
+        SweepSettings(job.config.seed, metrics=metrics, ranks=job.ranks, kept=leading.roundings if keeps else None),
         leading.progress,
         leading.saved,
     )

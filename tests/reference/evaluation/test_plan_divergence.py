@@ -119,3 +119,23 @@ def test_roundings_that_measuring_made_serve_as_well(job: Job, kept_blocks: tupl
     for plan, expected in divergences(job).items():
         torch.testing.assert_close(found[plan], expected, rtol=1e-3, atol=1e-7)
     assert not any(kept.covers(spec, plans_of(job)) for spec in job.structure.blocks)
+
+
+def test_ranks_make_again_what_one_of_them_had_no_room_for(job: Job) -> None:
+    nearest = replace(job, settings=replace(job.settings, method=RoundingMethod("rtn")))
+    menu = {unit.name: (LOW, HIGH) for unit in job.units}
+    rows = MeasurementRows(Rows(CALIBRATION, "test", "-"), JUDGED, 3)
+
+    def compared(ranks: Ranks) -> dict[str, Tensor]:
+        kept = KeptRoundings()
+        settings = SweepSettings(0, metrics=("projection",), ranks=ranks, kept=kept)
+        measure(nearest.stream(), rows, nearest.rounding(menu), settings, lambda *_: None)
+        assert all(kept.covers(spec, plans_of(job)) for spec in job.structure.blocks)
+        if ranks.leads:
+            kept.take(0)
+        return divergences(replace(nearest, ranks=ranks), ranks, kept)
+
+    expected = by_crew(2, lambda ranks: divergences(replace(nearest, ranks=ranks), ranks))[0]
+    for found in by_crew(2, compared):
+        for plan, values in expected.items():
+            assert torch.equal(found[plan], values)
