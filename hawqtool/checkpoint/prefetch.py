@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 _THREADS = 8
@@ -29,10 +30,12 @@ class Prefetcher:
     Args:
         reader: Reads the tensors.
         pinned: Whether what is read ahead lies in page-locked memory, from which a GPU copies without waiting.
+        device: A GPU to which that is copied beside its other work; None leaves it where it is.
     """
 
-    def __init__(self, reader: Reader, pinned: bool = False) -> None:
-        self._reader, self._pinned = reader, pinned
+    def __init__(self, reader: Reader, pinned: bool = False, device: torch.device | None = None) -> None:
+        self._reader, self._pinned, self._device = reader, pinned, device
+        self._copies = None if device is None else torch.cuda.Stream(device)
         self._threads = ThreadPoolExecutor(_THREADS, "weights")
         self._expected: dict[str, Future[Tensor]] = {}
 
@@ -54,13 +57,29 @@ class Prefetcher:
                 future.cancel()
         for name in wanted:
             known = earlier.get(name)
-            self._expected[name] = known or self._threads.submit(self._reader.tensor, name, pinned)
+            self._expected[name] = known or self._threads.submit(self._read, name, pinned)
+
+    def _read(self, name: str, pinned: bool) -> Tensor:
+        """A tensor that is expected, on the device where there is one."""
+        found = self._reader.tensor(name, pinned)
+        if self._copies is None or not pinned or found.is_cuda:
+            return found
+        with torch.cuda.stream(self._copies):
+            copy = found.to(self._device, non_blocking=True)
+        self._copies.synchronize()
+        return copy
 
     def tensor(self, name: str) -> Tensor:
-        """Tensor on the CPU in the source dtype; read now where it was not expected.
+        """Tensor in the source dtype, on the CPU or the device; read now where it was not expected.
 
         Raises:
             InputError: As `TensorReader.tensor`, also for what failed ahead of time.
         """
         future = self._expected.pop(name, None)
-        return self._reader.tensor(name) if future is None else future.result()
+        if future is None:
+            return self._reader.tensor(name)
+        found = future.result()
+        if self._copies is not None and found.is_cuda:
+            # Its memory is of the other stream, which must not have it again before this one is done with it.
+            found.record_stream(torch.cuda.current_stream(self._device))
+        return found

@@ -40,7 +40,7 @@ from hawqtool.model.stored_names import UNPACKED
 from hawqtool.model.tasks import ModelTask, model_task
 from hawqtool.model.vision import read_images
 from hawqtool.pipeline.run.discovered import discover_checkpoint, find_source, stored_dtype
-from hawqtool.pipeline.run.memory_budget import Work, choose_batch_size, make_offload
+from hawqtool.pipeline.run.memory_budget import Work, choose_batch_size, copies_ahead, make_offload
 from hawqtool.pipeline.run.resolved import ResolvedSettings, resolve_settings
 from hawqtool.records import LayerFormats, Menu, Unit, UnitFormats
 from hawqtool.rounding.spec import Refiner, RoundingSpec
@@ -194,7 +194,11 @@ class Job:
     def _reader(self) -> WeightSource:
         """Reads the checkpoint; on a GPU ahead, as there the host has time to."""
         reader = TensorReader(self.index, device=self.device)
-        return Prefetcher(reader, pinned=True) if self.device.type == "cuda" else reader
+        if self.device.type != "cuda":
+            return reader
+        # Tensors of which others are made are wanted on the CPU.
+        ahead = copies_ahead(self.config, self.device) and not self.structure.conversions
+        return Prefetcher(reader, pinned=True, device=self.device if ahead else None)
 
     def packed_stream(self, folder: Path, dtype: torch.dtype | None = None) -> ModelStream:
         """The model with the weights of a written folder; computing in ``dtype`` where given."""

@@ -58,6 +58,11 @@ def memory_limit(config: RunConfig, device: torch.device) -> int | None:
     return int(AUTO_SHARE * torch.cuda.get_device_properties(device).total_memory)
 
 
+def copies_ahead(config: RunConfig, device: torch.device) -> bool:
+    """Whether blocks that are read ahead lie on the device, to which they are copied beside other work."""
+    return device.type == "cuda" and config.max_memory == AUTO
+
+
 @dataclass(frozen=True)
 class Work:
     """What the memory beside the hidden states depends on.
@@ -91,7 +96,8 @@ class Work:
         if self.sees_original:
             single = tokens[0] if batch_size >= self.num_samples else 0
             needed += drift_bytes(self.structure, self.dtype, single)
-        if self.index.rotation is not None and self.device.type == "cuda":  # where blocks that are read ahead lie
+        rotates = self.index.rotation is not None and self.device.type == "cuda"
+        if rotates or copies_ahead(self.config, self.device):  # where blocks that are read ahead lie
             weights = max(sum(n.num_weights for n in spec.linears) for spec in self.structure.blocks)
             needed += BLOCKS_AHEAD * weights * torch.finfo(self.dtype).bits // 8
         if self.config.gram_steps:
