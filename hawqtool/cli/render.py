@@ -276,10 +276,15 @@ def search_lines(search: Search | None) -> list[str]:
         return []
     return [
         f"searched    {entry['bpw_linears']:.3f} bits: "
-        + ", ".join(f"{value:.4f} on the {role} rows" for role, value in entry["divergence"].items())
+        + ", ".join(f"{_to_compare(value)} on the {role} rows" for role, value in entry["divergence"].items())
         + (", misses" if entry["divergence"]["selection"] > search["bound"] else ", meets the target")
         for entry in sorted(search["trials"], key=lambda entry: entry["stored_bytes"])
     ]
+
+
+def _to_compare(divergence: float) -> str:
+    """With enough digits to see on which side of a small bound it lies."""
+    return f"{divergence:.4f}" if divergence >= 0.01 else f"{divergence:.3g}"
 
 
 def quality_lines(evaluation: EvaluationDocument) -> list[str]:

@@ -191,7 +191,7 @@ class Terminal:
         now = time.monotonic()
         if self._bar is not None or now - self._printed < _PLAIN_SECONDS:
             return
-        if self._stage:
+        if self._stage and (self._done < self._total or self._course.label):  # what follows a phase belongs to it
             self._print_line(now)
         elif self._spoke or sys.stderr.isatty():
             what = "at work" if self._spoke else "starting"

@@ -61,6 +61,22 @@ def test_plain_lines_go_on_while_a_stage_is_silent(
     assert "rounding the plan: done in" in capsys.readouterr().err
 
 
+def test_a_stage_that_is_over_is_not_told_again_where_there_are_no_phases(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_PLAIN_SECONDS", 0.0)
+    terminal = Terminal(quiet=False)
+    terminal.progress("fingerprint of a model", 3, 4)
+    terminal.beat()
+    terminal.progress("fingerprint of a model", 4, 4)
+    terminal.beat()
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(",")[0] for line in lines] == [
+        *(f"fingerprint of a model: {done}/4" for done in (3, 3, 4)),
+        "at work",
+    ]
+
+
 class Screen(io.StringIO):
     """Stands for stderr."""
 
