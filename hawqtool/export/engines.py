@@ -150,7 +150,7 @@ def run_note(runs: Sequence[EngineRun], engine: str, formats: LayerFormats, cach
 
 
 _CACHES = {
-    TRANSFORMERS: "it leaves its KV cache in 16 bits, whatever the file says",
+    TRANSFORMERS: "it rounds keys and values by the scales of the file, and keeps them in 16 bits",
     VLLM: "its KV cache is FP8 with the scales of the file, one a head on FlashAttention alone, by its source",
     VLLM_CPU: "its KV cache becomes FP8 by the file; whether the scales are used there is not known",
     SGLANG: "it takes scales of the KV cache with --kv-cache-dtype fp8_e4m3, one a layer alone, by its source",

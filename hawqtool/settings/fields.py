@@ -95,8 +95,8 @@ class Fields(TargetFields):
     kv_cache: Annotated[Literal["none", "fp8", "fp8-head"], Setting(
         help="Scales for the engine's KV cache: fp8 stores keys and values in 8-bit floats, one scale a layer for "
         "each; fp8-head has one a head; none leaves it in 16 bits.",
-        detail="They are calibrated on the rows of calibration. vLLM then caches so by itself; transformers reads none "
-        "of it. Half the memory a token.", panel=FORMATS, affects=Affects.WEIGHTS,
+        detail="They are calibrated on the rows of calibration. vLLM then caches so by itself; transformers rounds by "
+        "them, in 16 bits. Half the memory a token.", panel=FORMATS, affects=Affects.WEIGHTS,
     )] = "none"
     quantize_lm_head: Annotated[bool, Setting(
         help="Quantize the output head too, where it is not tied to the embedding.",

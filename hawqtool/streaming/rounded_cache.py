@@ -77,10 +77,12 @@ class CacheRounding:
     Args:
         attentions: The attentions.
         scales: ``NAME.k_scale`` and ``NAME.v_scale`` of each, as they are stored (see `round_cached`).
+        queries: Whether queries are rounded too, as vLLM does and transformers does not.
     """
 
     attentions: tuple[CachedAttention, ...] = ()
     scales: Mapping[str, Tensor] = field(default_factory=dict)
+    queries: bool = True
 
     @contextmanager
     def applied(self, block: LoadedBlock) -> Iterator[None]:
@@ -96,7 +98,7 @@ class CacheRounding:
     ) -> tuple[Tensor, Tensor, Tensor]:
         of_keys, of_values = self.scales[attention.name + KEY_SCALE], self.scales[attention.name + VALUE_SCALE]
         return (
-            round_cached(query),
+            round_cached(query) if self.queries else query,
             round_cached(key, of_keys.to(key.device)),
             round_cached(value, of_values.to(key.device)),
         )

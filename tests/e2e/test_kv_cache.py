@@ -15,8 +15,12 @@ from hawqtool.errors import UsageError
 from hawqtool.export.verify import verify_folder
 from hawqtool.pipeline.evaluate import run_evaluate
 from hawqtool.pipeline.inspection.packed import describe_packed
+from hawqtool.pipeline.load_trial import child
+from hawqtool.pipeline.load_trial.trial import _difference, _own_outputs
+from hawqtool.pipeline.run.job import prepare
 from hawqtool.report.page.html import page
 from hawqtool.runtime.reporter import Silent
+from hawqtool.streaming.rounded_cache import CacheRounding
 from tests.support.runs import Run, read, settings
 from tests.support.tiny_zoo import kind_named, save_kind
 
@@ -46,6 +50,21 @@ def test_scales_are_stored_and_evaluated(place: Path, run: Run) -> None:
     cut = run_evaluate(data, folder, Silent())["quantized"]
     assert cut["kl"] > 10 * evaluated["kl"]
     assert any("differs from its SHA-256" in problem for problem in verify_folder(folder).problems)
+
+
+def test_transformers_rounds_what_is_cached_as_we_do(place: Path, run: Run, tmp_path: Path) -> None:
+    folder, _ = run(bits="8", kv_cache="fp8", rounding="rtn", eval=False, eval_samples=None)
+    job = prepare(settings(place, bits="8", eval=False, eval_samples=None), Silent())
+    row = torch.randint(3, 128, (1, 32), generator=torch.Generator().manual_seed(0))
+    given, written = str(tmp_path / "rows.safetensors"), str(tmp_path / "outputs.safetensors")
+    save_file({"rows": row}, given)
+    child.main(str(folder), "LlamaForCausalLM", "0", given, written, "null", "cpu")
+    theirs, ours = load_file(written)["outputs"], _own_outputs(job, folder, row)
+    assert _difference(ours, theirs) < 1e-5
+    stream = job.packed_stream(folder)
+    stream.cache = CacheRounding()
+    unrounded = stream.outputs(row, stream.final_hidden(row, 1, lambda _: None)).float()
+    assert _difference(unrounded, theirs) > 1e-3
 
 
 def test_models_without_keys_and_values_are_refused_before_the_work(run: Run, tmp_path: Path) -> None:

@@ -63,9 +63,9 @@ def main(folder: str, class_name: str, trust: str, rows_file: str, outputs_file:
     model, rows = torch.nn.Module.to(model, device), load_file(rows_file)["rows"].to(device)
     if images != "null":
         setattr(model, IMAGES_READ, tuple(map(tuple, json.loads(images))))
-    if _rounds_inputs(folder):
+    if _rounds_activations(folder):
         _pass(model, rows)  # which unpacks the weights in their own dtype
-        # In 16 bits inputs differ by as much as that, and so does what they are rounded to: by whole steps.
+        # In 16 bits they differ by as much as that, and so does what they are rounded to: by whole steps.
         model = torch.nn.Module.float(model)
     save_file({"outputs": _pass(model, rows).float().cpu().contiguous()}, outputs_file)
 
@@ -78,10 +78,11 @@ def _pass(model: Any, rows: torch.Tensor) -> torch.Tensor:
         return row_outputs(model, model(**inputs))
 
 
-def _rounds_inputs(folder: str) -> bool:
-    """Whether inputs of some layers of a folder are rounded."""
-    groups = load_json(Path(folder) / "config.json")["quantization_config"]["config_groups"]
-    return any(group["input_activations"] for group in groups.values())
+def _rounds_activations(folder: str) -> bool:
+    """Whether inputs of some layers of a folder are rounded, or keys and values."""
+    config = load_json(Path(folder) / "config.json")["quantization_config"]
+    inputs = any(group["input_activations"] for group in config["config_groups"].values())
+    return inputs or config.get("kv_cache_scheme") is not None
 
 
 if __name__ == "__main__":

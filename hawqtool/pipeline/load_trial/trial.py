@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata, util
 from pathlib import Path
@@ -33,7 +33,6 @@ from hawqtool.pipeline.run.memory_budget import AUTO, memory_limit
 from hawqtool.records import Rows
 from hawqtool.runtime.background import beside
 from hawqtool.runtime.lifeline import Lifeline
-from hawqtool.streaming.rounded_cache import CacheRounding
 
 SWITCH = "HAWQTOOL_LOAD_TRIAL"
 """Environment variable that switches the trial off when it is 0; the report then says that nothing was tried."""
@@ -183,9 +182,13 @@ def _device(job: Job) -> str:
 def _run_somewhere(
     order: Sequence[str], device: str, process: TrialProcess | None
 ) -> subprocess.CompletedProcess[bytes]:
-    """What the process says and its exit code; what fails on a GPU, which others may fill, is tried on the CPU."""
+    """What the process says and its exit code; what fails where a GPU, which others may fill, is in it is tried again.
+
+    That is done on the CPU by a process of its own: one that got ready ahead may have failed at that already.
+    """
     done = _run([*order, device], process)
-    return done if device == _CPU or not done.returncode else _run([*order, _CPU], None)
+    is_final = not done.returncode or (device == _CPU and process is None)
+    return done if is_final else _run([*order, _CPU], None)
 
 
 def _run(order: Sequence[str], process: TrialProcess | None) -> subprocess.CompletedProcess[bytes]:
@@ -219,7 +222,8 @@ def _not_possible(job: Job) -> str | None:
     if util.find_spec("compressed_tensors") is None:
         return "compressed-tensors is not installed"
     # Unpacked weights beside packed ones, and what a forward pass takes; twice as much in float32.
-    needed = (4 if any(fmt.activations for fmt in job.config.special_formats) else 2) * job.index.total_bytes
+    rounds = job.config.kv_cache != "none" or any(fmt.activations for fmt in job.config.special_formats)
+    needed = (4 if rounds else 2) * job.index.total_bytes
     free = _free_memory()
     limit = memory_limit(job.config, job.device) if job.device.type == "cpu" else None
     if needed > min(free, free if limit is None else limit):
@@ -253,11 +257,11 @@ def _last_line(stderr: bytes, code: int) -> str:
 
 
 def _own_outputs(job: Job, folder: Path, row: Tensor) -> Tensor:
-    """Outputs of our own walk over the folder's weights, in float32 where inputs are rounded, as the child's are."""
+    """Outputs of our own walk over the folder, in float32 where inputs or the cache are rounded, as the child's are."""
     stream = job.packed_stream(folder)
-    if stream.input_formats and job.dtype != torch.float32:
+    if (stream.input_formats or stream.cache.attentions) and job.dtype != torch.float32:
         stream = job.packed_stream(folder, torch.float32)
-    stream.cache = CacheRounding()  # transformers keeps it in 16 bits, whatever the file says
+    stream.cache = replace(stream.cache, queries=False)  # compressed-tensors rounds what is cached alone
     with torch.no_grad():
         states = stream.final_hidden(row, 1, lambda _: None)
         return stream.outputs(row, states).float().cpu()

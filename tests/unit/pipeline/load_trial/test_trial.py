@@ -120,11 +120,15 @@ def test_a_gpu_with_room_is_taken_and_what_fails_there_is_tried_on_the_cpu(
 
     def run(order: list[str], process: object) -> subprocess.CompletedProcess[bytes]:
         asked.append(order[-1])
-        return in_this_process(order, process) if order[-1] == "cpu" else subprocess.CompletedProcess(order, 1)
+        fails = order[-1] == "cuda" or process is not None  # which got ready for a GPU
+        return subprocess.CompletedProcess(order, 1) if fails else in_this_process(order, process)
 
     monkeypatch.setattr(load_trial, "_run", run)
     monkeypatch.setattr(load_trial, "_device", lambda _: "cuda")
     assert try_loading(job, packed, ROWS).loads is True and asked == ["cuda", "cpu"]
+    monkeypatch.setattr(load_trial, "_device", lambda _: "cpu")
+    ahead = TrialProcess("LlamaForCausalLM", "cuda")
+    assert try_loading(job, packed, ROWS, ahead).loads is True and asked[2:] == ["cpu", "cpu"]
     monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     size, devices = job.index.total_bytes, dict[float, str]()
