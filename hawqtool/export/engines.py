@@ -143,10 +143,18 @@ def run_note(runs: Sequence[EngineRun], engine: str, formats: LayerFormats, cach
         if fine and wanted <= known and (cache_format is None or cached):
             most = max(abs(run.difference) for run in fine)
             return (
-                f"its formats were run in version {version} on {card} on {max(run.date for run in fine)}, with "
-                f"perplexities within {100 * most:.2g} % of ours"
+                f"its formats were run in version {version}{_already(version, engine)} on {card} on "
+                f"{max(run.date for run in fine)}, with perplexities within {100 * most:.2g} % of ours"
             )
     return None
+
+
+def _already(version: str, engine: str) -> str:
+    """What is said of a version before the one whose source was read."""
+    run, read = (
+        [int(n) for n in re.findall(r"\d+", text.partition(",")[0])] for text in (version, MINIMUM_VERSIONS[engine])
+    )
+    return " already" if run < read else ""
 
 
 _CACHES = {

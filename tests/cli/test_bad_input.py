@@ -338,6 +338,11 @@ CASES: dict[str, Case] = {
         (*MIXED, "--sensitivity", "s.json"),
         spoil=lambda p: p.edit("s.json", lambda s: s["scores"].pop("projection")),
     ),
+    "scores of other units": Case(
+        2,
+        "s.json has no scores of model.layers.0.self_attn.q_proj; expected those of the units of this run",
+        (*MIXED, "--sensitivity", "s.json", "--profile", "transformers"),
+    ),
     "scores that are no numbers": Case(
         4,
         "is damaged",

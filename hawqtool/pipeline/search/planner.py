@@ -154,6 +154,7 @@ def make_planner(context: RunContext, sets: dict[str, Rows]) -> Planner:
     given = cast(SensitivityDocument, read_json(path, SENSITIVITY_SCHEMA))
     table, _, _ = parse_sensitivity(given, str(path))
     _check_saved(job, table, model_fingerprint(job.index, context.reporter))
+    _check_units(job, table, menu)
     seconds = table.settings.get("seconds")
     origin = Origin("file", None, seconds if isinstance(seconds, float) else None)
     return Planner(context, table, given, origin)
@@ -182,6 +183,17 @@ def _check_saved(job: Job, table: SensitivityTable, measured_model: str) -> None
     if table.symmetric != config.symmetric:
         kind, flag = ("symmetric", "--symmetric") if table.symmetric else ("asymmetric", "--asymmetric")
         raise UsageError(f"{config.sensitivity} was measured for {kind} grids; give {flag} or measure again")
+
+
+def _check_units(job: Job, table: SensitivityTable, menu: Menu) -> None:
+    scored = {unit for scores in table.scores.values() for unit in scores}
+    open_ = (name for name, formats in menu.items() if len(formats) > 1 and name not in job.pins)
+    missing = next((name for name in open_ if name not in scored), None)
+    if missing is not None:
+        raise UsageError(
+            f"{job.config.sensitivity} has no scores of {missing}; expected those of the units of this run: measure again "
+            "with its --profile, --ignore and --quantize-lm-head, which make the units"
+        )
 
 
 def given_plan(config: RunConfig, units: tuple[Unit, ...]) -> BitPlan:

@@ -113,7 +113,8 @@ def test_what_an_engine_was_seen_to_serve_is_named() -> None:
     def note(*labels: str, runs: tuple[EngineRun, ...] = (RUN,), cache: str | None = None) -> str | None:
         return run_note(runs, VLLM, {label: parse_label(label) for label in labels}, cache)
 
-    expected = "version 0.26.0 on an H200 on 2026-11-28, with perplexities within 0.2 % of ours"
+    expected = "version 0.26.0 already on an H200 on 2026-11-28, with perplexities within 0.2 % of ours"
+    assert "version 0.33.0 on an H200" in str(note("nvfp4", runs=(replace(RUN, version="0.33.0"),)))
     assert expected in str(note("fp8-a8f")) and note("fp8-a8f", "w4g128") is None and note() is None
     other = replace(RUN, labels=("w4g128",), cache="fp8", date="2026-12-01", difference=-0.004)
     assert "2026-12-01, with perplexities within 0.4 %" in str(note("fp8-a8f", "w4g128", runs=(RUN, other)))
