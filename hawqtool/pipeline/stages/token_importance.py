@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -12,7 +13,9 @@ from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.run.memory_budget import Work, importance_offload
 from hawqtool.pipeline.stages import refine
 from hawqtool.records import OutputMoments, Rows, TokenImportance
+from hawqtool.rounding.kernels.dispatch import compile_ahead
 from hawqtool.rounding.statistics import is_held_out
+from hawqtool.runtime.background import beside
 from hawqtool.sensitivity.output_moments import FITTING, HELD_OUT, LEFT_OUT, OutputMomentSums
 from hawqtool.sensitivity.token_importance import Portions, token_importance
 
@@ -55,6 +58,8 @@ def _importance(
     job: Job, tokens: torch.Tensor, layers: Sequence[str], progress: Callable[[int, int], None] = lambda *_: None
 ) -> tuple[TokenImportance, dict[str, OutputMoments]]:
     """Importance, and moments of some layers or blocks, on this rank's share of the rows; the leader has all's."""
+    if job.device.type == "cuda":  # the host waits for it now
+        beside(partial(compile_ahead, job.device, not job.config.symmetric))
     kinds, blocks = _kinds(job, len(tokens)), refine.weighted_blocks(job).intersection(layers)
     names = frozenset(layers) - blocks
     sums = OutputMomentSums(names, kinds, job.settings.method.needs_held_out, job.ranks, blocks)

@@ -63,6 +63,17 @@ def column_loop(device: torch.device, floats: bool = False) -> ModuleType | None
     return None if floats and kernel == "numba" else _imported(_COLUMN_LOOPS.get(kernel))
 
 
+def compile_ahead(device: torch.device, has_zeros: bool) -> None:
+    """Compile what the column loop needs on a GPU, before it is needed; nothing for kernels that are not Triton's.
+
+    Args:
+        device: Where the columns will be.
+        has_zeros: Whether grids have zero points.
+    """
+    if kernel_for(device) == "triton":
+        importlib.import_module("hawqtool.rounding.kernels.triton_columns").compile_ahead(device, has_zeros)
+
+
 def table_loop(device: torch.device) -> ModuleType | None:
     """The module whose ``round_block`` rounds columns to a table of values; None for the eager loop."""
     return _imported("triton_tables") if kernel_for(device) == "triton" else None

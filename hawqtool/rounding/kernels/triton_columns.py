@@ -9,41 +9,21 @@ import triton
 import triton.language as tl
 
 from hawqtool.rounding.kernels.column_block import ColumnBlock, FloatCodes
+from hawqtool.rounding.kernels.triton_codes import nearest_float, nearest_integer
+from hawqtool.rounding.kernels.triton_few_rows import AT_A_TIME, MOST_ROWS, round_few_rows_kernel
 
 BLOCK_COLUMNS = 128
 """Columns of a block, the height of the kernel's tile (a power of two)."""
-_TILES = ((1024, 8), (512, 4), (0, 2))
-"""Fewest rows of a call, and the rows of a program: one warp holds its whole tile in registers and sums over columns
-without a barrier. A GPU has about 132 processors: few rows, as those of output feedback, are shared by more of them,
-each of which then has less to do in a column. The bits are the same: a sum has one term that is not zero.
+_MANY_ROWS = 8
+"""Rows of a program where there are many: one warp holds its whole tile in registers and sums over columns without a
+barrier. Fewer rows go through `triton_few_rows`.
 """
 
-
-@triton.jit
-def _rounded(level):  # type: ignore[no-untyped-def]
-    """The nearest integer: adding 1.5 · 2^23 leaves no bits below one, so the sum rounds half to even.
-
-    Bounds are integers, so that clipping before it changes nothing.
-    """
-    return (level + 12582912.0) - 12582912.0
-
-
-@triton.jit
-def _nearest_float(  # type: ignore[no-untyped-def]
-    level, MANTISSA: tl.constexpr, LEAST: tl.constexpr, LARGEST: tl.constexpr
-):
-    """The nearest small float, half to even, and its bits as an E4M3 number, which all codes are in memory."""
-    magnitude = tl.minimum(tl.abs(level), LARGEST)
-    exponent = tl.maximum((magnitude.to(tl.int32, bitcast=True) >> 23) - 127, LEAST)
-    # Powers of two by their bits: the spacing of values around the magnitude, and its inverse.
-    spacing = ((exponent - MANTISSA + 127) << 23).to(tl.float32, bitcast=True)
-    inverse = ((MANTISSA - exponent + 127) << 23).to(tl.float32, bitcast=True)
-    magnitude = _rounded(magnitude * inverse) * spacing
-    bits = magnitude.to(tl.int32, bitcast=True)
-    # E4M3 has a bias of 7 and three bits of mantissa; below 2^-6 its codes count steps of 2^-9.
-    code = tl.where(magnitude < 0.015625, (magnitude * 512.0).to(tl.int32), (bits >> 20) - (120 << 3))
-    negative = level.to(tl.int32, bitcast=True) < 0
-    return tl.where(negative, -magnitude, magnitude), tl.where(negative, code | 128, code).to(tl.int8)
+_FEW_ROWS = ((2048, 4), (0, 1))
+"""Fewest rows of a call, and the rows of a program, below `MOST_ROWS`. A GPU has about 132 processors: few rows, as
+those of output feedback, are shared by more programs, each of which then has less to do in a column. The bits are the
+same: a sum has one term that is not zero.
+"""
 
 
 @triton.jit
@@ -89,13 +69,13 @@ def _round_block_kernel(  # type: ignore[no-untyped-def]
         current = tl.sum(tl.where(column[:, None] == j, carried, 0.0), axis=0)
         level = tl.div_rn(tl.fma(current, keep, value), step)
         if MANTISSA >= 0:
-            level, code = _nearest_float(level, MANTISSA, LEAST, LARGEST)
+            level, code = nearest_float(level, MANTISSA, LEAST, LARGEST)
         elif HAS_ZEROS:
             zero = tl.load(zeros + place, mask=is_row, other=0.0)
-            level = _rounded(tl.minimum(tl.maximum(level, low - zero), high - zero))
+            level = nearest_integer(tl.minimum(tl.maximum(level, low - zero), high - zero))
             code = (level + zero).to(tl.int8)
         else:
-            level = _rounded(tl.minimum(tl.maximum(level, low), high))
+            level = nearest_integer(tl.minimum(tl.maximum(level, low), high))
             code = level.to(tl.int8)
         error = tl.div_rn(tl.fma(-level, step, tl.fma(current, keep_squared, value)), pivot)
         tl.store(errors + place, error, mask=is_row)
@@ -105,7 +85,7 @@ def _round_block_kernel(  # type: ignore[no-untyped-def]
 
 def tile_rows(rows: int) -> int:
     """Rows of a program, where so many go through the loop."""
-    return next(size for least, size in _TILES if rows >= least)
+    return _MANY_ROWS if rows >= MOST_ROWS else next(size for least, size in _FEW_ROWS if rows >= least)
 
 
 def round_block(block: ColumnBlock, beta: float, floats: FloatCodes | None = None) -> None:
@@ -121,9 +101,9 @@ def round_block(block: ColumnBlock, beta: float, floats: FloatCodes | None = Non
     """
     target, zeros = block.target, block.zeros
     width, rows = target.shape
-    tile = tile_rows(rows)
+    kernel, constants = _chosen(rows, width, zeros is not None)
     with torch.cuda.device_of(target):
-        _round_block_kernel[(triton.cdiv(rows, tile),)](
+        kernel[(triton.cdiv(rows, constants["ROWS"]),)](
             target,
             block.feedback,
             block.scales,
@@ -136,13 +116,31 @@ def round_block(block: ColumnBlock, beta: float, floats: FloatCodes | None = Non
             rows,
             1.0 - beta,
             (1.0 - beta) ** 2,
-            WIDTH=width,
-            HAS_ZEROS=zeros is not None,
-            COLUMNS=BLOCK_COLUMNS,
-            ROWS=tile,
-            num_warps=1,
+            **constants,
             **({} if floats is None else _constants(floats)),
         )
+
+
+def compile_ahead(device: torch.device, has_zeros: bool) -> None:
+    """Compile the kernels for whole blocks of integers, which takes seconds where Triton's cache has them not.
+
+    Args:
+        device: The GPU.
+        has_zeros: Whether grids have zero points.
+    """
+    numbers, codes = torch.float32, torch.int8  # stand for tensors of theirs
+    with torch.cuda.device(device):
+        for rows in (*(max(least, 16) for least, _ in _FEW_ROWS), MOST_ROWS):  # like most, a multiple of 16
+            kernel, constants = _chosen(rows, BLOCK_COLUMNS, has_zeros)
+            kernel.warmup(*[numbers] * 7, codes, numbers, rows, 1.0, 1.0, grid=(1,), **constants)
+
+
+def _chosen(rows: int, width: int, has_zeros: bool) -> tuple[Any, dict[str, Any]]:
+    """The kernel for so many rows and columns, and its constants."""
+    known = {"WIDTH": width, "HAS_ZEROS": has_zeros, "COLUMNS": BLOCK_COLUMNS, "ROWS": tile_rows(rows), "num_warps": 1}
+    if rows >= MOST_ROWS:
+        return _round_block_kernel, known
+    return round_few_rows_kernel, {**known, "WHOLE": width % AT_A_TIME == 0}
 
 
 def _constants(floats: FloatCodes) -> dict[str, Any]:

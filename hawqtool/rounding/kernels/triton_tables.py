@@ -7,7 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hawqtool.rounding.kernels.triton_columns import BLOCK_COLUMNS, tile_rows
+from hawqtool.rounding.kernels.triton_columns import BLOCK_COLUMNS
+
+_TILES = ((1024, 8), (512, 4), (0, 2))
+"""Fewest rows of a call, and the rows of a program: few rows are shared by more of a GPU's processors."""
 
 
 @triton.jit
@@ -65,7 +68,7 @@ def round_block(target: Tensor, steps: Tensor, upper: Tensor, table: Tensor, cod
         errors: ``[width, rows]`` float32, written: e_j, for the update of later blocks.
     """
     width, rows = target.shape
-    tile = tile_rows(rows)
+    tile = next(size for least, size in _TILES if rows >= least)
     with torch.cuda.device_of(target):
         _round_table_kernel[(triton.cdiv(rows, tile),)](
             target,
