@@ -9,9 +9,10 @@ import threading
 from collections import deque
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
+if TYPE_CHECKING:  # work may begin beside the import of torch
+    import torch
 
 T = TypeVar("T")
 
@@ -63,7 +64,7 @@ class Background:
     """
 
     def __init__(self, device: torch.device | None = None, most_waiting: int = 8) -> None:
-        self._stream = torch.cuda.Stream(device) if device is not None and device.type == "cuda" else None
+        self._stream = _side_stream(device) if device is not None and device.type == "cuda" else None
         self._most = most_waiting
         self._thread: ThreadPoolExecutor | None = None
         self._waiting: deque[Future[None]] = deque()
@@ -76,7 +77,7 @@ class Background:
         """
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "background")
-        ready = None if self._stream is None else torch.cuda.current_stream(self._stream.device).record_event()
+        ready = None if self._stream is None else _event(self._stream)
         self._waiting.append(self._thread.submit(self._do, work, ready))
         while len(self._waiting) > self._most or (self._waiting and self._waiting[0].done()):
             self._waiting.popleft().result()
@@ -85,6 +86,8 @@ class Background:
         if self._stream is None or ready is None:
             work()
             return
+        import torch
+
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(ready)
             work()
@@ -101,3 +104,16 @@ class Background:
         if self._thread is not None:
             self._thread.shutdown()
             self._thread = None
+
+
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    import torch
+
+    return torch.cuda.Stream(device)
+
+
+def _event(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    """What is queued until now on the current stream of another stream's device."""
+    import torch
+
+    return torch.cuda.current_stream(stream.device).record_event()

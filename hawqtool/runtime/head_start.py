@@ -1,0 +1,76 @@
+"""Head start of a run on a GPU: libraries are imported in threads of their own, and the GPU is woken meanwhile.
+
+Of the thousands of small files behind the libraries most are read within milliseconds on a disk of one's own; on shared
+disks and in sandboxes, where GPUs often are, each takes as long, and threads wait for them side by side.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import partial
+from importlib import import_module, util
+
+from hawqtool.runtime.background import beside
+from hawqtool.runtime.launched import world_size
+
+_DRIVER = "libcuda.so.1"
+_LEADING = "transformers"
+"""It puts another module into its own place, which a thread that waits for it would not see: so it is imported here."""
+_ALONE = ("sympy",)
+_BEHIND_TORCH = ("scipy.optimize", "sklearn.metrics")
+"""What the libraries of models import; these look at torch while they are imported, which must be whole then."""
+
+
+def head_start(device: str) -> None:
+    """Import the slow libraries, where there is a GPU to compute on; else nothing, as a CPU has no time left over.
+
+    What fails in a thread fails again where it is needed.
+
+    Args:
+        device: ``auto``, ``cpu`` or ``cuda``.
+    """
+    driver = None if device == "cpu" else _driver()
+    if driver is None:
+        return
+    if world_size() == 1:
+        beside(partial(_make_context, driver))
+    beside(partial(_import_all, _ALONE))
+    beside(_from_torch_on)
+    import_module(_LEADING)
+
+
+def _driver() -> ctypes.CDLL | None:
+    try:
+        return ctypes.CDLL(_DRIVER)
+    except OSError:
+        return None
+
+
+def _make_context(driver: ctypes.CDLL) -> None:
+    """Make the context of the first GPU that torch will use; asked by C, the interpreter goes on meanwhile."""
+    if driver.cuInit(0) == 0:
+        driver.cuDevicePrimaryCtxRetain(ctypes.byref(ctypes.c_void_p()), 0)
+
+
+def _from_torch_on() -> None:
+    import_module("torch")
+    if world_size() == 1:
+        beside(wake)
+    _import_all(_BEHIND_TORCH)
+
+
+def wake() -> None:
+    """Load the libraries of products, which takes half a second."""
+    import torch
+
+    if torch.cuda.is_available():
+        few = torch.ones((8, 8), dtype=torch.bfloat16, device="cuda")
+        float((few @ few).sum())
+
+
+def _import_all(names: Sequence[str]) -> None:
+    """Import modules, but for those of libraries that are not installed."""
+    for name in names:
+        if util.find_spec(name.partition(".")[0]) is not None:
+            import_module(name)
