@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import sys
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -74,10 +74,16 @@ def _leave(end: SystemExit) -> None:
     """End the process at once where Python would take long, or never come to an end."""
     if end.code in (INTERRUPTED, TERMINATED):
         os._exit(end.code)  # threads of libraries, which Python would wait for, may never end
-    watched = sys.gettrace() or sys.getprofile()  # by a tool that writes when Python ends
-    if isinstance(end.code, int) and "torch" in sys.modules and not watched:
+    if isinstance(end.code, int) and "torch" in sys.modules and not _is_watched():
         atexit._run_exitfuncs()
         os._exit(end.code)  # taking down thousands of modules takes a second
+
+
+def _is_watched() -> bool:
+    """Whether a profiler or the like looks on, which writes what it saw when Python ends."""
+    monitoring: Any = getattr(sys, "monitoring", None)  # from Python 3.12 on
+    tools = map(monitoring.get_tool, range(6)) if monitoring is not None else ()
+    return sys.gettrace() is not None or sys.getprofile() is not None or any(tools)
 
 
 def main() -> None:

@@ -157,7 +157,10 @@ def closing_lines(report: Report, output: str, seconds: float) -> list[str]:
     ratio = sizes["original_bytes"] / sizes["quantized_bytes"]
     loads = {entry["engine"] for entry in report["engines"] if entry["loads"]}
     served = next((name for name in loads if name.lower().startswith("vllm")), None)
-    lines = [f"done        {ratio:.2f} times smaller, in {duration(seconds)}; look at {Path(output) / 'report.html'}"]
+    changed = f"{ratio:.2f} times smaller" if ratio > 1 else f"{1 / ratio:.2f} times larger"
+    if f"{ratio:.2f}" == "1.00":  # of an original in so few bits
+        changed = "as large as the original"
+    lines = [f"done        {changed}, in {duration(seconds)}; look at {Path(output) / 'report.html'}"]
     if served is not None and report["architecture"].endswith("ForCausalLM"):
         lines.append(f"next        vllm serve {path}")
     return [*lines, f"{'' if len(lines) > 1 else 'next':12}hawqtool push {path} ORG/NAME"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from rich.console import Console
 
-from hawqtool.cli.render import fitted, hanging, print_report, result_lines
+from hawqtool.cli.render import closing_lines, fitted, hanging, print_report, result_lines
 from tests.unit.pipeline.test_report import a_report, a_search, uniform
 
 WIDTH = 100
@@ -65,3 +65,10 @@ def test_the_first_screen_wraps_between_words_on_a_terminal_only() -> None:
     parts = fitted(line, narrow).splitlines()
     assert fitted(line, plain) == line and len(parts) > 1 and parts[1].startswith(" " * 12)
     assert max(map(len, parts)) <= 60 and " ".join(part.strip() for part in parts).split() == line.split()
+
+
+def test_the_end_says_how_much_smaller_or_larger_the_file_is() -> None:
+    report = a_report(experts={})
+    for quantized, said in ((500, "2.00 times smaller"), (999, "as large as the original"), (1250, "1.25 times larger")):
+        report["sizes"] |= {"original_bytes": 1000, "quantized_bytes": quantized}
+        assert closing_lines(report, "out", 5)[0] == f"done        {said}, in 5 s; look at out/report.html"
