@@ -69,6 +69,7 @@ def test_the_first_screen_wraps_between_words_on_a_terminal_only() -> None:
 
 def test_the_end_says_how_much_smaller_or_larger_the_file_is() -> None:
     report = a_report(experts={})
-    for quantized, said in ((500, "2.00 times smaller"), (999, "as large as the original"), (1250, "1.25 times larger")):
+    expected = {500: "2.00 times smaller", 999: "as large as the original", 1250: "1.25 times larger"}
+    for quantized, said in expected.items():
         report["sizes"] |= {"original_bytes": 1000, "quantized_bytes": quantized}
         assert closing_lines(report, "out", 5)[0] == f"done        {said}, in 5 s; look at out/report.html"
