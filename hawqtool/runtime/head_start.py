@@ -17,6 +17,7 @@ from hawqtool.runtime.launched import world_size
 _DRIVER = "libcuda.so.1"
 _LEADING = "transformers"
 """It puts another module into its own place, which a thread that waits for it would not see: so it is imported here."""
+_TRITON = "triton.runtime.cache"
 _ALONE = ("sympy",)
 _BEHIND_TORCH = ("scipy.optimize", "sklearn.metrics")
 """What the libraries of models import; these look at torch while they are imported, which must be whole then."""
@@ -61,12 +62,15 @@ def _from_torch_on() -> None:
 
 
 def wake() -> None:
-    """Load the libraries of products, which takes half a second."""
+    """Load the libraries of products, which takes half a second, and have Triton hash itself, which takes another."""
     import torch
 
     if torch.cuda.is_available():
         few = torch.ones((8, 8), dtype=torch.bfloat16, device="cuda")
         float((few @ few).sum())
+        if util.find_spec(_TRITON.partition(".")[0]) is not None:
+            # It names compiled kernels by that, and remembers it; versions that keep it elsewhere do it later.
+            getattr(import_module(_TRITON), "triton_key", int)()
 
 
 def _import_all(names: Sequence[str]) -> None:

@@ -48,6 +48,7 @@ class OutputMomentSums:
         self.blocks = blocks
         self.finished: dict[str, OutputMoments] = {}
         self._sums: Sums = {}
+        self._batches: dict[tuple[int, int], list[tuple[int, slice | Tensor]]] = {}
         self._beside: Background | None = None
 
     def visit(self, found: Sums, name: str, gradient: Tensor, norms: Tensor, first: int) -> None:
@@ -65,14 +66,19 @@ class OutputMomentSums:
         width = gradient.shape[-1]
         if name not in found:
             found[name] = torch.zeros(2, width, width, dtype=torch.float32, device=gradient.device)
-        kinds = self.kinds[first : first + len(gradient)]
-        for kind in (FITTING, HELD_OUT):
-            rows = torch.nonzero(kinds == kind)[:, 0].to(gradient.device, non_blocking=True)  # a GPU goes on meanwhile
-            if len(rows):
-                tokens = gradient.index_select(0, rows).flatten(0, 1)
-                lengths = norms.index_select(0, rows).flatten().float()
-                roots = torch.where(lengths > 0, lengths.rsqrt(), 0.0)
-                found[name][kind].add_(gram(tokens, roots), alpha=len(tokens))
+        lengths = norms.float()
+        roots = torch.where(lengths > 0, lengths.rsqrt(), 0.0)
+        for kind, rows in self._rows(first, len(gradient), gradient.device):
+            tokens = gradient[rows].flatten(0, 1).contiguous()
+            found[name][kind].add_(gram(tokens, roots[rows].flatten()), alpha=len(tokens))
+
+    def _rows(self, first: int, count: int, device: torch.device) -> list[tuple[int, slice | Tensor]]:
+        """Rows of a batch by kind: a view of them where they lie together, as that costs a GPU no launch."""
+        if (first, count) not in self._batches:
+            kinds = self.kinds[first : first + count]
+            listed = ((kind, torch.nonzero(kinds == kind)[:, 0]) for kind in (FITTING, HELD_OUT))
+            self._batches[first, count] = [(kind, _together(rows, device)) for kind, rows in listed if len(rows)]
+        return self._batches[first, count]
 
     def add(self, found: Sums, last: bool) -> None:
         """Add the sums of a block over some rows to those of the rows before; after the last rows make moments.
@@ -110,3 +116,9 @@ class OutputMomentSums:
             self._beside.finish()
         for part in self.ranks.to_owner(self.finished, 0) or ():
             self.finished |= part
+
+
+def _together(rows: Tensor, device: torch.device) -> slice | Tensor:
+    """Numbers of rows as a slice where they follow on each other."""
+    begin, end = int(rows[0]), int(rows[-1]) + 1
+    return slice(begin, end) if end - begin == len(rows) else rows.to(device)
