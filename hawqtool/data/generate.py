@@ -44,9 +44,27 @@ class SampledModel:
     trust_remote_code: bool = False
     auto_class: str = CAUSAL
 
+    @property
+    def first_token(self) -> int:
+        """The token that a row begins with, and that fills up rows.
+
+        Raises:
+            InputError: If the tokenizer names none.
+        """
+        known = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        first: int | None = next((token for token in known if token is not None), None)
+        if first is None:
+            raise InputError("the tokenizer names no begin or end token to start from; give --calibration a text")
+        return first
+
 
 def generate_rows(
-    source: SampledModel, num_rows: int, seq_len: int, seed: int, progress: Callable[[int, int], None]
+    source: SampledModel,
+    num_rows: int,
+    seq_len: int,
+    seed: int,
+    progress: Callable[[int, int], None],
+    load: Callable[[], Any] | None = None,
 ) -> Tensor:
     """Sample rows at temperature 1 from the beginning-of-text token, batched, with a key-value cache.
 
@@ -58,6 +76,7 @@ def generate_rows(
         seq_len: Tokens per row, the first one included.
         seed: Seed of the sampling; the global random state is left as it was.
         progress: Called after every step with tokens done and tokens in all.
+        load: Gives what `load_sampled` does (default: it is called).
 
     Returns:
         ``[num_rows, seq_len]`` int64 on the CPU.
@@ -68,11 +87,8 @@ def generate_rows(
     """
     from transformers import GenerationConfig, StoppingCriteriaList
 
-    tokenizer, device = source.tokenizer, source.device
-    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if first is None:
-        raise InputError("the tokenizer names no begin or end token to start from; give --calibration a text")
-    model = load_sampled(source, first)
+    first, device = source.first_token, source.device
+    model = load_sampled(source) if load is None else load()
     settings = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=seq_len - 1, pad_token_id=first
     )
@@ -192,12 +208,12 @@ def _recorded(step: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
-def load_sampled(source: SampledModel, padding: int) -> Any:
+def load_sampled(source: SampledModel, padding: int | None = None) -> Any:
     """The whole model, whatever its own generation settings are.
 
     Args:
         source: The model.
-        padding: Token that fills up rows.
+        padding: Token that fills up rows (default: the first one of a row).
 
     Raises:
         InputError: If transformers cannot load it.
@@ -206,7 +222,7 @@ def load_sampled(source: SampledModel, padding: int) -> Any:
     import transformers
 
     # The checkpoint's own generation settings (an end token, a top-k) must not shape the rows; they are not read.
-    neutral = transformers.GenerationConfig(pad_token_id=padding)
+    neutral = transformers.GenerationConfig(pad_token_id=source.first_token if padding is None else padding)
     try:
         with _no_progress_bars():
             model: Any = getattr(transformers, source.auto_class).from_pretrained(

@@ -40,7 +40,7 @@ from hawqtool.pipeline.stages.evaluate import check_rotation
 from hawqtool.pipeline.stages.kv_cache import calibrate_cache
 from hawqtool.pipeline.stages.measurement_cache import check_measurements
 from hawqtool.pipeline.stages.report import Outcome, build_report, write_card, write_reproduce
-from hawqtool.pipeline.stages.rows import gather_rows, read_ahead
+from hawqtool.pipeline.stages.rows import gather_rows, load_ahead, read_ahead
 from hawqtool.pipeline.stages.token_importance import with_token_importance
 from hawqtool.pipeline.tasks import check_tasks, judge_tasks
 from hawqtool.pipeline.worker import begin_ranks, leading
@@ -93,6 +93,7 @@ def run_quantize(
             check_tasks(job)
             description = describe(job)
             announce({**description, "estimate": estimate(job)} if estimates else description)
+            load_ahead(job, resuming)
             record_content(job.index, before, reporter, begun)
         fingerprint = config_fingerprint(config, job.index.content)
         run.begin(run_identity(job), config.restart)

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hawqtool.data.generate import SampledModel, generate_rows
+from hawqtool.data.generate import BATCH_ROWS, SampledModel, generate_rows, load_sampled
 from hawqtool.data.media_rows import MediaReader, RowTexts, Transcribe
 from hawqtool.data.mixing import SourceRows, equal_quotas, mix_rows, pieces, quotas, require_rows
 from hawqtool.data.sources import check_found, is_hub, is_plain_text, open_source
@@ -33,6 +33,9 @@ from hawqtool.settings.fields import SELF
 ROLES = ("calibration", "scoring", "selection", "report")
 _EXPECTED = {IMAGES: "a folder of images", **dict.fromkeys(SOUNDS, "a folder of WAV files")}
 _SMALLEST_SET, _SCORING_SET, _SHORT_ROW, _FEWEST_REPORT_ROWS = 8, 16, 512, 2
+
+_SAMPLED_MODEL = "sampled model"
+"""Key of the model to sample from, where it is loaded ahead."""
 
 _FEW_PIECES = 3
 SELECTION_LENGTH = 256
@@ -103,6 +106,16 @@ def read_ahead(job: Job) -> None:
     for text, count, seed in wanted:
         if is_plain_text(text):
             job.ahead.begin((text, count, seed), partial(_text_rows, job, text, count, seed))
+
+
+def load_ahead(job: Job, resuming: bool) -> None:
+    """Begin to load the model that rows are sampled from, where it can be beside other work: onto a GPU.
+
+    While that goes on, nothing else may make tensors of the default dtype, which transformers changes for a moment. A
+    run that resumes may have the rows.
+    """
+    if job.device.type == "cuda" and not resuming and job.config.reads_rows and SELF in _shares(job, _counts(job)):
+        job.ahead.begin(_SAMPLED_MODEL, partial(load_sampled, _sampled_model(job)))
 
 
 def check_sources(job: Job) -> None:
@@ -327,8 +340,9 @@ def _sampled_source(context: RunContext, quota: dict[str, int]) -> SourceRows:
         return SourceRows(SELF, known, quota)
     context.reporter.say(f"sampling {count} rows of {length} tokens from the model")
     asked = parts * count, length // parts
-    # Each loads the whole model, through the host's memory.
-    shares = context.ranks.size > 1 and context.ranks.size * _weight_bytes(job) <= _half_of_memory()
+    # Each loads the whole model, through the host's memory. A GPU takes a step for all rows of a batch at once.
+    many = job.device.type == "cpu" or asked[0] > BATCH_ROWS
+    shares = many and context.ranks.size > 1 and context.ranks.size * _weight_bytes(job) <= _half_of_memory()
     sharing = context.shared(_sampled, *asked) if shares else job
     tokens = _sampled(sharing, *asked, context.progress("sampling tokens")).reshape(count, length)
     context.saved.save(SAMPLED, tokens)
@@ -338,7 +352,9 @@ def _sampled_source(context: RunContext, quota: dict[str, int]) -> SourceRows:
 def _sampled(job: Job, count: int, length: int, progress: Callable[[int, int], None] = lambda *_: None) -> Tensor:
     """Rows ``[count, length]`` that the model writes, for the leader; of other ranks their share."""
     share, seed = job.ranks.share(count), job.ranks.seed(job.config.seed)
-    own = generate_rows(_sampled_model(job), share.stop - share.start, length, seed, progress)
+    source = _sampled_model(job)
+    load = partial(job.ahead.result, _SAMPLED_MODEL, partial(load_sampled, source))
+    own = generate_rows(source, share.stop - share.start, length, seed, progress, load)
     return torch.cat(job.ranks.to_owner(own, 0) or [own])
 
 

@@ -11,6 +11,7 @@ import torch
 from hawqtool.config import RunConfig
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.stages import rows as stage
+from hawqtool.runtime.background import Ahead
 from hawqtool.runtime.ranks import ALONE
 from hawqtool.settings.fields import SELF
 
@@ -22,8 +23,8 @@ from hawqtool.settings.fields import SELF
 def test_rows_that_only_choose_are_two_texts_on_a_gpu(
     monkeypatch: pytest.MonkeyPatch, device: str, calibration: str, sampled: tuple[int, int]
 ) -> None:
-    def generate(_model: Any, count: int, length: int, _seed: int, _progress: Any) -> torch.Tensor:
-        assert (count, length) == sampled
+    def generate(_model: Any, count: int, length: int, _seed: int, _progress: Any, load: Any) -> torch.Tensor:
+        assert (count, length) == sampled and load() == ("loaded ahead" if device == "cuda" else "loaded")
         return torch.arange(count)[:, None].expand(count, length)
 
     monkeypatch.setattr(stage, "generate_rows", generate)
@@ -31,7 +32,12 @@ def test_rows_that_only_choose_are_two_texts_on_a_gpu(
     monkeypatch.setattr(stage, "_of_long_rows", lambda _, quota: quota)
     config = RunConfig(model="m", calibration=calibration)
     settings, place = SimpleNamespace(seq_len=512), torch.device(device)
-    job: Any = SimpleNamespace(config=config, settings=settings, device=place, ranks=ALONE)
+    job: Any = SimpleNamespace(config=config, settings=settings, device=place, ranks=ALONE, ahead=Ahead())
+    monkeypatch.setattr(stage, "_shares", lambda *_: {SELF: {"selection": 4}})
+    monkeypatch.setattr(stage, "_counts", lambda _: {})
+    monkeypatch.setattr(stage, "load_sampled", lambda _: "loaded ahead")
+    stage.load_ahead(job, resuming=False)
+    monkeypatch.setattr(stage, "load_sampled", lambda _: "loaded")
     found = stage._sampled_source(RunContext(job), {"selection": 4})
     assert found.tokens.shape == (4, 512 if calibration == SELF else 256)
     assert found.tokens[1].unique().tolist() == ([2, 3] if device == "cuda" and calibration != SELF else [1])
