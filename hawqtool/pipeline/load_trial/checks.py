@@ -28,7 +28,8 @@ class ShippedChecks:
     """Verifies the folder that is shipped, has transformers load it, and hashes its weights.
 
     All take the host and the disk for the most part: on a GPU each begins in a thread of its own as soon as it is
-    certain which folder that is, while the folder is evaluated. A CPU does one after the other when they are asked for.
+    certain which folder that is, while the folder is evaluated; a process that tries the folder on the GPU verifies it
+    too. A CPU does one after the other when they are asked for.
 
     Args:
         job: The original model.
@@ -59,9 +60,16 @@ class ShippedChecks:
         check_copies(folder, {name: began_with.get(name, "") for name in copied})
         self._folder = folder
         tried = next(entry for entry in result_engines(job, plan) if entry["engine"] == TRANSFORMERS)["loads"]
-        self._verify = self._aside(partial(_problems, job, folder))
         self._hashes = self._aside(partial(weight_entries, folder))
-        self._trial = self._aside(partial(try_loading, job, folder, self.rows, self.process)) if tried else None
+        ahead = bool(tried and self.process and self.process.device != "cpu")  # it verifies too
+        self._trial = self._aside(partial(try_loading, job, folder, self.rows, self.process, ahead)) if tried else None
+        self._verify = partial(self._found, folder) if ahead else self._aside(partial(_problems, job, folder))
+
+    def _found(self, folder: Path) -> tuple[str, ...]:
+        """What the process of the trial found; where it came to no end, what is found now."""
+        trial = self.trial()
+        known = None if trial is None else trial.problems
+        return _problems(self.job, folder) if known is None else known
 
     def _aside(self, work: Callable[[], T]) -> Callable[[], T]:
         return beside(work) if self.job.device.type == "cuda" else work

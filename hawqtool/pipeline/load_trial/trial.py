@@ -28,6 +28,7 @@ from torch import Tensor
 from hawqtool.model.block_list import example_row
 from hawqtool.model.skeleton import token_embedding
 from hawqtool.model.tasks import model_images
+from hawqtool.pipeline.load_trial.child import OUTPUTS, PROBLEMS, ROWS
 from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.run.memory_budget import AUTO, memory_limit
 from hawqtool.records import Rows
@@ -60,10 +61,12 @@ class LoadTrial:
     Args:
         loads: Whether the folder loads and computes what it should; None where it was not tried.
         reason: What was seen, or why nothing was tried.
+        problems: What verification in the process found; None where it was not asked for, or came to no end.
     """
 
     loads: bool | None
     reason: str
+    problems: tuple[str, ...] | None = None
 
 
 class TrialProcess:
@@ -75,9 +78,13 @@ class TrialProcess:
         class_name: Class of the model that it will load.
         device: Where it will compute, most likely.
         sees_gpus: Whether it may be told to compute on one.
+
+    Attributes:
+        device: As given.
     """
 
     def __init__(self, class_name: str, device: str = _CPU, sees_gpus: bool = False) -> None:
+        self.device = device
         self._ready_for = (class_name, device)
         self._environment = _environment() if sees_gpus else {**_environment(), "CUDA_VISIBLE_DEVICES": ""}
 
@@ -123,7 +130,9 @@ def started_ahead(job: Job) -> Iterator[TrialProcess | None]:
         yield process
 
 
-def try_loading(job: Job, folder: Path, rows: Tensor, process: TrialProcess | None = None) -> LoadTrial:
+def try_loading(
+    job: Job, folder: Path, rows: Tensor, process: TrialProcess | None = None, verifies: bool = False
+) -> LoadTrial:
     """Load a folder in transformers in a process of its own and compare one forward pass.
 
     Args:
@@ -131,6 +140,8 @@ def try_loading(job: Job, folder: Path, rows: Tensor, process: TrialProcess | No
         folder: A written folder with its small files.
         rows: Tokens ``[rows, seq_len]``, images or sounds; the first row's beginning is used.
         process: The process, where it was started ahead.
+        verifies: Whether the process verifies the folder too, where it computes on a GPU: having an interpreter of its
+            own, it keeps nobody waiting.
     """
     obstacle = _not_possible(job)
     if obstacle is not None:
@@ -139,27 +150,32 @@ def try_loading(job: Job, folder: Path, rows: Tensor, process: TrialProcess | No
     row = row.cpu().contiguous()
     versions = f"transformers {metadata.version('transformers')}, compressed-tensors {_compressed_tensors()}"
     with tempfile.TemporaryDirectory(prefix="hawqtool-load-") as place:
-        given, written = Path(place) / "rows.safetensors", Path(place) / "outputs.safetensors"
-        save_file({"rows": row}, given)
-        order = [str(folder), _class(job), str(int(job.source.runs_code)), str(given), str(written)]
-        order += [json.dumps(model_images(job.skeleton))]
+        save_file({"rows": row}, Path(place) / ROWS)
+        device = _device(job)
+        original = str(job.index.folder) if verifies and device != _CPU else ""
+        order = [str(folder), _class(job), str(int(job.source.runs_code)), place]
+        order += [json.dumps(model_images(job.skeleton)), original]
         own: Callable[[], Tensor] = partial(_own_outputs, job, folder, row)
         if job.device.type == "cuda":
             own = beside(own)
         try:
-            done = _run_somewhere(order, _device(job), process)
+            done = _run_somewhere(order, device, process)
         except subprocess.TimeoutExpired:
             return LoadTrial(None, f"not tried to the end: it took more than {_SECONDS} s")
         if done.returncode:
             return LoadTrial(False, f"tried with {versions}: {_last_line(done.stderr, done.returncode)}")
-        outputs = load_file(written)["outputs"]
+        outputs, problems = load_file(Path(place) / OUTPUTS)["outputs"], _problems(Path(place) / PROBLEMS)
     difference = _difference(own(), outputs)
     if not difference <= MAX_DIFFERENCE:
         found = f"its outputs differ by {difference:.2g} from those of the written weights"
-        return LoadTrial(False, f"tried with {versions}: it loads, but {found}")
-    return LoadTrial(
-        True, f"tried on this folder with {versions}: one forward pass agrees to {difference:.1g} (relative, median)"
-    )
+        return LoadTrial(False, f"tried with {versions}: it loads, but {found}", problems)
+    agrees = f"one forward pass agrees to {difference:.1g} (relative, median)"
+    return LoadTrial(True, f"tried on this folder with {versions}: {agrees}", problems)
+
+
+def _problems(file: Path) -> tuple[str, ...] | None:
+    """What verification found; None where it wrote nothing, as it did not come to an end."""
+    return tuple(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
 
 
 def _class(job: Job) -> str:
@@ -188,7 +204,7 @@ def _run_somewhere(
     """
     done = _run([*order, device], process)
     is_final = not done.returncode or (device == _CPU and process is None)
-    return done if is_final else _run([*order, _CPU], None)
+    return done if is_final else _run([*order[:-1], "", _CPU], None)
 
 
 def _run(order: Sequence[str], process: TrialProcess | None) -> subprocess.CompletedProcess[bytes]:

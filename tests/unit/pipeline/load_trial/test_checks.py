@@ -17,7 +17,7 @@ from hawqtool.export.manifest import seal
 from hawqtool.formats import QuantFormat
 from hawqtool.pipeline.load_trial import checks as module
 from hawqtool.pipeline.load_trial.checks import ShippedChecks
-from hawqtool.pipeline.load_trial.trial import LoadTrial
+from hawqtool.pipeline.load_trial.trial import LoadTrial, TrialProcess
 from hawqtool.pipeline.run.identity import record_content, stamps
 from hawqtool.pipeline.run.job import Job, prepare
 from hawqtool.records import BitPlan
@@ -60,3 +60,25 @@ def test_both_are_made_once(job: Job, tmp_path: Path, monkeypatch: pytest.Monkey
     report: Any = {}
     sealed = seal(tmp_path, report, checks.hashes())["manifest"]
     assert checks.hashes()["model.safetensors"]["bytes"] == 128 and seal(tmp_path, report)["manifest"] == sealed
+
+
+@pytest.mark.parametrize("found", [("seen there",), None])
+def test_the_process_of_a_trial_on_a_gpu_verifies(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: tuple[str, ...] | None
+) -> None:
+    """Where it came to no end, it is done here."""
+    asked = list[bool]()
+
+    def try_loading(*given: Any) -> LoadTrial:
+        asked.append(given[-1])
+        return LoadTrial(True, "tried", found)
+
+    monkeypatch.setattr(module, "try_loading", try_loading)
+    monkeypatch.setattr(module, "verify_folder", lambda *_, **__: SimpleNamespace(problems=("seen here",)))
+    plan = BitPlan({unit.name: QuantFormat(4, 32) for unit in job.units}, 1, 1)
+    for device, expected in (("cuda", found or ("seen here",)), ("cpu", ("seen here",))):
+        process = TrialProcess("LlamaForCausalLM", device)
+        checks = ShippedChecks(replace(job, device=torch.device("cuda")), torch.zeros(1, 8), process)
+        checks.begin(tmp_path, plan)
+        assert checks.problems() == expected and checks.trial() is not None
+    assert asked == [True, False]

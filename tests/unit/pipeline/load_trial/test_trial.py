@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hawqtool.config import RunConfig
+from hawqtool.export.verify import verify_folder
 from hawqtool.pipeline.load_trial import child as load_child
 from hawqtool.pipeline.load_trial import trial as load_trial
 from hawqtool.pipeline.load_trial.trial import SWITCH, TrialProcess, _difference, started_ahead, try_loading
@@ -48,11 +49,13 @@ def test_a_folder_that_loads_in_a_process_that_was_started_ahead(
     monkeypatch.setattr(load_trial, "_device", lambda _: "cpu")  # a real GPU would be asked for its memory
     with started_ahead(replace(job, device=torch.device("cuda"))) as process:
         assert process is not None
-        trial = try_loading(job, packed, ROWS, process)
+        monkeypatch.setattr(load_trial, "_CPU", "none")  # that it computes there keeps it from nothing
+        trial = try_loading(job, packed, ROWS, process, verifies=True)
         child = process._child
     assert child.returncode == 0
     assert trial.loads is True and "tried on this folder with transformers" in trial.reason
     assert "one forward pass agrees to 0.0" in trial.reason
+    assert trial.problems == verify_folder(packed, job.index.folder, sealed=False).problems
 
 
 def in_this_process(order: list[str], _: object) -> subprocess.CompletedProcess[bytes]:
