@@ -19,7 +19,7 @@ Place = tuple[Path, int, int]
 """File, first byte and number of bytes."""
 
 _PIECE_BYTES = 16 << 20
-_THREADS = min(8, os.cpu_count() or 1)
+_THREADS = min(16, os.cpu_count() or 1)
 
 
 class ContentRecord:

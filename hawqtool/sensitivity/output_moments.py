@@ -111,10 +111,10 @@ class OutputMomentSums:
             self.finished[name] = choose_moments(fitting, held_out, self.keep_held_out)
 
     def collect(self) -> None:
-        """Give the leader all moments."""
+        """Give every rank all moments."""
         if self._beside is not None:
             self._beside.finish()
-        for part in self.ranks.to_owner(self.finished, 0) or ():
+        for part in self.ranks.everywhere(self.finished):
             self.finished |= part
 
 

@@ -19,7 +19,9 @@ from hawqtool.runtime.background import beside
 from hawqtool.sensitivity.output_moments import FITTING, HELD_OUT, LEFT_OUT, OutputMomentSums
 from hawqtool.sensitivity.token_importance import Portions, token_importance
 
-_KEY, _MOMENTS = "token-importance", "output-moments"
+_KEY, MOMENTS = "token-importance", "output-moments"
+"""Keys of what is saved; under the second one every rank keeps the moments, each of which one of them has made."""
+
 _BATCH_ROWS = {"cpu": 2, "cuda": 8}
 """Rows of a pass with gradients, whose memory they set; fixed per kind of device, because they change sums."""
 
@@ -40,7 +42,7 @@ def with_token_importance(context: RunContext, rows: Rows, for_feedback: bool = 
     if not job.settings.uses_token_importance or rows.importance is not None:
         return rows
     layers = job.feedback_layers | refine.weighted_blocks(job) if for_feedback else frozenset()
-    importance, known = context.saved.load(_KEY), context.saved.load(_MOMENTS) if layers else {}
+    importance, known = context.saved.load(_KEY), context.saved.load(MOMENTS) if layers else {}
     if importance is not None and known is not None:
         moments = {name: OutputMoments(**values) for name, values in known.items()}
         return replace(rows, importance=importance, output_moments=moments)
@@ -50,14 +52,14 @@ def with_token_importance(context: RunContext, rows: Rows, for_feedback: bool = 
     context.save(context.saved, _KEY, dict(importance), sum(values.nbytes for values in importance.values()))
     if layers:
         size = sum(m.lower.nbytes for m in found.values() if m.lower is not None)
-        context.save(context.saved, _MOMENTS, {name: dict(vars(m)) for name, m in found.items()}, size)
+        context.save(context.saved, MOMENTS, {name: dict(vars(m)) for name, m in found.items()}, size)
     return replace(rows, importance=importance, output_moments=found)
 
 
 def _importance(
     job: Job, tokens: torch.Tensor, layers: Sequence[str], progress: Callable[[int, int], None] = lambda *_: None
 ) -> tuple[TokenImportance, dict[str, OutputMoments]]:
-    """Importance, and moments of some layers or blocks, on this rank's share of the rows; the leader has all's."""
+    """Importance of all rows for the leader, of which each rank takes a share, and moments of some layers or blocks."""
     if job.device.type == "cuda":  # the host waits for it now
         beside(partial(compile_ahead, job.device, not job.config.symmetric))
     kinds, blocks = _kinds(job, len(tokens)), refine.weighted_blocks(job).intersection(layers)
@@ -73,7 +75,9 @@ def _importance(
     )
     moments = sums if layers else None
     found = token_importance(job.stream(), tokens, portions, job.config.seed, progress, moments=moments)
-    return found, sums.finished if job.ranks.leads else {}
+    if job.ranks.size > 1:
+        job.ranks.kept[MOMENTS] = sums.finished
+    return found, sums.finished
 
 
 def _kinds(job: Job, count: int) -> torch.Tensor:

@@ -30,6 +30,7 @@ from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.stages.distill import Written, distill_folder, learned_names, put_back
 from hawqtool.pipeline.stages.refine import can_share
 from hawqtool.pipeline.stages.round_blocks import Findings, Finished, round_blocks, round_weights
+from hawqtool.pipeline.stages.token_importance import MOMENTS
 from hawqtool.records import BitPlan, BlockSpec, RoundedLayer, Rows, UnitFormats
 from hawqtool.report.schema import RoundingResult, Training
 from hawqtool.report.wording import shown_plan
@@ -129,8 +130,25 @@ def round_side_by_side(context: RunContext, plans: Sequence[Ahead], rows: Rows |
         plans: At most as many as there are ranks.
         rows: Rounding rows, as in `round_to_folder`.
     """
-    context.keep(_ROWS, rows)
+    _share_rows(context, rows)
     _round_in_team(context.shared(_round_in_team, plans, context.saved), plans, context.saved, context.reporter)
+
+
+def _share_rows(context: RunContext, rows: Rows | None) -> None:
+    """Have all ranks keep the rounding rows; moments that they made together they have."""
+    kept = context.ranks.kept
+    if context.ranks.size == 1 or kept.get(_ROWS) is rows:
+        return
+    have_moments = rows is not None and kept.get(MOMENTS) is rows.output_moments
+    sent = replace(rows, output_moments={}) if rows is not None and have_moments else rows
+    context.shared(_keep_rows, sent, have_moments)
+    kept[_ROWS] = rows
+
+
+def _keep_rows(job: Job, rows: Rows | None, have_moments: bool) -> None:
+    if rows is not None and have_moments:
+        rows = replace(rows, output_moments=job.ranks.kept[MOMENTS])
+    job.ranks.kept[_ROWS] = rows
 
 
 def _round_in_team(job: Job, plans: Sequence[Ahead], saved: Saved, reporter: Reporter | None = None) -> None:
@@ -238,7 +256,7 @@ def _write_blocks(
             found = round_weights(job, plan.formats, sink, progress, finished)
         else:
             if not job.config.refine_steps or can_share(rows.tokens, context.ranks):
-                context.keep(_ROWS, rows)
+                _share_rows(context, rows)
                 job = context.shared(_round_along, plan.formats, part, [list(block["refinement"]) for block in done])
             found = round_blocks(job, plan.formats, rows, sink, progress, finished=finished)
         for table in job.tables:
