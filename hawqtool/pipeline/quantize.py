@@ -15,7 +15,7 @@ from hawqtool.export.manifest import seal
 from hawqtool.pipeline.dry_run import check_free, describe, output_folder
 from hawqtool.pipeline.load_trial.checks import ShippedChecks
 from hawqtool.pipeline.load_trial.trial import LoadTrial, TrialProcess, started_ahead, trial_rows
-from hawqtool.pipeline.report import write_page
+from hawqtool.pipeline.report import Drawn, draw_figures, write_page
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.files import read_report
 from hawqtool.pipeline.run.fingerprint import config_fingerprint
@@ -171,10 +171,10 @@ def _quantized(
     with Stopwatch(timings, "verify"), disk_errors(folder):
         context.progress(_CHECKING)(0, _CHECKS)
         checks.begin(folder, winner.plan)
-        _complete(context, folder, planner.document if planner else None, report, checks)
+        drawn = _complete(context, folder, planner.document if planner else None, report, checks)
     report = seal(folder, report, checks.hashes())
     with disk_errors(folder):
-        write_page(folder)
+        write_page(folder, drawn)
     context.progress(_CHECKING)(_CHECKS, _CHECKS)
     return folder, report
 
@@ -221,11 +221,17 @@ def _plans(runner: TrialRunner, planner: Planner | None) -> tuple[Search | None,
 
 def _complete(
     context: RunContext, folder: Path, sensitivity: SensitivityDocument | None, report: Report, checks: ShippedChecks
-) -> None:
-    """Add card and records, and wait for what tries and verifies the folder before it is sealed."""
+) -> Drawn:
+    """Add card and records, and wait for what tries and verifies the folder before it is sealed.
+
+    Returns:
+        Figures that were drawn meanwhile.
+    """
     job, tell = context.job, context.progress(_CHECKING)
     tell(1, _CHECKS)
     write_reproduce(job, folder, sensitivity)
+    # A CPU, which verifies now, has nothing to wait for.
+    drawn = draw_figures(folder, report) if job.device.type == "cuda" else {}
     problems = checks.problems()
     if problems:
         raise NumericalError(f"the written folder failed verification: {problems[0]} ({len(problems)} problems)")
@@ -235,6 +241,7 @@ def _complete(
         _take_claims(trial, report)
     write_card(job.index.folder, folder, report)
     tell(3, _CHECKS)
+    return drawn
 
 
 def _transformers(report: Report) -> Engine:

@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", choices=KINDS, action="append", help="kinds of runs")
     options = parser.parse_args(arguments)
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", SWITCH: "0", "TQDM_DISABLE": "1"}
-    quantize.write_page = lambda _: None  # type: ignore[assignment]
+    quantize.write_page = lambda *_: None
     resume_points.LEAST_SECONDS = 0.0  # so that the walks of a tiny model keep their states too
     training.BYTES_PER_SECOND = math.inf
     kinds, generator = options.only or list(KINDS), random.Random(options.seed)

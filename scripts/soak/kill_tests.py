@@ -124,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return subprocess.run(command, env=os.environ | {_IN_NAMESPACE: "1"}, check=False).returncode
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if not options.draw:
-        quantize.write_page = lambda _: None  # type: ignore[assignment]
+        quantize.write_page = lambda *_: None
     resume_points.LEAST_SECONDS = 0.0  # so that the walks of a tiny model keep their states too
     learning.BYTES_PER_SECOND = math.inf
     with tempfile.TemporaryDirectory() as place:

@@ -14,4 +14,4 @@ def page() -> None:
 def no_page(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw no page where none is asked for: it takes longer than all else of a tiny run."""
     if "page" not in request.fixturenames:
-        monkeypatch.setattr(quantize, "write_page", lambda _: None)
+        monkeypatch.setattr(quantize, "write_page", lambda *_: None)

@@ -69,7 +69,7 @@ def run(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
     Drawing a page takes longer than all else; the folder of `mixed` has one.
     """
-    monkeypatch.setattr(quantize, "write_page", lambda _: None)
+    monkeypatch.setattr(quantize, "write_page", lambda *_: None)
 
     def call(**overrides: Any) -> tuple[Path, Report]:
         output = tmp_path / f"out{len(list(tmp_path.glob('out*')))}"

@@ -142,7 +142,7 @@ def test_quantize_and_evaluate(
     model: str,
     settings: dict[str, object] | None,
 ) -> None:
-    monkeypatch.setattr("hawqtool.pipeline.quantize.write_page", lambda _: None)  # drawing takes longer
+    monkeypatch.setattr("hawqtool.pipeline.quantize.write_page", lambda *_: None)  # drawing takes longer
     source = tmp_path / "model"
     if settings is None:  # transformers does not load it packed: evaluating it must not need a profile
         save_kind(kind_named("gpt2"), source)

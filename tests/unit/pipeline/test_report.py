@@ -15,8 +15,8 @@ from hawqtool.errors import InputError, UsageError
 from hawqtool.evaluation.gates import judge
 from hawqtool.formats import QuantFormat
 from hawqtool.pipeline import report as report_page
-from hawqtool.pipeline.report import run_report
-from hawqtool.pipeline.run.files import SENSITIVITY_SCHEMA
+from hawqtool.pipeline.report import draw_figures, run_report, write_page
+from hawqtool.pipeline.run.files import SENSITIVITY_SCHEMA, read_report
 from hawqtool.records import Score
 from hawqtool.report.page.figure_data import figure_data
 from hawqtool.report.wording import shown_metric
@@ -241,6 +241,24 @@ def test_hostile_names_are_shown_and_never_interpreted(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("error")
 def test_equal_records_give_equal_bytes(usual_page: str, tmp_path: Path) -> None:
     assert page_of(written(tmp_path / "out", a_report())) == usual_page
+
+
+def test_figures_drawn_ahead_are_taken_where_nothing_changed(
+    usual_page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = a_report()
+    out = written(tmp_path / "out", report | {"timings": {"rows": 1.0}})
+    drawn = draw_figures(out, read_report(out / "report.json"))
+    (out / "report.json").write_text(json.dumps(report))
+    again, svg = list[str](), report_page._svg
+
+    def note(name: str, values: Any) -> str:
+        again.append(name)
+        return svg(name, values)
+
+    monkeypatch.setattr(report_page, "_svg", note)
+    write_page(out, drawn)
+    assert again == ["timings"] and (out / "report.html").read_text(encoding="utf-8") == usual_page
 
 
 def test_pngs_are_written_beside_the_page(tmp_path: Path) -> None:

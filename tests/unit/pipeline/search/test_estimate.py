@@ -32,7 +32,7 @@ def test_a_run_goes_through_the_phases_of_its_estimate(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("hawqtool.pipeline.quantize.write_page", lambda _: None)
+    monkeypatch.setattr("hawqtool.pipeline.quantize.write_page", lambda *_: None)
     config = settings(place, bits="2,4,8", target_bpw=MIXED_TARGET, selection_data=(), output=tmp_path / "out")
     found, reporter = estimate(prepare(config)), Noting()
     run_quantize(config, "hawqtool quantize", reporter, lambda _: None)
