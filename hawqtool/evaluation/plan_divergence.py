@@ -21,11 +21,11 @@ from hawqtool.evaluation.divergence import OutputComparison
 from hawqtool.model.block import LoadedBlock
 from hawqtool.records import LinearSpec, Rows, UnitFormats
 from hawqtool.rounding.grid import dequantize
-from hawqtool.rounding.spec import RoundingSpec
+from hawqtool.rounding.spec import InputGroup, InputGroups, RoundingSpec
 from hawqtool.rounding.statistics import GroupStatistics
 from hawqtool.runtime.ranks import ALONE, Ranks
 from hawqtool.streaming.block import Activations, advance
-from hawqtool.streaming.dealt import Groups, InputGroup, dealt
+from hawqtool.streaming.dealt import dealt
 from hawqtool.streaming.input_statistics import group_statistics
 from hawqtool.streaming.kept_roundings import KeptRoundings, Roundings
 from hawqtool.streaming.stream import ModelStream
@@ -103,7 +103,7 @@ def plan_divergences(
     return {name: _finite(name, torch.cat([part[name] for part in shares])) for name in plans}
 
 
-def _statistics(block: LoadedBlock, known: Activations, rounding: RoundingSpec, onward: bool) -> Groups:
+def _statistics(block: LoadedBlock, known: Activations, rounding: RoundingSpec, onward: bool) -> InputGroups:
     """Statistics of the input groups that some plan rounds; the hidden states are handed on where they are needed."""
     groups = [group for group in block.spec.input_groups if any(map(rounding.formats_of, group))]
     if groups:
@@ -113,7 +113,7 @@ def _statistics(block: LoadedBlock, known: Activations, rounding: RoundingSpec, 
     return ()
 
 
-def _rounded(block: LoadedBlock, groups: Groups, rounding: RoundingSpec, ranks: Ranks) -> Roundings:
+def _rounded(block: LoadedBlock, groups: InputGroups, rounding: RoundingSpec, ranks: Ranks) -> Roundings:
     def compute(part: Sequence[InputGroup]) -> list[Roundings]:
         return [
             {name: {label: one.rounded for label, one in by_label.items()} for name, by_label in found.items()}

@@ -7,21 +7,18 @@ from operator import iadd
 from typing import TypeVar
 
 from hawqtool.records import LinearSpec
+from hawqtool.rounding.spec import InputGroup, InputGroups
 from hawqtool.rounding.statistics import GroupStatistics
 from hawqtool.runtime.ranks import Ranks, owners_by_cost
 
 Result = TypeVar("Result")
-InputGroup = tuple[Sequence[LinearSpec], GroupStatistics]
-"""Linears that share an input, with its statistics on the rows of this rank."""
-
-Groups = Iterable[InputGroup]
 
 
 def dealt(
     ranks: Ranks,
-    groups: Groups,
+    groups: InputGroups,
     compute: Callable[[Sequence[InputGroup]], Sequence[Result]],
-    parts: Callable[[Groups], Iterable[Sequence[InputGroup]]],
+    parts: Callable[[InputGroups], Iterable[Sequence[InputGroup]]],
 ) -> Iterator[tuple[Sequence[LinearSpec], Result]]:
     """Each group with what ``compute`` makes of its statistics on all rows; one rank does it, all have the result.
 

@@ -15,9 +15,9 @@ from hawqtool.errors import InputError
 from hawqtool.model.block import LoadedBlock
 from hawqtool.model.experts import ExpertLinear, counting_experts, has_experts
 from hawqtool.records import BlockSpec, LinearSpec, TokenImportance
+from hawqtool.rounding.spec import InputGroups
 from hawqtool.rounding.statistics import GroupStatistics, is_held_out, second_moments
 from hawqtool.streaming.block import Activations, advance, check_extremes, extremes
-from hawqtool.streaming.dealt import Groups
 from hawqtool.streaming.rounded_inputs import exact_inputs
 
 
@@ -25,7 +25,7 @@ class _StageReached(Exception):
     """Stops a block's forward pass once the inputs of a stage have been seen."""
 
 
-GroupVisitor = Callable[[Groups], None]
+GroupVisitor = Callable[[InputGroups], None]
 """Takes input groups that do not depend on each other, with their statistics; each is made when it is asked for."""
 
 InputVisitor = Callable[[Sequence[LinearSpec], Tensor, int], None]
@@ -51,7 +51,7 @@ def collect_statistics(block: LoadedBlock, activations: Activations, visit: Grou
             seen.add(group[0].name)
             visit(each(group, x, routed, original_x))
 
-        def each(group: Sequence[LinearSpec], x: Tensor, routed: int, original_x: Tensor | None) -> Groups:
+        def each(group: Sequence[LinearSpec], x: Tensor, routed: int, original_x: Tensor | None) -> InputGroups:
             for alike in equally_important(group, activations.importance):
                 with activations.recorder.stage("gram"):
                     statistics = part.statistics(block, alike, x, routed, original_x)

@@ -32,8 +32,8 @@ from hawqtool.rounding.blocks.block_search import search_blocks  # noqa: E402
 from hawqtool.rounding.blocks.spec import round_blocks  # noqa: E402
 from hawqtool.rounding.factor import factorize  # noqa: E402
 from hawqtool.rounding.gram import quadratic_form  # noqa: E402
+from hawqtool.rounding.spec import InputGroups  # noqa: E402
 from hawqtool.rounding.statistics import GroupStatistics  # noqa: E402
-from hawqtool.streaming.dealt import Groups  # noqa: E402
 from hawqtool.streaming.input_statistics import collect_statistics  # noqa: E402
 
 
@@ -57,7 +57,7 @@ def main() -> int:
     for spec in job.structure.blocks[: max(options.blocks) + 1]:
         with stream.block(spec.index) as block:
 
-            def visit(groups: Groups) -> None:
+            def visit(groups: InputGroups) -> None:
                 for group, statistics in groups:
                     for linear in group if spec.index in options.blocks else ():  # noqa: B023
                         weight = block.weight(linear)[: options.rows].float()  # noqa: B023

@@ -15,7 +15,7 @@ from hawqtool.checkpoint.gguf.header import DEFAULT_ALIGNMENT, GgufField, GgufHe
 from hawqtool.export.gguf.writer import GgufWriter, plan_gguf
 from hawqtool.pipeline.gguf.tensors import GgufJob
 from hawqtool.records import Rows
-from hawqtool.streaming.dealt import Groups
+from hawqtool.rounding.spec import InputGroups
 from hawqtool.streaming.input_statistics import collect_statistics
 
 _UINT32, _TEXT, _LIST = 4, 8, 9
@@ -46,7 +46,7 @@ def input_power(gguf: GgufJob, rows: Rows) -> dict[str, InputPower]:
     activations = stream.embed(rows.tokens, job.settings.batch_size)
     stream.release_ends()
 
-    def visit(groups: Groups) -> None:
+    def visit(groups: InputGroups) -> None:
         for group, statistics in groups:
             sums = (statistics.gram.diagonal() * statistics.num_tokens).cpu()
             found.update({linear.name: InputPower(sums, statistics.num_tokens) for linear in group})

@@ -21,7 +21,7 @@ from hawqtool.pipeline.gguf.tensors import GgufJob
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.records import BitPlan, Rows
 from hawqtool.rounding.blocks.spec import BlockRounding
-from hawqtool.streaming.dealt import Groups
+from hawqtool.rounding.spec import InputGroups
 from hawqtool.streaming.input_statistics import collect_statistics
 from hawqtool.streaming.resume_points import ResumePoints
 
@@ -148,7 +148,7 @@ class GgufRounder:
             self._visit(stream.head, [(stream.head.spec.input_groups[0], statistics)])
             self._keep("head")
 
-    def _visit(self, block: LoadedBlock, groups: Groups) -> None:
+    def _visit(self, block: LoadedBlock, groups: InputGroups) -> None:
         for group, statistics in groups:
             linears = {linear.name: linear for linear in group}
             for layer, weight in self._rounding.layers(block, group, statistics):

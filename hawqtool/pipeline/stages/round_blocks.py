@@ -22,11 +22,11 @@ from hawqtool.rounding.layer import quantized, round_layer_groups, round_without
 from hawqtool.rounding.learned.block import Schedule
 from hawqtool.rounding.learned.gram_matrix import GramSchedule, learn_group
 from hawqtool.rounding.method import TaskGroup
-from hawqtool.rounding.spec import InitialRounding, InputGroup, RoundingSpec
+from hawqtool.rounding.spec import InitialRounding, InputGroup, InputGroups, RoundingSpec
 from hawqtool.rounding.statistics import GroupStatistics
 from hawqtool.runtime.store import NOTHING_SAVED, Saved
 from hawqtool.streaming.block import Activations
-from hawqtool.streaming.dealt import Groups, dealt
+from hawqtool.streaming.dealt import dealt
 from hawqtool.streaming.input_peaks import input_peaks
 from hawqtool.streaming.input_statistics import collect_statistics, replay_rounded
 from hawqtool.streaming.resume_points import ResumePoints
@@ -254,7 +254,7 @@ class _BlockRounder:
             self.refiner.put_gains(self.block, reader)
         self.refiner.advance(self.block)
 
-    def visit(self, groups: Groups) -> None:
+    def visit(self, groups: InputGroups) -> None:
         """Round the planned layers of some groups and replace their weights.
 
         What nothing refines is final and goes to the sink at once, which may write it while the next group is rounded.

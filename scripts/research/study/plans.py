@@ -23,11 +23,10 @@ from hawqtool.pipeline.search.planner import allocate
 from hawqtool.pipeline.search.width_swap import neighbouring, swap_widths
 from hawqtool.records import Evaluation, UnitFormats, UnitScores
 from hawqtool.rounding.grid import dequantize
-from hawqtool.rounding.spec import RoundingSpec
+from hawqtool.rounding.spec import InputGroups, RoundingSpec
 from hawqtool.runtime.reporter import Reporter
 from hawqtool.sensitivity.measured_kl import pairs_of_scores, scores_of_pairs
 from hawqtool.streaming.block import advance
-from hawqtool.streaming.dealt import Groups
 from hawqtool.streaming.input_statistics import collect_statistics
 from hawqtool.streaming.stream import WeightSource
 from study.scores import predicted_sums
@@ -155,7 +154,7 @@ class _Rounder:
     block: LoadedBlock
     weights: dict[str, Tensor]
 
-    def __call__(self, groups: Groups) -> None:
+    def __call__(self, groups: InputGroups) -> None:
         for group, statistics in groups:
             roundings = self.rounding.roundings(self.block, group, statistics)
             for linear in (linear for linear in group if linear.name in roundings):
