@@ -235,7 +235,7 @@ def result_lines(report: Report) -> list[str]:
         group = "round" if stage.startswith("round ") else stage
         spent[group] = spent.get(group, 0.0) + seconds
     lines.append("time        " + ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in spent.items()))
-    effort = effort_text(report["timings"])
+    effort = effort_text(report)
     return lines if effort is None else [*lines, f"            {effort}"]
 
 

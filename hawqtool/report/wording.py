@@ -282,13 +282,15 @@ def cost_text(report: Report) -> str | None:
     return f"{cost:.6g} of {most:.6g}, by {config['costs']}"
 
 
-def effort_text(timings: Mapping[str, float]) -> str | None:
+def effort_text(report: Report) -> str | None:
     """What the run took beside rounding the model once, where it was rounded by this run.
 
-    The first plan that was rounded is taken for that once; trials of other plans cost as much each.
+    The first plan that was rounded is taken for that once; trials of other plans cost as much each. Of a run that was
+    gone on with a part of each is missing.
     """
+    timings = report["timings"]
     rounds = [seconds for stage, seconds in timings.items() if stage.startswith("round ")]
-    if not rounds or rounds[0] <= 0:
+    if not rounds or rounds[0] <= 0 or report.get("starts", 1) > 1:
         return None
     total = sum(timings.values())
     once, whole = (f"{seconds:.{int(seconds < 10)}f} s" for seconds in (rounds[0], total))

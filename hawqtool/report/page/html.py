@@ -167,7 +167,7 @@ def page(report: Report, figures: Mapping[str, str], missing: Mapping[str, str],
     known = figures.keys() | missing.keys()
     # What this run did not do has no section.
     for heading, said, content in SECTIONS:
-        introduction = (effort_text(report["timings"]) or "").capitalize() if heading == "Time" else said
+        introduction = (effort_text(report) or "").capitalize() if heading == "Time" else said
         if any(name in known for name, _ in content):
             parts.append(_section(heading, introduction, content, figures, missing))
             if heading == _SEARCH and report["search"] is not None and report["evaluation"] is not None:

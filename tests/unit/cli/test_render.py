@@ -43,6 +43,7 @@ def test_all_plans_the_search_and_the_gates_are_listed() -> None:
     assert "gate        target_kl at most 0.35, found 0.3: passed" in lines
     assert "round 5 s" in lines[-2]
     assert lines[-1] == "            rounding the model once took 2.0 s, all stages 7.1 s: 3.5 times as long"
+    assert "round 5 s" in result_lines(report | {"starts": 2})[-1], "the times of the last start say little"
 
 
 def test_a_mixed_plan_that_is_uniform_is_shown_once(capsys: pytest.CaptureFixture[str]) -> None:
