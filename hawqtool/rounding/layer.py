@@ -234,9 +234,6 @@ def round_layer_groups(
         rows = None if moments is None else row_feedback(moments, device)
     settings = [choose_settings(g.tasks, g.factor, method, g.statistics, recorder, moments) for g in groups]
     results = _round_with(groups, method, settings, recorder, rows)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    seconds = (time.perf_counter() - start) / len(tasks)
     # Brought to the host together: on a GPU each number fetched alone would wait for all work before it.
     with recorder.stage("losses"):
         losses = [
@@ -246,6 +243,7 @@ def round_layer_groups(
             if group.statistics is not None
         ]
         values = iter(torch.stack(losses).tolist())
+    seconds = (time.perf_counter() - start) / len(tasks)  # a GPU is done only now, and was not waited for before
     kernel = None if method.name == "rtn" else kernel_for(device)
     layers = []
     for (own, factor, _), found, chosen in zip(groups, results, settings, strict=True):
