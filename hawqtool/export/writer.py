@@ -7,8 +7,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -26,6 +26,7 @@ from hawqtool.export.layout import Entry, Layout
 from hawqtool.export.stored.weights import packed_tensors
 from hawqtool.parsing import ParseError, load_json
 from hawqtool.records import RoundedLayer
+from hawqtool.runtime.background import beside
 
 UNTIED = "tie_word_embeddings"
 """Key of ``config.json`` that is false where a rotation has given the head a weight of its own."""
@@ -62,6 +63,7 @@ class CheckpointWriter:
         self._layout = layout
         self._folder = folder
         self._streams: dict[str, BinaryIO] = {}
+        self._reserved: Callable[[], None] = lambda: None  # waits until the files have their blocks
         self._entries = {entry.name: (file.name, entry) for file in layout.files for entry in file.entries}
         self.changed = {name for name in self.checksums if self._entries[name][1].source is not None}
 
@@ -73,10 +75,18 @@ class CheckpointWriter:
                     stream = (self._folder / file.name).open("r+b" if self.checksums else "wb", buffering=0)
                     self._streams[file.name] = stream
                     if not self.checksums:
-                        _reserve(stream, file.total_bytes)
+                        stream.truncate(file.total_bytes)
                         _write_all(stream, 0, [file.header])
             unless_all_are_open.pop_all()
+        if not self.checksums:
+            self._reserved = beside(self._reserve_files)
         return self
+
+    def _reserve_files(self) -> None:
+        """Give the files their blocks, which takes seconds where they are memory."""
+        with disk_errors(self._folder):
+            for file in self._layout.files:
+                _reserve(self._streams[file.name], file.total_bytes)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -134,6 +144,7 @@ class CheckpointWriter:
             NumericalError: If a planned tensor was not written, or the disk refuses.
         """
         try:
+            self._reserved()
             missing = [name for name in self._entries if name not in self.checksums]
             if missing:
                 raise NumericalError(
@@ -151,6 +162,8 @@ class CheckpointWriter:
             self._close_streams()
 
     def _close_streams(self) -> None:
+        with suppress(NumericalError):  # told by who writes
+            self._reserved()
         for stream in self._streams.values():
             stream.close()
         self._streams.clear()
@@ -172,6 +185,7 @@ class CheckpointWriter:
             raise NumericalError(f"tensor {name} was written twice; expected once; report this with the command used")
         digest = hashlib.sha256()
         stream = self._streams[self._entries[name][0]]
+        self._reserved()
         with disk_errors(self._folder):
             written = _write_all(stream, entry.offset, _hashed(pieces, digest.update))
         if written != entry.num_bytes:
@@ -250,15 +264,13 @@ def write_config(source: Path, target: Path, quantization_config: dict[str, Any]
 
 
 def _reserve(stream: BinaryIO, size: int) -> None:
-    """Give a file its final size; where the system can, with its blocks, so that a full disk shows at once."""
+    """Give a file its blocks where the system can, so that a full disk shows early."""
     if hasattr(os, "posix_fallocate") and size:
         try:
             os.posix_fallocate(stream.fileno(), 0, size)
-            return
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
                 raise
-    stream.truncate(size)
 
 
 def _hashed(pieces: Iterable[bytes | memoryview], update: Any) -> Iterator[bytes | memoryview]:
