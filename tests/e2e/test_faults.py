@@ -31,7 +31,7 @@ SMALL: dict[str, Any] = {"bits": "4", "target_bpw": 4.5, "num_samples": 8, "seq_
 
 @pytest.fixture(autouse=True)
 def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "write_page", lambda _: None)
+    monkeypatch.setattr(module, "write_page", lambda *_: None)
 
 
 @pytest.fixture
@@ -177,7 +177,7 @@ def test_halved_batches_are_remembered(config: RunConfig, monkeypatch: pytest.Mo
     with pytest.raises(KeyboardInterrupt):
         quantize(config)
     monkeypatch.undo()
-    monkeypatch.setattr(module, "write_page", lambda _: None)
+    monkeypatch.setattr(module, "write_page", lambda *_: None)
     report = quantize(config)
     assert report["batch_size"] == 8 and "done again with 8" in report["warnings"][-1]
 
