@@ -51,10 +51,12 @@ class EmbeddingTable:
     Args:
         tensor: Its name in the checkpoint.
         modules: Modules that read it, by their names in the checkpoint: the embedding, and a head that is tied to it.
+        aliases: Their names in the model that transformers builds, where these are others: it asks for both.
     """
 
     tensor: str
     modules: tuple[str, ...]
+    aliases: tuple[str, ...] = ()
 
     @property
     def scales(self) -> tuple[str, ...]:
@@ -91,7 +93,8 @@ def find_table(model: Any, stored_names: Mapping[str, str], index: CheckpointInd
     if others or tensor is None or index.tensors[tensor].dtype not in ("BF16", "F16", "F32"):
         found = f"{others[0]} reads its weight too" if others else f"{names[0]} is not stored in 16 or 32 bits"
         return f"{found}, expected an embedding that a head alone may share"
-    return EmbeddingTable(tensor, tuple(name.removesuffix(CODES) for name in names))
+    modules = tuple(name.removesuffix(CODES) for name in names)
+    return EmbeddingTable(tensor, modules, tuple(name for name in readers if name not in modules))
 
 
 def with_embedding_bits(
@@ -155,7 +158,7 @@ def with_tables(config: dict[str, Any], tables: Sequence[EmbeddingTable]) -> dic
     """A ``quantization_config`` that says so of tables too."""
     if not tables:
         return config
-    modules = [module for table in tables for module in table.modules]
+    modules = [module for table in tables for module in (*table.modules, *table.aliases)]
     group = {
         "targets": [f"re:{module.replace('.', chr(92) + '.')}$" for module in modules],
         "weights": {

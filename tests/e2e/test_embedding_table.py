@@ -17,13 +17,14 @@ from hawqtool.report.card import model_card
 from hawqtool.runtime.reporter import Silent
 from tests.support.runs import place, read, settings  # noqa: F401
 from tests.support.tiny import tiny_llama
+from tests.support.tiny_zoo import kind_named, save_kind
 
 TOKENS = torch.arange(3, 35)[None]
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_table_is_written_and_loads(place: Path, tmp_path: Path, tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    monkeypatch.setattr("hawqtool.pipeline.quantize.write_page", lambda _: None)
+    monkeypatch.setattr("hawqtool.pipeline.quantize.write_page", lambda *_: None)
     model, folder = tiny_llama(tmp_path / "model", tie=tied), tmp_path / "out"
     chosen = {"bits": "3", "target_bpw": 3.5, "profile": "transformers", "embedding_bits": 8}
     config = settings(place, model=model, output=folder, **chosen)
@@ -53,6 +54,25 @@ def test_a_table_is_written_and_loads(place: Path, tmp_path: Path, tied: bool, m
         stream.seek(table.start + 5)
         stream.write(bytes([byte[0] ^ 1]))
     assert any("rounded to 8 bits" in problem for problem in verify_folder(folder, model).problems)
+
+
+def test_a_table_loads_where_transformers_has_other_names(
+    place: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("hawqtool.pipeline.quantize.write_page", lambda *_: None)
+    kind, folder = kind_named("qwen2-vl"), tmp_path / "out"
+    model = save_kind(kind, tmp_path / "model")
+    chosen = {"bits": "4", "rounding": "rtn", "profile": "transformers", "embedding_bits": 8}
+    config = settings(place, model=model, output=folder, eval=False, eval_samples=None, **chosen)
+    run_quantize(config, "hawqtool quantize", Silent(), lambda _: None)
+    assert verify_folder(folder, model).problems == ()
+    loaded, reader = kind.auto_class.from_pretrained(folder, dtype="auto"), PackedReader(folder)
+    loaded(TOKENS)  # unpacks all
+    table = reader.tensor("model.embed_tokens.weight")
+    assert "language_model" in next(name for name, _ in loaded.named_parameters() if "embed_tokens" in name)
+    assert torch.equal(loaded.get_input_embeddings().weight, table)
 
 
 def test_it_is_for_transformers_alone(place: Path) -> None:  # noqa: F811

@@ -128,7 +128,7 @@ CARRYING = (
 
 @pytest.mark.parametrize("name", CHAINS)
 def test_interrupted_again_and_again(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr("hawqtool.pipeline.quantize.write_page", lambda _: None)  # drawing takes longer
+    monkeypatch.setattr("hawqtool.pipeline.quantize.write_page", lambda *_: None)  # drawing takes longer
     monkeypatch.setattr("hawqtool.pipeline.stages.distill.CODE_MARGIN", 0.0)  # few steps are to move codes
     options = dict(CHAINS[name])
     kind = options.pop("kind", None)
@@ -168,7 +168,7 @@ def test_carried_states_survive_interruptions_and_limits(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind
 ) -> None:
     """Linear attention beside full attention, and keys and values that later blocks read of earlier ones."""
-    monkeypatch.setattr("hawqtool.pipeline.quantize.write_page", lambda _: None)
+    monkeypatch.setattr("hawqtool.pipeline.quantize.write_page", lambda *_: None)
     monkeypatch.setattr(resume_points, "LEAST_SECONDS", 0.0)
     model = save_kind(kind, tmp_path / "model")
     small = {"bits": "4,8", "target_bpw": MIXED_TARGET, "num_samples": 4, "seq_len": 16, "eval_samples": 4}
@@ -268,7 +268,7 @@ def test_damage_after_distillation_replaced_codes_costs_distillation_alone(
     small |= {"eval_samples": None}
     learned = {"distill_steps": 4, "distill_codes": True, "target_shift": 0}
     config = settings(place, **small, **learned, output=tmp_path / "out")
-    monkeypatch.setattr("hawqtool.pipeline.quantize.write_page", lambda _: None)
+    monkeypatch.setattr("hawqtool.pipeline.quantize.write_page", lambda *_: None)
     quantize(config, output=str(tmp_path / "undisturbed"))
     with monkeypatch.context() as patch:
         interrupt = Interrupt(patch)
