@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hawqtool.formats.grids import StoredPart
@@ -15,8 +15,9 @@ KEY_SCALE, VALUE_SCALE = ".k_scale", ".v_scale"
 KEY_LAYER, VALUE_LAYER = ".k_proj", ".v_proj"
 """Suffixes of the layers that give them."""
 
-SCALE_DTYPE = "F32"
-"""Safetensors dtype of these scales: that in which engines keep them."""
+SCALE_DTYPES = ("F32", "BF16")
+"""Safetensors dtypes of these scales, which hold powers of two alike: engines keep them in the first, transformers
+computes keys and values in that of the file, which has to be the model's."""
 
 _STRATEGIES = {"fp8": "tensor", "fp8-head": "attn_head"}
 
@@ -33,12 +34,14 @@ class CachedAttention:
         module: Name in the model that transformers builds.
         heads: Heads of keys and values.
         head_width: Width of one.
+        scale_dtype: Of `SCALE_DTYPES`.
     """
 
     name: str
     module: str
     heads: int
     head_width: int
+    scale_dtype: str = SCALE_DTYPES[0]
 
     @property
     def cached_values(self) -> int:
@@ -48,7 +51,11 @@ class CachedAttention:
     def parts(self, cache_format: str) -> tuple[StoredPart, ...]:
         """Stored scales: ``[1]``, or ``[heads, 1, 1]`` with one a head."""
         shape = (1,) if cache_format == "fp8" else (self.heads, 1, 1)
-        return tuple(StoredPart(suffix, SCALE_DTYPE, shape) for suffix in (KEY_SCALE, VALUE_SCALE))
+        return tuple(StoredPart(suffix, self.scale_dtype, shape) for suffix in (KEY_SCALE, VALUE_SCALE))
+
+    def with_scales_of(self, weights: str) -> CachedAttention:
+        """The same with scales in the dtype of its layers' weights, where they may have that."""
+        return replace(self, scale_dtype=weights) if weights in SCALE_DTYPES else self
 
 
 def cache_scheme(cache_format: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from hawqtool.cli.render import result_lines
 from hawqtool.config import RunConfig
 from hawqtool.errors import UsageError
 from hawqtool.export.verify import verify_folder
+from hawqtool.formats.cache import CachedAttention
 from hawqtool.pipeline.evaluate import run_evaluate
 from hawqtool.pipeline.inspection.packed import describe_packed
 from hawqtool.pipeline.load_trial import child
@@ -56,15 +57,28 @@ def test_transformers_rounds_what_is_cached_as_we_do(place: Path, run: Run, tmp_
     folder, _ = run(bits="8", kv_cache="fp8", rounding="rtn", eval=False, eval_samples=None)
     job = prepare(settings(place, bits="8", eval=False, eval_samples=None), Silent())
     row = torch.randint(3, 128, (1, 32), generator=torch.Generator().manual_seed(0))
-    given, written = str(tmp_path / "rows.safetensors"), str(tmp_path / "outputs.safetensors")
-    save_file({"rows": row}, given)
-    child.main(str(folder), "LlamaForCausalLM", "0", given, written, "null", "cpu")
-    theirs, ours = load_file(written)["outputs"], _own_outputs(job, folder, row)
+    save_file({"rows": row}, tmp_path / child.ROWS)
+    child.main(str(folder), "LlamaForCausalLM", "0", str(tmp_path), "null", "", "cpu")
+    theirs, ours = load_file(tmp_path / child.OUTPUTS)["outputs"], _own_outputs(job, folder, row)
     assert _difference(ours, theirs) < 1e-5
     stream = job.packed_stream(folder)
     stream.cache = CacheRounding()
     unrounded = stream.outputs(row, stream.final_hidden(row, 1, lambda _: None)).float()
     assert _difference(unrounded, theirs) > 1e-3
+
+
+def test_scales_have_the_dtype_of_the_model(run: Run, tmp_path: Path) -> None:
+    """Of models whose parts transformers names otherwise it keeps that of the file, and computes keys in it."""
+    kind = kind_named("qwen2-vl")
+    model = save_kind(kind, tmp_path / "model")
+    folder, _ = run(model=str(model), bits="8", kv_cache="fp8", rounding="rtn", eval=False, eval_samples=None)
+    stored = load_file(folder / "model.safetensors")
+    assert {stored[name].dtype for name in stored if name.endswith(("k_scale", "v_scale"))} == {torch.bfloat16}
+    loaded = kind.auto_class.from_pretrained(folder, dtype="auto")
+    assert bool(loaded(torch.arange(3, 35)[None]).logits.isfinite().all())
+    attention = CachedAttention("a", "a", heads=2, head_width=8)
+    found = [attention.with_scales_of(weights).parts("fp8")[0].dtype for weights in ("F32", "BF16", "F16", "")]
+    assert found == ["F32", "BF16", "F32", "F32"]
 
 
 def test_models_without_keys_and_values_are_refused_before_the_work(run: Run, tmp_path: Path) -> None:

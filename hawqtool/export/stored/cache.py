@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hawqtool.checkpoint.index import CheckpointIndex
 from hawqtool.checkpoint.reader import TensorReader
-from hawqtool.formats.cache import CACHE_FORMATS, KEY_SCALE, SCALE_DTYPE, VALUE_SCALE, CachedAttention, scheme_format
+from hawqtool.formats.cache import CACHE_FORMATS, KEY_SCALE, SCALE_DTYPES, VALUE_SCALE, CachedAttention, scheme_format
 
 _SUFFIXES = (KEY_SCALE, VALUE_SCALE)
 
@@ -75,10 +75,9 @@ def cache_problems(config: Mapping[str, Any], reader: TensorReader, record: Mapp
         info = reader.index.tensors.get(name)
         if info is None:
             problems.append(f"{name} is missing: engines take 1 in its place; write it again")
-        elif (info.dtype, tuple(info.shape)) != (SCALE_DTYPE, shape):
-            problems.append(
-                f"{name} is {info.dtype} {list(info.shape)}; expected {SCALE_DTYPE} {list(shape)}; write it again"
-            )
+        elif info.dtype not in SCALE_DTYPES or tuple(info.shape) != shape:
+            known = f"{' or '.join(SCALE_DTYPES)} {list(shape)}"
+            problems.append(f"{name} is {info.dtype} {list(info.shape)}; expected {known}; write it again")
         elif not bool(((scales := reader.tensor(name)) > 0).all() and torch.isfinite(scales).all()):
             problems.append(f"{name} holds {float(scales.min())}; expected positive finite numbers; write it again")
     return problems

@@ -266,9 +266,13 @@ def _environment() -> dict[str, str]:
 
 
 def _last_line(stderr: bytes, code: int) -> str:
-    """What a traceback says at its end, shortened."""
-    lines = [line.strip() for line in stderr.decode("utf-8", errors="replace").splitlines() if line.strip()]
-    text = lines[-1] if lines and code > 0 else f"the process ended with {code}"
+    """What a traceback says behind its last call, shortened to the first line of it."""
+    lines = [line.rstrip() for line in stderr.decode("utf-8", errors="replace").splitlines() if line.strip()]
+    last_call = max((number for number, line in enumerate(lines) if line.startswith('  File "')), default=-1)
+    said = [line for line in lines[last_call + 1 :] if not line.startswith(" ")] or [
+        line.strip() for line in lines[-1:]
+    ]
+    text = said[0] if said and code > 0 else f"the process ended with {code}"
     return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]}..."
 
 

@@ -30,7 +30,7 @@ from hawqtool.errors import InputError, UsageError
 from hawqtool.export.embedding_table import EmbeddingTable, embedding_table, with_embedding_bits
 from hawqtool.export.layout import Layout, plan_layout
 from hawqtool.export.packed_reader import PackedReader
-from hawqtool.formats.cache import CachedAttention
+from hawqtool.formats.cache import KEY_LAYER, CachedAttention
 from hawqtool.model.discovery import Structure
 from hawqtool.model.experts import active_share, experts_per_token
 from hawqtool.model.inputs.arguments import row_format, row_positions
@@ -223,7 +223,11 @@ class Job:
     @property
     def caches(self) -> tuple[CachedAttention, ...]:
         """Attentions that get scales of the KV cache."""
-        return () if self.config.kv_cache == "none" else cached_attentions(self.structure, self.skeleton)
+        if self.config.kv_cache == "none":
+            return ()
+        found, tensors = cached_attentions(self.structure, self.skeleton), self.index.tensors
+        weights = (tensors.get(f"{attention.name}{KEY_LAYER}.weight") for attention in found)
+        return tuple(a.with_scales_of(info.dtype if info else "") for a, info in zip(found, weights, strict=True))
 
     @property
     def tables(self) -> tuple[EmbeddingTable, ...]:

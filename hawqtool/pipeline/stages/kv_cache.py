@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from hawqtool.checkpoint.dtypes import torch_dtype
 from hawqtool.evaluation.divergence import OutputComparison
 from hawqtool.formats.cache import CachedAttention, cache_scale
 from hawqtool.pipeline.run.context import RunContext
@@ -79,13 +80,13 @@ def cache_peaks(context: RunContext, attentions: tuple[CachedAttention, ...], ro
 def stored_scales(
     attentions: tuple[CachedAttention, ...], peaks: dict[str, list[float]], cache_format: str
 ) -> dict[str, Tensor]:
-    """Scales as they are stored, float32, by name: of all heads together, or of each."""
+    """Scales as they are stored, by name: of all heads together, or of each."""
     found = {}
     for attention in attentions:
         for part in attention.parts(cache_format):
             heads = peaks[attention.name + part.suffix]
             values = [cache_scale(peak) for peak in (heads if len(part.shape) > 1 else [max(heads)])]
-            found[attention.name + part.suffix] = torch.tensor(values).view(part.shape)
+            found[attention.name + part.suffix] = torch.tensor(values, dtype=torch_dtype(part.dtype)).view(part.shape)
     return found
 
 

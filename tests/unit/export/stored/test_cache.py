@@ -35,8 +35,8 @@ def test_what_engines_would_take_wrongly_is_found(tmp_path: Path) -> None:
     assert problems(tmp_path, "fp8-head", cache_scheme("fp8-head"), {KEY: heads, VALUE: heads.clone()}) == []
     wrong = {
         "a.0.self_attn.v_scale is missing": ("fp8", "fp8", {KEY: one}),
-        "expected F32 [1]": ("fp8", "fp8", {KEY: heads, VALUE: one}),
-        "expected F32 [2, 1, 1]": ("fp8-head", "fp8-head", good | {VALUE: heads}),
+        "expected F32 or BF16 [1]": ("fp8", "fp8", {KEY: heads, VALUE: one}),
+        "expected F32 or BF16 [2, 1, 1]": ("fp8-head", "fp8-head", good | {VALUE: heads}),
         "holds 0.0": ("fp8", "fp8", good | {VALUE: 0 * one}),
         "holds nan": ("fp8", "fp8", good | {VALUE: torch.nan * one}),
         "the plan does not know": ("fp8", "fp8", good | {"a.1.self_attn.k_scale": one}),

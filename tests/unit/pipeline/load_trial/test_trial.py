@@ -141,6 +141,15 @@ def test_a_gpu_with_room_is_taken_and_what_fails_there_is_tried_on_the_cpu(
     assert devices == {0.1: "cuda", 0.5: "cpu"} and load_trial._device(job) == "cpu"
 
 
+def test_of_a_failure_of_many_lines_the_first_is_told() -> None:
+    trace = 'Traceback (most recent call last):\n  File "a.py", line 1, in f\n    g()\n    ~^^\n'
+    told = load_trial._last_line(f"a warning\n{trace}AttributeError: no heads in {{\n  'a': 1,\n}}\n".encode(), 1)
+    assert told == "AttributeError: no heads in {"
+    assert load_trial._last_line(b"Killed by somebody\n", 1) == "Killed by somebody"
+    assert load_trial._last_line(b"", 1) == "the process ended with 1"
+    assert load_trial._last_line(b"x", -9) == "the process ended with -9"
+
+
 def test_differences() -> None:
     logits = torch.randn(1, 8, 16, generator=torch.Generator().manual_seed(0))
     assert _difference(logits, logits + 3) < 1e-6  # the same distribution
