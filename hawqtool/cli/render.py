@@ -171,7 +171,10 @@ def verdict_lines(report: Report) -> list[str]:
     found = report.get("verdict")
     if found is None:
         return []
-    notes = [advice_text(found), FEW_ROWS_TEXT if found["few_rows"] else None]
+    notes = [
+        advice_text(found, bool(report["config"].get("target_size"))),
+        FEW_ROWS_TEXT if found["few_rows"] else None,
+    ]
     return [f"verdict     {verdict_text(found)}", *(f"            {note}" for note in notes if note)]
 
 

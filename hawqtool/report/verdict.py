@@ -116,17 +116,23 @@ def verdict_text(found: Verdict) -> str:
     return f"{found['grade']}: {', '.join(said)}"
 
 
-def advice_text(found: Verdict) -> str | None:
-    """What size would do better, or how to find out; None for what is near lossless."""
+def advice_text(found: Verdict, by_size: bool = False) -> str | None:
+    """What size would do better, or how to find out; None for what is near lossless.
+
+    Args:
+        found: The verdict.
+        by_size: Whether the run had a size of files for a target, under which other settings have other defaults.
+    """
     aim = next_bound(found)
     if aim is None:
         return None
     good = found["good"]
     if good is None:
         return f"for the grade {aim[0]} use more bits (a wider --bits or a higher target), or --target-kl {aim[1]:.2g}"
+    bpw = f"{math.ceil(100 * good['bpw_linears']) / 100:.2f}"
+    target = f"--target-size {good['bytes']}" if by_size else f"--target-bpw {bpw}"
     return (
-        f"{good['grade']} is expected at {good['bpw_linears']:.2f} bits per weight, {size(good['bytes'])} "
-        f"(--target-bpw {good['bpw_linears']:.2f}), as the scores predict"
+        f"{good['grade']} is expected at {bpw} bits per weight, {size(good['bytes'])} ({target}), as the scores predict"
     )
 
 

@@ -73,3 +73,12 @@ def test_the_documented_limits_are_those_of_the_program() -> None:
         "rise of the perplexity": LIMITS["perplexity_rise"],
         "squared error of the embedding": LIMITS["embedding_error"],
     }
+
+
+def test_the_size_that_is_advised_reaches_the_plan() -> None:
+    found = verdict(ORIGINAL, quality(kl=0.3), 32)
+    found |= {"good": {"grade": "usable", "bpw_linears": 3.9301, "bytes": 67_504}}
+    assert advice_text(found) == (
+        "usable is expected at 3.94 bits per weight, 67.5 kB (--target-bpw 3.94), as the scores predict"
+    )
+    assert "67.5 kB (--target-size 67504), as" in str(advice_text(found, by_size=True))
