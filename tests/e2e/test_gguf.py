@@ -268,11 +268,14 @@ def test_llama_cpp_computes_what_we_say(place: Path, mixed: tuple[Path, GgufDocu
             parameter.copy_(source.tensor(name).float())
         expected = model(torch.tensor([TOKENS])).logits[0].log_softmax(-1)
 
-    def divergence(file: Path) -> float:
+    def compared(file: Path) -> tuple[float, float]:
         found = llama_cpp.logits(file, TOKENS).log_softmax(-1)
-        return float((expected.exp() * (expected - found)).sum(-1).mean())
+        same = (found.argmax(-1) == expected.argmax(-1)).float().mean()
+        return float((expected.exp() * (expected - found)).sum(-1).mean()), float(same)
 
-    assert divergence(path) < 0.01
+    divergence, same_top = compared(path)
+    assert divergence < 0.01
+    assert same_top >= 0.9
     write_template(place / "model", tmp_path / "t.gguf", permute=False)
     run(place, tmp_path / "wrong.gguf", template=tmp_path / "t.gguf", target_bpw=5.6, eval=False)
-    assert divergence(tmp_path / "wrong.gguf") > 3 * divergence(path)
+    assert compared(tmp_path / "wrong.gguf")[0] > 3 * divergence
