@@ -49,6 +49,13 @@ class Quantized(NamedTuple):
     divisor: float | None = None
 
 
+def searches(symmetric: bool, both_signs: bool) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Numbers of scales and of zero points that a search tries together, at first and around the best."""
+    if symmetric:
+        return (COARSE_STEPS, 2 if both_signs else 1), (2 * FINE_STEPS, 1)
+    return (COARSE_STEPS, len(ZERO_OFFSETS)), (2 * FINE_STEPS, len(ZERO_OFFSETS))
+
+
 def search_grid(
     weight: Tensor,
     column_weights: Tensor,

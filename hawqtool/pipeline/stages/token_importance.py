@@ -11,8 +11,10 @@ import torch
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.run.memory_budget import Work, importance_offload
+from hawqtool.pipeline.run.menu import job_menu
 from hawqtool.pipeline.stages import refine
 from hawqtool.records import OutputMoments, Rows, TokenImportance
+from hawqtool.rounding.grid import searches
 from hawqtool.rounding.kernels.dispatch import compile_ahead
 from hawqtool.rounding.statistics import is_held_out
 from hawqtool.runtime.background import beside
@@ -61,7 +63,7 @@ def _importance(
 ) -> tuple[TokenImportance, dict[str, OutputMoments]]:
     """Importance of all rows for the leader, of which each rank takes a share, and moments of some layers or blocks."""
     if job.device.type == "cuda":  # the host waits for it now
-        beside(partial(compile_ahead, job.device, not job.config.symmetric))
+        beside(partial(_compile_ahead, job))
     kinds, blocks = _kinds(job, len(tokens)), refine.weighted_blocks(job).intersection(layers)
     names = frozenset(layers) - blocks
     sums = OutputMomentSums(names, kinds, job.settings.method.needs_held_out, job.ranks, blocks)
@@ -78,6 +80,14 @@ def _importance(
     if job.ranks.size > 1:
         job.ranks.kept[MOMENTS] = sums.finished
     return found, sums.finished
+
+
+def _compile_ahead(job: Job) -> None:
+    """Compile the kernels that rounding will need."""
+    menu, symmetric = job_menu(job, None), job.config.symmetric
+    inputs = [(fmt, m.in_features) for unit in job.units for fmt in menu[unit.name] for m in unit.members]
+    widths = sorted({fmt.group_width(columns) for fmt, columns in inputs if fmt.is_plain and not fmt.is_unquantized})
+    compile_ahead(job.device, not symmetric, widths, searches(symmetric, job.settings.method.both_signs))
 
 
 def _kinds(job: Job, count: int) -> torch.Tensor:

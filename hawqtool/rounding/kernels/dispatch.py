@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+from collections.abc import Iterable, Sequence
 from types import ModuleType
 
 import torch
@@ -63,15 +64,21 @@ def column_loop(device: torch.device, floats: bool = False) -> ModuleType | None
     return None if floats and kernel == "numba" else _imported(_COLUMN_LOOPS.get(kernel))
 
 
-def compile_ahead(device: torch.device, has_zeros: bool) -> None:
-    """Compile what the column loop needs on a GPU, before it is needed; nothing for kernels that are not Triton's.
+def compile_ahead(
+    device: torch.device, has_zeros: bool, widths: Iterable[int], searches: Sequence[tuple[int, int]]
+) -> None:
+    """Compile what a GPU needs for the column loop and the scale search; nothing for kernels that are not Triton's.
 
     Args:
-        device: Where the columns will be.
+        device: Where the weights will be.
         has_zeros: Whether grids have zero points.
+        widths: Columns of a group.
+        searches: Numbers of candidates and of zero points that are tried together.
     """
     if kernel_for(device) == "triton":
-        importlib.import_module("hawqtool.rounding.kernels.triton_columns").compile_ahead(device, has_zeros)
+        scales, columns = (_module(names["triton"]) for names in (_SEARCHES, _COLUMN_LOOPS))
+        scales.compile_ahead(device, widths, searches)
+        columns.compile_ahead(device, has_zeros)
 
 
 def table_loop(device: torch.device) -> ModuleType | None:
@@ -86,4 +93,9 @@ def scale_search(device: torch.device) -> ModuleType | None:
 
 def _imported(name: str | None) -> ModuleType | None:
     """Imported at first use: compilers are absent on many machines, and slow to import."""
-    return None if name is None else importlib.import_module(f"hawqtool.rounding.kernels.{name}")
+    return None if name is None else _module(name)
+
+
+def _module(name: str) -> ModuleType:
+    """A module of compiled code."""
+    return importlib.import_module(f"hawqtool.rounding.kernels.{name}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -80,8 +82,8 @@ def _candidate_errors(
 ) -> Tensor:
     """The error of every candidate with every zero point: ``[candidates * zeros, groups, rows]`` float32."""
     groups, rows, width = weight.shape
-    tile = min(triton.next_power_of_2(width), _MAX_TILE_WIDTH)
-    parts = triton.cdiv(width, tile)
+    constants = _constants(width, len(steps), len(zeros))
+    parts = triton.cdiv(width, constants["WIDTH"])
     errors = weight.new_empty(parts, len(steps) * len(zeros), groups, rows)
     with torch.cuda.device_of(weight):
         _candidate_errors_kernel[(triton.cdiv(rows, _TILE_ROWS), groups, parts)](
@@ -94,11 +96,27 @@ def _candidate_errors(
             groups * rows,
             float(lowest),
             float(highest),
-            GROUP_WIDTH=width,
-            CANDIDATES=len(steps),
-            ZEROS=len(zeros),
-            ROWS=_TILE_ROWS,
-            WIDTH=tile,
-            num_warps=2,
+            **constants,
         )
     return errors[0] if parts == 1 else errors.sum(0)
+
+
+def compile_ahead(device: torch.device, widths: Iterable[int], searches: Sequence[tuple[int, int]]) -> None:
+    """Compile the kernel for groups of some widths, which takes seconds where Triton's cache has it not.
+
+    Args:
+        device: The GPU.
+        widths: Columns of a group.
+        searches: Numbers of candidates and of zero points that are tried together.
+    """
+    with torch.cuda.device(device):
+        for constants in (_constants(width, *search) for width in widths for search in searches):
+            # Numbers of rows and groups stand for others, which are multiples of 16 like them for the most part.
+            tensors = [torch.float32] * 5
+            _candidate_errors_kernel.warmup(*tensors, 4096, 4096, -8.0, 7.0, grid=(1,), **constants)
+
+
+def _constants(width: int, candidates: int, zeros: int) -> dict[str, int]:
+    tile = min(triton.next_power_of_2(width), _MAX_TILE_WIDTH)
+    known = {"GROUP_WIDTH": width, "CANDIDATES": candidates, "ZEROS": zeros, "ROWS": _TILE_ROWS, "WIDTH": tile}
+    return {**known, "num_warps": 2}
