@@ -36,6 +36,8 @@ _SMALLEST_SET, _SCORING_SET, _SHORT_ROW, _FEWEST_REPORT_ROWS = 8, 16, 512, 2
 
 _SAMPLED_MODEL = "sampled model"
 """Key of the model to sample from, where it is loaded ahead."""
+_ENDS = "ends"
+"""Key of a stream that nobody asks for: what it has loaded is there for others (see `Job.matrices`)."""
 
 _FEW_PIECES = 3
 SELECTION_LENGTH = 256
@@ -109,12 +111,16 @@ def read_ahead(job: Job) -> None:
 
 
 def load_ahead(job: Job, resuming: bool) -> None:
-    """Begin to load the model that rows are sampled from, where it can be beside other work: onto a GPU.
+    """Begin to load embedding and head, which streams share, and the model that rows are sampled from, onto a GPU.
 
     While that goes on, nothing else may make tensors of the default dtype, which transformers changes for a moment. A
     run that resumes may have the rows.
     """
-    if job.device.type == "cuda" and not resuming and job.config.reads_rows and SELF in _shares(job, _counts(job)):
+    if job.device.type != "cuda":
+        return
+    if job.index.rotation is None:
+        job.ahead.begin(_ENDS, job.stream)
+    if not resuming and job.config.reads_rows and SELF in _shares(job, _counts(job)):
         job.ahead.begin(_SAMPLED_MODEL, partial(load_sampled, _sampled_model(job)))
 
 

@@ -36,7 +36,9 @@ def test_rows_that_only_choose_are_two_texts_on_a_gpu(
     monkeypatch.setattr(stage, "_shares", lambda *_: {SELF: {"selection": 4}})
     monkeypatch.setattr(stage, "_counts", lambda _: {})
     monkeypatch.setattr(stage, "load_sampled", lambda _: "loaded ahead")
+    job.index, job.stream = SimpleNamespace(rotation=None), lambda: "with ends"
     stage.load_ahead(job, resuming=False)
+    assert job.ahead.result(stage._ENDS, lambda: "none") == ("with ends" if device == "cuda" else "none")
     monkeypatch.setattr(stage, "load_sampled", lambda _: "loaded")
     found = stage._sampled_source(RunContext(job), {"selection": 4})
     assert found.tokens.shape == (4, 512 if calibration == SELF else 256)
