@@ -42,7 +42,7 @@ def test_a_resumed_run_has_the_same_scales(tmp_path: Path, monkeypatch: Any) -> 
     job = prepare(RunConfig(model=str(folder), device="cpu", kv_cache="fp8", bits="8", seq_len=16), writes=False)
     layout = job.layout({unit.name: QuantFormat(8, 32) for unit in job.units})
     entries = [entry for file in layout.files for entry in file.entries if entry.name == NAME]
-    assert [(entry.dtype, entry.source) for entry in entries] == [("F32", None)]
+    assert [(entry.dtype, entry.source) for entry in entries] == [("BF16", None)]
     saved, found = Kept(), []
     for _ in range(2):
         sets = {"calibration": Rows(torch.arange(48).view(3, 16) + 3, "", "")}
