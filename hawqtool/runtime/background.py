@@ -35,7 +35,7 @@ def beside(work: Callable[[], T]) -> Callable[[], T]:
     return future.result
 
 
-class Ahead:
+class BegunWork:
     """Work that was begun before its result is asked for, by key; each result is given once."""
 
     def __init__(self) -> None:

@@ -45,7 +45,7 @@ from hawqtool.pipeline.run.resolved import ResolvedSettings, resolve_settings
 from hawqtool.records import LayerFormats, Menu, Unit, UnitFormats
 from hawqtool.rounding.spec import Refiner, RoundingSpec
 from hawqtool.rounding.statistics import SETTINGS_HELD_OUT_EVERY
-from hawqtool.runtime.background import Ahead
+from hawqtool.runtime.background import BegunWork
 from hawqtool.runtime.launched import local_rank, world_size
 from hawqtool.runtime.ranks import ALONE, Ranks
 from hawqtool.runtime.reporter import Reporter, Silent
@@ -120,7 +120,7 @@ class Job:
     rotation: str = "off"
     matrices: MutableMapping[str, Any] = field(default_factory=WeakValueDictionary, compare=False)
     ranks: Ranks = field(default=ALONE, compare=False)
-    ahead: Ahead = field(default_factory=Ahead, compare=False)
+    ahead: BegunWork = field(default_factory=BegunWork, compare=False)
     _tokenizer: _Tokenizer = field(default_factory=lambda: _Tokenizer(), compare=False, repr=False)
 
     @property

@@ -11,7 +11,7 @@ import torch
 from hawqtool.config import RunConfig
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.stages import rows as stage
-from hawqtool.runtime.background import Ahead
+from hawqtool.runtime.background import BegunWork
 from hawqtool.runtime.ranks import ALONE
 from hawqtool.settings.fields import SELF
 
@@ -32,7 +32,7 @@ def test_rows_that_only_choose_are_two_texts_on_a_gpu(
     monkeypatch.setattr(stage, "_of_long_rows", lambda _, quota: quota)
     config = RunConfig(model="m", calibration=calibration)
     settings, place = SimpleNamespace(seq_len=512), torch.device(device)
-    job: Any = SimpleNamespace(config=config, settings=settings, device=place, ranks=ALONE, ahead=Ahead())
+    job: Any = SimpleNamespace(config=config, settings=settings, device=place, ranks=ALONE, ahead=BegunWork())
     monkeypatch.setattr(stage, "_shares", lambda *_: {SELF: {"selection": 4}})
     monkeypatch.setattr(stage, "_counts", lambda _: {})
     monkeypatch.setattr(stage, "load_sampled", lambda _: "loaded ahead")
