@@ -118,7 +118,7 @@ def load_ahead(job: Job, resuming: bool) -> None:
     """
     if job.device.type != "cuda":
         return
-    if job.index.rotation is None:
+    if job.index.rotation is None and job.structure.head is None:  # a head that is quantized is each stream's own
         job.ahead.begin(_ENDS, job.stream)
     if not resuming and job.config.reads_rows and SELF in _shares(job, _counts(job)):
         job.ahead.begin(_SAMPLED_MODEL, partial(load_sampled, _sampled_model(job)))

@@ -37,6 +37,10 @@ def test_rows_that_only_choose_are_two_texts_on_a_gpu(
     monkeypatch.setattr(stage, "_counts", lambda _: {})
     monkeypatch.setattr(stage, "load_sampled", lambda _: "loaded ahead")
     job.index, job.stream = SimpleNamespace(rotation=None), lambda: "with ends"
+    job.structure = SimpleNamespace(head="quantized, so that streams share nothing")
+    stage.load_ahead(job, resuming=True)
+    assert job.ahead.result(stage._ENDS, lambda: "none") == "none"
+    job.structure = SimpleNamespace(head=None)
     stage.load_ahead(job, resuming=False)
     assert job.ahead.result(stage._ENDS, lambda: "none") == ("with ends" if device == "cuda" else "none")
     monkeypatch.setattr(stage, "load_sampled", lambda _: "loaded")
