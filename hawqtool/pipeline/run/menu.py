@@ -21,7 +21,7 @@ from hawqtool.values import parse_size
 if TYPE_CHECKING:
     from hawqtool.allocation.exact import SecondCost
 
-NARROW_MENU, WIDE_MENU = (4, 8), (2, 3, 4, 8)
+NARROW_MENU, WIDE_MENU, FINE_MENU = (4, 8), (2, 3, 4, 8), (4, 5, 6, 8)
 WIDEST = 8
 """At this width groups cost bytes and lower no loss that counts: whole rows alone."""
 
@@ -89,14 +89,19 @@ def within_second_budget(config: RunConfig, units: Sequence[Unit], plan: BitPlan
 def widths(config: RunConfig, units: Sequence[Unit], budget: int | None) -> tuple[int, ...]:
     """Widths to choose from: those asked for, else 4 and 8 where the budget allows 4 bits everywhere.
 
-    With widths 4 and 8 all engines load the result; narrower budgets need 2 and 3 bits as well.
+    With widths 4 and 8 all engines load the result; narrower budgets need 2 and 3 bits as well. transformers unpacks
+    all widths alike, so that for it alone 5 and 6 come in where the budget allows 5 everywhere.
     """
     if config.given_widths is not None:
         return config.given_widths
-    four = stored_bytes(units, uniform_formats(units, 4, config.base_group_size, config.symmetric))
-    if config.profile == "portable" or (budget is not None and budget >= four):
-        return NARROW_MENU
-    return WIDE_MENU
+
+    def allows(width: int) -> bool:
+        uniform = uniform_formats(units, width, config.base_group_size, config.symmetric)
+        return budget is not None and budget >= stored_bytes(units, uniform)
+
+    if config.profile == "transformers" and allows(5):
+        return FINE_MENU
+    return NARROW_MENU if config.profile == "portable" or allows(4) else WIDE_MENU
 
 
 def format_menu(units: Sequence[Unit], bits: Sequence[int], config: RunConfig, bpw: float | None = None) -> Menu:

@@ -40,6 +40,12 @@ def test_by_default_groups_near_the_budget_are_chosen_from(bpw: float | None, ex
     assert labels(bpw=bpw) == expected.split()
 
 
+def test_transformers_has_the_widths_between_where_the_budget_allows_them() -> None:
+    fine = "w4g32 w5g128 w5g64 w5g32 w5ch w6g128 w6g64 w6g32 w6ch w8ch"
+    assert labels(bpw=5.4, profile="transformers") == fine.split()
+    assert labels(bpw=5.0, profile="transformers") == labels(bpw=5.0) == ["w4g128", "w4g64", "w4g32", "w4ch", "w8ch"]
+
+
 def test_groups_fall_to_what_divides_and_are_listed_once() -> None:
     assert labels(NARROW, 3.25, bits="3", target_bpw=3.25) == ["w3g64", "w3g32", "w3ch"]
 
