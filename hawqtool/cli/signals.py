@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from hawqtool.runtime.lifeline import watch_parent
+from hawqtool.runtime.launched import world_size
+from hawqtool.runtime.lifeline import watch_launcher, watch_parent
 
 INTERRUPTED, TERMINATED = 130, 143
 END_SECONDS = 30.0
@@ -64,7 +65,8 @@ def ending_signals() -> Iterator[None]:
     """While the context lasts, SIGTERM and SIGHUP raise `Terminated`, and neither they nor Ctrl-C are lost.
 
     The process ends `END_SECONDS` after the signal at the latest, also when the context has ended by then. When the
-    process dies that gave it a lifeline, it gets a SIGTERM. An ignored SIGHUP stays ignored, as ``nohup`` wants.
+    process dies that gave it a lifeline, or that started it together with others, it gets a SIGTERM. An ignored SIGHUP
+    stays ignored, as ``nohup`` wants.
 
     The exception of a signal goes nowhere if it is raised in a destructor or in the callback of a weak reference, as
     importing has them: Python prints it as ignored, and the work goes on. Then the signal is sent once more.
@@ -94,7 +96,9 @@ def ending_signals() -> Iterator[None]:
             hook(lost)
 
     sys.unraisablehook = send_again
-    watch_parent(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    watch_parent(_end)
+    if world_size() > 1:
+        watch_launcher(_end)
     try:
         with _Deadline():
             yield
@@ -105,6 +109,10 @@ def ending_signals() -> Iterator[None]:
         for ending, handler in previous.items():
             signal.signal(ending, handler)
         os.close(nowhere)
+
+
+def _end() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _is_terminal(stream: int) -> bool:

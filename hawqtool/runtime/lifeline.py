@@ -6,6 +6,7 @@ Signals cannot do that: nothing runs in a process that is killed, and its childr
 from __future__ import annotations
 
 import os
+import select
 import stat
 import threading
 from collections.abc import Callable
@@ -49,6 +50,30 @@ def watch_parent(ended: Callable[[], object]) -> None:
     descriptor = _inherited(os.environ.pop(VARIABLE, ""))
     if descriptor is not None:
         threading.Thread(target=_wait, args=(descriptor, ended), name="lifeline", daemon=True).start()
+
+
+def watch_launcher(ended: Callable[[], object]) -> None:
+    """Call something when the process that started this one has ended, whatever it is; nothing where no system tells.
+
+    A launcher of several processes, such as torch's, passes no lifeline on.
+
+    Args:
+        ended: Called in a thread of its own, at most once.
+    """
+    if not hasattr(os, "pidfd_open"):  # Linux has it
+        return
+    try:
+        descriptor = os.pidfd_open(os.getppid())
+    except OSError:
+        return
+    waiting = select.poll()
+    waiting.register(descriptor, select.POLLIN)
+
+    def wait() -> None:
+        waiting.poll()
+        ended()
+
+    threading.Thread(target=wait, name="launcher", daemon=True).start()
 
 
 def _inherited(text: str) -> int | None:

@@ -16,7 +16,8 @@ PARENT = """
 import os, subprocess, sys
 from hawqtool.runtime.lifeline import Lifeline
 
-child = "import os, time; from hawqtool.runtime.lifeline import watch_parent; watch_parent(lambda: os._exit(7));"
+watch = sys.argv[1]
+child = f"import os, time; from hawqtool.runtime.lifeline import {watch}; {watch}(lambda: os._exit(7));"
 child += "print('ready', flush=True); time.sleep(300)"
 with Lifeline() as line:
     environment = os.environ | line.environment
@@ -25,8 +26,9 @@ with Lifeline() as line:
 """
 
 
-def test_a_child_ends_when_its_parent_is_killed() -> None:
-    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True)
+@pytest.mark.parametrize("watch", ["watch_parent", "watch_launcher"])
+def test_a_child_ends_when_its_parent_is_killed(watch: str) -> None:
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, watch], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None and parent.stdout.readline() == "ready\n"
     parent.kill()
     # The child has the other end of this pipe: it is empty when the child is gone.
