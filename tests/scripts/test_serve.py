@@ -105,7 +105,7 @@ def test_engine_and_own_figures_of_a_folder(
     assert any("three streams are too many" in line.get("error", "") for line in lines)
 
 
-@pytest.mark.parametrize("label", ["16", "fp8-a8f+fp8", "fp8-a8f/nvfp4"])
+@pytest.mark.parametrize("label", ["16", "fp8-a8f+fp8", "fp8-a8f/nvfp4", "w8ch/w4g64/w3g64/w2g64"])
 def test_configurations_without_weights(serve: Any, label: str, tmp_path: Path) -> None:
     from serving.shapes import write_configuration
 
@@ -113,4 +113,4 @@ def test_configurations_without_weights(serve: Any, label: str, tmp_path: Path) 
     found = json.loads((folder / "config.json").read_text()).get("quantization_config")
     assert (found is None) == (label == "16")
     assert found is None or field_problems(found) == []
-    assert label != "fp8-a8f/nvfp4" or set(found["config_groups"]) == {"fp8-a8f", "nvfp4"}
+    assert "/" not in label or set(found["config_groups"]) == set(label.split("/"))

@@ -24,18 +24,20 @@ def write_configuration(shape: str, label: str, folder: Path) -> Path:
     Args:
         shape: Name of a shape of benchmark.py.
         label: Label of a format, ``16`` for none; behind ``+`` that of the KV cache: ``fp8-a8f+fp8``. ``A/B`` is A in
-            attention and B in the rest.
+            attention and B in the rest; ``A/B/C/D`` is one for each of query to value, output, gate and up, down.
         folder: Folder to create.
     """
     folder.mkdir(parents=True)
     content = SHAPES[shape].config()
     weights, _, cache = label.partition("+")
     if weights != "16":
-        attention, _, rest = weights.partition("/")
+        named = weights.split("/")
+        # One format serves all, two are attention's and the rest's.
+        dealt = {1: named * 4, 2: [named[0], named[0], named[-1], named[-1]], 4: named}[len(named)]
         formats, units = {}, {}
         for block in range(SHAPES[shape].blocks):
-            for unit, members in _LINEARS.items():
-                chosen = parse_label(attention if unit.startswith("self") or not rest else rest)
+            for (unit, members), format_label in zip(_LINEARS.items(), dealt, strict=True):
+                chosen = parse_label(format_label)
                 for member in (f"model.layers.{block}.{name}" for name in members):
                     formats[member], units[member] = chosen, f"model.layers.{block}.{unit}"
         found = quantization_config(formats, units, ["lm_head"], {})
