@@ -27,6 +27,12 @@ AUTO_SHARE = 0.9
 CPU_BATCH_SIZE, CUDA_BATCH_SIZES = 16, (128, 64, 32)
 """Rows per forward pass by default: on a GPU the first that fits, or the last."""
 
+IMPORTANCE_ROWS = {"cpu": 2, "cuda": 8}
+"""Rows of a pass of token importance, at least; fixed per kind of device, because they change sums."""
+_IMPORTANCE_TOKENS, _IMPORTANCE_SHARE = 1 << 30, 4
+"""Numbers at the ends of a block's linears, all tokens of a pass together, below which a GPU waits for launches; and
+into how many passes a batch is parted at least, so that one that was halved for want of memory halves these too."""
+
 HOST_BYTES = 6 << 30
 """Most host memory for hidden states beside a GPU; with all else a run then stays below 12 GiB there."""
 
@@ -141,6 +147,28 @@ def make_offload(work: Work, batch_size: int, warn: Callable[[str], None], folde
     return Offload(work.device, max(0, limit - workspace), host, folder or Path(tempfile.gettempdir()))
 
 
+def importance_rows(work: Work, batch_size: int) -> int:
+    """Rows of a pass of token importance: on a GPU more of small models, whose launches take longer than their sums.
+
+    It is a power of two that depends on shapes alone; memory has its say through the rows of a batch.
+
+    Args:
+        work: What has to be done; ``seq_len`` is the positions of a row.
+        batch_size: Rows per forward pass.
+    """
+    fewest = IMPORTANCE_ROWS[work.device.type]
+    if work.device.type != "cuda":
+        return min(fewest, batch_size)
+    most = _IMPORTANCE_TOKENS // (work.seq_len * max(map(_ends, work.structure.blocks)))
+    rows = max(fewest, min(most, batch_size // _IMPORTANCE_SHARE))
+    return min(1 << (rows.bit_length() - 1), batch_size)
+
+
+def _ends(spec: BlockSpec) -> int:
+    """Numbers that the linears of a block take and give for a token."""
+    return sum(linear.in_features + linear.out_features for linear in spec.linears)
+
+
 def importance_offload(work: Work, batch_size: int, otherwise: Offload | None) -> Offload | None:
     """Where token importance keeps hidden states: on a GPU it leaves them more room than rounding does.
 
@@ -172,10 +200,9 @@ def importance_bytes(
     classes = max((info.shape[0] for info in _outside(index, structure) if len(info.shape) == 2), default=0)
 
     def of_block(spec: BlockSpec) -> int:
-        ends = sum(linear.in_features + linear.out_features for linear in spec.linears)
         moments = 2 * _FLOAT_BYTES * sum(linear.out_features**2 for linear in spec.linears)
         weights = sum(linear.num_weights for linear in spec.linears)
-        return weights * size + batch_tokens * ends * size * _SAVED_COPIES + moments
+        return weights * size + batch_tokens * _ends(spec) * size * _SAVED_COPIES + moments
 
     logits = positions * classes * _LOGIT_BYTES
     return _outside_weights(index, structure) * size + max(max(map(of_block, structure.blocks)), logits)
@@ -255,8 +282,7 @@ def _block_bytes(spec: BlockSpec, size: int, batch_tokens: int, scoring_tokens: 
     gram = _FLOAT_BYTES * max(linear.in_features for linear in linears) ** 2
     rounding = max(_rounding_bytes(group, formats) for group in spec.input_groups)
     errors = _FLOAT_BYTES * weights * formats
-    ends = sum(linear.in_features + linear.out_features for linear in linears)
-    backward = scoring_tokens * ends * size * _BACKWARD_COPIES
+    backward = scoring_tokens * _ends(spec) * size * _BACKWARD_COPIES
     return weights * size + max(forward + gram, rounding + errors, backward + errors)
 
 

@@ -8,9 +8,10 @@ from functools import partial
 
 import torch
 
+from hawqtool.model.inputs.arguments import row_positions
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.job import Job
-from hawqtool.pipeline.run.memory_budget import Work, importance_offload
+from hawqtool.pipeline.run.memory_budget import Work, importance_offload, importance_rows
 from hawqtool.pipeline.run.menu import job_menu
 from hawqtool.pipeline.stages import refine
 from hawqtool.records import OutputMoments, Rows, TokenImportance
@@ -23,9 +24,6 @@ from hawqtool.sensitivity.token_importance import Portions, token_importance
 
 _KEY, MOMENTS = "token-importance", "output-moments"
 """Keys of what is saved; under the second one every rank keeps the moments, each of which one of them has made."""
-
-_BATCH_ROWS = {"cpu": 2, "cuda": 8}
-"""Rows of a pass with gradients, whose memory they set; fixed per kind of device, because they change sums."""
 
 _CPU_BYTES = 2 << 30
 """Most bytes of hidden states that are kept together where no limit was given."""
@@ -67,8 +65,9 @@ def _importance(
     kinds, blocks = _kinds(job, len(tokens)), refine.weighted_blocks(job).intersection(layers)
     names = frozenset(layers) - blocks
     sums = OutputMomentSums(names, kinds, job.settings.method.needs_held_out, job.ranks, blocks)
-    batch_size = min(_BATCH_ROWS[job.device.type], job.settings.batch_size)
-    work = Work(job.config, job.index, job.structure, job.device, job.dtype, *tokens.shape[:2])
+    positions = max(tokens.shape[1], row_positions(job.skeleton, tokens.shape[1]))
+    work = Work(job.config, job.index, job.structure, job.device, job.dtype, len(tokens), positions)
+    batch_size = importance_rows(work, job.settings.batch_size)
     job = replace(job, offload=importance_offload(work, batch_size, job.offload))
     portions = Portions(
         batch_size,

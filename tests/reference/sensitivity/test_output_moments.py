@@ -70,7 +70,7 @@ def slow_moments(job: Job, rows: list[int]) -> dict[str, Tensor]:
 def test_they_are_the_gradients_of_the_whole_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int, held_out: list[int]
 ) -> None:
-    """Refinement's held-out rows are in none of them; memory for one batch of rows at a time changes nothing."""
+    """Refinement's held-out rows are in none of them; one batch at a time, or one of all rows, changes nothing."""
     monkeypatch.setattr(sweeps, "_STORED", torch.float32)
     monkeypatch.setattr(output_feedback, "WORTHWHILE", 1e9)
     source = tiny_model("llama", tmp_path / "m", dtype=torch.float32)
@@ -86,9 +86,10 @@ def test_they_are_the_gradients_of_the_whole_model(
         pairs = [(moments.lower, whole[name])] + ([] if moments.held_out is None else [(moments.held_out, other[name])])
         for lower, expected in pairs:
             assert float((unpack_lower(lower) - expected).norm() / expected.norm()) < 1e-3, name
-    monkeypatch.setattr(stage, "_CPU_BYTES", 1)
-    for name, moments in moments_of(RunContext(job)).items():
-        torch.testing.assert_close(moments.lower, found[name].lower, rtol=1e-4, atol=1e-6)
+    for changed, value in (("_CPU_BYTES", 1), ("importance_rows", lambda *_: ROWS)):
+        monkeypatch.setattr(stage, changed, value)
+        for name, moments in moments_of(RunContext(job)).items():
+            torch.testing.assert_close(moments.lower, found[name].lower, rtol=1e-4, atol=1e-6)
 
 
 def test_they_are_kept_and_made_again_where_they_are_damaged(tmp_path: Path) -> None:

@@ -8,14 +8,17 @@ import pytest
 import torch
 
 from hawqtool.config import load_config
+from hawqtool.model.discovery import Structure
 from hawqtool.pipeline.run.job import prepare
 from hawqtool.pipeline.run.memory_budget import (
     CPU_BATCH_SIZE,
     CUDA_BATCH_SIZES,
     Work,
     choose_batch_size,
+    importance_rows,
     make_offload,
 )
+from hawqtool.records import BlockSpec, LinearSpec
 from tests.support.tiny import tiny_llama
 
 
@@ -55,3 +58,22 @@ def test_a_look_at_the_original_needs_memory_of_its_own(work: Work) -> None:
 
 def test_a_cpu_has_a_number_of_its_own(work: Work) -> None:
     assert choose_batch_size(replace(limited(work, 1 << 40), device=torch.device("cpu"))) == CPU_BATCH_SIZE
+
+
+LLAMA_8B = ((4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096), (4096, 14336), (4096, 14336), (14336, 4096))
+SMOLLM2 = ((576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "seq_len", "batch_size", "rows"),
+    [(SMOLLM2, 2048, 128, 32), (SMOLLM2, 2048, 64, 16), (SMOLLM2, 2048, 4, 4), (LLAMA_8B, 2048, 128, 8),
+     (LLAMA_8B, 512, 128, 16), (SMOLLM2, 8192, 128, 8)],
+)  # fmt: skip
+def test_token_importance_takes_more_rows_of_small_models_on_a_gpu(
+    work: Work, shapes: tuple[tuple[int, int], ...], seq_len: int, batch_size: int, rows: int
+) -> None:
+    linears = [LinearSpec(f"m{n}", outs, ins, 0, "unit", 2) for n, (ins, outs) in enumerate(shapes)]
+    structure = Structure((BlockSpec(0, "block", tuple((linear,) for linear in linears)),), ())
+    shaped = replace(work, structure=structure, seq_len=seq_len)
+    assert importance_rows(shaped, batch_size) == rows
+    assert importance_rows(replace(shaped, device=torch.device("cpu")), batch_size) == 2
