@@ -76,6 +76,8 @@ class ContentRecord:
                 threads.shutdown(wait=False, cancel_futures=True)
 
     def _read(self, place: Place, stop: threading.Event) -> None:
+        if place in self._digests:  # another thread has read it since
+            return
         file, start, left = place
         digest = hashlib.sha256()
         try:

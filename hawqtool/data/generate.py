@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +232,7 @@ def load_sampled(source: SampledModel, padding: int | None = None) -> Any:
                 trust_remote_code=source.trust_remote_code,
                 use_safetensors=True,
                 generation_config=neutral,
+                device_map=_placed(source.device),
             )
     except (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError) as error:
         raise InputError(
@@ -242,6 +244,11 @@ def load_sampled(source: SampledModel, padding: int | None = None) -> Any:
     for name, parameter in model.named_parameters():
         check_finite(name, parameter.detach())
     return model
+
+
+def _placed(device: torch.device) -> dict[str, torch.device] | None:
+    """Where transformers puts all weights, several at a time: on a GPU, if it can; None for the CPU, one by one."""
+    return {"": device} if device.type == "cuda" and util.find_spec("accelerate") is not None else None
 
 
 @contextmanager

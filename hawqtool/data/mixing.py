@@ -12,6 +12,28 @@ from hawqtool.data.tokens import fingerprint
 from hawqtool.errors import InputError
 from hawqtool.records import Rows
 
+SMALLEST_SET = 8
+"""Rows of a set that scores or chooses, at least."""
+
+_SCORING_SET, _SHORT_ROW = 16, 512
+
+
+def row_counts(num_samples: int, selection_samples: int, eval_samples: int, length: int | None) -> dict[str, int]:
+    """Rows of each set: rounding, scoring, selecting a plan, reporting.
+
+    Rows of less than 512 tokens are scored on at least 16: noise falls with the rows, and short ones cost little.
+
+    Args:
+        num_samples: Calibration rows.
+        selection_samples: Rows that choose.
+        eval_samples: Rows to report on.
+        length: Tokens of a row; None for images.
+    """
+    side = max(SMALLEST_SET, num_samples // 16)
+    short = length is None or length < _SHORT_ROW
+    scoring = max(side, _SCORING_SET) if short else side
+    return {"calibration": num_samples, "scoring": scoring, "selection": selection_samples, "report": eval_samples}
+
 
 @dataclass(frozen=True)
 class SourceRows:

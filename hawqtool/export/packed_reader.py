@@ -16,7 +16,7 @@ from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.errors import InputError
 from hawqtool.export.compressed_tensors import module_format
 from hawqtool.export.embedding_table import restored_table, stored_tables
-from hawqtool.export.plausibility import scale_multiples
+from hawqtool.export.plausibility import half_step_bounds, scale_multiples
 from hawqtool.export.stored.cache import cache_scales
 from hawqtool.export.stored.weights import (
     INPUT_DIVISOR,
@@ -59,12 +59,14 @@ class PackedErrors:
         error: Squared error per scale, ``[out, groups]`` float32.
         energy: Squared weights per scale, ``[out, groups]`` float32.
         multiple: From `scale_multiples`, ``[out, groups]`` float32.
+        bound: From `half_step_bounds`, ``[out, groups]`` float32.
     """
 
     relative: float
     error: Tensor
     energy: Tensor
     multiple: Tensor
+    bound: Tensor
 
 
 def packed_errors(
@@ -81,7 +83,8 @@ def packed_errors(
     rows, columns = weight.shape
     whole = None if quant_format.layout == PACK_QUANTIZED else unpack_parts(parts, quant_format, (rows, columns))
     zeros = None if quant_format.symmetric else unpack_zeros(parts[ZERO_POINT], quant_format.bits, rows)
-    step = max(1, _SLICE_WEIGHTS.get(device.type, 1 << 20) // max(columns, 1))
+    together = 1 if quant_format.floats is None else quant_format.floats.group_rows  # rows that share a scale
+    step = max(1, _SLICE_WEIGHTS.get(device.type, 1 << 20) // max(columns * together, 1)) * together
     scales = parts[SCALE] if whole is None else whole.scales
     groups = scales.shape[1]
     found, by_scale = [], []
@@ -99,9 +102,9 @@ def packed_errors(
         found.append(squares.sum(-1).double())
         error, energy = squares.view(2, len(original), groups, -1).sum(-1)
         multiple = scale_multiples(original, restored, error, energy, quant_format.bits)
-        by_scale.append(torch.stack([error, energy, multiple]).cpu())
-    error, energy, multiple = torch.cat(by_scale, 1)
-    return PackedErrors(_ratio(found), error, energy, multiple)
+        bound = half_step_bounds(original, quant_format)
+        by_scale.append(torch.stack([error, energy, multiple, bound]).cpu())
+    return PackedErrors(_ratio(found), *torch.cat(by_scale, 1))
 
 
 def _ratio(rows: list[Tensor]) -> float:

@@ -21,7 +21,6 @@ from hawqtool.export.packed_reader import packed_errors
 from hawqtool.export.plausibility import (
     error_bound_problems,
     gain_problems,
-    half_step_bounds,
     multiple_problems,
 )
 from hawqtool.export.stored.cache import cache_names
@@ -272,8 +271,7 @@ def _error_problems(
     if expected is None:
         return [f"{module} has no weight_error in reproduce/checksums.json; expected one; write it again"]
     if math.isclose(measured, float(expected), rel_tol=ERROR_TOLERANCE, abs_tol=1e-12):
-        bound = half_step_bounds(weight, quant_format)
-        problems = error_bound_problems(module, found_errors.error, found_errors.energy, bound)
+        problems = error_bound_problems(module, found_errors.error, found_errors.energy, found_errors.bound)
         return problems or multiple_problems(module, found_errors.multiple)
     return [
         f"{module}: relative squared weight error is {measured:.6g}; reproduce/checksums.json says {expected:.6g}; "

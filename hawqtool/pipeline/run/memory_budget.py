@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -62,6 +63,11 @@ def memory_limit(config: RunConfig, device: torch.device) -> int | None:
     if device.type != "cuda":
         return None
     return int(AUTO_SHARE * torch.cuda.get_device_properties(device).total_memory)
+
+
+def half_of_memory() -> int:
+    """Half the bytes of the host's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def copies_ahead(config: RunConfig, device: torch.device) -> bool:

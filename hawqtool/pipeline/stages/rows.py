@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -13,7 +12,16 @@ from torch import Tensor
 
 from hawqtool.data.generate import BATCH_ROWS, SampledModel, generate_rows, load_sampled
 from hawqtool.data.media_rows import MediaReader, RowTexts, Transcribe
-from hawqtool.data.mixing import SourceRows, equal_quotas, mix_rows, pieces, quotas, require_rows
+from hawqtool.data.mixing import (
+    SMALLEST_SET,
+    SourceRows,
+    equal_quotas,
+    mix_rows,
+    pieces,
+    quotas,
+    require_rows,
+    row_counts,
+)
 from hawqtool.data.sources import check_found, is_hub, is_plain_text, open_source
 from hawqtool.data.tokenizer import frame
 from hawqtool.data.tokens import overlap, source_rows
@@ -26,16 +34,17 @@ from hawqtool.model.tasks import feeds_decoder
 from hawqtool.pipeline.run.checkpoints import SAMPLED
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.job import Job
-from hawqtool.pipeline.run.memory_budget import memory_limit
+from hawqtool.pipeline.run.memory_budget import half_of_memory, memory_limit
 from hawqtool.records import Rows
+from hawqtool.runtime.launched import world_size
 from hawqtool.settings.fields import SELF
 
 ROLES = ("calibration", "scoring", "selection", "report")
 _EXPECTED = {IMAGES: "a folder of images", **dict.fromkeys(SOUNDS, "a folder of WAV files")}
-_SMALLEST_SET, _SCORING_SET, _SHORT_ROW, _FEWEST_REPORT_ROWS = 8, 16, 512, 2
+_FEWEST_REPORT_ROWS = 2
 
-_SAMPLED_MODEL = "sampled model"
-"""Key of the model to sample from, where it is loaded ahead."""
+_SAMPLED_MODEL, _SAMPLED_ROWS = "sampled model", "sampled rows"
+"""Keys of the model to sample from, where it is loaded ahead, and of the rows, where they are sampled ahead too."""
 _ENDS = "ends"
 """Key of a stream that nobody asks for: what it has loaded is there for others (see `Job.matrices`)."""
 
@@ -46,23 +55,6 @@ SELECTION_LENGTH = 256
 SAMPLED_PARTS = 2
 """Texts in a sampled row that only chooses, on a GPU: there a step takes as long for many rows as for few, so that a
 row of 256 tokens at once would take as long as rounding a small model."""
-
-
-def row_counts(num_samples: int, selection_samples: int, eval_samples: int, length: int | None) -> dict[str, int]:
-    """Rows of each set: rounding, scoring, selecting a plan, reporting.
-
-    Rows of less than 512 tokens are scored on at least 16: noise falls with the rows, and short ones cost little.
-
-    Args:
-        num_samples: Calibration rows.
-        selection_samples: Rows that choose.
-        eval_samples: Rows to report on.
-        length: Tokens of a row; None for images.
-    """
-    side = max(_SMALLEST_SET, num_samples // 16)
-    short = length is None or length < _SHORT_ROW
-    scoring = max(side, _SCORING_SET) if short else side
-    return {"calibration": num_samples, "scoring": scoring, "selection": selection_samples, "report": eval_samples}
 
 
 def gather_rows(context: RunContext, scores_alone: bool = False) -> dict[str, Rows]:
@@ -111,17 +103,22 @@ def read_ahead(job: Job) -> None:
 
 
 def load_ahead(job: Job, resuming: bool) -> None:
-    """Begin to load embedding and head, which streams share, and the model that rows are sampled from, onto a GPU.
+    """Begin to load embedding and head, which streams share, onto a GPU, and to sample rows where they are wanted.
 
-    While that goes on, nothing else may make tensors of the default dtype, which transformers changes for a moment. A
-    run that resumes may have the rows.
+    Of rows that several processes sample together the model alone is loaded. While that goes on, nothing else may make
+    tensors of the default dtype, which transformers changes for a moment. A run that resumes may have the rows.
     """
     if job.device.type != "cuda":
         return
     if job.index.rotation is None and job.structure.head is None:  # a head that is quantized is each stream's own
         job.ahead.begin(_ENDS, job.stream)
-    if not resuming and job.config.reads_rows and SELF in _shares(job, _counts(job)):
-        job.ahead.begin(_SAMPLED_MODEL, partial(load_sampled, _sampled_model(job)))
+    shares = {} if resuming or not job.config.reads_rows else _shares(job, _counts(job))
+    if SELF in shares:
+        asked, *_ = _asked_of_model(job, shares[SELF])
+        if world_size() > 1 and asked[0] > BATCH_ROWS:
+            job.ahead.begin(_SAMPLED_MODEL, partial(load_sampled, _sampled_model(job)))
+        else:
+            job.ahead.begin(_SAMPLED_ROWS, partial(_sampled, job, *asked))
 
 
 def check_sources(job: Job) -> None:
@@ -184,15 +181,11 @@ def _can_sample(job: Job) -> bool:
         return False
     tokenizer = job.tokenizer()
     begins = tokenizer.bos_token_id is not None or tokenizer.eos_token_id is not None
-    return begins and _weight_bytes(job) <= (memory_limit(job.config, job.device) or _half_of_memory())
+    return begins and _weight_bytes(job) <= (memory_limit(job.config, job.device) or half_of_memory())
 
 
 def _weight_bytes(job: Job) -> int:
     return sum(math.prod(info.shape) for info in job.index.tensors.values()) * job.dtype.itemsize
-
-
-def _half_of_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def _shares(job: Job, counts: dict[str, int]) -> dict[str, dict[str, int]]:
@@ -255,7 +248,7 @@ def _of_long_rows(job: Job, quota: dict[str, int]) -> dict[str, int]:
     if not _is_running_text(job) or each < _FEW_PIECES or not count:
         return quota
     # A special token in front of every piece leaves too little for the last one.
-    return quota | {"selection": min(count, max(_SMALLEST_SET, math.ceil(count / (each - 1))))}
+    return quota | {"selection": min(count, max(SMALLEST_SET, math.ceil(count / (each - 1))))}
 
 
 def evaluation_rows(job: Job, text: str, wanted: int, samples: bool = True) -> Rows:
@@ -333,24 +326,32 @@ def _text_rows(job: Job, text: str, count: int, seed: int) -> tuple[str, Tensor]
     return source.title, _known(job, rows)
 
 
-def _sampled_source(context: RunContext, quota: dict[str, int]) -> SourceRows:
-    job, length, parts = context.job, context.job.settings.seq_len, 1
+def _asked_of_model(job: Job, quota: dict[str, int]) -> tuple[tuple[int, int], int, dict[str, int]]:
+    """Texts that the model is to write and tokens of each, how many of them make a row, and the quota of its rows."""
+    length, parts = job.settings.seq_len, 1
     if SELF in job.config.calibration_weights:
         quota = _of_long_rows(job, quota)
     else:  # they choose alone
         length = min(length, SELECTION_LENGTH)
         parts = SAMPLED_PARTS if job.device.type == "cuda" and length % SAMPLED_PARTS == 0 else 1
-    count = _needed(SELF, quota)
+    return (parts * _needed(SELF, quota), length // parts), parts, quota
+
+
+def _sampled_source(context: RunContext, quota: dict[str, int]) -> SourceRows:
+    job, stage = context.job, context.progress("sampling tokens")
+    (count, length), parts, quota = _asked_of_model(job, quota)
     known = context.saved.load(SAMPLED)
     if known is not None:
         return SourceRows(SELF, known, quota)
-    context.reporter.say(f"sampling {count} rows of {length} tokens from the model")
-    asked = parts * count, length // parts
+    context.reporter.say(f"sampling {count // parts} rows of {parts * length} tokens from the model")
     # Each loads the whole model, through the host's memory. A GPU takes a step for all rows of a batch at once.
-    many = job.device.type == "cpu" or asked[0] > BATCH_ROWS
-    shares = many and context.ranks.size > 1 and context.ranks.size * _weight_bytes(job) <= _half_of_memory()
-    sharing = context.shared(_sampled, *asked) if shares else job
-    tokens = _sampled(sharing, *asked, context.progress("sampling tokens")).reshape(count, length)
+    many = job.device.type == "cpu" or count > BATCH_ROWS
+    if many and context.ranks.size > 1 and context.ranks.size * _weight_bytes(job) <= half_of_memory():
+        tokens = _sampled(context.shared(_sampled, count, length), count, length, stage)
+    else:
+        tokens = job.ahead.result(_SAMPLED_ROWS, partial(_sampled, job, count, length, stage))
+    stage(count * length, count * length)
+    tokens = tokens.reshape(-1, parts * length)
     context.saved.save(SAMPLED, tokens)
     return SourceRows(SELF, tokens, quota)
 

@@ -26,6 +26,7 @@ from hawqtool.export.packed_reader import (
     relative_weight_error,
     unpack_parts,
 )
+from hawqtool.export.plausibility import half_step_bounds
 from hawqtool.export.verify import VerifyReport, verify_folder
 from hawqtool.formats import QuantFormat, parse_label
 from hawqtool.rounding.grid import dequantize
@@ -471,6 +472,6 @@ def test_errors_of_a_few_rows_at_a_time_are_those_of_the_whole(
     for name, fmt in mixed_formats(linear_specs(read_index(source))).items():
         weight, parts = original.tensor(f"{name}.weight"), packed_parts(reader, name)
         restored = dequantize(*unpack_parts(parts, fmt, (len(weight), weight.shape[1])))
-        assert packed_errors(weight, parts, fmt, torch.device("cpu")).relative == relative_weight_error(
-            weight, restored
-        )
+        found = packed_errors(weight, parts, fmt, torch.device("cpu"))
+        assert found.relative == relative_weight_error(weight, restored)
+        assert torch.equal(found.bound, half_step_bounds(weight, fmt))
