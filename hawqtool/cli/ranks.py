@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,12 @@ from hawqtool.cli.session import decide_hub_access, session
 from hawqtool.cli.signals import INTERRUPTED, TERMINATED
 from hawqtool.config import load_config
 from hawqtool.errors import HawqError
+from hawqtool.runtime.head_start import head_start
 from hawqtool.runtime.launched import OTHER_GONE, world_size
+
+_LOOPBACK = "lo"
+"""Interface by which processes of one machine find each other. By its own name they might ask a server that does not
+answer, for longer than a run takes."""
 
 _KEPT = "finished work is kept, and the same command goes on with it"
 
@@ -49,6 +55,7 @@ def assist(
     with session(quiet=True, debug=debug):
         settings = load_config(config, values, preset)
         decide_hub_access(settings.data_sources)
+        head_start(settings.device)
 
         from hawqtool.pipeline.evaluate import as_written
         from hawqtool.pipeline.worker import work
@@ -63,6 +70,8 @@ def _run(count: int, command: list[str]) -> int:
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if _LOOPBACK in (name for _, name in socket.if_nameindex()):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", _LOOPBACK)
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -75,6 +84,7 @@ def _run(count: int, command: list[str]) -> int:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         run_id=str(os.getpid()),
+        local_addr="localhost",
         max_restarts=0,
         monitor_interval=0.1,
     )

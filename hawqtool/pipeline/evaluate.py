@@ -19,9 +19,8 @@ from hawqtool.pipeline.run.resolved import MOST_REPORT_ROWS
 from hawqtool.pipeline.stages.evaluate import Evaluator
 from hawqtool.pipeline.stages.rows import evaluation_rows
 from hawqtool.pipeline.tasks import check_tasks, judge_tasks
-from hawqtool.pipeline.worker import begin_ranks, leading
+from hawqtool.pipeline.worker import Others, begin_ranks, leading
 from hawqtool.report.documents import EvaluationDocument
-from hawqtool.runtime.ranks import Ranks
 from hawqtool.runtime.reporter import Reporter
 
 
@@ -37,11 +36,11 @@ def run_evaluate(config: RunConfig, folder: Path, reporter: Reporter) -> Evaluat
     Raises:
         InputError: If no evaluation text is given, or the folder belongs to another model.
     """
-    with leading(config) as ranks:
-        return _evaluated(config, folder, reporter, ranks)
+    with leading(config) as others:
+        return _evaluated(config, folder, reporter, others)
 
 
-def _evaluated(config: RunConfig, folder: Path, reporter: Reporter, ranks: Ranks) -> EvaluationDocument:
+def _evaluated(config: RunConfig, folder: Path, reporter: Reporter, others: Others) -> EvaluationDocument:
     if config.eval_data is None:
         raise InputError("--eval-data is needed: text that was not used for calibration")
     candidate = PackedReader(folder)
@@ -62,8 +61,7 @@ def _evaluated(config: RunConfig, folder: Path, reporter: Reporter, ranks: Ranks
         )
     rows = evaluation_rows(job, config.eval_data, config.eval_samples or MOST_REPORT_ROWS)
     check_tasks(job)
-    begin_ranks(ranks, job)
-    context = RunContext(job, reporter, ranks=ranks)
+    context = RunContext(job, reporter, ranks=begin_ranks(others, job))
     evaluator = Evaluator(context, {"report": rows})
     with torch.no_grad():
         original = evaluator.evaluate(None, "original")["report"]

@@ -35,15 +35,14 @@ def run_measure(config: RunConfig, output: Path, reporter: Reporter) -> Sensitiv
         raise UsageError(f"measure makes scores anew; --sensitivity names a metric there, found {config.sensitivity}")
     check_writable(output)
     check_measurements(config)
-    with RunFolder(output.absolute(), reporter) as run, leading(config) as ranks:
+    with RunFolder(output.absolute(), reporter) as run, leading(config) as others:
         job = prepare(config, reporter, states=run.path)
         check_calibration(job)
         before = stamps(job.index)
         record_content(job.index, before, reporter)
         run.begin(run_identity(job), config.restart)
         menu = format_menu(job.units, config.given_widths or WIDE_MENU, config)
-        begin_ranks(ranks, job)
-        context = RunContext(job, reporter, run.saved, ranks)
+        context = RunContext(job, reporter, run.saved, begin_ranks(others, job))
         sets = gather_rows(context, scores_alone=True)
         run.check_rows({name: rows.fingerprint for name, rows in sets.items()})
         check_rotation(context, sets)

@@ -79,7 +79,7 @@ def run_quantize(
         raise UsageError("GGUF files are written by hawqtool quantize on the command line alone; drop --to gguf here")
     config.require_one_target()
     output = output_folder(config)
-    with RunFolder(output, reporter) as run, leading(config) as ranks:
+    with RunFolder(output, reporter) as run, leading(config) as others:
         resuming = run.unfinished and not config.restart
         if not (resuming and run.in_place):
             check_free(config, output)
@@ -101,7 +101,7 @@ def run_quantize(
         if run.in_place:
             run.finish()
             return read_report(output / "report.json")
-        begin_ranks(ranks, job)
+        ranks = begin_ranks(others, job)
 
         def work(job: Job, warnings: list[str]) -> Report:
             context = RunContext(job, reporter, run.saved, ranks)

@@ -13,7 +13,7 @@ from hawqtool.config import RunConfig
 from hawqtool.errors import HawqError, UsageError
 from hawqtool.pipeline.run.job import Job, chosen_device, prepare
 from hawqtool.runtime.launched import world_size
-from hawqtool.runtime.ranks import Ranks, joined
+from hawqtool.runtime.ranks import Ranks, joined, take_gpu
 
 
 class _Beginning(NamedTuple):
@@ -23,9 +23,33 @@ class _Beginning(NamedTuple):
     content: ContentRecord | None
 
 
+class Others:
+    """The other processes of a run, for the one that leads.
+
+    They are waited for when they are wanted: what the leader says and refuses before that needs none of them.
+
+    Args:
+        cuda: Whether each computes on a GPU of its own.
+    """
+
+    def __init__(self, cuda: bool) -> None:
+        self._cuda = cuda
+        self._ranks: Ranks | None = None
+
+    def joined(self) -> Ranks:
+        """All processes of the run, this one alone where there are no others."""
+        self._ranks = self._ranks or joined(self._cuda)
+        return self._ranks
+
+    def leave(self) -> None:
+        """Exchange nothing any more."""
+        if self._ranks is not None:
+            self._ranks.leave()
+
+
 @contextmanager
-def leading(config: RunConfig) -> Iterator[Ranks]:
-    """The ranks of this run, which this process leads; the others are let go at the end, unless it failed.
+def leading(config: RunConfig) -> Iterator[Others]:
+    """The other processes of this run, which this one leads; they are let go at the end, unless it failed.
 
     Raises:
         UsageError: If there are fewer GPUs than processes, or several are asked for and nothing started them.
@@ -34,18 +58,26 @@ def leading(config: RunConfig) -> Iterator[Ranks]:
         raise UsageError(
             f"gpus is {config.gpus}, but this is one process alone; the command line starts several, as does torchrun"
         )
-    ranks = joined(chosen_device(config.device).type == "cuda")
+    cuda = chosen_device(config.device).type == "cuda"
+    if cuda:
+        take_gpu()
+    others = Others(cuda)
     try:
-        yield ranks
-        ranks.dismiss()
+        yield others
+        others.joined().dismiss()  # also of a run that had nothing to do
+    except HawqError:
+        others.joined()  # whose other end, which closes now, they wait at
+        raise
     finally:
-        ranks.leave()
+        others.leave()
 
 
-def begin_ranks(ranks: Ranks, job: Job) -> None:
-    """Have the other ranks prepare the job that the leader has prepared."""
+def begin_ranks(others: Others, job: Job) -> Ranks:
+    """Have the other ranks prepare the job that the leader has prepared; gives all of them."""
+    ranks = others.joined()
     if ranks.size > 1:
         ranks.from_owner(_Beginning(job.settings.batch_size, job.index.content), 0)
+    return ranks
 
 
 def work(config: RunConfig, writes: bool = True) -> None:
@@ -58,10 +90,12 @@ def work(config: RunConfig, writes: bool = True) -> None:
     Raises:
         HawqError: As `prepare`.
     """
-    ranks = joined(chosen_device(config.device).type == "cuda")
+    if cuda := chosen_device(config.device).type == "cuda":
+        take_gpu()
+    # Beside the leader, which checks more than this. What is not here yet, it downloads alone.
+    early = _tried(config, writes) if Path(config.model).is_dir() else None
+    ranks = joined(cuda)
     try:
-        # Beside the leader, which checks more than this. What is not here yet, it downloads alone.
-        early = _tried(config, writes) if Path(config.model).is_dir() else None
         beginning = ranks.awaited()
         if beginning is not None:  # else the run had nothing to do
             if isinstance(early, HawqError):

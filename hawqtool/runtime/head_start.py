@@ -12,7 +12,7 @@ from functools import partial
 from importlib import import_module, util
 
 from hawqtool.runtime.background import beside
-from hawqtool.runtime.launched import world_size
+from hawqtool.runtime.launched import local_rank
 
 _DRIVER = "libcuda.so.1"
 _LEADING = "transformers"
@@ -34,8 +34,7 @@ def head_start(device: str) -> None:
     driver = None if device == "cpu" else _driver()
     if driver is None:
         return
-    if world_size() == 1:
-        beside(partial(_make_context, driver))
+    beside(partial(_make_context, driver, local_rank()))
     beside(partial(_import_all, _ALONE))
     beside(_from_torch_on)
     import_module(_LEADING)
@@ -48,16 +47,15 @@ def _driver() -> ctypes.CDLL | None:
         return None
 
 
-def _make_context(driver: ctypes.CDLL) -> None:
-    """Make the context of the first GPU that torch will use; asked by C, the interpreter goes on meanwhile."""
+def _make_context(driver: ctypes.CDLL, number: int) -> None:
+    """Make the context of the GPU that torch will use; asked by C, the interpreter goes on meanwhile."""
     if driver.cuInit(0) == 0:
-        driver.cuDevicePrimaryCtxRetain(ctypes.byref(ctypes.c_void_p()), 0)
+        driver.cuDevicePrimaryCtxRetain(ctypes.byref(ctypes.c_void_p()), number)
 
 
 def _from_torch_on() -> None:
     import_module("torch")
-    if world_size() == 1:
-        beside(wake)
+    beside(wake)
     _import_all(_BEHIND_TORCH)
 
 
@@ -65,8 +63,8 @@ def wake() -> None:
     """Load the libraries of products, which takes half a second, and have Triton hash itself, which takes another."""
     import torch
 
-    if torch.cuda.is_available():
-        few = torch.ones((8, 8), dtype=torch.bfloat16, device="cuda")
+    if local_rank() < torch.cuda.device_count():
+        few = torch.ones((8, 8), dtype=torch.bfloat16, device=f"cuda:{local_rank()}")
         float((few @ few).sum())
         if util.find_spec(_TRITON.partition(".")[0]) is not None:
             # It names compiled kernels by that, and remembers it; versions that keep it elsewhere do it later.

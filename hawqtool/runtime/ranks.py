@@ -28,6 +28,9 @@ _SEED_STEP = 1_000_003
 _SECONDS_TO_END = 3.0
 """How long a process takes to end once it no longer exchanges anything, at most."""
 
+_LEADER_IS_HERE, _LOOKS_EVERY = "hawqtool/leader", 0.02
+"""What the leader tells when it joins the others, and seconds between two looks at that."""
+
 
 class Task(NamedTuple):
     """What the leader hands out.
@@ -238,8 +241,21 @@ ALONE = Ranks()
 """The one process of a run that has no others."""
 
 
+def take_gpu() -> None:
+    """Make this process's own GPU the current one; nothing without others.
+
+    Raises:
+        UsageError: If there are more processes than GPUs.
+    """
+    if world_size() == 1:
+        return
+    if local_rank() >= (count := torch.cuda.device_count()):
+        raise UsageError(f"{world_size()} processes were started, but there are {count} GPUs; expected one for each")
+    torch.cuda.set_device(local_rank())
+
+
 def joined(cuda: bool) -> Ranks:
-    """The processes that a launcher started together with this one; `ALONE` without one.
+    """The processes that a launcher started together with this one; `ALONE` without one. Waits for all of them.
 
     Args:
         cuda: Whether each computes on a GPU of its own.
@@ -249,12 +265,16 @@ def joined(cuda: bool) -> Ranks:
     """
     if world_size() == 1:
         return ALONE
-    if cuda and local_rank() >= (count := torch.cuda.device_count()):
-        raise UsageError(f"{world_size()} processes were started, but there are {count} GPUs; expected one for each")
     if cuda:
-        torch.cuda.set_device(local_rank())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_LONGEST_WAIT)
-    return Ranks(dist.get_rank(), dist.get_world_size())
+        take_gpu()
+    store, rank, size = next(dist.rendezvous("env://", timeout=_LONGEST_WAIT))
+    if rank == 0:
+        store.set(_LEADER_IS_HERE, "")
+    while not store.check([_LEADER_IS_HERE]):  # joining hears no signal
+        time.sleep(_LOOKS_EVERY)
+    backends = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    dist.init_process_group(backends, store=store, rank=rank, world_size=size, timeout=_LONGEST_WAIT)
+    return Ranks(rank, size)
 
 
 @contextmanager

@@ -19,5 +19,5 @@ def test_several_gpus_are_not_promised_by_one_process() -> None:
 
 
 def test_one_process_leads_itself() -> None:
-    with leading(RunConfig(model="m", device="cpu")) as ranks:
-        assert ranks is ALONE
+    with leading(RunConfig(model="m", device="cpu")) as others:
+        assert others.joined() is ALONE
