@@ -159,9 +159,9 @@ class RunConfig(CheckedFields):
         if self.eval is False:
             given = (n for n in (*NEED_EVALUATION, "eval_data", "eval_samples") if getattr(self, n) is not None)
             for other in given:
-                raise ValueError(f"{other} needs the evaluation that eval false leaves out; drop one of the two")
+                raise ValueError(f"{other} needs the evaluation that --no-eval leaves out; drop one of the two")
             if self.swaps or (self.shortlist or 1) > 1:
-                raise ValueError("shortlist and swaps compare plans by evaluation; drop them, or eval false")
+                raise ValueError("shortlist and swaps compare plans by evaluation; drop them, or --no-eval")
         return self
 
     @property
@@ -383,14 +383,14 @@ def preset_and_file(path: Path | None, preset: str | None) -> tuple[tuple[str, .
 
 def describe_problem(error: Any, origin: str) -> str:
     """One of the errors of a ValidationError in words, with ``origin`` (such as `` in run.yaml``) after the key."""
-    key = ".".join(str(part) for part in error["loc"]) or "configuration"
+    key = ".".join(map(str, error["loc"])) or "configuration"
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, RunConfig.model_fields, n=1)
         return f"unknown key {key!r}{origin}" + (f", did you mean {near[0]!r}?" if near else "")
-    message = str(error["msg"]).removeprefix("Value error, ")
-    whole = error["type"] in ("missing", "value_error") and key == "configuration"
-    value = "" if whole else f", found {shown(error['input'])}{_nearest(key, error['input'])}"
-    return f"{key}{origin}: {message[0].lower()}{message[1:]}" + ("" if error["type"] == "missing" else value)
+    none = error["type"] == "missing"
+    message = "expected a folder or a hub id, found none" if none else str(error["msg"]).removeprefix("Value error, ")
+    value = "" if none or not error["loc"] else f", found {shown(error['input'])}{_nearest(key, error['input'])}"
+    return f"{key}{origin}: {message[0].lower()}{message[1:]}{value}"
 
 
 def _nearest(name: str, value: object) -> str:

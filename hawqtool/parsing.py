@@ -218,7 +218,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UsageError: If it is missing, no YAML, or holds something else than keys.
     """
     if not os.path.isfile(path):
-        raise UsageError(f"configuration file {path} was not found; check the path given to -c")
+        raise UsageError(f"configuration file {path} was not found; check the path")
     try:
         loaded = parse_yaml(read_bounded(path, MAX_YAML_BYTES))
     except ParseError as error:

@@ -116,7 +116,7 @@ def read_index(folder: Path) -> CheckpointIndex:
             f"{folder} is not a folder; expected one with config.json and safetensors files; check the path"
         )
     if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} has no config.json; expected it beside the safetensors files; check the path")
+        raise no_config(folder)
     check_links(folder)
     files, weight_map = _weight_files(folder)
     tensors: dict[str, TensorInfo] = {}
@@ -255,6 +255,17 @@ def _dtype_text(dtype: object) -> str:
     return printable(short(dtype)) if isinstance(dtype, str) else shown(dtype)
 
 
+def no_config(folder: Path) -> InputError:
+    """The error of a folder without config.json: what to do about it, by what the folder holds instead."""
+    inside = sorted(path.parent for path in (*folder.glob("*/config.json"), *folder.glob("snapshots/*/config.json")))
+    advice = f"did you mean {inside[0]}?" if inside else "check the path"
+    if (folder / "adapter_config.json").is_file():
+        advice = "it holds an adapter, so merge that into its base model and give the merged folder"
+    elif any(folder.glob("*.gguf")):
+        advice = "it holds a GGUF file, so give the checkpoint that this was converted from"
+    return InputError(f"{folder} has no config.json; expected it beside the safetensors files; {advice}")
+
+
 def _weight_files(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
     """Safetensors files in order, and the index's weight map where there is one."""
     # The order in which transformers looks: a lone file wins over an index beside it.
@@ -264,6 +275,8 @@ def _weight_files(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None
     if not index_path.is_file():
         pickles = any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth"))
         hint = "; pickled weights (*.bin, *.pt, *.pth) are never loaded: convert them to safetensors" if pickles else ""
+        if others := len(list(folder.glob("*.safetensors"))):
+            hint = f", one of these two beside {others} of another name; download the checkpoint again"
         raise InputError(f"{folder} has no {SINGLE_FILE} and no {INDEX_FILE}; expected safetensors weights{hint}")
     weight_map = _read_weight_map(index_path)
     for shard in sorted(set(weight_map.values())):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hawqtool.checkpoint.companions import left_folders
+from hawqtool.checkpoint.index import no_config
 from hawqtool.checkpoint.links import check_links
 from hawqtool.errors import InputError, NumericalError, one_line
 from hawqtool.parsing import ParseError, load_json, short
@@ -231,7 +232,7 @@ def _runs_code(folder: Path, trusted: bool) -> bool:
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
-        raise InputError(f"{folder} has no config.json; expected it beside the safetensors files; check the path")
+        raise no_config(folder)
     try:
         config = load_json(path)
     except ParseError as error:

@@ -51,6 +51,7 @@ _ROOMY = 96
 def announcement(description: DryRun) -> list[str]:
     """The screen before the long part."""
     low, high = description["achievable_bpw"]
+    reach = f"{low:.3f}" if f"{low:.3f}" == f"{high:.3f}" else f"{low:.3f} to {high:.3f}"
     budget = description["budget_bpw"]
     about = "" if description["expected_is_exact"] else "at most "
     kind = "" if description["symmetric"] else ", asymmetric"
@@ -68,7 +69,7 @@ def announcement(description: DryRun) -> list[str]:
         f"model       {description['model']}: {description['blocks']} blocks, {description['linears']} linears in "
         f"{description['units']} units, {description['quantized_weights']:,} weights to quantize",
         *_source_lines(description),
-        f"widths      {', '.join(map(str, description['widths']))} bits{kind}; achievable {low:.3f} to {high:.3f} "
+        f"widths      {', '.join(map(str, description['widths']))} bits{kind}; achievable {reach} "
         "stored bits per weight",
         *_menu_lines(description),
         f"budget      {aim}",

@@ -26,6 +26,15 @@ _LONGEST_FIELD = 1 << 30
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _BATCH_RECORDS = 256
+_OTHER_CONTENT = {
+    b"\xff\xfe": "it begins as UTF-16",
+    b"\xfe\xff": "it begins as UTF-16",
+    b"\x1f\x8b": "it is compressed by gzip",
+    b"\x28\xb5\x2f\xfd": "it is compressed by zstd",
+    b"PK\x03\x04": "it is a zip archive or an office document",
+    b"PAR1": "it is a parquet file, whose name must end in .parquet",
+}
+"""What files begin with that are given in place of text."""
 
 
 @dataclass(frozen=True)
@@ -202,9 +211,17 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 number += 1
                 yield number, line.removesuffix("\n")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text ({error.reason} after line {number}); convert it first") from error
+        found = _content(path) or f"{error.reason} in line {number + 1}"
+        raise InputError(f"{path} is not UTF-8 text ({found}); convert it first") from error
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _content(path: Path) -> str | None:
+    """What a file that is no UTF-8 begins as; None for what is not known."""
+    with path.open("rb") as stream:
+        start = stream.read(4)
+    return next((name for magic, name in _OTHER_CONTENT.items() if start.startswith(magic)), None)
 
 
 def _parquet(path: Path) -> Generator[Record, None, None]:

@@ -166,7 +166,7 @@ def _refuse_scores(model: Any, task: ModelTask) -> None:
     if config.num_labels < 2 or config.problem_type in ("regression", "multi_label_classification"):
         kind = config.problem_type or "scores"
         raise InputError(
-            f"{type(model).__name__} with {config.num_labels} labels ({kind}) gives no distribution over classes, by "
+            f"{type(model).__name__} (num_labels {config.num_labels}, {kind}) gives no distribution over classes, by "
             "which classifiers are judged; expected two or more classes of which one is right"
         )
 

@@ -247,8 +247,9 @@ def routing_text(experts: Mapping[str, Sequence[int]]) -> str | None:
     counts = [count for tokens in experts.values() for count in tokens]
     if not counts:
         return None
+    blocks = "block" if len(experts) == 1 else "blocks"
     return (
-        f"{len(counts)} experts in {len(experts)} blocks; calibration tokens per expert: min {min(counts)}, "
+        f"{len(counts)} experts in {len(experts)} {blocks}; calibration tokens per expert: min {min(counts)}, "
         f"median {median(counts):.0f}, max {max(counts)}"
     )
 

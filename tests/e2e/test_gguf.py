@@ -252,6 +252,11 @@ def test_what_cannot_be_is_refused_before_the_work(
     assert not list(tmp_path.iterdir())
 
 
+def test_files_of_others_have_no_record(place: Path) -> None:
+    with pytest.raises(InputError, match=r"t.gguf has no record t.gguf.json beside it; expected a GGUF file that hawq"):
+        verify_gguf(place / "t.gguf")
+
+
 def test_a_template_of_another_model_is_refused(place: Path, tmp_path: Path) -> None:
     tiny_llama(tmp_path / "other", intermediate_size=256, seed=1)
     write_template(tmp_path / "other", tmp_path / "o.gguf")

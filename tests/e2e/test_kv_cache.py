@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from hawqtool.checkpoint.index import read_index
 from hawqtool.cli.render import result_lines
 from hawqtool.config import RunConfig
-from hawqtool.errors import UsageError
+from hawqtool.errors import InputError, UsageError
 from hawqtool.export.verify import verify_folder
 from hawqtool.formats.cache import CachedAttention
 from hawqtool.pipeline.evaluate import run_evaluate
@@ -85,5 +85,8 @@ def test_models_without_keys_and_values_are_refused_before_the_work(run: Run, tm
     model = save_kind(kind_named("gpt2"), tmp_path / "model")
     with pytest.raises(UsageError, match="no attention of GPT2LMHeadModel has layers k_proj and v_proj"):
         run(model=str(model), bits="8", kv_cache="fp8", profile="vllm")
+    model = save_kind(kind_named("opt-pre"), tmp_path / "opt")
+    with pytest.raises(InputError, match="reads num_key_value_heads, which OPTConfig lacks .*; --profile vllm"):
+        run(model=str(model), bits="8", kv_cache="fp8")
     with pytest.raises(ValueError, match="kv-cache has no effect on GGUF files"):
         RunConfig(model=str(model), to="gguf", template="x.gguf", target_bpw=4, kv_cache="fp8")

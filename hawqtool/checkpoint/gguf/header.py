@@ -95,7 +95,9 @@ class GgufHeader:
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a path is a file that begins as GGUF files do."""
+    """Whether a path is meant as a GGUF file: it begins as these do, or is named so and is no folder."""
+    if path.suffix == ".gguf":
+        return not path.is_dir()  # read_gguf says what is wrong with it
     try:
         with path.open("rb") as stream:
             return stream.read(4) == MAGIC

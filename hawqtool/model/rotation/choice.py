@@ -98,7 +98,8 @@ def _reason_against(config: RunConfig, source: ResolvedModel, model: Any, index:
     shape = tuple(table.weight.shape)
     if head.weight is table.weight:
         size = max((info.num_bytes for info in index.tensors.values() if info.shape == shape), default=0)
-        return f"the head is tied to the embedding and would take {size / 1e6:.1f} MB of its own (--rotate on)"
+        shown = f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
+        return f"the head is tied to the embedding and would take {shown} of its own (--rotate on)"
     count = sum(math.prod(info.shape) for info in index.tensors.values())
     if count > MOST_WEIGHTS:
         return (

@@ -9,6 +9,7 @@ from typing import cast
 
 import torch
 
+from hawqtool.checkpoint.gguf.header import read_gguf
 from hawqtool.errors import InputError
 from hawqtool.export.gguf.template import Piece
 from hawqtool.pipeline.run.files import read_json
@@ -48,6 +49,11 @@ def read_record(path: Path) -> GgufDocument:
         InputError: If there is none, or it is damaged.
     """
     place = record_path(path)
+    if not place.is_file():
+        read_gguf(path)  # says what is wrong with a file that is none
+        raise InputError(
+            f"{path} has no record {place.name} beside it; expected a GGUF file that hawqtool wrote; put that back"
+        )
     document = read_json(place, SCHEMA)
     missing = sorted(GgufDocument.__required_keys__ - document.keys())
     if missing:

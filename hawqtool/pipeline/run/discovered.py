@@ -23,6 +23,7 @@ from hawqtool.model.skeleton import build_skeleton, untie_stored
 from hawqtool.model.stored_names import ONE_EXPERT, UNJOINED, UNPACKED, joins_experts, with_stored_experts_split
 from hawqtool.model.vision import read_images
 from hawqtool.runtime.reporter import Reporter
+from hawqtool.streaming.rounded_cache import cached_attentions
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ def discover_checkpoint(config: RunConfig, source: ResolvedModel, writes: bool) 
     structure = discover(probe, index, vllm, config.quantize_lm_head, not alone, not vllm, config.keeps_weight_names)
     obstacle = structure.obstacle or _expert_obstacle(probe, structure, vllm) or cache
     obstacle = obstacle or _dtype_obstacle(probe, source, index, structure)
+    if writes and config.kv_cache != "none":
+        obstacle = _heads_obstacle(probe, structure) or obstacle
     if writes and obstacle and not vllm:
         raise InputError(
             f"{config.model}: transformers cannot load this model when it is packed: {obstacle}; "
@@ -97,6 +100,15 @@ def _expert_obstacle(probe: Any, structure: Structure, vllm: bool) -> str | None
         return UNJOINED
     single = any(ONE_EXPERT.search(name) for c in structure.conversions.values() for _, name in c.sources)
     return UNPACKED if single else None
+
+
+def _heads_obstacle(probe: Any, structure: Structure) -> str | None:
+    """Why compressed-tensors cannot load scales of the KV cache; it sizes them by an entry that OPT does without."""
+    cached_attentions(structure, probe)  # refuses models of which engines keep no such keys and values
+    text: Any = probe.config.get_text_config(decoder=True)
+    if hasattr(text, "num_key_value_heads"):
+        return None
+    return f"for --kv-cache compressed-tensors reads num_key_value_heads, which {type(text).__name__} lacks (drop it)"
 
 
 def _dtype_obstacle(probe: Any, source: ResolvedModel, index: CheckpointIndex, structure: Structure) -> str | None:

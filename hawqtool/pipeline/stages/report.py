@@ -141,7 +141,7 @@ def warnings(job: Job, outcome: Outcome) -> list[str]:
     odd = [m.name for u in job.units for m in u.members if m.out_features % 32 or m.in_features % 32]
     if odd:
         found.append(
-            f"{len(odd)} layers have a dimension that is no multiple of 32 (first {odd[0]}); vLLM may refuse them"
+            f"layers with a dimension that is no multiple of 32: {len(odd)} (first {odd[0]}); vLLM may refuse them"
         )
     if job.config.profile == "transformers" and not all(
         parse_label(m["format"]).symmetric for m in rounding["layers"].values()

@@ -149,6 +149,25 @@ def test_says_that_pickles_are_never_loaded(name: str, tmp_path: Path) -> None:
         read_index(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("names", "advice"),
+    [
+        (("adapter_config.json",), "it holds an adapter"),
+        (("model-Q4_K.gguf",), "it holds a GGUF file"),
+        (("snapshots/0a/config.json",), "did you mean .*snapshots/0a"),
+        (("text/config.json",), "did you mean .*text"),
+        (("config.json", "model-00001-of-00002.safetensors"), "one of these two beside 1 of another name"),
+        (("other.txt",), "check the path"),
+    ],
+)
+def test_says_what_a_folder_without_a_checkpoint_holds(names: tuple[str, ...], advice: str, tmp_path: Path) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(InputError, match=advice):
+        read_index(tmp_path)
+
+
 def linked(folder: Path, outside: Path, name: str) -> Path:
     """A checkpoint in which one file is a link to where it was moved."""
     tiny_model("llama", folder)

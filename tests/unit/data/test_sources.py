@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import os
 import sys
@@ -284,7 +285,11 @@ def test_a_broken_line_is_named(tmp_path: Path) -> None:
 
 def test_what_is_no_utf8_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"good\n\xff\xfe")
-    assert "a.txt is not UTF-8 text" in refusal(tmp_path / "a.txt")
+    assert "a.txt is not UTF-8 text (invalid start byte in line 1)" in refusal(tmp_path / "a.txt")
+    (tmp_path / "b.txt").write_text("good", encoding="utf-16")
+    (tmp_path / "c.jsonl").write_bytes(gzip.compress(b"good"))
+    assert "(it begins as UTF-16)" in refusal(tmp_path / "b.txt")
+    assert "(it is compressed by gzip)" in refusal(tmp_path / "c.jsonl")
 
 
 def test_parquet_without_the_columns(tmp_path: Path) -> None:

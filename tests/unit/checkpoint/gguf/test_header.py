@@ -32,6 +32,13 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "m.gguf"
 
 
+def test_names_of_gguf_files_that_are_none_are_read_as_such(tmp_path: Path) -> None:
+    (tmp_path / "folder.gguf").mkdir()
+    assert not is_gguf(tmp_path / "folder.gguf") and not is_gguf(tmp_path / "absent") and is_gguf(tmp_path / "a.gguf")
+    with pytest.raises(InputError, match=r"a.gguf cannot be read \(No such file"):
+        read_gguf(tmp_path / "a.gguf")
+
+
 def test_headers_are_read_as_gguf_reads_them(file: Path) -> None:
     header, theirs = read_gguf(file), gguf.GGUFReader(file)
     assert is_gguf(file) and header.version == 3 and header.text("general.architecture") == "llama"

@@ -32,7 +32,8 @@ def test_untied_heads_are_rotated_and_the_rest_says_why_not(tmp_path: Path) -> N
         assert job.index.rotation is None and job.rotation.startswith(reason)
         assert job.unrotated() is job
     assert (
-        job_of(tied).rotation == "off: the head is tied to the embedding and would take 0.1 MB of its own (--rotate on)"
+        job_of(tied).rotation
+        == "off: the head is tied to the embedding and would take 65.5 kB of its own (--rotate on)"
     )
     assert job_of(tied, rotate="on").rotation == "on"
     # What is looked at and not rounded stays as it is.

@@ -97,7 +97,7 @@ def test_all_problems_at_once_each_of_them_once(tmp_path: Path) -> None:
         ({}, "no job was found"),
         ({"output": None, "jobs": [{"model": "m", "target_bpw": 4}]}, "output: found None"),
         ({"jobs": [{"model": "m"}]}, "m: exactly one of --target-bpw"),
-        ({"jobs": [{"target_bpw": 4}]}, "model: field required"),
+        ({"jobs": [{"target_bpw": 4}]}, "model: expected a folder or a hub id, found none"),
         ({"jobs": [{"model": "x/m", "target_bpw": 4}, {"model": "y/m", "target_bpw": 4}]}, "2 jobs would write to"),
         ({"jobs": [{"name": "measurements", "model": "m", "target_bpw": 4}]}, "which the batch itself uses"),
         ({"matrix": {key: list(range(50)) for key in ("seed", "bits")}}, "make 2500 jobs, expected at most 2000"),
