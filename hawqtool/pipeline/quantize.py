@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from importlib import import_module
+from contextlib import ExitStack
 from pathlib import Path
 
 from hawqtool.allocation.exact import plan_warnings
@@ -15,7 +14,7 @@ from hawqtool.export.manifest import seal
 from hawqtool.pipeline.dry_run import check_free, describe, output_folder
 from hawqtool.pipeline.load_trial.checks import ShippedChecks
 from hawqtool.pipeline.load_trial.trial import LoadTrial, TrialProcess, started_ahead, trial_rows
-from hawqtool.pipeline.report import Drawn, draw_figures, write_page
+from hawqtool.pipeline.report import FiguresAhead, write_page
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.files import read_report
 from hawqtool.pipeline.run.fingerprint import config_fingerprint
@@ -46,15 +45,14 @@ from hawqtool.pipeline.tasks import check_tasks, judge_tasks
 from hawqtool.pipeline.worker import begin_ranks, leading
 from hawqtool.records import BitPlan
 from hawqtool.report.documents import DryRun, SensitivityDocument
+from hawqtool.report.page.drawing_processes import DrawingProcesses
 from hawqtool.report.plan_comparison import Shipped, shipped_of
 from hawqtool.report.schema import Engine, Report, Search, Verdict
 from hawqtool.report.verdict import verdict
-from hawqtool.runtime.background import beside
 from hawqtool.runtime.reporter import Reporter
 from hawqtool.runtime.stage_timer import Stopwatch
 
 _CHECKING, _CHECKS = "checking the result", 4
-_PAGE_FIGURES = "hawqtool.report.page.figures"
 
 
 def run_quantize(
@@ -79,7 +77,7 @@ def run_quantize(
         raise UsageError("GGUF files are written by hawqtool quantize on the command line alone; drop --to gguf here")
     config.require_one_target()
     output = output_folder(config)
-    with RunFolder(output, reporter) as run, leading(config) as others:
+    with RunFolder(output, reporter) as run, leading(config) as others, ExitStack() as stack:
         resuming = run.unfinished and not config.restart
         if not (resuming and run.in_place):
             check_free(config, output)
@@ -88,6 +86,7 @@ def run_quantize(
         if resuming:
             job, warnings = resumed_batch_size(job, run)
         before = stamps(job.index)
+        process, drawing = stack.enter_context(started_ahead(job)), stack.enter_context(DrawingProcesses())
         read_ahead(job)
         with content_beside(job, before) as begun:
             check_tasks(job)
@@ -105,8 +104,7 @@ def run_quantize(
 
         def work(job: Job, warnings: list[str]) -> Report:
             context = RunContext(job, reporter, run.saved, ranks)
-            with started_ahead(job) as process:
-                folder, report = _quantized(context, run, command, warnings, fingerprint, process)
+            folder, report = _quantized(context, run, command, warnings, fingerprint, process, drawing)
             context.background.finish()
             check_unchanged(job.index, before)
             run.ship(folder)
@@ -126,6 +124,7 @@ def _quantized(
     warnings: list[str],
     fingerprint: str,
     process: TrialProcess | None,
+    drawing: DrawingProcesses,
 ) -> tuple[Path, Report]:
     """The complete and verified folder inside the run's, and its report."""
     job, timings = context.job, dict[str, float](context.saved.load(TIMINGS) or {})
@@ -146,8 +145,8 @@ def _quantized(
     for stage in (stage for stage, result in done.items() if result is None):
         del timings[stage]  # there was nothing to do
     if job.device.type == "cuda":
-        beside(partial(import_module, _PAGE_FIGURES))  # two seconds of the host, which waits for the device now
-    checks = ShippedChecks(job, trial_rows(job, sets), process)
+        drawing.start()
+    checks, figures = ShippedChecks(job, trial_rows(job, sets), process), FiguresAhead(drawing)
     runner = TrialRunner(context, sets, run.plans, timings, checks)
     search, plans = _plans(runner, planner)
     winner, outcome = _outcome(runner, plans, planner)
@@ -171,10 +170,11 @@ def _quantized(
     with Stopwatch(timings, "verify"), disk_errors(folder):
         context.progress(_CHECKING)(0, _CHECKS)
         checks.begin(folder, winner.plan)
-        drawn = _complete(context, folder, planner.document if planner else None, report, checks)
+        _complete(context, folder, planner.document if planner else None, report, checks, figures)
+    figures.begin(folder, report)  # now with the seconds of verification
     report = seal(folder, report, checks.hashes())
     with disk_errors(folder):
-        write_page(folder, drawn)
+        write_page(folder, figures.finish())
     context.progress(_CHECKING)(_CHECKS, _CHECKS)
     return folder, report
 
@@ -220,18 +220,18 @@ def _plans(runner: TrialRunner, planner: Planner | None) -> tuple[Search | None,
 
 
 def _complete(
-    context: RunContext, folder: Path, sensitivity: SensitivityDocument | None, report: Report, checks: ShippedChecks
-) -> Drawn:
-    """Add card and records, and wait for what tries and verifies the folder before it is sealed.
-
-    Returns:
-        Figures that were drawn meanwhile.
-    """
+    context: RunContext,
+    folder: Path,
+    sensitivity: SensitivityDocument | None,
+    report: Report,
+    checks: ShippedChecks,
+    figures: FiguresAhead,
+) -> None:
+    """Add card and records, and wait for what tries and verifies the folder before it is sealed."""
     job, tell = context.job, context.progress(_CHECKING)
     tell(1, _CHECKS)
     write_reproduce(job, folder, sensitivity)
-    # A CPU, which verifies now, has nothing to wait for.
-    drawn = draw_figures(folder, report) if job.device.type == "cuda" else {}
+    figures.begin(folder, report)
     problems = checks.problems()
     if problems:
         raise NumericalError(f"the written folder failed verification: {problems[0]} ({len(problems)} problems)")
@@ -241,7 +241,6 @@ def _complete(
         _take_claims(trial, report)
     write_card(job.index.folder, folder, report)
     tell(3, _CHECKS)
-    return drawn
 
 
 def _transformers(report: Report) -> Engine:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import numpy as np
 from hawqtool.errors import InputError, UsageError
 from hawqtool.parsing import ParseError, load_json
 from hawqtool.pipeline.run.files import read_report, read_sensitivity
-from hawqtool.report.page.figure_data import figure_data
+from hawqtool.report.page.drawing_processes import DrawingProcesses, figure_svg
+from hawqtool.report.page.figure_data import FIGURE_NAMES, figure_data
 from hawqtool.report.page.html import page
 from hawqtool.report.schema import Report
 
@@ -51,14 +53,34 @@ def run_report(folder: Path, plots: Path | None = None) -> list[Path]:
         ) from error
 
 
-def draw_figures(folder: Path, report: Report) -> Drawn:
-    """Draw the figures of a report beside which the folder has its scores, while others work: a second on a slow host.
+class FiguresAhead:
+    """Figures of a page that processes draw while others work; without processes there are none.
 
-    Returns:
-        SVG elements by what they were drawn from.
+    Args:
+        processes: They draw; started by whoever has time for that.
     """
-    data, _ = _figure_data(folder, report)
-    return {_key(name, values): _svg(name, values) for name, values in data.items()}
+
+    def __init__(self, processes: DrawingProcesses) -> None:
+        self._processes = processes
+        self._drawn: Drawn = {}
+        self._begun: Callable[[], Drawn] = dict
+
+    def begin(self, folder: Path, report: Report) -> None:
+        """Have the figures of a report drawn, beside which the folder has its scores, as far as they are not yet."""
+        if not self._processes:
+            return
+        data, _ = _figure_data(folder, report)
+        known = self.finish()
+        left = {name: values for name, values in data.items() if _key(name, values) not in known}
+        keys = {name: _key(name, values) for name, values in left.items()}  # the report may change meanwhile
+        drawn = self._processes.begin(left)
+        self._begun = lambda: {keys[name]: svg for name, svg in drawn().items()}
+
+    def finish(self) -> Drawn:
+        """Wait for them: SVG elements by what they were drawn from."""
+        self._drawn |= self._begun()
+        self._begun = dict
+        return self._drawn
 
 
 def write_page(folder: Path, drawn: Drawn | None = None) -> None:
@@ -66,7 +88,7 @@ def write_page(folder: Path, drawn: Drawn | None = None) -> None:
 
     Args:
         folder: The folder.
-        drawn: What `draw_figures` gave; what has changed since is drawn again.
+        drawn: What was drawn ahead (see `FiguresAhead`); what has changed since is drawn again.
     """
     _write(folder, read_report(folder / "report.json"), None, drawn or {})
 
@@ -85,7 +107,7 @@ def check_plots(folder: Path) -> None:
 
 def _write(folder: Path, report: Report, plots: Path | None, drawn: Drawn) -> list[Path]:
     data, missing = _figure_data(folder, report)
-    figures = {name: drawn.get(_key(name, values)) or _svg(name, values) for name, values in data.items()}
+    figures = {name: drawn.get(_key(name, values)) or figure_svg(name, values) for name, values in data.items()}
     written = [folder / PAGE]
     temporary = folder / f".{PAGE}.part"
     temporary.write_text(page(report, figures, missing, _versions(folder)), encoding="utf-8")
@@ -103,19 +125,9 @@ def _write(folder: Path, report: Report, plots: Path | None, drawn: Drawn) -> li
 
 def _figure_data(folder: Path, report: Report) -> tuple[dict[str, Any], dict[str, str]]:
     """As `figure_data`, in the order of the page, with the scores that lie in the folder."""
-    from hawqtool.report.page.figures import FIGURES
-
     scores = folder / "reproduce/sensitivity.json"
     data, missing = figure_data(report, read_sensitivity(scores)[:2] if scores.is_file() else None)
-    return {name: data[name] for name in FIGURES if name in data}, missing
-
-
-def _svg(name: str, values: Any) -> str:
-    # Matplotlib is slow to load, and most commands draw nothing.
-    from hawqtool.report.page.drawing import as_svg
-    from hawqtool.report.page.figures import FIGURES, TITLES
-
-    return as_svg(partial(FIGURES[name], values), name, TITLES[name])
+    return {name: data[name] for name in FIGURE_NAMES if name in data}, missing
 
 
 def _key(name: str, values: Any) -> str:

@@ -81,10 +81,11 @@ class TrialProcess:
 
     Attributes:
         device: As given.
+        is_ready: Whether it can be given an order; it takes one.
     """
 
     def __init__(self, class_name: str, device: str = _CPU, sees_gpus: bool = False) -> None:
-        self.device = device
+        self.device, self.is_ready = device, True
         self._ready_for = (class_name, device)
         self._environment = _environment() if sees_gpus else {**_environment(), "CUDA_VISIBLE_DEVICES": ""}
 
@@ -116,6 +117,7 @@ class TrialProcess:
         Raises:
             subprocess.TimeoutExpired: If it takes longer than a trial may.
         """
+        self.is_ready = False
         _, told = self._child.communicate(json.dumps(list(order)).encode(), timeout=_SECONDS)
         return subprocess.CompletedProcess(order, self._child.returncode, b"", told)
 
@@ -139,7 +141,8 @@ def try_loading(
         job: The original model.
         folder: A written folder with its small files.
         rows: Tokens ``[rows, seq_len]``, images or sounds; the first row's beginning is used.
-        process: The process, where it was started ahead.
+        process: The process, where it was started ahead; one that has had its order, of an attempt for which memory
+            was short, is not asked again.
         verifies: Whether the process verifies the folder too, where it computes on a GPU: having an interpreter of its
             own, it keeps nobody waiting.
     """
@@ -208,7 +211,7 @@ def _run_somewhere(
 
 
 def _run(order: Sequence[str], process: TrialProcess | None) -> subprocess.CompletedProcess[bytes]:
-    if process is not None:
+    if process is not None and process.is_ready:
         return process.run(order)
     _, class_name, *_, device = order
     with TrialProcess(class_name, device, sees_gpus=device != _CPU) as begun:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -19,8 +20,9 @@ from hawqtool.rounding.layer import round_layers, round_without_inputs
 from hawqtool.rounding.method import Task
 from hawqtool.rounding.statistics import GroupStatistics
 
-_SIDE, _BUDGET_SECONDS, _FEWEST_PRODUCTS = {"cpu": 1 << 10, "cuda": 1 << 13}, 0.2, 3
-"""Rows of the matrix that is multiplied: a GPU multiplies 1,024 in less time than its host needs to call and wait."""
+_SIDE, _BUDGET_SECONDS, _FEWEST_PRODUCTS = {"cpu": 1 << 10, "cuda": 1 << 13}, {"cpu": 0.2, "cuda": 0.03}, 3
+"""Rows of the matrix that is multiplied, as a GPU multiplies 1,024 in less time than its host needs to call and wait;
+seconds for repetitions, of which a GPU, that nothing else uses, needs few."""
 _MOST_WEIGHTS, _MOST_COLUMNS = {"cpu": 1 << 18, "cuda": 1 << 24}, 4096
 """Weights and columns of the layer that is rounded for its rate: enough to keep the device busy, in a part of a
 second."""
@@ -58,7 +60,7 @@ def product_rate(device: torch.device, dtype: torch.dtype) -> float:
     """
     side = _SIDE[device.type]
     matrix = torch.ones((side, side), device=device, dtype=dtype)
-    return 2 * side**3 / _quickest(lambda: float((matrix @ matrix)[0, 0]))
+    return 2 * side**3 / _quickest(lambda: float((matrix @ matrix)[0, 0]), device.type)
 
 
 def rounding_rate(job: Job) -> float:
@@ -74,16 +76,17 @@ def rounding_rate(job: Job) -> float:
     fmt = next((f for f in formats if f.group_size and columns % f.group_size == 0), formats[0])
     if fmt.floats is not None:
         rows -= rows % fmt.floats.group_rows  # which divide the outputs
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn((rows, columns), generator=generator).to(job.device)
+    generator = torch.Generator(job.device).manual_seed(0)
+    weight = torch.randn((rows, columns), generator=generator, device=job.device)
     divisor = common_divisor([weight]) if fmt.floats is not None and fmt.floats.scale == "e4m3" else None
     task = Task(linear.name, weight, fmt, job.stored_dtypes[linear.name], divisor=divisor)
     method = job.settings.method
     if not job.config.reads_rows:
-        return rows * columns / _quickest(lambda: round_without_inputs([task], method), fewest=2)
-    statistics = _statistics(job, torch.randn((columns, columns), generator=generator).to(job.device))
+        return rows * columns / _quickest(lambda: round_without_inputs([task], method), job.device.type, fewest=2)
+    statistics = _statistics(job, torch.randn((columns, columns), generator=generator, device=job.device))
     factor = factorize(statistics.gram, statistics.num_tokens, method.damping, name=linear.name)
-    return rows * columns / _quickest(lambda: round_layers([task], statistics, factor, method), fewest=2)
+    rounding = partial(round_layers, [task], statistics, factor, method)
+    return rows * columns / _quickest(rounding, job.device.type, fewest=2)
 
 
 def _statistics(job: Job, inputs: torch.Tensor) -> GroupStatistics:
@@ -126,10 +129,10 @@ def _typical_linear(job: Job) -> LinearSpec:
     return next(m for m in members if (m.out_features, m.in_features) == max(totals, key=lambda s: totals[s]))
 
 
-def _quickest(work: Callable[[], object], fewest: int = _FEWEST_PRODUCTS) -> float:
+def _quickest(work: Callable[[], object], device: str, fewest: int = _FEWEST_PRODUCTS) -> float:
     """Seconds of the quickest of some repetitions: at least so many, more while a fraction of a second has room."""
     began, best, count = time.perf_counter(), math.inf, 0
-    while count < fewest or time.perf_counter() - began < _BUDGET_SECONDS:
+    while count < fewest or time.perf_counter() - began < _BUDGET_SECONDS[device]:
         start = time.perf_counter()
         work()
         best, count = min(best, time.perf_counter() - start), count + 1

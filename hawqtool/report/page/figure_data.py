@@ -17,6 +17,12 @@ Data = dict[str, Any]
 Place = tuple[str, str]
 """Role and block of a layer, as labels."""
 
+FIGURE_NAMES = (
+    *("frontier", "measured", "search", "bits", "sensitivity"),
+    *("roles", "predicted", "layers", "timings"),
+)
+"""Names of the figures in the order of the page."""
+
 _OUTSIDE = "–"
 """Block of a layer that belongs to none."""
 _SCORE_FIGURES = ("frontier", "predicted", "sensitivity", "roles")

@@ -336,7 +336,7 @@ FIGURES: dict[str, Callable[[Data], Figure]] = {
     "layers": layer_errors,
     "timings": bars,
 }
-"""Name of each figure to what draws it, in the order of the page."""
+"""Name of each figure to what draws it."""
 
 TITLES = {
     "frontier": "Predicted loss against stored bits per weight",

@@ -15,10 +15,13 @@ from hawqtool.errors import InputError, UsageError
 from hawqtool.evaluation.gates import judge
 from hawqtool.formats import QuantFormat
 from hawqtool.pipeline import report as report_page
-from hawqtool.pipeline.report import draw_figures, run_report, write_page
-from hawqtool.pipeline.run.files import SENSITIVITY_SCHEMA, read_report
+from hawqtool.pipeline.report import FiguresAhead, run_report, write_page
+from hawqtool.pipeline.run.files import SENSITIVITY_SCHEMA
 from hawqtool.records import Score
-from hawqtool.report.page.figure_data import figure_data
+from hawqtool.report.page import drawing_processes
+from hawqtool.report.page.drawing_processes import figure_svg
+from hawqtool.report.page.figure_data import FIGURE_NAMES, figure_data
+from hawqtool.report.page.figures import FIGURES, TITLES
 from hawqtool.report.wording import shown_metric
 
 HOSTILE = (
@@ -243,22 +246,34 @@ def test_equal_records_give_equal_bytes(usual_page: str, tmp_path: Path) -> None
     assert page_of(written(tmp_path / "out", a_report())) == usual_page
 
 
-def test_figures_drawn_ahead_are_taken_where_nothing_changed(
+def test_every_figure_has_a_place_and_a_title() -> None:
+    assert set(FIGURE_NAMES) == set(FIGURES) == set(TITLES)
+
+
+def test_figures_that_processes_drew_are_taken_where_nothing_changed(
     usual_page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    report = a_report()
+    """Those of a process that ended are drawn here."""
+    report, drawn = a_report(), list[str]()
     out = written(tmp_path / "out", report | {"timings": {"rows": 1.0}})
-    drawn = draw_figures(out, read_report(out / "report.json"))
-    (out / "report.json").write_text(json.dumps(report))
-    again, svg = list[str](), report_page._svg
-
-    def note(name: str, values: Any) -> str:
-        again.append(name)
-        return svg(name, values)
-
-    monkeypatch.setattr(report_page, "_svg", note)
-    write_page(out, drawn)
-    assert again == ["timings"] and (out / "report.html").read_text(encoding="utf-8") == usual_page
+    monkeypatch.setattr(report_page, "figure_svg", lambda *figure: drawn.append(figure[0]) or figure_svg(*figure))
+    monkeypatch.setattr(drawing_processes.os, "cpu_count", lambda: 8)
+    with drawing_processes.DrawingProcesses() as processes:
+        figures = FiguresAhead(processes)
+        figures.begin(out, report | {"timings": {"rows": 1.0}})
+        assert not figures.finish()  # nobody draws
+        processes.start()
+        figures.begin(out, report | {"timings": {"rows": 1.0}})
+        children = list(processes._children)
+        early = dict(figures.finish())
+        children[0].kill()
+        children[0].wait()
+        figures.begin(out, report)
+        (out / "report.json").write_text(json.dumps(report))
+        write_page(out, figures.finish())
+    assert len(children) == 2 and all(child.returncode is not None for child in children)
+    assert len(early) == 8 and drawn == ["timings"]
+    assert (out / "report.html").read_text(encoding="utf-8") == usual_page
 
 
 def test_pngs_are_written_beside_the_page(tmp_path: Path) -> None:

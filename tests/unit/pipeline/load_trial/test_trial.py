@@ -52,7 +52,7 @@ def test_a_folder_that_loads_in_a_process_that_was_started_ahead(
         monkeypatch.setattr(load_trial, "_CPU", "none")  # that it computes there keeps it from nothing
         trial = try_loading(job, packed, ROWS, process, verifies=True)
         child = process._child
-    assert child.returncode == 0
+    assert child.returncode == 0 and not process.is_ready  # what is tried next is tried by another
     assert trial.loads is True and "tried on this folder with transformers" in trial.reason
     assert "one forward pass agrees to 0.0" in trial.reason
     assert trial.problems == verify_folder(packed, job.index.folder, sealed=False).problems
