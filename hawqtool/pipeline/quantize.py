@@ -91,8 +91,8 @@ def run_quantize(
         with content_beside(job, before) as begun:
             check_tasks(job)
             description = describe(job)
-            announce({**description, "estimate": estimate(job)} if estimates else description)
             load_ahead(job, resuming)
+            announce({**description, "estimate": estimate(job)} if estimates else description)
             record_content(job.index, before, reporter, begun)
         fingerprint = config_fingerprint(config, job.index.content)
         run.begin(run_identity(job), config.restart)

@@ -77,13 +77,14 @@ def rounding_rate(job: Job) -> float:
     if fmt.floats is not None:
         rows -= rows % fmt.floats.group_rows  # which divide the outputs
     generator = torch.Generator(job.device).manual_seed(0)
-    weight = torch.randn((rows, columns), generator=generator, device=job.device)
+    drawn = partial(torch.randn, generator=generator, device=job.device, dtype=torch.float32)
+    weight = drawn((rows, columns))
     divisor = common_divisor([weight]) if fmt.floats is not None and fmt.floats.scale == "e4m3" else None
     task = Task(linear.name, weight, fmt, job.stored_dtypes[linear.name], divisor=divisor)
     method = job.settings.method
     if not job.config.reads_rows:
         return rows * columns / _quickest(lambda: round_without_inputs([task], method), job.device.type, fewest=2)
-    statistics = _statistics(job, torch.randn((columns, columns), generator=generator, device=job.device))
+    statistics = _statistics(job, drawn((columns, columns)))
     factor = factorize(statistics.gram, statistics.num_tokens, method.damping, name=linear.name)
     rounding = partial(round_layers, [task], statistics, factor, method)
     return rows * columns / _quickest(rounding, job.device.type, fewest=2)

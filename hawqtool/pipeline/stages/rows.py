@@ -106,7 +106,8 @@ def load_ahead(job: Job, resuming: bool) -> None:
     """Begin to load embedding and head, which streams share, onto a GPU, and to sample rows where they are wanted.
 
     Of rows that several processes sample together the model alone is loaded. While that goes on, nothing else may make
-    tensors of the default dtype, which transformers changes for a moment. A run that resumes may have the rows.
+    tensors of the default dtype, which transformers changes for a moment, without saying of which dtype they are. A run
+    that resumes may have the rows.
     """
     if job.device.type != "cuda":
         return

@@ -53,7 +53,7 @@ def _scales(peak: Tensor, activations: ActivationFormat) -> Tensor:
         mantissa, exponent = torch.frexp(peak.float())
         # frexp's mantissas begin at 0.5: twice as large they begin at 1.
         power = exponent - 1 + (2 * mantissa >= _ROUND_UP).int()
-        _, largest = torch.frexp(torch.tensor(element.largest))
+        _, largest = torch.frexp(torch.tensor(element.largest, dtype=torch.float32))
         power = (power - (int(largest) - 1)).clamp_min(-126)
         return torch.where(peak > 0, torch.ldexp(torch.ones_like(peak), power), torch.ones_like(peak))
     most = _INT8_RANGE if activations.element == "int8" else ELEMENTS[activations.element].largest

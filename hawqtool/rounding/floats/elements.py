@@ -31,8 +31,8 @@ class Element:
         """The codebook: every value once, rising, ``[codes]`` float32."""
         positive = [0.0]
         while positive[-1] < self.largest:
-            positive.append(positive[-1] + float(self.spacing(torch.tensor(positive[-1]))))
-        return torch.tensor([-v for v in reversed(positive[1:])] + positive)
+            positive.append(positive[-1] + float(self.spacing(torch.tensor(positive[-1], dtype=torch.float32))))
+        return torch.tensor([-v for v in reversed(positive[1:])] + positive, dtype=torch.float32)
 
     def spacing(self, magnitudes: Tensor) -> Tensor:
         """Distance of neighbouring values around magnitudes, float32 of their shape."""
@@ -69,7 +69,7 @@ class Element:
             codes: Their codes, as float32.
             scaled: The numbers, over their scales.
         """
-        edge = self.largest + float(self.spacing(torch.tensor(self.largest))) / 2
+        edge = self.largest + float(self.spacing(torch.tensor(self.largest, dtype=torch.float32))) / 2
         return (codes.abs() == self.largest) & (scaled.abs() > edge)
 
 

@@ -92,7 +92,7 @@ class _Shared(NamedTuple):
 def _shared(device: torch.device) -> _Shared:
     stream, pool, first = torch.cuda.Stream(device), torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):
-        ones = torch.ones(8, 8, device=device)
+        ones = torch.ones(8, 8, dtype=torch.float32, device=device)
         ones.addmm_(ones.clone(), ones.clone())  # the libraries' buffers exist before the first recording
         first.capture_begin(pool=pool, capture_error_mode="thread_local")
         ones.add_(1)

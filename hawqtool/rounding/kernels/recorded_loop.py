@@ -106,6 +106,6 @@ def _recording_stream(device: torch.device) -> torch.cuda.Stream:
     if device not in _streams:
         _streams[device] = torch.cuda.Stream(device)
         with torch.cuda.stream(_streams[device]):
-            ones = torch.ones(8, 8, device=device)
+            ones = torch.ones(8, 8, dtype=torch.float32, device=device)
             torch.zeros_like(ones).addmm_(ones, ones)
     return _streams[device]

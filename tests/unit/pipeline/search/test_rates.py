@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from hawqtool.pipeline.run.job import prepare
 from hawqtool.pipeline.search import rates
@@ -34,7 +35,11 @@ def test_rounding_is_tried_as_the_run_does_it(
     for name in ("round_layers", "round_without_inputs"):
         known = getattr(rates, name)
         monkeypatch.setattr(rates, name, lambda *given, known=known: rounded.append(given[-1]) or known(*given))
-    found = rates.measured_rates(job)
+    torch.set_default_dtype(torch.bfloat16)  # as transformers does for a moment, which may load a model meanwhile
+    try:
+        found = rates.measured_rates(job)
+    finally:
+        torch.set_default_dtype(torch.float32)
     assert 0 < found.rounded < math.inf and 0 < found.operations < math.inf
     assert found.read == math.inf  # a tiny model says nothing of reading
     assert set(rounded) == {job.settings.method} and len(rounded) >= 2
