@@ -34,7 +34,7 @@ from hawqtool.pipeline.search.good_size import good_size
 from hawqtool.pipeline.search.planner import Planner, given_plan, make_planner
 from hawqtool.pipeline.search.quality_target import find_smallest
 from hawqtool.pipeline.search.selection import choose, compare, try_plans
-from hawqtool.pipeline.search.trials import TIMINGS, Trial, TrialRunner
+from hawqtool.pipeline.search.trials import Trial, TrialRunner
 from hawqtool.pipeline.stages.evaluate import check_rotation
 from hawqtool.pipeline.stages.kv_cache import calibrate_cache
 from hawqtool.pipeline.stages.measurement_cache import check_measurements
@@ -50,7 +50,7 @@ from hawqtool.report.plan_comparison import Shipped, shipped_of
 from hawqtool.report.schema import Engine, Report, Search, Verdict
 from hawqtool.report.verdict import verdict
 from hawqtool.runtime.reporter import Reporter
-from hawqtool.runtime.stage_timer import Stopwatch
+from hawqtool.runtime.stage_timer import Stopwatch, Timings
 
 _CHECKING, _CHECKS = "checking the result", 4
 
@@ -127,7 +127,7 @@ def _quantized(
     drawing: DrawingProcesses,
 ) -> tuple[Path, Report]:
     """The complete and verified folder inside the run's, and its report."""
-    job, timings = context.job, dict[str, float](context.saved.load(TIMINGS) or {})
+    job, timings = context.job, Timings(context.saved)
     with Stopwatch(timings, "rows"):
         sets = gather_rows(context)
     baseline = matching_baseline(job.config, sets["report"]) if "report" in sets else None

@@ -10,6 +10,12 @@ from typing import Any, Protocol
 import torch
 
 from hawqtool.runtime.malloc import release_freed_pages
+from hawqtool.runtime.store import Saved
+
+LEAST_SECONDS = 1.0
+"""What may be missing of the times of a run that is killed, besides those of the stage that it was in."""
+
+_TIMINGS = "timings"
 
 
 class Recorder(Protocol):
@@ -77,15 +83,40 @@ class StageRecorder:
         return totals
 
 
-class Stopwatch:
-    """Adds the seconds of a block of code to a stage."""
+class Timings(dict[str, float]):
+    """Seconds by stage of a run, over all its starts.
 
-    def __init__(self, timings: dict[str, float], stage: str) -> None:
+    Args:
+        saved: Where they are kept; what an earlier start has kept is what they begin with.
+    """
+
+    def __init__(self, saved: Saved) -> None:
+        super().__init__(saved.load(_TIMINGS) or {})
+        self._saved, self._unsaved = saved, 0.0
+
+    def add(self, stage: str, seconds: float, failed: bool = False) -> None:
+        """Add to a stage, and keep all where enough has come together; not where the stage failed, as the disk may."""
+        self[stage] = self.get(stage, 0.0) + seconds
+        self._unsaved += seconds
+        if self._unsaved >= LEAST_SECONDS and not failed:
+            self.save()
+
+    def save(self) -> None:
+        """Keep them for a start that goes on."""
+        self._saved.save(_TIMINGS, dict(self))
+        self._unsaved = 0.0
+
+
+class Stopwatch:
+    """Adds the seconds of a block of code to a stage, also where the block is interrupted."""
+
+    def __init__(self, timings: Timings, stage: str) -> None:
         self.timings, self.stage = timings, stage
 
     def __enter__(self) -> None:
         self.start = time.perf_counter()
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         release_freed_pages()  # the next stage needs other sizes
-        self.timings[self.stage] = self.timings.get(self.stage, 0.0) + time.perf_counter() - self.start
+        failed = kind is not None and issubclass(kind, Exception)  # an interrupt is none
+        self.timings.add(self.stage, time.perf_counter() - self.start, failed)

@@ -27,6 +27,10 @@ from hawqtool.pipeline.stages.rows import gather_rows
 from hawqtool.pipeline.stages.token_importance import with_token_importance
 from hawqtool.report.documents import GgufDocument
 from hawqtool.runtime.reporter import Reporter
+from hawqtool.runtime.stage_timer import Stopwatch, Timings
+
+_ALL = "all"
+"""The one stage of which times are kept."""
 
 
 def run_gguf(config: RunConfig, reporter: Reporter) -> GgufDocument:
@@ -58,9 +62,12 @@ def run_gguf(config: RunConfig, reporter: Reporter) -> GgufDocument:
         record_content(gguf.job.index, before, reporter)
         run.begin(run_identity(gguf.job), config.restart)
         remember_batch_size(gguf.job, warnings, run)
-        document, made = _made(RunContext(gguf.job, reporter, run.saved), gguf, run, budget)
+        timings = Timings(run.saved)
+        earlier = timings.get(_ALL, 0.0)
+        with Stopwatch(timings, _ALL):
+            document, made = _made(RunContext(gguf.job, reporter, run.saved), gguf, run, budget)
         check_unchanged(gguf.job.index, before)
-        document["seconds"] = time.perf_counter() - start
+        document["seconds"] = earlier + time.perf_counter() - start
         if config.tensor_types is not None:
             write_type_list(Path(config.tensor_types), types_of(made.plan))
         _put_in_place(made.path, output, document)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from hawqtool.evaluation.divergence import as_evaluation
 from hawqtool.evaluation.paired import PairedDifference, balanced_divergence, compare_paired
-from hawqtool.pipeline.search.trials import TIMINGS, TrialRunner, formats_key
+from hawqtool.pipeline.search.trials import TrialRunner, formats_key
 from hawqtool.records import BitPlan, Evaluation
 from hawqtool.report.plan_comparison import UnroundedRival
 from hawqtool.runtime.stage_timer import Stopwatch
@@ -94,6 +94,6 @@ def compare_layerwise(
             found = runner.evaluator.compare_layerwise(rows, formats)
         known = {name: vars(quality) for name, quality in found.items()}
         saved.save(key, known)
-        runner.context.saved.save(TIMINGS, runner.timings)
+        runner.timings.save()
     quality = {name: as_evaluation(values) for name, values in known.items()}
     return LayerwiseProof(plans, quality, None if uniform is None else uniform[0])

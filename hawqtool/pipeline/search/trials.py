@@ -18,10 +18,10 @@ from hawqtool.pipeline.stages.write import ROUNDING, Ahead, is_as_written, round
 from hawqtool.records import BitPlan, Evaluation, Rows, UnitFormats
 from hawqtool.report.plan_comparison import PlanQuality
 from hawqtool.report.schema import RoundingResult
-from hawqtool.runtime.stage_timer import Stopwatch
+from hawqtool.runtime.stage_timer import Stopwatch, Timings
 from hawqtool.runtime.store import Saved
 
-_QUALITY, _EVALUATING, TIMINGS = "quality", "evaluating", "timings"
+_QUALITY, _EVALUATING = "quality", "evaluating"
 
 JUDGED = ("selection", "report")
 """Sets of rows on which every plan is evaluated: the first chooses, the second is what is reported."""
@@ -90,7 +90,7 @@ class TrialRunner:
         context: RunContext,
         sets: dict[str, Rows],
         work: Path,
-        timings: dict[str, float],
+        timings: Timings,
         checks: ShippedChecks | None = None,
     ) -> None:
         self.context, self.sets, self.work, self.timings = context, sets, work, timings
@@ -128,7 +128,7 @@ class TrialRunner:
         Args:
             plans: By the names under which they will be tried.
         """
-        ranks, saved = self.context.ranks.size, self.context.saved
+        ranks = self.context.ranks.size
         distinct = {formats_key(plan.formats): (name, plan) for name, plan in reversed(plans.items())}
         left = [
             Ahead(name, key, plan, self.work / key, self._has_rounding(plan, key))
@@ -139,7 +139,7 @@ class TrialRunner:
             with Stopwatch(self.timings, f"round {' | '.join(one.label for one in wave)}"):
                 round_side_by_side(self.context, wave, self.sets.get("calibration"))
             self._ahead |= {one.key for one in wave}
-            saved.save(TIMINGS, self.timings)
+            self.timings.save()
 
     def _has_rounding(self, plan: BitPlan, key: str) -> bool:
         """Whether an earlier start has rounded a plan, and has the folder or all that was wanted of it."""
@@ -172,7 +172,7 @@ class TrialRunner:
         with Stopwatch(self.timings, f"round {name}"):
             part = self.context.part(folder.name)
             rounding = round_to_folder(part, plan, self.sets.get("calibration"), folder, name)
-        self.context.saved.save(TIMINGS, self.timings)
+        self.timings.save()
         return rounding
 
     def _evaluated(
@@ -187,7 +187,7 @@ class TrialRunner:
             quality = self.evaluator.evaluate(folder, name, saved.part(_EVALUATING), roles)
         saved.save(_QUALITY, {role: vars(evaluation) for role, evaluation in quality.items()})
         saved.part(_EVALUATING).drop()
-        self.context.saved.save(TIMINGS, self.timings)
+        self.timings.save()
         return quality
 
     def keep_only(self, trials: list[Trial]) -> None:

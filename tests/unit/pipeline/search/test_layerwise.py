@@ -17,6 +17,7 @@ from hawqtool.pipeline.search.shortlist import RULE
 from hawqtool.pipeline.search.trials import JUDGED, Trial, formats_key
 from hawqtool.records import BitPlan, Evaluation, LinearSpec, Rows, Score, Unit
 from hawqtool.report.wording import not_rounded_lines
+from hawqtool.runtime.stage_timer import Timings
 from hawqtool.runtime.store import NOTHING_SAVED
 
 UNITS = tuple(Unit(f"u{i}", (LinearSpec(f"u{i}", 32, 64, i, f"u{i}", 2),)) for i in range(2))
@@ -44,7 +45,7 @@ class FakeRunner:
         )
         rows = Rows(torch.zeros(4, 8, dtype=torch.int64), "test", "-")
         self.certain = ""
-        self.sets, self.timings, self.tried = {"calibration": rows}, dict[str, float](), list[tuple[str, Any]]()
+        self.sets, self.timings, self.tried = {"calibration": rows}, Timings(NOTHING_SAVED), list[tuple[str, Any]]()
 
     def run_trial(self, name: str, plan: BitPlan, roles: Any = JUDGED) -> Trial:
         self.tried.append((name, roles))
