@@ -18,9 +18,13 @@ _DRIVER = "libcuda.so.1"
 _LEADING = "transformers"
 """It puts another module into its own place, which a thread that waits for it would not see: so it is imported here."""
 _TRITON = "triton.runtime.cache"
+_BEFORE_TORCH = "transformers.models"
+"""It reads the names of hundreds of files, and needs no torch, for which all else has to wait."""
 _ALONE = ("sympy",)
-_BEHIND_TORCH = ("scipy.optimize", "sklearn.metrics")
-"""What the libraries of models import; these look at torch while they are imported, which must be whole then."""
+_BEHIND_TORCH = ("scipy.optimize",)
+"""What the libraries of models import; it looks at torch while it is imported, which must be whole then."""
+_GENERATION, _ANSWER = "transformers.generation.utils", "is_sklearn_available"
+"""What all models are made of, and transformers' question whether it may import scikit-learn for that."""
 
 
 def head_start(device: str) -> None:
@@ -38,6 +42,19 @@ def head_start(device: str) -> None:
     beside(partial(_import_all, _ALONE))
     beside(_from_torch_on)
     import_module(_LEADING)
+    import_module(_BEFORE_TORCH)
+    _import_generation()
+
+
+def _import_generation() -> None:
+    """Import what models are made of, but for scikit-learn: 800 modules for assisted sampling, which is done nowhere."""
+    utils = import_module(f"{_LEADING}.utils")
+    known = getattr(utils, _ANSWER)
+    setattr(utils, _ANSWER, lambda: False)
+    try:
+        import_module(_GENERATION)
+    finally:
+        setattr(utils, _ANSWER, known)
 
 
 def _driver() -> ctypes.CDLL | None:

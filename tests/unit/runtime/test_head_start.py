@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from types import ModuleType
+
 import pytest
+from transformers import utils
 
 from hawqtool.runtime import head_start
 from hawqtool.runtime.background import beside
@@ -19,6 +23,20 @@ def test_a_head_start_is_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not begun
     head_start.head_start("auto")
     assert len(begun) == 3
+
+
+def test_scikit_learn_is_left_out_of_what_models_are_made_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = list[bool]()
+    monkeypatch.setattr(utils, "is_sklearn_available", lambda: True)
+
+    def look(name: str) -> ModuleType:
+        if name == head_start._GENERATION:
+            answers.append(utils.is_sklearn_available())
+        return import_module(name)
+
+    monkeypatch.setattr(head_start, "import_module", look)
+    head_start._import_generation()
+    assert answers == [False] and utils.is_sklearn_available()
 
 
 def test_what_fails_ahead_is_told_by_nobody(capfd: pytest.CaptureFixture[str]) -> None:
