@@ -47,7 +47,7 @@ def head_start(device: str) -> None:
 
 
 def _import_generation() -> None:
-    """Import what models are made of, but for scikit-learn: 800 modules for assisted sampling, which is done nowhere."""
+    """Import what models are made of, but for scikit-learn: 800 modules for assisted sampling, done nowhere."""
     utils = import_module(f"{_LEADING}.utils")
     known = getattr(utils, _ANSWER)
     setattr(utils, _ANSWER, lambda: False)
