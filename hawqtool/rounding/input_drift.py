@@ -33,9 +33,13 @@ def full_shift(weight: Tensor, drift: Tensor, factor: Factor) -> Tensor:
     Returns:
         ``[out, in]`` float32.
     """
-    moved = fine_product(weight, drift)[:, factor.order]
-    shift = torch.empty_like(weight)
-    shift[:, factor.order] = fine_product(fine_product(moved, factor.upper.t()), factor.upper)
+    return solved_shift(fine_product(weight, drift), factor)
+
+
+def solved_shift(moved: Tensor, factor: Factor) -> Tensor:
+    """`full_shift` from W Δ, ``[out, in]`` float32."""
+    shift = torch.empty_like(moved)
+    shift[:, factor.order] = fine_product(fine_product(moved[:, factor.order], factor.upper.t()), factor.upper)
     return shift
 
 

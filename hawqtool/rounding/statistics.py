@@ -22,6 +22,7 @@ class GroupStatistics:
         num_routed: Those of them that the model really sends here; fewer only in experts (see `counting_experts`).
         drift: ``[in, in]`` float32, mean of (x0 - x) xᵀ with x0 the original model's input of the same token; None
             where it is not wanted, or x is x0.
+        output_drift: ``[out, in]`` float32, in its place, mean of W (x0 - x) xᵀ of a group of one linear.
         held_out: The same of the tokens of the held-out rows, which are among those above; None where there are none.
         weighted: Whether tokens count by their importance.
     """
@@ -32,12 +33,15 @@ class GroupStatistics:
     drift: Tensor | None = None
     held_out: GroupStatistics | None = None
     weighted: bool = False
+    output_drift: Tensor | None = None
 
     def __iadd__(self, other: GroupStatistics) -> GroupStatistics:
         total = self.num_tokens + other.num_tokens
         self.gram.mul_(self.num_tokens / total).add_(other.gram, alpha=other.num_tokens / total)
         if self.drift is not None and other.drift is not None:
             self.drift.mul_(self.num_tokens / total).add_(other.drift, alpha=other.num_tokens / total)
+        if self.output_drift is not None and other.output_drift is not None:
+            self.output_drift.mul_(self.num_tokens / total).add_(other.output_drift, alpha=other.num_tokens / total)
         if self.held_out is None:
             self.held_out = other.held_out
         elif other.held_out is not None:
@@ -66,6 +70,7 @@ def second_moments(
     held_out: Tensor | None = None,
     original: Tensor | None = None,
     importance: Tensor | None = None,
+    weight: Tensor | None = None,
 ) -> GroupStatistics:
     """Statistics of inputs ``[tokens, in]``.
 
@@ -75,10 +80,15 @@ def second_moments(
         held_out: ``[tokens]`` bool, those of held-out rows; None where nothing is chosen on them.
         original: ``[tokens, in]``, the original model's inputs.
         importance: ``[tokens]`` float32, how much each counts; None where all count alike.
+        weight: ``[out, in]``, W, where the drift is wanted at the outputs; then no tokens are held out.
     """
     roots = None if importance is None else importance.sqrt()
-    drift = None if original is None else mean_product(original - x, x, roots)
-    found = GroupStatistics(gram(x, roots), x.shape[0], routed, drift, weighted=importance is not None)
+    found = GroupStatistics(gram(x, roots), x.shape[0], routed, weighted=importance is not None)
+    if original is not None and weight is not None:
+        found.output_drift = mean_product((original - x) @ weight.t(), x, roots)
+        return found
+    if original is not None:
+        found.drift = mean_product(original - x, x, roots)
     if held_out is not None and bool(held_out.any()):
         kept, others = x[held_out], None if original is None else original[held_out]
         kept_importance = None if importance is None else importance[held_out]

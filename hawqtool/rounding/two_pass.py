@@ -15,7 +15,7 @@ from hawqtool.rounding.factor import Factor
 from hawqtool.rounding.floats.elements import ELEMENTS
 from hawqtool.rounding.gptq import RowGrids, round_compensated, row_losses, targets_at_turn
 from hawqtool.rounding.grid import Quantized, dequantize, expand_scales, search_grid, search_grids
-from hawqtool.rounding.input_drift import full_shift, gptaq_problem
+from hawqtool.rounding.input_drift import full_shift, gptaq_problem, solved_shift
 from hawqtool.rounding.method import Grid, LayerSettings, RoundingMethod, Task
 from hawqtool.rounding.statistics import GroupStatistics
 from hawqtool.runtime.stage_timer import Recorder
@@ -73,6 +73,10 @@ def prepare(
         targets, feedback = [target for target, _ in solved], solved[0][1]
         if method.refit:
             goals = [t.weight + method.alpha * full_shift(t.weight, drift, factor) for t in tasks]
+    elif statistics is not None and statistics.output_drift is not None:
+        # Of a linear alone: whatever its formats, it is shifted by one share.
+        shift = settings[0].shift * solved_shift(statistics.output_drift, factor)
+        targets = goals = [t.weight + shift for t in tasks]
     elif drift is not None:
         targets = goals = [
             t.weight + s.shift * full_shift(t.weight, drift, factor) if s.shift else t.weight

@@ -30,6 +30,8 @@ class Activations:
         importance: How much each token of all rows counts in statistics; None where all count alike.
         ranks: Processes that share the rows of a walk.
         first_row: Number of the first of these rows among those of all ranks.
+        at_outputs: Whether the drift is wanted at the outputs of linears that are alone with their statistics, where
+            they are few.
     """
 
     hidden: MutableSequence[Tensor]
@@ -40,6 +42,7 @@ class Activations:
     importance: TokenImportance | None = None
     ranks: Ranks = ALONE
     first_row: int = 0
+    at_outputs: bool = False
 
     @property
     def states(self) -> States:

@@ -125,18 +125,21 @@ class _Batch:
         shape: Its rows and the positions of a row.
         holds_out: Whether some rows are kept apart.
         importance: How much each token of all rows counts; None where all count alike.
+        at_outputs: As in `Activations`.
     """
 
     first: int
     shape: tuple[int, int]
     holds_out: bool
     importance: TokenImportance | None
+    at_outputs: bool
 
     @classmethod
     def of(cls, activations: Activations, first: int, hidden: Tensor) -> _Batch:
         """The batch with these hidden states ``[rows, positions, width]``."""
         first += activations.first_row
-        return cls(first, (hidden.shape[0], hidden.shape[1]), activations.held_out, activations.importance)
+        shape = hidden.shape[0], hidden.shape[1]
+        return cls(first, shape, activations.held_out, activations.importance, activations.at_outputs)
 
     def statistics(
         self,
@@ -152,7 +155,16 @@ class _Batch:
         importance = None if self.importance is None else self.importance.get(group[0].name)
         if importance is not None:
             importance = batch_importance(importance[self.first : self.first + self.shape[0]], x)
-        return second_moments(x, routed, held_out, original, importance)
+        weight: Tensor | None = None
+        if self.at_outputs and _has_few_outputs(group):
+            weight = block.parameter(group[0])
+            weight = weight.t() if group[0].transposed else weight
+        return second_moments(x, routed, held_out, original, importance, weight)
+
+
+def _has_few_outputs(group: Sequence[LinearSpec]) -> bool:
+    """Whether W (x0 - x) and its products with x take less work than those of x0 - x itself."""
+    return len(group) == 1 and 2 * group[0].out_features < group[0].in_features
 
 
 def equally_important(group: Sequence[LinearSpec], importance: TokenImportance | None) -> list[Sequence[LinearSpec]]:

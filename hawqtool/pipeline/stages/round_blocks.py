@@ -197,6 +197,9 @@ def _walked(job: Job, stream: ModelStream, rows: Rows) -> Activations:
     share = job.ranks.share(len(rows.tokens))
     activations = stream.embed(rows.tokens[share], job.settings.batch_size, *needs, rows.importance)
     activations.ranks, activations.first_row = job.ranks, share.start
+    # A share that is known asks for no more. A CPU spends its time on column loops.
+    method = job.settings.method
+    activations.at_outputs = job.device.type == "cuda" and method.name != "gptaq" and not job.holds_out_tokens
     stream.release_ends()
     return activations
 

@@ -16,9 +16,10 @@ from hawqtool.rounding.gram import quadratic_form
 from hawqtool.rounding.grid import Quantized, dequantize, expand_scales, search_grid, search_scales
 from hawqtool.rounding.input_drift import best_shift, full_shift, gptaq_problem
 from hawqtool.rounding.layer import choose_settings, round_group
-from hawqtool.rounding.method import BETAS, RoundingMethod, Task
+from hawqtool.rounding.method import BETAS, LayerSettings, RoundingMethod, Task
 from hawqtool.rounding.statistics import GroupStatistics, is_held_out, second_moments
-from hawqtool.rounding.two_pass import refit_scales
+from hawqtool.rounding.two_pass import prepare, refit_scales
+from hawqtool.runtime.stage_timer import UNRECORDED
 from tests.reference.rounding.test_layer import DAMPING, Case, assert_matches, make_case, reference_of, run, scales_of
 from tests.support import oracles
 
@@ -117,6 +118,23 @@ def test_the_shift_equals_the_explicit_inverse() -> None:
     expected = oracles.full_shift(layer.weight.double().numpy(), statistics.drift.double().numpy(), hessian)
     found = full_shift(layer.weight, statistics.drift, factor).double().numpy()
     assert np.linalg.norm(found - expected) <= 1e-4 * np.linalg.norm(expected)
+
+
+def test_the_drift_of_outputs_gives_the_same_shift() -> None:
+    layer = drifted(24, 96)
+    halves = [
+        second_moments(layer.inputs[s], 100, None, layer.original[s], weight=layer.weight)
+        for s in (slice(100), slice(100, None))
+    ]
+    statistics = halves[0]
+    statistics += halves[1]
+    assert statistics.drift is None and statistics.output_drift is not None
+    factor = factorize(statistics.gram, statistics.num_tokens, DAMPING)
+    whole = second_moments(layer.inputs, len(layer.inputs), None, layer.original)
+    settings = [LayerSettings(shift=0.5)]
+    method, tasks = RoundingMethod("gptq", shift=0.5), [task(layer.weight, 3)]
+    found, expected = (prepare(tasks, factor, method, s, settings, UNRECORDED).targets[0] for s in (statistics, whole))
+    assert float((found - expected).norm()) <= 1e-4 * float((expected - layer.weight).norm())
 
 
 @pytest.mark.parametrize("noise", [0.02, 0.3])

@@ -169,6 +169,26 @@ def walked_statistics(job: Job, plan: BitPlan) -> dict[str, GroupStatistics]:
     return found
 
 
+def test_the_drift_is_taken_at_the_outputs_of_linears_that_have_few(tmp_path: Path) -> None:
+    job = make_job(tiny_model("llama", tmp_path / "m", layers=1, intermediate_size=160), 3)
+    seen: list[list[tuple[Sequence[LinearSpec], GroupStatistics]]] = [[], []]
+    for at_outputs, found in enumerate(seen):
+        stream = job.stream()
+        activations = stream.embed(TOKENS, job.settings.batch_size, with_original=True)
+        activations.at_outputs = bool(at_outputs)
+        activations.hidden[1] = 1.1 * activations.hidden[1]
+        with stream.block(0) as block:
+            down = block.spec.linears[-1]
+            weight = block.weight(down).clone()
+            collect_statistics(block, activations, found.extend)
+    for (group, inputs), (_, outputs) in zip(*seen, strict=True):
+        if group[0].name != down.name:
+            assert inputs.drift is not None and outputs.drift is not None and torch.equal(inputs.drift, outputs.drift)
+            continue
+        assert inputs.drift is not None and outputs.drift is None and outputs.output_drift is not None
+        torch.testing.assert_close(outputs.output_drift, weight @ inputs.drift, rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize("batch_size", [2, 6])
 def test_the_original_runs_beside_the_quantized_prefix(batch_size: int, tmp_path: Path) -> None:
     """Drift and held-out moments are those of inputs taken from two live models."""
