@@ -10,6 +10,7 @@ column loop as it is.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -74,7 +75,7 @@ def unpack_lower(lower: Tensor, device: torch.device | None = None) -> Tensor:
     return matrix + matrix.tril(-1).t()
 
 
-def predicted_ratio(fitting: Tensor, held_out: Tensor, damping: float) -> float:
+def predicted_ratios(fitting: Tensor, held_out: Tensor, dampings: Sequence[float]) -> list[float]:
     """Loss on other tokens that rounding with feedback leaves, relative to that without: ρ, without rounding.
 
     Feedback turns rounding errors ε of the rows into E = Bᵀ ε, with B = diag(U_bb)⁻¹ U over the blocks b and U the
@@ -84,14 +85,28 @@ def predicted_ratio(fitting: Tensor, held_out: Tensor, damping: float) -> float:
     Args:
         fitting: ``[out, out]`` float32, S of the tokens that feedback is made from.
         held_out: ``[out, out]`` float32, S' of other tokens.
-        damping: λ over the mean diagonal.
+        dampings: λ over the mean diagonal, of each ratio.
     """
-    factor = factorize(fitting, len(fitting), damping, name="the gradients")
-    spread = factor.upper.clone()
-    for part in row_blocks(len(fitting)):
-        spread[part] = torch.linalg.solve_triangular(factor.upper[part, part], factor.upper[part], upper=True)
-    other = held_out[factor.order][:, factor.order]
-    return float(((spread @ other) * spread).sum() / other.trace())
+    factors = [factorize(fitting, len(fitting), damping, name="the gradients") for damping in dampings]
+    order = factors[0].order  # that of the diagonal, with any damping
+    other = held_out[order][:, order]
+    spreads = (_spread(factor.upper) for factor in factors)
+    found = torch.stack([((spread @ other) * spread).sum() for spread in spreads])
+    return list(map(float, (found / other.trace()).tolist()))  # brought to the host together
+
+
+def _spread(upper: Tensor) -> Tensor:
+    """B = diag(U_bb)⁻¹ U, ``[out, out]``: blocks of one height together, as a GPU waits for launches, then the rest."""
+    size = len(upper)
+    height = row_blocks(size)[0].stop
+    cut = size - size % height
+    blocks = (cut // height, height)
+    corners = upper[:cut, :cut].unflatten(0, blocks).unflatten(2, blocks).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+    rows = upper[:cut].unflatten(0, blocks)
+    spread = torch.linalg.solve_triangular(corners, rows, upper=True).flatten(0, 1)
+    if cut == size:
+        return spread
+    return torch.cat([spread, torch.linalg.solve_triangular(upper[cut:, cut:], upper[cut:], upper=True)])
 
 
 def choose_moments(fitting: Tensor, held_out: Tensor, keep_held_out: bool) -> OutputMoments:
@@ -104,7 +119,7 @@ def choose_moments(fitting: Tensor, held_out: Tensor, keep_held_out: bool) -> Ou
     """
     if not bool(held_out.trace() > 0) or not bool(fitting.trace() > 0):  # no gradient arrives
         return OutputMoments(ratio=1.0)
-    ratios = {damping: predicted_ratio(fitting, held_out, damping) for damping in DAMPINGS}
+    ratios = dict(zip(DAMPINGS, predicted_ratios(fitting, held_out, DAMPINGS), strict=True))
     damping = min(ratios, key=lambda d: ratios[d])
     if not ratios[damping] <= WORTHWHILE:
         return OutputMoments(ratios[damping])

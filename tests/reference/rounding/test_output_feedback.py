@@ -22,7 +22,7 @@ from hawqtool.rounding.output_feedback import (
     RowFeedback,
     choose_moments,
     pack_lower,
-    predicted_ratio,
+    predicted_ratios,
     round_row_blocks,
     row_blocks,
     row_feedback,
@@ -172,8 +172,9 @@ def test_settings_are_chosen_by_the_loss() -> None:
     assert best_shift(task.weight, shift, held, across) == pytest.approx(float((gain / cost).clamp(0, 1)), abs=1e-4)
 
 
-def test_the_predicted_ratio_is_that_of_independent_errors() -> None:
-    rows = 60
+@pytest.mark.parametrize("rows", [60, 64])
+def test_the_predicted_ratio_is_that_of_independent_errors(rows: int) -> None:
+    """The last block is lower than the others, or as high."""
     fitting, held_out = gram(correlated(900, rows, 1)), gram(correlated(300, rows, 1)[:, :rows])
     factor = factorize(fitting, rows, LAMBDA)
     order = factor.order
@@ -190,7 +191,8 @@ def test_the_predicted_ratio_is_that_of_independent_errors() -> None:
             spread[:, row] = error
     other = held_out.double().numpy()[np.ix_(order.numpy(), order.numpy())]
     expected = np.trace(spread.T @ other @ spread) / np.trace(other)
-    assert predicted_ratio(fitting, held_out, LAMBDA) == pytest.approx(expected, rel=1e-3)
+    found = predicted_ratios(fitting, held_out, (LAMBDA, 30.0))
+    assert found == [pytest.approx(expected, rel=1e-3), pytest.approx(1, abs=0.05)]  # next to no feedback
 
 
 def test_damping_is_chosen_and_hopeless_layers_go_without() -> None:
