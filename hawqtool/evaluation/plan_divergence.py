@@ -19,7 +19,7 @@ from torch import Tensor
 from hawqtool.errors import NumericalError
 from hawqtool.evaluation.divergence import OutputComparison
 from hawqtool.model.block import LoadedBlock
-from hawqtool.records import LinearSpec, Rows, UnitFormats
+from hawqtool.records import BlockSpec, LinearSpec, Rows, UnitFormats
 from hawqtool.rounding.grid import dequantize
 from hawqtool.rounding.spec import InputGroup, InputGroups, RoundingSpec
 from hawqtool.rounding.statistics import GroupStatistics
@@ -83,7 +83,8 @@ def plan_divergences(
         states = {name: Activations(copy(first.hidden), first.calls) for name in plans}
         for spec in blocks:
             onward = spec.index < last  # no state is wanted behind the last block that is rounded here
-            with stream.block(spec.index) as block:
+            replaced = () if onward or spec.index in missing else _replaced(spec, plans)
+            with stream.block(spec.index, () if replaced else None, replaced) as block:
                 if kept is None or spec.index in missing:
                     found = _rounded(block, _statistics(block, known, rounding, onward), rounding, ranks)
                 else:
@@ -122,6 +123,16 @@ def _rounded(block: LoadedBlock, groups: InputGroups, rounding: RoundingSpec, ra
 
     dealt_out = dealt(ranks, groups, compute, rounding.parts)
     return {name: values for _, found in dealt_out for name, values in found.items()}
+
+
+def _replaced(spec: BlockSpec, plans: Mapping[str, UnitFormats]) -> Sequence[str]:
+    """Weights of a block, by their names inside it, in whose place every plan has rounded ones."""
+
+    def is_rounded(unit: str) -> bool:
+        return all(unit in formats and not formats[unit].is_unquantized for formats in plans.values())
+
+    names = (linear.module_name.removeprefix(f"{spec.name}.") for linear in spec.linears if is_rounded(linear.unit))
+    return [f"{name}.weight" for name in names]
 
 
 def _weights(block: LoadedBlock, found: Roundings, formats: UnitFormats) -> dict[str, Tensor]:

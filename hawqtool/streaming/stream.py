@@ -216,16 +216,19 @@ class ModelStream:
         return parameter if all(torch.equal(known, part.to(known)) for known, part in parts) else None
 
     @contextmanager
-    def block(self, index: int, following: Sequence[int] | None = None) -> Iterator[LoadedBlock]:
+    def block(
+        self, index: int, following: Sequence[int] | None = None, without: Sequence[str] = ()
+    ) -> Iterator[LoadedBlock]:
         """The block with its weights loaded; they are dropped when the context ends.
 
         Args:
             index: Its number.
             following: Blocks that will be asked for next (default: those in the direction of the walk).
+            without: Parameters inside the block that others take the place of; so they are not read.
         """
         module = self.blocks[index]
         with self.recorder.stage("load"):
-            self._load(module, self.structure.inside[index])
+            self._load(module, self.structure.inside[index], skip=tuple(without))
         self._expect_after(index) if following is None else self._expect(following)
         loaded = LoadedBlock(module, self.structure.blocks[index])
         try:

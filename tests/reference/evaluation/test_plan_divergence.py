@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from hawqtool.config import RunConfig
@@ -23,6 +23,7 @@ from hawqtool.rounding.method import RoundingMethod, Task
 from hawqtool.runtime.ranks import ALONE, Ranks
 from hawqtool.sensitivity.measure import SweepSettings, measure
 from hawqtool.streaming.kept_roundings import KeptRoundings
+from hawqtool.streaming.stream import ModelStream
 from tests.support.crew import by_crew
 from tests.support.tiny_zoo import kind_named, save_kind
 
@@ -106,8 +107,10 @@ def test_ranks_compare_plans_as_one_process_does(job: Job) -> None:
 
 
 @pytest.mark.parametrize("kept_blocks", [(0, 1), (1,), (0,)])
-def test_roundings_that_measuring_made_serve_as_well(job: Job, kept_blocks: tuple[int, ...]) -> None:
-    """What a device had no room for is made again."""
+def test_roundings_that_measuring_made_serve_as_well(
+    job: Job, kept_blocks: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a device had no room for is made again; weights that nothing is computed with are not read."""
     menu, kept = {unit.name: (LOW, HIGH) for unit in job.units}, KeptRoundings()
     rows = MeasurementRows(Rows(CALIBRATION, "test", "-"), JUDGED, 3)
     settings = SweepSettings(0, metrics=("projection",), kept=kept)
@@ -115,9 +118,20 @@ def test_roundings_that_measuring_made_serve_as_well(job: Job, kept_blocks: tupl
     for index in {0, 1}.difference(kept_blocks):
         kept.take(index)
     assert [kept.covers(spec, plans_of(job)) for spec in job.structure.blocks] == [i in kept_blocks for i in (0, 1)]
+    expected, load, left_out = divergences(job), ModelStream._load, set[str]()
+
+    def spied(stream: ModelStream, module: nn.Module, prefix: str, skip: Any = (), **more: Any) -> None:
+        load(stream, module, prefix, skip, **more)
+        if prefix and skip:
+            left_out.add(prefix)
+            assert {name for name, p in module.named_parameters() if p.device.type == "meta"} == set(skip)
+
+    monkeypatch.setattr(ModelStream, "_load", spied)
     found = divergences(job, kept=kept)
-    for plan, expected in divergences(job).items():
-        torch.testing.assert_close(found[plan], expected, rtol=1e-3, atol=1e-7)
+    for plan, rows_of_plan in expected.items():
+        torch.testing.assert_close(found[plan], rows_of_plan, rtol=1e-3, atol=1e-7)
+    first = 2 if job.structure.head else max({0, 1}.difference(kept_blocks), default=-1) + 1
+    assert left_out == {*job.structure.inside[first:]}  # behind the last block that is rounded here
     assert not any(kept.covers(spec, plans_of(job)) for spec in job.structure.blocks)
 
 
