@@ -396,5 +396,5 @@ def describe_problem(error: Any, origin: str) -> str:
 def _nearest(name: str, value: object) -> str:
     """What was meant by a value that is close to one of the words that a setting takes."""
     words = choices(RunConfig.model_fields[name]) if name in RunConfig.model_fields else ()
-    near = difflib.get_close_matches(value, words, n=1) if isinstance(value, str) else []
+    near = difflib.get_close_matches(value.lower(), words, n=1) if isinstance(value, str) else []
     return f", did you mean {near[0]!r}?" if near else ""

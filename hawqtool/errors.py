@@ -89,4 +89,4 @@ def one_line(error: BaseException) -> str:
     text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     if isinstance(error, (LookupError, ArithmeticError, AttributeError, TypeError)):
         text = f"{type(error).__name__}: {text}"
-    return text.rstrip(": ")
+    return text.rstrip(":,; ")

@@ -83,11 +83,20 @@ def require_feasible(problem: AllocationProblem, budget_bytes: int) -> None:
     """
     low, high = problem.minimum_bytes, problem.maximum_bytes
     if budget_bytes < low:
+        reach = reach_text(low, high, problem.num_weights)
         raise UsageError(
             f"the size target of {problem.bpw(budget_bytes):.3f} bits per weight ({budget_bytes:,} bytes) cannot be "
-            f"met: {problem.bpw(low):.3f} to {problem.bpw(high):.3f} bits per weight ({low:,} to {high:,} bytes) are "
-            "in reach; raise the target, add smaller widths to --bits, use a larger --group-size, or pin fewer layers"
+            f"met: the widths reach {reach}; raise the target, add smaller widths to --bits, use a larger "
+            "--group-size, or pin fewer layers"
         )
+
+
+def reach_text(low: int, high: int, num_weights: int, fixed: int = 0) -> str:
+    """Stored bits per weight of a range of sizes, and its bytes with so many ``fixed`` ones."""
+    ends = (low,) if low == high else (low, high)
+    bits = " to ".join(f"{8 * end / num_weights:.3f}" for end in ends)
+    sizes = " to ".join(f"{end + fixed:,}" for end in ends)
+    return f"{bits} bits per weight ({sizes} bytes)"
 
 
 def build_problem(
@@ -275,7 +284,7 @@ def _suggestion(pattern: str, units: Sequence[Unit]) -> str:
     # What is left of a pattern without its metacharacters is close to the name that was meant.
     plain = re.sub(r"\\[a-zA-Z]|[\\^$*+?{}\[\]|()]", "", pattern.removeprefix(REGEX_PREFIX)).strip(".")
     near = difflib.get_close_matches(plain, names, n=3, cutoff=0.4) or names[:3]
-    return "nearest names: " + ", ".join(near)
+    return f"nearest names: {', '.join(near)}; a pattern is given as re:.*{near[0].rpartition('.')[2]}"
 
 
 def stored_bytes(units: Sequence[Unit], formats: UnitFormats) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hawqtool.allocation.problem import achievable
+from hawqtool.allocation.problem import achievable, reach_text
 from hawqtool.allocation.uniform import best_uniform
 from hawqtool.config import RunConfig
 from hawqtool.errors import UsageError
@@ -14,12 +14,13 @@ from hawqtool.pipeline.run.job import Job, prepare
 from hawqtool.pipeline.run.menu import budget_bytes, job_menu, second_budget, unquantized_bytes
 from hawqtool.pipeline.search.estimate import estimate
 from hawqtool.pipeline.search.gates import check_gates
-from hawqtool.pipeline.search.planner import given_plan, single_choice_plan
+from hawqtool.pipeline.search.planner import check_saved_scores, given_plan, single_choice_plan
 from hawqtool.pipeline.search.selection import largest_special
 from hawqtool.pipeline.stages.kept import kept_record
 from hawqtool.pipeline.stages.report import is_our_folder
 from hawqtool.pipeline.stages.rows import check_calibration, check_sources
 from hawqtool.pipeline.stages.write import target_config
+from hawqtool.pipeline.tasks import check_tasks
 from hawqtool.records import Menu
 from hawqtool.report.documents import DryRun
 from hawqtool.report.wording import rows_name
@@ -37,6 +38,7 @@ def dry_run(config: RunConfig, reporter: Reporter) -> DryRun:
     if config.output is not None:
         check_free(config, output_folder(config))
     job = prepare(config, reporter)
+    check_tasks(job)
     description = describe(job)
     check_sources(job)
     return {**description, "estimate": estimate(job)}
@@ -114,6 +116,8 @@ def describe(job: Job) -> DryRun:
         _check_feasible(job, menu, budget, weights, fixed)
         second_budget(config, job.units, menu, job.pins)  # what it lacks must be known before the long part
         plan = single_choice_plan(job.units, menu, job.pins, budget, config)
+    if plan is None:
+        check_saved_scores(job, menu)
     target_config(job, {unit.name: menu[unit.name][0] for unit in job.units})  # what engines cannot tell apart
     lowest, highest = achievable(job.units, menu, job.pins)
     expected = plan.stored_bytes if plan else highest if budget is None else min(budget, highest)
@@ -204,10 +208,12 @@ def _check_feasible(job: Job, menu: Menu, budget: int, weights: int, fixed: int)
             f"{8 * original / weights:g}; the widths reach {8 * highest / weights:.3f}; lower the target"
         )
     if budget < lowest:
+        target = f"{8 * budget / weights:.3f} bits per weight ({budget + fixed:,} bytes in all)"
+        if budget < 0:
+            target = f"{budget + fixed:,} bytes, while {fixed:,} stay as they are,"
         raise UsageError(
-            f"target of {8 * budget / weights:.3f} bits per weight ({budget + fixed:,} bytes in all) is below what the "
-            f"widths allow: {8 * lowest / weights:.3f} to {8 * highest / weights:.3f} ({lowest + fixed:,} to "
-            f"{highest + fixed:,} bytes); raise the target, add narrower --bits or a larger --group-size, or drop pins"
+            f"target of {target} is below what the widths allow: {reach_text(lowest, highest, weights, fixed)}; raise "
+            "the target, add narrower --bits or a larger --group-size, or drop pins"
         )
 
 

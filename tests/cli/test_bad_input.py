@@ -316,6 +316,9 @@ CASES: dict[str, Case] = {
         "block 0 cannot be run",
         spoil=lambda p: p.edit("model/config.json", lambda c: c.update(num_key_value_heads=3)),
     ),
+    "no tokenizer, dry": Case(4, "no tokenizer", (*TARGET, "--dry-run"), spoil=without_tokenizer, text=False),
+    "missing task, dry": Case(4, "no JSON-lines file here", (*TARGET, "--tasks", "none.jsonl", "--dry-run")),
+    "word in other letters": Case(2, "did you mean 'vllm'?", (*TARGET, "--profile", "vLLM")),
     # output
     "output not empty, dry": Case(2, "not empty", (*TARGET, "--dry-run"), spoil=in_use),
     "output is the root": Case(2, "is a mount point", (*TARGET, "-o", "/")),
@@ -326,6 +329,9 @@ CASES: dict[str, Case] = {
     "parent of the output missing": Case(2, "does not exist", (*TARGET, "-o", "none/out")),
     # files between the stages
     "scores of another model": Case(2, "another checkpoint", (*MIXED, "--sensitivity", "other.json")),
+    "scores that are none, dry": Case(
+        4, "has schema 'hawqtool.plan", (*MIXED, "--sensitivity", "plan.json", "--dry-run")
+    ),
     "scores that are damaged": Case(
         4,
         "is damaged",

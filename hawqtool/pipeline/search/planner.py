@@ -142,7 +142,7 @@ def make_planner(context: RunContext, sets: dict[str, Rows]) -> Planner:
     if job.config.target_kl is None:
         budget = budget_bytes(job.config, job.units, unquantized_bytes(job, menu), job.pins)
         menu = job_menu(job, budget)
-    if all(len(menu[unit.name]) == 1 or unit.name in job.pins for unit in job.units):
+    if not _has_choice(job, menu):
         return Planner(context, None, None)
     if job.config.measures:
         if job.config.measurements is not None:
@@ -150,11 +150,12 @@ def make_planner(context: RunContext, sets: dict[str, Rows]) -> Planner:
             menu = job_menu(job, None)
         document, origin = measured(context, menu, sets, _metrics(job))
         return Planner(context, parse_sensitivity(document, "the measurement")[0], document, origin)
-    path = Path(job.config.sensitivity)
-    given = cast(SensitivityDocument, read_json(path, SENSITIVITY_SCHEMA))
-    table, _, _ = parse_sensitivity(given, str(path))
-    _check_saved(job, table, model_fingerprint(job.index, context.reporter))
-    _check_units(job, table, menu)
+    given, table = _saved_scores(job, menu)
+    if table.model_fingerprint != model_fingerprint(job.index, context.reporter):
+        raise UsageError(
+            f"{job.config.sensitivity} was measured on another checkpoint ({table.model}) or with another --rotate; "
+            "measure this one"
+        )
     seconds = table.settings.get("seconds")
     origin = Origin("file", None, seconds if isinstance(seconds, float) else None)
     return Planner(context, table, given, origin)
@@ -169,13 +170,33 @@ def _metrics(job: Job) -> tuple[str, ...]:
     return (job.settings.metric,) if alone and job.settings.metric in SWEEP_METRICS else SWEEP_METRICS
 
 
-def _check_saved(job: Job, table: SensitivityTable, measured_model: str) -> None:
+def check_saved_scores(job: Job, menu: Menu) -> None:
+    """Refuse a file of scores that cannot be used before the work, as far as that shows without reading the weights.
+
+    Raises:
+        InputError: If it is damaged, or no file of scores.
+        UsageError: If it was measured for something else.
+    """
+    if not job.config.measures and _has_choice(job, menu):
+        _saved_scores(job, menu)
+
+
+def _saved_scores(job: Job, menu: Menu) -> tuple[SensitivityDocument, SensitivityTable]:
+    """Scores of the file that ``sensitivity`` names; whether it is of these weights remains to be checked."""
+    path = Path(job.config.sensitivity)
+    given = cast(SensitivityDocument, read_json(path, SENSITIVITY_SCHEMA))
+    table, _, _ = parse_sensitivity(given, str(path))
+    _check_saved(job, table)
+    _check_units(job, table, menu)
+    return given, table
+
+
+def _has_choice(job: Job, menu: Menu) -> bool:
+    return any(len(menu[unit.name]) > 1 and unit.name not in job.pins for unit in job.units)
+
+
+def _check_saved(job: Job, table: SensitivityTable) -> None:
     config = job.config
-    if table.model_fingerprint != measured_model:
-        raise UsageError(
-            f"{config.sensitivity} was measured on another checkpoint ({table.model}) or with another --rotate; "
-            "measure this one"
-        )
     if table.rounding != config.rounding:
         raise UsageError(
             f"{config.sensitivity} was measured for --rounding {table.rounding}, not {config.rounding}; measure again"

@@ -127,13 +127,15 @@ def check_sources(job: Job) -> None:
 
     Raises:
         UsageError: If a source's weight is so small that it gives no row.
-        InputError: If a source cannot be read or holds too little text.
+        InputError: If a source cannot be read or holds too little text, or the tokenizer cannot be loaded.
     """
     config = job.config
     if not config.reads_rows:
         return
-    shares = _shares(job, _counts(job)).items()
-    here = [(name, quota) for name, quota in shares if name != SELF and not is_hub(name)]
+    shares = _shares(job, _counts(job))
+    if SELF in shares:
+        job.tokenizer()  # nothing is sampled, but what is needed for it is there
+    here = [(name, quota) for name, quota in shares.items() if name != SELF and not is_hub(name)]
     require_rows([_given_source(job, name, quota, samples=False) for name, quota in here])
     if config.eval_data is not None and not is_hub(config.eval_data):
         evaluation_rows(job, config.eval_data, job.settings.eval_samples, samples=False)
