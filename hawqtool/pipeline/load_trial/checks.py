@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import TypeVar
 
 from torch import Tensor
@@ -29,7 +30,8 @@ class ShippedChecks:
 
     All take the host and the disk for the most part: on a GPU each begins in a thread of its own as soon as it is
     certain which folder that is, while the folder is evaluated; a process that tries the folder on the GPU verifies it
-    too. A CPU does one after the other when they are asked for.
+    too. What the trial is compared with waits until something is asked for: it unpacks all weights, and launches of the
+    evaluation would wait for those. A CPU does one after the other when they are asked for.
 
     Args:
         job: The original model.
@@ -40,6 +42,7 @@ class ShippedChecks:
     def __init__(self, job: Job, rows: Tensor, process: TrialProcess | None = None) -> None:
         self.job, self.rows, self.process = job, rows, process
         self._folder: Path | None = None
+        self._asked = Event()
         self._verify: Callable[[], tuple[str, ...]] = tuple
         self._trial: Callable[[], LoadTrial] | None = None
         self._hashes: Callable[[], dict[str, Entry]] = dict
@@ -62,7 +65,11 @@ class ShippedChecks:
         tried = next(entry for entry in result_engines(job, plan) if entry["engine"] == TRANSFORMERS)["loads"]
         self._hashes = self._aside(partial(weight_entries, folder))
         ahead = bool(tried and self.process and self.process.device != "cpu")  # it verifies too
-        self._trial = self._aside(partial(try_loading, job, folder, self.rows, self.process, ahead)) if tried else None
+        self._trial = (
+            self._aside(partial(try_loading, job, folder, self.rows, self.process, ahead, self._asked.wait))
+            if tried
+            else None
+        )
         self._verify = partial(self._found, folder) if ahead else self._aside(partial(_problems, job, folder))
 
     def _found(self, folder: Path) -> tuple[str, ...]:
@@ -76,6 +83,7 @@ class ShippedChecks:
 
     def problems(self) -> tuple[str, ...]:
         """What verification found, a line each; waits for it."""
+        self._asked.set()
         return self._verify()
 
     def hashes(self) -> dict[str, Entry]:
@@ -84,6 +92,7 @@ class ShippedChecks:
 
     def trial(self) -> LoadTrial | None:
         """What the trial gave; None where the formats promise nothing that could be tried. Waits for it."""
+        self._asked.set()
         return None if self._trial is None else self._trial()
 
 

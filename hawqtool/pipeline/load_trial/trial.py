@@ -15,7 +15,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib import metadata, util
 from pathlib import Path
 from types import TracebackType
@@ -133,7 +132,12 @@ def started_ahead(job: Job) -> Iterator[TrialProcess | None]:
 
 
 def try_loading(
-    job: Job, folder: Path, rows: Tensor, process: TrialProcess | None = None, verifies: bool = False
+    job: Job,
+    folder: Path,
+    rows: Tensor,
+    process: TrialProcess | None = None,
+    verifies: bool = False,
+    until_idle: Callable[[], object] = lambda: None,
 ) -> LoadTrial:
     """Load a folder in transformers in a process of its own and compare one forward pass.
 
@@ -145,6 +149,7 @@ def try_loading(
             was short, is not asked again.
         verifies: Whether the process verifies the folder too, where it computes on a GPU: having an interpreter of its
             own, it keeps nobody waiting.
+        until_idle: Waits until this process has time for a walk of its own.
     """
     obstacle = _not_possible(job)
     if obstacle is not None:
@@ -158,9 +163,12 @@ def try_loading(
         original = str(job.index.folder) if verifies and device != _CPU else ""
         order = [str(folder), _class(job), str(int(job.source.runs_code)), place]
         order += [json.dumps(model_images(job.skeleton)), original]
-        own: Callable[[], Tensor] = partial(_own_outputs, job, folder, row)
-        if job.device.type == "cuda":
-            own = beside(own)
+
+        def own() -> Tensor:
+            until_idle()
+            return _own_outputs(job, folder, row)
+
+        outputs_here = beside(own) if job.device.type == "cuda" else own
         try:
             done = _run_somewhere(order, device, process)
         except subprocess.TimeoutExpired:
@@ -168,7 +176,7 @@ def try_loading(
         if done.returncode:
             return LoadTrial(False, f"tried with {versions}: {_last_line(done.stderr, done.returncode)}")
         outputs, problems = load_file(Path(place) / OUTPUTS)["outputs"], _problems(Path(place) / PROBLEMS)
-    difference = _difference(own(), outputs)
+    difference = _difference(outputs_here(), outputs)
     if not difference <= MAX_DIFFERENCE:
         found = f"its outputs differ by {difference:.2g} from those of the written weights"
         return LoadTrial(False, f"tried with {versions}: it loads, but {found}", problems)
