@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,13 @@ from hawqtool.formats import parse_label
 from hawqtool.model.rotation.fold import rotated_source
 from hawqtool.parsing import MAX_RECORD_BYTES, MAX_RECORD_VALUES, ParseError, load_json, shown
 from hawqtool.records import LayerFormats
+from hawqtool.runtime.background import beside
 
 PLAN_FILE = "reproduce/plan.json"
 CHECKSUM_FILE = "reproduce/checksums.json"
+
+Check = Callable[[], list[str]]
+"""Gives problems, one line each."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,6 @@ def verify_folder(
         problems += _learned_problems(folder, (checksums or {}).get("changed", []))
     if not packed:
         problems.append(f"{folder} has no packed module; expected weights with a weight_scale; pass an output folder")
-
     config: Any = model_config.get("quantization_config")
     matched = (*packed, *dense_matrices(index), *table_modules(index))
     broken = structure_problems(config) or matching_problems(config, matched)
@@ -117,18 +121,27 @@ def verify_folder(
     units = {layer["name"]: layer["unit"] for layer in layers if "unit" in layer}
     problems += fused_problems(formats, index, units)
     problems += _part_problems(reader, formats, units)
+    aside, checks = _aside(device), list[Check]()
     if checksums:
-        problems += checksum_problems(reader, index, checksums["tensors"])
+        checks.append(aside(partial(checksum_problems, reader, index, checksums["tensors"])))
     if plan:
-        problems += plan_problems(formats, index, plan)
+        checks.append(partial(plan_problems, formats, index, plan))
     if against is not None:
-        seed = _seed(plan)
         source = TensorReader(_source_index(Path(against), plan), device=torch.device(device))
-        source_config = read_config(Path(against)) | ({} if seed is None else {UNTIED: False})
-        problems += _model_config_problems(model_config, source_config)
-        problems += source_file_problems(folder, Path(against), index)
-        problems += _weight_problems(reader, source, formats, layers, checksums or {}, device)
+        source_config = read_config(Path(against)) | ({} if _seed(plan) is None else {UNTIED: False})
+        checks.append(partial(_model_config_problems, model_config, source_config))
+        checks.append(partial(source_file_problems, folder, Path(against), index))
+        checks += map(aside, _weight_checks(reader, source, formats, layers, checksums or {}, device))
+    problems += [problem for check in checks for problem in check()]
     return VerifyReport(tuple(problems), len(index.tensors), len(packed), index.total_bytes)
+
+
+def _aside(device: torch.device | str) -> Callable[[Check], Check]:
+    """What begins checks that read gigabytes: beside each other where there is a GPU, else when they are asked for.
+
+    At its end each has the largest tensors alone, for which a host with a GPU has cores left over.
+    """
+    return beside if torch.device(device).type == "cuda" else lambda check: check
 
 
 def _packed_layers(folder: Path, index: CheckpointIndex) -> tuple[str, ...]:
@@ -203,22 +216,25 @@ def origin_problems(folder: Path, against: Path, device: torch.device | str = "c
     if checksums is None:
         return copy_problems(reader, source, ())
     formats, problems = module_problems({"ignore": [], **config}, index, reader)
-    return problems + _weight_problems(reader, source, formats, plan["layers"] if plan else [], checksums, device)
+    checks = _weight_checks(reader, source, formats, plan["layers"] if plan else [], checksums, device)
+    return problems + [problem for check in checks for problem in check()]
 
 
-def _weight_problems(
+def _weight_checks(
     reader: TensorReader,
     source: TensorReader,
     formats: LayerFormats,
     layers: list[dict[str, Any]],
     checksums: dict[str, Any],
     device: torch.device | str,
-) -> list[str]:
-    """Differences to the source that rounding does not explain."""
+) -> list[Check]:
+    """What finds differences to the source that rounding does not explain."""
     transposed = {layer["name"] for layer in layers if layer.get("transposed")}
     recorded = checksums.get("weight_error", {})
-    problems = copy_problems(reader, source, checksums.get("changed", []))
-    return problems + error_problems(reader, source, formats, recorded, transposed, torch.device(device))
+    return [
+        partial(copy_problems, reader, source, checksums.get("changed", [])),
+        partial(error_problems, reader, source, formats, recorded, transposed, torch.device(device)),
+    ]
 
 
 def _model_config_problems(config: dict[str, Any], source: dict[str, Any]) -> list[str]:

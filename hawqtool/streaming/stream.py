@@ -42,11 +42,9 @@ _POSITIONS = 64
 _POSITIONS_OF_ROWS = 2048
 """Positions whose logits a GPU holds at a time where rows are short: for each call alone the host would be late."""
 
-_BLOCKS_BETWEEN_TRIMS = 6
-"""Blocks of a walk on a CPU after which the heap is trimmed: done at each, it would take a tenth of the time."""
-
-BLOCKS_AHEAD = 2
-"""Blocks whose weights are read while one is walked."""
+_BLOCKS_BETWEEN_TRIMS, BLOCKS_AHEAD = 6, 2
+"""Blocks of a walk on a CPU after which the heap is trimmed (at each it would take a tenth of the time), and those
+whose weights are read while one is walked."""
 
 _LARGE_BLOCK = 500_000_000
 """Weights of a block above which one alone is read ahead: page-locked memory holds what is."""
