@@ -46,6 +46,8 @@ _ENDS = {
 _KEPT_ROWS = 12
 """Most rows of what is kept on the first screen; the report has all."""
 _ROOMY = 96
+_SPARE_COLUMNS = ("file", "perplexity")
+"""Columns that narrow terminals do without: sizes follow below the table, and KL says more than perplexity."""
 
 
 def announcement(description: DryRun) -> list[str]:
@@ -140,7 +142,7 @@ def print_report(report: Report, output: str, seconds: float) -> None:
     """The result: sizes, histogram, quality against uniform."""
     console = Console(highlight=False)
     if report["evaluation"] is not None:
-        console.print(_quality_table(report, report["evaluation"], console.width))
+        console.print(_quality_table(report, report["evaluation"], console))
     for line in result_lines(report):
         console.print(hanging(printable(line), console.width), markup=False)
     for line in verdict_lines(report):
@@ -179,26 +181,31 @@ def verdict_lines(report: Report) -> list[str]:
     return [f"verdict     {verdict_text(found)}", *(f"            {note}" for note in notes if note)]
 
 
-def _quality_table(report: Report, evaluation: PlanComparison, width: int) -> Table:
-    """Original, uniform and mixed plan in the columns of their kind of model; narrow terminals get no formats."""
-    columns, roomy = quality_columns(evaluation), width >= _ROOMY
-    table = Table(title="quality on the report rows" + (" (in-domain)" if report["rows"]["report_in_domain"] else ""))
-    for name in ("model", *(("formats",) if roomy else ())):
-        table.add_column(name, overflow="fold")
-    for name in ("bits/weight" if roomy else "bits", "file", *columns):
-        table.add_column(name, justify="right", no_wrap=True)
-
-    def add(name: str, formats: str, *cells: str) -> None:
-        table.add_row(name, *((formats,) if roomy else ()), *cells)
-
-    original = report["sizes"]["original_bytes"]
-    add("original", "", "", size(original), *(show(evaluation["original"]) for show in columns.values()))
+def _quality_table(report: Report, evaluation: PlanComparison, console: Console) -> Table:
+    """Original, uniform and mixed plan in the columns of their kind of model; narrow terminals get fewer columns."""
+    columns, roomy = quality_columns(evaluation), console.width >= _ROOMY
+    bits = "bits/weight" if roomy else "bits"
+    original = {"model": "original", "file": size(report["sizes"]["original_bytes"])}
+    rows = [original | {name: show(evaluation["original"]) for name, show in columns.items()}]
     alone = same_plan(evaluation["mixed"], evaluation["uniform"])
     for name, values in (("uniform", evaluation["uniform"]), ("mixed", evaluation["mixed"])):
         if values is None or (name == "mixed" and alone):
             continue
-        cells = (" ".join(values["formats"]), f"{values['bpw_linears']:.3f}", size(values["total_bytes"]))
-        add(name, *cells, *(show(values) for show in columns.values()))
+        row = {"model": name, "formats": " ".join(values["formats"]), bits: f"{values['bpw_linears']:.3f}"}
+        row |= {"file": size(values["total_bytes"])}
+        rows.append(row | {name: show(values) for name, show in columns.items()})
+    names = ["model", *(["formats"] if roomy else []), bits, "file", *columns]
+    for spare in _SPARE_COLUMNS:
+        # A border and two spaces beside each column, and the last border.
+        taken = sum(3 + max(len(text) for text in (name, *(row.get(name, "") for row in rows))) for name in names) + 1
+        if not roomy and taken > console.width and spare in names:
+            names.remove(spare)
+    table = Table(title="quality on the report rows" + (" (in-domain)" if report["rows"]["report_in_domain"] else ""))
+    for name in names:
+        words = name in ("model", "formats")
+        table.add_column(name, justify="left" if words else "right", overflow="fold", no_wrap=not words)
+    for row in rows:
+        table.add_row(*(row.get(name, "") for name in names))
     return table
 
 

@@ -22,13 +22,18 @@ def test_the_result_fits_the_terminal(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert any(line.startswith("            [bold]a warning") for line in lines)
 
 
-def test_no_word_is_broken_at_80_columns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
+@pytest.mark.parametrize(("columns", "spared"), [(80, []), (70, ["file"]), (60, ["file", "perplexity"])])
+def test_no_word_is_broken_on_narrow_terminals(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], columns: int, spared: list[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
     print_report(a_report(experts={}, **a_search()), "out", 100)
     lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= 80
-    for whole in ("perplexity", "original", "same top-1", "0.4000 ± 0.0100"):
+    assert max(map(len, lines)) <= columns
+    for whole in ("┃ model", "original", "same top-1", "0.4000 ± 0.0100"):
         assert any(whole in line for line in lines), whole
+    for name in ("file", "perplexity"):
+        assert any(f" {name} ┃" in line for line in lines) == (name not in spared), name
 
 
 def test_all_plans_the_search_and_the_gates_are_listed() -> None:
