@@ -201,9 +201,14 @@ def _device(job: Job) -> str:
     """
     if job.device.type != "cuda" or job.config.max_memory != AUTO or job.config.special_formats:
         return _CPU
-    torch.cuda.empty_cache()  # what this process keeps for later is no room for another
+    if not _has_room(job):
+        torch.cuda.empty_cache()  # what this process keeps for later is no room for another
+    return str(job.device) if _has_room(job) else _CPU
+
+
+def _has_room(job: Job) -> bool:
     free, _ = torch.cuda.mem_get_info(job.device)
-    return str(job.device) if job.index.total_bytes <= _GPU_SHARE * free else _CPU
+    return job.index.total_bytes <= _GPU_SHARE * free
 
 
 def _run_somewhere(
