@@ -153,17 +153,18 @@ def make_offload(work: Work, batch_size: int, warn: Callable[[str], None], folde
     return Offload(work.device, max(0, limit - workspace), host, folder or Path(tempfile.gettempdir()))
 
 
-def importance_rows(work: Work, batch_size: int) -> int:
+def importance_rows(work: Work, batch_size: int, of_text: bool) -> int:
     """Rows of a pass of token importance: on a GPU more of small models, whose launches take longer than their sums.
 
     It is a power of two that depends on shapes alone; memory has its say through the rows of a batch.
 
     Args:
-        work: What has to be done; ``seq_len`` is the positions of a row.
+        work: What has to be done.
         batch_size: Rows per forward pass.
+        of_text: Whether rows are tokens alone; how many positions others have is not known here.
     """
     fewest = IMPORTANCE_ROWS[work.device.type]
-    if work.device.type != "cuda":
+    if work.device.type != "cuda" or not of_text:
         return min(fewest, batch_size)
     most = _IMPORTANCE_TOKENS // (work.seq_len * max(map(_ends, work.structure.blocks)))
     rows = max(fewest, min(most, batch_size // _IMPORTANCE_SHARE))

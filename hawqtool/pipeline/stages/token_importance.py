@@ -8,7 +8,6 @@ from functools import partial
 
 import torch
 
-from hawqtool.model.inputs.arguments import row_positions
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.run.memory_budget import Work, importance_offload, importance_rows
@@ -65,9 +64,8 @@ def _importance(
     kinds, blocks = _kinds(job, len(tokens)), refine.weighted_blocks(job).intersection(layers)
     names = frozenset(layers) - blocks
     sums = OutputMomentSums(names, kinds, job.settings.method.needs_held_out, job.ranks, blocks)
-    positions = max(tokens.shape[1], row_positions(job.skeleton, tokens.shape[1]))
-    work = Work(job.config, job.index, job.structure, job.device, job.dtype, len(tokens), positions)
-    batch_size = importance_rows(work, job.settings.batch_size)
+    work = Work(job.config, job.index, job.structure, job.device, job.dtype, *tokens.shape[:2])
+    batch_size = importance_rows(work, job.settings.batch_size, job.row_format.values is None)
     job = replace(job, offload=importance_offload(work, batch_size, job.offload))
     portions = Portions(
         batch_size,

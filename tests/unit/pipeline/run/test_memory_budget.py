@@ -75,5 +75,6 @@ def test_token_importance_takes_more_rows_of_small_models_on_a_gpu(
     linears = [LinearSpec(f"m{n}", outs, ins, 0, "unit", 2) for n, (ins, outs) in enumerate(shapes)]
     structure = Structure((BlockSpec(0, "block", tuple((linear,) for linear in linears)),), ())
     shaped = replace(work, structure=structure, seq_len=seq_len)
-    assert importance_rows(shaped, batch_size) == rows
-    assert importance_rows(replace(shaped, device=torch.device("cpu")), batch_size) == 2
+    assert importance_rows(shaped, batch_size, of_text=True) == rows
+    assert importance_rows(shaped, batch_size, of_text=False) == min(8, batch_size)
+    assert importance_rows(replace(shaped, device=torch.device("cpu")), batch_size, of_text=True) == 2
