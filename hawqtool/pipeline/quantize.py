@@ -40,7 +40,7 @@ from hawqtool.pipeline.stages.kv_cache import calibrate_cache
 from hawqtool.pipeline.stages.measurement_cache import check_measurements
 from hawqtool.pipeline.stages.report import Outcome, build_report, write_card, write_reproduce
 from hawqtool.pipeline.stages.rows import gather_rows, load_ahead, read_ahead
-from hawqtool.pipeline.stages.token_importance import with_token_importance
+from hawqtool.pipeline.stages.token_importance import compile_kernels, with_token_importance
 from hawqtool.pipeline.tasks import check_tasks, judge_tasks
 from hawqtool.pipeline.worker import begin_ranks, leading
 from hawqtool.records import BitPlan
@@ -82,9 +82,8 @@ def run_quantize(
         if not (resuming and run.in_place):
             check_free(config, output)
         check_measurements(config)
-        job, warnings = prepare(config, reporter, states=run.path), list[str]()
-        if resuming:
-            job, warnings = resumed_batch_size(job, run)
+        job = prepare(config, reporter, states=run.path)
+        job, warnings = resumed_batch_size(job, run) if resuming else (job, list[str]())
         before = stamps(job.index)
         process, drawing = stack.enter_context(started_ahead(job)), stack.enter_context(DrawingProcesses())
         read_ahead(job)
@@ -93,6 +92,7 @@ def run_quantize(
             description = describe(job)
             load_ahead(job, resuming)
             announce({**description, "estimate": estimate(job)} if estimates else description)
+            compile_kernels(job)
             record_content(job.index, before, reporter, begun)
         fingerprint = config_fingerprint(config, job.index.content)
         run.begin(run_identity(job), config.restart)

@@ -42,8 +42,9 @@ class BegunWork:
         self._begun: dict[Hashable, Callable[[], Any]] = {}
 
     def begin(self, key: Hashable, work: Callable[[], object]) -> None:
-        """Begin a piece of work in a thread of its own."""
-        self._begun[key] = beside(work)
+        """Begin a piece of work in a thread of its own, once."""
+        if key not in self._begun:
+            self._begun[key] = beside(work)
 
     def result(self, key: Hashable, work: Callable[[], T]) -> T:
         """The result of what was begun, once; else that of the work, which is done now.

@@ -17,12 +17,14 @@ from hawqtool.records import OutputMoments, Rows, TokenImportance
 from hawqtool.rounding.grid import searches
 from hawqtool.rounding.kernels.dispatch import compile_ahead
 from hawqtool.rounding.statistics import is_held_out
-from hawqtool.runtime.background import beside
 from hawqtool.sensitivity.output_moments import FITTING, HELD_OUT, LEFT_OUT, OutputMomentSums
 from hawqtool.sensitivity.token_importance import Portions, token_importance
 
 _KEY, MOMENTS = "token-importance", "output-moments"
 """Keys of what is saved; under the second one every rank keeps the moments, each of which one of them has made."""
+
+_KERNELS = "kernels"
+"""Key of kernels that are compiled ahead."""
 
 _CPU_BYTES = 2 << 30
 """Most bytes of hidden states that are kept together where no limit was given."""
@@ -59,8 +61,7 @@ def _importance(
     job: Job, tokens: torch.Tensor, layers: Sequence[str], progress: Callable[[int, int], None] = lambda *_: None
 ) -> tuple[TokenImportance, dict[str, OutputMoments]]:
     """Importance of all rows for the leader, of which each rank takes a share, and moments of some layers or blocks."""
-    if job.device.type == "cuda":  # the host waits for it now
-        beside(partial(_compile_ahead, job))
+    compile_kernels(job)
     kinds, blocks = _kinds(job, len(tokens)), refine.weighted_blocks(job).intersection(layers)
     names = frozenset(layers) - blocks
     sums = OutputMomentSums(names, kinds, job.settings.method.needs_held_out, job.ranks, blocks)
@@ -79,8 +80,13 @@ def _importance(
     return found, sums.finished
 
 
+def compile_kernels(job: Job) -> None:
+    """Begin to compile the kernels that rounding on a GPU will need, once, while the host waits for something else."""
+    if job.device.type == "cuda" and job.settings.uses_token_importance:
+        job.ahead.begin(_KERNELS, partial(_compile_ahead, job))
+
+
 def _compile_ahead(job: Job) -> None:
-    """Compile the kernels that rounding will need."""
     menu, symmetric = job_menu(job, None), job.config.symmetric
     inputs = [(fmt, m.in_features) for unit in job.units for fmt in menu[unit.name] for m in unit.members]
     widths = sorted({fmt.group_width(columns) for fmt, columns in inputs if fmt.is_plain and not fmt.is_unquantized})
