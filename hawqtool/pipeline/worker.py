@@ -12,6 +12,7 @@ from hawqtool.checkpoint.content import ContentRecord
 from hawqtool.config import RunConfig
 from hawqtool.errors import HawqError, UsageError
 from hawqtool.pipeline.run.job import Job, chosen_device, prepare
+from hawqtool.pipeline.stages.token_importance import compile_kernels
 from hawqtool.runtime.launched import world_size
 from hawqtool.runtime.ranks import Ranks, joined, take_gpu
 
@@ -94,6 +95,8 @@ def work(config: RunConfig, writes: bool = True) -> None:
         take_gpu()
     # Beside the leader, which checks more than this. What is not here yet, it downloads alone.
     early = _tried(config, writes) if Path(config.model).is_dir() else None
+    if isinstance(early, Job):
+        compile_kernels(early)
     ranks = joined(cuda)
     try:
         beginning = ranks.awaited()
