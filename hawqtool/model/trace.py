@@ -228,7 +228,10 @@ def unused_parameters(model: Any, names: Sequence[str], replaced: AbstractContex
     Args:
         model: Skeleton; all of it goes to the meta device.
         names: Names of its blocks.
-        replaced: A context in which something stands in for the blocks.
+        replaced: A context in which something stands in for the blocks; it gives their calls, or None.
+
+    Raises:
+        InputError: If a block is called more than once.
     """
     inside = tuple(f"{name}." for name in names)
     outside = {n: p for n, p in model.named_parameters() if not n.startswith(inside)}
@@ -239,16 +242,22 @@ def unused_parameters(model: Any, names: Sequence[str], replaced: AbstractContex
         (m._parameters, leaf, p) for m in model.modules() for leaf, p in m._parameters.items() if id(p) in numbers
     ]
     uses = _ZeroUses({id(zero): name for name, zero in zeros.items()})
+    calls, runs = None, True
     try:
         for owner, leaf, parameter in places:
             owner[leaf] = zeros[numbers[id(parameter)]]
         row = model_inputs(model, example_row(model))  # which asks the first parameter for its dtype
-        with replaced, torch.no_grad(), uses:
+        with replaced as calls, torch.no_grad(), uses:
             model(**row)
     except TRACE_ERRORS:
-        return frozenset()
+        runs = False
     finally:
         for owner, leaf, parameter in places:
             owner[leaf] = parameter
         model.to("meta")
-    return frozenset(name for name in outside if not uses.counts[name])
+    if calls is not None and len(calls) > len(names):  # a data flow has its own check
+        raise InputError(
+            f"{type(model).__name__}: its blocks, from {names[0]} on, are called {len(calls)} times, expected "
+            f"{len(names)}; models that run a block more than once are not supported"
+        )
+    return frozenset(name for name in outside if runs and not uses.counts[name])

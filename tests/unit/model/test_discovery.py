@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, MambaConfig, PretrainedConfig
+from transformers import AlbertConfig, GPT2Config, MambaConfig, PretrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM, AutoModelForMaskedLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaModel
 
 from hawqtool.checkpoint.index import read_index
@@ -136,6 +137,17 @@ def test_a_linear_called_twice_is_kept(tmp_path: Path, monkeypatch: pytest.Monke
     # Engines fuse the two and need one format for both.
     assert found["model.layers.0.mlp.gate_proj.weight"] == "fused with what is kept"
     assert "model.layers.0.mlp.down_proj.weight" not in found
+
+
+def test_blocks_that_are_run_again_are_refused(tmp_path: Path) -> None:
+    """A walk would run them once: ALBERT has one block for all its layers, others go through their list in rounds."""
+    settings: dict[str, Any] = {"vocab_size": 64, "embedding_size": 32, "hidden_size": 64, "intermediate_size": 64}
+    config = AlbertConfig(**settings, num_hidden_layers=3, num_attention_heads=4)
+    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path / "albert")
+    with pytest.raises(
+        InputError, match="from albert.encoder.albert_layer_groups.0 on, are called 3 times, expected 1"
+    ):
+        structure_of(tmp_path / "albert")
 
 
 def test_a_weight_used_past_its_module_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
