@@ -13,7 +13,6 @@ from torch import Tensor
 
 from hawqtool.rounding.factor import Factor
 from hawqtool.rounding.floats.elements import CODE_DTYPE, Element
-from hawqtool.rounding.gram import subtract_fine_product
 from hawqtool.rounding.kernels.column_block import ColumnBlock, FloatCodes
 from hawqtool.rounding.kernels.dispatch import column_loop
 from hawqtool.rounding.kernels.recorded_loop import MOST_ROWS, UNRECORDED_USES, RecordedLoop
@@ -107,19 +106,8 @@ def round_compensated(
         block = ColumnBlock(w, fed, scale, zero, diagonal, grids.lowest, grids.highest, code, error)
         round_block(block, beta)
         if later.shape[1]:
-            _feed(feedback[len(feedback) - later.shape[1] :], later, block.errors)
+            feedback[len(feedback) - later.shape[1] :].addmm_(later.t(), block.errors, alpha=-1.0)
     return _natural(codes, factor, element)
-
-
-def _feed(feedback: Tensor, later: Tensor, errors: Tensor) -> None:
-    """Give the feedback of later columns ``[later, rows]`` the errors ``[width, rows]`` of a block, by its part of U.
-
-    On a GPU products of float32 take longer than those of parts on tensor cores where there are many rows.
-    """
-    if later.is_cuda and errors.dtype == torch.float32 and errors.shape[1] > MOST_ROWS:
-        subtract_fine_product(feedback, later.t(), errors)
-    else:
-        feedback.addmm_(later.t(), errors, alpha=-1.0)
 
 
 def _natural(codes: Tensor, factor: Factor, element: Element | None) -> Tensor:

@@ -88,19 +88,6 @@ def _product_of_parts(left: Tensor, right: Tensor) -> Tensor:
         return (a @ b_rest).add_(a_rest @ b).add_(a @ b)
 
 
-def subtract_fine_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Subtract ``left @ right`` from a matrix, by what `fine_product` multiplies; all three products are one.
-
-    Args:
-        total: ``[m, n]`` float32, changed in place.
-        left: ``[m, k]`` float32.
-        right: ``[k, n]`` float32.
-    """
-    (a, a_rest), (b, b_rest) = _parts(left), _parts(right)
-    with coarse_products():
-        total.addmm_(torch.cat([a, a, a_rest], 1), torch.cat([b, b_rest, b]), alpha=-1.0)
-
-
 def _parts(values: Tensor) -> tuple[Tensor, Tensor]:
     """The first 11 significant bits of float32 values, and the rest; both are exact."""
     first = (values.contiguous().view(torch.int32) & _FIRST_BITS).view(torch.float32)
