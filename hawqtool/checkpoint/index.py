@@ -258,7 +258,7 @@ def _dtype_text(dtype: object) -> str:
 def no_config(folder: Path) -> InputError:
     """The error of a folder without config.json: what to do about it, by what the folder holds instead."""
     inside = sorted(path.parent for path in (*folder.glob("*/config.json"), *folder.glob("snapshots/*/config.json")))
-    advice = f"did you mean {inside[0]}?" if inside else "check the path"
+    advice = f"give a folder in it, such as {inside[0]}" if inside else "check the path"
     if (folder / "adapter_config.json").is_file():
         advice = "it holds an adapter, so merge that into its base model and give the merged folder"
     elif any(folder.glob("*.gguf")):

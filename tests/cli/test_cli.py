@@ -242,6 +242,8 @@ def test_weights_that_are_not_finite_exit_5(place: Path, tmp_path: Path, source:
 def test_an_output_file_that_cannot_be_created_exits_2(place: Path, tmp_path: Path) -> None:
     result = invoke("measure", place / "model", "-o", tmp_path / "missing/s.json", *SMALL[:-4])
     assert result.exit_code == 2 and "does not exist" in result.stderr
+    result = invoke("measure", place / "model", "-o", tmp_path / "s.json", "--ignore", "re:.*", *SMALL[:-4])
+    assert result.exit_code == 2 and "every layer is ignored" in result.stderr and not any(tmp_path.iterdir())
     result = invoke("measure", place / "model", "-o", tmp_path, *SMALL[:-4])
     assert result.exit_code == 2 and "is a folder" in result.stderr
 

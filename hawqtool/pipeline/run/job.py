@@ -293,6 +293,8 @@ def _chosen_units(
     for line in ignored_along(config.ignore, structure.units):
         reporter.warn(line)
     units = tuple(unit for unit in structure.units if unit.name not in ignored)
+    if not units:
+        raise UsageError("every layer is ignored, at least one was expected to stay; remove patterns from --ignore")
     pins = _pins(config, units) if config.pin else {}
     free = {u.name: [m.name for m in u.members] for u in units if u.name not in pins}
     left_names = left_unquantized(original_index(index), free)

@@ -154,8 +154,8 @@ def test_says_that_pickles_are_never_loaded(name: str, tmp_path: Path) -> None:
     [
         (("adapter_config.json",), "it holds an adapter"),
         (("model-Q4_K.gguf",), "it holds a GGUF file"),
-        (("snapshots/0a/config.json",), "did you mean .*snapshots/0a"),
-        (("text/config.json",), "did you mean .*text"),
+        (("snapshots/0a/config.json",), "give a folder in it, such as .*snapshots/0a"),
+        (("text/config.json",), "give a folder in it, such as .*text"),
         (("config.json", "model-00001-of-00002.safetensors"), "one of these two beside 1 of another name"),
         (("other.txt",), "check the path"),
     ],
