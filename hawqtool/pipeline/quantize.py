@@ -90,8 +90,8 @@ def run_quantize(
         with content_beside(job, before) as begun:
             check_tasks(job)
             description = describe(job)
-            load_ahead(job, resuming)
             announce({**description, "estimate": estimate(job)} if estimates else description)
+            load_ahead(job, resuming)  # behind the estimate, whose rates it would take for those of a slower machine
             compile_kernels(job)
             record_content(job.index, before, reporter, begun)
         fingerprint = config_fingerprint(config, job.index.content)

@@ -35,14 +35,26 @@ _ANNEALING = {"cpu": 3000, "cuda": 50_000}
 _LIBRARIES = 700_000_000
 """Bytes of the process before it has any tensor."""
 _HASHED_PER_SECOND = 1e9
-_FIXED = {"cpu": 15.0, "cuda": 25.0}
-"""Seconds of loading the result once in another process, reading it back, and drawing the page."""
+_FIXED = {"cpu": 15.0, "cuda": 4.0}
+"""Seconds of loading the result once in another process, reading it back, and drawing the page; of a run on a GPU most
+of that is done by then."""
+_LAUNCHING = {
+    "token importance": 0.15,
+    "forward sweep": 0.05,
+    "reverse sweep": 0.2,
+    "evaluating": 0.03,
+    "comparing": 0.03,
+    "round": 0.25,
+}
+"""Seconds that the host of a GPU takes to launch the work of a block, by the beginning of a phase's name: SmolLM2's on
+an H200."""
 
 
 def estimate(job: Job) -> Estimate:
     """What a run takes: an order of magnitude, mostly right within a factor of two."""
     phases = [Phase(name="fingerprint", seconds=job.index.total_bytes / _HASHED_PER_SECOND)]
-    phases += [Phase(name=name, seconds=seconds) for name, seconds in _work(job, measured_rates(job))]
+    for name, seconds in _work(job, measured_rates(job)):
+        phases.append(Phase(name=name, seconds=seconds + _launching(job, name)))
     phases.append(Phase(name="checking", seconds=_FIXED[job.device.type]))
     return {
         "phases": phases,
@@ -50,6 +62,14 @@ def estimate(job: Job) -> Estimate:
         "memory_bytes": _memory(job),
         "disk_bytes": _disk(job),
     }
+
+
+def _launching(job: Job, phase: str) -> float:
+    """Seconds that launches of a phase take, whatever their size."""
+    if job.device.type != "cuda":
+        return 0.0
+    a_block = next((seconds for begin, seconds in _LAUNCHING.items() if phase.startswith(begin)), 0.0)
+    return a_block * len(job.structure.blocks)
 
 
 def _work(job: Job, rates: Rates) -> list[tuple[str, float]]:
