@@ -49,7 +49,10 @@ def head_start(device: str) -> None:
 def _import_generation() -> None:
     """Import what models are made of, but for scikit-learn: 800 modules for assisted sampling, done nowhere."""
     utils = import_module(f"{_LEADING}.utils")
-    known = getattr(utils, _ANSWER)
+    known = getattr(utils, _ANSWER, None)
+    if known is None:  # a version that asks in another way
+        import_module(_GENERATION)
+        return
     setattr(utils, _ANSWER, lambda: False)
     try:
         import_module(_GENERATION)
