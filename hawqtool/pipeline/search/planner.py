@@ -212,8 +212,9 @@ def _check_units(job: Job, table: SensitivityTable, menu: Menu) -> None:
     missing = next((name for name in open_ if name not in scored), None)
     if missing is not None:
         raise UsageError(
-            f"{job.config.sensitivity} has no scores of {missing}; expected those of the units of this run: measure "
-            "again with its --profile, --ignore and --quantize-lm-head, which make the units"
+            f"{job.config.sensitivity} has no scores of {missing}; expected those of the units of this run, found "
+            f"those of another checkpoint ({table.model}), or of another --profile, --ignore or --quantize-lm-head, "
+            "which make the units; measure again"
         )
 
 

@@ -23,6 +23,8 @@ from hawqtool.rounding.factor import factorize
 from hawqtool.rounding.grid import dequantize
 from hawqtool.rounding.layer import round_group
 from hawqtool.rounding.method import Task
+from hawqtool.runtime.stage_timer import Timings
+from hawqtool.runtime.store import NOTHING_SAVED
 from hawqtool.sensitivity.width_swap import swap_divergence
 from hawqtool.streaming.stream import ModelStream
 from tests.support.runs import random_text
@@ -70,7 +72,7 @@ def test_a_swap_is_a_whole_model_with_one_unit_changed(
     sets = gather_rows(RunContext(job))
     formats = {unit.name: QuantFormat(3, 32) for unit in job.units}
     plan = BitPlan(formats, stored_bytes(job.units, formats), sum(u.num_weights for u in job.units))
-    runner = TrialRunner(RunContext(job), sets, tmp_path / "work", {})
+    runner = TrialRunner(RunContext(job), sets, tmp_path / "work", Timings(NOTHING_SAVED))
     folder = runner.run_trial("uniform", plan).folder
     menu = {unit.name: (QuantFormat(2, 32), QuantFormat(4, 32)) for unit in job.units}
     tokens = {role: sets[role].tokens for role in ("calibration", "scoring")}
@@ -116,7 +118,11 @@ def test_a_swap_for_the_present_format_changes_nothing(job: Job, values: dict[st
     sets = gather_rows(RunContext(job))
     formats = {unit.name: QuantFormat(3, 32) for unit in job.units}
     plan = BitPlan(formats, stored_bytes(job.units, formats), sum(u.num_weights for u in job.units))
-    folder = TrialRunner(RunContext(corrected), sets, tmp_path / "work", {}).run_trial("uniform", plan).folder
+    folder = (
+        TrialRunner(RunContext(corrected), sets, tmp_path / "work", Timings(NOTHING_SAVED))
+        .run_trial("uniform", plan)
+        .folder
+    )
     menu = {unit: (fmt,) for unit, fmt in formats.items()}
     changes = []
     rows = MeasurementRows(sets["calibration"], sets["scoring"].tokens, job.settings.batch_size)
