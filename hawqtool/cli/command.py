@@ -1,15 +1,47 @@
-"""Help pages: flags that take no value show none, and ``--help-all`` shows what ``--help`` leaves out."""
+"""Help pages, and what cannot be parsed.
+
+Flags that take no value show none, ``--help-all`` shows what ``--help`` leaves out, and a wrong option is told in one
+line.
+"""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
+from hawqtool.errors import UsageError
+from hawqtool.parsing import terminal_line
 
-class _PlainFlags:
-    """Mixin of a command whose switches have nothing where the value of others is described."""
+_WrongOption: Any = typer.BadParameter.__base__
+"""What typer raises for all that it cannot parse; it exports this one kind of it."""
+
+
+@contextmanager
+def _told_in_one_line() -> Iterator[None]:
+    """A wrong option or command ends the program as other wrong settings do, by one line instead of a box."""
+    try:
+        yield
+    except _WrongOption as error:
+        told = error.format_message()
+        if "\n" in told:  # the help page of the program without a command
+            raise
+        words = terminal_line(f"{told[:1].lower()}{told[1:]}".rstrip("."))
+        print(f"error: {words}; --help lists what there is", file=sys.stderr)
+        raise SystemExit(UsageError.exit_code) from error
+
+
+class _Plain:
+    """Mixin of a command: what it cannot parse is one line, and switches have nothing where a value is described."""
+
+    def make_context(self, *given: Any, **named: Any) -> Any:
+        """Parse the arguments."""
+        with _told_in_one_line():
+            return super().make_context(*given, **named)  # type: ignore[misc]
 
     def get_params(self, context: Any) -> list[Any]:
         """Parameters of the command, help included."""
@@ -20,12 +52,17 @@ class _PlainFlags:
         return found
 
 
-class Command(_PlainFlags, TyperCommand):
+class Command(_Plain, TyperCommand):
     """A command."""
 
 
-class Group(_PlainFlags, TyperGroup):
+class Group(_Plain, TyperGroup):
     """The program with its commands."""
+
+    def resolve_command(self, *given: Any, **named: Any) -> Any:
+        """Find the command that is named."""
+        with _told_in_one_line():
+            return super().resolve_command(*given, **named)
 
 
 def show_all(context: typer.Context, wanted: bool) -> None:

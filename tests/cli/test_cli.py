@@ -219,6 +219,23 @@ def test_input_errors_exit_4(place: Path, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["binary.txt"]
 
 
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (("quantize", "model", "--bitz", "3"), ["error: no such option: --bitz", "--bits", "--help lists"]),
+        (("quantize", "model", "--num-samples", "x"), ["error: invalid value for '--num-samples'"]),
+        (("quantize", "--bits"), ["error: option '--bits' requires an argument; --help"]),
+        (("quantise",), ["error: no such command 'quantise'"]),
+    ],
+    ids=lambda given: given[-1] if isinstance(given, tuple) else "",
+)
+def test_what_cannot_be_parsed_is_one_line(given: tuple[str, ...], told: list[str]) -> None:
+    result = invoke(*given)
+    assert result.exit_code == 2 and result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert all(part in line for part in told)
+
+
 def test_an_empty_list_of_bits_exits_2(place: Path, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("bits: []\ntarget_bpw: 4\n")
     result = quantize(place, tmp_path / "out", "-c", tmp_path / "run.yaml")
