@@ -75,7 +75,7 @@ def commands(text: str) -> Iterator[list[str]]:
 
 def refused_commands(program: Any, text: str) -> list[str]:
     """Commands of a page that the command line's own parser refuses; nothing is run."""
-    from typer.exceptions import Exit, TyperException
+    from typer.exceptions import Exit
 
     wrong = []
     for words in commands(text):
@@ -86,8 +86,8 @@ def refused_commands(program: Any, text: str) -> list[str]:
             command.make_context(name, rest, parent=root)
         except Exit:
             continue  # --help and --version end the parser when all before them was right
-        except TyperException as error:
-            wrong.append(f"hawqtool {shlex.join(words)}: {getattr(error, 'message', error)}")
+        except SystemExit as end:  # with the parser's own error as its cause
+            wrong.append(f"hawqtool {shlex.join(words)}: {getattr(end.__cause__, 'message', end)}")
     return wrong
 
 
