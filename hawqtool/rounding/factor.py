@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hawqtool.errors import NumericalError
+from hawqtool.rounding.kernels.tensor_cores import SPAN, stacked_parts
 
 SCARCE_TOKENS_PER_COLUMN = 8
 DAMPING, SCARCE_DAMPING = 0.05, 0.2
@@ -50,6 +51,9 @@ class Factor:
     dead_inputs: int
     num_tokens: int
     _steps: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _steps_of_parts: dict[int, list[tuple[Tensor, Tensor]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
     recorded: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
     """Recorded loops over it, or how often one would have served, by their form."""
 
@@ -66,6 +70,25 @@ class Factor:
                 for first, last in parts
             ]
         return self._steps[size]
+
+    def steps_of_parts(self, size: int) -> list[tuple[Tensor, Tensor]]:
+        """`steps` for updates by parts on tensor cores: blocks on the diagonal, and stacked parts of U.
+
+        What a block reaches is the rest of its span of columns; for the last one of a span these are the parts of the
+        whole span over all that lies behind it (see `LaterColumns`). Of a width of 14,336 they take 1.2 GB.
+        """
+        if size not in self._steps_of_parts:
+            width, steps = len(self.order), []
+            for start in range(0, width, SPAN):
+                stop = min(start + SPAN, width)
+                parts = stacked_parts(self.upper[start:stop, start:], size)
+                for first in range(start, stop, size):
+                    last = min(first + size, stop)
+                    reach = slice(last - start, None if last == stop else stop - start)
+                    lines = slice(0 if last == stop else 3 * (first - start), 3 * (last - start))
+                    steps.append((self.upper[first:last, first:last].contiguous(), parts[lines, reach]))
+            self._steps_of_parts[size] = steps
+        return self._steps_of_parts[size]
 
     @cached_property
     def places(self) -> Tensor:

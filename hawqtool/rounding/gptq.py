@@ -13,9 +13,11 @@ from torch import Tensor
 
 from hawqtool.rounding.factor import Factor
 from hawqtool.rounding.floats.elements import CODE_DTYPE, Element
+from hawqtool.rounding.kernels import tensor_cores
 from hawqtool.rounding.kernels.column_block import ColumnBlock, FloatCodes
 from hawqtool.rounding.kernels.dispatch import column_loop
 from hawqtool.rounding.kernels.recorded_loop import MOST_ROWS, UNRECORDED_USES, RecordedLoop
+from hawqtool.rounding.kernels.tensor_cores import LaterColumns
 
 BLOCK_SIZE = 32
 """Columns per lazy update: 32 was up to twice as fast as the customary 128 on a CPU; the codes do not depend on it."""
@@ -28,6 +30,10 @@ _TRANSPOSED_ROWS = 384
 
 _LONG_COLUMN = 8192
 """Rows from which the loop uses all CPU threads; two took up to 1.8 times as long as one with 576 to 3072 rows."""
+
+
+PartsWriter = Callable[[Tensor, Tensor], None]
+"""Writes the parts of errors ``[width, rows]`` to ``[3 width, rows]``."""
 
 
 class RowGrids(NamedTuple):
@@ -85,28 +91,27 @@ def round_compensated(
     # Columns in visiting order, each a contiguous row: the loop goes through them one by one.
     target = _transposed(weight).index_select(0, factor.order)
     scales, zeros = _visited(grids.scales, factor), None if grids.zeros is None else _visited(grids.zeros, factor)
-    element = grids.element
+    element, limits = grids.element, (grids.lowest, grids.highest)
     own_size, round_block, compiled = _block_rounding(weight, element)
     size = PAPER_BLOCK if paper_form else block_size or own_size
+    write_parts = _parts_writer(weight, element) if compiled and size == own_size else None
     alone = weight.is_cuda and not torch.cuda.is_current_stream_capturing()  # a recording takes the loops as they are
     if alone and compiled and size == own_size and not paper_form:
         kind = element.name if element else zeros is not None
-        recorded = _recorded(factor, target, kind, beta, size, round_block)
+        recorded = _recorded(factor, target, kind, beta, size, round_block, write_parts)
         if recorded is not None:
-            limits = grids.lowest, grids.highest
             return _natural(recorded.run(target, scales, zeros, limits, column_errors), factor, element)
-    feedback = torch.zeros_like(target)
-    codes = torch.empty_like(target, dtype=torch.int8)
+    feedback, codes = torch.zeros_like(target), torch.empty_like(target, dtype=torch.int8)
     errors = torch.empty_like(target[:size]) if column_errors is None else column_errors
     columns = target, feedback, scales, zeros, codes, errors
-    for (w, fed, scale, zero, code, error), (upper, later) in _blocks(
-        columns, factor.steps(size), column_errors is not None
-    ):
-        diagonal = _faded(upper, fed, beta) if paper_form else upper
-        block = ColumnBlock(w, fed, scale, zero, diagonal, grids.lowest, grids.highest, code, error)
-        round_block(block, beta)
-        if later.shape[1]:
-            feedback[len(feedback) - later.shape[1] :].addmm_(later.t(), block.errors, alpha=-1.0)
+    later_columns = LaterColumns(feedback, write_parts)
+    blocks = _blocks(columns, _steps(factor, size, write_parts), column_errors is not None)
+    with later_columns.products():
+        for (w, fed, scale, zero, code, error), (upper, later) in blocks:
+            diagonal = _faded(upper, fed, beta) if paper_form else upper
+            block = ColumnBlock(w, fed, scale, zero, diagonal, *limits, code, error)
+            round_block(block, beta)
+            later_columns.update(later, block.errors)
     return _natural(codes, factor, element)
 
 
@@ -124,6 +129,7 @@ def _recorded(
     beta: float,
     size: int,
     round_block: Callable[[ColumnBlock, float], None],
+    write_parts: PartsWriter | None = None,
 ) -> RecordedLoop | None:
     """The loop as a graph, where few rows go through it over and over again; None for others and the first times.
 
@@ -137,8 +143,22 @@ def _recorded(
     if known < UNRECORDED_USES:
         factor.recorded[form] = known + 1
         return None
-    loop = factor.recorded[form] = RecordedLoop(factor.steps(size), target, kind is True, round_block, beta)
+    steps = _steps(factor, size, write_parts)
+    loop = factor.recorded[form] = RecordedLoop(steps, target, kind is True, round_block, beta, write_parts)
     return loop
+
+
+def _parts_writer(weight: Tensor, element: Element | None) -> PartsWriter | None:
+    """What splits errors for updates on tensor cores, where a GPU has so many weights that it pays."""
+    if not weight.is_cuda or weight.numel() < tensor_cores.LEAST_WEIGHTS:
+        return None
+    fused = column_loop(weight.device, element is not None)
+    return None if fused is None else fused.write_parts
+
+
+def _steps(factor: Factor, size: int, write_parts: PartsWriter | None) -> list[tuple[Tensor, Tensor]]:
+    """U by blocks of columns, as later ones are updated with it."""
+    return factor.steps(size) if write_parts is None else factor.steps_of_parts(size)
 
 
 def _block_rounding(weight: Tensor, element: Element | None) -> tuple[int, Callable[[ColumnBlock, float], None], bool]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
+
+from hawqtool.rounding.kernels.tensor_cores import coarse_products, split_in_two
 
 _TOKENS = {"cpu": 1 << 11, "cuda": 1 << 14}
 """Tokens of a product: float32 sums stay short, and so does the second matrix that a product needs.
@@ -16,9 +18,6 @@ A CPU multiplies 32,768 tokens of 576 columns in a fifth less time so than 16,38
 
 _TENSOR_CORES = (8, 0)
 """Compute capability from which tensor cores multiply bfloat16."""
-
-_FIRST_BITS = -(1 << 13)
-"""Sign, exponent and the first 10 bits of the fraction of a float32 number: what TF32 has."""
 
 GRAM_PANEL = 192
 """Rows of a symmetric product that are computed together on a CPU: a third less work than the whole at 576 columns."""
@@ -62,36 +61,18 @@ def quadratic_form(error: Tensor, gram: Tensor, coarse: bool = False) -> Tensor:
         return _quadratic_form(error, gram)
 
 
-@contextmanager
-def coarse_products() -> Iterator[None]:
-    """While the context lasts, a GPU's tensor cores may multiply float32 matrices in TF32, of 11 significant bits."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 def fine_product(left: Tensor, right: Tensor) -> Tensor:
     """``left @ right`` of float32 matrices; on a GPU by three products of TF32, which take less than half the time.
 
-    Each number is the sum of its first 11 bits and of the rest, whose own rest is less than 2⁻²¹ of it; the product of
-    the two rests is left out, which is as small (Markidis et al. 2018, 1803.04014). Tensor cores add up in float32.
+    They are those of the parts of both (see `split_in_two`). Tensor cores add up in float32.
     """
     return _product_of_parts(left, right) if left.is_cuda else left @ right
 
 
 def _product_of_parts(left: Tensor, right: Tensor) -> Tensor:
-    (a, a_rest), (b, b_rest) = _parts(left), _parts(right)
+    (a, a_rest), (b, b_rest) = split_in_two(left), split_in_two(right)
     with coarse_products():
         return (a @ b_rest).add_(a_rest @ b).add_(a @ b)
-
-
-def _parts(values: Tensor) -> tuple[Tensor, Tensor]:
-    """The first 11 significant bits of float32 values, and the rest; both are exact."""
-    first = (values.contiguous().view(torch.int32) & _FIRST_BITS).view(torch.float32)
-    return first, values - first
 
 
 def _quadratic_form(error: Tensor, gram: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from hawqtool.records import SWEEP_METRICS, Score, UnitScores
-from hawqtool.rounding.gram import GRAM_PANEL, coarse_products, token_product
+from hawqtool.rounding.gram import GRAM_PANEL, token_product
+from hawqtool.rounding.kernels.tensor_cores import coarse_products
 from hawqtool.runtime.ranks import ALONE, Ranks
 
 RowValues = dict[str, dict[str, Tensor]]

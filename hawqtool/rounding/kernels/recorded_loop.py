@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hawqtool.rounding.kernels.column_block import ColumnBlock
+from hawqtool.rounding.kernels.tensor_cores import LaterColumns
 
 MOST_ROWS = 512
 """Rows from which a GPU is slower than its host."""
@@ -26,11 +27,12 @@ class RecordedLoop:
     """Column loops of equal form over one factor.
 
     Args:
-        steps: U by blocks of columns (see `Factor.steps`).
+        steps: U by blocks of columns (see `Factor.steps`), with ``write_parts`` in parts (see `Factor.steps_of_parts`).
         target: ``[in, rows]`` float32, whose form and device all others have.
         has_zeros: Whether grids have zero points.
         round_block: Rounds one block of columns.
         beta: FOEM's β.
+        write_parts: How later columns are updated (see `LaterColumns`).
     """
 
     def __init__(
@@ -40,18 +42,21 @@ class RecordedLoop:
         has_zeros: bool,
         round_block: Callable[[ColumnBlock, float], None],
         beta: float,
+        write_parts: Callable[[Tensor, Tensor], None] | None = None,
     ) -> None:
         self._target, self._feedback, self._errors = (torch.zeros_like(target) for _ in range(3))
         self._scales, self._zeros = torch.ones_like(target), torch.zeros_like(target) if has_zeros else None
         self._lowest, self._highest = (target.new_zeros(target.shape[1]) for _ in range(2))
         self._codes = torch.zeros_like(target, dtype=torch.int8)
+        self._later = LaterColumns(self._feedback, write_parts)
         self._graph = torch.cuda.CUDAGraph()
         stream = _recording_stream(target.device)
         stream.wait_stream(torch.cuda.current_stream(target.device))
         with torch.cuda.stream(stream):
             self._graph.capture_begin(capture_error_mode="thread_local")  # other threads go on meanwhile
             try:
-                self._loop(steps, round_block, beta)
+                with self._later.products():
+                    self._loop(steps, round_block, beta)
             finally:
                 self._graph.capture_end()
         torch.cuda.current_stream(target.device).wait_stream(stream)
@@ -70,8 +75,7 @@ class RecordedLoop:
                 self._lowest, self._highest, self._codes[part], self._errors[part],
             )  # fmt: skip
             round_block(block, beta)
-            if later.shape[1]:
-                self._feedback[first:].addmm_(later.t(), block.errors, alpha=-1.0)
+            self._later.update(later, block.errors)
 
     def run(
         self,

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from hawqtool.rounding.kernels.column_block import ColumnBlock, FloatCodes
 from hawqtool.rounding.kernels.triton_codes import nearest_float, nearest_integer
@@ -18,6 +19,9 @@ _MANY_ROWS = 8
 """Rows of a program where there are many: one warp holds its whole tile in registers and sums over columns without a
 barrier. Fewer rows go through `triton_few_rows`.
 """
+
+_PARTS_SIZE = 1024
+"""Values that a program splits."""
 
 _FEW_ROWS = ((2048, 4), (0, 1))
 """Fewest rows of a call, and the rows of a program, below `MOST_ROWS`. A GPU has about 132 processors: few rows, as
@@ -83,6 +87,28 @@ def _round_block_kernel(  # type: ignore[no-untyped-def]
         carried = tl.fma(-factors[:, None], error[None, :], carried)
 
 
+@triton.jit
+def _parts_kernel(values, parts, count, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """High, high and low parts of values, as `tensor_cores.split_in_two` has them."""
+    place = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    inside = place < count
+    value = tl.load(values + place, mask=inside, other=0.0)
+    high = ((value.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
+    tl.store(parts + place, high, mask=inside)
+    tl.store(parts + count + place, high, mask=inside)
+    tl.store(parts + 2 * count + place, value - high, mask=inside)
+
+
+def write_parts(errors: Tensor, parts: Tensor) -> None:
+    """Write the parts of errors ``[width, rows]`` float32 to ``[3 width, rows]``: high, high and low.
+
+    One kernel does it, since an operation each would launch four and read the errors as often.
+    """
+    with torch.cuda.device_of(errors):
+        count = errors.numel()
+        _parts_kernel[(triton.cdiv(count, _PARTS_SIZE),)](errors, parts, count, SIZE=_PARTS_SIZE)
+
+
 def tile_rows(rows: int) -> int:
     """Rows of a program, where so many go through the loop."""
     return _MANY_ROWS if rows >= MOST_ROWS else next(size for least, size in _FEW_ROWS if rows >= least)
@@ -133,6 +159,7 @@ def compile_ahead(device: torch.device, has_zeros: bool) -> None:
         for rows in (*(max(least, 16) for least, _ in _FEW_ROWS), MOST_ROWS):  # like most, a multiple of 16
             kernel, constants = _chosen(rows, BLOCK_COLUMNS, has_zeros)
             kernel.warmup(*[numbers] * 7, codes, numbers, rows, 1.0, 1.0, grid=(1,), **constants)
+        _parts_kernel.warmup(numbers, numbers, 16, grid=(1,), SIZE=_PARTS_SIZE)
 
 
 def _chosen(rows: int, width: int, has_zeros: bool) -> tuple[Any, dict[str, Any]]:
