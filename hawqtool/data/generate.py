@@ -18,6 +18,12 @@ from hawqtool.errors import InputError, NumericalError, one_line
 
 CAUSAL = "AutoModelForCausalLM"
 BATCH_ROWS = 64
+"""Rows that are sampled at a time on a CPU, and of a model whose cache has a size that its config does not tell."""
+
+_MOST_ROWS, _FEWEST_ROWS = 512, 8
+"""Rows that a GPU samples at a time, where caches and logits have room: a step takes hardly longer for many."""
+_LOGIT_BYTES = 16
+"""Per logit of a step: itself, in float32, its probability and what is drawn for it."""
 _STEPS_TOLD = 32
 """Steps after which the host waits for the GPU, so that progress is true."""
 
@@ -36,6 +42,7 @@ class SampledModel:
         dtype: dtype of the weights.
         trust_remote_code: Whether code from the checkpoint may run.
         auto_class: Class of transformers that loads it.
+        room: Bytes of a GPU's memory that the run may use beside the weights; None where nothing limits it.
     """
 
     folder: Path
@@ -44,6 +51,7 @@ class SampledModel:
     dtype: torch.dtype
     trust_remote_code: bool = False
     auto_class: str = CAUSAL
+    room: int | None = None
 
     @property
     def first_token(self) -> int:
@@ -86,39 +94,64 @@ def generate_rows(
         InputError: If the tokenizer names no token to begin with, or transformers cannot load the model.
         NumericalError: If weights or logits are not finite.
     """
-    from transformers import GenerationConfig, StoppingCriteriaList
-
     first, device = source.first_token, source.device
     model = load_sampled(source) if load is None else load()
-    settings = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=seq_len - 1, pad_token_id=first
-    )
     parts = []
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), torch.no_grad():
         torch.manual_seed(seed)
         if not bool(torch.isfinite(model(torch.full((1, 1), first, device=device)).logits).all()):
             raise NumericalError("the original model gives logits that are NaN or Inf; check its weights")
-        for begin in range(0, num_rows, BATCH_ROWS):
-            count = min(BATCH_ROWS, num_rows - begin)
+        together = batch_rows(model.config, seq_len, source) if cuda else BATCH_ROWS
+        recorded = cuda and source.auto_class == CAUSAL and takes_static_cache(model, seq_len)
+        sample = static_cache_rows if recorded else _rows_by_transformers
+        for begin in range(0, num_rows, together):
+            count = min(together, num_rows - begin)
             start = torch.full((count, 1), first, dtype=torch.long, device=device)
 
             def tell(done: int, begin: int = begin, count: int = count) -> None:
                 progress(begin * seq_len + count * done, num_rows * seq_len)
 
-            if cuda and source.auto_class == CAUSAL and takes_static_cache(model, seq_len):
-                parts.append(static_cache_rows(model, start, seq_len, tell).cpu())
-                continue
-
-            def step(tokens: Tensor, _scores: Any, tell: Callable[[int], None] = tell, **_: Any) -> Tensor:
-                tell(tokens.shape[1])
-                return torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-
-            hook = StoppingCriteriaList([step])  # never stops the sampling, but sees every step of it
-            mask = torch.ones_like(start)
-            rows = model.generate(start, attention_mask=mask, generation_config=settings, stopping_criteria=hook)
-            parts.append(rows.cpu())
+            parts.append(sample(model, start, seq_len, tell).cpu())
     return torch.cat(parts)
+
+
+def _rows_by_transformers(model: Any, start: Tensor, seq_len: int, tell: Callable[[int], None]) -> Tensor:
+    """What `static_cache_rows` gives, of any model."""
+    from transformers import GenerationConfig, StoppingCriteriaList
+
+    def step(tokens: Tensor, _scores: Any, **_: Any) -> Tensor:
+        tell(tokens.shape[1])
+        return torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+
+    settings = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=seq_len - 1, pad_token_id=int(start[0])
+    )
+    hook = StoppingCriteriaList([step])  # never stops the sampling, but sees every step of it
+    mask = torch.ones_like(start)
+    rows: Tensor = model.generate(start, attention_mask=mask, generation_config=settings, stopping_criteria=hook)
+    return rows
+
+
+def batch_rows(config: Any, seq_len: int, source: SampledModel) -> int:
+    """Rows to sample at a time on a GPU, so that their caches and logits take at most half of the room.
+
+    Args:
+        config: The model's, of transformers.
+        seq_len: Tokens per row.
+        source: The model.
+    """
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", None)
+    layers, size = getattr(text, "num_hidden_layers", None), getattr(text, "head_dim", None)
+    if source.room is None or not isinstance(heads, int) or not isinstance(layers, int):
+        return BATCH_ROWS
+    size = size or text.hidden_size // text.num_attention_heads
+    cache = 2 * layers * heads * size * seq_len * source.dtype.itemsize
+    rows = _MOST_ROWS
+    while rows > _FEWEST_ROWS and 2 * rows * (cache + _LOGIT_BYTES * text.vocab_size) > source.room:
+        rows //= 2
+    return rows
 
 
 def takes_static_cache(model: Any, seq_len: int) -> bool:

@@ -16,8 +16,7 @@ from hawqtool.pipeline.search.estimate import estimate
 from hawqtool.pipeline.search.gates import check_gates
 from hawqtool.pipeline.search.planner import check_saved_scores, given_plan, single_choice_plan
 from hawqtool.pipeline.search.selection import largest_special
-from hawqtool.pipeline.stages.kept import kept_record
-from hawqtool.pipeline.stages.report import is_our_folder
+from hawqtool.pipeline.stages.report import is_our_folder, kept_record
 from hawqtool.pipeline.stages.rows import check_calibration, check_sources
 from hawqtool.pipeline.stages.write import target_config
 from hawqtool.pipeline.tasks import check_tasks

@@ -115,6 +115,13 @@ class Fields(TargetFields):
         panel=CALIBRATION, affects=Affects.ROWS, metavar="SOURCE[=WEIGHT]", names="source",
         commands=("measure", "inspect"),
     )] = (SELF,)
+    sampled_share: Annotated[float | None, Setting(
+        help="Share of the calibration rows that the model itself writes, beside the texts of --calibration; 0: none.",
+        default="0.5 on a GPU where the whole model fits into its memory, else 0",
+        detail="No text has all that the model will meet, and what a text lacks is rounded worst: beside web text code "
+        "and manuals lose a quarter to a half of their divergence by it. A lower share keeps closer to the texts.",
+        panel=CALIBRATION, affects=Affects.ROWS, metavar="SHARE", commands=("measure", "inspect"),
+    )] = Field(default=None, ge=0, lt=1)
     num_samples: Annotated[int | None, Setting(
         help="Calibration rows.", by_device=ByDevice(cuda=128, cpu=16),
         panel=CALIBRATION, affects=Affects.ROWS, commands=("measure", "inspect"),

@@ -55,7 +55,7 @@ def run_identity(job: Job) -> dict[str, Any]:
     values["selection_data"] = [*map(public_name, config.selection_data)]
     values["eval_data"] = public_name(config.eval_data) if config.eval_data else None
     found = job.settings
-    values |= {"selection_samples": found.selection_samples}
+    values |= {"selection_samples": found.selection_samples, "sampled_share": found.sampled_share}
     values |= {"num_samples": found.num_samples, "seq_len": found.seq_len, "batch_size": found.batch_size}
     cuda = job.device.type == "cuda"
     machine = torch.cuda.get_device_name(job.device) if cuda else f"cpu with {torch.get_num_threads()} threads"

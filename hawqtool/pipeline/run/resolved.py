@@ -17,6 +17,7 @@ class ResolvedSettings:
     Args:
         num_samples: Calibration rows.
         seq_len: Tokens per row.
+        sampled_share: Share of the calibration rows that the model writes, beside texts.
         selection_samples: Rows that choose between plans.
         eval_samples: Rows to report on; 0 where nothing is evaluated.
         batch_size: Rows per forward pass; 0 until the memory is known.
@@ -32,6 +33,7 @@ class ResolvedSettings:
 
     num_samples: int
     seq_len: int
+    sampled_share: float
     selection_samples: int
     eval_samples: int
     batch_size: int
@@ -47,6 +49,15 @@ class ResolvedSettings:
 
 FEWEST_REPORT_ROWS, MOST_REPORT_ROWS = 8, 32
 """Rows to report on where nothing is asked for, at least and at most."""
+
+SAMPLED_SHARE = 0.5
+"""Share of the calibration rows that a GPU's run has its model write beside texts, where nothing is asked for.
+
+3 bits in groups of 64, 128 rows of 2048 tokens, C4 alone and with a quarter and half of them sampled, KL on
+encyclopedia, code and manual (one draw): SmolLM2 0.275, 0.518, 0.400; 0.271, 0.354, 0.310; 0.270, 0.315, 0.281; its
+off-lattice copy 0.272, 0.467, 0.340 and with half 0.268, 0.296, 0.254; that of Qwen2.5-Coder-0.5B with a quarter 0.101,
+0.140, 0.168, with half 0.109, 0.119, 0.146.
+"""
 
 DEFAULT_SHIFT = 0.5
 """Share of the target shift where nothing is asked for.
@@ -76,6 +87,7 @@ def resolve_settings(
     return ResolvedSettings(
         num_samples,
         config.seq_len or min(seq_len, longest or seq_len),
+        _sampled_share(config, device_type),
         config.selection_samples or _default("selection_samples", device_type),
         _eval_samples(config, num_samples),
         config.batch_size or 0,
@@ -95,6 +107,13 @@ def resolve_settings(
         config.refine_error or "output",
         _proof(config, device_type),
     )
+
+
+def _sampled_share(config: RunConfig, device_type: str) -> float:
+    """Share of the calibration rows that the model writes: half on a GPU; to a CPU it takes longer than rounding."""
+    if config.sampled_share is not None:
+        return config.sampled_share
+    return SAMPLED_SHARE if device_type == "cuda" else 0.0
 
 
 def _proof(config: RunConfig, device_type: str) -> str:

@@ -16,9 +16,8 @@ from hawqtool.pipeline.search.gradient_swap import REACH, SHARES
 from hawqtool.pipeline.search.rates import Rates, measured_rates
 from hawqtool.pipeline.search.width_swap import neighbouring
 from hawqtool.pipeline.stages.refine import BATCH_ROWS
-from hawqtool.pipeline.stages.rows import SELECTION_LENGTH, selection_sources, used_rows
+from hawqtool.pipeline.stages.rows import SELECTION_LENGTH, sampled_tokens, used_rows
 from hawqtool.report.documents import Estimate, Phase
-from hawqtool.settings.fields import SELF
 
 _BACKWARD, _ORIGINAL_TOO = 3, 2
 """Forward passes that a pass backwards costs with the one that it repeats, and that rounding makes of each row."""
@@ -95,11 +94,9 @@ def _work(job: Job, rates: Rates) -> list[tuple[str, float]]:
     plan += batch * config.distill_steps * (1 + _BACKWARD) * (forward + outputs)
     plan += config.gram_steps * _gram_operations(job) / second
     found: list[tuple[str, float]] = []
-    if rows and SELF in config.calibration_weights:
-        given = rows.get("report", 0) if config.eval_data is not None else 0
-        found.append(("sampling", loading + (sum(rows.values()) - given) * forward / _SAMPLING))
-    elif choosing and SELF in (sources := selection_sources(job)):
-        found.append(("sampling", loading + choosing / len(sources) * forward / _SAMPLING))
+    written = sampled_tokens(job)
+    if written:
+        found.append(("sampling", loading + written / length * forward / _SAMPLING))
     if settings.uses_token_importance and calibrating:
         importance = calibrating * (forward * (1 + _BACKWARD) + outputs * _BACKWARD)
         proof = 0 if job.index.rotation is None else _PROOF_SWEEPS * loading

@@ -49,8 +49,10 @@ def split_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def is_held_out(count: int) -> Tensor:
-    """Which of so many rows are held out, ``[rows]`` bool."""
-    return torch.arange(count) % TRAINING_HELD_OUT_EVERY == min(TRAINING_HELD_OUT_EVERY, count) - 1
+    """Which of so many rows are held out, ``[rows]`` bool: odd and even ones in turns, as two sources alternate."""
+    row = torch.arange(count)
+    last = min(TRAINING_HELD_OUT_EVERY, count) - 1
+    return row % TRAINING_HELD_OUT_EVERY == last - row // TRAINING_HELD_OUT_EVERY % 2
 
 
 def fitting_rows(rows: Rows) -> Rows:

@@ -22,16 +22,16 @@ from hawqtool.checkpoint.fusion import expert_of
 from hawqtool.data.sources import public_name
 from hawqtool.data.tokens import overlap
 from hawqtool.formats import PACK_QUANTIZED, SHAPE_TENSOR_BYTES, parse_label
+from hawqtool.model.kept import EXPECTED, LOUD_SHARE, KeptTensor, kept_share
 from hawqtool.parsing import ParseError, load_json
 from hawqtool.pipeline.load_trial.checks import result_engines
 from hawqtool.pipeline.run.files import REPORT_SCHEMA, plan_entry, write_json
 from hawqtool.pipeline.run.job import Job
-from hawqtool.pipeline.stages.kept import kept_record, kept_warnings
 from hawqtool.records import BitPlan, Rows
 from hawqtool.report.card import model_card
 from hawqtool.report.documents import SensitivityDocument
 from hawqtool.report.plan_comparison import PlanComparison, Shipped
-from hawqtool.report.schema import LayerRecord, Report, RoundingResult, RowSet, RowSets
+from hawqtool.report.schema import Kept, LayerRecord, Report, RoundingResult, RowSet, RowSets
 
 _PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "numpy", "pydantic", "PyYAML", "typer", "rich")
 _KIB = 1024
@@ -204,6 +204,7 @@ def public_config(job: Job) -> dict[str, Any]:
         "model": job.source.spec,
         "num_samples": job.settings.num_samples,
         "seq_len": job.settings.seq_len,
+        "sampled_share": job.settings.sampled_share,
         "selection_samples": job.settings.selection_samples,
         "eval_samples": job.settings.eval_samples or None,
         "eval": job.config.evaluates,
@@ -314,3 +315,38 @@ def routing_warnings(layers: Mapping[str, LayerRecord]) -> list[str]:
 
 def _first(experts: Any) -> str:
     return ".".join(map(str, next(iter(experts))))
+
+
+def kept_record(job: Job) -> Kept:
+    """The matrices that are kept whatever the settings, by reason and pattern of their names, large ones first."""
+    found: dict[tuple[str, str], list[KeptTensor]] = {}
+    tables = {table.tensor for table in job.tables}
+    for tensor in (tensor for tensor in job.structure.kept if tensor.name not in tables):
+        found.setdefault((tensor.reason, tensor.pattern), []).append(tensor)
+    return {
+        "bytes": sum(t.num_bytes for t in job.structure.kept if t.reason not in EXPECTED),
+        "share": kept_share(job.structure.kept, job.index),
+        "rows": [
+            {
+                "reason": reason,
+                "count": len(tensors),
+                "bytes": sum(t.num_bytes for t in tensors),
+                "pattern": pattern,
+                "example": tensors[0].name,
+            }
+            for (reason, pattern), tensors in sorted(
+                found.items(), key=lambda item: (-sum(t.num_bytes for t in item[1]), item[0])
+            )
+        ],
+    }
+
+
+def kept_warnings(kept: Kept) -> list[str]:
+    """One line where more of the checkpoint is kept than a user expects."""
+    if kept["share"] <= LOUD_SHARE:
+        return []
+    row = next(row for row in kept["rows"] if row["reason"] not in EXPECTED)
+    return [
+        f"{100 * kept['share']:.1f} % of the checkpoint stays as it is beside embeddings and head, most of it "
+        f"{row['pattern']} ({row['reason']}); --max-kept sets a limit"
+    ]

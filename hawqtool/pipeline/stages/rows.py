@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from hawqtool.data.generate import BATCH_ROWS, SampledModel, generate_rows, load_sampled
 from hawqtool.data.media_rows import MediaReader, RowTexts, Transcribe
 from hawqtool.data.mixing import (
     SMALLEST_SET,
@@ -31,30 +30,31 @@ from hawqtool.model.inputs.arguments import first_decoder_token, image_shape
 from hawqtool.model.inputs.row_format import IMAGES, SOUNDS
 from hawqtool.model.skeleton import token_embedding
 from hawqtool.model.tasks import feeds_decoder
-from hawqtool.pipeline.run.checkpoints import SAMPLED
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.job import Job
-from hawqtool.pipeline.run.memory_budget import half_of_memory, memory_limit
+from hawqtool.pipeline.stages.sampled_rows import (
+    Texts,
+    begin_sampling,
+    can_sample,
+    check_share,
+    sampled_model,
+    sampled_rows,
+    source_weights,
+    texts_of,
+)
 from hawqtool.records import Rows
-from hawqtool.runtime.launched import world_size
 from hawqtool.settings.fields import SELF
 
 ROLES = ("calibration", "scoring", "selection", "report")
 _EXPECTED = {IMAGES: "a folder of images", **dict.fromkeys(SOUNDS, "a folder of WAV files")}
 _FEWEST_REPORT_ROWS = 2
 
-_SAMPLED_MODEL, _SAMPLED_ROWS = "sampled model", "sampled rows"
-"""Keys of the model to sample from, where it is loaded ahead, and of the rows, where they are sampled ahead too."""
 _ENDS = "ends"
 """Key of a stream that nobody asks for: what it has loaded is there for others (see `Job.matrices`)."""
 
 _FEW_PIECES = 3
 SELECTION_LENGTH = 256
 """Most tokens of a selection row: of so many tokens, more and shorter rows are of more texts."""
-
-SAMPLED_PARTS = 2
-"""Texts in a sampled row that only chooses, on a GPU: there a step takes as long for many rows as for few, so that a
-row of 256 tokens at once would take as long as rounding a small model."""
 
 
 def gather_rows(context: RunContext, scores_alone: bool = False) -> dict[str, Rows]:
@@ -115,11 +115,7 @@ def load_ahead(job: Job, resuming: bool) -> None:
         job.ahead.begin(_ENDS, job.stream)
     shares = {} if resuming or not job.config.reads_rows else _shares(job, _counts(job))
     if SELF in shares:
-        asked, *_ = _asked_of_model(job, shares[SELF])
-        if world_size() > 1 and asked[0] > BATCH_ROWS:
-            job.ahead.begin(_SAMPLED_MODEL, partial(load_sampled, _sampled_model(job)))
-        else:
-            job.ahead.begin(_SAMPLED_ROWS, partial(_sampled, job, *asked))
+        begin_sampling(job, _asked_of_model(job, shares[SELF])[0])
 
 
 def check_sources(job: Job) -> None:
@@ -175,34 +171,25 @@ def selection_sources(job: Job) -> tuple[str, ...]:
     if config.selection_data:
         return config.selection_data
     alone = len(names) == 1 and SELF not in names
-    return (*names, SELF) if alone and config.chooses and _can_sample(job) else names
-
-
-def _can_sample(job: Job) -> bool:
-    # Quantized originals are read by us alone; transformers may take them for something else.
-    if not job.task.generates or job.index.source_format is not None:
-        return False
-    tokenizer = job.tokenizer()
-    begins = tokenizer.bos_token_id is not None or tokenizer.eos_token_id is not None
-    return begins and _weight_bytes(job) <= (memory_limit(job.config, job.device) or half_of_memory())
-
-
-def _weight_bytes(job: Job) -> int:
-    return sum(math.prod(info.shape) for info in job.index.tensors.values()) * job.dtype.itemsize
+    return (*names, SELF) if alone and config.chooses and can_sample(job) else names
 
 
 def _shares(job: Job, counts: dict[str, int]) -> dict[str, dict[str, int]]:
     """Rows of each set by source: by their weights, but the selection rows in equal parts."""
-    names, weights = zip(*job.config.calibration_weights.items(), strict=True)
-    found = dict(zip(names, quotas(counts, weights), strict=True))
+    weights, given = source_weights(job), job.config.calibration_weights
+    found = dict(zip(weights, quotas(counts, list(weights.values())), strict=True))
+    if "report" in counts:  # rows of the given texts judge, whatever the model writes beside them
+        judging = quotas({"report": counts["report"]}, list(given.values()))
+        found = {name: quota | {"report": 0} for name, quota in found.items()}
+        found |= {name: found[name] | quota for name, quota in zip(given, judging, strict=True)}
     for name, quota in found.items():  # selection rows go by no weights
-        if not any(count for role, count in quota.items() if role != "selection"):
+        if name in given and not any(count for role, count in quota.items() if role != "selection"):
             raise UsageError(f"--calibration {name}: its weight is so small that it gives no row; raise it or drop it")
     if counts.get("selection"):
         wanted = selection_sources(job)
         found |= {name: dict.fromkeys(counts, 0) for name in wanted if name not in found}
         equal_quotas(list(found.values()), "selection", [name in wanted for name in found])
-    return found
+    return {name: quota for name, quota in found.items() if name != SELF or any(quota.values())}
 
 
 def calibration_rows(context: RunContext, counts: dict[str, int]) -> dict[str, Rows]:
@@ -216,7 +203,8 @@ def calibration_rows(context: RunContext, counts: dict[str, int]) -> dict[str, R
     sources = {name: _given_source(job, name, quota) for name, quota in shares.items() if name != SELF}
     require_rows(list(sources.values()))
     if SELF in shares:
-        sources[SELF] = _sampled_source(context, shares[SELF])
+        texts, quota = _asked_of_model(job, shares[SELF])
+        sources[SELF] = SourceRows(SELF, sampled_rows(context, texts), quota)
     choosing = [(sources[name], quota["selection"]) for name, quota in shares.items() if quota.get("selection")]
     others = [replace(sources[name], quota=_but_selection(quota)) for name, quota in shares.items()]
     found = mix_rows([source for source in others if any(source.quota.values())])
@@ -273,6 +261,7 @@ def check_calibration(job: Job) -> None:
         InputError: If a source is not found.
     """
     config = job.config
+    check_share(job)
     if config.reads_rows:
         named = (*config.calibration_weights, *config.selection_data, config.eval_data)
         for text in (text for text in named if text not in (SELF, None)):
@@ -307,12 +296,7 @@ def _transcribe(job: Job, samples: bool) -> Transcribe:
     """Gives tokens for sounds without a transcript; where none are sampled, the first one over and over."""
     if not samples:
         return lambda sounds, before, positions: torch.tensor(before[:1]).expand(len(sounds), positions)
-    return partial(transcribe, _sampled_model(job))
-
-
-def _sampled_model(job: Job) -> SampledModel:
-    trusted, loader = job.source.runs_code, job.task.auto_class
-    return SampledModel(job.index.folder, job.tokenizer(), job.device, job.dtype, trusted, loader)
+    return partial(transcribe, sampled_model(job))
 
 
 def _rows(job: Job, text: str, count: int, seed: int, samples: bool = True) -> tuple[str, Tensor]:
@@ -329,43 +313,23 @@ def _text_rows(job: Job, text: str, count: int, seed: int) -> tuple[str, Tensor]
     return source.title, _known(job, rows)
 
 
-def _asked_of_model(job: Job, quota: dict[str, int]) -> tuple[tuple[int, int], int, dict[str, int]]:
-    """Texts that the model is to write and tokens of each, how many of them make a row, and the quota of its rows."""
-    length, parts = job.settings.seq_len, 1
-    if SELF in job.config.calibration_weights:
+def _asked_of_model(job: Job, quota: dict[str, int]) -> tuple[Texts, dict[str, int]]:
+    """Texts that the model is to write, and the quota of the rows that they make."""
+    length = job.settings.seq_len
+    if SELF in source_weights(job):
         quota = _of_long_rows(job, quota)
     else:  # they choose alone
         length = min(length, SELECTION_LENGTH)
-        parts = SAMPLED_PARTS if job.device.type == "cuda" and length % SAMPLED_PARTS == 0 else 1
-    return (parts * _needed(SELF, quota), length // parts), parts, quota
+    return texts_of(job, _needed(SELF, quota), length), quota
 
 
-def _sampled_source(context: RunContext, quota: dict[str, int]) -> SourceRows:
-    job, stage = context.job, context.progress("sampling tokens")
-    (count, length), parts, quota = _asked_of_model(job, quota)
-    known = context.saved.load(SAMPLED)
-    if known is not None:
-        return SourceRows(SELF, known, quota)
-    context.reporter.say(f"sampling {count // parts} rows of {parts * length} tokens from the model")
-    # Each loads the whole model, through the host's memory. A GPU takes a step for all rows of a batch at once.
-    many = job.device.type == "cpu" or count > BATCH_ROWS
-    if many and context.ranks.size > 1 and context.ranks.size * _weight_bytes(job) <= half_of_memory():
-        tokens = _sampled(context.shared(_sampled, count, length), count, length, stage)
-    else:
-        tokens = job.ahead.result(_SAMPLED_ROWS, partial(_sampled, job, count, length, stage))
-    stage(count * length, count * length)
-    tokens = tokens.reshape(-1, parts * length)
-    context.saved.save(SAMPLED, tokens)
-    return SourceRows(SELF, tokens, quota)
-
-
-def _sampled(job: Job, count: int, length: int, progress: Callable[[int, int], None] = lambda *_: None) -> Tensor:
-    """Rows ``[count, length]`` that the model writes, for the leader; of other ranks their share."""
-    share, seed = job.ranks.share(count), job.ranks.seed(job.config.seed)
-    source = _sampled_model(job)
-    load = partial(job.ahead.result, _SAMPLED_MODEL, partial(load_sampled, source))
-    own = generate_rows(source, share.stop - share.start, length, seed, progress, load)
-    return torch.cat(job.ranks.to_owner(own, 0) or [own])
+def sampled_tokens(job: Job) -> int:
+    """Tokens that the model writes for the sets of a run."""
+    shares = _shares(job, _counts(job)) if job.config.reads_rows else {}
+    if SELF not in shares:
+        return 0
+    texts, _ = _asked_of_model(job, shares[SELF])
+    return texts.number * texts.length
 
 
 def _needed(name: str, quota: dict[str, int]) -> int:

@@ -26,7 +26,7 @@ from hawqtool.rounding.grid import dequantize
 from hawqtool.rounding.layer import round_group
 from hawqtool.rounding.learned.block import Schedule
 from hawqtool.rounding.method import Task
-from hawqtool.rounding.statistics import SETTINGS_HELD_OUT_EVERY, GroupStatistics
+from hawqtool.rounding.statistics import GroupStatistics, is_held_out
 from hawqtool.sensitivity import token_importance as weighing_sweeps
 from hawqtool.streaming import stream as sweep
 from hawqtool.streaming.input_statistics import collect_statistics, group_statistics
@@ -139,7 +139,7 @@ def block_inputs(job: Job) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("per_batch", [ROWS, 4])
 def test_gram_matrices_are_weighted_means(job: Job, per_batch: int) -> None:
-    weights, held = weights_of(job), torch.arange(ROWS) % SETTINGS_HELD_OUT_EVERY == SETTINGS_HELD_OUT_EVERY - 1
+    weights, held = weights_of(job), is_held_out(torch.arange(ROWS))
     found = statistics_of(job, per_batch, weights, held_out=True)
     for name, x in block_inputs(job).items():
         for rows, statistics in ((torch.ones(ROWS, dtype=torch.bool), found[name]), (held, found[name].held_out)):

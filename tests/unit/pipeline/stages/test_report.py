@@ -13,7 +13,7 @@ from hawqtool.errors import UsageError
 from hawqtool.model.kept import CONVOLUTION, EMBEDDING, HEAD, LOUD_SHARE, KeptTensor
 from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.search.gates import check_gates
-from hawqtool.pipeline.stages.kept import kept_record, kept_warnings
+from hawqtool.pipeline.stages.report import kept_record, kept_warnings
 from hawqtool.report.page.html_tables import kept_table
 
 
