@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ CAUSAL = "AutoModelForCausalLM"
 BATCH_ROWS = 64
 """Rows that are sampled at a time on a CPU, and of a model whose cache has a size that its config does not tell."""
 
-_MOST_ROWS, _FEWEST_ROWS = 512, 8
+_MOST_ROWS, _FEWEST_ROWS = 1024, 8
 """Rows that a GPU samples at a time, where caches and logits have room: a step takes hardly longer for many."""
 _LOGIT_BYTES = 16
 """Per logit of a step: itself, in float32, its probability and what is drawn for it."""
@@ -102,7 +103,8 @@ def generate_rows(
         torch.manual_seed(seed)
         if not bool(torch.isfinite(model(torch.full((1, 1), first, device=device)).logits).all()):
             raise NumericalError("the original model gives logits that are NaN or Inf; check its weights")
-        together = batch_rows(model.config, seq_len, source) if cuda else BATCH_ROWS
+        most = batch_rows(model.config, seq_len, source) if cuda else BATCH_ROWS
+        together = math.ceil(num_rows / math.ceil(num_rows / most)) if cuda else most
         recorded = cuda and source.auto_class == CAUSAL and takes_static_cache(model, seq_len)
         sample = static_cache_rows if recorded else _rows_by_transformers
         for begin in range(0, num_rows, together):

@@ -143,7 +143,7 @@ def test_as_many_rows_are_sampled_at_a_time_as_have_room(tmp_path: Path) -> None
     def rows(room: int | None) -> int:
         return batch_rows(config, 128, SampledModel(tmp_path, None, torch.device("cuda"), torch.bfloat16, room=room))
 
-    assert rows(1 << 60) == 512 and rows(0) == 8
+    assert rows(1 << 60) == 1024 and rows(0) == 8
     assert rows(2 * 256 * of_row) == 256 and rows(2 * 256 * of_row - 1) == 128
     assert rows(None) == 64
     config.num_hidden_layers = None
