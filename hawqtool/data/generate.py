@@ -104,7 +104,7 @@ def generate_rows(
         if not bool(torch.isfinite(model(torch.full((1, 1), first, device=device)).logits).all()):
             raise NumericalError("the original model gives logits that are NaN or Inf; check its weights")
         most = batch_rows(model.config, seq_len, source) if cuda else BATCH_ROWS
-        together = math.ceil(num_rows / math.ceil(num_rows / most)) if cuda else most
+        together = math.ceil(num_rows / max(1, math.ceil(num_rows / most))) if cuda else most
         recorded = cuda and source.auto_class == CAUSAL and takes_static_cache(model, seq_len)
         sample = static_cache_rows if recorded else _rows_by_transformers
         for begin in range(0, num_rows, together):
