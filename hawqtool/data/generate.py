@@ -25,6 +25,8 @@ _MOST_ROWS, _FEWEST_ROWS = 1024, 8
 """Rows that a GPU samples at a time, where caches and logits have room: a step takes hardly longer for many."""
 _LOGIT_BYTES = 16
 """Per logit of a step: itself, in float32, its probability and what is drawn for it."""
+_GROUPED = "hawqtool_grouped"
+"""Name of `grouped_attention` in transformers."""
 _STEPS_TOLD = 32
 """Steps after which the host waits for the GPU, so that progress is true."""
 
@@ -182,6 +184,56 @@ def takes_static_cache(model: Any, seq_len: int) -> bool:
     )
 
 
+def grouped_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one position a row, as transformers calls it; heads that share keys and values read them once.
+
+    Its own implementations make copies for all heads, of the whole cache in every step: with 600 rows of an 8B model
+    that takes longer than all weights.
+
+    Args:
+        module: The layer.
+        query: ``[rows, heads, 1, size]``.
+        key: ``[rows, groups, positions, size]``; neighbouring heads are one group.
+        value: Of the same shape.
+        attention_mask: ``[rows, 1, 1, positions]``, added to the logits.
+        scaling: Factor of the logits.
+
+    Returns:
+        ``[rows, 1, heads, size]``, and no weights.
+    """
+    rows, heads, size = len(query), query.shape[1], query.shape[3]
+    grouped = query.reshape(rows, key.shape[1], -1, size)
+    logits = (grouped @ key.transpose(2, 3)).float() * scaling + attention_mask
+    found = logits.softmax(-1).to(value.dtype) @ value
+    return found.reshape(rows, 1, heads, value.shape[-1]), None
+
+
+@contextmanager
+def _grouped(model: Any) -> Iterator[None]:
+    """While the context lasts, a model whose attention is plain uses `grouped_attention`."""
+    from transformers import AttentionInterface
+
+    config, before = model.config.get_text_config(), model.config._attn_implementation
+    odd = getattr(config, "attn_logit_softcapping", None) or any("sink" in name for name, _ in model.named_parameters())
+    if odd or before != "sdpa":
+        yield
+        return
+    AttentionInterface.register(_GROUPED, grouped_attention)
+    model.set_attn_implementation(_GROUPED)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
 def static_cache_rows(model: Any, start: Tensor, seq_len: int, tell: Callable[[int], None]) -> Tensor:
     """Rows ``[rows, seq_len]`` that continue ``[rows, 1]`` tokens, sampled at temperature 1 with a cache of fixed size.
 
@@ -209,16 +261,17 @@ def static_cache_rows(model: Any, start: Tensor, seq_len: int, tell: Callable[[i
         token.copy_(draw_tokens(logits.softmax(-1)))
         tokens.index_copy_(1, place.add_(1).clamp(max=seq_len - 1), token)
 
-    again = step if device.type == "cpu" else _recorded(step)
-    place.zero_()
-    token.copy_(start)
-    mask.fill_(torch.finfo(model.dtype).min)
-    cache.reset()
-    for done in range(2, seq_len + 1):
-        again()
-        if done % _STEPS_TOLD == 0 and device.type == "cuda":
-            torch.cuda.synchronize(device)
-        tell(done)
+    with _grouped(model):
+        again = step if device.type == "cpu" else _recorded(step)
+        place.zero_()
+        token.copy_(start)
+        mask.fill_(torch.finfo(model.dtype).min)
+        cache.reset()
+        for done in range(2, seq_len + 1):
+            again()
+            if done % _STEPS_TOLD == 0 and device.type == "cuda":
+                torch.cuda.synchronize(device)
+            tell(done)
     return tokens
 
 
