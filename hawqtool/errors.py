@@ -52,6 +52,10 @@ class InputLostError(InputError):
     """Files of the input changed or could not be read under way: once they are restored, saved work can go on."""
 
 
+class SamplingError(InputError):
+    """Transformers cannot load a model to sample rows from it, or cannot sample them."""
+
+
 class NumericalError(HawqError):
     """A numerical, memory or disk failure during the work."""
 

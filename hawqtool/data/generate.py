@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import util
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from hawqtool.checkpoint.reader import check_finite
-from hawqtool.errors import InputError, NumericalError, one_line
+from hawqtool.data.static_cache import static_cache_rows, takes_static_cache
+from hawqtool.errors import HawqError, InputError, NumericalError, SamplingError, one_line
 
 CAUSAL = "AutoModelForCausalLM"
 BATCH_ROWS = 64
@@ -25,13 +26,9 @@ _MOST_ROWS, _FEWEST_ROWS = 1024, 8
 """Rows that a GPU samples at a time, where caches and logits have room: a step takes hardly longer for many."""
 _LOGIT_BYTES = 16
 """Per logit of a step: itself, in float32, its probability and what is drawn for it."""
-_GROUPED = "hawqtool_grouped"
-"""Name of `grouped_attention` in transformers."""
-_STEPS_TOLD = 32
-"""Steps after which the host waits for the GPU, so that progress is true."""
 
-_CHANGING_ROTATIONS = ("dynamic", "longrope")
-"""Kinds of rotary positions that depend on the length of a row."""
+_PLACEHOLDERS = tuple(f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index"))
+"""What configurations call tokens that stand for something else than text."""
 
 
 @dataclass(frozen=True)
@@ -94,17 +91,20 @@ def generate_rows(
         ``[num_rows, seq_len]`` int64 on the CPU.
 
     Raises:
-        InputError: If the tokenizer names no token to begin with, or transformers cannot load the model.
+        InputError: If the tokenizer names no token to begin with.
+        SamplingError: If transformers cannot load the model, or not sample from it.
         NumericalError: If weights or logits are not finite.
     """
     first, device = source.first_token, source.device
     model = load_sampled(source) if load is None else load()
     parts = []
     cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda), torch.no_grad():
+    with torch.random.fork_rng(devices=cuda), torch.no_grad(), _foreign_errors(source.folder):
         torch.manual_seed(seed)
-        if not bool(torch.isfinite(model(torch.full((1, 1), first, device=device)).logits).all()):
+        logits = model(torch.full((1, 1), first, device=device)).logits
+        if not bool(torch.isfinite(logits).all()):
             raise NumericalError("the original model gives logits that are NaN or Inf; check its weights")
+        never = never_sampled(model, logits.shape[-1])
         most = batch_rows(model.config, seq_len, source) if cuda else BATCH_ROWS
         together = math.ceil(num_rows / max(1, math.ceil(num_rows / most))) if cuda else most
         recorded = cuda and source.auto_class == CAUSAL and takes_static_cache(model, seq_len)
@@ -116,11 +116,28 @@ def generate_rows(
             def tell(done: int, begin: int = begin, count: int = count) -> None:
                 progress(begin * seq_len + count * done, num_rows * seq_len)
 
-            parts.append(sample(model, start, seq_len, tell).cpu())
+            parts.append(sample(model, start, seq_len, tell, never).cpu())
+            if parts[-1].shape != (count, seq_len):
+                raise ValueError(f"rows of {parts[-1].shape[-1]} tokens, not of {seq_len}")
     return torch.cat(parts)
 
 
-def _rows_by_transformers(model: Any, start: Tensor, seq_len: int, tell: Callable[[int], None]) -> Tensor:
+def never_sampled(model: Any, classes: int) -> list[int]:
+    """Tokens that are left out of sampled rows: those that stand for images or sounds, and those without embedding.
+
+    Args:
+        model: The model, of transformers.
+        classes: Tokens that its head tells apart.
+    """
+    known = getattr(model.get_input_embeddings(), "weight", None)
+    found = set(range(classes if known is None else known.shape[0], classes))
+    named = [getattr(model.config, name, None) for name in _PLACEHOLDERS]
+    return sorted(found.union(token for token in named if isinstance(token, int) and 0 <= token < classes))
+
+
+def _rows_by_transformers(
+    model: Any, start: Tensor, seq_len: int, tell: Callable[[int], None], never: Sequence[int]
+) -> Tensor:
     """What `static_cache_rows` gives, of any model."""
     from transformers import GenerationConfig, StoppingCriteriaList
 
@@ -129,8 +146,9 @@ def _rows_by_transformers(model: Any, start: Tensor, seq_len: int, tell: Callabl
         return torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
 
     settings = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=seq_len - 1, pad_token_id=int(start[0])
-    )
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=seq_len - 1, pad_token_id=int(start[0]),
+        suppress_tokens=list(never) or None,
+    )  # fmt: skip
     hook = StoppingCriteriaList([step])  # never stops the sampling, but sees every step of it
     mask = torch.ones_like(start)
     rows: Tensor = model.generate(start, attention_mask=mask, generation_config=settings, stopping_criteria=hook)
@@ -158,145 +176,6 @@ def batch_rows(config: Any, seq_len: int, source: SampledModel) -> int:
     return rows
 
 
-def takes_static_cache(model: Any, seq_len: int) -> bool:
-    """Whether a step of a model is the same operations whatever its tokens are, with a cache of fixed size.
-
-    It is where transformers compiles the model as a whole, positions are told by rotations that no length changes, all
-    layers see all tokens, and no experts are chosen.
-
-    Args:
-        model: The model.
-        seq_len: Tokens that the cache holds.
-    """
-    config, names = model.config.get_text_config(), [name for name, _ in model.named_modules()]
-    kinds = set(getattr(config, "layer_types", None) or ("full_attention",))
-    window = getattr(config, "sliding_window", None) or seq_len
-    rotations = repr(getattr(config, "rope_parameters", None))
-    return (
-        model._can_compile_fullgraph
-        and not model._is_stateful
-        and kinds == {"full_attention"}
-        and window >= seq_len
-        and any("rotary" in name for name in names)
-        and not any("expert" in name for name in names)
-        and not getattr(config, "alibi", False)
-        and not any(kind in rotations for kind in _CHANGING_ROTATIONS)
-    )
-
-
-def grouped_attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor,
-    scaling: float,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Attention of one position a row, as transformers calls it; heads that share keys and values read them once.
-
-    Its own implementations make copies for all heads, of the whole cache in every step: with 600 rows of an 8B model
-    that takes longer than all weights.
-
-    Args:
-        module: The layer.
-        query: ``[rows, heads, 1, size]``.
-        key: ``[rows, groups, positions, size]``; neighbouring heads are one group.
-        value: Of the same shape.
-        attention_mask: ``[rows, 1, 1, positions]``, added to the logits.
-        scaling: Factor of the logits.
-
-    Returns:
-        ``[rows, 1, heads, size]``, and no weights.
-    """
-    rows, heads, size = len(query), query.shape[1], query.shape[3]
-    grouped = query.reshape(rows, key.shape[1], -1, size)
-    logits = (grouped @ key.transpose(2, 3)).float() * scaling + attention_mask
-    found = logits.softmax(-1).to(value.dtype) @ value
-    return found.reshape(rows, 1, heads, value.shape[-1]), None
-
-
-@contextmanager
-def _grouped(model: Any) -> Iterator[None]:
-    """While the context lasts, a model whose attention is plain uses `grouped_attention`."""
-    from transformers import AttentionInterface
-
-    config, before = model.config.get_text_config(), model.config._attn_implementation
-    odd = getattr(config, "attn_logit_softcapping", None) or any("sink" in name for name, _ in model.named_parameters())
-    if odd or before != "sdpa":
-        yield
-        return
-    AttentionInterface.register(_GROUPED, grouped_attention)
-    model.set_attn_implementation(_GROUPED)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
-
-
-def static_cache_rows(model: Any, start: Tensor, seq_len: int, tell: Callable[[int], None]) -> Tensor:
-    """Rows ``[rows, seq_len]`` that continue ``[rows, 1]`` tokens, sampled at temperature 1 with a cache of fixed size.
-
-    On a GPU a step is recorded once as a graph of its kernels: beside one of an 8B model the host, calling its
-    operations one by one, takes ten times as long.
-
-    Args:
-        model: See `takes_static_cache`.
-        start: First tokens.
-        seq_len: Tokens per row.
-        tell: Called with the tokens per row that are sampled.
-    """
-    from transformers import StaticCache
-
-    cache, device = StaticCache(config=model.config, max_cache_len=seq_len), start.device
-    tokens, token = start.repeat(1, seq_len), start.clone()
-    place = torch.zeros(1, dtype=torch.long, device=device)
-    mask = torch.full((len(start), 1, 1, seq_len), torch.finfo(model.dtype).min, dtype=model.dtype, device=device)
-
-    def step() -> None:
-        mask.index_fill_(3, place, 0.0)
-        at = place[None].expand(len(start), 1)
-        known: dict[str, Any] = {"attention_mask": mask, "past_key_values": cache, "use_cache": True}
-        logits = model(input_ids=token, position_ids=at, cache_position=place, **known).logits[:, -1].float()
-        token.copy_(draw_tokens(logits.softmax(-1)))
-        tokens.index_copy_(1, place.add_(1).clamp(max=seq_len - 1), token)
-
-    with _grouped(model):
-        again = step if device.type == "cpu" else _recorded(step)
-        place.zero_()
-        token.copy_(start)
-        mask.fill_(torch.finfo(model.dtype).min)
-        cache.reset()
-        for done in range(2, seq_len + 1):
-            again()
-            if done % _STEPS_TOLD == 0 and device.type == "cuda":
-                torch.cuda.synchronize(device)
-            tell(done)
-    return tokens
-
-
-def draw_tokens(probabilities: Tensor) -> Tensor:
-    """A token per row ``[rows, 1]`` int64 from ``[rows, classes]`` probabilities, without waiting for a GPU.
-
-    The largest p / E, with E of the exponential distribution, is the token i with probability p_i.
-    """
-    return probabilities.div(torch.empty_like(probabilities).exponential_()).argmax(-1, keepdim=True)
-
-
-def _recorded(step: Callable[[], None]) -> Callable[[], None]:
-    """A step as a graph of a GPU's kernels; it is run a few times for that."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # lazily made handles and buffers must be there before
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        step()
-    return graph.replay
-
-
 def load_sampled(source: SampledModel, padding: int | None = None) -> Any:
     """The whole model, whatever its own generation settings are.
 
@@ -305,28 +184,22 @@ def load_sampled(source: SampledModel, padding: int | None = None) -> Any:
         padding: Token that fills up rows (default: the first one of a row).
 
     Raises:
-        InputError: If transformers cannot load it.
+        SamplingError: If transformers cannot load it.
         NumericalError: If weights are not finite.
     """
     import transformers
 
     # The checkpoint's own generation settings (an end token, a top-k) must not shape the rows; they are not read.
     neutral = transformers.GenerationConfig(pad_token_id=source.first_token if padding is None else padding)
-    try:
-        with _no_progress_bars():
-            model: Any = getattr(transformers, source.auto_class).from_pretrained(
-                source.folder,
-                dtype=source.dtype,
-                trust_remote_code=source.trust_remote_code,
-                use_safetensors=True,
-                generation_config=neutral,
-                device_map=_placed(source.device),
-            )
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError) as error:
-        raise InputError(
-            f"{source.folder}: transformers cannot load this model to sample rows from it ({one_line(error)}); "
-            "correct that, or give --calibration and --selection-data texts"
-        ) from error
+    with _foreign_errors(source.folder, loading=True), _no_progress_bars():
+        model: Any = getattr(transformers, source.auto_class).from_pretrained(
+            source.folder,
+            dtype=source.dtype,
+            trust_remote_code=source.trust_remote_code,
+            use_safetensors=True,
+            generation_config=neutral,
+            device_map=_placed(source.device),
+        )
     model.config.return_dict = True
     model.to(source.device).eval()
     for name, parameter in model.named_parameters():
@@ -337,6 +210,32 @@ def load_sampled(source: SampledModel, padding: int | None = None) -> Any:
 def _placed(device: torch.device) -> dict[str, torch.device] | None:
     """Where transformers puts all weights, several at a time: on a GPU, if it can; None for the CPU, one by one."""
     return {"": device} if device.type == "cuda" and util.find_spec("accelerate") is not None else None
+
+
+@contextmanager
+def _foreign_errors(folder: Path, loading: bool = False) -> Iterator[None]:
+    """Turn what transformers, or code of a checkpoint, raises into a SamplingError, but not that memory gave out.
+
+    Args:
+        folder: The checkpoint.
+        loading: Whether the model is loaded, or sampled from.
+    """
+    try:
+        yield
+    except (HawqError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # of any type
+        if "DefaultCPUAllocator" in str(error) or (isinstance(error, OSError) and not loading):  # of the terminal
+            raise
+        if loading:
+            raise SamplingError(
+                f"{folder}: transformers cannot load this model to sample rows from it ({one_line(error)}); correct "
+                "that, or sample none: give texts for --calibration and --selection-data, and --sampled-share 0"
+            ) from error
+        raise SamplingError(
+            f"{folder}: transformers cannot sample rows from this model ({one_line(error)}); sample none: give texts "
+            "for --calibration and --selection-data, and --sampled-share 0"
+        ) from error
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from hawqtool.parsing import ParseError, load_json
 from hawqtool.pipeline.load_trial.checks import result_engines
 from hawqtool.pipeline.run.files import REPORT_SCHEMA, plan_entry, write_json
 from hawqtool.pipeline.run.job import Job
+from hawqtool.pipeline.stages.sampled_rows import recorded_share
 from hawqtool.records import BitPlan, Rows
 from hawqtool.report.card import model_card
 from hawqtool.report.documents import SensitivityDocument
@@ -204,7 +205,7 @@ def public_config(job: Job) -> dict[str, Any]:
         "model": job.source.spec,
         "num_samples": job.settings.num_samples,
         "seq_len": job.settings.seq_len,
-        "sampled_share": job.settings.sampled_share,
+        "sampled_share": recorded_share(job),
         "selection_samples": job.settings.selection_samples,
         "eval_samples": job.settings.eval_samples or None,
         "eval": job.config.evaluates,

@@ -37,10 +37,11 @@ from hawqtool.pipeline.stages.sampled_rows import (
     begin_sampling,
     can_sample,
     check_share,
+    rows_if_possible,
     sampled_model,
-    sampled_rows,
     source_weights,
     texts_of,
+    without_sampling,
 )
 from hawqtool.records import Rows
 from hawqtool.settings.fields import SELF
@@ -204,7 +205,10 @@ def calibration_rows(context: RunContext, counts: dict[str, int]) -> dict[str, R
     require_rows(list(sources.values()))
     if SELF in shares:
         texts, quota = _asked_of_model(job, shares[SELF])
-        sources[SELF] = SourceRows(SELF, sampled_rows(context, texts), quota)
+        written = rows_if_possible(context, texts)
+        if written is None:
+            return calibration_rows(replace(context, job=without_sampling(job)), counts)
+        sources[SELF] = SourceRows(SELF, written, quota)
     choosing = [(sources[name], quota["selection"]) for name, quota in shares.items() if quota.get("selection")]
     others = [replace(sources[name], quota=_but_selection(quota)) for name, quota in shares.items()]
     found = mix_rows([source for source in others if any(source.quota.values())])

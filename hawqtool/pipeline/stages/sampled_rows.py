@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -11,7 +12,9 @@ import torch
 from torch import Tensor
 
 from hawqtool.data.generate import BATCH_ROWS, SampledModel, generate_rows, load_sampled
-from hawqtool.errors import UsageError
+from hawqtool.errors import SamplingError, UsageError
+from hawqtool.model.skeleton import token_embedding
+from hawqtool.model.tasks import feeds_decoder
 from hawqtool.pipeline.run.checkpoints import SAMPLED
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.job import Job
@@ -57,6 +60,17 @@ def can_sample(job: Job) -> bool:
     return _hindrance(job) is None
 
 
+def recorded_share(job: Job) -> float | None:
+    """The share by which a rerun samples what this run does, whatever its device; None beside rows of the model alone.
+
+    A share that was left to the run and cannot be, asked for, would be refused.
+    """
+    share, config = job.settings.sampled_share, job.config
+    if config.sampled_share is not None or SELF in config.calibration_weights or not config.reads_rows:
+        return config.sampled_share
+    return share if share and can_sample(job) else 0.0
+
+
 def check_share(job: Job) -> None:
     """Check that a share that was asked for can be sampled.
 
@@ -74,14 +88,34 @@ def check_share(job: Job) -> None:
 def _hindrance(job: Job) -> str | None:
     if not job.task.generates or job.row_format.values is not None:
         return f"as this {job.task.name} writes no text"
+    if feeds_decoder(job.skeleton):
+        return "as a decoder writes them, and rows are what the encoder reads"
+    if not _loads_to_generate(job):
+        return f"as transformers does not load {type(job.skeleton).__name__} to generate text"
     if job.index.source_format is not None:  # read by us alone; transformers may take it for something else
         return "as the original is quantized"
     tokenizer = job.tokenizer()
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         return "as the tokenizer names no begin or end token"
+    first, (known, _) = sampled_model(job).first_token, token_embedding(job.skeleton) or (None, None)
+    if known is not None and first >= known:  # a GPU's process does not survive it
+        return f"as they begin with token {first}, and the model embeds {known} tokens"
     if weight_bytes(job) > (memory_limit(job.config, job.device) or half_of_memory()):
         return "as the whole model does not fit into memory"
     return None
+
+
+def _loads_to_generate(job: Job) -> bool:
+    """Whether transformers takes the model's own class where rows are sampled, and that one can generate."""
+    import transformers
+
+    model = job.skeleton
+    if not model.can_generate():
+        return False
+    if model.is_custom_code():  # known to the checkpoint alone
+        return True
+    found = getattr(transformers, job.task.auto_class)._model_mapping.get(type(model.config), ())
+    return type(model) in (found if isinstance(found, tuple) else (found,))
 
 
 def weight_bytes(job: Job) -> int:
@@ -109,6 +143,8 @@ def sampled_rows(context: RunContext, texts: Texts) -> Tensor:
     job, stage = context.job, context.progress("sampling tokens")
     count, length, per_row = texts
     known = context.saved.load(SAMPLED)
+    if isinstance(known, str):
+        raise SamplingError(known)
     if known is not None:
         found: Tensor = known
         return found
@@ -123,6 +159,30 @@ def sampled_rows(context: RunContext, texts: Texts) -> Tensor:
     tokens = tokens.reshape(-1, per_row * length)
     context.saved.save(SAMPLED, tokens)
     return tokens
+
+
+def rows_if_possible(context: RunContext, texts: Texts) -> Tensor | None:
+    """What `sampled_rows` gives; None where transformers fails at it in a run that did not ask for it, which is said.
+
+    A run that goes on then samples none either. Of several processes all have failed, and end.
+    """
+    config = context.job.config
+    asked = config.sampled_share or SELF in (*config.calibration_weights, *config.selection_data)
+    if asked or context.ranks.size > 1:
+        return sampled_rows(context, texts)
+    try:
+        return sampled_rows(context, texts)
+    except SamplingError as error:
+        context.reporter.warn(f"the model writes no rows beside the texts: {error}")
+        context.saved.save(SAMPLED, str(error))
+    return None
+
+
+def without_sampling(job: Job) -> Job:
+    """The job of a run that samples no rows beside its texts."""
+    config, settings = job.config, replace(job.settings, sampled_share=0.0)
+    chosen_on = config.selection_data or tuple(config.calibration_weights)
+    return replace(job, settings=settings, config=config.model_copy(update={"selection_data": chosen_on}))
 
 
 def sampled_model(job: Job) -> SampledModel:

@@ -11,16 +11,18 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from hawqtool.config import RunConfig
 from hawqtool.data.generate import SampledModel, batch_rows
-from hawqtool.errors import UsageError
+from hawqtool.errors import SamplingError, UsageError
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.job import Job, prepare
 from hawqtool.pipeline.run.resolved import resolve_settings
 from hawqtool.pipeline.stages import rows as stage
 from hawqtool.pipeline.stages import sampled_rows as sampling
 from hawqtool.pipeline.stages.refine import is_held_out as is_held_out_of_learning
+from hawqtool.pipeline.stages.report import public_config
 from hawqtool.rounding.statistics import is_held_out
 from hawqtool.runtime.background import BegunWork
 from hawqtool.runtime.ranks import ALONE
@@ -129,6 +131,67 @@ def test_a_share_that_cannot_be_is_refused_and_a_default_that_cannot_be_is_left_
     left_to_the_run = replace(large, config=large.config.model_copy(update={"sampled_share": None}))
     stage.check_calibration(left_to_the_run)
     assert SELF not in sampling.source_weights(left_to_the_run)
+
+
+def test_what_transformers_or_the_tokenizer_tells_ahead_hinders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = _job(tmp_path, sampled_share=0.5)
+    assert sampling.can_sample(job)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(job.skeleton), "can_generate", classmethod(lambda _: False))
+        with pytest.raises(UsageError, match="does not load LlamaForCausalLM to generate text; give 0"):
+            stage.check_calibration(job)
+    monkeypatch.setattr(AutoModelForCausalLM, "_model_mapping", {})
+    assert not sampling._loads_to_generate(job)  # transformers would load another class
+    monkeypatch.undo()
+    monkeypatch.setattr(sampling, "feeds_decoder", lambda _: True)
+    assert sampling._hindrance(job) == "as a decoder writes them, and rows are what the encoder reads"
+    monkeypatch.undo()
+    few = _job(tmp_path, model=str(tiny_llama(tmp_path / "few", vocab_size=100)), sampled_share=0.5)
+    few.tokenizer().bos_token = "<extra_20>"
+    with pytest.raises(UsageError, match="begin with token 119, and the model embeds 100 tokens"):
+        stage.check_calibration(few)
+
+
+def test_a_default_that_fails_under_way_leaves_the_texts_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the run goes on: its saved work is of these rows."""
+
+    def fails(_: SampledModel) -> None:
+        raise SamplingError("m: transformers cannot load it")
+
+    job = _job(tmp_path)
+    alone = stage.gather_rows(RunContext(_job(tmp_path, selection_data=job.config.calibration), Silent()))
+    by_default = replace(job, settings=replace(job.settings, sampled_share=0.5))
+    kept, reporter, said = dict[str, Any](), Silent(), list[str]()
+    saved: Any = SimpleNamespace(load=kept.get, save=kept.__setitem__)
+    monkeypatch.setattr(reporter, "warn", said.append)
+    with monkeypatch.context() as patch:
+        patch.setattr(sampling, "load_sampled", fails)
+        with pytest.raises(SamplingError):
+            stage.gather_rows(RunContext(_job(tmp_path, sampled_share=0.5), Silent()))
+        context = RunContext(by_default, reporter, saved)
+        found = stage.gather_rows(context)
+    again = stage.gather_rows(context)
+    assert said == ["the model writes no rows beside the texts: m: transformers cannot load it"] * 2
+    for rows in (found, again):
+        assert {role: set(part.sources) for role, part in rows.items()} == dict.fromkeys(alone, {"text.txt"})
+        assert all(torch.equal(rows[role].tokens, alone[role].tokens) for role in alone)
+
+
+def test_a_rerun_is_told_a_share_that_it_can_take(tmp_path: Path) -> None:
+    """What the report's configuration says, of a GPU's default and of what was asked for."""
+
+    def told(share: float, **given: Any) -> float | None:
+        job = _job(tmp_path, **given)
+        job = replace(job, settings=replace(job.settings, sampled_share=share))
+        found: float | None = public_config(job)["sampled_share"]
+        stage.check_calibration(replace(job, config=job.config.model_copy(update={"sampled_share": found})))
+        return found
+
+    assert told(0.5) == 0.5 and told(0.0) == 0.0 and told(0.25, sampled_share=0.25) == 0.25
+    assert told(0.5, calibration=(SELF,)) is None and told(0.0, calibration=(SELF,)) is None
+    assert told(0.5, max_memory="1KB") == 0.0  # the whole model has no room
 
 
 def test_as_many_rows_are_sampled_at_a_time_as_have_room(tmp_path: Path) -> None:
