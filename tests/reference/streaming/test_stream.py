@@ -25,7 +25,7 @@ from hawqtool.rounding.gram import gram
 from hawqtool.rounding.grid import dequantize, nearest_codes, search_scales
 from hawqtool.rounding.layer import round_layers
 from hawqtool.rounding.method import Task
-from hawqtool.rounding.statistics import GroupStatistics
+from hawqtool.rounding.statistics import GroupStatistics, is_held_out
 from hawqtool.streaming.input_statistics import collect_statistics
 from tests.support.tiny import CONFIGS, tiny_model
 
@@ -198,7 +198,7 @@ def test_the_original_runs_beside_the_quantized_prefix(batch_size: int, tmp_path
     original, quantized = (
         AutoModelForCausalLM.from_pretrained(job.index.folder, dtype=torch.float32).eval() for _ in range(2)
     )
-    held = (torch.arange(len(TOKENS)) % 4 == 3).repeat_interleave(TOKENS.shape[1])
+    held = is_held_out(torch.arange(len(TOKENS))).repeat_interleave(TOKENS.shape[1])
     drifts = []
     for block in job.structure.blocks:
         for group in block.input_groups:
