@@ -25,7 +25,7 @@ from hawqtool.parsing import printable
 from hawqtool.report.documents import DryRun
 from hawqtool.report.schema import Gate, Report
 from hawqtool.report.wording import gate_found
-from hawqtool.runtime.head_start import head_start
+from hawqtool.runtime.imports.head_start import head_start
 from hawqtool.runtime.launched import rank, world_size
 from hawqtool.settings.metadata import flag_of
 from hawqtool.values import split_weight

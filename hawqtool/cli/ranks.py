@@ -15,7 +15,7 @@ from hawqtool.cli.session import decide_hub_access, session
 from hawqtool.cli.signals import INTERRUPTED, TERMINATED
 from hawqtool.config import load_config
 from hawqtool.errors import HawqError
-from hawqtool.runtime.head_start import head_start
+from hawqtool.runtime.imports.head_start import head_start
 from hawqtool.runtime.launched import OTHER_GONE, world_size
 
 _LOOPBACK = "lo"

@@ -6,7 +6,6 @@ import math
 
 import torch
 
-from hawqtool.formats import QuantFormat
 from hawqtool.model.inputs.arguments import row_positions
 from hawqtool.model.skeleton import token_embedding
 from hawqtool.pipeline.run.job import Job
@@ -150,13 +149,10 @@ def _by_gradient(job: Job) -> bool:
 
 def _swap_formats(job: Job) -> float:
     """Formats, the most of them, that each unit is rounded in for swaps by gradient."""
-    menu = neighbouring(job_menu(job, None), {unit.name: _middle(job, unit.name) for unit in job.units}, set(), REACH)
+    whole = job_menu(job, None)
+    middle = {unit: sorted(formats)[len(formats) // 2] for unit, formats in whole.items()}
+    menu = neighbouring(whole, middle, set(), REACH)
     return sum(map(len, menu.values())) / max(1, len(menu))
-
-
-def _middle(job: Job, unit: str) -> QuantFormat:
-    formats = sorted(job_menu(job, None)[unit])
-    return formats[len(formats) // 2]
 
 
 def _stored_roundings(job: Job) -> int:
@@ -182,8 +178,9 @@ def _memory(job: Job) -> int:
 
 def _disk(job: Job) -> int:
     """Most bytes beside the model: the plans that lie there at a time, each as large as the result."""
-    largest = job.layout({unit.name: max((*job_menu(job, None)[unit.name],)) for unit in job.units}).total_bytes
-    fixed = unquantized_bytes(job, job_menu(job, None))
+    menu = job_menu(job, None)
+    largest = job.layout({unit: max(formats) for unit, formats in menu.items()}).total_bytes
+    fixed = unquantized_bytes(job, menu)
     one = largest if job.config.target_kl or job.config.plan else min(largest, fixed + _budget(job))
     spilled = 0 if job.offload is None else max(0, _stored_roundings(job) - job.offload.memory_bytes)
     return one * (1 if job.config.is_uniform or not job.config.evaluates else 3) + spilled

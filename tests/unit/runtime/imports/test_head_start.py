@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from importlib import import_module
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from transformers import utils
 
-from hawqtool.runtime import head_start
 from hawqtool.runtime.background import beside
+from hawqtool.runtime.imports import head_start
 
 
 def test_a_head_start_is_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,6 +37,23 @@ def test_scikit_learn_is_left_out_of_what_models_are_made_of(monkeypatch: pytest
     monkeypatch.setattr(head_start, "import_module", look)
     head_start._import_generation()
     assert answers == [False] and utils.is_sklearn_available()
+
+
+def test_triton_is_asked_for_what_it_remembers(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[str]()
+
+    class Active:
+        @property
+        def utils(self) -> None:
+            asked.append("utils")
+
+    known = {
+        head_start._TRITON: SimpleNamespace(triton_key=lambda: asked.append("key")),
+        head_start._TRITON_RUNTIME: SimpleNamespace(driver=SimpleNamespace(active=Active())),
+    }
+    monkeypatch.setattr(head_start, "import_module", known.__getitem__)
+    head_start._wake_triton()
+    assert asked == ["key", "utils"]
 
 
 def test_what_fails_ahead_is_told_by_nobody(capfd: pytest.CaptureFixture[str]) -> None:

@@ -12,14 +12,13 @@ from functools import partial
 from importlib import import_module, util
 
 from hawqtool.runtime.background import beside
+from hawqtool.runtime.imports.quick_scans import import_models, quick_distributions
 from hawqtool.runtime.launched import local_rank
 
 _DRIVER = "libcuda.so.1"
 _LEADING = "transformers"
 """It puts another module into its own place, which a thread that waits for it would not see: so it is imported here."""
-_TRITON = "triton.runtime.cache"
-_BEFORE_TORCH = "transformers.models"
-"""It reads the names of hundreds of files, and needs no torch, for which all else has to wait."""
+_TRITON, _TRITON_RUNTIME = "triton.runtime.cache", "triton.runtime"
 _ALONE = ("sympy",)
 _BEHIND_TORCH = ("scipy.optimize",)
 """What the libraries of models import; it looks at torch while it is imported, which must be whole then."""
@@ -41,8 +40,9 @@ def head_start(device: str) -> None:
     beside(partial(_make_context, driver, local_rank()))
     beside(partial(_import_all, _ALONE))
     beside(_from_torch_on)
-    import_module(_LEADING)
-    import_module(_BEFORE_TORCH)
+    with quick_distributions():
+        import_module(_LEADING)
+    import_models()  # which needs no torch, for which all else has to wait
     _import_generation()
 
 
@@ -80,15 +80,20 @@ def _from_torch_on() -> None:
 
 
 def wake() -> None:
-    """Load the libraries of products, which takes half a second, and have Triton hash itself, which takes another."""
+    """Load the libraries of products, which takes half a second, and wake Triton, which takes one or two."""
     import torch
 
     if local_rank() < torch.cuda.device_count():
         few = torch.ones((8, 8), dtype=torch.bfloat16, device=f"cuda:{local_rank()}")
         float((few @ few).sum())
         if util.find_spec(_TRITON.partition(".")[0]) is not None:
-            # It names compiled kernels by that, and remembers it; versions that keep it elsewhere do it later.
-            getattr(import_module(_TRITON), "triton_key", int)()
+            _wake_triton()
+
+
+def _wake_triton() -> None:
+    """Have Triton find out what it remembers; versions that keep that elsewhere do it when a kernel is called."""
+    getattr(import_module(_TRITON), "triton_key", int)()  # by which compiled kernels are named
+    _ = import_module(_TRITON_RUNTIME).driver.active.utils  # asks other programs for the driver's place
 
 
 def _import_all(names: Sequence[str]) -> None:

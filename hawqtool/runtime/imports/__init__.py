@@ -1,0 +1,1 @@
+"""How the slow libraries are imported where there is a GPU."""
