@@ -10,6 +10,7 @@ import ctypes
 from collections.abc import Sequence
 from functools import partial
 from importlib import import_module, util
+from pathlib import Path
 
 from hawqtool.runtime.background import beside
 from hawqtool.runtime.imports.quick_scans import import_models, quick_distributions
@@ -18,6 +19,7 @@ from hawqtool.runtime.launched import local_rank
 _DRIVER = "libcuda.so.1"
 _LEADING = "transformers"
 """It puts another module into its own place, which a thread that waits for it would not see: so it is imported here."""
+_FACTORS = "libtorch_cuda_linalg.so"
 _TRITON, _TRITON_RUNTIME = "triton.runtime.cache", "triton.runtime"
 _ALONE = ("sympy",)
 _BEHIND_TORCH = ("scipy.optimize",)
@@ -80,14 +82,21 @@ def _from_torch_on() -> None:
 
 
 def wake() -> None:
-    """Load the libraries of products, which takes half a second, and wake Triton, which takes one or two."""
+    """Load the libraries of products and factors, which takes a second, and wake Triton, which takes one or two."""
     import torch
 
     if local_rank() < torch.cuda.device_count():
         few = torch.ones((8, 8), dtype=torch.bfloat16, device=f"cuda:{local_rank()}")
         float((few @ few).sum())
+        # Opened by torch itself, the first of two threads that factor a matrix may fail the other one.
+        _open_library(Path(torch.__file__).parent / "lib" / _FACTORS)
         if util.find_spec(_TRITON.partition(".")[0]) is not None:
             _wake_triton()
+
+
+def _open_library(path: Path) -> None:
+    if path.exists():
+        ctypes.CDLL(str(path))
 
 
 def _wake_triton() -> None:

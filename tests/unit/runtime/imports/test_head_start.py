@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -54,6 +55,13 @@ def test_triton_is_asked_for_what_it_remembers(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(head_start, "import_module", known.__getitem__)
     head_start._wake_triton()
     assert asked == ["key", "utils"]
+
+
+def test_libraries_that_are_not_there_are_not_opened(tmp_path: Path) -> None:
+    head_start._open_library(tmp_path / "libnone.so")
+    with pytest.raises(OSError):
+        (tmp_path / "libbad.so").write_text("no library")
+        head_start._open_library(tmp_path / "libbad.so")
 
 
 def test_what_fails_ahead_is_told_by_nobody(capfd: pytest.CaptureFixture[str]) -> None:
