@@ -42,7 +42,7 @@ _GGUF_ALONE = ("template", "tensor_types", "imatrix", "block_types", "embedding_
 
 _WITH_GGUF = {
     *("model", "output", "to", *_GGUF_ALONE, "target_bpw", "target_size", "target_kl", "restart", "ignore"),
-    *("calibration", "num_samples", "seq_len", "eval_data", "eval_samples", "eval", "sensitivity"),
+    *("calibration", "sampled_share", "num_samples", "seq_len", "eval_data", "eval_samples", "eval", "sensitivity"),
     *("quantize_lm_head", "rounding", "target_shift", "token_importance", "damping", "solver"),
     *("device", "batch_size", "max_memory", "seed", "trust_remote_code"),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from hawqtool.allocation.exact import plan_warnings
@@ -40,6 +41,7 @@ from hawqtool.pipeline.stages.kv_cache import calibrate_cache
 from hawqtool.pipeline.stages.measurement_cache import check_measurements
 from hawqtool.pipeline.stages.report import Outcome, build_report, write_card, write_reproduce
 from hawqtool.pipeline.stages.rows import gather_rows, load_ahead, read_ahead
+from hawqtool.pipeline.stages.sampled_rows import as_sampled
 from hawqtool.pipeline.stages.token_importance import compile_kernels, with_token_importance
 from hawqtool.pipeline.tasks import check_tasks, judge_tasks
 from hawqtool.pipeline.worker import begin_ranks, leading
@@ -127,9 +129,12 @@ def _quantized(
     drawing: DrawingProcesses,
 ) -> tuple[Path, Report]:
     """The complete and verified folder inside the run's, and its report."""
-    job, timings = context.job, Timings(context.saved)
+    timings = Timings(context.saved)
     with Stopwatch(timings, "rows"):
         sets = gather_rows(context)
+    if "calibration" in sets:
+        context = replace(context, job=as_sampled(context.job, sets["calibration"]))
+    job = context.job
     baseline = matching_baseline(job.config, sets["report"]) if "report" in sets else None
     run.check_rows({name: rows.fingerprint for name, rows in sets.items()})
     with Stopwatch(timings, "rotation"):

@@ -167,7 +167,7 @@ class Bench:
         self.base = {key: getattr(options, key) for key in _KEYS if getattr(options, key) is not None}
         self.job = self.prepare({}, options.seeds[0])
         self.rows = evaluation_rows(self.job, options.eval_data, self.job.settings.eval_samples)
-        self.stream = self.job.stream()
+        self.stream = self.job.unrotated().stream()  # as the command judges; storing a rotation costs something
         progress = self._progress("evaluating original")
         self.original = self.stream.final_hidden(self.rows.tokens, self.job.settings.batch_size, progress)
         self._calibration: dict[tuple[Any, ...], Rows] = {}

@@ -223,7 +223,7 @@ def test_compensation_and_bits_lower_the_error(place: Path) -> None:
 
 def test_a_size_is_kept(place: Path) -> None:
     target = 130_000
-    more = {"block_types": "IQ4_NL,Q5_1,Q8_0", "quantize_lm_head": True, "eval": False}
+    more = {"block_types": "IQ4_NL,Q5_1,Q8_0", "quantize_lm_head": True, "eval": False, "sampled_share": 0.5}
     document = run(place, place / "size.gguf", target_size=f"{target}B", **more)
     assert target - 6000 < document["bytes"] <= target
     assert "lm_head" in document["output_error"] and document["types"]["output.weight"] in BLOCK_TYPES

@@ -19,6 +19,7 @@ from hawqtool.pipeline.run.checkpoints import SAMPLED
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.job import Job
 from hawqtool.pipeline.run.memory_budget import half_of_memory, memory_limit
+from hawqtool.records import Rows
 from hawqtool.runtime.launched import world_size
 from hawqtool.settings.fields import SELF
 
@@ -183,6 +184,13 @@ def without_sampling(job: Job) -> Job:
     config, settings = job.config, replace(job.settings, sampled_share=0.0)
     chosen_on = config.selection_data or tuple(config.calibration_weights)
     return replace(job, settings=settings, config=config.model_copy(update={"selection_data": chosen_on}))
+
+
+def as_sampled(job: Job, calibration: Rows) -> Job:
+    """The job of a run with these rows: where the model was to write some unasked and failed, one that samples none."""
+    config, wanted = job.config, job.settings.sampled_share
+    unasked = config.sampled_share is None and SELF not in config.calibration_weights
+    return without_sampling(job) if wanted and unasked and SELF not in calibration.sources else job
 
 
 def sampled_model(job: Job) -> SampledModel:

@@ -177,6 +177,9 @@ def test_a_default_that_fails_under_way_leaves_the_texts_alone(tmp_path: Path, m
     for rows in (found, again):
         assert {role: set(part.sources) for role, part in rows.items()} == dict.fromkeys(alone, {"text.txt"})
         assert all(torch.equal(rows[role].tokens, alone[role].tokens) for role in alone)
+    told = public_config(sampling.as_sampled(by_default, found["calibration"]))
+    assert told["sampled_share"] == 0.0 and told["selection_data"] == ["text.txt"]  # so that a rerun has these rows
+    assert sampling.as_sampled(_job(tmp_path, sampled_share=0.5), found["calibration"]).settings.sampled_share == 0.5
 
 
 def test_a_rerun_is_told_a_share_that_it_can_take(tmp_path: Path) -> None:
