@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from hawqtool.evaluation.divergence import as_evaluation
 from hawqtool.evaluation.paired import PairedDifference, balanced_divergence, compare_paired
 from hawqtool.pipeline.search.trials import TrialRunner, formats_key
+from hawqtool.pipeline.stages.measure import measuring_rows
 from hawqtool.records import BitPlan, Evaluation
 from hawqtool.report.plan_comparison import UnroundedRival
 from hawqtool.runtime.stage_timer import Stopwatch
@@ -90,7 +91,8 @@ def compare_layerwise(
         assert runner.evaluator is not None  # what compares nothing is not asked for this
         with Stopwatch(runner.timings, "compare plans"):
             formats = {name: plan.formats for name, plan in plans.items()}
-            rows = replace(runner.sets["calibration"], output_moments={})  # output feedback has no part in this
+            rows = measuring_rows(runner.context.job, runner.sets["calibration"])
+            rows = replace(rows, output_moments={})  # output feedback has no part in this
             found = runner.evaluator.compare_layerwise(rows, formats)
         known = {name: vars(quality) for name, quality in found.items()}
         saved.save(key, known)

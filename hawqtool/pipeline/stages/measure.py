@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hawqtool.checkpoint.fusion import is_expert
+from hawqtool.data.tokens import fingerprint
 from hawqtool.errors import NumericalError
 from hawqtool.formats import UNQUANTIZED
 from hawqtool.pipeline.run.context import RunContext
@@ -25,6 +27,7 @@ from hawqtool.pipeline.stages.token_importance import with_token_importance
 from hawqtool.records import SWEEP_METRICS, MeasurementRows, Menu, Rows, Score, SensitivityTable, UnitScores
 from hawqtool.report.documents import SensitivityDocument
 from hawqtool.report.schema import MeasurementOrigin
+from hawqtool.rounding.factor import SCARCE_TOKENS_PER_COLUMN
 from hawqtool.rounding.learned.block import Schedule
 from hawqtool.runtime.store import NOTHING_SAVED, Saved
 from hawqtool.sensitivity.curvature.hvp import Curvature
@@ -209,6 +212,7 @@ def _settings(job: Job, sets: dict[str, Rows], found: Measurement) -> dict[str, 
         "num_samples": job.settings.num_samples,
         "seq_len": job.settings.seq_len,
         "scoring_samples": len(sets["scoring"].tokens),
+        "rounding_samples": len(_rounded_on(job, sets["calibration"]).tokens),
         "shortened_rows": found.shortened_rows,
         "batch_size": job.settings.batch_size,
         "seed": job.config.seed,
@@ -247,7 +251,34 @@ def _single_units(
 
 def _rounded_on(job: Job, calibration: Rows) -> Rows:
     """Rows behind the roundings to score: without those on whose error their learning stops, as in the run itself."""
-    return fitting_rows(calibration) if job.config.sensitivity_steps else calibration
+    return fitting_rows(calibration) if job.config.sensitivity_steps else measuring_rows(job, calibration)
+
+
+def measuring_rows(job: Job, calibration: Rows) -> Rows:
+    """Rows behind the roundings that are scored and compared: on a GPU half of them, where that is enough.
+
+    They only have to tell formats apart, and passes of all rows through the model are half of the time of measuring.
+    Sources take turns, so the first half of the rows has as much of each as the others.
+
+    Args:
+        job: The model and the settings.
+        calibration: The calibration rows.
+    """
+    if job.device.type == "cpu" or job.row_format.values is not None:
+        return calibration
+    half, linears = len(calibration.tokens) // 2, job.structure.linears.values()
+    # Fewer tokens than these are damped more, and an expert sees few of them all.
+    wanted = SCARCE_TOKENS_PER_COLUMN * max(linear.in_features for linear in linears)
+    if half * job.settings.seq_len < wanted or any(is_expert(linear.name) for linear in linears):
+        return calibration
+    tokens, importance = calibration.tokens[:half], calibration.importance
+    return replace(
+        calibration,
+        tokens=tokens,
+        fingerprint=fingerprint(tokens),
+        importance=None if importance is None else {name: part[:half] for name, part in importance.items()},
+        sources=calibration.sources[:half],
+    )
 
 
 def _refiner(job: Job, rows: Tensor) -> FormatRefiner | None:

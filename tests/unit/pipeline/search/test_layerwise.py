@@ -37,7 +37,11 @@ class FakeRunner:
         self.real = real
         config = RunConfig(model="m", target_bpw=4.0, group_size=32, proof="layerwise")
         job = SimpleNamespace(
-            config=config, units=UNITS, pins={}, settings=SimpleNamespace(swaps=0, proof=config.proof)
+            config=config,
+            device=torch.device("cpu"),
+            units=UNITS,
+            pins={},
+            settings=SimpleNamespace(swaps=0, proof=config.proof),
         )
         self.context = SimpleNamespace(job=job, saved=NOTHING_SAVED)
         self.evaluator = SimpleNamespace(

@@ -21,8 +21,10 @@ from hawqtool.pipeline.run.job import Job, prepare
 from hawqtool.pipeline.run.resolved import resolve_settings
 from hawqtool.pipeline.stages import rows as stage
 from hawqtool.pipeline.stages import sampled_rows as sampling
+from hawqtool.pipeline.stages.measure import measuring_rows
 from hawqtool.pipeline.stages.refine import is_held_out as is_held_out_of_learning
 from hawqtool.pipeline.stages.report import public_config
+from hawqtool.rounding.factor import SCARCE_TOKENS_PER_COLUMN
 from hawqtool.rounding.statistics import is_held_out
 from hawqtool.runtime.background import BegunWork
 from hawqtool.runtime.ranks import ALONE
@@ -212,3 +214,20 @@ def test_as_many_rows_are_sampled_at_a_time_as_have_room(tmp_path: Path) -> None
     assert rows(None) == 64
     config.num_hidden_layers = None
     assert rows(1 << 60) == 64
+
+
+def test_a_gpu_measures_on_half_of_the_rows_where_these_are_many(tmp_path: Path) -> None:
+    """Half has as many rows of each source; a CPU, experts and few tokens keep all."""
+    job = _job(tmp_path, sampled_share=0.5, num_samples=64)
+    rows = stage.calibration_rows(RunContext(job, Silent()), {"calibration": 64})["calibration"]
+    rows = replace(rows, importance={"layer": torch.arange(64.0)[:, None]})
+    on_gpu = replace(job, device=torch.device("cuda"))
+    found = measuring_rows(on_gpu, rows)
+    assert torch.equal(found.tokens, rows.tokens[:32]) and found.fingerprint != rows.fingerprint
+    assert Counter(found.sources) == {"text.txt": 16, SELF: 16}
+    assert found.importance is not None and found.importance["layer"].flatten().tolist() == list(range(32))
+    assert measuring_rows(job, rows) is rows
+    short = replace(on_gpu, settings=replace(job.settings, seq_len=8))
+    assert measuring_rows(short, rows) is rows
+    widest = max(linear.in_features for linear in job.structure.linears.values())
+    assert 8 * 32 < SCARCE_TOKENS_PER_COLUMN * widest <= 32 * 32  # what the two cases rest on
