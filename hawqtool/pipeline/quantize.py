@@ -45,7 +45,7 @@ from hawqtool.pipeline.stages.sampled_rows import as_sampled
 from hawqtool.pipeline.stages.token_importance import compile_kernels, with_token_importance
 from hawqtool.pipeline.tasks import check_tasks, judge_tasks
 from hawqtool.pipeline.worker import begin_ranks, leading
-from hawqtool.records import BitPlan
+from hawqtool.records import BitPlan, Rows
 from hawqtool.report.documents import DryRun, SensitivityDocument
 from hawqtool.report.page.drawing_processes import DrawingProcesses
 from hawqtool.report.plan_comparison import Shipped, shipped_of
@@ -130,10 +130,7 @@ def _quantized(
 ) -> tuple[Path, Report]:
     """The complete and verified folder inside the run's, and its report."""
     timings = Timings(context.saved)
-    with Stopwatch(timings, "rows"):
-        sets = gather_rows(context)
-    if "calibration" in sets:
-        context = replace(context, job=as_sampled(context.job, sets["calibration"]))
+    context, sets = _with_rows(context, timings)
     job = context.job
     baseline = matching_baseline(job.config, sets["report"]) if "report" in sets else None
     run.check_rows({name: rows.fingerprint for name, rows in sets.items()})
@@ -182,6 +179,15 @@ def _quantized(
         write_page(folder, figures.finish())
     context.progress(_CHECKING)(_CHECKS, _CHECKS)
     return folder, report
+
+
+def _with_rows(context: RunContext, timings: Timings) -> tuple[RunContext, dict[str, Rows]]:
+    """The run's rows, and the run as they came about."""
+    with Stopwatch(timings, "rows"):
+        sets = gather_rows(context)
+    if "calibration" in sets:
+        context = replace(context, job=as_sampled(context.job, sets["calibration"]))
+    return context, sets
 
 
 def _outcome(runner: TrialRunner, plans: dict[str, BitPlan], planner: Planner | None) -> tuple[Trial, Outcome]:

@@ -344,7 +344,7 @@ _ROUNDING = (
     PlantedError(
         "roundings to score are fitted to the rows that stop their learning",
         "hawqtool/pipeline/stages/measure.py",
-        "return fitting_rows(calibration) if job.config.sensitivity_steps else calibration",
+        "return fitting_rows(calibration) if job.config.sensitivity_steps else measuring_rows(job, calibration)",
         "return calibration",
         ("tests/e2e/test_refined_scores.py::test_held_out_rows_only_stop_the_learning",),
     ),

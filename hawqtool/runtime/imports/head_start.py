@@ -1,4 +1,4 @@
-"""Head start of a run on a GPU: libraries are imported in threads of their own, and the GPU is woken meanwhile.
+"""Head start of a run: on a GPU libraries are imported in threads of their own, and the GPU is woken meanwhile.
 
 Of the thousands of small files behind the libraries most are read within milliseconds on a disk of one's own; on shared
 disks and in sandboxes, where GPUs often are, each takes as long, and threads wait for them side by side.
@@ -29,7 +29,7 @@ _GENERATION, _ANSWER = "transformers.generation.utils", "is_sklearn_available"
 
 
 def head_start(device: str) -> None:
-    """Import the slow libraries, where there is a GPU to compute on; else nothing, as a CPU has no time left over.
+    """Import the slow libraries, and where there is a GPU to compute on in threads; a CPU has no time left over.
 
     What fails in a thread fails again where it is needed.
 
@@ -37,15 +37,15 @@ def head_start(device: str) -> None:
         device: ``auto``, ``cpu`` or ``cuda``.
     """
     driver = None if device == "cpu" else _driver()
-    if driver is None:
-        return
-    beside(partial(_make_context, driver, local_rank()))
-    beside(partial(_import_all, _ALONE))
-    beside(_from_torch_on)
+    if driver is not None:
+        beside(partial(_make_context, driver, local_rank()))
+        beside(partial(_import_all, _ALONE))
+        beside(_from_torch_on)
     with quick_distributions():
         import_module(_LEADING)
     import_models()  # which needs no torch, for which all else has to wait
-    _import_generation()
+    if driver is not None:
+        _import_generation()
 
 
 def _import_generation() -> None:
