@@ -1,1 +1,1 @@
-"""How the slow libraries are imported where there is a GPU."""
+"""How the slow libraries are imported, above all where there is a GPU."""

@@ -50,15 +50,13 @@ def distributions_of() -> Mapping[str, list[str]]:
 
 
 def _modules_of(distribution: Distribution) -> tuple[str, list[str]]:
-    """Name of a distribution, and the modules and packages that it brought."""
-    name = distribution.metadata["Name"]
-    declared = (distribution.read_text("top_level.txt") or "").split()
-    if declared:
-        return name, declared
-    record = distribution.read_text("RECORD")
-    paths = [str(path) for path in distribution.files or ()] if record is None else _paths(record)
-    modules = dict.fromkeys(map(_first_part, paths))
-    return name, [module for module in modules if "." not in module]
+    """Name of a distribution, and the modules and packages that it brought; a broken one has no name."""
+    modules = (distribution.read_text("top_level.txt") or "").split()
+    if not modules:
+        record = distribution.read_text("RECORD")
+        paths = [str(path) for path in distribution.files or ()] if record is None else _paths(record)
+        modules = [module for module in dict.fromkeys(map(_first_part, paths)) if "." not in module]
+    return (distribution.metadata["Name"] if modules else "", modules)
 
 
 def _paths(record: str) -> list[str]:

@@ -33,6 +33,7 @@ def test_files_that_a_distribution_lists_need_not_be_there(tmp_path: Path, monke
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: some-thing\nVersion: 1\n")
     listed = ["gone/__init__.py,,", "lone.py,,", '"a,b.py",,', "../../bin/tool,,", "some_thing-1.dist-info/RECORD,,"]
     (info / "RECORD").write_text("\n".join(listed))
+    (tmp_path / "~roken-1.dist-info").mkdir()  # what an interrupted installation leaves
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     assert quick_scans.distributions_of() == dict.fromkeys(["gone", "lone", "a,b"], ["some-thing"])
 
