@@ -16,23 +16,38 @@ SMALLEST_SET = 8
 """Rows of a set that scores or chooses, at least."""
 
 _SCORING_SET, _SHORT_ROW = 16, 512
+_SCORING_PARTS = {"cpu": 16, "cuda": 4}
+"""One in so many calibration rows there are to score: on a GPU they cost little beside the rest."""
 
 
-def row_counts(num_samples: int, selection_samples: int, eval_samples: int, length: int | None) -> dict[str, int]:
+def row_counts(
+    num_samples: int, selection_samples: int, eval_samples: int, length: int | None, device: str
+) -> dict[str, int]:
     """Rows of each set: rounding, scoring, selecting a plan, reporting.
-
-    Rows of less than 512 tokens are scored on at least 16: noise falls with the rows, and short ones cost little.
 
     Args:
         num_samples: Calibration rows.
         selection_samples: Rows that choose.
         eval_samples: Rows to report on.
         length: Tokens of a row; None for images.
+        device: Kind of the device, ``cpu`` or ``cuda``.
     """
-    side = max(SMALLEST_SET, num_samples // 16)
-    short = length is None or length < _SHORT_ROW
-    scoring = max(side, _SCORING_SET) if short else side
+    scoring = scoring_rows(num_samples, length, device)
     return {"calibration": num_samples, "scoring": scoring, "selection": selection_samples, "report": eval_samples}
+
+
+def scoring_rows(num_samples: int, length: int | None, device: str) -> int:
+    """Rows to score on.
+
+    Rows of less than 512 tokens are at least 16: noise falls with the rows, and short ones cost little.
+
+    Args:
+        num_samples: Calibration rows.
+        length: Tokens of a row; None for images.
+        device: Kind of the device, ``cpu`` or ``cuda``.
+    """
+    least = _SCORING_SET if length is None or length < _SHORT_ROW else SMALLEST_SET
+    return max(least, num_samples // _SCORING_PARTS[device])
 
 
 @dataclass(frozen=True)

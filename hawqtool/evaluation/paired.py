@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,12 +25,14 @@ class PairedDifference:
         stderr: Its standard error; NaN where a source has one row.
         freedom: Degrees of freedom, of Welch and Satterthwaite where there are several sources.
         by_source: Mean and standard error of each source.
+        base: Divergence of the second model, sources counting alike; NaN where it is not known.
     """
 
     value: float
     stderr: float
     freedom: float
     by_source: Mapping[str, tuple[float, float]]
+    base: float = math.nan
 
     def needed(self, tried: int) -> float:
         """Standard errors by which the best of ``tried`` models must be better: t at 1 - 0.05 / tried, one-sided.
@@ -42,19 +44,24 @@ class PairedDifference:
 
         return float(stdtrit(self.freedom, 1 - LEVEL / tried)) if self.freedom > 0 else math.inf
 
-    def is_less(self, tried: int) -> bool:
+    def is_less(self, tried: int, share: float = 0.0) -> bool:
         """Whether the first model is better for sure, it being the best of ``tried``.
 
         No source may be worse by more than its own standard error: what one text gains another must not lose.
+
+        Args:
+            tried: Models of which it is the best.
+            share: By how much of the second one's divergence it must be better.
         """
         loses = any(value > stderr for value, stderr in self.by_source.values())
-        return self.value < -self.needed(tried) * self.stderr and not loses
+        least = share * self.base if share else 0.0
+        return self.value + least < -self.needed(tried) * self.stderr and not loses
 
 
 def compare_paired(first: Evaluation, second: Evaluation) -> PairedDifference:
     """``first - second`` in divergence; both on the same rows."""
     rows, other = (torch.tensor(e.row_divergence, dtype=torch.float64) for e in (first, second))
-    return paired_rows(rows - other, first.sources)
+    return replace(paired_rows(rows - other, first.sources), base=balanced_divergence(second))
 
 
 def paired_rows(differences: Tensor, sources: tuple[str, ...]) -> PairedDifference:

@@ -80,8 +80,11 @@ class SelectionDifference(TypedDict):
     mixed_minus_uniform: Annotated[float, "Mean difference in divergence, each source of rows counting alike."]
     stderr: Annotated[float, "Its paired standard error."]
     errors_needed: Annotated[
-        float | None, "Standard errors by which the mixed plan must be better to be shipped; null: no number is enough."
+        float | None,
+        "Standard errors by which the mixed plan must be better by more than `least_gain`, to be shipped; null: no "
+        "number is enough.",
     ]
+    least_gain: Annotated[float, "Nats of divergence by which it must be better at least: 5 % of the uniform plan's."]
     plans: Annotated[int, "Mixed plans that were tried, for which that number is corrected (Holm)."]
     by_source: Annotated[dict[str, SourceDifference], "The difference on the rows of each source."]
 

@@ -131,8 +131,8 @@ _CHOICE = (
     PlantedError(
         "choice that forgets how many plans were tried",
         "hawqtool/pipeline/search/selection.py",
-        "difference.is_less(selection.tried)",
-        "difference.is_less(1)",
+        "_is_worth(difference, selection.tried)",
+        "_is_worth(difference, 1)",
         (_SELECTION,),
     ),
     PlantedError(

@@ -13,6 +13,7 @@ import torch
 
 from hawqtool.checkpoint.index import CheckpointIndex, TensorInfo
 from hawqtool.config import RunConfig
+from hawqtool.data.mixing import scoring_rows
 from hawqtool.formats import MAX_BITS
 from hawqtool.model.discovery import Structure
 from hawqtool.records import BlockSpec, LinearSpec
@@ -37,8 +38,6 @@ into how many passes a batch is parted at least, so that one that was halved for
 HOST_BYTES = 6 << 30
 """Most host memory for hidden states beside a GPU; with all else a run then stays below 12 GiB there."""
 
-_MOST_SCORING_ROWS = 16
-"""Short rows are scored on so many at least, and more than 256 calibration rows on a 16th of them."""
 _FOUR_WIDTHS = (2, 3, 4, 8)
 _FLOAT_BYTES = 4
 _GIB = 1 << 30
@@ -101,7 +100,7 @@ class Work:
 
     def needed_bytes(self, batch_size: int) -> int:
         """Estimate of the memory that measuring and rounding take besides."""
-        scoring = max(_MOST_SCORING_ROWS, self.num_samples // _MOST_SCORING_ROWS)
+        scoring = scoring_rows(self.num_samples, None, self.device.type)
         tokens = [min(batch_size, count) * self.seq_len for count in (self.num_samples, scoring)]
         formats = _most_formats(self.config)
         needed = workspace_bytes(self.index, self.structure, self.dtype, tokens[0], tokens[1], formats)

@@ -159,7 +159,8 @@ def _counts(job: Job) -> dict[str, int]:
 def _all_counts(job: Job) -> dict[str, int]:
     length = job.settings.seq_len if job.row_format.values is None else None
     settings = job.settings
-    return row_counts(settings.num_samples, settings.selection_samples, settings.eval_samples, length)
+    samples = settings.num_samples, settings.selection_samples, settings.eval_samples
+    return row_counts(*samples, length, job.device.type)
 
 
 def selection_sources(job: Job) -> tuple[str, ...]:

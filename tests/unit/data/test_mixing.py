@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hawqtool.config import RunConfig, load_config
-from hawqtool.data.mixing import SourceRows, mix_rows, pieces, quotas, shares
+from hawqtool.data.mixing import SourceRows, mix_rows, pieces, quotas, scoring_rows, shares
 from hawqtool.errors import InputError, UsageError
 
 COUNTS = {"calibration": 12, "scoring": 8, "selection": 8, "report": 4}
@@ -119,3 +119,11 @@ def test_wrong_sources_say_what_is_expected(key: str, given: Any, said: str) -> 
         load_config(None, {"model": "m", key: given})
     assert key in str(caught.value) and said in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "length", "device", "expected"),
+    [(128, 2048, "cuda", 32), (128, 2048, "cpu", 8), (16, 256, "cuda", 16), (512, None, "cpu", 32)],
+)
+def test_a_gpu_scores_on_a_quarter(num_samples: int, length: int | None, device: str, expected: int) -> None:
+    assert scoring_rows(num_samples, length, device) == expected
