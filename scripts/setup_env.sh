@@ -12,6 +12,8 @@ CONSTRAINTS="$ROOT/scripts/constraints.txt"
 # A shared machine would otherwise spin; nothing may ask a model hub; bars and warnings do not belong in a log.
 export OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error TQDM_DISABLE=1
 export HF_HUB_DISABLE_PROGRESS_BARS=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+# Without bytecode every process compiles torch and transformers anew, which takes ten seconds.
+unset PYTHONDONTWRITEBYTECODE
 
 setup_env() {
     local extra=$1 stamp="$VENV/.installed-$1" wanted

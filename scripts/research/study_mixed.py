@@ -44,7 +44,7 @@ from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.job import prepare
 from hawqtool.pipeline.run.menu import budget_bytes, job_menu
 from hawqtool.pipeline.search.planner import Planner, make_planner
-from hawqtool.pipeline.search.selection import _largest_uniform, choose, try_plans
+from hawqtool.pipeline.search.selection import Selection, _largest_uniform, choose, try_plans
 from hawqtool.pipeline.search.shortlist import RULE
 from hawqtool.pipeline.search.trials import TrialRunner, formats_key
 from hawqtool.pipeline.stages.evaluate import Evaluator
@@ -146,6 +146,14 @@ def run(options: argparse.Namespace, reporter: Reporter) -> None:
         _free()
 
 
+def _seemed(selection: Selection) -> dict[str, list[float]]:
+    """The mixed plan less uniform on the rows that choose, and its error, as shares of uniform's divergence."""
+    carried_out = replace(selection, proof=None).minus_uniform
+    layerwise = None if selection.proof is None else selection.proof.minus_uniform(selection.best)
+    found = {"layerwise": layerwise, "carried out": carried_out}
+    return {name: [one.value / one.base, one.stderr / one.base] for name, one in found.items() if one is not None}
+
+
 def _free() -> None:
     """Give back what a plan took of a GPU, which other work may share."""
     if torch.cuda.is_available():
@@ -236,9 +244,10 @@ class Draw:
             assert trial is not None  # otherwise no uniform plan were shipped
             folder = runner.folder(trial)
             runner.keep_only([trial])
+            seemed = _seemed(selection)
             del runner, selection  # and with them the original's states on the rows that choose
         beside = [role for role, (_, plan) in rivals.items() if role == "uniform" or plan.formats != trial.plan.formats]
-        more = {"kind": shipped, "beside": beside}
+        more = {"kind": shipped, "beside": beside, "seemed": seemed}
         self._add(target, "shipped", trial.name.removeprefix("uniform "), trial.plan, self._judged(folder), **more)
         del self.seconds["try"]
 
