@@ -136,6 +136,13 @@ _CHOICE = (
         (_SELECTION,),
     ),
     PlantedError(
+        "choice by any gain",
+        "hawqtool/pipeline/search/selection.py",
+        "difference.is_less(tried, LEAST_GAIN)",
+        "difference.is_less(tried)",
+        (_SELECTION,),
+    ),
+    PlantedError(
         "choice in which one source of rows may lose",
         "hawqtool/evaluation/paired.py",
         "* self.stderr and not loses",
