@@ -44,18 +44,17 @@ class PairedDifference:
 
         return float(stdtrit(self.freedom, 1 - LEVEL / tried)) if self.freedom > 0 else math.inf
 
-    def is_less(self, tried: int, share: float = 0.0) -> bool:
+    def is_less(self, tried: int, noise: float = 0.0) -> bool:
         """Whether the first model is better for sure, it being the best of ``tried``.
 
         No source may be worse by more than its own standard error: what one text gains another must not lose.
 
         Args:
             tried: Models of which it is the best.
-            share: By how much of the second one's divergence it must be better.
+            noise: Standard error that rows know nothing of.
         """
         loses = any(value > stderr for value, stderr in self.by_source.values())
-        least = share * self.base if share else 0.0
-        return self.value + least < -self.needed(tried) * self.stderr and not loses
+        return self.value < -self.needed(tried) * math.hypot(self.stderr, noise) and not loses
 
 
 def compare_paired(first: Evaluation, second: Evaluation) -> PairedDifference:

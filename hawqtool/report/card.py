@@ -219,8 +219,8 @@ def _choice(report: Report) -> str:
     if report["search"] is not None:
         return f"uniform, which meets the bound and is no larger than the mixed plan, {how}"
     return (
-        "the best uniform plan within the budget, because the mixed one was not better by 5 % for sure on the "
-        f"selection rows; that one was {how}"
+        "the best uniform plan within the budget, because the mixed one was not better for sure on the selection "
+        f"rows; that one was {how}"
     )
 
 

@@ -81,10 +81,10 @@ class SelectionDifference(TypedDict):
     stderr: Annotated[float, "Its paired standard error."]
     errors_needed: Annotated[
         float | None,
-        "Standard errors by which the mixed plan must be better by more than `least_gain`, to be shipped; null: no "
-        "number is enough.",
+        "Standard errors, `stderr` and `draw_stderr` taken together, by which the mixed plan must be better to be "
+        "shipped; null: no number is enough.",
     ]
-    least_gain: Annotated[float, "Nats of divergence by which it must be better at least: 5 % of the uniform plan's."]
+    draw_stderr: Annotated[float, "Standard error by the draw of calibration rows: 3 % of uniform's divergence."]
     plans: Annotated[int, "Mixed plans that were tried, for which that number is corrected (Holm)."]
     by_source: Annotated[dict[str, SourceDifference], "The difference on the rows of each source."]
 

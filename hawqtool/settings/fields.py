@@ -183,7 +183,7 @@ class Fields(TargetFields):
     )] = Field(default=None, ge=1)
     proof: Annotated[Literal["full", "layerwise", "predicted"] | None, Setting(
         help="full: uniform and the rule that people use are carried out too; layerwise: all plans are measured with "
-        "layers rounded one by one, and a mixed one that is better by 5 % for sure is carried out alone; predicted: "
+        "layers rounded one by one, and a mixed one that is better for sure is carried out alone; predicted: "
         "as full, without those far above.",
         default="layerwise on a GPU, unless it learns, swaps or has no budget; else full",
         detail="The report says what was compared how. Layerwise leaves out output feedback, and corrections of one "

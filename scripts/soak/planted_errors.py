@@ -131,14 +131,14 @@ _CHOICE = (
     PlantedError(
         "choice that forgets how many plans were tried",
         "hawqtool/pipeline/search/selection.py",
-        "_is_worth(difference, selection.tried)",
-        "_is_worth(difference, 1)",
+        "_is_better(difference, selection.tried)",
+        "_is_better(difference, 1)",
         (_SELECTION,),
     ),
     PlantedError(
-        "choice by any gain",
+        "choice that takes the calibration rows for the only ones",
         "hawqtool/pipeline/search/selection.py",
-        "difference.is_less(tried, LEAST_GAIN)",
+        "difference.is_less(tried, DRAW_NOISE * difference.base)",
         "difference.is_less(tried)",
         (_SELECTION,),
     ),
