@@ -168,11 +168,16 @@ class MeasurementRows:
         calibration: Rows behind the rounding.
         scoring: Rows behind the scores, ``[rows, seq_len]`` tokens, or images; disjoint from the others.
         batch_size: Rows per forward pass.
+        scoring_batch: Rows behind the scores per pass, forwards and backwards (default: ``batch_size``).
     """
 
     calibration: Rows
     scoring: Tensor
     batch_size: int
+    scoring_batch: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scoring_batch", self.scoring_batch or self.batch_size)
 
 
 @dataclass(frozen=True)

@@ -120,11 +120,11 @@ def measure(
     with stream.keeping_pages():
         known = stream.embed(calibration[share], size, method.needs_held_out, importance=rows.calibration.importance)
         known.ranks, known.first_row = ranks, share.start
-        sets = (known, stream.embed(scoring, size))
+        sets = (known, stream.embed(scoring, rows.scoring_batch))
         stored = forward_sweep(stream, *sets, left, rounding.menu, progress, rounding.refiner is not None)
         if begun is None:
             generator = torch.Generator(stream.device).manual_seed(ranks.seed(settings.seed))
-            gradients, outputs = loss_gradients(stream, scoring.split(size), sets[1].hidden, generator)
+            gradients, outputs = loss_gradients(stream, scoring.split(rows.scoring_batch), sets[1].hidden, generator)
             limit = GradientLimit.of(gradients, settings.gradient_limit)
             scores, positions = _Scores(list(settings.metrics), {}, {}, {}), sets[1].hidden[0].shape[1]
             rows_of_head = head_rows(stream, scoring, sets[1].hidden, ranks.seed(settings.seed))

@@ -110,8 +110,8 @@ _CHOICE = (
     PlantedError(
         "sign of the choice",
         "hawqtool/evaluation/paired.py",
-        "self.value < -self.needed(tried) * self.stderr",
-        "self.value > self.needed(tried) * self.stderr",
+        "self.value < -self.needed(tried) * math",
+        "self.value > self.needed(tried) * math",
         (_SELECTION,),
     ),
     PlantedError(
@@ -145,8 +145,8 @@ _CHOICE = (
     PlantedError(
         "choice in which one source of rows may lose",
         "hawqtool/evaluation/paired.py",
-        "* self.stderr and not loses",
-        "* self.stderr",
+        "noise) and not loses",
+        "noise)",
         (_SELECTION,),
     ),
     PlantedError(

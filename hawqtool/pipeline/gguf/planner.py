@@ -14,8 +14,8 @@ from hawqtool.pipeline.gguf.ends import EndRounding, measure_ends
 from hawqtool.pipeline.gguf.tensors import GgufJob
 from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.search.planner import allocate
-from hawqtool.pipeline.stages.measure import check_scores
-from hawqtool.records import BitPlan, MeasurementRows, Menu, Rows, UnitFormats, UnitScores
+from hawqtool.pipeline.stages.measure import check_scores, rows_of_measurement
+from hawqtool.records import BitPlan, Menu, Rows, UnitFormats, UnitScores
 from hawqtool.rounding.blocks.spec import BlockRounding
 from hawqtool.runtime.reporter import Reporter
 from hawqtool.sensitivity.measure import SweepSettings, measure
@@ -156,7 +156,7 @@ def _swept(context: RunContext, gguf: GgufJob, calibration: Rows, scoring: Rows)
         return scores_of_pairs(known)
     found = measure(
         job.stream(),
-        MeasurementRows(calibration, scoring.tokens, job.settings.batch_size),
+        rows_of_measurement(job, calibration, scoring.tokens),
         BlockRounding(job.settings.method, cast(Menu, menu), job.stored_dtypes),
         SweepSettings(job.config.seed),
         context.reporter.progress,

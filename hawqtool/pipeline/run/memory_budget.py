@@ -31,9 +31,10 @@ CPU_BATCH_SIZE, CUDA_BATCH_SIZES = 16, (128, 64, 32)
 
 IMPORTANCE_ROWS = {"cpu": 2, "cuda": 8}
 """Rows of a pass of token importance, at least; fixed per kind of device, because they change sums."""
-_IMPORTANCE_TOKENS, _IMPORTANCE_SHARE = 1 << 30, 4
-"""Numbers at the ends of a block's linears, all tokens of a pass together, below which a GPU waits for launches; and
-into how many passes a batch is parted at least, so that one that was halved for want of memory halves these too."""
+_IMPORTANCE_NUMBERS, _SCORING_NUMBERS, _PASSES = 1 << 30, 1 << 31, 4
+"""Numbers at the ends of a block's linears, all tokens of a pass together: below the first a GPU waits for launches,
+the second take 8 GB with the gradients at them. And into how many passes a batch is parted at least, so that one that
+was halved for want of memory halves these too."""
 
 HOST_BYTES = 6 << 30
 """Most host memory for hidden states beside a GPU; with all else a run then stays below 12 GiB there."""
@@ -100,7 +101,7 @@ class Work:
 
     def needed_bytes(self, batch_size: int) -> int:
         """Estimate of the memory that measuring and rounding take besides."""
-        scoring = scoring_rows(self.num_samples, None, self.device.type)
+        scoring = min(scoring_rows(self.num_samples, None, self.device.type), scoring_batch(self, batch_size, True))
         tokens = [min(batch_size, count) * self.seq_len for count in (self.num_samples, scoring)]
         formats = _most_formats(self.config)
         needed = workspace_bytes(self.index, self.structure, self.dtype, tokens[0], tokens[1], formats)
@@ -162,11 +163,26 @@ def importance_rows(work: Work, batch_size: int, of_text: bool) -> int:
         batch_size: Rows per forward pass.
         of_text: Whether rows are tokens alone; how many positions others have is not known here.
     """
+    return _rows_of_pass(work, batch_size, of_text, _IMPORTANCE_NUMBERS)
+
+
+def scoring_batch(work: Work, batch_size: int, of_text: bool) -> int:
+    """Rows behind the scores in a pass: those of a batch on a CPU, on a GPU by shapes, as `importance_rows`.
+
+    Args:
+        work: What has to be done.
+        batch_size: Rows per forward pass.
+        of_text: Whether rows are tokens alone.
+    """
+    return _rows_of_pass(work, batch_size, of_text, _SCORING_NUMBERS) if work.device.type == "cuda" else batch_size
+
+
+def _rows_of_pass(work: Work, batch_size: int, of_text: bool, numbers: int) -> int:
     fewest = IMPORTANCE_ROWS[work.device.type]
     if work.device.type != "cuda" or not of_text:
         return min(fewest, batch_size)
-    most = _IMPORTANCE_TOKENS // (work.seq_len * max(map(_ends, work.structure.blocks)))
-    rows = max(fewest, min(most, batch_size // _IMPORTANCE_SHARE))
+    most = numbers // (work.seq_len * max(map(_ends, work.structure.blocks)))
+    rows = max(fewest, min(most, batch_size // _PASSES))
     return min(1 << (rows.bit_length() - 1), batch_size)
 
 

@@ -20,7 +20,8 @@ from hawqtool.pipeline.run.files import plan_of_record, plan_record
 from hawqtool.pipeline.run.menu import job_menu
 from hawqtool.pipeline.search.trials import Trial, TrialRunner, formats_key
 from hawqtool.pipeline.search.width_swap import neighbouring, relative_scores
-from hawqtool.records import BitPlan, MeasurementRows, Menu, Score, UnitFormats, UnitScores
+from hawqtool.pipeline.stages.measure import rows_of_measurement
+from hawqtool.records import BitPlan, Menu, Score, UnitFormats, UnitScores
 from hawqtool.report.plan_comparison import SwapAttempt
 from hawqtool.runtime.stage_timer import Stopwatch
 from hawqtool.sensitivity.measured_kl import pairs_of_scores, scores_of_pairs
@@ -143,7 +144,7 @@ class _Search:
         self.context, self.menu, self.budget = runner.context, menu, budget
         job, sets, evaluator = self.context.job, runner.sets, runner.evaluator
         scoring = _cut(sets["scoring"].tokens) if job.task.generates else sets["scoring"].tokens
-        self.rows = MeasurementRows(sets["calibration"], scoring, job.settings.batch_size)
+        self.rows = rows_of_measurement(job, sets["calibration"], scoring)
         original, folder = job.stream(), runner.folder(trial)
         states = original.final_hidden(self.rows.scoring, self.rows.batch_size, lambda _: None)
         self.reference = Reference(original, self.rows.scoring, states)
@@ -178,7 +179,7 @@ class _Search:
         changes = plan_changes(
             self.reference,
             self.spliced(present),
-            self.rows.batch_size,
+            self.rows.scoring_batch,
             self.menu,
             job.config.seed,
             self.context.reporter.progress,

@@ -17,6 +17,7 @@ from hawqtool.pipeline.run.memory_budget import (
     choose_batch_size,
     importance_rows,
     make_offload,
+    scoring_batch,
 )
 from hawqtool.records import BlockSpec, LinearSpec
 from tests.support.tiny import tiny_llama
@@ -64,6 +65,12 @@ LLAMA_8B = ((4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096), (4096, 14336
 SMOLLM2 = ((576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576))
 
 
+def of_shapes(work: Work, shapes: tuple[tuple[int, int], ...], seq_len: int) -> Work:
+    linears = [LinearSpec(f"m{n}", outs, ins, 0, "unit", 2) for n, (ins, outs) in enumerate(shapes)]
+    structure = Structure((BlockSpec(0, "block", tuple((linear,) for linear in linears)),), ())
+    return replace(work, structure=structure, seq_len=seq_len)
+
+
 @pytest.mark.parametrize(
     ("shapes", "seq_len", "batch_size", "rows"),
     [(SMOLLM2, 2048, 128, 32), (SMOLLM2, 2048, 64, 16), (SMOLLM2, 2048, 4, 4), (LLAMA_8B, 2048, 128, 8),
@@ -72,9 +79,20 @@ SMOLLM2 = ((576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 15
 def test_token_importance_takes_more_rows_of_small_models_on_a_gpu(
     work: Work, shapes: tuple[tuple[int, int], ...], seq_len: int, batch_size: int, rows: int
 ) -> None:
-    linears = [LinearSpec(f"m{n}", outs, ins, 0, "unit", 2) for n, (ins, outs) in enumerate(shapes)]
-    structure = Structure((BlockSpec(0, "block", tuple((linear,) for linear in linears)),), ())
-    shaped = replace(work, structure=structure, seq_len=seq_len)
+    shaped = of_shapes(work, shapes, seq_len)
     assert importance_rows(shaped, batch_size, of_text=True) == rows
     assert importance_rows(shaped, batch_size, of_text=False) == min(8, batch_size)
     assert importance_rows(replace(shaped, device=torch.device("cpu")), batch_size, of_text=True) == 2
+
+
+@pytest.mark.parametrize(
+    ("shapes", "seq_len", "batch_size", "rows"),
+    [(SMOLLM2, 2048, 128, 32), (SMOLLM2, 2048, 32, 8), (LLAMA_8B, 2048, 128, 8), (LLAMA_8B, 512, 128, 32)],
+)
+def test_rows_behind_the_scores_of_a_large_model_are_eight_in_a_pass_of_a_gpu(
+    work: Work, shapes: tuple[tuple[int, int], ...], seq_len: int, batch_size: int, rows: int
+) -> None:
+    shaped = of_shapes(work, shapes, seq_len)
+    assert scoring_batch(shaped, batch_size, of_text=True) == rows
+    assert scoring_batch(shaped, batch_size, of_text=False) == 8
+    assert scoring_batch(replace(shaped, device=torch.device("cpu")), batch_size, of_text=True) == batch_size
