@@ -31,14 +31,14 @@ CPU_BATCH_SIZE, CUDA_BATCH_SIZES = 16, (128, 64, 32)
 
 IMPORTANCE_ROWS = {"cpu": 2, "cuda": 8}
 """Rows of a pass of token importance, at least; fixed per kind of device, because they change sums."""
-_IMPORTANCE_NUMBERS, _SCORING_NUMBERS, _PASSES = 1 << 30, 1 << 31, 4
-"""Numbers at the ends of a block's linears, all tokens of a pass together: below the first a GPU waits for launches,
-the second take 8 GB with the gradients at them. And into how many passes a batch is parted at least, so that one that
-was halved for want of memory halves these too."""
+_IMPORTANCE_TOKENS, _IMPORTANCE_SHARE = 1 << 30, 4
+"""Numbers at the ends of a block's linears, all tokens of a pass together, below which a GPU waits for launches; and
+into how many passes a batch is parted at least, so that one that was halved for want of memory halves these too."""
 
 HOST_BYTES = 6 << 30
 """Most host memory for hidden states beside a GPU; with all else a run then stays below 12 GiB there."""
 
+_SCORING_BATCH, _SCORING_SHARE = 8, 4
 _FOUR_WIDTHS = (2, 3, 4, 8)
 _FLOAT_BYTES = 4
 _GIB = 1 << 30
@@ -101,7 +101,7 @@ class Work:
 
     def needed_bytes(self, batch_size: int) -> int:
         """Estimate of the memory that measuring and rounding take besides."""
-        scoring = min(scoring_rows(self.num_samples, None, self.device.type), scoring_batch(self, batch_size, True))
+        scoring = min(scoring_rows(self.num_samples, None, self.device.type), scoring_batch(self.device, batch_size))
         tokens = [min(batch_size, count) * self.seq_len for count in (self.num_samples, scoring)]
         formats = _most_formats(self.config)
         needed = workspace_bytes(self.index, self.structure, self.dtype, tokens[0], tokens[1], formats)
@@ -163,27 +163,24 @@ def importance_rows(work: Work, batch_size: int, of_text: bool) -> int:
         batch_size: Rows per forward pass.
         of_text: Whether rows are tokens alone; how many positions others have is not known here.
     """
-    return _rows_of_pass(work, batch_size, of_text, _IMPORTANCE_NUMBERS)
-
-
-def scoring_batch(work: Work, batch_size: int, of_text: bool) -> int:
-    """Rows behind the scores in a pass: those of a batch on a CPU, on a GPU by shapes, as `importance_rows`.
-
-    Args:
-        work: What has to be done.
-        batch_size: Rows per forward pass.
-        of_text: Whether rows are tokens alone.
-    """
-    return _rows_of_pass(work, batch_size, of_text, _SCORING_NUMBERS) if work.device.type == "cuda" else batch_size
-
-
-def _rows_of_pass(work: Work, batch_size: int, of_text: bool, numbers: int) -> int:
     fewest = IMPORTANCE_ROWS[work.device.type]
     if work.device.type != "cuda" or not of_text:
         return min(fewest, batch_size)
-    most = numbers // (work.seq_len * max(map(_ends, work.structure.blocks)))
-    rows = max(fewest, min(most, batch_size // _PASSES))
+    most = _IMPORTANCE_TOKENS // (work.seq_len * max(map(_ends, work.structure.blocks)))
+    rows = max(fewest, min(most, batch_size // _IMPORTANCE_SHARE))
     return min(1 << (rows.bit_length() - 1), batch_size)
+
+
+def scoring_batch(device: torch.device, batch_size: int) -> int:
+    """Rows behind the scores in a pass, forwards and backwards: on a GPU a quarter of a batch, 8 at least.
+
+    Gradients take more memory than a pass forwards, which is what a batch is chosen by.
+
+    Args:
+        device: Where the run computes.
+        batch_size: Rows per forward pass.
+    """
+    return min(max(_SCORING_BATCH, batch_size // _SCORING_SHARE), batch_size) if device.type == "cuda" else batch_size
 
 
 def _ends(spec: BlockSpec) -> int:

@@ -20,7 +20,7 @@ from hawqtool.pipeline.run.context import RunContext
 from hawqtool.pipeline.run.files import sensitivity_document
 from hawqtool.pipeline.run.identity import model_fingerprint
 from hawqtool.pipeline.run.job import Job
-from hawqtool.pipeline.run.memory_budget import Work, scoring_batch
+from hawqtool.pipeline.run.memory_budget import scoring_batch
 from hawqtool.pipeline.run.menu import unquantized_bytes
 from hawqtool.pipeline.stages.measurement_cache import MeasurementFolder, measurement_fingerprint
 from hawqtool.pipeline.stages.refine import FormatRefiner, fitting_rows
@@ -209,9 +209,8 @@ def _swept(
 
 def rows_of_measurement(job: Job, calibration: Rows, scoring: Tensor) -> MeasurementRows:
     """Rows of a measurement with gradients, and how many go through the model together."""
-    work = Work(job.config, job.index, job.structure, job.device, job.dtype, *scoring.shape[:2])
     size = job.settings.batch_size
-    return MeasurementRows(calibration, scoring, size, scoring_batch(work, size, job.row_format.values is None))
+    return MeasurementRows(calibration, scoring, size, scoring_batch(job.device, size))
 
 
 def _settings(job: Job, sets: dict[str, Rows], found: Measurement) -> dict[str, float | int | str]:
