@@ -82,7 +82,7 @@ class _Judged(_Search):
         job = SimpleNamespace(units=(unit,), pins={}, config=SimpleNamespace(seed=0))
         self.context = cast(Any, SimpleNamespace(job=job, reporter=Silent()))
         self.menu, self.budget, self.true = {"u": (W2, W3, W4)}, unit.stored_bytes(W4), true
-        self.rows, self.reference = cast(Any, SimpleNamespace(batch_size=1)), cast(Any, None)
+        self.rows, self.reference = cast(Any, SimpleNamespace(batch_size=1, scoring_batch=1)), cast(Any, None)
         self.selection = cast(Any, SimpleNamespace(sources=()))
 
     def spliced(self, formats: Any) -> Any:
