@@ -84,7 +84,7 @@ class SelectionDifference(TypedDict):
         "Standard errors, `stderr` and `draw_stderr` taken together, by which the mixed plan must be better to be "
         "shipped; null: no number is enough.",
     ]
-    draw_stderr: Annotated[float, "Standard error by the draw of calibration rows: 3 % of uniform's divergence."]
+    draw_stderr: Annotated[float, "Standard error by the draw of calibration rows: 4 % of uniform's divergence."]
     plans: Annotated[int, "Mixed plans that were tried, for which that number is corrected (Holm)."]
     by_source: Annotated[dict[str, SourceDifference], "The difference on the rows of each source."]
 
