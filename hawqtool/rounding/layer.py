@@ -229,7 +229,7 @@ def round_layer_groups(
     """
     start, device = time.perf_counter(), groups[0].factor.upper.device
     tasks = [task for group in groups for task in group.tasks]
-    moments = None if any(_shares_rows(task.quant_format) for task in tasks) else moments
+    moments = None if any(shares_rows(task.quant_format) for task in tasks) else moments
     with recorder.stage("factor"):
         rows = None if moments is None else row_feedback(moments, device)
     settings = [choose_settings(g.tasks, g.factor, method, g.statistics, recorder, moments) for g in groups]
@@ -286,7 +286,7 @@ def _metrics(task: Task, values: Sequence[float], factor: Factor, chosen: LayerS
     )
 
 
-def _shares_rows(fmt: QuantFormat) -> bool:
+def shares_rows(fmt: QuantFormat) -> bool:
     """Whether rows share a scale, so that they cannot be rounded in an order of their own."""
     return fmt.floats is not None and fmt.floats.group_rows > 1
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from hawqtool.checkpoint.fusion import is_expert
 from hawqtool.checkpoint.reader import TensorReader
 from hawqtool.export.stored.weights import packed_parts, unpack_parts
 from hawqtool.formats.activations import ActivationFormat
@@ -18,7 +19,7 @@ from hawqtool.pipeline.stages.refine import BlockRefiner, fitting_rows
 from hawqtool.records import BlockSpec, LinearSpec, RoundedLayer, Rows, UnitFormats
 from hawqtool.rounding.floats.scale_search import divisor_of_peak
 from hawqtool.rounding.grid import Quantized, dequantize
-from hawqtool.rounding.layer import quantized, round_layer_groups, round_without_inputs, with_codes
+from hawqtool.rounding.layer import quantized, round_layer_groups, round_without_inputs, shares_rows, with_codes
 from hawqtool.rounding.learned.block import Schedule
 from hawqtool.rounding.learned.gram_matrix import GramSchedule, learn_group
 from hawqtool.rounding.method import TaskGroup
@@ -26,7 +27,7 @@ from hawqtool.rounding.spec import InitialRounding, InputGroup, InputGroups, Rou
 from hawqtool.rounding.statistics import GroupStatistics
 from hawqtool.runtime.store import NOTHING_SAVED, Saved
 from hawqtool.streaming.block import Activations
-from hawqtool.streaming.dealt import dealt
+from hawqtool.streaming.dealt import dealt, rounded_by_rows
 from hawqtool.streaming.input_peaks import input_peaks
 from hawqtool.streaming.input_statistics import collect_statistics, replay_rounded
 from hawqtool.streaming.resume_points import ResumePoints
@@ -262,7 +263,7 @@ class _BlockRounder:
 
         What nothing refines is final and goes to the sink at once, which may write it while the next group is rounded.
         """
-        for group, rounded in dealt(self.job.ranks, groups, self._rounded, self.rounding.parts):
+        for group, rounded in dealt(self.job.ranks, groups, self._rounded, self.rounding.parts, self._by_rows):
             linears = {linear.name: linear for linear in group}
             for layer, tokens in rounded:
                 self.tokens[layer.name] = tokens
@@ -276,15 +277,34 @@ class _BlockRounder:
                     self._give(layer)
                 self._put(linears[layer.name], quantized(layer))
 
-    def _rounded(self, part: Sequence[InputGroup]) -> list[list[_Rounded]]:
-        """The planned layers of each of some groups, each with what the report says of its tokens."""
+    def _by_rows(self, group: Sequence[LinearSpec]) -> Callable[[InputGroup], list[_Rounded]] | None:
+        """What rounds a group on all ranks together, a share of rows each; None where rows depend on each other."""
+        moments = self.rounding.output_moments.get(group[0].name)
+        formats = [fmt for linear in group for fmt in self.rounding.formats_of(linear)]
+        hear = moments is not None and moments.lower is not None
+        if hear or self.job.holds_out_tokens or any(map(shares_rows, formats)) or is_expert(group[0].name):
+            return None
+        few = min(linear.out_features for linear in group) < self.job.ranks.size
+        return None if few else lambda one: self._rounded([one], shared=True)[0]
+
+    def _rounded(self, part: Sequence[InputGroup], shared: bool = False) -> list[list[_Rounded]]:
+        """The planned layers of each of some groups, each with what the report says of its tokens.
+
+        Args:
+            part: The groups, with statistics of all rows.
+            shared: Whether all ranks round the one group, each some rows of its layers.
+        """
         method, recorder = self.rounding.method, self.job.recorder
         with recorder.stage("factor"):
             groups = self.rounding.task_groups(self.block, part)
         wanted = [group for group in groups if group]
         # Who has moments is alone with its Gram matrix, and no expert.
         moments = self.rounding.output_moments.get(part[0][0][0].name)
-        found = iter(round_layer_groups(wanted, method, recorder, moments) if wanted else ())
+        rounded = partial(round_layer_groups, method=method, recorder=recorder, moments=moments)
+        if shared and wanted:
+            found = iter([rounded_by_rows(self.job.ranks, wanted[0], lambda own: rounded([own])[0])])
+        else:
+            found = iter(rounded(wanted) if wanted else ())
         return [
             self._learned(group, statistics, next(found)) if group else []
             for group, (_, statistics) in zip(groups, part, strict=True)

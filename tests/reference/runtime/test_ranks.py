@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hawqtool.checkpoint.fusion import is_expert
 from hawqtool.config import RunConfig
 from hawqtool.evaluation.divergence import OutputComparison
 from hawqtool.export.manifest import file_hash
@@ -26,11 +27,12 @@ from hawqtool.records import SWEEP_METRICS, BitPlan, MeasurementRows, RoundedLay
 from hawqtool.rounding.layer import quantized
 from hawqtool.rounding.learned.block import Schedule
 from hawqtool.rounding.learned.end_to_end import DistillSchedule
-from hawqtool.rounding.method import RoundingMethod
+from hawqtool.rounding.method import RoundingMethod, Task
 from hawqtool.runtime.ranks import ALONE, Ranks
 from hawqtool.sensitivity import label_gradients
 from hawqtool.sensitivity.measured_kl import single_unit_divergence
 from hawqtool.sensitivity.width_swap import swap_divergence
+from hawqtool.streaming import dealt
 from tests.support.crew import by_crew
 from tests.support.tiny_zoo import kind_named, save_kind
 
@@ -133,6 +135,39 @@ def test_codes_are_those_of_one_process(job: Job) -> None:
             if metrics[name]["fallback"] is None and told[name]["fallback"] is None:
                 assert told[name]["num_tokens"] == pytest.approx(metrics[name]["num_tokens"], abs=8)
                 assert float((found[name].codes == layer.codes).double().mean()) > 0.97, name
+
+
+def test_rows_of_one_layer_are_shared_and_rounded_as_by_one_process(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without output feedback, and with settings that no held-out rows choose, rows do not depend on each other."""
+    routed = any(is_expert(member.name) for unit in job.units for member in unit.members)
+    fixed = replace(job.settings, method=RoundingMethod("gptq", shift=0.0 if routed else 0.5))  # experts have no drift
+    job = replace(job, settings=fixed, config=job.config.model_copy(update={"foem_beta": 0.1}))
+    formats, rows = {unit.name: LOW for unit in job.units}, Rows(tokens(1), "test", "-", importance_of(job, ALONE)[0])
+    heights: list[tuple[int, int]] = []
+    share_of = dealt._rows_of
+
+    def noted(task: Task, ranks: Ranks) -> Task:
+        own = share_of(task, ranks)
+        heights.append((len(own.weight), len(task.weight)))
+        return own
+
+    monkeypatch.setattr(dealt, "_rows_of", noted)
+
+    def rounded(ranks: Ranks) -> tuple[dict[str, RoundedLayer], Any]:
+        layers = Layers()
+        findings = round_blocks(replace(job, ranks=ranks), formats, rows, layers, lambda *_: None)
+        return layers.found, findings.layers
+
+    expected, metrics = rounded(ALONE)
+    assert not heights
+    found, told = by_crew(RANKS, rounded)[0]
+    assert heights and all(own < whole for own, whole in heights)
+    for name, layer in expected.items():
+        assert found[name].codes.shape == layer.codes.shape and found[name].codes.dtype == layer.codes.dtype
+        if metrics[name]["fallback"] is None and told[name]["fallback"] is None:
+            assert float((found[name].codes == layer.codes).double().mean()) > 0.97, name
+            for key in ("output_error", "rtn_error", "predicted_error", "weight_error"):
+                assert told[name][key] == pytest.approx(metrics[name][key], rel=0.02), (name, key)
 
 
 @pytest.fixture
