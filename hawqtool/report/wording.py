@@ -43,6 +43,8 @@ GATES = {
 
 _SHARES = ("max_ppl_increase", "min_same_top", "max_kept", "max_flips", "max_task_drop")
 _BYTES = ("max_size", "regression_size")
+_CHOOSING = ("measure", "compare plans", "width swap")
+"""Stages that a run with a given plan has not."""
 
 
 def gate_values(gate: Gate) -> tuple[str, str]:
@@ -284,15 +286,22 @@ def cost_text(report: Report) -> str | None:
 
 
 def effort_text(report: Report) -> str | None:
-    """What the run took beside rounding the model once, where it was rounded by this run.
+    """What choosing the plan took, where there was one to choose and this run rounded it.
 
-    The first plan that was rounded is taken for that once; trials of other plans cost as much each. Of a run that was
-    gone on with a part of each is missing.
+    It is measuring, comparing, swaps, and every rounding but the first; evaluating the other plans is not told apart.
+    Of a run that was gone on with a part of each is missing.
     """
     timings = report["timings"]
     rounds = [seconds for stage, seconds in timings.items() if stage.startswith("round ")]
-    if not rounds or rounds[0] <= 0 or report.get("starts", 1) > 1:
+    chosen = sum(rounds[1:]) + sum(timings.get(stage, 0.0) for stage in _CHOOSING)
+    if not rounds or not chosen or report.get("starts", 1) > 1:
         return None
     total = sum(timings.values())
-    once, whole = (f"{seconds:.{int(seconds < 10)}f} s" for seconds in (rounds[0], total))
-    return f"rounding the model once took {once}, all stages {whole}: {total / rounds[0]:.1f} times as long"
+    choosing, whole, given, once = map(_seconds, (chosen, total, total - chosen, rounds[0]))
+    return (
+        f"choosing the plan took {choosing} of {whole}; with it given a run takes {given}, of which rounding is {once}"
+    )
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.{int(value < 10)}f} s"
