@@ -73,6 +73,13 @@ def test_a_weight_that_gives_no_row_is_refused(place: Path, run: Run) -> None:
         run(bits="4", target_bpw=4.5, calibration=("self", f"{place / 'other.txt'}=0.001"))
 
 
+def test_a_text_that_would_judge_but_not_calibrate_is_refused(tmp_path: Path, run: Run) -> None:
+    first, second = written(tmp_path)["lines.txt"], tmp_path / "second.txt"
+    second.write_text(random_text(4, 4000))
+    with pytest.raises(UsageError, match="second.txt: its weight is so small that it gives no row"):
+        run(bits="4", target_bpw=4.5, calibration=(f"{first}=4", str(second)), sampled_share=0.5, num_samples=3)
+
+
 OPTIONS = (
     *("--bits", "4", "--target-bpw", "4.5", "--group-size", "32", "--num-samples", "8", "--seq-len", "32"),
     *("--eval-samples", "4", "--device", "cpu"),

@@ -184,9 +184,11 @@ def _shares(job: Job, counts: dict[str, int]) -> dict[str, dict[str, int]]:
         judging = quotas({"report": counts["report"]}, list(given.values()))
         found = {name: quota | {"report": 0} for name, quota in found.items()}
         found |= {name: found[name] | quota for name, quota in zip(given, judging, strict=True)}
-    for name, quota in found.items():  # selection rows go by no weights
-        if name in given and not any(count for role, count in quota.items() if role != "selection"):
-            raise UsageError(f"--calibration {name}: its weight is so small that it gives no row; raise it or drop it")
+    # Rows that judge go by the given texts alone, and selection rows by no weights.
+    calibrating = ["calibration"] if "calibration" in counts else [role for role in counts if role != "selection"]
+    for name in given:
+        if not any(found[name][role] for role in calibrating):
+            raise _without_rows(name)
     if counts.get("selection"):
         wanted = selection_sources(job)
         found |= {name: dict.fromkeys(counts, 0) for name in wanted if name not in found}
@@ -340,8 +342,14 @@ def sampled_tokens(job: Job) -> int:
 def _needed(name: str, quota: dict[str, int]) -> int:
     count = sum(quota.values())
     if not count:
-        raise UsageError(f"--calibration {name}: its weight is so small that it gives no row; raise it or drop it")
+        raise _without_rows(name)
     return count
+
+
+def _without_rows(name: str) -> UsageError:
+    return UsageError(
+        f"--calibration {name}: its weight is so small that it gives no row; raise it or --num-samples, or drop it"
+    )
 
 
 def _known(job: Job, tokens: Tensor) -> Tensor:
