@@ -165,11 +165,10 @@ def sampled_rows(context: RunContext, texts: Texts) -> Tensor:
 def rows_if_possible(context: RunContext, texts: Texts) -> Tensor | None:
     """What `sampled_rows` gives; None where transformers fails at it in a run that did not ask for it, which is said.
 
-    A run that goes on then samples none either. Of several processes all have failed, and end.
+    A run that goes on then samples none either.
     """
     config = context.job.config
-    asked = config.sampled_share or SELF in (*config.calibration_weights, *config.selection_data)
-    if asked or context.ranks.size > 1:
+    if config.sampled_share or SELF in (*config.calibration_weights, *config.selection_data):  # it was asked for
         return sampled_rows(context, texts)
     try:
         return sampled_rows(context, texts)
@@ -202,9 +201,21 @@ def sampled_model(job: Job) -> SampledModel:
 
 
 def _sampled(job: Job, texts: Texts, progress: Callable[[int, int], None] = lambda *_: None) -> Tensor:
-    """Texts ``[number, length]`` that the model writes, for the leader; of other ranks their share."""
+    """Texts ``[number, length]`` that the model writes, for the leader; of other ranks their share.
+
+    Raises:
+        SamplingError: Of the leader, if transformers fails at it on any rank.
+    """
     share, seed = job.ranks.share(texts.number), job.ranks.seed(job.config.seed)
     source = sampled_model(job)
     load = partial(job.ahead.result, _SAMPLED_MODEL, partial(load_sampled, source))
-    own = generate_rows(source, share.stop - share.start, texts.length, seed, progress, load)
-    return torch.cat(job.ranks.to_owner(own, 0) or [own])
+    own, failure = torch.empty(0, texts.length, dtype=torch.long), None
+    try:
+        own = generate_rows(source, share.stop - share.start, texts.length, seed, progress, load)
+    except SamplingError as error:
+        failure = str(error)
+    shares = job.ranks.to_owner((own, failure), 0) or [(own, None)]
+    for _, failed in shares:
+        if failed is not None:
+            raise SamplingError(failed)
+    return torch.cat([rows for rows, _ in shares])

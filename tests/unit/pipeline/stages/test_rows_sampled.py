@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from hawqtool.config import RunConfig
@@ -27,9 +28,10 @@ from hawqtool.pipeline.stages.report import public_config
 from hawqtool.rounding.factor import SCARCE_TOKENS_PER_COLUMN
 from hawqtool.rounding.statistics import is_held_out
 from hawqtool.runtime.background import BegunWork
-from hawqtool.runtime.ranks import ALONE
+from hawqtool.runtime.ranks import ALONE, Ranks
 from hawqtool.runtime.reporter import Silent
 from hawqtool.settings.fields import SELF
+from tests.support.crew import by_crew
 from tests.support.runs import random_text
 from tests.support.tiny import tiny_llama
 
@@ -182,6 +184,29 @@ def test_a_default_that_fails_under_way_leaves_the_texts_alone(tmp_path: Path, m
     told = public_config(sampling.as_sampled(by_default, found["calibration"]))
     assert told["sampled_share"] == 0.0 and told["selection_data"] == ["text.txt"]  # so that a rerun has these rows
     assert sampling.as_sampled(_job(tmp_path, sampled_share=0.5), found["calibration"]).settings.sampled_share == 0.5
+
+
+def test_where_one_of_several_ranks_fails_the_leader_says_so_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = _job(tmp_path)
+
+    def rows(_: SampledModel, count: int, length: int, seed: int, *__: Any) -> Tensor:
+        if seed == Ranks(2, 3).seed(job.config.seed):
+            raise SamplingError("m: transformers cannot load it")
+        return torch.zeros(count, length, dtype=torch.long)
+
+    def sampled(ranks: Ranks) -> Tensor | str:
+        try:
+            return sampling._sampled(replace(job, ranks=ranks), sampling.Texts(6, 8, 1))
+        except SamplingError as error:
+            return str(error)
+
+    monkeypatch.setattr(sampling, "generate_rows", rows)
+    first, second, last = by_crew(3, sampled)
+    assert first == "m: transformers cannot load it"
+    assert isinstance(second, Tensor) and second.shape == (2, 8)
+    assert isinstance(last, Tensor) and last.shape == (0, 8)
 
 
 def test_a_rerun_is_told_a_share_that_it_can_take(tmp_path: Path) -> None:
