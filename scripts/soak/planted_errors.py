@@ -265,6 +265,20 @@ _SENSITIVITY = (
 
 _ROUNDING = (
     PlantedError(
+        "rows of a layer, shared by ranks, shifted by the drift of other rows",
+        "hawqtool/streaming/dealt.py",
+        "output_drift=drift[ranks.share(len(drift))]",
+        "output_drift=drift.flip(0)[ranks.share(len(drift))]",
+        ("tests/reference/streaming/test_dealt.py",),
+    ),
+    PlantedError(
+        "scales of a layer, whose rows ranks share, in another order than its codes",
+        "hawqtool/streaming/dealt.py",
+        "scales = torch.cat([layer.scales for layer in layers])",
+        "scales = torch.cat([layer.scales for layer in layers[::-1]])",
+        ("tests/reference/streaming/test_dealt.py",),
+    ),
+    PlantedError(
         "share of the target shift",
         "hawqtool/rounding/two_pass.py",
         "t.weight + s.shift * full_shift",
