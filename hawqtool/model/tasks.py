@@ -147,7 +147,8 @@ def row_outputs(model: Any, result: Any) -> Tensor:
     Returns:
         Logits ``[rows, positions, classes]``, with one position where a row has one output, or embeddings
         ``[rows, 1, width]``: the mean of the last hidden state over positions; two of them from two towers. Of rows
-        of an image and a text, the positions of the text count.
+        of an image and a text, the positions of the text count. A classifier's single score s, as rerankers and reward
+        models have one, stands for the logits 0 and s: they are trained on the probability σ(s).
     """
     found, task = judged_output(model, result), model_task(model)
     images = model_images(model)
@@ -155,19 +156,22 @@ def row_outputs(model: Any, result: Any) -> Tensor:
         return found[:, len(images[1]) :]
     if not task.logits:
         return found if has_two_towers(model) else found.mean(1, keepdim=True)
+    if task.per_row and found.shape[-1] == 1:
+        found = torch.cat([torch.zeros_like(found), found], -1)
     return found[:, None] if task.per_row else found
 
 
 def _refuse_scores(model: Any, task: ModelTask) -> None:
-    """Classifiers are judged by KL, which a single score, or labels that do not exclude each other, do not have."""
+    """Classifiers are judged by KL, which quantities, or labels that do not exclude each other, do not have."""
     if not (task.logits and task.per_row):
         return
     config = model.config
-    if config.num_labels < 2 or config.problem_type in ("regression", "multi_label_classification"):
+    together = config.problem_type == "multi_label_classification" and config.num_labels > 1
+    if config.num_labels < 1 or config.problem_type == "regression" or together:
         kind = config.problem_type or "scores"
         raise InputError(
             f"{type(model).__name__} (num_labels {config.num_labels}, {kind}) gives no distribution over classes, by "
-            "which classifiers are judged; expected two or more classes of which one is right"
+            "which classifiers are judged; expected classes of which one is right, or one label's score"
         )
 
 

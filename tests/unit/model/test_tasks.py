@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from hawqtool.errors import InputError, UsageError
 from hawqtool.evaluation.divergence import interpolate_log
 from hawqtool.model.inputs.arguments import model_inputs
 from hawqtool.model.skeleton import build_skeleton, max_positions, token_embedding
-from hawqtool.model.tasks import class_task, model_task
+from hawqtool.model.tasks import class_task, model_task, row_outputs
 from hawqtool.pipeline.dry_run import describe
 from hawqtool.pipeline.evaluate import run_evaluate
 from hawqtool.pipeline.quantize import run_quantize
@@ -100,11 +101,26 @@ def test_an_encoder_without_architectures_is_no_causal_model(tmp_path: Path) -> 
         build_skeleton(folder, torch.float32)
 
 
-@pytest.mark.parametrize("settings", [{"num_labels": 1}, {"num_labels": 3, "problem_type": "regression"}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_labels": 1, "problem_type": "regression"},
+        {"num_labels": 3, "problem_type": "multi_label_classification"},
+    ],
+)
 def test_scores_are_no_distribution(tmp_path: Path, settings: dict[str, object]) -> None:
     folder = save(tmp_path, "BertConfig", "BertForSequenceClassification", **_BERT, **settings)
     with pytest.raises(InputError, match="gives no distribution over classes"):
         build_skeleton(folder, torch.float32)
+
+
+def test_a_single_score_is_judged_as_a_probability(tmp_path: Path) -> None:
+    folder = save(tmp_path, "BertConfig", "BertForSequenceClassification", **_BERT, num_labels=1)
+    model = build_skeleton(folder, torch.float32)
+    scores = torch.tensor([[-2.0], [0.0], [3.0]])
+    found = row_outputs(model, SimpleNamespace(logits=scores))
+    assert found.shape == (3, 1, 2)
+    torch.testing.assert_close(found.softmax(-1)[:, 0, 1:], scores.sigmoid())
 
 
 @pytest.mark.parametrize(("name", "positions"), [("roberta", 510), ("bert", 512), ("gpt2", 512), ("vit", None)])
@@ -131,6 +147,7 @@ def test_a_divergence_that_is_not_positive_cannot_be_interpolated(points: list[t
     [
         ("BertConfig", "BertForSequenceClassification", _BERT | {"num_labels": 3}),
         ("LlamaConfig", "LlamaForSequenceClassification", _GROUPED | {"num_labels": 3}),
+        ("BertConfig", "BertForSequenceClassification", _BERT | {"num_labels": 1}),
         ("LlamaConfig", "LlamaModel", _GROUPED),
         ("GPT2Config", "GPT2LMHeadModel", None),
     ],
