@@ -37,6 +37,8 @@ _IMAGES = "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES"
 _SOUNDS = "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES"
 _TOWERS = ("text_model", "vision_model"), ("image_embeds", "text_embeds")
 """Attributes and outputs of a model of two encoders, of texts and of images."""
+_TOGETHER = "multi_label_classification"
+"""What configurations say of classifiers of which several labels may be right."""
 
 TASKS = (
     ModelTask("causal language model", True, False, True, "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
@@ -147,8 +149,9 @@ def row_outputs(model: Any, result: Any) -> Tensor:
     Returns:
         Logits ``[rows, positions, classes]``, with one position where a row has one output, or embeddings
         ``[rows, 1, width]``: the mean of the last hidden state over positions; two of them from two towers. Of rows
-        of an image and a text, the positions of the text count. A classifier's single score s, as rerankers and reward
-        models have one, stands for the logits 0 and s: they are trained on the probability σ(s).
+        of an image and a text, the positions of the text count. Labels that do not exclude each other are outputs of
+        their own, ``[rows, labels, 2]``, as is the one of rerankers and reward models: a score s stands for the logits
+        0 and s, since such models are trained on the probability σ(s).
     """
     found, task = judged_output(model, result), model_task(model)
     images = model_images(model)
@@ -156,22 +159,31 @@ def row_outputs(model: Any, result: Any) -> Tensor:
         return found[:, len(images[1]) :]
     if not task.logits:
         return found if has_two_towers(model) else found.mean(1, keepdim=True)
-    if task.per_row and found.shape[-1] == 1:
-        found = torch.cat([torch.zeros_like(found), found], -1)
-    return found[:, None] if task.per_row else found
+    if task.per_row:
+        return torch.stack([torch.zeros_like(found), found], -1) if _scores_apart(model) else found[:, None]
+    return found
+
+
+def row_labels(model: Any) -> int:
+    """Outputs of a row of a model that gives no output for every position."""
+    return int(model.config.num_labels) if model_task(model).logits and _scores_apart(model) else 1
+
+
+def _scores_apart(model: Any) -> bool:
+    """Whether the labels of a classifier do not exclude each other, or are one."""
+    return model.config.num_labels == 1 or model.config.problem_type == _TOGETHER
 
 
 def _refuse_scores(model: Any, task: ModelTask) -> None:
-    """Classifiers are judged by KL, which quantities, or labels that do not exclude each other, do not have."""
+    """Classifiers are judged by KL, which quantities do not have."""
     if not (task.logits and task.per_row):
         return
     config = model.config
-    together = config.problem_type == "multi_label_classification" and config.num_labels > 1
-    if config.num_labels < 1 or config.problem_type == "regression" or together:
+    if config.num_labels < 1 or config.problem_type == "regression":
         kind = config.problem_type or "scores"
         raise InputError(
-            f"{type(model).__name__} (num_labels {config.num_labels}, {kind}) gives no distribution over classes, by "
-            "which classifiers are judged; expected classes of which one is right, or one label's score"
+            f"{type(model).__name__} (num_labels {config.num_labels}, {kind}) gives no probabilities, by which "
+            "classifiers are judged; expected scores of classes or labels"
         )
 
 

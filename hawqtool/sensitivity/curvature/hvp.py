@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hawqtool.errors import NumericalError
 from hawqtool.model.block import BlockCall, LoadedBlock
+from hawqtool.model.tasks import row_labels
 from hawqtool.records import LinearSpec
 from hawqtool.streaming.stream import ModelStream
 
@@ -74,7 +75,7 @@ class Curvature:
         """Outputs that a row's loss sums over; results are divided by it."""
         positions = self.first_hidden[0].shape[1]
         if self.stream.task.per_row:
-            return 1
+            return row_labels(self.stream.model)
         return positions - 1 if self.labels == DATA else positions
 
     def advance(self, index: int, hidden: Sequence[Tensor]) -> list[Tensor]:

@@ -15,7 +15,7 @@ from hawqtool.errors import InputError, UsageError
 from hawqtool.evaluation.divergence import interpolate_log
 from hawqtool.model.inputs.arguments import model_inputs
 from hawqtool.model.skeleton import build_skeleton, max_positions, token_embedding
-from hawqtool.model.tasks import class_task, model_task, row_outputs
+from hawqtool.model.tasks import class_task, model_task, row_labels, row_outputs
 from hawqtool.pipeline.dry_run import describe
 from hawqtool.pipeline.evaluate import run_evaluate
 from hawqtool.pipeline.quantize import run_quantize
@@ -24,6 +24,8 @@ from hawqtool.runtime.reporter import Silent
 from tests.support.runs import random_text
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 from tests.support.tiny_zoo import _BERT, _GROUPED, kind_named, save_kind
+
+_SEVERAL = {"num_labels": 3, "problem_type": "multi_label_classification"}
 
 
 def save(folder: Path, config: str, model: str, **settings: object) -> Path:
@@ -101,26 +103,25 @@ def test_an_encoder_without_architectures_is_no_causal_model(tmp_path: Path) -> 
         build_skeleton(folder, torch.float32)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"num_labels": 1, "problem_type": "regression"},
-        {"num_labels": 3, "problem_type": "multi_label_classification"},
-    ],
-)
-def test_scores_are_no_distribution(tmp_path: Path, settings: dict[str, object]) -> None:
-    folder = save(tmp_path, "BertConfig", "BertForSequenceClassification", **_BERT, **settings)
-    with pytest.raises(InputError, match="gives no distribution over classes"):
+@pytest.mark.parametrize("num_labels", [1, 3])
+def test_quantities_are_no_probabilities(tmp_path: Path, num_labels: int) -> None:
+    settings: dict[str, object] = _BERT | {"num_labels": num_labels, "problem_type": "regression"}
+    folder = save(tmp_path, "BertConfig", "BertForSequenceClassification", **settings)
+    with pytest.raises(InputError, match="gives no probabilities"):
         build_skeleton(folder, torch.float32)
 
 
-def test_a_single_score_is_judged_as_a_probability(tmp_path: Path) -> None:
-    folder = save(tmp_path, "BertConfig", "BertForSequenceClassification", **_BERT, num_labels=1)
-    model = build_skeleton(folder, torch.float32)
-    scores = torch.tensor([[-2.0], [0.0], [3.0]])
+@pytest.mark.parametrize("problem", [{"num_labels": 1}, _SEVERAL])
+def test_labels_that_do_not_exclude_each_other_are_judged_one_by_one(
+    tmp_path: Path, problem: dict[str, object]
+) -> None:
+    settings: dict[str, object] = _BERT | problem
+    model = build_skeleton(save(tmp_path, "BertConfig", "BertForSequenceClassification", **settings), torch.float32)
+    labels = model.config.num_labels
+    scores = torch.randn(5, labels, generator=torch.Generator().manual_seed(1))
     found = row_outputs(model, SimpleNamespace(logits=scores))
-    assert found.shape == (3, 1, 2)
-    torch.testing.assert_close(found.softmax(-1)[:, 0, 1:], scores.sigmoid())
+    assert found.shape == (5, labels, 2) and row_labels(model) == labels
+    torch.testing.assert_close(found.softmax(-1)[..., 1], scores.sigmoid())
 
 
 @pytest.mark.parametrize(("name", "positions"), [("roberta", 510), ("bert", 512), ("gpt2", 512), ("vit", None)])
@@ -148,6 +149,7 @@ def test_a_divergence_that_is_not_positive_cannot_be_interpolated(points: list[t
         ("BertConfig", "BertForSequenceClassification", _BERT | {"num_labels": 3}),
         ("LlamaConfig", "LlamaForSequenceClassification", _GROUPED | {"num_labels": 3}),
         ("BertConfig", "BertForSequenceClassification", _BERT | {"num_labels": 1}),
+        ("BertConfig", "BertForSequenceClassification", _BERT | _SEVERAL),
         ("LlamaConfig", "LlamaModel", _GROUPED),
         ("GPT2Config", "GPT2LMHeadModel", None),
     ],
