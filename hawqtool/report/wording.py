@@ -288,8 +288,8 @@ def cost_text(report: Report) -> str | None:
 def effort_text(report: Report) -> str | None:
     """What choosing the plan took, where there was one to choose and this run rounded it.
 
-    It is measuring, comparing, swaps, and every rounding but the first; evaluating the other plans is not told apart.
-    Of a run that was gone on with a part of each is missing.
+    It is measuring, comparing, swaps, and every rounding but the first. Evaluating the other plans is not told apart, so
+    that a run with the plan given takes that much at most. Of a run that was gone on with a part of each is missing.
     """
     timings = report["timings"]
     rounds = [seconds for stage, seconds in timings.items() if stage.startswith("round ")]
@@ -298,9 +298,8 @@ def effort_text(report: Report) -> str | None:
         return None
     total = sum(timings.values())
     choosing, whole, given, once = map(_seconds, (chosen, total, total - chosen, rounds[0]))
-    return (
-        f"choosing the plan took {choosing} of {whole}; with it given a run takes {given}, of which rounding is {once}"
-    )
+    said = f"choosing the plan took {choosing} of {whole}; with it given a run takes at most {given}"
+    return f"{said}, of which rounding is {once}"
 
 
 def _seconds(value: float) -> str:
