@@ -288,8 +288,8 @@ def cost_text(report: Report) -> str | None:
 def effort_text(report: Report) -> str | None:
     """What choosing the plan took, where there was one to choose and this run rounded it.
 
-    It is measuring, comparing, swaps, and every rounding but the first. Evaluating the other plans is not told apart, so
-    that a run with the plan given takes that much at most. Of a run that was gone on with a part of each is missing.
+    It is measuring, comparing, swaps, and every rounding but the first. Evaluating the other plans is not told apart,
+    so that a run with the plan given takes less. Of a run that was gone on with a part of each is missing.
     """
     timings = report["timings"]
     rounds = [seconds for stage, seconds in timings.items() if stage.startswith("round ")]
