@@ -28,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 from hawqtool.cli.render import print_report
 
 PROMPTS = ("The capital of France is", "Plants need sunlight because", "def is_even(number):")
-NEW_TOKENS = 30
+NEW_TOKENS = 20
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -50,6 +50,16 @@ class ContentRecord:
                 "the model and run again"
             )
 
+    def take_over(self, other: ContentRecord) -> None:
+        """Record what another process has recorded.
+
+        Raises:
+            InputLostError: If what this one has read meanwhile differs.
+        """
+        for place, digest in other._digests.items():
+            self.check(place, digest, f"at byte {place[1]}")
+        self.weights, self.files = other.weights, other.files
+
     def read(
         self, places: Iterable[Place], progress: Callable[[int, int], None], stop: threading.Event | None = None
     ) -> None:

@@ -12,6 +12,7 @@ from hawqtool.checkpoint.content import ContentRecord
 from hawqtool.config import RunConfig
 from hawqtool.errors import HawqError, UsageError
 from hawqtool.pipeline.run.job import Job, chosen_device, prepare
+from hawqtool.pipeline.stages.rows import load_ends_ahead
 from hawqtool.pipeline.stages.token_importance import compile_kernels
 from hawqtool.runtime.launched import world_size
 from hawqtool.runtime.ranks import Ranks, joined, take_gpu
@@ -21,7 +22,7 @@ class _Beginning(NamedTuple):
     """What the leader tells the others once it has checked everything: rows per pass, and the model's hashes."""
 
     batch_size: int
-    content: ContentRecord | None
+    content: ContentRecord
 
 
 class Others:
@@ -77,6 +78,7 @@ def begin_ranks(others: Others, job: Job) -> Ranks:
     """Have the other ranks prepare the job that the leader has prepared; gives all of them."""
     ranks = others.joined()
     if ranks.size > 1:
+        assert job.index.content is not None  # `prepare` makes one
         ranks.from_owner(_Beginning(job.settings.batch_size, job.index.content), 0)
     return ranks
 
@@ -97,6 +99,7 @@ def work(config: RunConfig, writes: bool = True) -> None:
     early = _tried(config, writes) if Path(config.model).is_dir() else None
     if isinstance(early, Job):
         compile_kernels(early)
+        load_ends_ahead(early)
     ranks = joined(cuda)
     try:
         beginning = ranks.awaited()
@@ -104,7 +107,9 @@ def work(config: RunConfig, writes: bool = True) -> None:
             if isinstance(early, HawqError):
                 raise early
             job = (early or prepare(config, writes=writes)).with_batch_size(beginning.batch_size)
-            ranks.serve(replace(job, index=replace(job.index, content=beginning.content), ranks=ranks))
+            assert job.index.content is not None  # `prepare` makes one
+            job.index.content.take_over(beginning.content)
+            ranks.serve(replace(job, ranks=ranks))
     finally:
         ranks.leave()
 

@@ -176,9 +176,9 @@ class Fields(TargetFields):
         expert=True, affects=Affects.PLACE, metavar="DIR", commands=("measure",), in_batch="measurements at the top",
     )] = Field(default=None, min_length=1)
     shortlist: Annotated[int | None, Setting(
-        help="Mixed plans to round and evaluate, the metric's own among them, beside the rule that people use; the "
-        "best on the selection rows competes with uniform.", by_device=ByDevice(cuda=1, cpu=1),
-        detail="More are plans of other metrics. With max_cost it is the metric's own alone.",
+        help="Mixed plans to compare: the metric's own, the rule that people use, then those of other metrics; the "
+        "best on the selection rows competes with uniform.", by_device=ByDevice(cuda=2, cpu=2),
+        detail="1 is the metric's own alone, which takes the fewest roundings.",
         panel=METHOD, expert=True, affects=Affects.PLAN,
     )] = Field(default=None, ge=1)
     proof: Annotated[Literal["full", "layerwise", "predicted"] | None, Setting(

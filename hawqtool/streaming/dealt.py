@@ -96,9 +96,14 @@ def _added(sums: list[GroupStatistics], more: list[GroupStatistics]) -> list[Gro
 
 
 def rounding_cost(group: Sequence[LinearSpec]) -> float:
-    """Operations of a group's rounding, about: the factor of its Gram matrix, and two passes of the column loop."""
-    inputs = group[0].in_features
-    return inputs**3 + 2 * inputs**2 * sum(linear.out_features for linear in group)
+    """Milliseconds of a group's rounding on an H200, about.
+
+    The factor of its Gram matrix takes products; it and the column loop take steps, a column after the other; the
+    scale search passes over the weights. Of the shape of Llama-3-8B a factor took 90 ms of 14,336 columns and 7.3 of
+    4,096, a loop over all formats 6 µs a column, the search 0.06 to 0.09 ns a weight and format.
+    """
+    inputs, outputs = group[0].in_features, sum(linear.out_features for linear in group)
+    return 2.2e-11 * inputs**3 + 7.3e-3 * inputs + 2e-7 * inputs * outputs
 
 
 def rounded_by_rows(

@@ -59,7 +59,7 @@ def test_a_dry_run_states_the_bound(place: Path) -> None:
 
 
 def test_the_short_list_is_tried_and_its_best_plan_reported(run: Run) -> None:
-    _, report = run(bits="2,3,4,8", target_bpw=MIXED_TARGET, shortlist=4)
+    _, report = run(bits="2,3,4,8", target_bpw=MIXED_TARGET, shortlist=5)
     evaluation = report["evaluation"]
     tried = evaluation["tried"]
     assert next(iter(tried)) == "projection" and 2 <= len(tried) <= 5
@@ -87,8 +87,16 @@ def test_by_default_the_metrics_own_plan_and_the_rule_are_tried(run: Run, place:
     assert evaluation["selection"]["errors_needed"] > 1.96
 
 
+def test_a_short_list_of_one_has_the_metrics_own_plan_alone(run: Run) -> None:
+    _, report = run(bits="2,3,4,8", target_bpw=MIXED_TARGET, shortlist=1)
+    evaluation = report["evaluation"]
+    assert list(evaluation["tried"]) == ["projection"]
+    assert evaluation["uniform"]["selection"]["num_tokens"] > 0
+    assert list(evaluation["tried"]["projection"]["predicted"]) == ["projection"]
+
+
 def test_swaps_add_plans_within_the_budget(run: Run) -> None:
-    _, report = run(bits="2,3,4,8", target_bpw=4.0, sensitivity="hawq-ggn", shortlist=1, swaps=2)
+    _, report = run(bits="2,3,4,8", target_bpw=4.0, sensitivity="hawq-ggn", swaps=2)
     tried = report["evaluation"]["tried"]
     assert list(tried)[:3] == ["hawq-ggn", "by-role rule", "width swap 1"]
     assert tried["width swap 1"]["selection"]["kl"] < tried["hawq-ggn"]["selection"]["kl"]

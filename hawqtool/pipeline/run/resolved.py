@@ -21,7 +21,7 @@ class ResolvedSettings:
         selection_samples: Rows that choose between plans.
         eval_samples: Rows to report on; 0 where nothing is evaluated.
         batch_size: Rows per forward pass; 0 until the memory is known.
-        shortlist: Mixed plans to round and evaluate at a budget.
+        shortlist: Mixed plans to compare at a budget.
         swaps: Rounds of measured swaps at the best mixed plan.
         metric: Scores that allocation compares.
         method: Rounding method.
@@ -157,8 +157,7 @@ def _target_shift(config: RunConfig, has_experts: bool) -> float | Literal["auto
 
 
 def _shortlist(config: RunConfig, device_type: str) -> int:
-    # Only the metric's own plan is sure to keep a second budget.
-    if config.has_second_budget or not config.evaluates:
+    if not config.evaluates:
         return 1
     return config.shortlist or _default("shortlist", device_type)
 

@@ -24,8 +24,8 @@ _EFFICIENCY = 0.6
 """Share of the rate of large products that a forward pass reaches."""
 _SAMPLING = 0.15
 """The same of sampling, which multiplies by few rows at a time."""
-_COMPARED = 2
-"""Plans beside the short list that a layerwise comparison has: uniform, and that of the rule."""
+_COMPARED = 1
+"""Plans beside the short list that a layerwise comparison has: uniform."""
 _PROOF_SWEEPS = 4
 """Times that all weights are read to prove a rotation, which has no phase of its own."""
 _ANNEALING = {"cpu": 3000, "cuda": 50_000}
@@ -134,12 +134,12 @@ def _budget(job: Job) -> int:
 
 
 def _plans(job: Job, measured: bool) -> int:
-    """Plans that are rounded: the short list, the rule, swaps, and the largest uniform one."""
+    """Plans that are rounded: the short list, swaps, and the largest uniform one."""
     if not measured or not job.config.evaluates or job.settings.proof == "layerwise":
         return 1
     if job.config.target_kl is not None:
         return 7
-    return job.settings.shortlist + 1 + (1 if _by_gradient(job) else job.settings.swaps) + 1
+    return job.settings.shortlist + (1 if _by_gradient(job) else job.settings.swaps) + 1
 
 
 def _by_gradient(job: Job) -> bool:

@@ -40,6 +40,9 @@ from hawqtool.report.documents import SensitivityDocument
 EXACT_UNITS = 500
 """Units up to which ``auto`` solves exactly: fractions of a second; from some 800 on it may take 20 s and more."""
 
+_WITH_RULE = 2
+"""Plans of a short list that has the metric's own and the rule's; of more, the others are those of other metrics."""
+
 
 @dataclass(frozen=True)
 class Planner:
@@ -116,13 +119,19 @@ class Planner:
         return {metric: loss for metric, loss in sums.items() if loss is not None}
 
     def shortlist(self, budget: int) -> dict[str, BitPlan]:
-        """Plans to try at a budget, by name; the configured metric's own comes first, that of the rule last."""
+        """Plans to try at a budget, by name; the configured metric's own comes first, that of the rule last.
+
+        There are as many as the setting says, fewer where they are the same.
+        """
         own, job = self.plan(budget), self.job
         if self.table is None:
             return {"uniform menu": own}
         plans, known = {self.metric: own}, (job.units, self._menu(budget), self.table, job.pins, own, budget)
-        if job.settings.shortlist > 1:
-            plans = dict([*plans.items(), *alternatives(*known).items()][: job.settings.shortlist])
+        most = job.settings.shortlist
+        if most > _WITH_RULE:
+            plans = dict([*plans.items(), *alternatives(*known).items()][: most - 1])
+        if most < _WITH_RULE:
+            return plans
         rule = rule_plan(*known)
         new = all(rule.formats != plan.formats for plan in plans.values())
         allowed = within_second_budget(job.config, job.units, rule)
@@ -162,11 +171,11 @@ def make_planner(context: RunContext, sets: dict[str, Rows]) -> Planner:
 
 
 def _metrics(job: Job) -> tuple[str, ...]:
-    """Metrics that are measured: all, or the one that chooses where rivals are measured too and nobody else asks.
+    """Metrics that are measured: all, or the one that chooses where no plan is another's and nobody else asks.
 
     Beside it each takes a product of every layer's errors with the moments of its inputs, or with its gradients.
     """
-    alone = job.settings.proof == "layerwise" and job.settings.shortlist == 1 and job.config.measurements is None
+    alone = job.settings.shortlist <= _WITH_RULE and job.config.measurements is None
     return (job.settings.metric,) if alone and job.settings.metric in SWEEP_METRICS else SWEEP_METRICS
 
 

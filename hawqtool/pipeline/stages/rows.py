@@ -103,8 +103,15 @@ def read_ahead(job: Job) -> None:
             job.ahead.begin((text, count, seed), partial(_text_rows, job, text, count, seed))
 
 
+def load_ends_ahead(job: Job) -> None:
+    """Begin to load embedding and head, which streams share, onto a GPU."""
+    shared = job.index.rotation is None and job.structure.head is None  # a head that is quantized is each stream's own
+    if job.device.type == "cuda" and shared:
+        job.ahead.begin(_ENDS, job.stream)
+
+
 def load_ahead(job: Job, resuming: bool) -> None:
-    """Begin to load embedding and head, which streams share, onto a GPU, and to sample rows where they are wanted.
+    """Begin to load the ends of the model onto a GPU, and to sample rows where they are wanted.
 
     Of rows that several processes sample together the model alone is loaded. While that goes on, nothing else may make
     tensors of the default dtype, which transformers changes for a moment, without saying of which dtype they are. A run
@@ -112,8 +119,7 @@ def load_ahead(job: Job, resuming: bool) -> None:
     """
     if job.device.type != "cuda":
         return
-    if job.index.rotation is None and job.structure.head is None:  # a head that is quantized is each stream's own
-        job.ahead.begin(_ENDS, job.stream)
+    load_ends_ahead(job)
     shares = {} if resuming or not job.config.reads_rows else _shares(job, _counts(job))
     if SELF in shares:
         begin_sampling(job, _asked_of_model(job, shares[SELF])[0])

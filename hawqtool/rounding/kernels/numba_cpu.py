@@ -64,6 +64,16 @@ def least_errors(
     return error, number
 
 
+def compile_ahead() -> None:
+    """Compile both, which takes a quarter of a minute where nothing is kept from an earlier time."""
+    values = torch.ones(1, 1, 1)
+    least_errors(values, values[0], values, values, 0.0, 1.0)
+    column = values[0]
+    codes = torch.zeros(1, 1, dtype=torch.int8)
+    block = ColumnBlock(column, column.clone(), column, None, column, column[0], column[0], codes, column.clone())
+    round_block(block, 0.0)
+
+
 def _by_rows(count: int, tile: int, work: Callable[[int, int], None]) -> None:
     """Share tiles of rows among as many threads as torch uses; the result does not depend on their number."""
     tiles = -(-count // tile)

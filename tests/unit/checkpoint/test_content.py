@@ -99,3 +99,18 @@ def test_the_hash_of_weights_holds_every_byte_and_no_folder(tmp_path: Path) -> N
         flip(tmp_path / "b/model.safetensors", byte)
         found.append(hashed("b"))
     assert found[0] == found[1] and len(set(found)) == 3
+
+
+def test_what_another_process_recorded_is_compared_with_what_was_read_meanwhile(tmp_path: Path) -> None:
+    first, other, own = (tmp_path / "model.safetensors", 0, 4), (tmp_path / "model.safetensors", 4, 4), ContentRecord()
+    theirs = ContentRecord()
+    theirs.check(first, b"a", "x")
+    theirs.check(other, b"b", "y")
+    theirs.weights, theirs.files = "hash", {"config.json": "c"}
+    own.check(other, b"b", "y")
+    own.take_over(theirs)
+    assert (own[first], own[other], own.weights, own.files) == (b"a", b"b", "hash", {"config.json": "c"})
+    changed = ContentRecord()
+    changed.check(other, b"another", "y")
+    with pytest.raises(InputLostError, match=r"tensor at byte 4 of .*model\.safetensors changed while the run lasted"):
+        changed.take_over(theirs)

@@ -14,7 +14,7 @@ def resolved(device_type: str = "cpu", longest: int | None = None, **values: Any
     return resolve_settings(RunConfig(model="m", **values), device_type, longest)
 
 
-@pytest.mark.parametrize(("device", "expected"), [("cpu", (16, 256, 32, 1, 0)), ("cuda", (128, 2048, 64, 1, 0))])
+@pytest.mark.parametrize(("device", "expected"), [("cpu", (16, 256, 32, 2, 0)), ("cuda", (128, 2048, 64, 2, 0))])
 def test_defaults_are_those_that_the_help_names(device: str, expected: tuple[int, ...]) -> None:
     found = resolved(device)
     names = ("num_samples", "seq_len", "selection_samples", "shortlist", "swaps")
@@ -31,10 +31,14 @@ def test_what_is_given_wins_and_the_model_bounds_the_default_length() -> None:
     assert resolved(swaps=0, device_type="cuda").swaps == 0 and resolved().batch_size == 0
 
 
-def test_quality_targets_and_second_budgets_take_the_metrics_own_plan() -> None:
+def test_quality_targets_and_second_budgets_have_no_swaps_and_no_plans_of_other_metrics() -> None:
     assert resolved("cuda", target_kl=0.1).swaps == 0
     found = resolved("cuda", costs="c.csv", max_cost=1.0)
-    assert (found.shortlist, found.swaps) == (1, 0)
+    assert (found.shortlist, found.swaps) == (2, 0)
+
+
+def test_without_evaluation_there_is_nothing_to_compare() -> None:
+    assert resolved(eval=False).shortlist == 1
 
 
 def test_metric_method_and_token_importance_follow_the_rounding() -> None:
