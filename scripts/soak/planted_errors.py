@@ -108,6 +108,13 @@ _FIGURES = (
 
 _CHOICE = (
     PlantedError(
+        "a short list of one has the rule too",
+        "hawqtool/pipeline/search/planner.py",
+        "        if most < _WITH_RULE:\n",
+        "        if most < 1:\n",
+        ("tests/e2e/test_targets.py::test_a_short_list_of_one_has_the_metrics_own_plan_alone",),
+    ),
+    PlantedError(
         "sign of the choice",
         "hawqtool/evaluation/paired.py",
         "self.value < -self.needed(tried) * math",
@@ -372,6 +379,15 @@ _ROUNDING = (
 )
 
 _PLANS_AND_FILES = (
+    PlantedError(
+        "what a process read before it joined is not compared",
+        "hawqtool/checkpoint/content.py",
+        '            self.check(place, digest, f"at byte {place[1]}")\n',
+        "            self._digests.setdefault(place, digest)\n",
+        (
+            "tests/unit/checkpoint/test_content.py::test_what_another_process_recorded_is_compared_with_what_was_read_meanwhile",
+        ),
+    ),
     PlantedError(
         "second budget unchecked on the plan of HiGHS",
         "hawqtool/allocation/exact.py",
