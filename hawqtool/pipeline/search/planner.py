@@ -171,7 +171,7 @@ def make_planner(context: RunContext, sets: dict[str, Rows]) -> Planner:
 
 
 def _metrics(job: Job) -> tuple[str, ...]:
-    """Metrics that are measured: all, or the one that chooses where no plan is another's and nobody else asks.
+    """Metrics that are measured: all, or the one that chooses where no plans of others are compared, now or later.
 
     Beside it each takes a product of every layer's errors with the moments of its inputs, or with its gradients.
     """
